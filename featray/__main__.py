@@ -1,0 +1,5 @@
+"""`python -m featray` is `featray`."""
+
+from featray.cli import console
+
+console()

@@ -1,0 +1,234 @@
+"""The command line: parse, call, print, exit. Imports nothing heavy before a command needs it.
+
+stdout holds the answer (with --json, one JSON document as its last line); progress and messages go to
+stderr. Exit codes are those of `featray.errors.ExitCode`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from featray.errors import ExitCode, FeatrayError, Reason
+
+RESUME = "run the same command again to resume"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="featray: %(message)s", stream=sys.stderr)
+    logging.getLogger("featray").setLevel(logging.INFO)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    command: Callable[[argparse.Namespace], int] = args.command
+    try:
+        return command(args)
+    except FeatrayError as error:
+        _complain(args, str(error), error.exit_code)
+        return int(error.exit_code)
+    except KeyboardInterrupt:
+        _complain(args, f"stopped at once; what was committed is kept, {RESUME}", ExitCode.INTERRUPTED)
+        return int(ExitCode.INTERRUPTED)
+
+
+def console() -> None:
+    """Entry point of the `featray` command."""
+    sys.exit(main())
+
+
+def _extract(args: argparse.Namespace) -> int:
+    from featray.pipeline import extract
+
+    with _stop_on_signal() as stop:
+        summary = extract(args.config, args.set, show=not args.quiet, stop=stop)
+    _answer(args, summary, summary.text())
+    if summary.exit_code == ExitCode.INTERRUPTED:
+        print(f"featray: interrupted; {summary.done} scans are committed, {RESUME}", file=sys.stderr)
+    elif summary.exit_code:
+        print(f"featray: `featray failures` lists what is not ok", file=sys.stderr)
+    return summary.exit_code
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from featray.estimate import plan
+
+    found = plan(args.config, args.set)
+    _answer(args, found, found.text())
+    return ExitCode.OK
+
+
+def _layers(args: argparse.Namespace) -> int:
+    from featray.config import load
+    from featray.model import list_layers
+
+    if args.model.endswith((".yaml", ".yml")):
+        found = list_layers(load(args.model, args.set).model)
+    else:
+        found = list_layers(args.model, custom_objects=tuple(args.custom_objects))
+    header = ("layer", "class", "shape", "values", "GB per 10,000", "flags")
+    rows = [
+        (layer.path, layer.class_name, "x".join(map(str, layer.shape)), str(layer.values),
+         f"{layer.values * 4e4 / 1e9:.3g}", " ".join(layer.flags))
+        for layer in found
+    ]  # fmt: skip
+    _answer(args, {"layers": found}, _columns([header, *rows]))
+    return ExitCode.OK
+
+
+def _status(args: argparse.Namespace) -> int:
+    from featray.status import status
+
+    found = status(_dataset(args))
+    _answer(args, found, found.text())
+    return ExitCode.OK
+
+
+def _failures(args: argparse.Namespace) -> int:
+    from featray.status import failures
+
+    rows = failures(_dataset(args), args.reason)
+    lines = [
+        f"{row['scan_id']}\t{row['status']}\t{row['reason']}\t{row['stage']}\t{row['message']}"
+        for row in rows
+    ]
+    _answer(args, {"failures": rows}, "\n".join(lines) or "every scan is ok")
+    return ExitCode.OK
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from featray.demo import demo
+
+    with _stop_on_signal() as stop:
+        result = demo(args.directory, show=not args.quiet, stop=stop)
+    _answer(args, result, result.text())
+    return result.summary.exit_code
+
+
+def _dataset(args: argparse.Namespace) -> Any:
+    """Return the output named on the command line, by its place or by the config that makes it."""
+    from featray.config import load
+    from featray.dataset import Dataset
+    from featray.storage import Store
+
+    if not args.output.endswith((".yaml", ".yml")):
+        return Dataset(Store(args.output))
+    output = load(args.output).output
+    return Dataset(Store(output.uri, output.storage_options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="featray",
+        description="Extract the activations of chosen Keras layers for every CT scan you own.",
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    demo = _command(commands, "demo", _demo, "make a small collection, train a VAE, extract four layers")
+    demo.add_argument(
+        "directory", nargs="?", default="featray-demo", help="folder to make (default: %(default)s)"
+    )
+    layers = _command(commands, "layers", _layers, "list every layer that can be cut")
+    layers.add_argument("model", metavar="MODEL_OR_CONFIG", help="a model file, or a config (.yaml)")
+    layers.add_argument("--custom-objects", action="append", default=[], metavar="FILE.py:CLASS")
+    layers.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
+    )
+    _config(_command(commands, "plan", _plan, "count what is new, changed, stale, failed, removed; estimate"))
+    _config(_command(commands, "extract", _extract, "extract what is missing; again: resume, or do nothing"))
+    _output(_command(commands, "status", _status, "what an output holds, by layer and by reason"))
+    failed = _command(commands, "failures", _failures, "the scans of an output that are not ok, and why")
+    _output(failed)
+    failed.add_argument(
+        "--reason", choices=[str(reason) for reason in Reason], metavar="CODE", help="only this reason"
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    command.set_defaults(command=run)
+    command.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
+    command.add_argument("--quiet", action="store_true", help="no progress")
+    return command
+
+
+def _config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="YAML file")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a config key, e.g. model.batch_size=8",
+    )
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "output", metavar="OUTPUT", help="output folder or URL, or the config (.yaml) that names it"
+    )
+
+
+def _answer(args: argparse.Namespace, value: Any, text: str) -> None:
+    """Print the answer: words for a person, or one JSON document as the last line."""
+    print(json.dumps(value, default=_plain) if args.json else text, flush=True)
+
+
+def _complain(args: argparse.Namespace, text: str, code: ExitCode) -> None:
+    print(f"featray: {text}", file=sys.stderr)
+    if args.json:
+        print(json.dumps({"error": text, "exit_code": int(code)}), flush=True)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    padded = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in padded)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, frozenset | set | tuple):
+        return list(value)
+    return str(value)
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[threading.Event]:
+    """Yield an event that the first Ctrl-C (or SIGTERM) sets; the second one raises at once."""
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        print(
+            "\nfeatray: stopping after what is in flight; again to stop at once", file=sys.stderr, flush=True
+        )
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("featray")

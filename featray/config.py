@@ -1,0 +1,408 @@
+"""The one typed configuration: YAML and `--set` in, frozen models out, every problem listed at once.
+
+Sections mirror the YAML. Each field's default is the documented default. Nothing here opens
+the source, the output or the model; checks that need those live where they are opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import os
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from urllib.parse import urlsplit, urlunsplit
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from featray.errors import ConfigError
+
+SIZES_ZYX = Annotated[tuple[int, int, int], Field(min_length=3, max_length=3)]
+SPACING_ZYX = Annotated[tuple[float, float, float], Field(min_length=3, max_length=3)]
+
+
+class _Section(BaseModel):
+    """Frozen and strict about names: an unknown key is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class SourceConfig(_Section):
+    """Where the scans are."""
+
+    uri: str
+    """Folder, glob, one file, or a manifest (.csv or .parquet with a `uri` column); any fsspec URL."""
+    format: Literal["auto", "nifti", "dicom", "npy"] = "auto"
+    """What to look for; auto takes NIfTI files and DICOM series alike."""
+    rows: bool = False
+    """npy only: the first axis enumerates samples (patch = row number)."""
+    id_column: str | None = None
+    """Manifest column to use as scan_id; else the path below the source root."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Passed to fsspec; never written anywhere."""
+
+
+class PreprocessConfig(_Section):
+    """From a CT volume to the model's input; the order of the fields is the order of the steps."""
+
+    orientation: str = "LPS"
+    """Directions in which x, y and z grow; the array itself has axes (z, y, x)."""
+    window: tuple[float, float] | None = (-1000.0, 1000.0)
+    """HU, clipped before any interpolation; null leaves values as they are."""
+    scale: tuple[float, float] = (0.0, 1.0)
+    """The window is mapped linearly onto this range."""
+    spacing: SPACING_ZYX | None = None
+    """Millimetres (z, y, x) to resample to first; null keeps the scan's own."""
+    size: SIZES_ZYX | None = (32, 256, 256)
+    """Voxels (z, y, x) of the model's input; null keeps the native size."""
+    fit: Literal["stretch", "crop_pad", "patches"] = "stretch"
+    """How a volume of another size becomes `size`."""
+    stride: SIZES_ZYX | None = None
+    """patches: step in voxels (z, y, x); null = size."""
+    interpolation: Literal["linear", "area", "nearest", "cubic"] = "linear"
+    """Kernel of `spacing` and `stretch`."""
+    align_corners: bool = False
+    """false: half-pixel centres; true: corner voxels onto corner voxels."""
+
+    @field_validator("orientation")
+    @classmethod
+    def _three_directions(cls, value: str) -> str:
+        if len(value) != 3 or not all(set(value) & set(pair) for pair in ("LR", "PA", "SI")):
+            raise ValueError(f"{value!r} is no orientation; give one each of L/R, P/A and S/I, e.g. LPS")
+        return value
+
+    @field_validator("window")
+    @classmethod
+    def _lower_first(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and value[0] >= value[1]:
+            raise ValueError(f"[{value[0]:g}, {value[1]:g}] is upside down; the lower HU comes first")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _not_a_point(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] == value[1]:
+            raise ValueError(f"both ends are {value[0]:g}; every voxel would become one value")
+        return value
+
+    @field_validator("size", "stride", "spacing")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and min(value) <= 0:
+            raise ValueError(f"{list(value)} must be positive along z, y and x")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PreprocessConfig:
+        if self.fit == "patches" and self.size is None:
+            raise ValueError("fit: patches needs size, the (z, y, x) of one patch")
+        if self.stride is not None and self.fit != "patches":
+            raise ValueError(f"stride: only used with fit: patches, not with fit: {self.fit}")
+        return self
+
+
+class LayerConfig(_Section):
+    """One layer to extract."""
+
+    layer: str
+    """Name, path (`encoder/z_mean`) or glob."""
+    pool: Literal["none", "avg", "max", "avgmax"] | None = None
+    """Over the spatial axes; null = none for rank-2 outputs, avg for feature maps."""
+    as_: str | None = Field(default=None, alias="as")
+    """Name in the output; null = the path with `/` as `.`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+def _layer_from_text(value: Any) -> Any:
+    return {"layer": value} if isinstance(value, str) else value
+
+
+class ModelConfig(_Section):
+    """The trained model and where it is cut."""
+
+    uri: str
+    """.keras, .h5 or SavedModel folder; any fsspec URL."""
+    builder: str | None = None
+    """`package.module:function` or `file.py:function` that returns the model, for weights-only files."""
+    custom_objects: tuple[str, ...] = ()
+    """`file.py:Sampling` or `package.module:Class`."""
+    submodel: str | None = None
+    """Attribute or layer name to cut in, e.g. encoder."""
+    trust: bool = False
+    """true runs Lambda layers and other code stored inside the model file."""
+    layers: tuple[Annotated[LayerConfig, BeforeValidator(_layer_from_text)], ...] = Field(min_length=1)
+    """The layers to extract, all in one pass."""
+    batch_size: int = Field(default=4, ge=1)
+    """Model inputs per call."""
+    allow_stochastic: bool = False
+    """true accepts layers that differ from call to call."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Passed to fsspec for `uri`; never written anywhere."""
+
+
+class OutputConfig(_Section):
+    """Where the tables go."""
+
+    uri: str
+    """Local path or any fsspec URL."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Passed to fsspec and to the Delta log; never written anywhere."""
+    partition_by: tuple[str, ...] = ("layer",)
+    """`layer` first; then columns of `scans` or of the manifest."""
+    keep_versions_days: float = Field(default=0, ge=0)
+    """0: superseded files go right after the commit."""
+
+    @model_validator(mode="after")
+    def _layer_first(self) -> OutputConfig:
+        if not self.partition_by or self.partition_by[0] != "layer":
+            raise ValueError(f"partition_by {list(self.partition_by)} must begin with layer")
+        return self
+
+
+class ActorsConfig(_Section):
+    """The pool that holds the model (engine ray)."""
+
+    min: int = Field(default=1, ge=1)
+    """Actors kept alive."""
+    max: int | None = Field(default=None, ge=1)
+    """Upper bound; null = what the cluster has room for beside decoding."""
+    num_cpus: float = Field(default=1, ge=0)
+    """CPUs each actor claims, and TensorFlow threads it uses (at least one)."""
+    num_gpus: float = Field(default=0, ge=0)
+    """GPUs each actor claims; fractions share one."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ActorsConfig:
+        if self.max is not None and self.max < self.min:
+            raise ValueError(f"max {self.max} is below min: {self.min}")
+        return self
+
+
+class DecodeConfig(_Section):
+    """Reading and preprocessing."""
+
+    num_cpus: float = Field(default=1, gt=0)
+    """CPUs each decode task claims (engine ray)."""
+    memory: int | None = Field(default=None, gt=0)
+    """Bytes each decode task claims (engine ray); null = not claimed."""
+    workers: int | None = Field(default=None, ge=0)
+    """Helper processes (engine inline); null = one per core; 0 = decode in this process, for a debugger."""
+
+
+class RunConfig(_Section):
+    """How to run."""
+
+    engine: Literal["auto", "ray", "inline"] = "auto"
+    """auto takes inline for a handful of scans and no cluster address."""
+    address: str | None = None
+    """Ray address; null = RAY_ADDRESS or a local Ray."""
+    actors: ActorsConfig = ActorsConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+
+class LimitsConfig(_Section):
+    """What is too much."""
+
+    max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
+    """Share of failed scans above which the exit code is 3."""
+    max_voxels: int = Field(default=2_000_000_000, gt=0)
+    """Checked from the header, before anything is allocated."""
+    scan_timeout_s: float = Field(default=600, gt=0)
+    """Seconds one scan may take to be read and preprocessed."""
+    attempts: int = Field(default=3, ge=1)
+    """Tries for a scan whose worker dies."""
+
+
+class PrivacyConfig(_Section):
+    """What may leave a header."""
+
+    dicom_tags: tuple[str, ...] = ()
+    """Further DICOM keywords to copy into the scans table."""
+
+
+class Config(_Section):
+    """A whole run, as checked; `load` makes one."""
+
+    source: SourceConfig
+    preprocess: PreprocessConfig = PreprocessConfig()
+    model: ModelConfig
+    output: OutputConfig
+    run: RunConfig = RunConfig()
+    limits: LimitsConfig = LimitsConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+
+
+ConfigInput = str | os.PathLike[str] | dict[str, Any] | Config
+"""What `load` takes: the path of a YAML file, its content, or a config made earlier."""
+
+
+def load(config: ConfigInput, overrides: list[str] | None = None) -> Config:
+    """Return the checked config.
+
+    Args:
+        config: Path of a YAML file, its content as a dict, or an earlier `Config`.
+        overrides: `key.path=value` texts; values are YAML (`[1, 2]`, `null`, `true`).
+
+    Relative paths in the file are relative to the working directory, as in a shell.
+
+    Raises:
+        ConfigError: Lists every unknown key (with the nearest known one), wrong type and
+            contradiction found.
+    """
+    checked, problems = load_partly(config, overrides)
+    if problems or checked is None:
+        raise ConfigError(problems, name_of(config))
+    return checked
+
+
+def load_partly(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Config | None, list[str]]:
+    """Return what can be used of a config, and every problem found.
+
+    Offending values are replaced by their defaults, so that a caller can go on to look for problems
+    of the source and the model and report all at once. None when too little is left for that.
+
+    Raises:
+        ConfigError: The file cannot be read as YAML at all.
+    """
+    if isinstance(config, Config) and not overrides:
+        return config, []
+    values = _as_dict(config)
+    for override in overrides or []:
+        _apply(values, override)
+    try:
+        return Config.model_validate(values), []
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+    for item in found:
+        _drop(values, item["loc"])
+    with contextlib.suppress(ValidationError):
+        return Config.model_validate(values), [_sentence(item) for item in found]
+    return None, [_sentence(item) for item in found]
+
+
+def name_of(config: ConfigInput) -> str:
+    """Return how messages call this config."""
+    return str(config) if isinstance(config, str | os.PathLike) else "config"
+
+
+def without_secrets(config: Config) -> dict[str, Any]:
+    """Return the config as JSON-ready dict with every storage option and URL credential masked."""
+    values: dict[str, Any] = json.loads(config.model_dump_json(by_alias=True))
+    for section in ("source", "model", "output"):
+        options = values[section].get("storage_options") or {}
+        values[section]["storage_options"] = dict.fromkeys(options, "***")
+        values[section]["uri"] = mask_url(values[section]["uri"])
+    return values
+
+
+def mask_url(uri: str) -> str:
+    """Return `uri` without user, password, query and fragment, which may carry credentials."""
+    if "://" not in uri:
+        return uri
+    parts = urlsplit(uri)
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path, "", ""))
+
+
+def _as_dict(config: ConfigInput) -> dict[str, Any]:
+    if isinstance(config, Config):
+        dumped: dict[str, Any] = config.model_dump(by_alias=True)
+        return dumped
+    if isinstance(config, dict):
+        copied: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(config)))
+        return copied
+    path = Path(config)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no sections; a config has source, model and output at least")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """Return value with paths, tuples and the like as YAML-ready plain types."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {override!r}: expected key.path=value, e.g. model.batch_size=8")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {override!r}: the value is not YAML") from None
+    *parents, last = key.strip().split(".")
+    for name in parents:
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {override!r}: {name} is a value, not a section")
+    values[last] = value
+
+
+def _drop(values: Any, path: tuple[int | str, ...]) -> None:
+    """Remove the value at `path`, or the nearest key of a section above it."""
+    holder, key = values, path[0]
+    for part in path:
+        if not isinstance(values, dict) or part not in values:
+            break
+        holder, key, values = values, part, values[part]
+    if isinstance(holder, dict):
+        holder.pop(key, None)
+
+
+def _sentence(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        return f"{path}: unknown key{_nearest(str(item['loc'][-1]), _known_keys(item['loc'][:-1]))}"
+    if item["type"] == "missing":
+        return f"{path}: missing; this key has no default"
+    if item["type"] == "value_error":
+        return f"{path}: {item['ctx']['error']}"
+    secret = isinstance(item["input"], dict) or {"storage_options", "uri"} & set(item["loc"])
+    got = "" if secret else f" (got {item['input']!r})"
+    return f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}{got}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
+
+
+def _known_keys(path: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Config
+    for part in path:
+        if isinstance(part, int) or part not in model.model_fields:
+            continue
+        model = _section_type(model.model_fields[part].annotation) or model
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    """Return the section inside an annotation such as `tuple[LayerConfig, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (tuple, list, Annotated, Union, UnionType):
+        found = (_section_type(inner) for inner in get_args(annotation))
+        return next((section for section in found if section), None)
+    return None

@@ -1,0 +1,138 @@
+"""Affines in, spacing, orientation letters and reordered views out; no files, no resampling.
+
+One frame everywhere: LPS in mm (x grows to Left, y to Posterior, z to Superior, as in DICOM). An
+affine is 4x4 and maps a voxel index (x, y, z, 1) to millimetres; arrays have axes (z, y, x), so
+affine column i belongs to array axis 2 - i.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import permutations
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featray.errors import Oddity
+
+if TYPE_CHECKING:
+    from featray.ct.volume import Volume
+
+Affine = NDArray[np.float64]
+
+POSITIVE, NEGATIVE = "LPS", "RAI"
+"""Letters of growth along +1 and -1 of the LPS frame's x, y and z."""
+
+OBLIQUE_DEGREES = 0.5
+"""Tables and gantries are level to about this; below it nothing is worth saying."""
+
+SHEAR_DEGREES = 0.1
+"""0.9 mm sideways over a 500 mm volume; rounding in real headers is a thousandth of it."""
+
+ANISOTROPIC_RATIO = 10.0
+"""Largest to smallest spacing; 5 mm slices of 0.7 mm pixels are ordinary, 10 mm ones are not."""
+
+MAX_SPACING_MM = 100.0
+"""Above this the header is wrong, not the scan coarse."""
+
+
+def ras_to_lps(affine_ras: Affine) -> Affine:
+    """Return the affine with millimetres in LPS instead of RAS (NIfTI), or the other way round."""
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine_ras
+
+
+def spacing_zyx(affine_lps: Affine) -> tuple[float, float, float]:
+    """Return mm between voxel centres along array axes z, y and x: the lengths of the columns."""
+    x, y, z = np.linalg.norm(affine_lps[:3, :3], axis=0)
+    return float(z), float(y), float(x)
+
+
+def orientation_letters(affine_lps: Affine) -> str:
+    """Return the patient directions in which x, y and z grow, e.g. `LPS`; nearest axes if oblique."""
+    directions = _directions(affine_lps)
+    return "".join(
+        POSITIVE[axis] if directions[axis, column] > 0 else NEGATIVE[axis]
+        for column, axis in enumerate(_nearest_axes(directions))
+    )
+
+
+def is_oblique(affine_lps: Affine, degrees: float = OBLIQUE_DEGREES) -> bool:
+    """Return whether a voxel axis is more than `degrees` away from its nearest patient axis."""
+    directions = _directions(affine_lps)
+    cosines = [abs(directions[axis, column]) for column, axis in enumerate(_nearest_axes(directions))]
+    return bool(min(cosines) < np.cos(np.radians(degrees)))
+
+
+def is_sheared(affine_lps: Affine, degrees: float = SHEAR_DEGREES) -> bool:
+    """Return whether two voxel axes are more than `degrees` away from a right angle."""
+    directions = _directions(affine_lps)
+    between = directions.T @ directions - np.eye(3)
+    return bool(np.abs(between).max() > np.sin(np.radians(degrees)))
+
+
+def problem(affine_lps: Affine) -> str | None:
+    """Return what makes an affine unusable (not finite, flat, absurd spacing), or None."""
+    if not np.isfinite(affine_lps).all():
+        return "the affine holds values that are not finite"
+    spacing = spacing_zyx(affine_lps)
+    if min(spacing) <= 0 or max(spacing) > MAX_SPACING_MM:
+        text = ", ".join(f"{mm:g}" for mm in spacing)
+        return f"spacing (z, y, x) is {text} mm, expected above 0 and at most {MAX_SPACING_MM:g}"
+    if abs(np.linalg.det(_directions(affine_lps))) < 1e-3:
+        return "the affine is singular: two voxel axes point the same way"
+    return None
+
+
+def oddities(affine_lps: Affine) -> tuple[str, ...]:
+    """Return the warning codes that an accepted geometry earns: `oblique`, `anisotropic`."""
+    spacing = spacing_zyx(affine_lps)
+    found = {
+        Oddity.OBLIQUE: is_oblique(affine_lps),
+        Oddity.ANISOTROPIC: max(spacing) / min(spacing) > ANISOTROPIC_RATIO,
+    }
+    return tuple(code.value for code, present in found.items() if present)
+
+
+def reorient(volume: Volume, orientation: str) -> Volume:
+    """Return the volume as a view whose x, y and z grow along `orientation`, e.g. `LPS`.
+
+    Only permutes and flips: no voxel value changes, and each voxel keeps its place in mm (the
+    affine follows). An oblique volume goes to the nearest axes and stays oblique.
+    """
+    have = orientation_letters(volume.affine_lps)
+    columns = [_column_of(have, letter) for letter in orientation]
+    flips = [have[column] != letter for column, letter in zip(columns, orientation, strict=True)]
+    voxels = volume.voxels_zyx.transpose([2 - column for column in reversed(columns)])
+    voxels = voxels[tuple(slice(None, None, -1 if flip else 1) for flip in reversed(flips))]
+    return replace(volume, voxels_zyx=voxels, affine_lps=_moved(volume, columns, flips))
+
+
+def _moved(volume: Volume, columns: list[int], flips: list[bool]) -> Affine:
+    affine = volume.affine_lps.copy()
+    affine[:, :3] = volume.affine_lps[:, columns]
+    for axis, (column, flip) in enumerate(zip(columns, flips, strict=True)):
+        if flip:
+            last = volume.voxels_zyx.shape[2 - column] - 1
+            affine[:, 3] += affine[:, axis] * last
+            affine[:, axis] *= -1
+    return affine
+
+
+def _column_of(letters: str, wanted: str) -> int:
+    pair = next(pair for pair in zip(POSITIVE, NEGATIVE, strict=True) if wanted in pair)
+    return next(column for column, letter in enumerate(letters) if letter in pair)
+
+
+def _directions(affine_lps: Affine) -> Affine:
+    columns = affine_lps[:3, :3]
+    return np.asarray(columns / np.linalg.norm(columns, axis=0), dtype=np.float64)
+
+
+def _nearest_axes(directions: Affine) -> tuple[int, ...]:
+    """Return for each voxel axis its patient axis: the assignment with the largest sum of |cosines|.
+
+    All three are chosen together, so no patient axis is named twice, even at 45 degrees.
+    """
+    weights = np.abs(directions)
+    return max(permutations(range(3)), key=lambda axes: sum(weights[axes[i], i] for i in range(3)))

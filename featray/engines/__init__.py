@@ -1,0 +1,53 @@
+"""Engines: the same stages, run by this process and its helpers (`inline`) or by Ray Data (`ray`).
+
+An engine moves scans through decode, extract and write, and yields receipts. It knows nothing of CT,
+of the model or of the tables, and never commits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import pyarrow as pa
+
+from featray.schema import Receipt, Scan
+from featray.stages.decode import Decoder
+from featray.stages.extract import Extractor
+
+
+@dataclass(frozen=True)
+class Stages:
+    """What an engine runs, in this order; all but `extractor` is picklable.
+
+    Attributes:
+        decode: Scan → Decoded; never raises.
+        extractor: The model as this process holds it.
+        load_extractor: Called once in every other process that is to hold it.
+        write: Arrow rows of extracted scans → Receipt.
+        batch_scans: Scans handed to the model at once.
+        scans_per_file: Scans whose features share a file, and so the grain of a commit.
+    """
+
+    decode: Decoder
+    extractor: Extractor
+    load_extractor: Callable[[], Extractor]
+    write: Callable[[pa.Table], Receipt]
+    batch_scans: int
+    scans_per_file: int
+
+
+class Engine(Protocol):
+    """One way to run the stages; used as a context manager that starts and stops its processes."""
+
+    name: str
+
+    def __enter__(self) -> Engine: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
+        """Yield receipts that together hold a record of every scan, unless `stop` is set."""
+        ...

@@ -1,0 +1,250 @@
+"""Engine `ray`: decode in tasks, the model in a pool of actors, writing in tasks, on Ray Data.
+
+The only file that imports Ray. Rows between the stages: a listed scan as JSON → its record, tensor
+and origins → its record and features → one receipt per file's worth of scans.
+
+A scan that kills its process would be retried by Ray for ever. So tries are bounded, and a first,
+strict pass that meets such a scan stops; a second pass takes what is left one scan at a time and
+loses only the guilty ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from featray.config import LimitsConfig, RunConfig
+from featray.engines import Stages
+from featray.errors import FeatrayError, Reason
+from featray.schema import Decoded, Receipt, Scan, ScanRecord
+from featray.stages.decode import Decoder
+from featray.stages.extract import extract
+
+log = logging.getLogger(__name__)
+
+WRITE_CPUS = 0.001
+"""What a writer claims: it is rare and short, and must never wait behind decoding."""
+_SUSPECTS = 20
+"""More scans than this left after both passes means a broken cluster, not broken scans."""
+
+
+class RayEngine:
+    """See the module."""
+
+    name = "ray"
+
+    def __init__(self, run: RunConfig, limits: LimitsConfig) -> None:
+        self._run, self._limits = run, limits
+        self._started = False
+
+    def __enter__(self) -> RayEngine:
+        """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one."""
+        import ray
+
+        if not ray.is_initialized():
+            ray.init(address=self._run.address, log_to_driver=False, logging_level=logging.ERROR,
+                     **_local_options(self._run.address))  # fmt: skip
+            self._started = True
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the cluster; one that this engine started ends."""
+        import ray
+
+        if self._started:
+            ray.shutdown()
+
+    def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
+        """Yield receipts in order of completion; the second pass isolates scans that kill their worker."""
+        left = {scan.scan_id: scan for scan in scans}
+        for strict in (True, False):
+            with _crashes_logged():
+                for receipt in self._pass(list(left.values()), stages, strict):
+                    for record in receipt.records:
+                        del left[record.scan_id]
+                    yield receipt
+                    if stop.is_set():
+                        return
+            if not left:
+                return
+        if len(left) > _SUSPECTS and len(left) == len(scans):
+            raise FeatrayError("no scan came through: the workers die; see the Ray logs of this session")
+        yield _given_up(list(left.values()), stages, self._limits.attempts)
+
+    def _pass(self, scans: list[Scan], stages: Stages, strict: bool) -> Iterator[Receipt]:
+        dataset = self._dataset(scans, stages, strict)
+        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for text in batch["receipt"].to_pylist():
+                yield Receipt.from_json(text)
+
+    def _dataset(self, scans: list[Scan], stages: Stages, strict: bool) -> Any:
+        """Return the lazy pipeline; it runs when its receipts are read."""
+        import ray
+
+        _configure(strict)
+        actors, retries = self._run.actors, self._limits.attempts - 1
+        return (
+            ray.data.from_items([{"scan": scan.to_json()} for scan in scans], override_num_blocks=len(scans))
+            .map(
+                _DecodeRow(stages.decode, self._limits.scan_timeout_s),
+                num_cpus=_decode_cpus(self._run),
+                memory=self._run.decode.memory,
+                max_retries=retries,
+            )
+            .map_batches(
+                _ExtractBatch,
+                fn_constructor_args=[stages.load_extractor],
+                batch_size=stages.batch_scans if strict else 1,
+                compute=ray.data.ActorPoolStrategy(min_size=actors.min, max_size=_max_actors(self._run)),
+                num_cpus=actors.num_cpus,
+                num_gpus=actors.num_gpus or None,
+                max_task_retries=retries,
+            )
+            .map_batches(
+                _WriteBatch(stages.write),
+                batch_size=stages.scans_per_file if strict else 1,
+                batch_format="pyarrow",
+                num_cpus=WRITE_CPUS,
+                max_retries=retries,
+            )
+        )
+
+
+class _DecodeRow:
+    """Row of a listed scan → row of a model input."""
+
+    def __init__(self, decode: Decoder, timeout_s: float) -> None:
+        self._decode, self._timeout_s = decode, timeout_s
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        scan = Scan.from_json(row["scan"])
+        try:
+            with _alarm(self._timeout_s):
+                decoded = self._decode(scan)
+        except TimeoutError:
+            message = f"no result after {self._timeout_s:g} s (limits.scan_timeout_s)"
+            decoded = self._decode.failed(scan, Reason.TIMEOUT, message, 1)
+        return {"record": decoded.record.to_json(), "tensor": decoded.tensor_nzyx, "origins": decoded.origins}
+
+
+class _ExtractBatch:
+    """Rows of model inputs → rows of features; holds the model."""
+
+    def __init__(self, load_extractor: Any) -> None:
+        self._extractor = load_extractor()
+
+    def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
+        decoded = [
+            Decoded(ScanRecord.from_json(record), np.asarray(tensor), np.asarray(origins))
+            for record, tensor, origins in zip(
+                batch["record"], batch["tensor"], batch["origins"], strict=True
+            )
+        ]
+        return extract(self._extractor, decoded)
+
+
+class _WriteBatch:
+    """Rows of features → one receipt."""
+
+    def __init__(self, write: Any) -> None:
+        self._write = write
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.table({"receipt": [self._write(table).to_json()]})
+
+
+def _given_up(scans: list[Scan], stages: Stages, attempts: int) -> Receipt:
+    message = f"its worker died in each of {attempts} attempts"
+    decoded = [stages.decode.failed(scan, Reason.WORKER_CRASH, message, attempts) for scan in scans]
+    return Receipt((), tuple(scan.record for scan in decoded))
+
+
+@contextlib.contextmanager
+def _crashes_logged() -> Iterator[None]:
+    """Let a pass end early when workers die; anything else, such as a bug, passes through."""
+    from ray import exceptions
+    from ray.data.exceptions import ExecutionTimeoutError
+
+    crashes = (
+        exceptions.ActorDiedError,
+        exceptions.ActorUnavailableError,
+        exceptions.ObjectLostError,
+        exceptions.OutOfMemoryError,
+        exceptions.WorkerCrashedError,
+        ExecutionTimeoutError,
+    )
+    try:
+        yield
+    except crashes as error:
+        log.warning("a pass stopped early: %s; what it finished is kept", type(error).__name__)
+
+
+@contextlib.contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the main thread after `seconds`; elsewhere there is no limit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ring(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _decode_cpus(run: RunConfig) -> float:
+    """Return what a decode task claims, never equal to an actor's claim.
+
+    Equal claims would make Ray fuse decoding into the actor and so run it behind the model.
+    """
+    claim = run.decode.num_cpus
+    return claim - WRITE_CPUS if claim == run.actors.num_cpus and not run.actors.num_gpus else claim
+
+
+def _max_actors(run: RunConfig) -> int:
+    """Return the pool's upper bound: as asked, or what leaves most CPUs to decoding."""
+    import ray
+
+    actors = run.actors
+    if actors.max is not None:
+        return actors.max
+    resources = ray.cluster_resources()
+    if actors.num_gpus:
+        return max(actors.min, int(resources.get("GPU", 0) / actors.num_gpus))
+    # Decoding a scan costs two to three times the CPU of a small 3-D encoder; a third is the model's.
+    return max(actors.min, int(resources.get("CPU", 1) / 3 / max(actors.num_cpus, 0.1)))
+
+
+def _configure(strict: bool) -> None:
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.actor_init_retry_on_errors = True
+    context.actor_init_max_retries = 3
+    context.max_consecutive_actor_init_deaths = 3
+    context.max_errored_blocks = 0 if strict else -1
+    context.wait_for_min_actors_s = -1
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def _local_options(address: str | None) -> dict[str, Any]:
+    if address or os.environ.get("RAY_ADDRESS"):
+        return {}
+    return {"include_dashboard": False}

@@ -1,0 +1,141 @@
+"""`featray plan`: what is to be done, and what it will take, from a sample of the user's own scans.
+
+Changes nothing: the sample's features are thrown away.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import psutil
+
+from featray.config import ConfigInput
+from featray.dataset import Dataset
+from featray.pipeline import Job, check, choose_engine
+from featray.schema import Scan
+from featray.stages.extract import extract
+from featray.storage import Store
+
+SAMPLE = 3
+"""Scans decoded for the estimate: of small, middle and large size."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the run is expected to take; all from a sample, so a guide and no promise.
+
+    Attributes:
+        sampled: Scans the figures come from; 0 means there was none to sample.
+        decode_s: CPU seconds to read, decode and preprocess one scan.
+        infer_s: Wall seconds of the model for one scan on this machine.
+        scans_per_s: On this machine's cores, start-up apart.
+        seconds: For all that is to do.
+        output_bytes: Values of all layers, before compression.
+        memory_bytes: Peak of this process in the sample; each worker needs about that.
+    """
+
+    sampled: int = 0
+    decode_s: float = 0.0
+    infer_s: float = 0.0
+    scans_per_s: float = 0.0
+    seconds: float = 0.0
+    output_bytes: int = 0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """Counts by state, what `extract` would do, and the estimate."""
+
+    counts: dict[str, int]
+    found: int
+    todo: int
+    recipe: str
+    engine: str
+    layers: tuple[str, ...]
+    ignored: dict[str, int] = field(default_factory=dict)
+    estimate: Estimate = field(default_factory=Estimate)
+
+    def text(self) -> str:
+        """Return the plan for a person."""
+        states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in self.counts.items())
+        lines = [f"found {self.found} scans: {states}"]
+        if not self.todo:
+            return "\n".join([*lines, "nothing to do"])
+        guess = self.estimate
+        lines.append(
+            f"to do: {self.todo} scans, {len(self.layers)} layers, engine {self.engine}, recipe {self.recipe}"
+        )
+        if guess.sampled:
+            lines.append(
+                f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, {guess.seconds:.0f} s, "
+                f"{guess.output_bytes / 1e6:.1f} MB of values, {guess.memory_bytes / 1e9:.1f} GB per process"
+            )
+        return "\n".join(lines)
+
+
+def plan(config: ConfigInput, overrides: list[str] | None = None) -> PlanReport:
+    """Return what `extract` would find and do; writes nothing.
+
+    Raises:
+        UsageError: The config, the source or the model cannot be used; lists every problem.
+    """
+    started = time.time()
+    checked, listing = check(config, overrides)
+    dataset = Dataset(Store(checked.output.uri, checked.output.storage_options))
+    engine = choose_engine(checked, len(listing.scans)).name
+    job = Job.prepare(checked, engine, started)
+    found = job.plan(listing, dataset)
+    readable = [scan for scan in found.todo if scan.reason is None]
+    return PlanReport(
+        counts=found.counts,
+        found=len(listing.scans),
+        todo=len(found.todo),
+        recipe=job.run.recipe_id,
+        engine=engine,
+        layers=job.run.layers,
+        ignored=listing.ignored,
+        estimate=_estimate(job, dataset, readable),
+    )
+
+
+def _estimate(job: Job, dataset: Dataset, scans: Sequence[Scan]) -> Estimate:
+    stages = job.stages(dataset, len(scans))
+    decoded = [stages.decode(scan) for scan in _spread(scans)]
+    good = [scan for scan in decoded if scan.record.status == "ok"]
+    if not good:
+        return Estimate()
+    extract(stages.extractor, good)
+    decode_s = _mean([scan.record.read_s + scan.record.decode_s + scan.record.preprocess_s for scan in good])
+    infer_s = _mean([scan.record.infer_s for scan in good])
+    # Decoding keeps one core busy, the model all of them; together they share the cores.
+    scans_per_s = 1 / (decode_s / _cores() + infer_s)
+    patches = _mean([float(scan.record.patches) for scan in good])
+    values = sum(layer.values for layer in job.extractor.layers)
+    return Estimate(
+        sampled=len(good),
+        decode_s=decode_s,
+        infer_s=infer_s,
+        scans_per_s=scans_per_s,
+        seconds=len(scans) / scans_per_s,
+        output_bytes=int(4 * values * patches * len(scans)),
+        memory_bytes=psutil.Process().memory_info().rss,
+    )
+
+
+def _spread(scans: Sequence[Scan]) -> list[Scan]:
+    """Return up to SAMPLE scans spread over the sizes."""
+    by_size = sorted(scans, key=lambda scan: scan.size)
+    step = max(1, len(by_size) / SAMPLE)
+    return [by_size[int((index + 0.5) * step)] for index in range(min(SAMPLE, len(by_size)))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

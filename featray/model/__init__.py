@@ -1,0 +1,11 @@
+"""The Keras side: load a trained model, list its layers, cut it, run it on arrays.
+
+In: a `ModelConfig` and float32 batches. Out: one float32 array per chosen layer. Knows nothing
+of scans, Ray or tables; importing it does not import TensorFlow.
+"""
+
+from featray.model.cut import CutLayer, Extractor, check
+from featray.model.describe import LayerInfo, list_layers
+from featray.model.saved import ModelPeek, peek
+
+__all__ = ["CutLayer", "Extractor", "LayerInfo", "ModelPeek", "check", "list_layers", "peek"]

@@ -1,0 +1,403 @@
+"""A trained model as a function from volumes to the values of several layers, in one pass.
+
+In: a `ModelConfig` and float32 batches (n, z, y, x). Out: one float32 array per output, first
+axis n. Nothing behind the deepest chosen layer is computed. Knows nothing of scans or tables.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from featray.config import LayerConfig, ModelConfig
+from featray.errors import ConfigError, ModelError
+from featray.model import load, runtime, trace
+from featray.model.trace import Tap
+
+Pool = Literal["none", "avg", "max", "avgmax"]
+Batch = NDArray[np.float32]
+
+# Two calls of one graph on one input agree far below this; sampled noise lies far above.
+_SAME = 1e-5
+
+
+@dataclass(frozen=True)
+class CutLayer:
+    """One output of the cut model.
+
+    Attributes:
+        name: Of the output: the config's `as`, else the path as written with `/` as `.`.
+        path: Where the model was tapped, `encoder/conv_1`.
+        pool: Pooling over the spatial axes.
+        shape: Of one value before flattening, without batch axis, after pooling.
+        values: Numbers per input.
+        class_name: Of the Keras layer.
+    """
+
+    name: str
+    path: str
+    pool: Pool
+    shape: tuple[int, ...]
+    values: int
+    class_name: str
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """One output asked for, and the tap that answers."""
+
+    name: str
+    tap: Tap
+    pool: Pool
+
+
+class Extractor:
+    """The cut model, loaded, traced once and warm.
+
+    Attributes:
+        layers: The outputs, in the order of the config.
+        input_zyx: Voxels of one input.
+        sha256: Over model, builder and custom code; `files` has them one by one.
+        versions: Of keras and tensorflow.
+    """
+
+    layers: tuple[CutLayer, ...]
+    input_zyx: tuple[int, int, int]
+    sha256: str
+    files: dict[str, str]
+    versions: dict[str, str]
+
+    def __init__(
+        self,
+        spec: ModelConfig | Mapping[str, Any],
+        *,
+        input_zyx: tuple[int, int, int] | None = None,
+        threads: int | None = None,
+    ) -> None:
+        """Load, resolve and check everything, then trace and warm up.
+
+        Args:
+            spec: The `model` section of a config. With `submodel`, that part is called on the
+                input itself: what the outer model does before it is not applied.
+            input_zyx: Voxels of one input; null takes the model's own.
+            threads: CPU threads TensorFlow may use.
+
+        Raises:
+            ModelError: Lists every problem: input size, unknown or unusable layers with near
+                matches, output names given twice, outputs that differ from call to call.
+        """
+        self._spec = as_spec(spec)
+        runtime.configure(threads)
+        import keras
+        import tensorflow as tf
+
+        loaded = load.load_model(self._spec, (*input_zyx, 1) if input_zyx else None)
+        self._model = load.submodel(loaded.model, self._spec.submodel)
+        self._shape, problems = input_shape(self._model, input_zyx)
+        choices = _choose(self._spec, trace.survey(self._model, self._shape), problems)
+        self._extract = self._capture(choices)
+        self.layers = tuple(self._warm_up(choices, problems))
+        if problems:
+            raise ModelError(problems, self._spec.uri.rpartition("/")[2])
+        self.input_zyx = self._shape[0], self._shape[1], self._shape[2]
+        self.sha256, self.files = loaded.sha256, loaded.files
+        self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
+        self._compute_dtypes = sorted({choice.tap.layer.compute_dtype for choice in choices})
+
+    def __call__(self, batch: Batch) -> dict[str, Batch]:
+        """Return {output name: float32 (n, *shape)} for any n, in model batches of the config's size.
+
+        Args:
+            batch: float32 (n, z, y, x), or with a last axis of one channel; already windowed
+                and scaled as the model expects.
+
+        Raises:
+            ValueError: The batch has another shape, or is not floating point.
+        """
+        inputs = self._as_inputs(batch)
+        size = self._spec.batch_size
+        parts = [self._run(inputs[start : start + size]) for start in range(0, len(inputs), size)]
+        return {
+            layer.name: np.concatenate(
+                [part[layer.name] for part in parts] or [np.empty((0, *layer.shape), np.float32)]
+            )
+            for layer in self.layers
+        }
+
+    def recipe_part(self) -> dict[str, Any]:
+        """Return what of the model decides the values, JSON-ready; layer order does not matter."""
+        outputs = [{"name": layer.name, "path": layer.path, "pool": layer.pool} for layer in self.layers]
+        return {
+            "sha256": self.sha256,
+            "submodel": self._spec.submodel,
+            "layers": sorted(outputs, key=lambda output: output["name"]),
+            "compute_dtype": self._compute_dtypes,
+        }
+
+    def _as_inputs(self, batch: Batch) -> Batch:
+        wanted = tuple(self._shape)
+        if batch.ndim == len(wanted) and wanted[-1] == 1:
+            batch = batch[..., np.newaxis]
+        if batch.shape[1:] != wanted or not np.issubdtype(batch.dtype, np.floating):
+            raise ValueError(
+                f"expected float32 (n, {', '.join(map(str, wanted))}) with or without the channel axis, "
+                f"got {batch.dtype} {batch.shape}"
+            )
+        return np.ascontiguousarray(batch, np.float32)
+
+    def _run(self, inputs: Batch) -> dict[str, Batch]:
+        import tensorflow as tf
+
+        return {name: value.numpy() for name, value in self._extract(tf.constant(inputs)).items()}
+
+    def _capture(self, choices: Sequence[_Choice]) -> Any:
+        if not choices:
+            return None
+
+        def finish(tensors: dict[str, Any]) -> dict[str, Any]:
+            return {
+                choice.name: pooled(tensors[choice.tap.key], choice.pool, choice.tap) for choice in choices
+            }
+
+        return trace.capture(self._model, [choice.tap.key for choice in choices], self._shape, finish)
+
+    def _warm_up(self, choices: Sequence[_Choice], problems: list[str]) -> list[CutLayer]:
+        """Run the cut model on random input; note what varies and learn the true shapes."""
+        if not choices:
+            return []
+        twin, mixed = probe_batches(self._shape)
+        first, second = self._run(twin), self._run(mixed)
+        layers = []
+        for choice in choices:
+            value = first[choice.name]
+            if len(value) != len(twin):
+                problems.append(f"layers: {choice.tap.path!r} gives {len(value)} rows for {len(twin)} inputs")
+            elif varies(value, second[choice.name]) and not self._spec.allow_stochastic:
+                problems.append(
+                    f"layers: {choice.tap.path!r} gives other values for the same input from call to call (it "
+                    "samples, or looks at the rest of the batch); take the layer that feeds it, such as z_mean, "
+                    "or set model.allow_stochastic: true"
+                )
+            shape, kind = value.shape[1:], type(choice.tap.layer).__name__
+            layers.append(CutLayer(choice.name, choice.tap.path, choice.pool, shape, math.prod(shape), kind))
+        return layers
+
+
+def check(spec: ModelConfig | Mapping[str, Any], input_zyx: tuple[int, int, int] | None) -> None:
+    """Raise the ModelError that extracting with this model would raise; see `Extractor`."""
+    Extractor(spec, input_zyx=input_zyx)
+
+
+def as_spec(spec: ModelConfig | Mapping[str, Any]) -> ModelConfig:
+    """Return a checked `model` section.
+
+    Raises:
+        ConfigError: Lists every unknown key and wrong value.
+    """
+    if isinstance(spec, ModelConfig):
+        return spec
+    try:
+        return ModelConfig.model_validate(dict(spec))
+    except ValidationError as error:
+        problems = [
+            f"model.{'.'.join(map(str, item['loc']))}: {item['msg']}"
+            for item in error.errors(include_url=False)
+        ]
+        raise ConfigError(problems, "model") from None
+
+
+def input_shape(model: Any, input_zyx: tuple[int, int, int] | None) -> tuple[tuple[int, ...], list[str]]:
+    """Return the shape of one input (without batch axis) to trace with, and what is wrong with it.
+
+    When the asked size does not fit, the model's own is returned beside the problem, so that
+    the layers can still be checked.
+
+    Raises:
+        ModelError: There is no size to trace with.
+    """
+    declared = declared_inputs(model)
+    if len(declared) > 1:
+        raise ModelError(
+            f"{model.name!r} takes {len(declared)} inputs {declared}; featray feeds one volume: "
+            "set model.submodel to the part that takes only the volume"
+        )
+    own = declared[0] if declared else None
+    if input_zyx is not None and (own is None or _fits(own, (*input_zyx, 1))):
+        return (*input_zyx, 1), []
+    if input_zyx is not None and own is not None and _fits(own, input_zyx):
+        return input_zyx, []
+    if own is None:
+        raise ModelError(f"{model.name!r} does not say what input it takes; give its size (z, y, x)")
+    if input_zyx is None and None in own:
+        raise ModelError(f"{model.name!r} takes inputs of any size {_shown(own)}; give the size (z, y, x)")
+    problem = _misfit(model, own, input_zyx)
+    if None in own:
+        raise ModelError(problem)
+    return tuple(int(size) for size in own if size is not None), [problem] if problem else []
+
+
+def declared_inputs(model: Any) -> list[tuple[int | None, ...]]:
+    """Return the shape, without batch axis, of each input the model declares; [] when it does not."""
+    try:
+        return [tuple(tensor.shape)[1:] for tensor in model.inputs]
+    except AttributeError:  # subclassed, or sequential and not built: Keras has no such attribute
+        built_for = (model.get_build_config() or {}).get("input_shape")
+    is_one = isinstance(built_for, list | tuple) and all(
+        size is None or isinstance(size, int) for size in built_for
+    )
+    return [tuple(built_for)[1:]] if is_one and built_for else []
+
+
+def default_pool(tap: Tap) -> Pool:
+    """Return `avg` for feature maps, `none` for what has no spatial axes."""
+    return "avg" if len(tap.shape) > 2 else "none"
+
+
+def pooled(tensor: Any, pool: Pool, tap: Tap) -> Any:
+    """Return a float32 tensor (n, …) after pooling over the spatial axes; `avgmax` is [avg, max].
+
+    Channels are the last axis unless the layer itself says channels_first.
+    """
+    import tensorflow as tf
+
+    value = tf.cast(tensor, tf.float32)
+    if value.shape.rank == 1:
+        return value[:, tf.newaxis]
+    first = getattr(tap.layer, "data_format", None) == "channels_first"
+    axes = list(range(2, value.shape.rank)) if first else list(range(1, value.shape.rank - 1))
+    average, largest = tf.reduce_mean(value, axes), tf.reduce_max(value, axes)
+    return {"none": value, "avg": average, "max": largest, "avgmax": tf.concat([average, largest], -1)}[pool]
+
+
+def probe_batches(shape: Sequence[int]) -> tuple[Batch, Batch]:
+    """Return two random batches of two, [a, a] and [a, b]: three times the same input, two calls."""
+    a, b = np.random.default_rng(0).random((2, *shape), np.float32)
+    return np.stack([a, a]), np.stack([a, b])
+
+
+def varies(twin: NDArray[Any], mixed: NDArray[Any]) -> bool:
+    """Return whether values differ for one input; arguments are the results of `probe_batches`."""
+    one = twin[0]
+    scale = _SAME * float(np.nanmax(np.abs(one), initial=0.0))
+    return not all(
+        np.allclose(one, other, rtol=0, atol=scale, equal_nan=True) for other in (twin[1], mixed[0])
+    )
+
+
+def _fits(own: tuple[int | None, ...], asked: tuple[int, ...]) -> bool:
+    return len(own) == len(asked) and all(o in (None, a) for o, a in zip(own, asked, strict=True))
+
+
+def _shown(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+
+
+def _misfit(model: Any, own: tuple[int | None, ...], input_zyx: tuple[int, int, int] | None) -> str:
+    if input_zyx is not None:
+        return (
+            f"size: the model {model.name!r} takes {_shown(own)}, preprocess.size gives {_shown((*input_zyx, 1))} "
+            "(z, y, x, channel); make them equal"
+        )
+    if len(own) != 4 or own[-1] != 1:
+        return f"size: the model {model.name!r} takes {_shown(own)}; featray feeds volumes (z, y, x) of one channel"
+    return ""
+
+
+def _choose(spec: ModelConfig, taps: list[Tap], problems: list[str]) -> list[_Choice]:
+    choices: list[_Choice] = []
+    for layer in spec.layers:
+        text = _below(layer.layer, spec.submodel, taps)
+        try:
+            choices += _answers(layer, text, taps)
+        except ModelError as error:
+            problems += error.problems
+    twice = [name for name, count in Counter(choice.name for choice in choices).items() if count > 1]
+    problems += [f"layers: two outputs are named {name!r}; tell them apart with `as`" for name in twice]
+    return list({choice.name: choice for choice in choices}.values())
+
+
+def _below(text: str, submodel: str | None, taps: list[Tap]) -> str:
+    """Return the path relative to the submodel; full paths are welcome too."""
+    inside = f"{submodel}/" if submodel else ""
+    is_full = bool(inside) and text.startswith(inside) and not find(text, taps)
+    return text[len(inside) :] if is_full else text
+
+
+def _answers(layer: LayerConfig, text: str, taps: list[Tap]) -> list[_Choice]:
+    found = find(text, taps)
+    many = _is_glob(text)
+    if not found:
+        raise ModelError(f"layers: {layer.layer!r} is not in the model{_near(text, taps)}")
+    if len(found) > 1 and not many:
+        paths = ", ".join(tap.path for tap in found)
+        raise ModelError(f"layers: {layer.layer!r} stands for {len(found)} values; name one of: {paths}")
+    if len(found) > 1 and layer.as_:
+        raise ModelError(
+            f"layers: as: {layer.as_!r} names one output, but {layer.layer!r} matches {len(found)} layers"
+        )
+    if layer.as_ and "/" in layer.as_:
+        raise ModelError(f"layers: as: {layer.as_!r} must not contain '/'")
+    problems = [line for tap in found if (line := _unusable(tap, layer))]
+    if problems:
+        raise ModelError(problems)
+    names = [layer.as_ or (tap.path if many else layer.layer).replace("/", ".") for tap in found]
+    return [
+        _Choice(name, tap, layer.pool or default_pool(tap)) for name, tap in zip(names, found, strict=True)
+    ]
+
+
+def _unusable(tap: Tap, layer: LayerConfig) -> str:
+    if tap.problem:
+        return f"layers: {tap.path!r} {tap.problem}"
+    if layer.pool not in (None, "none") and len(tap.shape) <= 2:
+        return (
+            f"layers: pool: {layer.pool} of {tap.path!r} needs a feature map, but it gives {list(tap.shape[1:])} "
+            "values without spatial axes; leave pool out"
+        )
+    return ""
+
+
+def find(text: str, taps: list[Tap]) -> list[Tap]:
+    """Return the taps that a name, path or glob stands for, in model order.
+
+    A path is tried from the model's top; failing that, a path without wildcards may also be the
+    end of a longer one (`z_mean` for `encoder/z_mean`). `*` does not cross `/`.
+    """
+    asked = text.split("/")
+    exact = [tap for tap in taps if len(tap.parts) == len(asked) and _matches(asked, tap)]
+    if exact or _is_glob(text):
+        return exact
+    return [tap for tap in taps if len(tap.parts) > len(asked) and _matches(asked, tap)]
+
+
+def _matches(asked: list[str], tap: Tap) -> bool:
+    """Compare from the end; `name` also stands for its calls `name#2` and outputs `name:0`."""
+    parts = tap.parts[-len(asked) :]
+    return all(
+        any(fnmatchcase(name, one) or (name.startswith(one) and name[len(one)] in "#:") for name in names)
+        for one, names in zip(asked, parts, strict=True)
+    )
+
+
+def _is_glob(text: str) -> bool:
+    return any(letter in text for letter in "*?[")
+
+
+def _near(text: str, taps: list[Tap]) -> str:
+    paths = list(dict.fromkeys(tap.path for tap in taps))
+    ends = {path.rpartition("/")[2]: path for path in reversed(paths)}
+    close = difflib.get_close_matches(text, paths, n=3, cutoff=0.6)
+    close += [ends[end] for end in difflib.get_close_matches(text.rpartition("/")[2], ends, n=3, cutoff=0.6)]
+    if close:
+        return f"; did you mean {', '.join(list(dict.fromkeys(close))[:3])}?"
+    more = ", …" if len(paths) > 12 else ""
+    return f"; it has: {', '.join(paths[:12])}{more} (`featray layers` lists all)"

@@ -1,0 +1,124 @@
+"""Brings one file (model, weights, custom code) to this node.
+
+In: a local path or fsspec URL. Out: a path on this node and the sha256 of its bytes. Remote
+files land once per node in a cache, under a lock; local ones are used in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import fsspec
+from filelock import FileLock
+from fsspec.core import url_to_fs
+
+from featray.config import mask_url
+from featray.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file of this node.
+
+    Attributes:
+        path: Where it lies.
+        sha256: Hex digest of its bytes.
+    """
+
+    path: Path
+    sha256: str
+
+
+def local_file(uri: str, storage_options: Mapping[str, Any] | None = None) -> LocalFile:
+    """Return `uri` as a file of this node, downloading it at most once per node and version.
+
+    The cache is the folder FEATRAY_CACHE, else `featray` in XDG_CACHE_HOME or ~/.cache. An entry
+    belongs to one version of the remote file (its size, etag, time) and is checked against the
+    sha256 taken at download each time it is used.
+
+    Raises:
+        ModelError: The file is missing, is a folder, or cannot be read.
+    """
+    shown = _shown(uri)
+    try:
+        filesystem, path = url_to_fs(uri, **dict(storage_options or {}))
+        _refuse_folder(filesystem, path, shown)
+        if "file" in _protocols(filesystem):
+            return LocalFile(Path(path), sha256_of(Path(path)))
+        return _cached(filesystem, path, uri)
+    except FileNotFoundError:
+        raise ModelError(f"{shown}: no such file; relative paths start at the working directory") from None
+    except ModelError:
+        raise
+    except Exception as error:  # each store raises its own kinds
+        # Their text may carry a URL with credentials: name the kind only.
+        raise ModelError(
+            f"{shown}: cannot be read ({type(error).__name__}); check the address and access"
+        ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hex sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _shown(uri: str) -> str:
+    return mask_url(uri) if "://" in uri else Path(uri).name
+
+
+def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
+    protocol = filesystem.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _refuse_folder(filesystem: fsspec.AbstractFileSystem, path: str, shown: str) -> None:
+    if not filesystem.isdir(path):
+        return
+    if filesystem.exists(f"{path.rstrip('/')}/saved_model.pb"):
+        raise ModelError(
+            f"{shown}: a SavedModel holds only its exported endpoints, no inner layers to cut at; "
+            "save the model with model.save('NAME.keras') instead and give that file"
+        )
+    raise ModelError(f"{shown}: a folder, not a model; give the .keras or .h5 file in it")
+
+
+def _cached(filesystem: fsspec.AbstractFileSystem, path: str, uri: str) -> LocalFile:
+    version = f"{mask_url(uri)} {filesystem.ukey(path)}"
+    folder = _cache_folder() / hashlib.sha256(version.encode()).hexdigest()[:32]
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / PurePosixPath(path).name
+    digest = folder / "sha256"
+    with FileLock(folder / "lock"):
+        if digest.exists() and target.exists():
+            if sha256_of(target) == digest.read_text():
+                return LocalFile(target, digest.read_text())
+            log.warning("%s changed inside the cache; fetching it again", target.name)
+        _download(filesystem, path, target)
+        digest.write_text(sha256_of(target))
+        return LocalFile(target, digest.read_text())
+
+
+def _download(filesystem: fsspec.AbstractFileSystem, path: str, target: Path) -> None:
+    """Download beside `target`, then rename: a killed download leaves no half file behind."""
+    partial = target.with_name("partial")
+    filesystem.get_file(path, str(partial))
+    expected, got = filesystem.info(path).get("size"), partial.stat().st_size
+    if expected is not None and expected != got:
+        raise OSError(f"{expected} bytes expected, {got} came")
+    partial.replace(target)
+
+
+def _cache_folder() -> Path:
+    chosen = os.environ.get("FEATRAY_CACHE")
+    if chosen:
+        return Path(chosen) / "models"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "featray" / "models"

@@ -1,0 +1,279 @@
+"""From a `ModelConfig` to a Keras model in memory, with the sha256 of everything that made it.
+
+In: where the model lies and which custom code it may use. Out: the built or loadable model.
+Code stored in a file runs only when the config allows it. Knows nothing of cutting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from featray.config import ModelConfig
+from featray.errors import ModelError
+from featray.model import fetch, saved
+from featray.model.saved import CustomEntry, Kind, Saved
+
+_KERAS_MODULES = (
+    "layers",
+    "models",
+    "activations",
+    "initializers",
+    "regularizers",
+    "constraints",
+    "dtype_policies",
+)
+_INTERNAL_NAMES = ("Functional", "Policy")  # Keras's own, written to files but not exported
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model and where it came from.
+
+    Attributes:
+        model: The Keras model, not compiled.
+        files: sha256 by role: `model`, `builder FILE`, `custom FILE:NAME`.
+    """
+
+    model: Any
+    files: dict[str, str]
+
+    @property
+    def sha256(self) -> str:
+        """One digest over all files and what each is used for; file names do not matter."""
+        lines = sorted(f"{role.split()[0]} {digest}\n" for role, digest in self.files.items())
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_model(spec: ModelConfig, input_shape: tuple[int | None, ...] | None = None) -> Loaded:
+    """Return the model that `spec` names, ready to be called for inference.
+
+    Args:
+        spec: What to load; `layers` is not looked at.
+        input_shape: Shape of one input without batch axis, for builders that return a model
+            without known input.
+
+    Raises:
+        ModelError: The file is missing or damaged, custom code is missing or not allowed, or
+            Keras cannot load it; all missing pieces are listed.
+    """
+    import keras
+
+    file = fetch.local_file(spec.uri, spec.storage_options)
+    content = saved.open_saved(file.path)
+    files = {"model": file.sha256}
+    objects = _custom_objects(spec, files)
+    # Automatic names (conv3d_4) count up over a whole process; start again so that a file's
+    # layers get the same names wherever it is loaded.
+    keras.backend.reset_uids()
+    if spec.builder:
+        model = _from_builder(spec, file.path, content, input_shape, files)
+    else:
+        model = _from_file(spec, file.path, content, objects)
+    return Loaded(model, files)
+
+
+def submodel(model: Any, name: str | None) -> Any:
+    """Return the layer or attribute of `model` at the path `name` (`encoder`, `vae/encoder`).
+
+    Raises:
+        ModelError: There is none; lists what there is.
+    """
+    for part in (name or "").split("/") if name else ():
+        children = _children(model)
+        if part not in children:
+            known = ", ".join(children) or "none"
+            raise ModelError(f"submodel: no layer or attribute {part!r} in {model.name!r}; it has: {known}")
+        model = children[part]
+    return model
+
+
+def _children(model: Any) -> dict[str, Any]:
+    import keras
+
+    attributes = {
+        key: value
+        for key, value in vars(model).items()
+        if isinstance(value, keras.layers.Layer) and not key.startswith("_")
+    }
+    named = {layer.name: layer for layer in getattr(model, "layers", [])}
+    return {**attributes, **named}
+
+
+def _from_file(spec: ModelConfig, path: Path, content: Saved, objects: dict[str, Any]) -> Any:
+    import keras
+
+    if content.kind is Kind.WEIGHTS_H5:
+        raise ModelError(
+            f"{path.name}: holds weights only, no description of the model; name the code that makes it in "
+            "model.builder (file.py:function), or save the whole model as .keras"
+        )
+    needed = saved.custom_entries(content.config, _is_keras_name)
+    known = _matched(needed, objects)
+    problems = _missing(needed, known, spec.trust)
+    if problems:
+        raise ModelError(problems, path.name)
+    try:
+        # The scope outranks Keras's global registry, where another version may be registered.
+        with keras.saving.custom_object_scope(known):
+            return keras.saving.load_model(path, compile=False, safe_mode=not spec.trust)
+    except Exception as error:  # Keras raises whatever the layer at fault raised
+        raise ModelError(_keras_failure(path, content, error)) from error
+
+
+def _from_builder(
+    spec: ModelConfig,
+    path: Path,
+    content: Saved,
+    input_shape: tuple[int | None, ...] | None,
+    files: dict[str, str],
+) -> Any:
+    assert spec.builder is not None
+    build, digest = _import_object(spec.builder, "builder", spec.storage_options)
+    files[f"builder {Path(spec.builder).name}"] = digest
+    try:
+        model = build()
+        if not model.built and input_shape is not None:
+            _build(model, input_shape)
+        model.load_weights(path)
+    except Exception as error:  # user code, and Keras raising for it
+        raise ModelError(
+            f"{path.name}: the weights do not go into the model of {spec.builder.rpartition(':')[2]} "
+            f"({_short(error, path)}); the builder must make the very model that was saved"
+        ) from error
+    return model
+
+
+def _build(model: Any, input_shape: tuple[int | None, ...]) -> None:
+    """Create a model's variables by tracing one call into a graph that is thrown away."""
+    import tensorflow as tf
+
+    spec = tf.TensorSpec((None, *input_shape), tf.float32)
+    tf.function(lambda x: model(x, training=False), autograph=False).get_concrete_function(spec)
+
+
+def _custom_objects(spec: ModelConfig, files: dict[str, str]) -> dict[str, Any]:
+    """Return the objects of `spec.custom_objects` by bare and registered name; note their files."""
+    import keras
+
+    objects: dict[str, Any] = {}
+    problems = []
+    for text in spec.custom_objects:
+        try:
+            found, files[f"custom {Path(text).name}"] = _import_object(
+                text, "custom_objects", spec.storage_options
+            )
+        except ModelError as error:
+            problems += error.problems
+            continue
+        name = text.rpartition(":")[2]
+        if objects.get(name, found) is not found:
+            problems.append(f"custom_objects: {name} is given twice, by different files")
+        objects.update({name: found, keras.saving.get_registered_name(found): found})
+    if problems:
+        raise ModelError(problems)
+    return objects
+
+
+def _matched(needed: list[CustomEntry], objects: dict[str, Any]) -> dict[str, Any]:
+    """Return `objects` under every name by which this file asks for them."""
+    known = dict(objects)
+    for entry in needed:
+        found = objects.get(entry.registered_name, objects.get(entry.class_name))
+        if found is not None:
+            known[entry.registered_name] = found
+    return known
+
+
+def _missing(needed: list[CustomEntry], known: Mapping[str, Any], trust: bool) -> list[str]:
+    problems = []
+    for entry in needed:
+        if entry.is_lambda and not trust:
+            problems.append(
+                f"layer {entry.layer!r} holds Python code inside the file (Lambda), which would run on loading; "
+                "set model.trust: true if you trust who made the file, or save the model with a named function "
+                "and give it in model.custom_objects"
+            )
+        elif not entry.is_lambda and entry.registered_name not in known:
+            problems.append(
+                f"layer {entry.layer!r} needs {entry.class_name}, which is not part of Keras; add its code to "
+                f"model.custom_objects, e.g. 'file.py:{entry.class_name}' or 'package.module:{entry.class_name}' "
+                "(model.trust does not replace it)"
+            )
+    return problems
+
+
+def _is_keras_name(name: str) -> bool:
+    import keras
+
+    return name in _INTERNAL_NAMES or any(hasattr(getattr(keras, module), name) for module in _KERAS_MODULES)
+
+
+def _import_object(text: str, key: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the object that `file.py:NAME` or `package.module:NAME` names and its file's sha256."""
+    where, colon, name = text.rpartition(":")
+    if not colon or not where or not name:
+        raise ModelError(f"{key}: {text!r} is neither file.py:NAME nor package.module:NAME")
+    shown = f"{Path(where).name}:{name}"
+    try:
+        module, digest = (
+            _import_file(where, storage_options) if where.endswith(".py") else _import_module(where)
+        )
+    except ModelError as error:
+        raise ModelError([f"{key}: {line}" for line in error.problems]) from error
+    except Exception as error:  # importing runs user code
+        raise ModelError(f"{key}: {shown} cannot be imported ({_short(error)})") from error
+    if not hasattr(module, name):
+        raise ModelError(f"{key}: {shown}: the file has no {name}")
+    return getattr(module, name), digest
+
+
+def _import_file(where: str, storage_options: Mapping[str, Any]) -> tuple[ModuleType, str]:
+    file = fetch.local_file(where, storage_options)
+    unique = f"featray_custom_{file.path.stem}_{file.sha256[:16]}"
+    if unique in sys.modules:
+        return sys.modules[unique], file.sha256
+    description = importlib.util.spec_from_file_location(unique, file.path)
+    assert description is not None
+    assert description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    sys.modules[unique] = module
+    try:
+        description.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[unique]
+        raise
+    return module, file.sha256
+
+
+def _import_module(where: str) -> tuple[ModuleType, str]:
+    module = importlib.import_module(where)
+    source = inspect.getsourcefile(module)
+    return module, fetch.sha256_of(Path(source)) if source else ""
+
+
+def _keras_failure(path: Path, content: Saved, error: Exception) -> str:
+    import keras
+
+    made = f", made by Keras {content.keras_version}," if content.keras_version else ""
+    return (
+        f"{path.name}: {content.kind}{made} cannot be loaded by Keras {keras.__version__} ({_short(error, path)}); "
+        "load it where it was made and save it again as .keras, or give its code in model.builder"
+    )
+
+
+def _short(error: Exception, path: Path | None = None) -> str:
+    """Return the first sentence or so of an error, without colours, line breaks and folders."""
+    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    if path is not None:
+        text = text.replace(str(path), path.name).replace(str(path.parent), "")
+    return f"{type(error).__name__}: {text[:240]}{'…' if len(text) > 240 else ''}"

@@ -1,0 +1,102 @@
+"""TensorFlow's process-wide settings: threads, GPU memory, quiet start.
+
+Call `configure` before anything else touches TensorFlow; most settings freeze at its first op.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+
+from featray.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+# TensorFlow 2.21 prints these through a logger that reads no environment variable until later.
+_CHATTER = re.compile(
+    rb"^(WARNING: All log messages before absl::InitializeLog|[IW]\d{4} [\d:.]+ +\d+ \S+\.cc:)"
+)
+
+
+def configure(threads: int | None = None, gpu: bool = True) -> None:
+    """Import TensorFlow quietly and set what can only be set before its first operation.
+
+    Args:
+        threads: CPU threads for one operation; TensorFlow ignores OMP_NUM_THREADS. null leaves
+            TensorFlow's own choice, which is every core it sees.
+        gpu: Grow GPU memory on demand instead of taking all of it, so that actors can share one.
+
+    A setting that comes too late is logged as a warning, not raised: the numbers stay the same.
+
+    Raises:
+        ModelError: Keras runs on another backend than TensorFlow.
+    """
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    _import_quietly()
+    import keras
+
+    if keras.backend.backend() != "tensorflow":
+        raise ModelError(
+            f"Keras runs on {keras.backend.backend()} here; featray needs KERAS_BACKEND=tensorflow in the environment"
+        )
+    if threads is not None:
+        _set_threads(max(1, int(threads)))
+    if gpu:
+        _grow_gpu_memory()
+
+
+def _set_threads(threads: int) -> None:
+    import tensorflow as tf
+
+    # Operations of an encoder run one after the other: a second pool would only compete.
+    wanted = {"intra": threads, "inter": min(threads, 2)}
+    for kind, count in wanted.items():
+        if getattr(tf.config.threading, f"get_{kind}_op_parallelism_threads")() == count:
+            continue
+        try:
+            getattr(tf.config.threading, f"set_{kind}_op_parallelism_threads")(count)
+        except RuntimeError:
+            log.warning("TensorFlow already runs: its %s-op threads stay as they are, not %d", kind, count)
+
+
+def _grow_gpu_memory() -> None:
+    import tensorflow as tf
+
+    for device in tf.config.list_physical_devices("GPU"):
+        try:
+            tf.config.experimental.set_memory_growth(device, True)
+        except RuntimeError:
+            log.warning("TensorFlow already runs: it may take all memory of %s", device.name)
+
+
+def _import_quietly() -> None:
+    if "tensorflow" in sys.modules:
+        return
+    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:  # the user chose what to see
+        import tensorflow
+    else:
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+        with _without_chatter():
+            import tensorflow  # noqa: F401 - imported for its effect
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Hold back what native code writes to stderr; pass everything but known chatter on at the end."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            held.seek(0)
+            os.write(2, b"".join(line for line in held if not _CHATTER.match(line)))

@@ -1,0 +1,243 @@
+"""START HERE. The way of a scan: listed → read → preprocessed → extracted → written → committed → reported.
+
+`extract` shows it on one screen. Each step is one file of `featray/stages`; the engines run the middle
+ones, on helper processes or on Ray; this file alone knows their order.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from featray import config as configuration
+from featray.config import Config, ConfigInput, ModelConfig
+from featray.dataset import Dataset
+from featray.engines import Engine, Stages
+from featray.errors import ConfigError, UsageError
+from featray.lease import Lease
+from featray.model import Extractor
+from featray.planning import Plan, make_plan
+from featray.progress import Progress
+from featray.recipe import recipe, recipe_id
+from featray.schema import Receipt, Scan, ScanRecord
+from featray.stages.commit import Committer
+from featray.stages.decode import Decoder
+from featray.stages.list import Listing, list_scans
+from featray.stages.report import Run, Summary, report
+from featray.stages.write import write
+from featray.storage import Store
+
+log = logging.getLogger(__name__)
+
+HANDFUL = 100
+"""Scans up to which engine auto does without Ray when no cluster is named."""
+MAX_SCANS_PER_FILE = 256
+MAX_FILE_BYTES = 64 * 2**20
+
+
+def extract(
+    config: ConfigInput,
+    overrides: list[str] | None = None,
+    *,
+    show: bool = False,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Extract the features of every scan that has none yet; a second call resumes or does nothing.
+
+    Args:
+        config: Path of a YAML file, a dict, or a `Config`.
+        overrides: `key.path=value` texts that win over the file.
+        show: Whether to report progress on stderr.
+        stop: Set it from another thread to stop cleanly after what is in flight.
+
+    Returns:
+        What was found and done; its `exit_code` is the one of the command line.
+
+    Raises:
+        UsageError: The config, the source or the model cannot be used; lists every problem.
+        OutputBusyError: Another run holds the output.
+    """
+    started = time.time()
+    config, listing = check(config, overrides)
+    dataset = Dataset(Store(config.output.uri, config.output.storage_options))
+    stop = stop or threading.Event()
+    with choose_engine(config, len(listing.scans)) as engine:
+        job = Job.prepare(config, engine.name, started)
+        plan = job.plan(listing, dataset)
+        if not plan.todo:
+            return report(job.run, dataset, listing, [], interrupted=False)
+        with Lease(dataset.store, job.run.run_id), Progress(len(plan.todo), show=show) as progress:
+            committer = Committer(dataset, config.output.partition_by, _carried(config, plan.todo))
+            committer.recover()
+            committer.remove_orphans()
+            done: list[ScanRecord] = []
+            for receipt in _receipts(engine, plan, job, dataset, stop):
+                committer.commit([receipt], job.run.run_id)
+                progress.add(receipt.records)
+                done += receipt.records
+            committer.remove_orphans()
+            return report(job.run, dataset, listing, done, interrupted=stop.is_set())
+
+
+def _receipts(
+    engine: Engine, plan: Plan, job: Job, dataset: Dataset, stop: threading.Event
+) -> Iterator[Receipt]:
+    """Yield the receipts of scans that listing has settled, then those of the engine's."""
+    settled = [scan for scan in plan.todo if scan.reason is not None]
+    readable = [scan for scan in plan.todo if scan.reason is None]
+    if settled:
+        yield Receipt((), tuple(ScanRecord.of(scan, job.run.recipe_id, job.run.run_id) for scan in settled))
+    if readable:
+        yield from engine.receipts(readable, job.stages(dataset, len(readable)), stop)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run's config with the model loaded and the recipe known."""
+
+    config: Config
+    extractor: Extractor
+    run: Run
+
+    @classmethod
+    def prepare(cls, config: Config, engine: str, started: float) -> Job:
+        """Load the model and fix the recipe."""
+        extractor = _load_extractor(config.model, config.preprocess.size)
+        made = recipe(config.preprocess, extractor.recipe_part())
+        run = Run(
+            run_id=new_run_id(),
+            started=started,
+            engine=engine,
+            recipe_id=recipe_id(made),
+            recipe=made,
+            layers=tuple(layer.name for layer in extractor.layers),
+            model_sha256=extractor.sha256,
+            config=configuration.without_secrets(config),
+            max_failed_fraction=config.limits.max_failed_fraction,
+        )
+        return cls(config, extractor, run)
+
+    def plan(self, listing: Listing, dataset: Dataset) -> Plan:
+        """Return what is left to do.
+
+        Raises:
+            ConfigError: The output holds features of another recipe or of scans that changed since.
+        """
+        plan = make_plan(listing.scans, dataset.ledger(), self.run.recipe_id)
+        outdated = len(plan.stale_features)
+        if outdated and plan.todo:
+            raise ConfigError(
+                f"output.uri: {outdated} of its scans have features of another recipe or of earlier content, and "
+                f"{len(plan.todo)} scans are to be added; tables must not mix them. Choose another output.uri."
+            )
+        return plan
+
+    def stages(self, dataset: Dataset, scans: int) -> Stages:
+        """Return what the engine runs for that many scans."""
+        config, run = self.config, self.run
+        decoder = Decoder(
+            source_uri=config.source.uri,
+            source_options=config.source.storage_options,
+            preprocess=config.preprocess,
+            limits=config.limits,
+            dicom_tags=config.privacy.dicom_tags,
+            recipe=run.recipe_id,
+            run_id=run.run_id,
+        )
+        threads = max(1, int(config.run.actors.num_cpus))
+        return Stages(
+            decode=decoder,
+            extractor=self.extractor,
+            load_extractor=functools.partial(_load_extractor, config.model, config.preprocess.size, threads),
+            write=functools.partial(
+                _write,
+                dataset=dataset,
+                partition_by=config.output.partition_by,
+                recipe=run.recipe_id,
+                run_id=run.run_id,
+            ),  # fmt: skip
+            batch_scans=1 if config.preprocess.fit == "patches" else config.model.batch_size,
+            scans_per_file=_scans_per_file(scans, sum(layer.values for layer in self.extractor.layers)),
+        )
+
+
+def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Config, Listing]:
+    """Return the config and the listing once nothing in the YAML or the source speaks against a run.
+
+    Raises:
+        ConfigError: Lists every problem; if there is any, also those of the model and its layers.
+    """
+    checked, problems = configuration.load_partly(config, overrides)
+    where = configuration.name_of(config)
+    if checked is None:
+        raise ConfigError(problems, where)
+    listing = Listing(())
+    try:
+        listing = list_scans(checked.source)
+    except UsageError as error:
+        problems += error.problems
+    if problems:  # the run will not happen; the model is loaded only to report its problems too
+        size_is_sound = not any(problem.startswith("preprocess.size") for problem in problems)
+        problems += _problems_of_model(checked.model, checked.preprocess.size if size_is_sound else None)
+        raise ConfigError(problems, where)
+    return checked, listing
+
+
+def choose_engine(config: Config, scans: int) -> Engine:
+    """Return the engine asked for; `auto` takes Ray for many scans or a named cluster."""
+    from featray.engines.inline import InlineEngine
+
+    address = config.run.address or os.environ.get("RAY_ADDRESS")
+    small = scans <= HANDFUL and not address
+    name = config.run.engine
+    if name == "auto":
+        name = "inline" if small else "ray"
+        why = f"{scans} scans and {'a' if address else 'no'} cluster address"
+        log.info("engine %s, chosen for %s; set run.engine to choose yourself", name, why)
+    if name == "inline":
+        return InlineEngine(config.run.decode.workers, config.limits)
+    from featray.engines.ray_data import RayEngine
+
+    return RayEngine(config.run, config.limits)
+
+
+def new_run_id() -> str:
+    """Return an id that sorts by time and is unique."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
+
+
+def _load_extractor(model: ModelConfig, size: Any, threads: int | None = None) -> Extractor:
+    return Extractor(model, input_zyx=size, threads=threads)
+
+
+def _write(extracted: pa.Table, **where: Any) -> Receipt:
+    return write(extracted, **where)
+
+
+def _problems_of_model(model: ModelConfig, size: Any) -> list[str]:
+    try:
+        _load_extractor(model, size)
+    except UsageError as error:
+        return error.problems
+    return []
+
+
+def _carried(config: Config, scans: Sequence[Scan]) -> list[str]:
+    """Return the names of further columns of `scans`: the manifest's and the asked-for DICOM tags."""
+    names = {name: None for scan in scans for name in scan.columns}
+    return [*names, *(tag for tag in config.privacy.dicom_tags if tag not in names)]
+
+
+def _scans_per_file(scans: int, values: int) -> int:
+    """Return how many scans share a file: about 16 commits a run, files of at most 64 MB a layer."""
+    wanted = min(MAX_SCANS_PER_FILE, max(8, -(-scans // 16)))
+    return max(1, min(wanted, MAX_FILE_BYTES // (4 * max(1, values))))

@@ -1,0 +1,269 @@
+"""What travels between the stages, and the columns of the two tables.
+
+A `Scan` is listed; decoding makes it a `Decoded`; extraction makes rows of features; writing makes
+a `Receipt`. A `ScanRecord` goes all the way and ends as one row of `scans`. Everything here is plain
+data that pickles and turns into JSON; no stage logic.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from featray.errors import Reason, ScanError
+
+Status = Literal["ok", "failed", "excluded"]
+
+# The item is named "element" because that is what a Delta log and Parquet both call it, and it is a
+# plain list: fixed-size lists are not readable through every Delta reader.
+_FLOATS = pa.list_(pa.field("element", pa.float32()))
+_INTS = pa.list_(pa.field("element", pa.int32()))
+_DOUBLES = pa.list_(pa.field("element", pa.float64()))
+_STRINGS = pa.list_(pa.field("element", pa.string()))
+
+FEATURE_COLUMNS = pa.schema(
+    [
+        ("scan_id", pa.string()),
+        ("patch", pa.int32()),
+        ("origin", _INTS),
+        ("feature", _FLOATS),
+        ("shape", _INTS),
+        ("recipe", pa.string()),
+        ("run_id", pa.string()),
+    ]
+)
+"""Columns inside one file of `features`; `layer` is the folder's name."""
+
+SCAN_COLUMNS = pa.schema(
+    [
+        ("scan_id", pa.string()),
+        ("uri", pa.string()),
+        ("format", pa.string()),
+        ("status", pa.string()),
+        ("reason", pa.string()),
+        ("stage", pa.string()),
+        ("message", pa.string()),
+        ("attempts", pa.int32()),
+        ("content", pa.string()),
+        ("recipe", pa.string()),
+        ("run_id", pa.string()),
+        ("patches", pa.int32()),
+        ("shape", _INTS),
+        ("spacing", _DOUBLES),
+        ("orientation", pa.string()),
+        ("slope", pa.float64()),
+        ("intercept", pa.float64()),
+        ("hu_min", pa.float32()),
+        ("hu_p01", pa.float32()),
+        ("hu_p50", pa.float32()),
+        ("hu_p99", pa.float32()),
+        ("hu_max", pa.float32()),
+        ("warnings", _STRINGS),
+        ("bytes_read", pa.int64()),
+        ("read_s", pa.float32()),
+        ("decode_s", pa.float32()),
+        ("preprocess_s", pa.float32()),
+        ("infer_s", pa.float32()),
+    ]
+)
+"""Columns of `scans`; the manifest's further columns and asked-for DICOM tags follow as strings."""
+
+EXTRACTED_ROW = pa.struct(
+    [
+        pa.field("scan_id", pa.string()),
+        pa.field("layer", pa.string()),
+        pa.field("patch", pa.int32()),
+        pa.field("origin", _INTS),
+        pa.field("feature", _FLOATS),
+        pa.field("shape", _INTS),
+    ]
+)
+EXTRACTED = pa.schema([("record", pa.string()), ("features", pa.list_(EXTRACTED_ROW))])
+"""One row per scan between extraction and writing: its record as JSON, its features of all layers."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan as listed, before any voxel is read.
+
+    Attributes:
+        scan_id: Unique in the collection.
+        uri: Where it is, without credentials; what the `scans` table shows.
+        format: `nifti`, `dicom` or `npy`.
+        files: Paths in the source's file system, in no particular order.
+        content: Fingerprint of the store's version of all files.
+        size: Bytes of all files.
+        columns: Manifest columns to carry along.
+        warnings: Codes found while listing.
+        reason: Why it cannot or shall not be read; None when it can.
+        excluded: With a reason: left out by rule, not failed.
+        message: With a reason: what to do.
+    """
+
+    scan_id: str
+    uri: str
+    format: str
+    files: tuple[str, ...]
+    content: str
+    size: int = 0
+    columns: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+    reason: Reason | None = None
+    excluded: bool = False
+    message: str = ""
+
+    def to_json(self) -> str:
+        """Return the scan as one JSON text, for a row of Ray Data."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Scan:
+        """Return the scan that `to_json` wrote."""
+        values = json.loads(text)
+        values["files"], values["warnings"] = tuple(values["files"]), tuple(values["warnings"])
+        values["reason"] = Reason(values["reason"]) if values["reason"] else None
+        return cls(**values)
+
+
+@dataclass
+class ScanRecord:
+    """One row of `scans` in the making; each stage fills in what it learnt.
+
+    Geometry is that of the input: axes (z, y, x), spacing in mm, HU before windowing, times in seconds.
+    """
+
+    scan_id: str
+    uri: str
+    format: str
+    content: str
+    recipe: str
+    run_id: str
+    status: Status = "ok"
+    reason: str | None = None
+    stage: str | None = None
+    message: str | None = None
+    attempts: int = 1
+    patches: int = 0
+    shape: list[int] | None = None
+    spacing: list[float] | None = None
+    orientation: str | None = None
+    slope: float | None = None
+    intercept: float | None = None
+    hu_min: float | None = None
+    hu_p01: float | None = None
+    hu_p50: float | None = None
+    hu_p99: float | None = None
+    hu_max: float | None = None
+    warnings: list[str] = field(default_factory=list)
+    bytes_read: int = 0
+    read_s: float = 0.0
+    decode_s: float = 0.0
+    preprocess_s: float = 0.0
+    infer_s: float = 0.0
+    columns: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, scan: Scan, recipe: str, run_id: str) -> ScanRecord:
+        """Return the record of a listed scan; one that was listed with a reason is settled already."""
+        record = cls(
+            scan_id=scan.scan_id,
+            uri=scan.uri,
+            format=scan.format,
+            content=scan.content,
+            recipe=recipe,
+            run_id=run_id,
+            warnings=list(scan.warnings),
+            columns=dict(scan.columns),
+        )
+        if scan.reason is not None:
+            record.fail("list", ScanError(scan.reason, scan.message))
+            record.status = "excluded" if scan.excluded else "failed"
+        return record
+
+    def fail(self, stage: str, error: ScanError) -> None:
+        """Settle the record as failed in `stage`, for the error's reason."""
+        self.status, self.stage = "failed", stage
+        self.reason, self.message = str(error.reason), str(error)
+        self.patches = 0
+
+    def warn(self, codes: tuple[str, ...]) -> None:
+        """Add warning codes, each once."""
+        self.warnings += [str(code) for code in codes if code not in self.warnings]
+
+    def to_json(self) -> str:
+        """Return the record as one JSON text."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ScanRecord:
+        """Return the record that `to_json` wrote."""
+        return cls(**json.loads(text))
+
+    def to_row(self) -> dict[str, Any]:
+        """Return the record as a row of `scans`, the carried columns beside the fixed ones."""
+        row = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "columns"}
+        return {**self.columns, **row}
+
+
+@dataclass
+class Decoded:
+    """One scan ready for the model, or settled as failed.
+
+    Attributes:
+        record: What is known so far.
+        tensor_nzyx: float32 (patches, z, y, x); no patches when the scan failed.
+        origins: int32 (patches, 3), voxel index (z, y, x) of each patch in the preprocessed volume.
+        parked: The tensor's shape while it travels through shared memory instead of in here.
+    """
+
+    record: ScanRecord
+    tensor_nzyx: NDArray[np.float32]
+    origins: NDArray[np.int32]
+    parked: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """One Parquet file that a worker wrote and nobody sees until it is committed.
+
+    Attributes:
+        path: Below the table's folder.
+        size: Bytes.
+        partition_values: As in the path, unescaped; None where the scan has no value.
+        rows: Number of rows.
+        min_id: Smallest scan_id in it.
+        max_id: Largest scan_id in it.
+    """
+
+    path: str
+    size: int
+    partition_values: dict[str, str | None]
+    rows: int
+    min_id: str
+    max_id: str
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a writer hands to the committer: files on disk and the records of their scans."""
+
+    files: tuple[DataFile, ...]
+    records: tuple[ScanRecord, ...]
+
+    def to_json(self) -> str:
+        """Return the receipt as one JSON text, for a row of Ray Data."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Receipt:
+        """Return the receipt that `to_json` wrote."""
+        values = json.loads(text)
+        return cls(
+            files=tuple(DataFile(**item) for item in values["files"]),
+            records=tuple(ScanRecord(**item) for item in values["records"]),
+        )

@@ -1,0 +1,292 @@
+"""List the collection: config in, every scan that is there out, none of them read.
+
+NIfTI files are told by name; DICOM files by their headers, which is where one series is told from
+another. A file that is neither is counted as ignored, never silently dropped from a series.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from featray.config import SourceConfig, mask_url
+from featray.ct import dicom
+from featray.errors import ConfigError, Reason, ScanError
+from featray.schema import Scan
+from featray.storage import open_url
+
+NIFTI_SUFFIXES = (".nii", ".nii.gz")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+MANIFEST_SUFFIXES = (".csv", ".parquet")
+ROI_COLUMNS = ("mask", "center_x", "center_y", "center_z")
+_HEADER_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a collection holds.
+
+    Attributes:
+        scans: Every scan, sorted by id; ids are unique.
+        ignored: Number of files by suffix that are neither NIfTI nor DICOM.
+    """
+
+    scans: tuple[Scan, ...]
+    ignored: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file of the collection: path in the file system, name below the root, store's version."""
+
+    path: str
+    name: str
+    size: int
+    version: str
+
+
+def list_scans(source: SourceConfig) -> Listing:
+    """Return every scan below `source.uri`, which is a folder, a glob, a file or a manifest.
+
+    Raises:
+        ConfigError: The place does not exist, cannot be listed, or holds no scan.
+    """
+    fs, root = open_url(source.uri, source.storage_options)
+    try:
+        listing = _list(fs, root, source)
+    except FileNotFoundError:
+        raise ConfigError(f"source.uri: {mask_url(source.uri)} does not exist") from None
+    except PermissionError:
+        raise ConfigError(f"source.uri: no permission to list {mask_url(source.uri)}") from None
+    if not listing.scans:
+        ignored = ", ".join(f"{count} {suffix}" for suffix, count in listing.ignored.items()) or "no files"
+        raise ConfigError(
+            f"source.uri: no scan of format {source.format} in {mask_url(source.uri)} ({ignored})"
+        )
+    return replace(listing, scans=tuple(_unique_ids(listing.scans)))
+
+
+def _list(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) -> Listing:
+    if root.lower().endswith(MANIFEST_SUFFIXES) and fs.isfile(root):
+        return _list_manifest(fs, root, source)
+    if any(mark in root for mark in "*?["):
+        base = _before_wildcard(root)
+        found = {path: info for path, info in fs.glob(root, detail=True).items() if info["type"] == "file"}
+    elif fs.isfile(root):
+        base, found = posixpath.dirname(root), {root: fs.info(root)}
+    elif fs.isdir(root):
+        base, found = root, fs.find(root, detail=True)
+    else:
+        raise FileNotFoundError(root)
+    files = [_file(path, info, base) for path, info in sorted(found.items())]
+    return _list_files(fs, base, files, source)
+
+
+def _list_files(
+    fs: fsspec.AbstractFileSystem, base: str, files: list[_File], source: SourceConfig
+) -> Listing:
+    visible = [file for file in files if not PurePosixPath(file.name).name.startswith(".")]
+    nifti = [file for file in visible if file.name.lower().endswith(NIFTI_SUFFIXES)]
+    maybe_dicom = [file for file in visible if _may_be_dicom(file.name)]
+    scans: list[Scan] = []
+    if source.format in ("auto", "nifti"):
+        scans += [_nifti_scan(file, source) for file in nifti]
+    used = set(nifti) if scans else set()
+    if source.format in ("auto", "dicom"):
+        series, members = _dicom_scans(fs, base, maybe_dicom, source)
+        scans += series
+        used |= members
+    ignored = Counter(_suffix(file.name) for file in visible if file not in used)
+    return Listing(tuple(scans), dict(ignored))
+
+
+def _nifti_scan(file: _File, source: SourceConfig) -> Scan:
+    return Scan(
+        scan_id=file.name,
+        uri=_shown_uri(source, file.name, file.path),
+        format="nifti",
+        files=(file.path,),
+        content=_fingerprint([file]),
+        size=file.size,
+    )
+
+
+def _dicom_scans(
+    fs: fsspec.AbstractFileSystem, base: str, files: list[_File], source: SourceConfig
+) -> tuple[list[Scan], set[_File]]:
+    """Return one scan per series among the files, and the files that belong to one."""
+    by_name = {file.name: file for file in files}
+    with ThreadPoolExecutor(_HEADER_THREADS) as pool:  # object stores answer in parallel
+        headers = [header for header in pool.map(lambda file: _header(fs, file), files) if header]
+    groups = dicom.group_series(headers)
+    ids = _series_ids(groups, base)
+    scans = []
+    for series, scan_id in zip(groups, ids, strict=True):
+        members = [by_name[name] for name in series.files]
+        scans.append(_series_scan(series, scan_id, members, source))
+    return scans, {by_name[name] for series in groups for name in series.files}
+
+
+def _header(fs: fsspec.AbstractFileSystem, file: _File) -> dicom.SliceHeader | None:
+    """Return a file's DICOM header, None when it is not DICOM and does not say it is."""
+    try:
+        with fs.open(file.path, "rb", block_size=2**16) as stream:
+            return dicom.read_header(stream, file.name)
+    except OSError as error:
+        problem = ScanError(Reason.STORAGE, f"could not be opened ({type(error).__name__})")
+        return dicom.unreadable_header(file.name, problem)
+
+
+def _series_scan(series: dicom.Series, scan_id: str, members: list[_File], source: SourceConfig) -> Scan:
+    folder = posixpath.commonpath([posixpath.dirname(file.path) or "." for file in members])
+    shown = members[0] if len(members) == 1 else replace(members[0], path=folder, name=_folder_of(members))
+    return Scan(
+        scan_id=scan_id,
+        uri=_shown_uri(source, shown.name, shown.path),
+        format="dicom",
+        files=tuple(file.path for file in members),
+        content=_fingerprint(members),
+        size=sum(file.size for file in members),
+        warnings=tuple(str(code) for code in series.warnings),
+        reason=series.reason,
+        excluded=series.excluded,
+        message=series.message,
+    )
+
+
+def _series_ids(groups: list[dicom.Series], base: str) -> list[str]:
+    """Return each series' folder as its id, made unique by a short hash of what tells them apart."""
+    folders = [_common_folder(series.files) or posixpath.basename(base) for series in groups]
+    counts = Counter(folders)
+    return [
+        folder if counts[folder] == 1 else f"{folder}#{_short_hash(series)}"
+        for folder, series in zip(folders, groups, strict=True)
+    ]
+
+
+def _short_hash(series: dicom.Series) -> str:
+    # The UID itself stays out of ids: it may be traced to a patient. The first file name tells
+    # apart groups that share a UID or have none.
+    text = f"{series.uid}\n{min(series.files)}" if series.reason or not series.uid else series.uid
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def _list_manifest(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> Listing:
+    rows = _manifest_rows(fs, path, source)
+    folder = posixpath.dirname(path)
+    scans = [scan for row in rows for scan in [_manifest_scan(fs, folder, row, source)]]
+    return Listing(tuple(scans))
+
+
+def _manifest_rows(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> list[dict[str, str]]:
+    data = fs.cat_file(path)
+    if path.lower().endswith(".csv"):
+        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
+    else:
+        rows = pq.read_table(io.BytesIO(data)).to_pylist()
+    columns = list(rows[0]) if rows else []
+    needed = ["uri"] + ([source.id_column] if source.id_column else [])
+    problems = [f"source.uri: the manifest has no column {name}" for name in needed if name not in columns]
+    problems += [
+        f"source.uri: the manifest column {name} (region of interest) is not supported yet; remove it"
+        for name in ROI_COLUMNS
+        if name in columns
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+
+
+def _manifest_scan(
+    fs: fsspec.AbstractFileSystem, folder: str, row: dict[str, str], source: SourceConfig
+) -> Scan:
+    uri = row["uri"]
+    scan_id = row[source.id_column] if source.id_column else uri
+    carried = {key: value for key, value in row.items() if key not in ("uri", "version", source.id_column)}
+    path = fs._strip_protocol(uri) if "://" in uri or uri.startswith("/") else posixpath.join(folder, uri)
+    try:
+        found = _list(fs, path.rstrip("/"), source.model_copy(update={"format": "auto"})).scans
+    except OSError as error:
+        reason, message = (
+            Reason.STORAGE,
+            f"the manifest names a place that cannot be read ({type(error).__name__})",
+        )
+        return Scan(scan_id, mask_url(uri), "auto", (), row.get("version", ""), columns=carried, reason=reason,
+                    message=message)  # fmt: skip
+    if len(found) != 1:
+        message = f"the manifest's uri must name one scan; it holds {len(found)}"
+        return Scan(scan_id, mask_url(uri), "auto", (), row.get("version", ""), columns=carried,
+                    reason=Reason.NOT_A_VOLUME, message=message)  # fmt: skip
+    content = _hash([row["version"]]) if row.get("version") else found[0].content
+    return replace(found[0], scan_id=scan_id, uri=mask_url(uri), content=content, columns=carried)
+
+
+def _unique_ids(scans: Iterable[Scan]) -> Iterator[Scan]:
+    """Yield the scans sorted by id; the second of two equal ids fails under a numbered one."""
+    seen: Counter[str] = Counter()
+    for scan in sorted(scans, key=lambda scan: (scan.scan_id, scan.files)):
+        seen[scan.scan_id] += 1
+        if seen[scan.scan_id] == 1:
+            yield scan
+        else:
+            message = f"the id {scan.scan_id!r} is used more than once; give each scan its own"
+            numbered = f"{scan.scan_id}#{seen[scan.scan_id]}"
+            yield replace(scan, scan_id=numbered, reason=Reason.DUPLICATE_ID, message=message, excluded=False)
+
+
+def _file(path: str, info: dict[str, Any], base: str) -> _File:
+    name = path[len(base) :].lstrip("/") if path.startswith(base) else posixpath.basename(path)
+    version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("generation")
+    if not version:
+        version = info.get("mtime") or info.get("LastModified") or info.get("last_modified") or ""
+    return _File(path, name, int(info.get("size") or 0), str(version))
+
+
+def _fingerprint(files: list[_File]) -> str:
+    """Return a hash of the store's version of all files: what a listing shows, without reading one."""
+    return _hash(f"{posixpath.basename(f.name)}\t{f.size}\t{f.version}" for f in files)
+
+
+def _hash(parts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:32]
+
+
+def _may_be_dicom(name: str) -> bool:
+    """Whether to look inside: a DICOM suffix, or none (a UID's last number is no suffix)."""
+    suffix = _suffix(name)
+    return suffix in DICOM_SUFFIXES or not suffix.strip(".").strip("0123456789")
+
+
+def _suffix(name: str) -> str:
+    return PurePosixPath(name).suffix.lower()
+
+
+def _common_folder(names: Iterable[str]) -> str:
+    return posixpath.commonpath([posixpath.dirname(name) for name in names])
+
+
+def _folder_of(members: list[_File]) -> str:
+    return _common_folder(file.name for file in members)
+
+
+def _before_wildcard(pattern: str) -> str:
+    parts = pattern.split("/")
+    fixed = next(index for index, part in enumerate(parts) if any(mark in part for mark in "*?["))
+    return "/".join(parts[:fixed])
+
+
+def _shown_uri(source: SourceConfig, name: str, path: str) -> str:
+    """Return the location to show: the source's own protocol, no credentials."""
+    protocol, separator, _ = mask_url(source.uri).partition("://")
+    return f"{protocol}://{path}" if separator else path

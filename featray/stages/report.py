@@ -1,0 +1,227 @@
+"""Report: what a run found and did, as a `Summary`, `runs/RUN_ID/run.json` and `summary.md`.
+
+Also keeps the books: every listed scan must have a row in the ledger, or the run is not in order.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import psutil
+import pyarrow as pa
+
+from featray.dataset import RUNS, Dataset
+from featray.errors import ExitCode
+from featray.schema import ScanRecord
+from featray.stages.list import Listing
+
+PACKAGES = ("featray", "keras", "tensorflow", "ray", "numpy", "pyarrow", "deltalake", "nibabel", "pydicom")
+STAGE_TIMES = ("read_s", "decode_s", "preprocess_s", "infer_s")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is fixed when a run begins.
+
+    Attributes:
+        run_id: Sorts by time.
+        started: Seconds since the epoch, when the command began.
+        engine: `inline` or `ray`.
+        recipe_id: Short hash of `recipe`.
+        recipe: Everything that decides a feature's value.
+        layers: Output names.
+        model_sha256: Of the model file and its code.
+        config: As run, secrets masked.
+        max_failed_fraction: Share of failed scans above which the exit code is 3.
+    """
+
+    run_id: str
+    started: float
+    engine: str
+    recipe_id: str
+    recipe: dict[str, Any]
+    layers: tuple[str, ...]
+    model_sha256: str
+    config: dict[str, Any]
+    max_failed_fraction: float
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was found and done.
+
+    Attributes:
+        run_id: The run, empty when there was nothing to do.
+        engine: The engine that ran, or would have.
+        recipe: Recipe id.
+        layers: Output names.
+        found: Scans listed.
+        ok, failed, excluded: What the ledger holds of them; they add up to `found`.
+        missing: Scans listed without a row in the ledger (0 unless interrupted or broken).
+        done: Scans this run settled.
+        up_to_date: Scans that needed nothing.
+        reasons: Failed and excluded scans by reason, over all of the collection.
+        ignored: Files that are no scans, by suffix.
+        seconds: Wall time of the command so far.
+        stage_seconds: Sums over this run's scans.
+        bytes_read: By this run.
+        interrupted: Whether it was asked to stop.
+        exit_code: Of the command line.
+    """
+
+    run_id: str
+    engine: str
+    recipe: str
+    layers: tuple[str, ...]
+    found: int
+    ok: int
+    failed: int
+    excluded: int
+    missing: int
+    done: int
+    up_to_date: int
+    reasons: dict[str, int]
+    ignored: dict[str, int]
+    seconds: float
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    bytes_read: int = 0
+    interrupted: bool = False
+    exit_code: int = 0
+
+    def text(self) -> str:
+        """Return the closing words for a person."""
+        return "\n".join(_lines(self))
+
+
+def report(
+    run: Run, dataset: Dataset, listing: Listing, done: Sequence[ScanRecord], *, interrupted: bool
+) -> Summary:
+    """Balance the books and, if anything was done, write the run's folder.
+
+    Args:
+        run: What began.
+        dataset: The output after the last commit.
+        listing: Every scan found.
+        done: Records this run committed.
+        interrupted: Whether the run was asked to stop before it was done.
+    """
+    ledger = dataset.ledger(("scan_id", "status", "reason"))
+    summary = _summarise(run, ledger, listing, done, interrupted)
+    if done:
+        _write_folder(run, summary, dataset)
+    return summary
+
+
+def _summarise(
+    run: Run, ledger: pa.Table, listing: Listing, done: Sequence[ScanRecord], interrupted: bool
+) -> Summary:
+    listed = {scan.scan_id for scan in listing.scans}
+    rows = [row for row in ledger.to_pylist() if row["scan_id"] in listed]
+    status = Counter(row["status"] for row in rows)
+    found, missing = len(listed), len(listed) - len({row["scan_id"] for row in rows})
+    unfinished = interrupted and missing > 0
+    return Summary(
+        run_id=run.run_id if done else "",
+        engine=run.engine,
+        recipe=run.recipe_id,
+        layers=run.layers,
+        found=found,
+        ok=status["ok"],
+        failed=status["failed"],
+        excluded=status["excluded"],
+        missing=missing,
+        done=len(done),
+        up_to_date=found - missing - len(done),
+        reasons=dict(Counter(row["reason"] for row in rows if row["status"] != "ok").most_common()),
+        ignored=listing.ignored,
+        seconds=time.time() - run.started,
+        stage_seconds={name: sum(getattr(record, name) for record in done) for name in STAGE_TIMES},
+        bytes_read=sum(record.bytes_read for record in done),
+        interrupted=unfinished,
+        exit_code=_exit_code(found, status, missing, unfinished, run.max_failed_fraction),
+    )
+
+
+def _exit_code(found: int, status: Counter[str], missing: int, unfinished: bool, limit: float) -> int:
+    if unfinished:
+        return ExitCode.INTERRUPTED
+    balanced = missing == 0 and status.total() == found
+    return ExitCode.OK if balanced and status["failed"] <= limit * found else ExitCode.TOO_MANY_FAILED
+
+
+def _write_folder(run: Run, summary: Summary, dataset: Dataset) -> None:
+    folder = f"{RUNS}/{run.run_id}"
+    content = {**asdict(run), "summary": asdict(summary), "versions": _versions(), "machine": _machine()}
+    dataset.store.write(f"{folder}/run.json", json.dumps(content, indent=2).encode())
+    dataset.store.write(f"{folder}/summary.md", _markdown(run, summary).encode())
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": platform.platform(),
+        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "peak_driver_bytes": _peak(resource.RUSAGE_SELF),
+        "peak_largest_child_bytes": _peak(resource.RUSAGE_CHILDREN),
+    }
+
+
+def _peak(who: int) -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(who).ru_maxrss * unit
+
+
+def _lines(summary: Summary) -> list[str]:
+    rate = summary.done / summary.seconds if summary.seconds else 0.0
+    if not summary.done:
+        lines = [f"nothing to do: all {summary.found} scans are up to date (recipe {summary.recipe})"]
+    else:
+        lines = [
+            f"run {summary.run_id}: {summary.done} scans in {summary.seconds:.1f} s ({rate:.2f} scans/s with "
+            f"start-up, {summary.bytes_read / 1e6:.0f} MB read), engine {summary.engine}"
+        ]
+    lines.append(
+        f"found {summary.found} = {summary.ok} ok + {summary.failed} failed + {summary.excluded} excluded"
+        + (f" + {summary.missing} not yet done" if summary.missing else "")
+    )
+    if summary.reasons:
+        lines.append(
+            "reasons: " + ", ".join(f"{count} {reason}" for reason, count in summary.reasons.items())
+        )
+    if summary.done:
+        times = ", ".join(f"{name[:-2]} {seconds:.1f} s" for name, seconds in summary.stage_seconds.items())
+        lines.append(f"stage times, summed over scans: {times}")
+    if summary.ignored:
+        lines.append(
+            "ignored files: " + ", ".join(f"{count} {suffix}" for suffix, count in summary.ignored.items())
+        )
+    return lines
+
+
+def _markdown(run: Run, summary: Summary) -> str:
+    lines = "\n".join(f"- {line}" for line in _lines(summary))
+    layers = "\n".join(f"- `{name}`" for name in summary.layers)
+    return (
+        f"# Run {run.run_id}\n\n{lines}\n\n## Layers\n\n{layers}\n\n## Recipe {run.recipe_id}\n\n"
+        f"```json\n{json.dumps(run.recipe, indent=2)}\n```\n\nModel sha256 `{run.model_sha256}`.\n"
+    )

@@ -1,0 +1,61 @@
+"""Write: extracted scans in, one Parquet file per layer and partition out, and a receipt for them.
+
+The files are not part of any table yet; only `stages.commit` makes them so.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from featray.dataset import FEATURES, Dataset
+from featray.schema import FEATURE_COLUMNS, Receipt, ScanRecord
+
+
+def write(
+    extracted: pa.Table, dataset: Dataset, partition_by: Sequence[str], recipe: str, run_id: str
+) -> Receipt:
+    """Put the features of all layers and return the receipt to commit.
+
+    Args:
+        extracted: Rows of `schema.EXTRACTED`.
+        dataset: The output.
+        partition_by: `layer`, then columns of the scans.
+        recipe: Recipe id of every value.
+        run_id: The run that writes.
+    """
+    records = tuple(ScanRecord.from_json(text) for text in extracted["record"].to_pylist())
+    features = pa.Table.from_struct_array(pc.list_flatten(extracted["features"]).combine_chunks())
+    rows = features.append_column("recipe", pa.repeat(recipe, len(features)))
+    rows = rows.append_column("run_id", pa.repeat(run_id, len(rows)))
+    files = [
+        dataset.put(FEATURES, partition, part.select(FEATURE_COLUMNS.names).cast(FEATURE_COLUMNS), run_id)
+        for partition, part in _partitions(rows, records, partition_by)
+    ]
+    return Receipt(tuple(files), records)
+
+
+def _partitions(
+    rows: pa.Table, records: Sequence[ScanRecord], partition_by: Sequence[str]
+) -> Iterator[tuple[dict[str, str | None], pa.Table]]:
+    groups: dict[tuple[str | None, ...], list[str]] = defaultdict(list)
+    for record in records:
+        groups[tuple(_partition_value(record.to_row(), name) for name in partition_by[1:])].append(
+            record.scan_id
+        )
+    for layer in pc.unique(rows["layer"]).to_pylist():
+        of_layer = rows.filter(pc.equal(rows["layer"], layer))
+        for values, scan_ids in groups.items():
+            part = of_layer.filter(pc.is_in(of_layer["scan_id"], pa.array(scan_ids, pa.string())))
+            if len(part):
+                named = dict(zip(partition_by, (layer, *values), strict=True))
+                yield named, part.sort_by([("scan_id", "ascending"), ("patch", "ascending")])
+
+
+def _partition_value(row: dict[str, Any], name: str) -> str | None:
+    value = row.get(name)
+    return None if value is None or value == "" else str(value)

@@ -1,0 +1,89 @@
+"""What an output holds: by layer, by status and by reason. Reads the log and the ledger, no features."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.dataset as pads
+
+from featray.dataset import FEATURES, SCANS, Dataset
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """One layer of the current version: rows (scans x patches), files and their bytes."""
+
+    layer: str
+    rows: int
+    files: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Status:
+    """What is there; `recipes` maps a recipe id to its number of `ok` scans."""
+
+    scans: dict[str, int]
+    reasons: dict[str, int]
+    recipes: dict[str, int]
+    layers: tuple[LayerStatus, ...]
+    version: dict[str, int]
+
+    def text(self) -> str:
+        """Return the state for a person."""
+        lines = [f"scans: {', '.join(f'{count} {name}' for name, count in self.scans.items())}"]
+        if self.reasons:
+            lines.append("reasons: " + ", ".join(f"{count} {name}" for name, count in self.reasons.items()))
+        lines.append(
+            "recipes: "
+            + (", ".join(f"{name} ({count} scans)" for name, count in self.recipes.items()) or "-")
+        )
+        lines += [
+            f"layer {layer.layer}: {layer.rows} rows in {layer.files} files, {layer.size_bytes / 1e6:.2f} MB"
+            for layer in self.layers
+        ]
+        return "\n".join(lines)
+
+
+def status(dataset: Dataset) -> Status:
+    """Return what an output holds.
+
+    Raises:
+        ConfigError: There is no featray output here.
+    """
+    rows = dataset.read(SCANS, ("status", "reason", "recipe")).to_pylist()
+    counts = Counter(row["status"] for row in rows)
+    handles = {table: dataset.open(table) for table in (FEATURES, SCANS)}
+    return Status(
+        scans={name: counts[name] for name in ("ok", "failed", "excluded")},
+        reasons=dict(Counter(row["reason"] for row in rows if row["status"] != "ok").most_common()),
+        recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
+        layers=tuple(_layers(dataset)),
+        version={table: handle.version() for table, handle in handles.items() if handle is not None},
+    )
+
+
+def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]]:
+    """Return the scans that are not `ok`, sorted by reason and id; optionally of one reason.
+
+    Raises:
+        ConfigError: There is no featray output here.
+    """
+    columns = ("scan_id", "uri", "status", "reason", "stage", "message", "attempts")
+    where = pads.field("status") != "ok"
+    if reason is not None:
+        where = where & (pads.field("reason") == reason)
+    rows: list[dict[str, Any]] = dataset.read(SCANS, columns, where).to_pylist()
+    return sorted(rows, key=lambda row: (row["reason"], row["scan_id"]))
+
+
+def _layers(dataset: Dataset) -> list[LayerStatus]:
+    files = defaultdict(list)
+    for file in dataset.live(FEATURES):
+        files[str(file.partition_values["layer"])].append(file)
+    return [
+        LayerStatus(layer, sum(f.rows for f in found), len(found), sum(f.size for f in found))
+        for layer, found in sorted(files.items())
+    ]

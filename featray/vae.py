@@ -1,0 +1,192 @@
+"""A 3-D variational autoencoder for CT volumes: the demo's model, and the tests' stand-in for yours.
+
+In: sizes, or volumes (n, z, y, x) float32 in [0, 1]. Out: Keras models with explicit layer names.
+This module imports Keras at its top, because it defines a layer; import it only where a model is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from numpy.typing import NDArray
+
+SizeZYX = tuple[int, int, int]
+
+
+@keras.saving.register_keras_serializable(package="featray")
+class Sampling(keras.layers.Layer):  # type: ignore[misc]  # Keras ships no types
+    """Draw z from N(z_mean, exp(z_log_var)); a new draw on every call, also at inference."""
+
+    def __init__(self, seed: int = 0, **kwargs: Any) -> None:
+        """Keep `seed`; the draws of one process follow it."""
+        super().__init__(**kwargs)
+        self.seed = seed
+        self.seed_generator = keras.random.SeedGenerator(seed)
+
+    def call(self, inputs: tuple[Any, Any]) -> Any:
+        """(z_mean, z_log_var), both (n, latent) -> z (n, latent)."""
+        mean, log_variance = inputs
+        noise = keras.random.normal(keras.ops.shape(mean), dtype=mean.dtype, seed=self.seed_generator)
+        return mean + keras.ops.exp(0.5 * log_variance) * noise
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what `__init__` takes."""
+        return {**super().get_config(), "seed": self.seed}
+
+
+def build_vae(
+    input_zyx: SizeZYX = (32, 256, 256),
+    filters: tuple[int, ...] = (16, 32, 64, 32, 16),
+    dense: int = 256,
+    latent: int = 32,
+    seed: int = 0,
+) -> Any:
+    """Return the functional model `vae`: `encoder` (z_mean, z_log_var, z), then `decoder` on z.
+
+    One block per entry of `filters`: convolution, ReLU, and max pooling by 2 of each axis that
+    is even and longer than 1. Equal seeds give equal weights.
+    """
+    encoder = build_encoder(input_zyx, filters, dense, latent, seed)
+    decoder = _build_decoder(input_zyx, filters, dense, latent, seed)
+    volume = keras.Input((*input_zyx, 1), name="volume")
+    _, _, z = encoder(volume)
+    return keras.Model(volume, decoder(z), name="vae")
+
+
+def build_encoder(
+    input_zyx: SizeZYX = (32, 256, 256),
+    filters: tuple[int, ...] = (16, 32, 64, 32, 16),
+    dense: int = 256,
+    latent: int = 32,
+    seed: int = 0,
+) -> Any:
+    """Return the functional model `encoder`, volumes (n, z, y, x, 1) -> [z_mean, z_log_var, z].
+
+    Layers: `conv_1`, `pool_1`, …, `flatten`, `pre_latent`, `z_mean`, `z_log_var`, `z`.
+    """
+    volume = keras.Input((*input_zyx, 1), name="volume")
+    x, start = volume, _initial(seed)
+    for number, (count, pool) in enumerate(zip(filters, _pools(input_zyx, len(filters)), strict=True), 1):
+        x = keras.layers.Conv3D(
+            count, 3, padding="same", activation="relu", kernel_initializer=start(), name=f"conv_{number}"
+        )(x)
+        x = keras.layers.MaxPool3D(pool, name=f"pool_{number}")(x)
+    x = keras.layers.Flatten(name="flatten")(x)
+    x = keras.layers.Dense(dense, activation="relu", kernel_initializer=start(), name="pre_latent")(x)
+    mean = keras.layers.Dense(latent, kernel_initializer=start(), name="z_mean")(x)
+    log_variance = keras.layers.Dense(latent, kernel_initializer=start(), name="z_log_var")(x)
+    z = Sampling(seed=seed, name="z")([mean, log_variance])
+    return keras.Model(volume, [mean, log_variance, z], name="encoder")
+
+
+def train_vae(
+    volumes: NDArray[np.float32],
+    *,
+    filters: tuple[int, ...] = (4, 8, 8),
+    dense: int = 32,
+    latent: int = 8,
+    epochs: int = 30,
+    batch_size: int = 4,
+    learning_rate: float = 3e-3,
+    kl_weight: float = 1.0,
+    seed: int = 0,
+    on_epoch: Callable[[int, float], None] | None = None,
+) -> Any:
+    """Return a `vae` trained on `volumes` with the negative evidence lower bound.
+
+    The loss per volume is the squared error summed over voxels, over 2 · 0.1² (Gaussian
+    likelihood with a spread of 0.1), plus `kl_weight` times the divergence of the latent from N(0, 1).
+
+    Args:
+        volumes: float32 (n, z, y, x), values in [0, 1].
+        filters: Of the encoder's blocks; the decoder mirrors them.
+        dense: Width of the layer before the latent.
+        latent: Width of z_mean and z_log_var.
+        epochs: Passes over all volumes.
+        batch_size: Volumes per step.
+        learning_rate: Of Adam.
+        kl_weight: Weight of the divergence.
+        seed: Of weights, noise and order; equal seeds give equal results up to rounding.
+        on_epoch: Called with the epoch (from 1) and its mean loss.
+    """
+    vae = build_vae(_size(volumes), filters, dense, latent, seed)
+    step = _training_step(vae, keras.optimizers.Adam(learning_rate), kl_weight)
+    order = np.random.default_rng(seed)
+    for epoch in range(1, epochs + 1):
+        shuffled = volumes[order.permutation(len(volumes)), ..., np.newaxis]
+        batches = [shuffled[at : at + batch_size] for at in range(0, len(shuffled), batch_size)]
+        losses = [float(step(tf.constant(batch, tf.float32))) for batch in batches]
+        if on_epoch:
+            on_epoch(epoch, float(np.mean(losses)))
+    return vae
+
+
+def _training_step(vae: Any, optimizer: Any, kl_weight: float) -> Any:
+    encoder, decoder = vae.get_layer("encoder"), vae.get_layer("decoder")
+    optimizer.build(vae.trainable_variables)
+
+    @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]  # TensorFlow ships no types
+    def step(batch: Any) -> Any:
+        with tf.GradientTape() as tape:
+            mean, log_variance, z = encoder(batch, training=True)
+            error = tf.reduce_sum(tf.square(decoder(z, training=True) - batch), axis=(1, 2, 3, 4)) / (
+                2 * 0.1**2
+            )
+            divergence = 0.5 * tf.reduce_sum(
+                tf.square(mean) + tf.exp(log_variance) - 1.0 - log_variance, axis=1
+            )
+            loss = tf.reduce_mean(error + kl_weight * divergence)
+        optimizer.apply_gradients(
+            zip(tape.gradient(loss, vae.trainable_variables), vae.trainable_variables, strict=True)
+        )
+        return loss
+
+    return step
+
+
+def _build_decoder(input_zyx: SizeZYX, filters: tuple[int, ...], dense: int, latent: int, seed: int) -> Any:
+    pools = _pools(input_zyx, len(filters))
+    corner = [size // math.prod(pool[axis] for pool in pools) for axis, size in enumerate(input_zyx)]
+    start = _initial(seed + 1000)
+    z = keras.Input((latent,), name="latent")
+    x = keras.layers.Dense(dense, activation="relu", kernel_initializer=start(), name="post_latent")(z)
+    x = keras.layers.Dense(
+        math.prod(corner) * filters[-1], activation="relu", kernel_initializer=start(), name="unflatten"
+    )(x)
+    x = keras.layers.Reshape((*corner, filters[-1]), name="reshape")(x)
+    for number, (count, pool) in enumerate(zip(reversed(filters), reversed(pools), strict=True), 1):
+        x = keras.layers.UpSampling3D(pool, name=f"up_{number}")(x)
+        x = keras.layers.Conv3D(
+            count, 3, padding="same", activation="relu", kernel_initializer=start(), name=f"deconv_{number}"
+        )(x)
+    x = keras.layers.Conv3D(
+        1, 3, padding="same", activation="sigmoid", kernel_initializer=start(), name="reconstruction"
+    )(x)
+    return keras.Model(z, x, name="decoder")
+
+
+def _pools(input_zyx: SizeZYX, blocks: int) -> list[SizeZYX]:
+    """Return the pooling of each block: 2 along an axis that can still be halved, else 1."""
+    pools, sizes = [], list(input_zyx)
+    for _ in range(blocks):
+        pool = [2 if size > 1 and size % 2 == 0 else 1 for size in sizes]
+        sizes = [size // factor for size, factor in zip(sizes, pool, strict=True)]
+        pools.append((pool[0], pool[1], pool[2]))
+    return pools
+
+
+def _initial(seed: int) -> Callable[[], Any]:
+    """Return a maker of initialisers, each with the next seed, so that weights follow the seed alone."""
+    numbers = iter(range(seed * 1_000, seed * 1_000 + 1_000))
+    return lambda: keras.initializers.GlorotUniform(seed=next(numbers))
+
+
+def _size(volumes: NDArray[np.float32]) -> SizeZYX:
+    if volumes.ndim != 4 or not len(volumes):
+        raise ValueError(f"expected volumes (n, z, y, x) with n > 0, got {volumes.shape}")
+    return volumes.shape[1], volumes.shape[2], volumes.shape[3]

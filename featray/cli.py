@@ -55,7 +55,7 @@ def _extract(args: argparse.Namespace) -> int:
     if summary.exit_code == ExitCode.INTERRUPTED:
         print(f"featray: interrupted; {summary.done} scans are committed, {RESUME}", file=sys.stderr)
     elif summary.exit_code:
-        print(f"featray: `featray failures` lists what is not ok", file=sys.stderr)
+        print("featray: `featray failures` lists what is not ok", file=sys.stderr)
     return summary.exit_code
 
 
@@ -111,7 +111,7 @@ def _demo(args: argparse.Namespace) -> int:
     with _stop_on_signal() as stop:
         result = demo(args.directory, show=not args.quiet, stop=stop)
     _answer(args, result, result.text())
-    return result.summary.exit_code
+    return int(result.summary.exit_code)
 
 
 def _dataset(args: argparse.Namespace) -> Any:

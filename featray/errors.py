@@ -4,9 +4,7 @@ FeatrayError                what `except featray.FeatrayError` catches
 ├── UsageError              exit 2: wrong usage, config or model, found before work began
 │   ├── ConfigError         the YAML, a --set value, the source or the output location
 │   └── ModelError          the model file, its custom code, or a layer in it
-├── BooksError              exit 3: finished, but the books do not balance
 ├── OutputBusyError         exit 4: another run holds or has changed the output
-├── RunInterrupted          exit 130: stopped on request; what was finished is committed
 └── ScanError               never an exit: one bad scan, which becomes a row of `scans`
 """
 
@@ -93,22 +91,10 @@ class ModelError(UsageError):
     """The model cannot be loaded or cut as asked."""
 
 
-class BooksError(FeatrayError):
-    """A finished run in which found ≠ ok + failed + excluded."""
-
-    exit_code = ExitCode.TOO_MANY_FAILED
-
-
 class OutputBusyError(FeatrayError):
     """Another run holds the output, or changed it since this run planned its work."""
 
     exit_code = ExitCode.BUSY
-
-
-class RunInterrupted(FeatrayError):
-    """The run was asked to stop; everything finished before that is committed."""
-
-    exit_code = ExitCode.INTERRUPTED
 
 
 class ScanError(FeatrayError):

@@ -82,15 +82,15 @@ def _is_alive(holder: dict[str, Any]) -> bool:
     if holder["host"] != socket.gethostname():
         return True
     try:  # a pid may have been given to another process since
-        return abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1
+        return bool(abs(psutil.Process(holder["pid"]).create_time() - holder["started"]) < 1)
     except psutil.NoSuchProcess:
         return False
 
 
 def _busy(holder: dict[str, Any]) -> str:
     return (
-        f"run {holder['run_id']} on host {holder['host']} (pid {holder['pid']}) holds this output since "
-        f"{holder['since']}. Wait until it ends; a run that died gives the output back within {STALE_S:.0f} s."
+        f"run {holder['run_id']} on host {holder['host']} (pid {holder['pid']}) holds this output "
+        f"since {holder['since']}. Wait until it ends; a run that died gives the output back within {STALE_S:.0f} s."
     )
 
 

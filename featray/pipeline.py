@@ -136,8 +136,8 @@ class Job:
         outdated = len(plan.stale_features)
         if outdated and plan.todo:
             raise ConfigError(
-                f"output.uri: {outdated} of its scans have features of another recipe or of earlier content, and "
-                f"{len(plan.todo)} scans are to be added; tables must not mix them. Choose another output.uri."
+                f"output.uri: {outdated} of its scans have features of another recipe or of earlier content, "
+                f"and {len(plan.todo)} scans are to be added; a table must not mix them. Choose another output.uri."
             )
         return plan
 
@@ -164,7 +164,7 @@ class Job:
                 partition_by=config.output.partition_by,
                 recipe=run.recipe_id,
                 run_id=run.run_id,
-            ),  # fmt: skip
+            ),
             batch_scans=1 if config.preprocess.fit == "patches" else config.model.batch_size,
             scans_per_file=_scans_per_file(scans, sum(layer.values for layer in self.extractor.layers)),
         )

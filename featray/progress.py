@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from tqdm import tqdm
 
@@ -27,7 +28,7 @@ class Progress:
         self._done = self._failed = self._bytes = 0
         self._start = time.monotonic()
         self._stop = threading.Event()
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Progress:

@@ -259,7 +259,7 @@ def _without_main(original: Any) -> Any:
 
 class _Process(SpawnProcess):
     @staticmethod
-    def _Popen(process_obj: Any) -> Any:
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802  # the name multiprocessing calls
         return _Popen(process_obj)
 
 

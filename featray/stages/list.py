@@ -185,8 +185,7 @@ def _short_hash(series: dicom.Series) -> str:
 def _list_manifest(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> Listing:
     rows = _manifest_rows(fs, path, source)
     folder = posixpath.dirname(path)
-    scans = [scan for row in rows for scan in [_manifest_scan(fs, folder, row, source)]]
-    return Listing(tuple(scans))
+    return Listing(tuple(_manifest_scan(fs, folder, row, source) for row in rows))
 
 
 def _manifest_rows(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> list[dict[str, str]]:
@@ -215,19 +214,15 @@ def _manifest_scan(
     scan_id = row[source.id_column] if source.id_column else uri
     carried = {key: value for key, value in row.items() if key not in ("uri", "version", source.id_column)}
     path = fs._strip_protocol(uri) if "://" in uri or uri.startswith("/") else posixpath.join(folder, uri)
+    row_scan = Scan(scan_id, mask_url(uri), "auto", (), row.get("version", ""), columns=carried)
     try:
         found = _list(fs, path.rstrip("/"), source.model_copy(update={"format": "auto"})).scans
     except OSError as error:
-        reason, message = (
-            Reason.STORAGE,
-            f"the manifest names a place that cannot be read ({type(error).__name__})",
-        )
-        return Scan(scan_id, mask_url(uri), "auto", (), row.get("version", ""), columns=carried, reason=reason,
-                    message=message)  # fmt: skip
+        message = f"the manifest names a place that cannot be read ({type(error).__name__})"
+        return replace(row_scan, reason=Reason.STORAGE, message=message)
     if len(found) != 1:
         message = f"the manifest's uri must name one scan; it holds {len(found)}"
-        return Scan(scan_id, mask_url(uri), "auto", (), row.get("version", ""), columns=carried,
-                    reason=Reason.NOT_A_VOLUME, message=message)  # fmt: skip
+        return replace(row_scan, reason=Reason.NOT_A_VOLUME, message=message)
     content = _hash([row["version"]]) if row.get("version") else found[0].content
     return replace(found[0], scan_id=scan_id, uri=mask_url(uri), content=content, columns=carried)
 

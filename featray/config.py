@@ -209,7 +209,9 @@ class RunConfig(_Section):
     address: str | None = None
     """Ray address; null = RAY_ADDRESS or a local Ray."""
     actors: ActorsConfig = ActorsConfig()
+    """The pool that holds the model."""
     decode: DecodeConfig = DecodeConfig()
+    """Reading and preprocessing."""
 
 
 class LimitsConfig(_Section):

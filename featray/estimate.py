@@ -67,7 +67,8 @@ class PlanReport:
             return "\n".join([*lines, "nothing to do"])
         guess = self.estimate
         lines.append(
-            f"to do: {self.todo} scans, {len(self.layers)} layers, engine {self.engine}, recipe {self.recipe}"
+            f"to do: {self.todo} scans, {len(self.layers)} layers, engine {self.engine}, "
+            f"recipe {self.recipe}"
         )
         if guess.sampled:
             lines.append(

@@ -90,7 +90,8 @@ def _is_alive(holder: dict[str, Any]) -> bool:
 def _busy(holder: dict[str, Any]) -> str:
     return (
         f"run {holder['run_id']} on host {holder['host']} (pid {holder['pid']}) holds this output "
-        f"since {holder['since']}. Wait until it ends; a run that died gives the output back within {STALE_S:.0f} s."
+        f"since {holder['since']}. Wait until it ends; a run that died gives the output back within "
+        f"{STALE_S:.0f} s."
     )
 
 

@@ -137,7 +137,8 @@ class Job:
         if outdated and plan.todo:
             raise ConfigError(
                 f"output.uri: {outdated} of its scans have features of another recipe or of earlier content, "
-                f"and {len(plan.todo)} scans are to be added; a table must not mix them. Choose another output.uri."
+                f"and {len(plan.todo)} scans are to be added; a table must not mix them. "
+                "Choose another output.uri."
             )
         return plan
 

@@ -115,23 +115,32 @@ def train_vae(
         on_epoch: Called with the epoch (from 1) and its mean loss.
     """
     vae = build_vae(_size(volumes), filters, dense, latent, seed)
-    step = _training_step(vae, keras.optimizers.Adam(learning_rate), kl_weight)
+    _start_at_mean(vae, float(volumes.mean()))
+    step = _training_step(vae, keras.optimizers.Adam(learning_rate))
     order = np.random.default_rng(seed)
     for epoch in range(1, epochs + 1):
         shuffled = volumes[order.permutation(len(volumes)), ..., np.newaxis]
         batches = [shuffled[at : at + batch_size] for at in range(0, len(shuffled), batch_size)]
-        losses = [float(step(tf.constant(batch, tf.float32))) for batch in batches]
+        # The divergence comes in over the first third: in full from the start it empties the latent.
+        weight = tf.constant(kl_weight * min(1.0, 3 * epoch / epochs), tf.float32)
+        losses = [float(step(tf.constant(batch, tf.float32), weight)) for batch in batches]
         if on_epoch:
             on_epoch(epoch, float(np.mean(losses)))
     return vae
 
 
-def _training_step(vae: Any, optimizer: Any, kl_weight: float) -> Any:
+def _start_at_mean(vae: Any, mean: float) -> None:
+    """Let the untrained decoder answer with the mean grey: the first steps then learn what differs."""
+    level = min(max(mean, 1e-3), 1 - 1e-3)
+    vae.get_layer("decoder").get_layer("reconstruction").bias.assign([math.log(level / (1 - level))])
+
+
+def _training_step(vae: Any, optimizer: Any) -> Any:
     encoder, decoder = vae.get_layer("encoder"), vae.get_layer("decoder")
     optimizer.build(vae.trainable_variables)
 
     @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]  # TensorFlow ships no types
-    def step(batch: Any) -> Any:
+    def step(batch: Any, kl_weight: Any) -> Any:
         with tf.GradientTape() as tape:
             mean, log_variance, z = encoder(batch, training=True)
             error = tf.reduce_sum(tf.square(decoder(z, training=True) - batch), axis=(1, 2, 3, 4)) / (

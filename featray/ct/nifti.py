@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from featray.ct import geometry
 from featray.ct.geometry import Affine
 from featray.ct.inflate import GZIP_MAGIC, gunzip, gzip_head
+from featray.ct.rescale import extremes, rescale, result_dtype
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 
@@ -245,27 +246,10 @@ def _scaling(header: Any) -> tuple[float, float]:
 
 
 def _scaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
-    """Return `stored * slope + intercept` in the smallest of int16, int32, float32 that is right."""
-    with np.errstate(invalid="ignore"):
-        low, high = stored.min().item(), stored.max().item()  # NaN comes through both
+    low, high = extremes(stored)
     if low == high:
         raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is {low * slope + intercept:g}")
     ends = (low * slope + intercept, high * slope + intercept)
-    if not max(map(abs, ends)) <= np.finfo(np.float32).max:
+    if not max(abs(ends[0]), abs(ends[1])) <= np.finfo(np.float32).max:
         raise ScanError(Reason.NON_FINITE, "voxels are NaN, infinite or beyond float32")
-    target = _target(stored.dtype, (*ends, slope, intercept))
-    if stored.dtype == target and (slope, intercept) == (1, 0):
-        return stored
-    kind = target.type
-    scaled = stored.astype(target) if slope == 1 else np.multiply(stored, kind(slope), dtype=target, casting="unsafe")
-    return scaled if intercept == 0 else np.add(scaled, kind(intercept), out=scaled)
-
-
-def _target(stored: np.dtype[Any], numbers: tuple[float, ...]) -> np.dtype[Any]:
-    """Return the dtype of the result; wrap-around on the way is harmless, since the result fits."""
-    whole = stored.kind in "iu" and all(float(number).is_integer() for number in numbers)
-    for kind in (np.int16, np.int32):
-        limits = np.iinfo(kind)
-        if whole and all(limits.min <= number <= limits.max for number in numbers):
-            return np.dtype(kind)
-    return np.dtype(np.float32)
+    return rescale(stored, slope, intercept, result_dtype(stored.dtype, low, high, slope, intercept))

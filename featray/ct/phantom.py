@@ -132,7 +132,7 @@ def write_nifti(phantom: Phantom, path: str | os.PathLike[str], compresslevel: i
     from_file_index = np.array([[1, 0, 0, 0], [0, -1, 0, rows - 1], [0, 0, 1, 0], [0, 0, 0, 1]], np.float64)
     affine_ras = np.diag([-1.0, -1, 1, 1]) @ phantom.affine_lps @ from_file_index
     stored = np.ascontiguousarray(phantom.voxels_zyx[:, ::-1]).transpose(2, 1, 0)
-    image: Any = nib.Nifti1Image(stored, affine_ras)  # type: ignore[no-untyped-call]  # untyped in nibabel
+    image: Any = nib.Nifti1Image(stored, affine_ras)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine_ras, code=1)
     image.set_sform(affine_ras, code=1)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-import pyarrow as pa
+from typing import TYPE_CHECKING, Protocol
 
 from featray.schema import Receipt, Scan
-from featray.stages.decode import Decoder
-from featray.stages.extract import Extractor
+
+if TYPE_CHECKING:  # engines are also imported by helpers that must start fast
+    import pyarrow as pa
+
+    from featray.stages.decode import Decoder
+    from featray.stages.extract import Extractor
 
 
 @dataclass(frozen=True)

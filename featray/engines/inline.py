@@ -1,34 +1,28 @@
 """Engine `inline`: helper processes decode, this process holds the model and writes. No Ray.
 
-Each scan is decoded by one of a few helper processes, so a decoder that crashes or hangs takes only
-its own scan with it. Tensors come back through shared memory. With no helpers everything happens in
-this process, for a debugger.
+Each scan is decoded by one of a few helpers, so a decoder that crashes or hangs takes only its own scan
+with it. Tensors come back through shared memory. With no helpers everything happens in this process,
+for a debugger.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import queue
 import shutil
-import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
-from dataclasses import dataclass, field, replace
-from multiprocessing import popen_spawn_posix, spawn
-from multiprocessing.context import SpawnContext, SpawnProcess
+from dataclasses import dataclass, replace
 from multiprocessing.shared_memory import SharedMemory
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from featray.config import LimitsConfig
 from featray.engines import Stages
+from featray.engines.helpers import Helpers, Outcome
 from featray.errors import Reason
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.decode import Decoder
@@ -38,8 +32,6 @@ FLUSH_S = 10.0
 """Write what is finished at least this often, so a kill costs little."""
 SLOT_BYTES = 64 * 2**20
 """Largest tensor that travels through shared memory; a larger one is sent through the pipe."""
-
-
 _NOTHING = np.zeros((0, 1, 1, 1), np.float32)
 
 
@@ -49,25 +41,20 @@ class InlineEngine:
     name = "inline"
 
     def __init__(self, workers: int | None, limits: LimitsConfig) -> None:
-        self._workers = len(os.sched_getaffinity(0)) if workers is None else workers
+        self._workers = _cores() if workers is None else workers
         self._limits = limits
-        self._pool: ProcessPool | None = None
+        self._helpers: Helpers | None = None
 
     def __enter__(self) -> InlineEngine:
         """Start the helpers; they import their libraries while this process loads the model."""
         if self._workers:
-            self._pool = ProcessPool(
-                max_workers=self._workers, initializer=_start_helper, context=_SpawnWithoutMain()
-            )
-            for _ in range(self._workers):
-                self._pool.schedule(_warm_up)
+            self._helpers = Helpers(self._workers, self._limits.scan_timeout_s)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Stop the helpers."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool.join()
+        if self._helpers is not None:
+            self._helpers.close()
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield a receipt for every file's worth of scans, or every ten seconds."""
@@ -86,10 +73,11 @@ class InlineEngine:
         self, scans: Sequence[Scan], stages: Stages, stop: threading.Event
     ) -> Iterator[list[Decoded]]:
         """Yield decoded scans in lists of `batch_scans`, in order of completion."""
-        if self._pool is None:
+        if self._helpers is None:
             yield from _decode_here(scans, stages, stop)
             return
-        window = _Window(self._pool, stages.decode, self._limits, 2 * self._workers + 2 * stages.batch_scans)
+        size = 2 * self._workers + 2 * stages.batch_scans
+        window = _Window(self._helpers, stages.decode, self._limits, size)
         try:
             yield from window.batches(scans, stages.batch_scans, stop)
         finally:
@@ -103,29 +91,40 @@ def _decode_here(scans: Sequence[Scan], stages: Stages, stop: threading.Event) -
         yield [stages.decode(scan) for scan in scans[first : first + stages.batch_scans]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Attempt:
-    """One try to decode one scan, in one slot of shared memory (None: through the pipe)."""
+    """One try to decode one scan into one slot of shared memory (None: through the pipe)."""
 
     scan: Scan
-    number: int
-    slot: SharedMemory | None
-    decoded: Decoded = field(init=False)
+    slot: str | None
+    number: int = 1
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a helper does with an attempt."""
+
+    decode: Decoder
+
+    def __call__(self, attempt: _Attempt) -> Decoded:
+        decoded = self.decode(attempt.scan)
+        decoded.record.attempts = attempt.number
+        return decoded if attempt.slot is None else _park(decoded, _attached(attempt.slot))
 
 
 class _Window:
-    """A bounded number of scans in flight in a pool of helpers."""
+    """A bounded number of scans between the listing and the model."""
 
-    def __init__(self, pool: ProcessPool, decode: Decoder, limits: LimitsConfig, size: int) -> None:
-        self._pool, self._decode, self._limits = pool, decode, limits
-        self._slots = _make_slots(size, _slot_bytes(decode))
-        self._free: list[SharedMemory | None] = list(self._slots) or [None] * size
-        self._done: queue.SimpleQueue[tuple[_Attempt, ProcessFuture]] = queue.SimpleQueue()
+    def __init__(self, helpers: Helpers, decode: Decoder, limits: LimitsConfig, size: int) -> None:
+        self._helpers, self._decode, self._limits = helpers, decode, limits
+        self._slots = {slot.name: slot for slot in _make_slots(size, _slot_bytes(decode))}
+        self._free: list[str | None] = [*self._slots] or [None] * size
         self._running = 0
+        helpers.use(_Work(decode))
 
     def close(self) -> None:
         """Give the shared memory back."""
-        for slot in self._slots:
+        for slot in self._slots.values():
             slot.unlink()
             with contextlib.suppress(BufferError):  # a batch in use when the run was cut short
                 slot.close()
@@ -133,66 +132,57 @@ class _Window:
     def batches(self, scans: Sequence[Scan], batch: int, stop: threading.Event) -> Iterator[list[Decoded]]:
         """Yield lists of `batch` decoded scans; a list is valid until the next one is asked for."""
         waiting = deque(scans)
-        ready: list[_Attempt] = []
+        ready: list[tuple[Decoded, str | None]] = []
         while waiting or self._running or ready:
             if stop.is_set():
                 waiting.clear()
             while waiting and self._free:
-                self._submit(_Attempt(waiting.popleft(), 1, self._free.pop()))
-            if self._running:
+                self._submit(_Attempt(waiting.popleft(), self._free.pop()))
+            if self._running and len(ready) < batch:
                 ready += self._collect()
-            if len(ready) >= batch or not (self._running or waiting):
-                yield [attempt.decoded for attempt in ready]
-                for attempt in ready:
-                    attempt.decoded.tensor_nzyx = _NOTHING  # lets go of the slot
-                    self._free.append(attempt.slot)
-                ready = []
+            while len(ready) >= batch or (ready and not self._running and not waiting):
+                taken, ready = ready[:batch], ready[batch:]
+                yield [decoded for decoded, _ in taken]
+                for decoded, slot in taken:
+                    decoded.tensor_nzyx = _NOTHING  # lets go of the slot
+                    self._free.append(slot)
 
     def _submit(self, attempt: _Attempt) -> None:
-        name = attempt.slot.name if attempt.slot else None
-        future = self._pool.schedule(
-            _decode_in_helper, args=(self._decode, attempt.scan, name), timeout=self._limits.scan_timeout_s
-        )
+        self._helpers.submit(attempt)
         self._running += 1
-        future.add_done_callback(lambda done: self._done.put((attempt, done)))
 
-    def _collect(self) -> list[_Attempt]:
-        """Wait for one scan; return it when it is settled, nothing when it is tried again."""
-        attempt, future = self._done.get()
-        self._running -= 1
-        try:
-            attempt.decoded = _unpark(future.result(), attempt.slot)
-        except FutureTimeoutError:
-            message = f"no result after {self._limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
-            attempt.decoded = self._decode.failed(attempt.scan, Reason.TIMEOUT, message, attempt.number)
-        except ProcessExpired as error:
-            if attempt.number < self._limits.attempts:
+    def _collect(self) -> list[tuple[Decoded, str | None]]:
+        """Wait for outcomes; return those that are settled, and try the others again."""
+        settled = []
+        for outcome in self._helpers.wait():
+            self._running -= 1
+            attempt: _Attempt = outcome.task
+            if outcome.error == "crash" and attempt.number < self._limits.attempts:
                 self._submit(replace(attempt, number=attempt.number + 1))
-                return []
-            message = f"its process died in each of {attempt.number} attempts (exit code {error.exitcode})"
-            attempt.decoded = self._decode.failed(attempt.scan, Reason.WORKER_CRASH, message, attempt.number)
-        attempt.decoded.record.attempts = attempt.number
-        return [attempt]
+            else:
+                settled.append((self._settle(outcome), attempt.slot))
+        return settled
 
-
-def _start_helper() -> None:
-    # Ctrl-C reaches the whole process group; only the driver decides what it means.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _warm_up() -> None:
-    """Import what decoding needs; unpickling this function's module has done so already."""
-
-
-def _decode_in_helper(decode: Decoder, scan: Scan, slot: str | None) -> Decoded:
-    decoded = decode(scan)
-    return decoded if slot is None else _park(decoded, _attached(slot))
+    def _settle(self, outcome: Outcome) -> Decoded:
+        attempt: _Attempt = outcome.task
+        if outcome.error == "crash":
+            message = f"its process died in each of {attempt.number} attempts (exit code {outcome.exit_code})"
+            return self._decode.failed(attempt.scan, Reason.WORKER_CRASH, message, attempt.number)
+        if outcome.error == "timeout":
+            message = f"no result after {self._limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
+            return self._decode.failed(attempt.scan, Reason.TIMEOUT, message, attempt.number)
+        decoded: Decoded = outcome.result
+        if attempt.slot is None or decoded.parked is None:
+            return decoded
+        tensor = np.ndarray(decoded.parked, np.float32, self._slots[attempt.slot].buf)
+        return replace(decoded, tensor_nzyx=tensor)
 
 
 _attachments: dict[str, SharedMemory] = {}
 
 
 def _attached(name: str) -> SharedMemory:
+    """Return the driver's slot as this helper sees it."""
     if name not in _attachments:
         _attachments[name] = SharedMemory(name)
     return _attachments[name]
@@ -205,12 +195,6 @@ def _park(decoded: Decoded, slot: SharedMemory) -> Decoded:
         return decoded
     np.copyto(np.ndarray(tensor.shape, np.float32, slot.buf), tensor)
     return replace(decoded, tensor_nzyx=_NOTHING, parked=tensor.shape)
-
-
-def _unpark(decoded: Decoded, slot: SharedMemory | None) -> Decoded:
-    if slot is None or decoded.parked is None:
-        return decoded
-    return replace(decoded, tensor_nzyx=np.ndarray(decoded.parked, np.float32, slot.buf))
 
 
 def _slot_bytes(decode: Decoder) -> int:
@@ -229,39 +213,5 @@ def _make_slots(count: int, size: int) -> list[SharedMemory]:
     return [SharedMemory(create=True, size=size) for _ in range(count)]
 
 
-_preparation_lock = threading.Lock()
-
-
-class _Popen(popen_spawn_posix.Popen):
-    """Spawn without importing the caller's `__main__` again.
-
-    A user's script need not guard its call of featray with `if __name__ == "__main__"`: everything
-    a helper runs is importable from featray itself.
-    """
-
-    def _launch(self, process_obj: Any) -> None:
-        with _preparation_lock:
-            original = spawn.get_preparation_data
-            spawn.get_preparation_data = _without_main(original)
-            try:
-                super()._launch(process_obj)  # type: ignore[misc]  # not in the type stubs
-            finally:
-                spawn.get_preparation_data = original
-
-
-def _without_main(original: Any) -> Any:
-    def get_preparation_data(name: str) -> dict[str, Any]:
-        data: dict[str, Any] = original(name)
-        return {key: value for key, value in data.items() if not key.startswith("init_main")}
-
-    return get_preparation_data
-
-
-class _Process(SpawnProcess):
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:  # noqa: N802  # the name multiprocessing calls
-        return _Popen(process_obj)
-
-
-class _SpawnWithoutMain(SpawnContext):
-    Process = _Process
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

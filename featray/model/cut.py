@@ -6,24 +6,21 @@ axis n. Nothing behind the deepest chosen layer is computed. Knows nothing of sc
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from featray.config import LayerConfig, ModelConfig
+from featray.config import ModelConfig
 from featray.errors import ConfigError, ModelError
-from featray.model import load, runtime, trace
+from featray.model import choose, load, runtime, trace
+from featray.model.choose import Choice, Pool
 from featray.model.trace import Tap
 
-Pool = Literal["none", "avg", "max", "avgmax"]
 Batch = NDArray[np.float32]
 
 # Two calls of one graph on one input agree far below this; sampled noise lies far above.
@@ -49,15 +46,6 @@ class CutLayer:
     shape: tuple[int, ...]
     values: int
     class_name: str
-
-
-@dataclass(frozen=True)
-class _Choice:
-    """One output asked for, and the tap that answers."""
-
-    name: str
-    tap: Tap
-    pool: Pool
 
 
 class Extractor:
@@ -103,7 +91,7 @@ class Extractor:
         loaded = load.load_model(self._spec, (*input_zyx, 1) if input_zyx else None)
         self._model = load.submodel(loaded.model, self._spec.submodel)
         self._shape, problems = input_shape(self._model, input_zyx)
-        choices = _choose(self._spec, trace.survey(self._model, self._shape), problems)
+        choices = choose.choose(self._spec, trace.survey(self._model, self._shape), problems)
         self._extract = self._capture(choices)
         self.layers = tuple(self._warm_up(choices, problems))
         if problems:
@@ -159,7 +147,7 @@ class Extractor:
 
         return {name: value.numpy() for name, value in self._extract(tf.constant(inputs)).items()}
 
-    def _capture(self, choices: Sequence[_Choice]) -> Any:
+    def _capture(self, choices: Sequence[Choice]) -> Any:
         if not choices:
             return None
 
@@ -170,26 +158,29 @@ class Extractor:
 
         return trace.capture(self._model, [choice.tap.key for choice in choices], self._shape, finish)
 
-    def _warm_up(self, choices: Sequence[_Choice], problems: list[str]) -> list[CutLayer]:
+    def _warm_up(self, choices: Sequence[Choice], problems: list[str]) -> list[CutLayer]:
         """Run the cut model on random input; note what varies and learn the true shapes."""
         if not choices:
             return []
-        twin, mixed = probe_batches(self._shape)
-        first, second = self._run(twin), self._run(mixed)
+        twin, mixed = (self._run(batch) for batch in probe_batches(self._shape))
         layers = []
         for choice in choices:
-            value = first[choice.name]
-            if len(value) != len(twin):
-                problems.append(f"layers: {choice.tap.path!r} gives {len(value)} rows for {len(twin)} inputs")
-            elif varies(value, second[choice.name]) and not self._spec.allow_stochastic:
-                problems.append(
-                    f"layers: {choice.tap.path!r} gives other values for the same input from call to call (it "
-                    "samples, or looks at the rest of the batch); take the layer that feeds it, such as z_mean, "
-                    "or set model.allow_stochastic: true"
-                )
+            value = twin[choice.name]
+            problems += self._oddities(choice, value, mixed[choice.name])
             shape, kind = value.shape[1:], type(choice.tap.layer).__name__
             layers.append(CutLayer(choice.name, choice.tap.path, choice.pool, shape, math.prod(shape), kind))
         return layers
+
+    def _oddities(self, choice: Choice, twin: Batch, mixed: Batch) -> list[str]:
+        if len(twin) != 2:
+            return [f"layers: {choice.tap.path!r} gives {len(twin)} rows for 2 inputs"]
+        if self._spec.allow_stochastic or not varies(twin, mixed):
+            return []
+        return [
+            f"layers: {choice.tap.path!r} gives other values for the same input from call to call (it "
+            "samples, or looks at the rest of the batch); take the layer that feeds it, such as z_mean, "
+            "or set model.allow_stochastic: true"
+        ]
 
 
 def check(spec: ModelConfig | Mapping[str, Any], input_zyx: tuple[int, int, int] | None) -> None:
@@ -257,11 +248,6 @@ def declared_inputs(model: Any) -> list[tuple[int | None, ...]]:
     return [tuple(built_for)[1:]] if is_one and built_for else []
 
 
-def default_pool(tap: Tap) -> Pool:
-    """Return `avg` for feature maps, `none` for what has no spatial axes."""
-    return "avg" if len(tap.shape) > 2 else "none"
-
-
 def pooled(tensor: Any, pool: Pool, tap: Tap) -> Any:
     """Return a float32 tensor (n, …) after pooling over the spatial axes; `avgmax` is [avg, max].
 
@@ -304,100 +290,9 @@ def _shown(shape: tuple[int | None, ...]) -> str:
 def _misfit(model: Any, own: tuple[int | None, ...], input_zyx: tuple[int, int, int] | None) -> str:
     if input_zyx is not None:
         return (
-            f"size: the model {model.name!r} takes {_shown(own)}, preprocess.size gives {_shown((*input_zyx, 1))} "
-            "(z, y, x, channel); make them equal"
+            f"size: the model {model.name!r} takes {_shown(own)}, preprocess.size gives "
+            f"{_shown((*input_zyx, 1))} (z, y, x, channel); make them equal"
         )
     if len(own) != 4 or own[-1] != 1:
-        return f"size: the model {model.name!r} takes {_shown(own)}; featray feeds volumes (z, y, x) of one channel"
+        return f"size: the model {model.name!r} takes {_shown(own)}; featray feeds (z, y, x) of one channel"
     return ""
-
-
-def _choose(spec: ModelConfig, taps: list[Tap], problems: list[str]) -> list[_Choice]:
-    choices: list[_Choice] = []
-    for layer in spec.layers:
-        text = _below(layer.layer, spec.submodel, taps)
-        try:
-            choices += _answers(layer, text, taps)
-        except ModelError as error:
-            problems += error.problems
-    twice = [name for name, count in Counter(choice.name for choice in choices).items() if count > 1]
-    problems += [f"layers: two outputs are named {name!r}; tell them apart with `as`" for name in twice]
-    return list({choice.name: choice for choice in choices}.values())
-
-
-def _below(text: str, submodel: str | None, taps: list[Tap]) -> str:
-    """Return the path relative to the submodel; full paths are welcome too."""
-    inside = f"{submodel}/" if submodel else ""
-    is_full = bool(inside) and text.startswith(inside) and not find(text, taps)
-    return text[len(inside) :] if is_full else text
-
-
-def _answers(layer: LayerConfig, text: str, taps: list[Tap]) -> list[_Choice]:
-    found = find(text, taps)
-    many = _is_glob(text)
-    if not found:
-        raise ModelError(f"layers: {layer.layer!r} is not in the model{_near(text, taps)}")
-    if len(found) > 1 and not many:
-        paths = ", ".join(tap.path for tap in found)
-        raise ModelError(f"layers: {layer.layer!r} stands for {len(found)} values; name one of: {paths}")
-    if len(found) > 1 and layer.as_:
-        raise ModelError(
-            f"layers: as: {layer.as_!r} names one output, but {layer.layer!r} matches {len(found)} layers"
-        )
-    if layer.as_ and "/" in layer.as_:
-        raise ModelError(f"layers: as: {layer.as_!r} must not contain '/'")
-    problems = [line for tap in found if (line := _unusable(tap, layer))]
-    if problems:
-        raise ModelError(problems)
-    names = [layer.as_ or (tap.path if many else layer.layer).replace("/", ".") for tap in found]
-    return [
-        _Choice(name, tap, layer.pool or default_pool(tap)) for name, tap in zip(names, found, strict=True)
-    ]
-
-
-def _unusable(tap: Tap, layer: LayerConfig) -> str:
-    if tap.problem:
-        return f"layers: {tap.path!r} {tap.problem}"
-    if layer.pool not in (None, "none") and len(tap.shape) <= 2:
-        return (
-            f"layers: pool: {layer.pool} of {tap.path!r} needs a feature map, but it gives {list(tap.shape[1:])} "
-            "values without spatial axes; leave pool out"
-        )
-    return ""
-
-
-def find(text: str, taps: list[Tap]) -> list[Tap]:
-    """Return the taps that a name, path or glob stands for, in model order.
-
-    A path is tried from the model's top; failing that, a path without wildcards may also be the
-    end of a longer one (`z_mean` for `encoder/z_mean`). `*` does not cross `/`.
-    """
-    asked = text.split("/")
-    exact = [tap for tap in taps if len(tap.parts) == len(asked) and _matches(asked, tap)]
-    if exact or _is_glob(text):
-        return exact
-    return [tap for tap in taps if len(tap.parts) > len(asked) and _matches(asked, tap)]
-
-
-def _matches(asked: list[str], tap: Tap) -> bool:
-    """Compare from the end; `name` also stands for its calls `name#2` and outputs `name:0`."""
-    parts = tap.parts[-len(asked) :]
-    return all(
-        any(fnmatchcase(name, one) or (name.startswith(one) and name[len(one)] in "#:") for name in names)
-        for one, names in zip(asked, parts, strict=True)
-    )
-
-
-def _is_glob(text: str) -> bool:
-    return any(letter in text for letter in "*?[")
-
-
-def _near(text: str, taps: list[Tap]) -> str:
-    paths = list(dict.fromkeys(tap.path for tap in taps))
-    ends = {path.rpartition("/")[2]: path for path in reversed(paths)}
-    close = difflib.get_close_matches(text, paths, n=3, cutoff=0.6)
-    close += [ends[end] for end in difflib.get_close_matches(text.rpartition("/")[2], ends, n=3, cutoff=0.6)]
-    if close:
-        return f"; did you mean {', '.join(list(dict.fromkeys(close))[:3])}?"
-    more = ", …" if len(paths) > 12 else ""
-    return f"; it has: {', '.join(paths[:12])}{more} (`featray layers` lists all)"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from featray.config import ModelConfig
-from featray.model import cut, load, runtime, trace
+from featray.model import choose, cut, load, runtime, trace
 from featray.model.trace import Tap
 
 _GAUSSIAN_NAME = re.compile(r"(^|_)(mu|mean|sigma|std|log_?var|log_?sigma|logvar)($|_)", re.IGNORECASE)
@@ -81,7 +81,7 @@ def list_layers(
     runtime.configure(threads)
     loaded = load.load_model(spec, (*input_zyx, 1) if input_zyx else None)
     root = load.submodel(loaded.model, spec.submodel)
-    shape, problems = cut.input_shape(root, input_zyx)
+    shape, _misfit = cut.input_shape(root, input_zyx)
     taps = [tap for tap in trace.survey(root, shape) if not tap.problem]
     shapes, stochastic = _evaluate(root, taps, shape)
     narrowest = min((width for width in map(math.prod, shapes.values()) if width > 1), default=0)
@@ -97,7 +97,7 @@ def _info(
         "bottleneck": is_narrow,
         "dead_units_possible": _clips(tap.layer) and (is_narrow or _parametrises(tap, stochastic, taps)),
     }
-    values = shape[-1] if cut.default_pool(tap) == "avg" else math.prod(shape)
+    values = shape[-1] if choose.default_pool(tap) == "avg" else math.prod(shape)
     return LayerInfo(
         tap.path,
         type(tap.layer).__name__,

@@ -6,13 +6,14 @@ Code stored in a file runs only when the config allows it. Knows nothing of cutt
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -66,19 +67,15 @@ def load_model(spec: ModelConfig, input_shape: tuple[int | None, ...] | None = N
         ModelError: The file is missing or damaged, custom code is missing or not allowed, or
             Keras cannot load it; all missing pieces are listed.
     """
-    import keras
-
     file = fetch.local_file(spec.uri, spec.storage_options)
     content = saved.open_saved(file.path)
     files = {"model": file.sha256}
     objects = _custom_objects(spec, files)
-    # Automatic names (conv3d_4) count up over a whole process; start again so that a file's
-    # layers get the same names wherever it is loaded.
-    keras.backend.reset_uids()
-    if spec.builder:
-        model = _from_builder(spec, file.path, content, input_shape, files)
-    else:
-        model = _from_file(spec, file.path, content, objects)
+    with _fresh_names():
+        if spec.builder:
+            model = _from_builder(spec, file.path, content, input_shape, files)
+        else:
+            model = _from_file(spec, file.path, content, objects)
     return Loaded(model, files)
 
 
@@ -95,6 +92,23 @@ def submodel(model: Any, name: str | None) -> Any:
             raise ModelError(f"submodel: no layer or attribute {part!r} in {model.name!r}; it has: {known}")
         model = children[part]
     return model
+
+
+@contextlib.contextmanager
+def _fresh_names() -> Iterator[None]:
+    """Let Keras count automatic names (conv3d_4) from the start, then go on as before.
+
+    It counts over a whole process; a layer's name must not depend on what was made before it.
+    """
+    from keras.src.backend.common import global_state
+    from keras.src.utils import naming
+
+    kept = global_state.get_global_attribute("object_name_uids")
+    naming.reset_uids()
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute("object_name_uids", kept)
 
 
 def _children(model: Any) -> dict[str, Any]:
@@ -199,15 +213,15 @@ def _missing(needed: list[CustomEntry], known: Mapping[str, Any], trust: bool) -
     for entry in needed:
         if entry.is_lambda and not trust:
             problems.append(
-                f"layer {entry.layer!r} holds Python code inside the file (Lambda), which would run on loading; "
-                "set model.trust: true if you trust who made the file, or save the model with a named function "
-                "and give it in model.custom_objects"
+                f"layer {entry.layer!r} holds Python code inside the file (Lambda), which would run on "
+                "loading; set model.trust: true if you trust who made the file, or save the model with a "
+                "named function and give that in model.custom_objects"
             )
         elif not entry.is_lambda and entry.registered_name not in known:
             problems.append(
-                f"layer {entry.layer!r} needs {entry.class_name}, which is not part of Keras; add its code to "
-                f"model.custom_objects, e.g. 'file.py:{entry.class_name}' or 'package.module:{entry.class_name}' "
-                "(model.trust does not replace it)"
+                f"layer {entry.layer!r} needs {entry.class_name}, which is not part of Keras; add its code "
+                f"to model.custom_objects, e.g. 'file.py:{entry.class_name}' or "
+                f"'package.module:{entry.class_name}' (model.trust does not replace it)"
             )
     return problems
 
@@ -266,8 +280,9 @@ def _keras_failure(path: Path, content: Saved, error: Exception) -> str:
 
     made = f", made by Keras {content.keras_version}," if content.keras_version else ""
     return (
-        f"{path.name}: {content.kind}{made} cannot be loaded by Keras {keras.__version__} ({_short(error, path)}); "
-        "load it where it was made and save it again as .keras, or give its code in model.builder"
+        f"{path.name}: {content.kind}{made} cannot be loaded by Keras {keras.__version__} "
+        f"({_short(error, path)}); load it where it was made and save it again as .keras, or give its "
+        "code in model.builder"
     )
 
 

@@ -42,7 +42,7 @@ def configure(threads: int | None = None, gpu: bool = True) -> None:
 
     if keras.backend.backend() != "tensorflow":
         raise ModelError(
-            f"Keras runs on {keras.backend.backend()} here; featray needs KERAS_BACKEND=tensorflow in the environment"
+            f"Keras runs on {keras.backend.backend()} here; set KERAS_BACKEND=tensorflow in the environment"
         )
     if threads is not None:
         _set_threads(max(1, int(threads)))

@@ -195,12 +195,14 @@ def _as_custom(node: dict[str, Any], layer: str, is_own: Callable[[str], bool]) 
         return CustomEntry(layer, "Lambda", "", is_lambda=True)
     if class_name.startswith("__"):  # __keras_tensor__, __tuple__, __numpy__ and the like: plain data
         return None
-    name = str(config) if class_name == "function" else str(node.get("registered_name") or class_name)
-    module = "" if class_name == "function" else str(node.get("module") or "")
-    if (
-        module.split(".")[0] == "keras"
-        or (not node.get("registered_name") or class_name == "function")
-        and is_own(name)
-    ):
+    is_function, registered, module = (
+        class_name == "function",
+        node.get("registered_name"),
+        node.get("module"),
+    )
+    name = str(config) if is_function else str(registered or class_name)
+    from_keras = not is_function and str(module or "").split(".")[0] == "keras"
+    says_only_name = is_function or not (registered or module)
+    if from_keras or (says_only_name and is_own(name)):
         return None
     return CustomEntry(layer, name.rpartition(">")[2], name)

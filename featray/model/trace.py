@@ -203,13 +203,12 @@ def _spellings(parent: Any, layer: Any) -> tuple[str, ...]:
     That is the layer's own name, unless Keras made it up (`dense_3`) and the parent holds the
     layer in an attribute: `self.blocks[1]` is `blocks.1`.
     """
-    attribute = _attribute(parent, layer)
-    if not attribute or attribute == layer.name:
-        return (layer.name,)
-    made_up = re.sub(r"(_\d+)?$", "", layer.name, count=1).replace("_", "")
-    if made_up == type(layer).__name__.replace("_", "").lower():
-        return (attribute, layer.name)
-    return (layer.name, attribute)
+    name, attribute = str(layer.name), _attribute(parent, layer)
+    if not attribute or attribute == name:
+        return (name,)
+    stem = re.sub(r"_\d+$", "", name).replace("_", "")
+    made_up = stem == type(layer).__name__.replace("_", "").lower()
+    return (attribute, name) if made_up else (name, attribute)
 
 
 def _attribute(parent: Any, layer: Any) -> str:
@@ -217,7 +216,7 @@ def _attribute(parent: Any, layer: Any) -> str:
         if name.startswith("_"):
             continue
         if value is layer:
-            return name
+            return str(name)
         items = (
             value.items()
             if isinstance(value, dict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import numpy as np
 
 from featray.config import LimitsConfig, PreprocessConfig
 from featray.ct import hu
+from featray.ct.geometry import reorient
 from featray.ct.memory import keep_large_blocks
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 from featray.schema import Decoded, Scan, ScanRecord
-from featray.stages.preprocess import ModelInput, preprocess
+from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
 from featray.stages.read import ReadResult, read
 from featray.storage import open_url
 
@@ -93,6 +95,7 @@ class Decoder:
     def _preprocess(self, record: ScanRecord, volume: Volume) -> Decoded:
         start = time.perf_counter()
         try:
+            _check_size(volume, self.preprocess, self.limits.max_voxels)
             model_input: ModelInput = preprocess(volume, self.preprocess)
         except MemoryError:
             raise ScanError(Reason.TOO_LARGE, "the model input does not fit into memory") from None
@@ -122,6 +125,20 @@ def _describe(record: ScanRecord, result: ReadResult) -> None:
     record.columns |= volume.tags
     record.bytes_read, record.read_s = result.bytes_read, result.read_s
     record.decode_s = result.decode_s + time.perf_counter() - start
+
+
+def _check_size(volume: Volume, config: PreprocessConfig, max_voxels: int) -> None:
+    """Refuse a model input, or a resampled volume on the way to it, that is over the limit.
+
+    A header that claims slices 100 mm apart, resampled to 1 mm, asks for a hundred times its voxels.
+    """
+    oriented = reorient(volume, config.orientation)
+    z, y, x = oriented.voxels_zyx.shape
+    for shape in (resampled_shape, input_shape):
+        voxels = math.prod(shape(config, (z, y, x), oriented.spacing_zyx))
+        if voxels > max_voxels:
+            message = f"preprocessing would make {voxels} voxels, limits.max_voxels is {max_voxels}"
+            raise ScanError(Reason.TOO_LARGE, message)
 
 
 def _failed(record: ScanRecord, stage: str, error: ScanError) -> Decoded:

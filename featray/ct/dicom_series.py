@@ -1,0 +1,289 @@
+"""Slice headers in, scans out: which files make one volume, and what is left out by which rule.
+
+Sees no pixels and opens nothing. Rules, in this order:
+
+1. A DICOMDIR is an index, and a file that is no DICOM is none of ours; both are dropped, except
+   that a damaged file counts: see 6.
+2. Files of another modality or class, colour pages, secondary captures and files without an image
+   are `excluded` as `not_ct` (one entry per SeriesInstanceUID); localizers as `not_a_volume`.
+3. Slices belong together by SeriesInstanceUID. Where it is empty: by folder and SeriesNumber.
+4. A UID in several folders is one scan if the folders share neither SOP Instance UID nor position
+   (a split export); folders that do are copies, one scan each.
+5. Within that, slices of one orientation, rows x columns and kind (single or multi-frame) are one
+   scan. Up to three images at another angle are localizers, dropped with `localizer_removed`. A
+   multi-frame copy of the single frames is `excluded` as `duplicate_slices`.
+6. A damaged file fails the scan it belongs to, since a volume that may miss a slice is never made:
+   by its SeriesInstanceUID if that can be read, else by its name (see `_neighbours`). One that
+   belongs to nothing is a failed entry of its own if its name ends like a DICOM file's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from featray.ct.dicom_headers import SliceHeader
+from featray.errors import Oddity, Reason
+
+SAME_DIRECTION = 1e-3
+"""Direction cosines closer than this are one orientation; writers round to 4 to 6 digits."""
+
+LOCALIZER_IMAGES, LOCALIZER_DEGREES = 3, 10.0
+"""At most this many images, at least this far off the main orientation."""
+
+_CT_CLASSES = frozenset(
+    f"1.2.840.10008.5.1.4.1.1.{tail}" for tail in ("2", "2.1", "2.2")
+)  # CT, Enhanced CT, Legacy Converted Enhanced CT Image Storage
+_CAPTURES = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture; multi-frame ones add .1 to .4
+_LOCALIZER_WORDS = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
+_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+_UNFINISHED = re.compile(r"\.(part|partial|tmp|filepart|crdownload|download)$")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One scan as found: its files and, if it is not to be read, why.
+
+    Attributes:
+        files: Names of the headers given, sorted; what `read_series` needs if `reason` is None.
+        uid: SeriesInstanceUID, empty if the files have none.
+        reason: None for a scan to read.
+        excluded: True if left out by rule, false if failed; only with a reason.
+        message: The reason in words, for people.
+        warnings: Codes of what was odd but accepted.
+    """
+
+    files: tuple[str, ...]
+    uid: str
+    reason: Reason | None = None
+    excluded: bool = False
+    message: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def group_series(headers: Sequence[SliceHeader]) -> list[Series]:
+    """Return the scans among the files of one folder or one whole collection, by first file name.
+
+    Every header ends in exactly one entry, except what rules 1 and 5 drop. Names must be unique
+    and share one root; a split export is only seen if its folders are given together.
+    """
+    groups: dict[tuple[str, ...], list[SliceHeader]] = defaultdict(list)
+    strays = []
+    for header in sorted(headers, key=lambda header: header.name):
+        if header.problem and not header.series_uid:
+            strays.append(header)
+        elif not header.is_directory:
+            groups[_key(header)].append(header)
+    series = [found for members in groups.values() for found in _scans(members)]
+    return sorted(_with_strays(series, strays), key=lambda found: found.files)
+
+
+def exclusion(header: SliceHeader) -> tuple[Reason, str] | None:
+    """Return why a file is left out by rule, or None for a CT slice (or what must be one)."""
+    if header.modality not in ("", "CT"):
+        return Reason.NOT_CT, f"modality is {_code(header.modality)}"
+    capture = header.sop_class.startswith(_CAPTURES)
+    if header.sop_class and not capture and header.sop_class not in _CT_CLASSES:
+        return Reason.NOT_CT, "an object of another class than CT images"
+    if header.problem:
+        return None
+    if not header.has_pixels and not header.sop_class and not header.rows:
+        return Reason.NOT_CT, "no image in it"
+    if header.samples != 1 or (capture and not header.functional_groups):
+        return Reason.NOT_CT, "a secondary capture (report, screenshot or copy of a localizer)"
+    if _LOCALIZER_WORDS & set(header.image_type):
+        return Reason.NOT_A_VOLUME, "a localizer, no volume"
+    return None
+
+
+def _key(header: SliceHeader) -> tuple[str, ...]:
+    return (header.series_uid,) if header.series_uid else ("", header.folder, header.series_number)
+
+
+def _code(text: str) -> str:
+    """Return a code string fit for a message; anything else might say who the patient is."""
+    return text if re.fullmatch(r"[A-Z0-9_]{1,8}", text) else "not CT"
+
+
+def _scans(members: list[SliceHeader]) -> list[Series]:
+    """Return the entries of one SeriesInstanceUID."""
+    excluded: dict[tuple[Reason, str], list[SliceHeader]] = defaultdict(list)
+    slices = []
+    for header in members:
+        why = exclusion(header)
+        if why:
+            excluded[why].append(header)
+        else:
+            slices.append(header)
+    localizers = [why for why in excluded if slices and why[0] is Reason.NOT_A_VOLUME]
+    for why in localizers:
+        del excluded[why]
+    warnings = (Oddity.LOCALIZER_REMOVED.value,) if localizers else ()
+    stacks = [found for copy in _copies(slices) for found in _stacks(copy, warnings)]
+    return stacks + _left_out(excluded)
+
+
+def _left_out(excluded: dict[tuple[Reason, str], list[SliceHeader]]) -> list[Series]:
+    """Return one entry for all that a UID holds beside slices; the commonest reason speaks."""
+    if not excluded:
+        return []
+    reason, message = max(excluded, key=lambda why: len(excluded[why]))
+    headers = [header for found in excluded.values() for header in found]
+    return [Series(_names(headers), headers[0].series_uid, reason, True, message)]
+
+
+def _copies(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
+    """Return slices of one UID, apart where folders overlap; each folder joins the first it fits."""
+    folders: dict[str, list[SliceHeader]] = defaultdict(list)
+    for header in slices:
+        folders[header.folder].append(header)
+    copies: list[list[SliceHeader]] = []
+    taken: list[set[object]] = []
+    for members in folders.values():
+        marks = _marks(members)
+        fit = next((i for i, others in enumerate(taken) if not others & marks), None)
+        if fit is None:
+            copies.append(members)
+            taken.append(marks)
+        else:
+            copies[fit] += members
+            taken[fit] |= marks
+    return copies
+
+
+def _marks(slices: list[SliceHeader]) -> set[object]:
+    """Return what two different slices cannot share: their SOP Instance UID and their place."""
+    uids = {header.sop_uid for header in slices if header.sop_uid}
+    places = {tuple(round(mm, 1) for mm in header.position) for header in slices if header.position}
+    return uids | places
+
+
+def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[Series]:
+    """Return one entry per orientation, matrix and kind; the largest stack takes what has no place."""
+    broken = [header for header in slices if header.problem]
+    stacks = sorted(_alike([header for header in slices if not header.problem]), key=len, reverse=True)
+    if not stacks:
+        return [_failed(Series(_names(broken), broken[0].series_uid), broken[0])]
+    main, others = stacks[0], stacks[1:]
+    localizers = [stack for stack in others if _is_localizer(stack, main)]
+    copies = [stack for stack in others if _is_copy(stack, main)]
+    extra = [Oddity.LOCALIZER_REMOVED.value] * bool(localizers) + [Reason.DUPLICATE_SLICES.value] * bool(copies)
+    warnings = tuple(dict.fromkeys([*warnings, *extra]))
+    found = [Series(_names(main), main[0].series_uid, warnings=warnings)]
+    found += [_multiframe_copy(stack) for stack in copies]
+    found += [
+        Series(_names(stack), stack[0].series_uid, warnings=warnings)
+        for stack in others
+        if stack not in localizers and stack not in copies
+    ]
+    return [_with_broken(entry, broken) for entry in found]
+
+
+def _alike(slices: Iterable[SliceHeader]) -> list[list[SliceHeader]]:
+    stacks: list[list[SliceHeader]] = []
+    for header in slices:
+        fit = next((stack for stack in stacks if _same_stack(stack[0], header)), None)
+        if fit is None:
+            stacks.append([header])
+        else:
+            fit.append(header)
+    return stacks
+
+
+def _same_stack(first: SliceHeader, second: SliceHeader) -> bool:
+    if first.frames > 1 or second.frames > 1:
+        return False
+    if (first.rows, first.columns) != (second.rows, second.columns):
+        return False
+    if first.orientation is None or second.orientation is None:
+        return first.orientation == second.orientation
+    return np.allclose(first.orientation, second.orientation, rtol=0, atol=SAME_DIRECTION)
+
+
+def _is_localizer(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
+    ours, theirs = stack[0].orientation, main[0].orientation
+    if len(stack) > LOCALIZER_IMAGES or len(main) <= LOCALIZER_IMAGES or ours is None or theirs is None:
+        return False
+    cosine = np.dot(np.cross(ours[:3], ours[3:]), np.cross(theirs[:3], theirs[3:]))
+    return bool(abs(cosine) < np.cos(np.radians(LOCALIZER_DEGREES)))
+
+
+def _is_copy(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
+    frames, first = stack[0].frames, main[0]
+    same_matrix = (stack[0].rows, stack[0].columns) == (first.rows, first.columns)
+    return frames > 1 and frames == len(main) and first.frames == 1 and same_matrix
+
+
+def _multiframe_copy(stack: list[SliceHeader]) -> Series:
+    message = "a multi-frame copy of the single frames with the same SeriesInstanceUID; those are read"
+    return Series(_names(stack), stack[0].series_uid, Reason.DUPLICATE_SLICES, True, message)
+
+
+def _with_broken(series: Series, broken: list[SliceHeader]) -> Series:
+    for header in broken:
+        series = _failed(series, header)
+    return series
+
+
+def _failed(series: Series, header: SliceHeader) -> Series:
+    """Return the series with a damaged file in it; left out by rule it stays left out."""
+    files = tuple(sorted({*series.files, header.name}))
+    if series.reason:
+        return replace(series, files=files)
+    message = f"{header.base}: {header.message}; copy the file again, or take it out if it is not of this scan"
+    return replace(series, files=files, reason=header.problem, message=message)
+
+
+def _with_strays(series: list[Series], strays: list[SliceHeader]) -> list[Series]:
+    """Return the series with the damaged files whose UID is unknown where they belong."""
+    owners: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for index, found in enumerate(series):
+        for name in found.files:
+            owners[_pattern(name)][name] = index
+    series, own = list(series), []
+    for header in strays:
+        neighbours = _neighbours(header.name, owners.get(_pattern(header.name), {}))
+        for index in neighbours:
+            series[index] = _failed(series[index], header)
+        if not neighbours and _claims_dicom(header):
+            own.append(_failed(Series((header.name,), ""), header))
+    return series + own
+
+
+def _pattern(name: str) -> tuple[str, str]:
+    """Return folder and file name with each run of digits as `#`: what numbered files share."""
+    folder, _, base = name.rpartition("/")
+    return folder, re.sub(r"\d+", "#", _UNFINISHED.sub("", base))
+
+
+def _neighbours(name: str, owners: dict[str, int]) -> set[int]:
+    """Return the series a damaged file may belong to, among files named alike in its folder.
+
+    If each series takes up one block of the numbers: those just before and after it. If not
+    (hashes, several series interleaved): all, because it may be a slice of any.
+    """
+    ordered = sorted(owners, key=_natural)
+    indices = [owners[other] for other in ordered]
+    blocks = sum(a != b for a, b in zip(indices, indices[1:], strict=False)) + bool(indices)
+    if blocks > len(set(indices)):
+        return set(indices)
+    place = sum(_natural(other) < _natural(name) for other in ordered)
+    return set(indices[max(0, place - 1) : place + 1])
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _claims_dicom(header: SliceHeader) -> bool:
+    if header.base.startswith("."):
+        return False  # companions that macOS and rsync leave
+    return header.is_dicom or header.base.lower().endswith(_DICOM_SUFFIXES)
+
+
+def _names(headers: list[SliceHeader]) -> tuple[str, ...]:
+    return tuple(sorted(header.name for header in headers))

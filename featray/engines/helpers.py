@@ -1,0 +1,203 @@
+"""Helper processes of the inline engine: tasks in, outcomes out, whatever becomes of a process.
+
+Each helper has a pipe of its own and no lock is shared, so one that is killed or hangs takes exactly
+the task it was working on with it: what waited behind that task goes to another helper.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing import popen_spawn_posix, spawn
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
+
+_POLL_S = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one task: its result, or how its process ended.
+
+    Attributes:
+        task: As submitted.
+        result: What the work returned; None if there is none.
+        error: `crash` or `timeout` when there is no result.
+        exit_code: Of a process that crashed; negative is a signal's number.
+    """
+
+    task: Any
+    result: Any = None
+    error: str = ""
+    exit_code: int | None = None
+
+
+class Helpers:
+    """A fixed number of processes that each run `work(task)` for the tasks given to them, in order.
+
+    Args:
+        count: Processes.
+        timeout_s: Seconds a task may take; the process is killed then.
+
+    `work` is set by `use` and must be importable from a module, as must its arguments.
+    """
+
+    def __init__(self, count: int, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._context = _SpawnWithoutMain()
+        self._work: Callable[[Any], Any] | None = None
+        self._helpers = [self._start() for _ in range(count)]
+        self._outcomes: list[Outcome] = []
+
+    def use(self, work: Callable[[Any], Any]) -> None:
+        """Set what the helpers do with a task from now on."""
+        self._work = work
+        for helper in self._helpers:
+            helper.connection.send(work)
+
+    def submit(self, task: Any) -> None:
+        """Give a task to the helper with the fewest."""
+        self._give(min(self._helpers, key=lambda helper: len(helper.tasks)), task)
+
+    def wait(self) -> list[Outcome]:
+        """Return the outcomes that have arrived since; waits for at least one. Needs a task under way."""
+        while not self._outcomes:
+            busy = {helper.connection: helper for helper in self._helpers if helper.tasks}
+            deadline = min(helper.deadline for helper in busy.values())
+            timeout = max(0.0, min(_POLL_S, deadline - time.monotonic()))
+            for connection in wait(list(busy), timeout):
+                self._receive(busy[connection])  # type: ignore[index]  # only connections were given
+            self._stop_late()
+        found, self._outcomes = self._outcomes, []
+        return found
+
+    def close(self) -> None:
+        """End all helpers at once."""
+        for helper in self._helpers:
+            helper.end()
+
+    def _start(self) -> _Helper:
+        ours, theirs = self._context.Pipe()
+        process = self._context.Process(target=_serve, args=(theirs,), name="featray-helper", daemon=True)
+        process.start()
+        theirs.close()  # so that the helper's death closes the pipe
+        helper = _Helper(process, ours)
+        if self._work is not None:
+            helper.connection.send(self._work)
+        return helper
+
+    def _give(self, helper: _Helper, task: Any) -> None:
+        if not helper.tasks:
+            helper.deadline = time.monotonic() + self._timeout_s
+        helper.tasks.append(task)
+        with contextlib.suppress(OSError):  # a dead helper is noticed when its outcome is waited for
+            helper.connection.send(task)
+
+    def _receive(self, helper: _Helper) -> None:
+        try:
+            result = helper.connection.recv()
+        except (EOFError, OSError):
+            self._replace(helper, "crash")
+            return
+        self._outcomes.append(Outcome(helper.tasks.popleft(), result))
+        helper.deadline = time.monotonic() + self._timeout_s
+
+    def _stop_late(self) -> None:
+        now = time.monotonic()
+        for helper in [helper for helper in self._helpers if helper.tasks and now > helper.deadline]:
+            if not helper.connection.poll():  # a result may have come in while this process was busy
+                self._replace(helper, "timeout")
+
+    def _replace(self, helper: _Helper, error: str) -> None:
+        """Settle the task a dead or late helper was working on; hand the others to a new one."""
+        exit_code = helper.end(grace_s=1.0 if error == "crash" else 0.0)
+        self._outcomes.append(Outcome(helper.tasks.popleft(), error=error, exit_code=exit_code))
+        new = self._start()
+        self._helpers[self._helpers.index(helper)] = new
+        for task in helper.tasks:
+            self._give(new, task)
+
+
+@dataclass(eq=False)
+class _Helper:
+    """One process, its pipe, and the tasks it has, the first of which it is working on."""
+
+    process: SpawnProcess
+    connection: Connection
+    tasks: deque[Any] = field(default_factory=deque)
+    deadline: float = 0.0
+
+    def end(self, grace_s: float = 0.0) -> int | None:
+        """Kill the process unless it ends by itself within `grace_s`; return its exit code."""
+        self.connection.close()
+        self.process.join(grace_s)
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode
+
+
+def _serve(connection: Connection) -> None:
+    """Run in the helper: take the work first, then tasks, until the pipe closes."""
+    # Ctrl-C reaches the whole process group; only the driver decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    # Read ahead in a thread: were both ends to wait for the other to read, nothing would move.
+    threading.Thread(target=_read_ahead, args=(connection, tasks), daemon=True).start()
+    work = tasks.get()
+    while True:
+        connection.send(work(tasks.get()))
+
+
+def _read_ahead(connection: Connection, tasks: queue.SimpleQueue[Any]) -> None:
+    while True:
+        try:
+            tasks.put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(0)  # the driver is gone; nobody waits for what is under way
+
+
+_preparation_lock = threading.Lock()
+
+
+class _Popen(popen_spawn_posix.Popen):
+    """Spawn without importing the caller's `__main__` again.
+
+    A user's script then need not guard its call of featray with `if __name__ == "__main__"`:
+    everything a helper runs is importable from featray itself.
+    """
+
+    def _launch(self, process_obj: Any) -> None:
+        with _preparation_lock:
+            original = spawn.get_preparation_data
+            spawn.get_preparation_data = _without_main(original)
+            try:
+                super()._launch(process_obj)  # type: ignore[misc]  # not in the type stubs
+            finally:
+                spawn.get_preparation_data = original
+
+
+def _without_main(original: Any) -> Any:
+    def get_preparation_data(name: str) -> dict[str, Any]:
+        data: dict[str, Any] = original(name)
+        return {key: value for key, value in data.items() if not key.startswith("init_main")}
+
+    return get_preparation_data
+
+
+class _Process(SpawnProcess):
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802  # the name that multiprocessing calls
+        return _Popen(process_obj)
+
+
+class _SpawnWithoutMain(SpawnContext):
+    Process = _Process

@@ -1,0 +1,142 @@
+"""The config: what is accepted, and that every problem is listed at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featray.config import Config, load, without_secrets
+from featray.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "source": {"uri": "data"},
+    "model": {"uri": "vae.keras", "layers": ["z_mean"]},
+    "output": {"uri": "out"},
+}
+
+
+def with_(**sections: Any) -> dict[str, Any]:
+    return {**MINIMAL, **sections}
+
+
+def test_the_contracts_defaults_hold() -> None:
+    config = load(MINIMAL)
+    assert config.preprocess.orientation == "LPS"
+    assert config.preprocess.window == (-1000, 1000)
+    assert config.preprocess.scale == (0, 1)
+    assert config.preprocess.size == (32, 256, 256)
+    assert (config.preprocess.fit, config.preprocess.interpolation) == ("stretch", "linear")
+    assert config.preprocess.align_corners is False
+    assert config.model.batch_size == 4
+    assert config.output.partition_by == ("layer",)
+    assert config.output.keep_versions_days == 0
+    assert (config.run.engine, config.run.actors.min, config.run.actors.max) == ("auto", 1, None)
+    assert config.limits.model_dump() == {
+        "max_failed_fraction": 0.05,
+        "max_voxels": 2_000_000_000,
+        "scan_timeout_s": 600,
+        "attempts": 3,
+    }
+
+
+def test_every_problem_is_listed_in_one_message() -> None:
+    values = {
+        "source": {"uri": "data", "fromat": "auto"},
+        "preprocess": {"window": [100, -100], "size": [32, 256], "orientation": "LPP"},
+        "model": {"uri": "vae.keras", "layers": ["z_mean", {"layer": "a", "pol": "avg"}], "batch_size": "x"},
+        "output": {"uri": "out"},
+        "outputt": {},
+    }
+    with pytest.raises(ConfigError) as caught:
+        load(values)
+    text = str(caught.value)
+    for fact in (
+        "source.fromat: unknown key; did you mean format?",
+        "upside down",
+        "preprocess.size",
+        "no orientation",
+        "model.layers.1.pol: unknown key; did you mean pool?",
+        "model.batch_size",
+        "outputt: unknown key; did you mean output?",
+    ):
+        assert fact in text
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "fact"),
+    [
+        ("preprocess", {"scale": [1, 1]}, "every voxel would become one value"),
+        ("preprocess", {"size": [0, 1, 1]}, "must be positive"),
+        ("preprocess", {"stride": [1, 1, 1]}, "only used with fit: patches"),
+        ("preprocess", {"fit": "patches", "size": None}, "patches needs size"),
+        ("output", {"uri": "o", "partition_by": ["site"]}, "must begin with layer"),
+        ("run", {"actors": {"min": 3, "max": 2}}, "max 2 is below min: 3"),
+        ("model", {"uri": "m", "layers": []}, "model.layers"),
+        ("limits", {"max_failed_fraction": 2}, "limits.max_failed_fraction"),
+    ],
+)
+def test_a_contradiction_is_named(section: str, values: dict[str, Any], fact: str) -> None:
+    with pytest.raises(ConfigError, match=fact):
+        load(with_(**{section: values}))
+
+
+def test_overrides_win_over_the_file_and_are_yaml() -> None:
+    config = load(MINIMAL, ["preprocess.size=[8, 16, 16]", "model.batch_size=2", "preprocess.window=null"])
+    assert config.preprocess.size == (8, 16, 16)
+    assert config.model.batch_size == 2
+    assert config.preprocess.window is None
+
+
+@pytest.mark.parametrize("override", ["model.batch_size", "=3", "model.uri.x=1"])
+def test_an_override_that_is_none_is_refused(override: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        load(MINIMAL, [override])
+
+
+def test_a_layer_is_a_name_or_a_mapping() -> None:
+    layers = load(with_(model={"uri": "m", "layers": ["a/b", {"layer": "c", "pool": "max", "as": "d"}]}))
+    assert [(layer.layer, layer.pool, layer.as_) for layer in layers.model.layers] == [
+        ("a/b", None, None),
+        ("c", "max", "d"),
+    ]
+
+
+def test_no_secret_is_shown_or_dumped() -> None:
+    secret = {"key": "AKIA-PLANTED", "secret": "PLANTED", "client_kwargs": {"endpoint_url": "http://PLANTED"}}
+    config = load(
+        with_(
+            source={"uri": "s3://PLANTED:PLANTED@bucket/ct?X-Amz-Signature=PLANTED", "storage_options": secret},
+            output={"uri": "s3://bucket/out", "storage_options": secret},
+        )
+    )
+    assert "PLANTED" not in repr(without_secrets(config))
+    assert "AKIA-PLANTED" not in repr(config.output)
+
+
+def test_a_wrong_storage_option_is_refused_without_showing_it() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(with_(source={"uri": "s3://bucket", "storage_options": "PLANTED"}))
+    assert "PLANTED" not in str(caught.value)
+
+
+def test_a_config_file_that_is_missing_or_not_yaml_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        load(tmp_path / "nowhere.yaml")
+    (tmp_path / "broken.yaml").write_text("source: [")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load(tmp_path / "broken.yaml")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="holds no sections"):
+        load(tmp_path / "list.yaml")
+
+
+def test_every_key_has_a_docstring() -> None:
+    undocumented = [
+        f"{section}.{name}"
+        for section, field in Config.model_fields.items()
+        for name, inner in field.annotation.model_fields.items()  # type: ignore[union-attr]
+        if not inner.description
+    ]
+    assert undocumented == []

@@ -1,0 +1,209 @@
+"""Writing, committing and reading back: what a reader of the output may rely on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import pytest
+
+from featray.dataset import FEATURES, SCANS, Dataset
+from featray.errors import OutputBusyError, Reason, ScanError
+from featray.schema import Decoded, Receipt, ScanRecord
+from featray.stages.commit import Committer
+from featray.stages.extract import extract
+from featray.stages.write import write
+from featray.storage import Store
+
+RUN = "20260101T000000-abcdef"
+
+
+def record(scan_id: str, **values: object) -> ScanRecord:
+    return ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", "r0", RUN, **values)  # type: ignore[arg-type]
+
+
+def decoded(scan_id: str, value: float, patches: int = 1) -> Decoded:
+    tensor = np.full((patches, 2, 2, 2), value, np.float32)
+    return Decoded(record(scan_id), tensor, np.zeros((patches, 3), np.int32))
+
+
+def layers_of(batch: np.ndarray) -> dict[str, np.ndarray]:
+    """Stand in for a model: two layers whose values say which input they came from."""
+    first = batch[:, 0, 0, 0]
+    return {"z_mean": np.stack([first, first + 1], axis=1), "map": np.tile(first[:, None, None], (1, 2, 3))}
+
+
+def receipt(dataset: Dataset, *scans: Decoded, partition_by: tuple[str, ...] = ("layer",)) -> Receipt:
+    return write(extract(layers_of, scans), dataset, partition_by, "r0", RUN)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(Store(str(tmp_path / "out")))
+
+
+@pytest.fixture
+def committed(dataset: Dataset) -> Path:
+    committer = Committer(dataset, ("layer",))
+    committer.commit([receipt(dataset, decoded("b", 2), decoded("a", 1))], RUN)
+    committer.commit([receipt(dataset, decoded("c", 3, patches=2))], RUN)
+    return Path(dataset.store.root)
+
+
+def test_pyarrow_reads_a_layer_folder_as_it_is(committed: Path) -> None:
+    table = pads.dataset(str(committed / "features"), format="parquet", partitioning="hive",
+                         exclude_invalid_files=True).to_table(filter=pads.field("layer") == "z_mean")  # fmt: skip
+    assert sorted(zip(table["scan_id"].to_pylist(), table["feature"].to_pylist(), strict=True)) == [
+        ("a", [1, 2]), ("b", [2, 3]), ("c", [3, 4]), ("c", [3, 4])]  # fmt: skip
+
+
+def test_pandas_reads_a_layer_folder_as_it_is(committed: Path) -> None:
+    frames = [pd.read_parquet(path) for path in sorted((committed / "features/layer=map").glob("*.parquet"))]
+    frame = pd.concat(frames).set_index(["scan_id", "patch"]).sort_index()
+    assert frame.loc[("b", 0), "feature"].tolist() == [2] * 6
+    assert frame.loc[("c", 1), "shape"].tolist() == [2, 3]
+
+
+def test_polars_reads_a_layer_folder_and_the_table(committed: Path) -> None:
+    plain = pl.read_parquet(str(committed / "features/layer=z_mean/*.parquet"))
+    table = pl.scan_delta(str(committed / "features")).filter(pl.col("layer") == "z_mean").collect()
+    assert plain.sort("scan_id", "patch")["feature"].to_list() == [[1, 2], [2, 3], [3, 4], [3, 4]]
+    assert table.sort("scan_id", "patch")["feature"].to_list() == [[1, 2], [2, 3], [3, 4], [3, 4]]
+
+
+def test_duckdb_reads_a_layer_folder_as_it_is(committed: Path) -> None:
+    rows = duckdb.sql(
+        f"select scan_id, patch, feature[2] from '{committed}/features/layer=z_mean/*.parquet' order by all"
+    ).fetchall()
+    assert rows == [("a", 0, 2.0), ("b", 0, 3.0), ("c", 0, 4.0), ("c", 1, 4.0)]
+
+
+def test_features_hold_the_contracts_columns_with_their_types(committed: Path) -> None:
+    schema = pq.read_schema(next((committed / "features/layer=z_mean").glob("*.parquet")))
+    assert [(field.name, str(field.type)) for field in schema] == [
+        ("scan_id", "string"),
+        ("patch", "int32"),
+        ("origin", "list<element: int32>"),
+        ("feature", "list<element: float>"),
+        ("shape", "list<element: int32>"),
+        ("recipe", "string"),
+        ("run_id", "string"),
+    ]
+
+
+def test_a_kill_between_the_two_tables_is_mended_by_the_next_start(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committer = Committer(dataset, ("layer",))
+    committer.commit([receipt(dataset, decoded("a", 1))], RUN)
+    original = Committer._write
+
+    def killed(self: Committer, table: str, *args: object) -> None:
+        if table == SCANS:
+            raise KeyboardInterrupt
+        original(self, table, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Committer, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        committer.commit([receipt(dataset, decoded("b", 2))], RUN)
+    monkeypatch.undo()
+    assert dataset.ledger(("scan_id",))["scan_id"].to_pylist() == ["a"]
+
+    after = Committer(dataset, ("layer",))
+    assert after.recover() is True
+    assert after.remove_orphans() == 0
+    assert sorted(dataset.ledger(("scan_id",))["scan_id"].to_pylist()) == ["a", "b"]
+    assert Committer(dataset, ("layer",)).recover() is False
+
+
+def test_files_of_a_killed_writer_are_invisible_and_removed_at_the_next_start(dataset: Dataset) -> None:
+    committer = Committer(dataset, ("layer",))
+    committer.commit([receipt(dataset, decoded("a", 1))], RUN)
+    receipt(dataset, decoded("lost", 9))
+    assert "lost" not in dataset.read(FEATURES, ("scan_id",))["scan_id"].to_pylist()
+    assert Committer(dataset, ("layer",)).remove_orphans() == 2
+    assert dataset.store.names("features/layer=z_mean") == [
+        f"features/{file.path}" for file in dataset.live(FEATURES) if file.partition_values["layer"] == "z_mean"
+    ]
+
+
+def test_a_second_driver_that_planned_on_the_same_version_cannot_commit(dataset: Dataset) -> None:
+    Committer(dataset, ("layer",))
+    first, second = Committer(dataset, ("layer",)), Committer(dataset, ("layer",))
+    first.commit([receipt(dataset, decoded("a", 1))], RUN)
+    with pytest.raises(OutputBusyError, match="another run"):
+        second.commit([receipt(dataset, decoded("a", 5))], RUN)
+    assert dataset.read(FEATURES, ("scan_id", "feature"), pads.field("layer") == "z_mean").to_pylist() == [
+        {"scan_id": "a", "feature": [1.0, 2.0]}
+    ]
+
+
+def test_a_missing_file_stops_the_commit_before_anything_is_visible(dataset: Dataset) -> None:
+    committer = Committer(dataset, ("layer",))
+    lost = receipt(dataset, decoded("a", 1))
+    dataset.store.delete([f"features/{lost.files[0].path}"])
+    with pytest.raises(FileNotFoundError, match="nothing was committed"):
+        committer.commit([lost], RUN)
+    assert len(dataset.ledger()) == 0
+
+
+def test_a_retried_scan_replaces_its_ledger_row_and_leaves_the_others(dataset: Dataset) -> None:
+    failed = record("b")
+    failed.fail("read", ScanError(Reason.STORAGE, "gone"))
+    committer = Committer(dataset, ("layer",))
+    committer.commit([receipt(dataset, decoded("a", 1)), Receipt((), (failed,))], RUN)
+    committer.commit([receipt(dataset, decoded("b", 2))], RUN)
+    rows = dataset.ledger(("scan_id", "status", "reason")).sort_by("scan_id").to_pylist()
+    assert rows == [
+        {"scan_id": "a", "status": "ok", "reason": None},
+        {"scan_id": "b", "status": "ok", "reason": None},
+    ]
+    assert len([name for name in dataset.store.names("scans") if name.endswith(".parquet")]) == 1
+
+
+def test_a_retried_writer_writes_the_same_file_again(dataset: Dataset) -> None:
+    assert receipt(dataset, decoded("a", 1)).files == receipt(dataset, decoded("a", 1)).files
+    assert len(dataset.store.names("features")) == 2
+
+
+def test_further_partition_columns_come_from_the_scans(dataset: Dataset) -> None:
+    one, two = decoded("a", 1), decoded("b", 2)
+    one.record.columns["site"], two.record.columns["site"] = "A/B ü", ""
+    committer = Committer(dataset, ("layer", "site"), ["site"])
+    committer.commit([receipt(dataset, one, two, partition_by=("layer", "site"))], RUN)
+    found = pl.scan_delta(str(dataset.store.path("features"))).filter(pl.col("layer") == "map").collect()
+    assert dict(found.select("scan_id", "site").iter_rows()) == {"a": "A/B ü", "b": None}
+    assert dict(pl.scan_delta(dataset.store.path("scans")).collect().select("scan_id", "site").iter_rows()) == {
+        "a": "A/B ü",
+        "b": "",
+    }
+
+
+def test_a_layer_that_is_not_finite_fails_its_scan_alone(dataset: Dataset) -> None:
+    table = extract(layers_of, [decoded("good", 1), decoded("bad", float("nan"))])
+    records = {r.scan_id: r for r in map(ScanRecord.from_json, table["record"].to_pylist())}
+    assert records["good"].status == "ok"
+    assert (records["bad"].status, records["bad"].reason) == ("failed", "non_finite_features")
+    assert [len(features) for features in table["features"].to_pylist()] == [2, 0]
+
+
+def test_a_scan_the_model_cannot_take_costs_its_batch_neighbours_nothing() -> None:
+    def picky(batch: np.ndarray) -> dict[str, np.ndarray]:
+        if (batch == 7).any():
+            raise ValueError("no sevens")
+        return layers_of(batch)
+
+    table = extract(picky, [decoded("a", 1), decoded("seven", 7), decoded("c", 3)])
+    records = [ScanRecord.from_json(text) for text in table["record"].to_pylist()]
+    assert [(r.scan_id, r.reason) for r in records] == [("a", None), ("seven", "model"), ("c", None)]
+
+
+def test_an_empty_output_has_an_empty_ledger(dataset: Dataset) -> None:
+    assert len(dataset.ledger()) == 0
+    assert isinstance(dataset.ledger(), pa.Table)

@@ -3,7 +3,7 @@
     DIR/ct/               phantoms: NIfTI files, one DICOM series, labels.csv with the truth
     DIR/vae.keras         a VAE trained on them
     DIR/demo.yaml         the config; run it again with `featray extract DIR/demo.yaml`
-    DIR/features          the output
+    DIR/out               the output
 
 What is there already is used again, so a second call does nothing.
 """
@@ -92,7 +92,7 @@ def demo(
     config_path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     summary = extract(config_path, show=show, stop=stop)
     return DemoResult(
-        str(folder), str(config_path), str(folder / "features"), str(folder / "ct" / "labels.csv"), summary
+        str(folder), str(config_path), str(folder / "out"), str(folder / "ct" / "labels.csv"), summary
     )
 
 
@@ -107,7 +107,7 @@ def demo_config(folder: Path) -> dict[str, Any]:
             "custom_objects": ["featray.vae:Sampling"],
             "layers": short,
         },
-        "output": {"uri": str(folder / "features")},
+        "output": {"uri": str(folder / "out")},
         "run": {"engine": "inline"},
     }
 

@@ -73,8 +73,9 @@ def extract(
     with choose_engine(config, len(listing.scans)) as engine:
         job = Job.prepare(config, engine.name, started)
         plan = job.plan(listing, dataset)
+        _refuse_other_recipe(plan, job.run.recipe_id)
         if not plan.todo:
-            return report(job.run, dataset, listing, [], interrupted=False)
+            return report(job.run, dataset, listing, plan, [], interrupted=False)
         with Lease(dataset.store, job.run.run_id), Progress(len(plan.todo), show=show) as progress:
             committer = Committer(dataset, config.output.partition_by, _carried(config, plan.todo))
             committer.recover()
@@ -85,7 +86,7 @@ def extract(
                 progress.add(receipt.records)
                 done += receipt.records
             committer.remove_orphans()
-            return report(job.run, dataset, listing, done, interrupted=stop.is_set())
+            return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
 
 
 def _receipts(
@@ -127,20 +128,8 @@ class Job:
         return cls(config, extractor, run)
 
     def plan(self, listing: Listing, dataset: Dataset) -> Plan:
-        """Return what is left to do.
-
-        Raises:
-            ConfigError: The output holds features of another recipe or of scans that changed since.
-        """
-        plan = make_plan(listing.scans, dataset.ledger(), self.run.recipe_id)
-        outdated = len(plan.stale_features)
-        if outdated and plan.todo:
-            raise ConfigError(
-                f"output.uri: {outdated} of its scans have features of another recipe or of earlier content, "
-                f"and {len(plan.todo)} scans are to be added; a table must not mix them. "
-                "Choose another output.uri."
-            )
-        return plan
+        """Return what is left to do."""
+        return make_plan(listing.scans, dataset.ledger(), self.run.recipe_id)
 
     def stages(self, dataset: Dataset, scans: int) -> Stages:
         """Return what the engine runs for that many scans."""
@@ -209,6 +198,15 @@ def choose_engine(config: Config, scans: int) -> Engine:
     from featray.engines.ray_data import RayEngine
 
     return RayEngine(config.run, config.limits)
+
+
+def _refuse_other_recipe(plan: Plan, recipe: str) -> None:
+    if plan.other_recipe:
+        raise ConfigError(
+            f"output.uri: {len(plan.other_recipe)} of its scans have features of another recipe than this "
+            f"config's ({recipe}), and a table must not mix them. Choose another output.uri, or the "
+            "earlier config."
+        )
 
 
 def new_run_id() -> str:

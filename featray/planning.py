@@ -26,12 +26,12 @@ class Plan:
     Attributes:
         states: scan_id → state. `stale` means stored under another recipe.
         todo: Scans that have no features yet and may get some.
-        stale_features: Stored scans whose features are of another recipe or another content.
+        other_recipe: Scans whose stored features are of another recipe.
     """
 
     states: Mapping[str, State]
     todo: tuple[Scan, ...]
-    stale_features: tuple[str, ...]
+    other_recipe: tuple[str, ...]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -51,10 +51,10 @@ def make_plan(scans: Sequence[Scan], ledger: pa.Table, recipe: str) -> Plan:
     stored = {row["scan_id"]: row for row in ledger.to_pylist()}
     states = {scan.scan_id: _state(scan, stored.get(scan.scan_id), recipe) for scan in scans}
     states |= dict.fromkeys((name for name in stored if name not in states), "removed")
-    kept = {name for name, row in stored.items() if row["status"] == "ok"}
+    kept = [name for name, row in stored.items() if row["status"] == "ok"]
     todo = tuple(scan for scan in scans if _is_due(scan, states[scan.scan_id], stored.get(scan.scan_id)))
-    outdated = tuple(name for name, state in states.items() if state in ("stale", "changed") and name in kept)
-    return Plan(states, todo, outdated)
+    other = tuple(name for name in kept if stored[name]["recipe"] != recipe)
+    return Plan(states, todo, other)
 
 
 def _state(scan: Scan, row: Mapping[str, str] | None, recipe: str) -> State:

@@ -51,10 +51,10 @@ def test_a_stored_scan_that_is_not_listed_is_removed() -> None:
     assert plan.todo == ()
 
 
-def test_stored_features_of_another_recipe_or_content_are_named() -> None:
+def test_stored_features_of_another_recipe_are_named() -> None:
     rows = ledger(("a", "ok", None, "c", "old"), ("b", "ok", None, "old", "r"), ("c", "failed", "model", "c", "old"))
     plan = make_plan([scan("a"), scan("b"), scan("c")], rows, "r")
-    assert sorted(plan.stale_features) == ["a", "b"]
+    assert plan.other_recipe == ("a",)
 
 
 def test_a_scan_survives_the_way_to_a_worker_and_back() -> None:

@@ -106,7 +106,7 @@ def fragments(elements: Elements) -> list[tuple[int, int]]:
     Empty if the items do not end with their delimiter inside the data: cut or damaged.
     """
     data, position = elements.data, elements.pixel_start
-    found = []
+    found: list[tuple[int, int]] = []
     while position + 8 <= len(data):
         group, element, length = struct.unpack_from("<HHI", data, position)
         position += 8

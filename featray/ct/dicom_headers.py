@@ -143,6 +143,11 @@ def read_header(file: BinaryIO, name: str) -> SliceHeader:
     return slice_header(elements, name, data[128:132] == b"DICM")
 
 
+def unreadable_header(name: str, error: ScanError) -> SliceHeader:
+    """Return the header of a file that could not even be opened, for grouping to place."""
+    return SliceHeader(name, error.reason, str(error), is_dicom=False)
+
+
 def parse_slice(data: bytes, name: str) -> tuple[SliceHeader, Elements]:
     """Return header and elements of a whole file in memory.
 

@@ -23,6 +23,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -38,7 +39,7 @@ LOCALIZER_IMAGES, LOCALIZER_DEGREES = 3, 10.0
 _CT_CLASSES = frozenset(
     f"1.2.840.10008.5.1.4.1.1.{tail}" for tail in ("2", "2.1", "2.2")
 )  # CT, Enhanced CT, Legacy Converted Enhanced CT Image Storage
-_CAPTURES = "1.2.840.10008.5.1.4.1.1.7"  # Secondary Capture; multi-frame ones add .1 to .4
+_CAPTURES = "1.2.840.10008.5.1.4.1.1.7."  # Secondary Capture; multi-frame ones add 1 to 4
 _LOCALIZER_WORDS = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
 _DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _UNFINISHED = re.compile(r"\.(part|partial|tmp|filepart|crdownload|download)$")
@@ -86,7 +87,7 @@ def exclusion(header: SliceHeader) -> tuple[Reason, str] | None:
     """Return why a file is left out by rule, or None for a CT slice (or what must be one)."""
     if header.modality not in ("", "CT"):
         return Reason.NOT_CT, f"modality is {_code(header.modality)}"
-    capture = header.sop_class.startswith(_CAPTURES)
+    capture = (header.sop_class + ".").startswith(_CAPTURES)
     if header.sop_class and not capture and header.sop_class not in _CT_CLASSES:
         return Reason.NOT_CT, "an object of another class than CT images"
     if header.problem:
@@ -171,7 +172,9 @@ def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[Series
     main, others = stacks[0], stacks[1:]
     localizers = [stack for stack in others if _is_localizer(stack, main)]
     copies = [stack for stack in others if _is_copy(stack, main)]
-    extra = [Oddity.LOCALIZER_REMOVED.value] * bool(localizers) + [Reason.DUPLICATE_SLICES.value] * bool(copies)
+    extra = [Oddity.LOCALIZER_REMOVED.value] * bool(localizers) + [Reason.DUPLICATE_SLICES.value] * bool(
+        copies
+    )
     warnings = tuple(dict.fromkeys([*warnings, *extra]))
     found = [Series(_names(main), main[0].series_uid, warnings=warnings)]
     found += [_multiframe_copy(stack) for stack in copies]
@@ -201,7 +204,8 @@ def _same_stack(first: SliceHeader, second: SliceHeader) -> bool:
         return False
     if first.orientation is None or second.orientation is None:
         return first.orientation == second.orientation
-    return np.allclose(first.orientation, second.orientation, rtol=0, atol=SAME_DIRECTION)
+    pairs = zip(first.orientation, second.orientation, strict=True)
+    return all(abs(a - b) <= SAME_DIRECTION for a, b in pairs)
 
 
 def _is_localizer(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
@@ -234,7 +238,9 @@ def _failed(series: Series, header: SliceHeader) -> Series:
     files = tuple(sorted({*series.files, header.name}))
     if series.reason:
         return replace(series, files=files)
-    message = f"{header.base}: {header.message}; copy the file again, or take it out if it is not of this scan"
+    message = (
+        f"{header.base}: {header.message}; copy the file again, or take it out if it is not of this scan"
+    )
     return replace(series, files=files, reason=header.problem, message=message)
 
 
@@ -268,7 +274,7 @@ def _neighbours(name: str, owners: dict[str, int]) -> set[int]:
     """
     ordered = sorted(owners, key=_natural)
     indices = [owners[other] for other in ordered]
-    blocks = sum(a != b for a, b in zip(indices, indices[1:], strict=False)) + bool(indices)
+    blocks = sum(a != b for a, b in pairwise(indices)) + bool(indices)
     if blocks > len(set(indices)):
         return set(indices)
     place = sum(_natural(other) < _natural(name) for other in ordered)

@@ -42,10 +42,8 @@ def statistics(voxels_zyx: NDArray[Any]) -> HuStatistics:
     Minimum and maximum are exact. Percentiles (linear between the two nearest ranks, as
     `numpy.percentile`) are exact up to `EXACT_VOXELS`; above, they are those of `lattice`.
     """
-    if voxels_zyx.size > EXACT_VOXELS:
-        ranked = lattice(voxels_zyx)
-    else:
-        ranked = np.ascontiguousarray(voxels_zyx)
+    many = voxels_zyx.size > EXACT_VOXELS
+    ranked = lattice(voxels_zyx) if many else np.ascontiguousarray(voxels_zyx)
     p01, p50, p99 = _percentiles(ranked)
     return HuStatistics(float(voxels_zyx.min()), p01, p50, p99, float(voxels_zyx.max()))
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import HeaderDataError
 from numpy.typing import NDArray
 
 from featray.ct import geometry
@@ -217,7 +218,7 @@ def _qform(header: Any) -> Affine | None:
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 and other values mean 1, as niftilib
     try:
         affine: Affine = header.get_qform().astype(np.float64)
-    except (ValueError, nib.spatialimages.HeaderDataError):
+    except (ValueError, HeaderDataError):
         return None  # not a rotation, or negative spacing
     return None if geometry.problem(affine) else affine
 

@@ -20,7 +20,9 @@ def extremes(stored: NDArray[Any]) -> tuple[float, float]:
         return stored.min().item(), stored.max().item()
 
 
-def result_dtype(stored: np.dtype[Any], low: float, high: float, slope: float, intercept: float) -> np.dtype[Any]:
+def result_dtype(
+    stored: np.dtype[Any], low: float, high: float, slope: float, intercept: float
+) -> np.dtype[Any]:
     """Return the narrowest of `LADDER` for values between `low` and `high` after scaling.
 
     An integer type needs whole numbers throughout. Slope and intercept must fit it too: then
@@ -36,7 +38,11 @@ def result_dtype(stored: np.dtype[Any], low: float, high: float, slope: float, i
 
 
 def rescale(
-    stored: NDArray[Any], slope: float, intercept: float, dtype: np.dtype[Any], out: NDArray[Any] | None = None
+    stored: NDArray[Any],
+    slope: float,
+    intercept: float,
+    dtype: np.dtype[Any],
+    out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
     """Return `stored * slope + intercept` as `dtype`, computed in it; the input where nothing changes.
 
@@ -46,6 +52,8 @@ def rescale(
     if out is None and stored.dtype == dtype and (slope, intercept) == (1, 0):
         return stored
     if slope == 1:
-        return np.add(stored, offset, out=out, dtype=dtype, casting="unsafe")
-    scaled = np.multiply(stored, factor, out=out, dtype=dtype, casting="unsafe")
-    return np.add(scaled, offset, out=scaled)
+        shifted: NDArray[Any] = np.add(stored, offset, out=out, dtype=dtype, casting="unsafe")
+        return shifted
+    scaled: NDArray[Any] = np.multiply(stored, factor, out=out, dtype=dtype, casting="unsafe")
+    scaled += offset
+    return scaled

@@ -22,6 +22,7 @@ import pyarrow as pa
 
 from featray.dataset import RUNS, Dataset
 from featray.errors import ExitCode
+from featray.planning import Plan
 from featray.schema import ScanRecord
 from featray.stages.list import Listing
 
@@ -69,7 +70,7 @@ class Summary:
         ok, failed, excluded: What the ledger holds of them; they add up to `found`.
         missing: Scans listed without a row in the ledger (0 unless interrupted or broken).
         done: Scans this run settled.
-        up_to_date: Scans that needed nothing.
+        states: What the plan found: new, changed, stale, failed, removed and up-to-date scans.
         reasons: Failed and excluded scans by reason, over all of the collection.
         ignored: Files that are no scans, by suffix.
         seconds: Wall time of the command so far.
@@ -89,7 +90,7 @@ class Summary:
     excluded: int
     missing: int
     done: int
-    up_to_date: int
+    states: dict[str, int]
     reasons: dict[str, int]
     ignored: dict[str, int]
     seconds: float
@@ -104,7 +105,13 @@ class Summary:
 
 
 def report(
-    run: Run, dataset: Dataset, listing: Listing, done: Sequence[ScanRecord], *, interrupted: bool
+    run: Run,
+    dataset: Dataset,
+    listing: Listing,
+    plan: Plan,
+    done: Sequence[ScanRecord],
+    *,
+    interrupted: bool,
 ) -> Summary:
     """Balance the books and, if anything was done, write the run's folder.
 
@@ -112,18 +119,19 @@ def report(
         run: What began.
         dataset: The output after the last commit.
         listing: Every scan found.
+        plan: What was to be done.
         done: Records this run committed.
         interrupted: Whether the run was asked to stop before it was done.
     """
     ledger = dataset.ledger(("scan_id", "status", "reason"))
-    summary = _summarise(run, ledger, listing, done, interrupted)
+    summary = _summarise(run, ledger, listing, plan, done, interrupted)
     if done:
         _write_folder(run, summary, dataset)
     return summary
 
 
 def _summarise(
-    run: Run, ledger: pa.Table, listing: Listing, done: Sequence[ScanRecord], interrupted: bool
+    run: Run, ledger: pa.Table, listing: Listing, plan: Plan, done: Sequence[ScanRecord], interrupted: bool
 ) -> Summary:
     listed = {scan.scan_id for scan in listing.scans}
     rows = [row for row in ledger.to_pylist() if row["scan_id"] in listed]
@@ -141,7 +149,7 @@ def _summarise(
         excluded=status["excluded"],
         missing=missing,
         done=len(done),
-        up_to_date=found - missing - len(done),
+        states=plan.counts,
         reasons=dict(Counter(row["reason"] for row in rows if row["status"] != "ok").most_common()),
         ignored=listing.ignored,
         seconds=time.time() - run.started,
@@ -194,7 +202,8 @@ def _peak(who: int) -> int:
 def _lines(summary: Summary) -> list[str]:
     rate = summary.done / summary.seconds if summary.seconds else 0.0
     if not summary.done:
-        lines = [f"nothing to do: all {summary.found} scans are up to date (recipe {summary.recipe})"]
+        current = summary.states["up_to_date"]
+        lines = [f"nothing to do: {current} scans are up to date (recipe {summary.recipe})"]
     else:
         lines = [
             f"run {summary.run_id}: {summary.done} scans in {summary.seconds:.1f} s ({rate:.2f} scans/s with "
@@ -204,6 +213,8 @@ def _lines(summary: Summary) -> list[str]:
         f"found {summary.found} = {summary.ok} ok + {summary.failed} failed + {summary.excluded} excluded"
         + (f" + {summary.missing} not yet done" if summary.missing else "")
     )
+    if changed := summary.states["changed"]:
+        lines.append(f"{changed} scans have changed since; those with features keep the earlier ones")
     if summary.reasons:
         lines.append(
             "reasons: " + ", ".join(f"{count} {reason}" for reason, count in summary.reasons.items())

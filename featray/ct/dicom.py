@@ -1,0 +1,159 @@
+"""The files of one DICOM series in memory in, a checked Volume out; knows no paths and no storage.
+
+Header, grouping and reading: `read_header` for each file found, `group_series` for all of them,
+`read_series` for the bytes of one entry's files. Every check is made here again from the bytes
+read, because the files may have changed since they were listed. Decisions:
+
+- An exact copy of a slice (same position, same values) is dropped with the warning
+  `duplicate_slices`; two different images at one position are refused.
+- Slope and intercept count per slice. Missing ones are 1 and 0; missing in some slices only is
+  `unreadable`. A RescaleType other than HU (or unspecified) earns `not_hu`.
+- Pixel padding keeps its value after the rescale (often -3024): clipping is the window's work.
+- Tilt, unequal steps and gaps are refused; nothing is resampled here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featray.ct import geometry
+from featray.ct.dicom_elements import Elements
+from featray.ct.dicom_geometry import check_alike, same_places, stack
+from featray.ct.dicom_headers import SliceHeader, parse_slice, read_header, unreadable_header
+from featray.ct.dicom_pixels import check_format, stored_values
+from featray.ct.dicom_series import Series, group_series
+from featray.ct.rescale import LADDER, extremes, rescale, result_dtype
+from featray.ct.volume import Volume
+from featray.errors import Oddity, Reason, ScanError
+
+__all__ = ["Series", "SliceHeader", "group_series", "read_header", "read_series", "unreadable_header"]
+
+_HU_TYPES = ("", "HU", "US")  # US: unspecified
+
+
+def read_series(
+    files: Sequence[tuple[str, bytes]], *, max_voxels: int, dicom_tags: Sequence[str] = ()
+) -> Volume:
+    """Return the volume whose slices are `files`, pairs of name and content in any order.
+
+    Voxels are int16 if all values fit, else int32; float32 if a slope or intercept is no whole
+    number. z grows along cross(row direction, column direction). `Volume.slope` and `intercept`
+    are those of the first slice. `dicom_tags` are keywords whose values, from the first slice,
+    are copied into `Volume.tags`; unknown and non-text ones are skipped.
+
+    Raises:
+        ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume`,
+            `missing_slices`, `duplicate_slices`, `irregular_spacing` or `gantry_tilt`.
+    """
+    images = _images(files, max_voxels)
+    check_alike([image.header for image in images])
+    images, warnings = _without_copies(images)
+    stacked = stack([image.header for image in images])
+    images = [images[place] for place in stacked.order]
+    first = images[0].header
+    if any(image.header.rescale_type not in _HU_TYPES for image in images):
+        warnings += (Oddity.NOT_HU.value,)
+    return Volume(
+        _voxels(images),
+        stacked.affine_lps,
+        *_scaling(first),
+        warnings + geometry.oddities(stacked.affine_lps),
+        _tags(images[0].data, dicom_tags),
+    )
+
+
+@dataclass(frozen=True)
+class _Image:
+    """One slice: its header, where its pixels are, and the whole file's bytes."""
+
+    header: SliceHeader
+    elements: Elements
+    data: bytes
+    frame: int = 0
+
+    def values(self) -> NDArray[Any]:
+        return stored_values(self.header, self.elements, self.frame)
+
+
+def _images(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Image]:
+    """Return every frame of every file, after all claimed sizes together passed the limit."""
+    parsed = [(*parse_slice(data, name), data) for name, data in files]
+    claimed = sum(header.rows * header.columns * header.frames for header, _, _ in parsed)
+    if claimed > max_voxels:
+        raise ScanError(
+            Reason.TOO_LARGE,
+            f"the headers claim {claimed} voxels, more than limits.max_voxels ({max_voxels})",
+        )
+    for header, _, _ in parsed:
+        check_format(header)
+    scaled = {(header.slope is None, header.intercept is None) for header, _, _ in parsed}
+    if len(scaled) > 1:
+        raise ScanError(Reason.UNREADABLE, "slope or intercept is missing in some slices only")
+    return [
+        _Image(frame_header, elements, data, frame)
+        for header, elements, data in parsed
+        for frame, frame_header in enumerate(_frame_headers(header, data))
+    ]
+
+
+def _frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
+    if header.frames == 1 and not header.functional_groups:
+        return [header]
+    from featray.ct.dicom_frames import frame_headers  # imports pydicom
+
+    return frame_headers(header, data)
+
+
+def _without_copies(images: list[_Image]) -> tuple[list[_Image], tuple[str, ...]]:
+    """Return the images without exact copies of one another; different ones at one place stay."""
+    copies: set[int] = set()
+    for place in same_places([image.header for image in images]):
+        kept, *others = place
+        copies.update(other for other in others if _same_values(images[kept], images[other]))
+    warnings = (Reason.DUPLICATE_SLICES.value,) if copies else ()
+    return [image for i, image in enumerate(images) if i not in copies], warnings
+
+
+def _same_values(first: _Image, second: _Image) -> bool:
+    same_scaling = _scaling(first.header) == _scaling(second.header)
+    return same_scaling and np.array_equal(first.values(), second.values())
+
+
+def _scaling(header: SliceHeader) -> tuple[float, float]:
+    """Return slope and intercept; missing ones are 1 and 0."""
+    slope = 1.0 if header.slope is None else header.slope
+    if slope == 0:
+        raise ScanError(Reason.UNREADABLE, f"{header.base}: RescaleSlope is 0")
+    return slope, header.intercept or 0.0
+
+
+def _voxels(images: list[_Image]) -> NDArray[Any]:
+    """Return the scaled slices as one array (z, y, x), widened when a slice does not fit it."""
+    first = images[0].header
+    voxels: NDArray[Any] = np.empty((len(images), first.rows, first.columns), LADDER[0])
+    ends = []
+    for place, image in enumerate(images):
+        stored = image.values()
+        slope, intercept = _scaling(image.header)
+        low, high = extremes(stored)
+        needed = result_dtype(stored.dtype, low, high, slope, intercept)
+        if LADDER.index(needed) > LADDER.index(voxels.dtype):
+            voxels = voxels.astype(needed)
+        rescale(stored, slope, intercept, voxels.dtype, out=voxels[place])
+        ends += [low * slope + intercept, high * slope + intercept]
+    if min(ends) == max(ends):
+        raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is {ends[0]:g}")
+    return voxels
+
+
+def _tags(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
+    if not keywords:
+        return {}
+    from featray.ct.dicom_tags import named_values  # imports pydicom
+
+    return named_values(data, keywords)

@@ -1,0 +1,86 @@
+"""An enhanced multi-frame file in, one slice header per frame out; decodes no pixels."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import pydicom
+from pydicom.config import disable_value_validation
+
+from featray.ct.dicom_headers import SliceHeader
+from featray.errors import Reason, ScanError
+
+_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+
+
+def frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
+    """Return the header of each frame, with geometry and rescale from the functional groups.
+
+    What a frame's own group lacks is taken from the shared group, then from the top level
+    (DICOM PS3.3 C.7.6.16). A single-frame file gives its own header.
+
+    Raises:
+        ScanError: `unsupported` for frames without functional groups, `unreadable` if they do not
+            match the number of frames or do not parse.
+    """
+    if header.frames == 1 and not header.functional_groups:
+        return [header]
+    if not header.functional_groups:
+        raise ScanError(
+            Reason.UNSUPPORTED,
+            f"{header.base}: {header.frames} frames without positions; split it into slices",
+        )
+    try:
+        with disable_value_validation():
+            dataset = pydicom.dcmread(
+                io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=list(_GROUPS)
+            )
+            shared = dataset.get(_GROUPS[0]) or [pydicom.Dataset()]
+            headers = [_frame(header, frame, shared[0]) for frame in dataset.get(_GROUPS[1]) or ()]
+    except Exception as error:  # pydicom raises nearly anything on damaged bytes; texts may quote them
+        raise ScanError(
+            Reason.UNREADABLE, f"{header.base}: functional groups do not parse ({type(error).__name__})"
+        ) from None
+    if len(headers) != header.frames:
+        raise ScanError(
+            Reason.UNREADABLE, f"{header.base}: {header.frames} frames, geometry of {len(headers)}"
+        )
+    return headers
+
+
+def _frame(header: SliceHeader, own: Any, shared: Any) -> SliceHeader:
+    slope = _value(own, shared, "PixelValueTransformationSequence", "RescaleSlope")
+    intercept = _value(own, shared, "PixelValueTransformationSequence", "RescaleIntercept")
+    return replace(
+        header,
+        number=None,
+        position=_floats(_value(own, shared, "PlanePositionSequence", "ImagePositionPatient"), 3)
+        or header.position,
+        orientation=_floats(_value(own, shared, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
+        or header.orientation,
+        spacing_yx=_floats(_value(own, shared, "PixelMeasuresSequence", "PixelSpacing"), 2)
+        or header.spacing_yx,
+        slope=header.slope if slope is None else float(slope),
+        intercept=header.intercept if intercept is None else float(intercept),
+        rescale_type=_value(own, shared, "PixelValueTransformationSequence", "RescaleType")
+        or header.rescale_type,
+    )
+
+
+def _value(own: Any, shared: Any, sequence: str, keyword: str) -> Any:
+    for group in (own, shared):
+        items = group.get(sequence)
+        if items and items[0].get(keyword) is not None:
+            return items[0].get(keyword)
+    return None
+
+
+def _floats(values: Any, count: int) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    numbers = tuple(float(value) for value in values)
+    if len(numbers) != count:
+        raise ValueError(f"{len(numbers)} values, expected {count}")
+    return numbers

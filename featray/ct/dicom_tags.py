@@ -1,0 +1,37 @@
+"""A DICOM file and keywords in, their values as text out: the only way other header values get out."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import pydicom
+from pydicom.config import disable_value_validation
+from pydicom.datadict import tag_for_keyword
+from pydicom.multival import MultiValue
+
+_BINARY = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "UN"})
+
+
+def named_values(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
+    """Return the values of top-level elements by keyword, several values joined by a backslash.
+
+    Keywords that DICOM does not know, elements that are missing, and sequences or binary values
+    (which may hold anything) are left out.
+    """
+    known = [keyword for keyword in keywords if tag_for_keyword(keyword) is not None]
+    if not known:
+        return {}
+    with disable_value_validation():
+        dataset = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=known)
+        return {keyword: _text(dataset[keyword].value) for keyword in known if _is_text(dataset, keyword)}
+
+
+def _is_text(dataset: pydicom.Dataset, keyword: str) -> bool:
+    return keyword in dataset and dataset[keyword].VR not in _BINARY
+
+
+def _text(value: object) -> str:
+    if isinstance(value, MultiValue):
+        return "\\".join(str(part) for part in value)
+    return "" if value is None else str(value)

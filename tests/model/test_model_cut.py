@@ -1,0 +1,259 @@
+"""The cut model gives the inner activations of the full one, and nothing behind them is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from featray.errors import ConfigError, ModelError
+from featray.model import Extractor
+
+Spec = Callable[..., dict[str, Any]]
+FOUR = ("z_mean", "encoder/z_log_var", "pre_latent", {"layer": "encoder/conv_2", "pool": "avg", "as": "conv2"})
+
+
+def _inner(encoder: Any, name: str, volumes: np.ndarray) -> np.ndarray:
+    """Return a layer's activation the way Keras documents it: a new model on shared layers."""
+    part = keras.Model(encoder.input, encoder.get_layer(name).output)
+    return np.asarray(part(volumes[..., None], training=False))
+
+
+def _convolutions(extractor: Extractor) -> int:
+    return sum("Conv3D" in operation.type for operation in extractor._extract.graph.get_operations())
+
+
+def test_four_layers_in_one_pass_equal_the_inner_activations(small_vae: Any, spec: Spec, volumes: Any) -> None:
+    got = Extractor(spec(*FOUR))(volumes)
+
+    encoder = small_vae.get_layer("encoder")
+    assert list(got) == ["z_mean", "encoder.z_log_var", "pre_latent", "conv2"]
+    for name, layer in (("z_mean", "z_mean"), ("encoder.z_log_var", "z_log_var"), ("pre_latent", "pre_latent")):
+        np.testing.assert_allclose(got[name], _inner(encoder, layer, volumes), rtol=1e-5, atol=1e-6)
+    conv = _inner(encoder, "conv_2", volumes)
+    np.testing.assert_allclose(got["conv2"], conv.mean(axis=(1, 2, 3)), rtol=1e-5, atol=1e-6)
+    assert all(value.dtype == np.float32 and len(value) == 5 for value in got.values())
+
+
+def test_pools_are_over_the_spatial_axes_and_none_keeps_the_map(
+    small_vae: Any, spec: Spec, volumes: Any
+) -> None:
+    layers = [{"layer": "conv_1", "pool": pool, "as": pool} for pool in ("none", "avg", "max", "avgmax")]
+    extractor = Extractor(spec(*layers))
+    got = extractor(volumes)
+
+    whole = _inner(small_vae.get_layer("encoder"), "conv_1", volumes)
+    average, largest = whole.mean((1, 2, 3)), whole.max((1, 2, 3))
+    np.testing.assert_allclose(got["none"], whole, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["max"], largest, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got["avgmax"], np.hstack([average, largest]), rtol=1e-5, atol=1e-6)
+    assert [(layer.shape, layer.values) for layer in extractor.layers] == [
+        ((8, 16, 16, 2), 4096),
+        ((2,), 2),
+        ((2,), 2),
+        ((4,), 4),
+    ]
+
+
+def test_feature_maps_are_averaged_and_vectors_kept_when_no_pool_is_given(spec: Spec) -> None:
+    layers = Extractor(spec("conv_1", "z_mean")).layers
+    assert [(layer.pool, layer.shape) for layer in layers] == [("avg", (2,)), ("none", (4,))]
+
+
+def test_the_traced_graph_ends_at_the_deepest_chosen_layer(spec: Spec) -> None:
+    assert _convolutions(Extractor(spec("conv_1"))) == 1
+    assert _convolutions(Extractor(spec("z_mean", "conv_1"))) == 2
+
+
+def test_decoder_layers_can_be_had_when_sampling_is_allowed(spec: Spec, volumes: Any) -> None:
+    extractor = Extractor(spec("decoder/deconv_1", allow_stochastic=True))
+    assert _convolutions(extractor) == 3
+    assert extractor(volumes)["decoder.deconv_1"].shape == (5, 3)
+
+
+def test_batch_size_and_place_in_the_batch_change_nothing(spec: Spec, volumes: Any) -> None:
+    one = Extractor(spec(*FOUR, batch_size=1))(volumes)
+    four = Extractor(spec(*FOUR, batch_size=4))(volumes[::-1])
+    for name, value in one.items():
+        np.testing.assert_allclose(value, four[name][::-1], rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_batch_gives_empty_arrays_of_the_right_width(spec: Spec, volumes: Any) -> None:
+    got = Extractor(spec("z_mean", {"layer": "conv_1", "pool": "none"}))(volumes[:0])
+    assert {name: value.shape for name, value in got.items()} == {
+        "z_mean": (0, 4),
+        "conv_1": (0, 8, 16, 16, 2),
+    }
+
+
+def test_a_batch_may_bring_its_channel_axis(spec: Spec, volumes: Any) -> None:
+    extractor = Extractor(spec("z_mean"))
+    np.testing.assert_array_equal(extractor(volumes)["z_mean"], extractor(volumes[..., None])["z_mean"])
+
+
+@pytest.mark.parametrize("batch", [np.zeros((2, 8, 16, 8), "f4"), np.zeros((2, 8, 16, 16), "i2")])
+def test_a_batch_of_another_shape_or_of_integers_is_refused(spec: Spec, batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected float32 \(n, 8, 16, 16, 1\)"):
+        Extractor(spec("z_mean"))(batch)
+
+
+def test_z_is_refused_with_the_advice_to_take_z_mean(spec: Spec) -> None:
+    with pytest.raises(ModelError, match=r"'encoder/z' gives other values .* such as z_mean"):
+        Extractor(spec("z_mean", "z"))
+
+
+def test_z_is_given_when_stochastic_layers_are_allowed(spec: Spec, volumes: Any) -> None:
+    extractor = Extractor(spec("z_mean", "z", allow_stochastic=True))
+    first, second = extractor(volumes), extractor(volumes)
+    np.testing.assert_array_equal(first["z_mean"], second["z_mean"])
+    assert not np.allclose(first["z"], second["z"])
+
+
+def test_noise_with_a_fixed_seed_is_stochastic_too_as_it_depends_on_the_place_in_the_batch(
+    tmp_path: Path, code: Callable[[str, str], Path]
+) -> None:
+    source = code(
+        "noisy.py",
+        """
+        import keras
+        class Noisy(keras.layers.Layer):
+            def call(self, x):
+                return x + keras.random.normal(keras.ops.shape(x), seed=5)
+        """,
+    )
+    from featray.model import load
+
+    noisy, _ = load._import_object(f"{source}:Noisy", "custom_objects", {})
+    keras.Sequential([keras.Input((2, 2, 2, 1)), noisy(name="noisy")]).save(tmp_path / "m.keras")
+    with pytest.raises(ModelError, match="'noisy' gives other values"):
+        Extractor(
+            {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Noisy"], "layers": ["noisy"]}
+        )
+
+
+def test_all_problems_are_listed_at_once(spec: Spec) -> None:
+    layers = ("encoder/z_maen", "encoder/cov*", {"layer": "z_mean", "as": "a"}, {"layer": "conv_1", "as": "a"}, "z")
+    with pytest.raises(ModelError) as caught:
+        Extractor(spec(*layers), input_zyx=(8, 16, 32))
+    problems = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 5
+    assert "takes (8, 16, 16, 1), preprocess.size gives (8, 16, 32, 1)" in problems
+    assert "'encoder/z_maen' is not in the model; did you mean encoder/z_mean" in problems
+    assert "'encoder/cov*' is not in the model; did you mean encoder/conv_" in problems
+    assert "two outputs are named 'a'" in problems
+    assert "'encoder/z' gives other values" in problems
+
+
+def test_a_glob_expands_in_model_order_and_stays_within_its_level(spec: Spec) -> None:
+    layers = Extractor(spec("encoder/conv_*", "encoder/p*_[12]")).layers
+    assert [layer.name for layer in layers] == [
+        "encoder.conv_1",
+        "encoder.conv_2",
+        "encoder.pool_1",
+        "encoder.pool_2",
+    ]
+
+
+def test_one_name_for_a_glob_that_matches_several_is_refused(spec: Spec) -> None:
+    with pytest.raises(ModelError, match=r"'convs' names one output, but 'encoder/conv_\*' matches 2 layers"):
+        Extractor(spec({"layer": "encoder/conv_*", "as": "convs"}))
+
+
+def test_a_layer_with_several_outputs_asks_which_one(small_vae: Any, spec: Spec, volumes: Any) -> None:
+    with pytest.raises(ModelError, match="name one of: encoder:0, encoder:1, encoder:2"):
+        Extractor(spec("encoder"))
+    got = Extractor(spec("encoder:0"))(volumes)["encoder:0"]
+    np.testing.assert_allclose(
+        got, _inner(small_vae.get_layer("encoder"), "z_mean", volumes), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_pooling_a_layer_without_spatial_axes_is_refused(spec: Spec) -> None:
+    with pytest.raises(ModelError, match=r"'encoder/z_mean' needs a feature map"):
+        Extractor(spec({"layer": "z_mean", "pool": "avg"}))
+
+
+def test_with_a_submodel_paths_are_relative_and_full_ones_work_too(spec: Spec, volumes: Any) -> None:
+    whole = Extractor(spec("encoder/z_mean"))(volumes)["encoder.z_mean"]
+    part = Extractor(spec("z_mean", "encoder/pre_latent", submodel="encoder"))
+    assert [layer.path for layer in part.layers] == ["z_mean", "pre_latent"]
+    np.testing.assert_array_equal(part(volumes)["z_mean"], whole)
+
+
+def test_an_unknown_submodel_is_refused_naming_what_there_is(spec: Spec) -> None:
+    with pytest.raises(ModelError, match="no layer or attribute 'enc' in 'vae'; it has: .*encoder, decoder"):
+        Extractor(spec("z_mean", submodel="enc"))
+
+
+def test_what_the_outer_model_does_first_is_part_of_the_features(tmp_path: Path, volumes: Any) -> None:
+    inner = keras.Sequential([keras.Input((8, 16, 16, 1)), keras.layers.Conv3D(2, 3, name="conv")], name="inner")
+    volume = keras.Input((8, 16, 16, 1))
+    keras.Model(volume, inner(keras.layers.Rescaling(10.0)(volume))).save(tmp_path / "m.keras")
+    outer = {"uri": str(tmp_path / "m.keras"), "layers": ["inner/conv"]}
+
+    got = Extractor(outer)(volumes)["inner.conv"]
+    expected = np.asarray(inner(10 * volumes[..., None])).mean((1, 2, 3))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    bare = Extractor({**outer, "submodel": "inner"})(volumes)["inner.conv"]
+    np.testing.assert_allclose(bare, np.asarray(inner(volumes[..., None])).mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_size_comes_from_the_config_when_the_model_takes_any(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((None, None, None, 1)), keras.layers.Conv3D(2, 3, name="conv")])
+    model.save(tmp_path / "m.keras")
+    spec = {"uri": str(tmp_path / "m.keras"), "layers": [{"layer": "conv", "pool": "none"}]}
+    assert Extractor(spec, input_zyx=(5, 6, 7)).layers[0].shape == (3, 4, 5, 2)
+    with pytest.raises(ModelError, match=r"takes inputs of any size \(any, any, any, 1\); give the size"):
+        Extractor(spec)
+
+
+def test_a_model_of_several_inputs_is_refused(tmp_path: Path) -> None:
+    one, two = keras.Input((4, 4, 4, 1)), keras.Input((3,))
+    keras.Model([one, two], [keras.layers.Flatten()(one), two]).save(tmp_path / "m.keras")
+    with pytest.raises(ModelError, match="takes 2 inputs"):
+        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["flatten"]})
+
+
+def test_a_model_of_images_is_refused_showing_both_shapes(tmp_path: Path) -> None:
+    keras.Sequential([keras.Input((28, 28, 3)), keras.layers.Flatten(name="flatten")]).save(tmp_path / "m.keras")
+    with pytest.raises(ModelError, match=r"takes \(28, 28, 3\), preprocess.size gives \(8, 16, 16, 1\)"):
+        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["flatten"]}, input_zyx=(8, 16, 16))
+
+
+def test_the_recipe_follows_weights_layers_and_pooling_but_not_order_or_batch_size(
+    small_vae_file: Path, tmp_path: Path, spec: Spec
+) -> None:
+    from featray import vae
+
+    vae.build_vae((8, 16, 16), (2, 3), 6, 4, seed=4).save(tmp_path / "other.keras")
+    recipe = Extractor(spec("z_mean", "conv_1")).recipe_part()
+    assert recipe == Extractor(spec("conv_1", "z_mean", batch_size=1)).recipe_part()
+    assert recipe != Extractor(spec("z_mean", {"layer": "conv_1", "pool": "max"})).recipe_part()
+    assert recipe != Extractor(spec("z_mean", "conv_1", uri=str(tmp_path / "other.keras"))).recipe_part()
+
+
+def test_an_unknown_key_in_the_model_section_is_a_config_error(spec: Spec) -> None:
+    with pytest.raises(ConfigError, match="batchsize"):
+        Extractor(spec("z_mean", batchsize=3))
+
+
+def test_the_large_vae_is_cut_to_its_five_convolutions_and_equals_the_encoder(tmp_path: Path) -> None:
+    from featray import vae
+
+    model = vae.build_vae()
+    model.save(tmp_path / "vae.keras")
+    layers = ["z_mean", "z_log_var", "pre_latent", "encoder/conv_4"]
+    section = {"uri": str(tmp_path / "vae.keras"), "custom_objects": ["featray.vae:Sampling"], "layers": layers}
+    extractor = Extractor(section, input_zyx=(32, 256, 256))
+
+    assert _convolutions(extractor) == 5
+    volume = np.random.default_rng(0).random((1, 32, 256, 256), np.float32)
+    got, encoder = extractor(volume), model.get_layer("encoder")
+    for name in layers[:3]:
+        np.testing.assert_allclose(got[name], _inner(encoder, name, volume), rtol=1e-5, atol=1e-6)
+    conv = _inner(encoder, "conv_4", volume).mean((1, 2, 3))
+    np.testing.assert_allclose(got["encoder.conv_4"], conv, rtol=1e-5, atol=1e-6)

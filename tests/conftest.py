@@ -1,13 +1,18 @@
-"""Shared fixtures: where real CT may lie, phantoms, and small models."""
+"""Shared fixtures: where real CT may lie, phantoms, a small trained-looking VAE, and a local Ray."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+INPUT_ZYX = (8, 32, 32)
+LAYERS = ["encoder/z_mean", "encoder/z_log_var", "encoder/pre_latent", "encoder/conv_2"]
+ConfigOf = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +22,55 @@ def shared_ct() -> Path:
     if not (folder / "collection" / "facts.csv").is_file():
         pytest.skip(f"real CT is not here: {folder} (set FEATRAY_TEST_CT)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a collection of eleven small NIfTI phantoms and one DICOM series."""
+    from featray.ct.phantom import make_collection
+
+    folder = tmp_path_factory.mktemp("phantoms")
+    make_collection(folder, 12, shape_zyx=(16, 40, 48), seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a small VAE with random weights as a .keras file; its Sampling layer is custom."""
+    from featray.vae import build_vae
+
+    path = tmp_path_factory.mktemp("model") / "vae.keras"
+    build_vae(INPUT_ZYX, filters=(4, 8), dense=16, latent=4, seed=1).save(path)
+    return path
+
+
+@pytest.fixture
+def config_of(vae_file: Path, phantoms: Path, tmp_path: Path) -> ConfigOf:
+    """Return a function that makes a config for the phantoms; sections given to it are merged in."""
+
+    def make(**sections: dict[str, Any]) -> dict[str, Any]:
+        config: dict[str, Any] = {
+            "source": {"uri": str(phantoms)},
+            "preprocess": {"size": list(INPUT_ZYX)},
+            "model": {
+                "uri": str(vae_file),
+                "custom_objects": ["featray.vae:Sampling"],
+                "layers": list(LAYERS),
+            },
+            "output": {"uri": str(tmp_path / "out")},
+            "run": {"engine": "inline", "decode": {"workers": 0}},
+        }
+        return {name: {**values, **sections.get(name, {})} for name, values in {**sections, **config}.items()}
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """Start one local Ray for all tests that need one; the engine joins what is there."""
+    import ray
+
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    yield
+    ray.shutdown()

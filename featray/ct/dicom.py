@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.ct import geometry
-from featray.ct.dicom_elements import Elements
+from featray.ct.dicom_elements import DEFLATED, Elements
 from featray.ct.dicom_geometry import check_alike, same_places, stack
 from featray.ct.dicom_headers import SliceHeader, parse_slice, read_header, unreadable_header
 from featray.ct.dicom_pixels import check_format, stored_values
@@ -91,6 +91,7 @@ def _images(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Image]
         )
     for header, _, _ in parsed:
         check_format(header)
+    parsed = [_whole(*found) for found in parsed]
     scaled = {(header.slope is None, header.intercept is None) for header, _, _ in parsed}
     if len(scaled) > 1:
         raise ScanError(Reason.UNREADABLE, "slope or intercept is missing in some slices only")
@@ -99,6 +100,15 @@ def _images(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Image]
         for header, elements, data in parsed
         for frame, frame_header in enumerate(_frame_headers(header, data))
     ]
+
+
+def _whole(header: SliceHeader, elements: Elements, data: bytes) -> tuple[SliceHeader, Elements, bytes]:
+    """Return a large deflated file with all its pixels inflated, now that its claims are checked."""
+    claimed = header.rows * header.columns * header.frames * header.bits_allocated // 8
+    end = elements.pixel_start + claimed
+    if elements.transfer_syntax != DEFLATED or end <= len(elements.data):
+        return header, elements, data
+    return (*parse_slice(data, header.name, end), data)
 
 
 def _frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:

@@ -77,7 +77,7 @@ def _decoder(header: SliceHeader) -> Any:
         decoder = get_decoder(header.transfer_syntax)
     except NotImplementedError:
         raise ScanError(
-            Reason.UNSUPPORTED, f"{header.base}: no decoder for transfer syntax {header.transfer_syntax}"
+            Reason.UNSUPPORTED, f"{header.base}: no decoder for its transfer syntax{_shown(header)}"
         ) from None
     too_deep = header.transfer_syntax == _JPEG_12_BIT and header.bits_stored > 8  # GDCM's limit
     if too_deep or not decoder.is_available:
@@ -85,6 +85,12 @@ def _decoder(header: SliceHeader) -> Any:
             Reason.UNSUPPORTED, f"{header.base}: cannot decode {decoder.UID.name}; is python-gdcm installed?"
         )
     return decoder
+
+
+def _shown(header: SliceHeader) -> str:
+    """Return the UID for a message; anything that is none might say who the patient is."""
+    uid = header.transfer_syntax
+    return f" {uid}" if set(uid) <= set("0123456789.") else ""
 
 
 def _check_code_stream(header: SliceHeader, encoded: bytes) -> None:

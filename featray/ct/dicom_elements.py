@@ -72,11 +72,12 @@ class Elements:
     pixel_length: int | None = None
 
 
-def walk(data: bytes, wanted: frozenset[int]) -> Elements:
+def walk(data: bytes, wanted: frozenset[int], most: int = HEADER_LIMIT) -> Elements:
     """Return the wanted top-level elements of a DICOM file, up to its pixel data.
 
-    `data` may be the beginning of a file: then `End.CUT` says that more is needed. Never raises
-    on bad bytes, except for a damaged deflate stream (`ScanError`, `unreadable`).
+    `data` may be the beginning of a file: then `End.CUT` says that more is needed. A deflated data
+    set is inflated up to `most` bytes; its pixels may go on beyond. Never raises on bad bytes,
+    except for a damaged deflate stream (`ScanError`, `unreadable`).
     """
     start = 132 if data[128:132] == b"DICM" else 0
     if start == 0 and not _looks_like_elements(data):
@@ -89,7 +90,7 @@ def walk(data: bytes, wanted: frozenset[int]) -> Elements:
     if end is not End.NO_PIXELS:
         return Elements(values, syntax, little, end, data)
     if syntax == DEFLATED:
-        data, start = inflate_raw(data, start, HEADER_LIMIT), 0
+        data, start = inflate_raw(data, start, most), 0
     body = _Walk(data, "<" if little else ">", _is_explicit(data, start))
     start, end = body.run(start, wanted, values)
     return Elements(values, syntax, little, end, data, start, body.pixel_length)

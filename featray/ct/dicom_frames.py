@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -51,21 +52,21 @@ def frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
 
 
 def _frame(header: SliceHeader, own: Any, shared: Any) -> SliceHeader:
-    slope = _value(own, shared, "PixelValueTransformationSequence", "RescaleSlope")
-    intercept = _value(own, shared, "PixelValueTransformationSequence", "RescaleIntercept")
+    def floats(sequence: str, keyword: str, count: int) -> tuple[float, ...] | None:
+        return _floats(_value(own, shared, sequence, keyword), count)
+
+    slope = floats("PixelValueTransformationSequence", "RescaleSlope", 1)
+    intercept = floats("PixelValueTransformationSequence", "RescaleIntercept", 1)
+    kind = _value(own, shared, "PixelValueTransformationSequence", "RescaleType")
     return replace(
         header,
         number=None,
-        position=_floats(_value(own, shared, "PlanePositionSequence", "ImagePositionPatient"), 3)
-        or header.position,
-        orientation=_floats(_value(own, shared, "PlaneOrientationSequence", "ImageOrientationPatient"), 6)
-        or header.orientation,
-        spacing_yx=_floats(_value(own, shared, "PixelMeasuresSequence", "PixelSpacing"), 2)
-        or header.spacing_yx,
-        slope=header.slope if slope is None else float(slope),
-        intercept=header.intercept if intercept is None else float(intercept),
-        rescale_type=_value(own, shared, "PixelValueTransformationSequence", "RescaleType")
-        or header.rescale_type,
+        position=floats("PlanePositionSequence", "ImagePositionPatient", 3) or header.position,
+        orientation=floats("PlaneOrientationSequence", "ImageOrientationPatient", 6) or header.orientation,
+        spacing_yx=floats("PixelMeasuresSequence", "PixelSpacing", 2) or header.spacing_yx,
+        slope=slope[0] if slope else header.slope,
+        intercept=intercept[0] if intercept else header.intercept,
+        rescale_type=str(kind).upper() if kind else header.rescale_type,
     )
 
 
@@ -77,10 +78,10 @@ def _value(own: Any, shared: Any, sequence: str, keyword: str) -> Any:
     return None
 
 
-def _floats(values: Any, count: int) -> tuple[float, ...] | None:
-    if values is None:
+def _floats(value: Any, count: int) -> tuple[float, ...] | None:
+    if value is None:
         return None
-    numbers = tuple(float(value) for value in values)
-    if len(numbers) != count:
-        raise ValueError(f"{len(numbers)} values, expected {count}")
+    numbers = tuple(float(part) for part in (value if count > 1 else [value]))
+    if len(numbers) != count or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{len(numbers)} values, expected {count} finite ones")
     return numbers

@@ -148,15 +148,15 @@ def unreadable_header(name: str, error: ScanError) -> SliceHeader:
     return SliceHeader(name, error.reason, str(error), is_dicom=False)
 
 
-def parse_slice(data: bytes, name: str) -> tuple[SliceHeader, Elements]:
-    """Return header and elements of a whole file in memory.
+def parse_slice(data: bytes, name: str, most: int = HEADER_LIMIT) -> tuple[SliceHeader, Elements]:
+    """Return header and elements of a whole file in memory; `most` as in `walk`.
 
     Raises:
         ScanError: The header's problem, or `truncated` if there are no pixels.
     """
     if not data:
         raise ScanError(Reason.EMPTY, f"{name.rpartition('/')[2]}: the file has no bytes")
-    elements = walk(data, _WANTED)
+    elements = walk(data, _WANTED, most)
     header = slice_header(elements, name, data[128:132] == b"DICM")
     if header.problem:
         raise ScanError(header.problem, f"{header.base}: {header.message}")

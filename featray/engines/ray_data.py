@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
@@ -48,6 +49,7 @@ class RayEngine:
 
     def __enter__(self) -> RayEngine:
         """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one."""
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
         import ray
 
         if not ray.is_initialized():
@@ -92,31 +94,33 @@ class RayEngine:
 
         _configure(strict)
         actors, retries = self._run.actors, self._limits.attempts - 1
-        return (
-            ray.data.from_items([{"scan": scan.to_json()} for scan in scans], override_num_blocks=len(scans))
-            .map(
-                _DecodeRow(stages.decode, self._limits.scan_timeout_s),
-                num_cpus=_decode_cpus(self._run),
-                memory=self._run.decode.memory,
-                max_retries=retries,
+        rows = [{"scan": scan.to_json()} for scan in scans]
+        with _without_deprecations():
+            return (
+                ray.data.from_items(rows, override_num_blocks=len(rows))
+                .map(
+                    _DecodeRow(stages.decode, self._limits.scan_timeout_s),
+                    num_cpus=_decode_cpus(self._run),
+                    memory=self._run.decode.memory,
+                    max_retries=retries,
+                )
+                .map_batches(
+                    _ExtractBatch,
+                    fn_constructor_args=[stages.load_extractor],
+                    batch_size=stages.batch_scans if strict else 1,
+                    compute=ray.data.ActorPoolStrategy(min_size=actors.min, max_size=_max_actors(self._run)),
+                    num_cpus=actors.num_cpus,
+                    num_gpus=actors.num_gpus or None,
+                    max_task_retries=retries,
+                )
+                .map_batches(
+                    _WriteBatch(stages.write),
+                    batch_size=stages.scans_per_file if strict else 1,
+                    batch_format="pyarrow",
+                    num_cpus=WRITE_CPUS,
+                    max_retries=retries,
+                )
             )
-            .map_batches(
-                _ExtractBatch,
-                fn_constructor_args=[stages.load_extractor],
-                batch_size=stages.batch_scans if strict else 1,
-                compute=ray.data.ActorPoolStrategy(min_size=actors.min, max_size=_max_actors(self._run)),
-                num_cpus=actors.num_cpus,
-                num_gpus=actors.num_gpus or None,
-                max_task_retries=retries,
-            )
-            .map_batches(
-                _WriteBatch(stages.write),
-                batch_size=stages.scans_per_file if strict else 1,
-                batch_format="pyarrow",
-                num_cpus=WRITE_CPUS,
-                max_retries=retries,
-            )
-        )
 
 
 class _DecodeRow:
@@ -186,6 +190,14 @@ def _crashes_logged() -> Iterator[None]:
         yield
     except crashes as error:
         log.warning("a pass stopped early: %s; what it finished is kept", type(error).__name__)
+
+
+@contextlib.contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Keep quiet about bounded retries: Ray 2.60 has no other form for them yet than the old one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
+        yield
 
 
 @contextlib.contextmanager

@@ -91,7 +91,7 @@ class Extractor:
         loaded = load.load_model(self._spec, (*input_zyx, 1) if input_zyx else None)
         self._model = load.submodel(loaded.model, self._spec.submodel)
         self._shape, problems = input_shape(self._model, input_zyx)
-        choices = choose.choose(self._spec, trace.survey(self._model, self._shape), problems)
+        choices = choose.choose(self._spec, survey(self._model, self._shape, problems), problems)
         self._extract = self._capture(choices)
         self.layers = tuple(self._warm_up(choices, problems))
         if problems:
@@ -234,6 +234,19 @@ def input_shape(model: Any, input_zyx: tuple[int, int, int] | None) -> tuple[tup
     if None in own:
         raise ModelError(problem)
     return tuple(int(size) for size in own if size is not None), [problem] if problem else []
+
+
+def survey(model: Any, shape: Sequence[int], problems: list[str]) -> list[Tap]:
+    """Return the taps of a loaded model; note weights that were not in its file, so would be random."""
+    saved = {id(weight) for weight in model.weights}
+    taps = trace.survey(model, shape)
+    unsaved = [weight.path for weight in model.weights if id(weight) not in saved]
+    if unsaved:
+        problems.append(
+            f"weights: {len(unsaved)} came with no values from the file and would be random "
+            f"({', '.join(unsaved[:4])}{', …' if len(unsaved) > 4 else ''}); save the model after calling it once"
+        )
+    return taps
 
 
 def declared_inputs(model: Any) -> list[tuple[int | None, ...]]:

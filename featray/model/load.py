@@ -95,6 +95,24 @@ def submodel(model: Any, name: str | None) -> Any:
 
 
 @contextlib.contextmanager
+def _registered(objects: dict[str, Any]) -> Iterator[None]:
+    """Put `objects` into Keras's global registry for a while.
+
+    For nested objects it outranks `custom_objects` and scopes, and may hold another version of a class.
+    """
+    import keras
+
+    registry = keras.saving.get_custom_objects()
+    kept = dict(registry)
+    registry.update(objects)
+    try:
+        yield
+    finally:
+        registry.clear()
+        registry.update(kept)
+
+
+@contextlib.contextmanager
 def _fresh_names() -> Iterator[None]:
     """Let Keras count automatic names (conv3d_4) from the start, then go on as before.
 
@@ -137,8 +155,7 @@ def _from_file(spec: ModelConfig, path: Path, content: Saved, objects: dict[str,
     if problems:
         raise ModelError(problems, path.name)
     try:
-        # The scope outranks Keras's global registry, where another version may be registered.
-        with keras.saving.custom_object_scope(known):
+        with _registered(known):
             return keras.saving.load_model(path, compile=False, safe_mode=not spec.trust)
     except Exception as error:  # Keras raises whatever the layer at fault raised
         raise ModelError(_keras_failure(path, content, error)) from error

@@ -11,7 +11,7 @@ import hashlib
 import io
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
@@ -166,8 +166,11 @@ def _series_scan(series: dicom.Series, scan_id: str, members: list[_File], sourc
 
 
 def _series_ids(groups: list[dicom.Series], base: str) -> list[str]:
-    """Return each series' folder as its id, made unique by a short hash of what tells them apart."""
-    folders = [_common_folder(series.files) or posixpath.basename(base) for series in groups]
+    """Return each series' place as its id, made unique by a short hash of what tells them apart.
+
+    The place is the file of a series of one file, else the folder.
+    """
+    folders = [_place(series.files) or posixpath.basename(base) for series in groups]
     counts = Counter(folders)
     return [
         folder if counts[folder] == 1 else f"{folder}#{_short_hash(series)}"
@@ -265,6 +268,10 @@ def _may_be_dicom(name: str) -> bool:
 
 def _suffix(name: str) -> str:
     return PurePosixPath(name).suffix.lower()
+
+
+def _place(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else _common_folder(names)
 
 
 def _common_folder(names: Iterable[str]) -> str:

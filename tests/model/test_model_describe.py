@@ -1,0 +1,110 @@
+"""`list_layers` tells what can be cut, what it would cost and what is odd about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import pytest
+
+from featray.model import LayerInfo, list_layers
+
+SAMPLING = ("featray.vae:Sampling",)
+
+
+def _by_path(path: Path, **keys: Any) -> dict[str, LayerInfo]:
+    return {info.path: info for info in list_layers(path, **keys)}
+
+
+def test_every_layer_of_the_nested_vae_is_listed_in_order_of_computation(small_vae_file: Path) -> None:
+    paths = list(_by_path(small_vae_file, custom_objects=SAMPLING))
+    assert paths[:8] == [
+        *(f"encoder/{kind}_{number}" for number in (1, 2) for kind in ("conv", "pool")),
+        *(f"encoder/{name}" for name in ("flatten", "pre_latent", "z_mean", "z_log_var")),
+    ]
+    assert {"encoder/z", "encoder:0", "decoder/deconv_1", "decoder/reconstruction", "decoder"} <= set(paths)
+
+
+def test_shape_is_before_pooling_and_values_after_it(small_vae_file: Path) -> None:
+    layers = _by_path(small_vae_file, custom_objects=SAMPLING)
+    conv, mean = layers["encoder/conv_2"], layers["encoder/z_mean"]
+    assert (conv.class_name, conv.shape, conv.values) == ("Conv3D", (4, 8, 8, 3), 3)
+    assert (mean.class_name, mean.shape, mean.values) == ("Dense", (4,), 4)
+
+
+def test_z_and_all_behind_it_are_stochastic_and_z_mean_is_not(small_vae_file: Path) -> None:
+    layers = _by_path(small_vae_file, custom_objects=SAMPLING)
+    varying = {path for path, info in layers.items() if "stochastic" in info.flags}
+    assert varying == {"encoder/z", "encoder:2", *(path for path in layers if path.startswith("decoder"))}
+
+
+def test_the_layers_of_fewest_values_are_the_bottleneck(small_vae_file: Path) -> None:
+    layers = _by_path(small_vae_file, custom_objects=SAMPLING)
+    narrow = [path for path, info in layers.items() if "bottleneck" in info.flags]
+    assert narrow == ["encoder/z_mean", "encoder/z_log_var", "encoder/z", "encoder:0", "encoder:1", "encoder:2"]
+
+
+def test_linear_latents_have_no_dead_units_flag(small_vae_file: Path) -> None:
+    layers = _by_path(small_vae_file, custom_objects=SAMPLING)
+    assert not [path for path, info in layers.items() if "dead_units_possible" in info.flags]
+
+
+def test_relu_on_the_latent_is_flagged_and_relu_elsewhere_is_not(tmp_path: Path) -> None:
+    volume = keras.Input((4, 4, 4, 1))
+    x = keras.layers.Conv3D(3, 3, activation="relu", name="conv")(volume)
+    x = keras.layers.Dense(9, activation="relu", name="hidden")(keras.layers.Flatten(name="flat")(x))
+    mean, log_var = (keras.layers.Dense(4, activation="relu", name=name)(x) for name in ("z_mean", "z_log_var"))
+    head = keras.layers.Dense(2, name="head")(mean)
+    keras.Model(volume, [mean, log_var, head]).save(tmp_path / "m.keras")
+    flagged = [path for path, info in _by_path(tmp_path / "m.keras").items() if "dead_units_possible" in info.flags]
+    assert flagged == ["z_mean", "z_log_var"]
+
+
+def test_relu_on_whatever_feeds_the_sampling_is_flagged_whatever_its_name(
+    tmp_path: Path, small_vae: Any
+) -> None:
+    from featray.vae import Sampling
+
+    volume = keras.Input((4, 4, 4, 1))
+    flat = keras.layers.Flatten(name="flat")(volume)
+    a, b = (keras.layers.Dense(5, activation="relu", name=name)(flat) for name in "ab")
+    z = Sampling(name="draw")([a, b])
+    keras.Model(volume, keras.layers.Dense(3, name="out")(z)).save(tmp_path / "m.keras")
+    layers = _by_path(tmp_path / "m.keras", custom_objects=SAMPLING)
+    assert {path for path, info in layers.items() if "dead_units_possible" in info.flags} == {"a", "b"}
+
+
+def test_a_second_call_is_listed_as_number_two(tmp_path: Path) -> None:
+    shared, volume = keras.layers.Dense(1, name="shared"), keras.Input((4, 4, 4, 1))
+    keras.Model(volume, shared(shared(volume))).save(tmp_path / "m.keras")
+    assert list(_by_path(tmp_path / "m.keras")) == ["shared#1", "shared#2"]
+
+
+def test_models_of_images_can_be_listed(tmp_path: Path) -> None:
+    layers = [keras.layers.Conv2D(4, 3, name="conv"), keras.layers.GlobalAveragePooling2D(name="pool")]
+    keras.Sequential([keras.Input((9, 8, 3)), *layers]).save(tmp_path / "m.keras")
+    listed = _by_path(tmp_path / "m.keras")
+    assert {path: info.shape for path, info in listed.items()} == {"conv": (7, 6, 4), "pool": (4,)}
+
+
+def test_a_model_section_lists_its_submodel(spec: Callable[..., dict[str, Any]]) -> None:
+    paths = [info.path for info in list_layers(spec("z_mean", submodel="encoder"))]
+    assert paths[0] == "conv_1"
+    assert paths[-1] == "z"
+
+
+def test_a_model_that_takes_any_size_is_listed_at_the_size_given(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((None, None, None, 1)), keras.layers.Conv3D(2, 3, name="conv")])
+    model.save(tmp_path / "m.keras")
+    assert _by_path(tmp_path / "m.keras", input_zyx=(5, 6, 7))["conv"].shape == (3, 4, 5, 2)
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_listing_and_extracting_agree_on_values(spec: Callable[..., dict[str, Any]], number: int) -> None:
+    from featray.model import Extractor
+
+    section = spec(f"encoder/conv_{number}")
+    (layer,) = Extractor(section).layers
+    assert {info.path: info.values for info in list_layers(section)}[layer.path] == layer.values

@@ -1,0 +1,249 @@
+"""Models load from what Keras saved; what is missing or not allowed is named, with the way out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from featray.errors import ModelError
+from featray.model import Extractor
+
+Spec = Callable[..., dict[str, Any]]
+Code = Callable[[str, str], Path]
+
+DOUBLE = """
+    import keras
+    @keras.saving.register_keras_serializable("seed")
+    class Double(keras.layers.Layer):
+        def call(self, x):
+            return {factor} * x
+"""
+BUILDER = """
+    import keras
+    def build():
+        return keras.Sequential([keras.layers.Conv3D({filters}, 3, name="conv"), keras.layers.Flatten(name="flat")])
+"""
+
+
+@pytest.fixture
+def double_file(tmp_path: Path) -> Path:
+    """Return a model with a layer registered as `seed>Double`, whose class is then forgotten."""
+
+    @keras.saving.register_keras_serializable("seed")
+    class Double(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return 2 * x
+
+    path = tmp_path / "double.keras"
+    keras.Sequential([keras.Input((2, 2, 2, 1)), Double(name="twice")]).save(path)
+    del keras.saving.get_custom_objects()["seed>Double"]
+    return path
+
+
+def _twice(path: Path, *objects: str) -> float:
+    extractor = Extractor({"uri": str(path), "layers": ["twice"], "custom_objects": list(objects)})
+    return float(extractor(np.ones((1, 2, 2, 2), np.float32))["twice"][0, 0])
+
+
+def test_a_missing_class_is_named_with_its_layer_and_the_way_out(spec: Spec) -> None:
+    with pytest.raises(ModelError, match=r"layer 'z' needs Sampling.* model.custom_objects, e.g. 'file.py:Sampling'"):
+        Extractor(spec("z_mean", custom_objects=[]))
+
+
+def test_a_class_that_happens_to_be_registered_still_has_to_be_asked_for(spec: Spec) -> None:
+    import featray.vae
+
+    assert keras.saving.get_registered_object("featray>Sampling") is featray.vae.Sampling
+    with pytest.raises(ModelError, match="needs Sampling"):
+        Extractor(spec("z_mean", custom_objects=[], trust=True))
+
+
+def test_a_class_from_a_file_answers_for_its_registered_name(double_file: Path, code: Code) -> None:
+    assert _twice(double_file, f"{code('a.py', DOUBLE.format(factor=2))}:Double") == 2
+
+
+def test_the_file_that_is_named_counts_and_not_the_one_loaded_before(double_file: Path, code: Code) -> None:
+    two, three = (code(f"f{factor}.py", DOUBLE.format(factor=factor)) for factor in (2, 3))
+    assert [_twice(double_file, f"{path}:Double") for path in (two, three, two)] == [2, 3, 2]
+
+
+def test_custom_code_is_part_of_the_sha256_but_its_name_is_not(double_file: Path, code: Code) -> None:
+    def sha256(name: str, factor: int) -> str:
+        path = code(name, DOUBLE.format(factor=factor))
+        section = {"uri": str(double_file), "layers": ["twice"], "custom_objects": [f"{path}:Double"]}
+        return Extractor(section).sha256
+
+    assert sha256("a.py", 2) == sha256("b.py", 2)
+    assert sha256("a.py", 2) != sha256("a.py", 3)
+
+
+def test_every_fault_in_custom_objects_is_listed(double_file: Path, code: Code) -> None:
+    path = code("a.py", "import nothing_of_this_name")
+    with pytest.raises(ModelError) as caught:
+        _twice(double_file, "Double", f"{path}:Double", "no_such.module:Double", "keras.layers:Nothing", "gone.py:A")
+    text = str(caught.value)
+    assert len(caught.value.problems) == 5
+    assert "'Double' is neither file.py:NAME nor package.module:NAME" in text
+    assert "a.py:Double cannot be imported (ModuleNotFoundError: No module named 'nothing_of_this_name')" in text
+    assert "no_such" in text
+    assert "has no Nothing" in text
+    assert "gone.py: no such file" in text
+    assert str(path.parent) not in text
+
+
+def test_code_inside_the_file_runs_only_when_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Lambda(lambda x: x + 1, name="plus")]).save(path)
+    section = {"uri": str(path), "layers": ["plus"]}
+    with pytest.raises(ModelError, match=r"layer 'plus' holds Python code .*model.trust: true .*custom_objects"):
+        Extractor(section)
+    got = Extractor({**section, "trust": True})(np.zeros((1, 2, 2, 2), np.float32))
+    assert got["plus"].tolist() == [[1.0]]
+
+
+def test_a_custom_activation_comes_through_custom_objects(tmp_path: Path, code: Code) -> None:
+    def halve(x: Any) -> Any:
+        return x / 2
+
+    path = tmp_path / "m.keras"
+    layer = keras.layers.Activation(halve, name="act")
+    keras.Sequential([keras.Input((2, 2, 2, 1)), layer, keras.layers.Activation("relu")]).save(path)
+    source = code("act.py", "def halve(x):\n    return x / 2")
+    with pytest.raises(ModelError, match="layer 'act' needs halve"):
+        Extractor({"uri": str(path), "layers": ["act"]})
+    section = {"uri": str(path), "layers": ["act"], "custom_objects": [f"{source}:halve"]}
+    assert Extractor(section)(np.ones((1, 2, 2, 2), np.float32))["act"].tolist() == [[0.5]]
+
+
+def test_a_whole_h5_gives_the_same_values_as_the_archive(
+    small_vae: Any, spec: Spec, volumes: Any, tmp_path: Path
+) -> None:
+    small_vae.save(tmp_path / "vae.h5")
+    old = Extractor(spec("z_mean", "conv_2", uri=str(tmp_path / "vae.h5")))(volumes)
+    new = Extractor(spec("z_mean", "conv_2"))(volumes)
+    for name in new:
+        np.testing.assert_array_equal(old[name], new[name])
+    with pytest.raises(ModelError, match="layer 'z' needs Sampling"):
+        Extractor(spec("z_mean", uri=str(tmp_path / "vae.h5"), custom_objects=[]))
+
+
+def test_a_model_compiled_with_its_own_loss_needs_no_code_for_the_loss(tmp_path: Path) -> None:
+    def own_loss(y: Any, p: Any) -> Any:
+        return keras.ops.mean(y - p)
+
+    model = keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Dense(2, name="dense")])
+    model.compile(loss=own_loss)
+    for name in ("m.keras", "m.h5"):
+        model.save(tmp_path / name)
+        assert Extractor({"uri": str(tmp_path / name), "layers": ["dense"]}).layers[0].values == 2
+
+
+def test_weights_go_into_the_model_that_a_builder_makes(tmp_path: Path, code: Code, volumes: Any) -> None:
+    source = code("build.py", BUILDER.format(filters=2))
+    layers = [keras.layers.Conv3D(2, 3, name="conv"), keras.layers.Flatten(name="flat")]
+    model = keras.Sequential([keras.Input((8, 16, 16, 1)), *layers])
+    model.save_weights(tmp_path / "m.weights.h5")
+    section = {"uri": str(tmp_path / "m.weights.h5"), "layers": ["conv"], "builder": f"{source}:build"}
+    extractor = Extractor(section, input_zyx=(8, 16, 16))
+    expected = np.asarray(layers[0](volumes[..., None])).mean((1, 2, 3))
+    np.testing.assert_allclose(extractor(volumes)["conv"], expected, rtol=1e-5, atol=1e-6)
+    assert set(extractor.files) == {"model", "builder build.py:build"}
+
+    other = code("other.py", BUILDER.format(filters=3))
+    with pytest.raises(ModelError, match="weights do not go into the model of build"):
+        Extractor({**section, "builder": f"{other}:build"}, input_zyx=(8, 16, 16))
+    with pytest.raises(ModelError, match="holds weights only"):
+        Extractor({**section, "builder": None}, input_zyx=(8, 16, 16))
+
+
+def test_layers_saved_without_weights_are_refused_and_not_filled_at_random(tmp_path: Path, code: Code) -> None:
+    source = code(
+        "late.py",
+        """
+        import keras
+        class Late(keras.Model):
+            def __init__(self, **keys):
+                super().__init__(**keys)
+                self.dense = keras.layers.Dense(2)
+            def call(self, x):
+                return self.dense(x)
+            def build(self, shape):
+                self.built = True
+        """,
+    )
+    from featray.model import load
+
+    late, _ = load._import_object(f"{source}:Late", "custom_objects", {})
+    model = late()
+    model.build((None, 2, 2, 2, 1))
+    model.save(tmp_path / "m.keras")
+    section = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Late"], "layers": ["dense"]}
+    with pytest.raises(ModelError, match=r"2 came with no values from the file and would be random"):
+        Extractor(section, input_zyx=(2, 2, 2))
+
+
+def test_a_subclassed_model_loads_with_its_class(tmp_path: Path, code: Code, volumes: Any) -> None:
+    source = code(
+        "sub.py",
+        """
+        import keras
+        class Sub(keras.Model):
+            def __init__(self, **keys):
+                super().__init__(**keys)
+                self.conv = keras.layers.Conv3D(2, 3)
+            def call(self, x):
+                return self.conv(x)
+        """,
+    )
+    from featray.model import load
+
+    sub, _ = load._import_object(f"{source}:Sub", "custom_objects", {})
+    model = sub()
+    expected = np.asarray(model(volumes[..., None])).mean((1, 2, 3))
+    model.save(tmp_path / "m.keras")
+    section = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Sub"], "layers": ["conv"]}
+    np.testing.assert_allclose(Extractor(section)(volumes)["conv"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_automatic_names_do_not_depend_on_what_was_made_before(tmp_path: Path, code: Code) -> None:
+    source = code("build.py", "import keras\ndef build():\n    return keras.Sequential([keras.layers.Dense(1)])")
+    keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Dense(1)]).save_weights(tmp_path / "m.weights.h5")
+    section = {"uri": str(tmp_path / "m.weights.h5"), "layers": ["dense"], "builder": f"{source}:build"}
+    before = keras.layers.Dense(1).name
+    for _ in range(2):
+        assert Extractor(section, input_zyx=(2, 2, 2)).layers[0].path == "dense"
+    assert keras.layers.Dense(1).name not in (before, "dense")
+
+
+@pytest.mark.parametrize("name", ["m.keras", "m.h5"])
+def test_a_truncated_file_says_so(tmp_path: Path, name: str) -> None:
+    keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Dense(2)]).save(tmp_path / name)
+    (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-2000])
+    with pytest.raises(ModelError, match=f"{name}: truncated or damaged"):
+        Extractor({"uri": str(tmp_path / name), "layers": ["dense"]})
+
+
+def test_a_file_that_is_no_model_says_so(tmp_path: Path) -> None:
+    (tmp_path / "m.keras").write_text("hello")
+    with pytest.raises(ModelError, match=r"m.keras: not a model file; expected a .keras archive"):
+        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["dense"]})
+
+
+def test_a_saved_model_folder_is_refused_saying_what_to_save(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Dense(2)])
+    model.export(tmp_path / "exported", verbose=False)
+    with pytest.raises(ModelError, match=r"only its exported endpoints.*save\('NAME.keras'\)"):
+        Extractor({"uri": str(tmp_path / "exported"), "layers": ["dense"]})
+
+
+def test_importing_featray_model_does_not_import_tensorflow() -> None:
+    import subprocess
+
+    program = "import sys, featray.model; sys.exit(bool({'tensorflow', 'keras', 'h5py'} & set(sys.modules)))"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,44 @@
+"""TensorFlow is set up before its first operation, quietly, and late settings are told."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+
+import pytest
+
+from featray.model import runtime
+
+
+def _run(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+
+
+def test_threads_are_set_and_the_start_is_quiet() -> None:
+    done = _run(
+        "import os, sys; os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
+        "from featray.model import runtime; runtime.configure(1)\n"
+        "import tensorflow as tf; tf.add(1, 2)\n"
+        "assert tf.config.threading.get_intra_op_parallelism_threads() == 1\n"
+        "print('kept', file=sys.stderr)"
+    )
+    assert done.stderr == "kept\n"
+
+
+def test_what_others_write_to_stderr_meanwhile_is_passed_on() -> None:
+    done = _run(
+        "import os\nfrom featray.model import runtime\n"
+        "with runtime._without_chatter():\n"
+        "    os.write(2, b'I0000 00:00:1.5 12 port.cc:153] chatter\\nE0000 00:00:1.5 12 a.cc:1] fault\\n')"
+    )
+    assert done.stderr == "E0000 00:00:1.5 12 a.cc:1] fault\n"
+
+
+def test_threads_that_come_too_late_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    import tensorflow as tf
+
+    tf.add(1, 2)
+    with caplog.at_level(logging.WARNING):
+        runtime.configure(threads=tf.config.threading.get_intra_op_parallelism_threads() + 1)
+    assert "TensorFlow already runs" in caplog.text

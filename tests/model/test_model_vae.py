@@ -1,0 +1,65 @@
+"""The project's own VAE: its shape, its names, and that training teaches it something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+SHAPE = (16, 64, 64)
+
+
+def _blobs(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return volumes with a bright cylinder of varying radius, and the radii."""
+    radii = np.linspace(4, 28, count)
+    y, x = np.mgrid[-31.5:32:1, -31.5:32:1]
+    discs = (x**2 + y**2 < radii[:, None, None] ** 2).astype(np.float32)
+    return np.repeat(discs[:, None], SHAPE[0], axis=1), radii
+
+
+def test_the_default_vae_takes_a_32_256_256_volume_down_to_one_slice() -> None:
+    from featray import vae
+
+    encoder = vae.build_encoder()
+    assert encoder.input_shape == (None, 32, 256, 256, 1)
+    assert encoder.get_layer("pool_5").output.shape == (None, 1, 8, 8, 16)
+    assert [output.shape for output in encoder.outputs] == [(None, 32)] * 3
+
+
+@pytest.mark.parametrize("size", [(8, 16, 16), (1, 16, 16), (6, 20, 14)])
+def test_the_decoder_gives_back_the_size_even_where_axes_cannot_be_halved(size: tuple[int, int, int]) -> None:
+    from featray import vae
+
+    model = vae.build_vae(size, (2, 2, 2), 4, 3)
+    assert model.output_shape == (None, *size, 1)
+
+
+def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
+    from featray import vae
+
+    def weights(seed: int) -> list[Any]:
+        return [weight.numpy() for weight in vae.build_vae((4, 4, 4), (2,), 3, 2, seed).trainable_weights]
+
+    assert all(np.array_equal(a, b) for a, b in zip(weights(1), weights(1), strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
+
+
+def test_training_lowers_the_loss_and_the_latent_follows_what_varies() -> None:
+    from featray import vae
+
+    volumes, radii = _blobs(16)
+    losses: list[float] = []
+    model = vae.train_vae(
+        volumes, filters=(2, 4), dense=16, latent=2, epochs=8, on_epoch=lambda _, loss: losses.append(loss)
+    )
+    mean = np.asarray(model.get_layer("encoder")(volumes[..., None], training=False)[0])
+    assert losses[-1] < 0.5 * losses[0]
+    assert max(abs(np.corrcoef(unit, radii)[0, 1]) for unit in mean.T) > 0.8
+
+
+def test_volumes_of_another_rank_are_refused() -> None:
+    from featray import vae
+
+    with pytest.raises(ValueError, match=r"expected volumes \(n, z, y, x\)"):
+        vae.train_vae(np.zeros((4, 4, 4), np.float32))

@@ -1,0 +1,219 @@
+"""The main job, end to end: what comes out, exactly once, whatever goes in."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+
+import featray
+from featray.dataset import FEATURES, SCANS, Dataset
+from featray.errors import ConfigError, OutputBusyError
+from featray.lease import Lease
+from featray.storage import Store
+
+NAMES = ["encoder.conv_2", "encoder.pre_latent", "encoder.z_log_var", "encoder.z_mean"]
+
+
+def output_of(config: dict[str, Any]) -> Dataset:
+    return Dataset(Store(config["output"]["uri"]))
+
+
+def features_of(config: dict[str, Any]) -> dict[tuple[str, str], np.ndarray]:
+    table: pa.Table = output_of(config).read(FEATURES, ("scan_id", "layer", "feature"))
+    rows = table.to_pylist()
+    found = {(row["scan_id"], row["layer"]): np.array(row["feature"]) for row in rows}
+    assert len(found) == len(rows), "a scan is there twice"
+    return found
+
+
+def scans_of(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["scan_id"]: row for row in output_of(config).read(SCANS).to_pylist()}
+
+
+def files_of(folder: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_every_scan_of_a_mixed_collection_has_every_layer(config_of: Any) -> None:
+    config = config_of()
+    summary = featray.extract(config)
+    assert (summary.found, summary.ok, summary.failed, summary.excluded) == (12, 12, 0, 0)
+    assert summary.exit_code == 0
+    features = features_of(config)
+    scans = [*(f"nifti/phantom_{n:03}.nii.gz" for n in range(11)), "dicom/phantom_011"]
+    assert sorted(features) == sorted((scan, layer) for scan in scans for layer in NAMES)
+    assert {layer: len(features[scans[0], layer]) for layer in NAMES} == dict(
+        zip(NAMES, [8, 16, 4, 4], strict=True)
+    )
+
+
+def test_the_values_are_those_of_the_full_model_on_the_same_input(config_of: Any, vae_file: Path) -> None:
+    import keras
+    import nibabel
+
+    from featray.vae import Sampling
+
+    config = config_of(preprocess={"interpolation": "nearest"})
+    featray.extract(config)
+    path = Path(config["source"]["uri"]) / "nifti/phantom_000.nii.gz"
+    # By hand: nibabel's RAS array with x and y turned over is LPS; nearest voxel at half-pixel centres.
+    image = nibabel.as_closest_canonical(nibabel.load(path))
+    volume = np.asanyarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0)
+    index = [
+        np.floor((np.arange(n) + 0.5) * old / n).astype(int)
+        for n, old in zip((8, 32, 32), volume.shape, strict=True)
+    ]
+    tensor = (np.clip(volume[np.ix_(*index)], -1000, 1000).astype(np.float32) + 1000) / 2000
+    vae = keras.models.load_model(vae_file, custom_objects={"Sampling": Sampling}, compile=False)
+    encoder = vae.get_layer("encoder")
+    expected = keras.Model(encoder.input, encoder.get_layer("z_mean").output)(tensor[None, ..., None])
+    found = features_of(config)["nifti/phantom_000.nii.gz", "encoder.z_mean"]
+    np.testing.assert_allclose(found, np.asarray(expected)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_second_extract_does_nothing_and_says_so(config_of: Any) -> None:
+    config = config_of()
+    featray.extract(config)
+    before = files_of(config["output"]["uri"])
+    summary = featray.extract(config)
+    assert files_of(config["output"]["uri"]) == before
+    assert (summary.done, summary.ok, summary.exit_code) == (0, 12, 0)
+    assert "nothing to do: 12 scans are up to date" in summary.text()
+
+
+@pytest.fixture
+def broken(phantoms: Path, tmp_path: Path) -> Path:
+    """Return two good scans among files that are broken in every plain way."""
+    folder = tmp_path / "broken"
+    (folder / "more").mkdir(parents=True)
+    good = phantoms / "nifti" / "phantom_000.nii.gz"
+    shutil.copy(good, folder / "good.nii.gz")
+    shutil.copytree(phantoms / "dicom" / "phantom_011", folder / "series")
+    data = good.read_bytes()
+    (folder / "more" / "truncated.nii.gz").write_bytes(data[: len(data) // 2])
+    (folder / "truncated.nii").write_bytes(gzip.decompress(data)[:5000])
+    (folder / "empty.nii.gz").write_bytes(b"")
+    (folder / "text.nii").write_text("this is no image")
+    (folder / "noise.nii.gz").write_bytes(np.random.default_rng(0).bytes(5000))
+    (folder / "noise.dcm").write_bytes(np.random.default_rng(1).bytes(5000))
+    (folder / "notes.txt").write_text("not a scan at all")
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_cost_nothing_but_themselves(config_of: Any, broken: Path, workers: int) -> None:
+    config = config_of(source={"uri": str(broken)}, run={"decode": {"workers": workers}})
+    summary = featray.extract(config)
+    scans = scans_of(config)
+    assert {name: row["reason"] for name, row in scans.items()} == {
+        "good.nii.gz": None,
+        "series": None,
+        "more/truncated.nii.gz": "truncated",
+        "truncated.nii": "truncated",
+        "empty.nii.gz": "empty",
+        "text.nii": "unreadable",
+        "noise.nii.gz": "unreadable",
+        "noise.dcm": "unreadable",
+    }
+    assert (summary.found, summary.ok, summary.failed) == (8, 2, 6)
+    assert summary.exit_code == 3
+    assert summary.ignored == {".txt": 1}
+    assert {scan for scan, _ in features_of(config)} == {"good.nii.gz", "series"}
+    assert all(row["message"] and str(broken) not in row["message"] for row in scans.values() if row["reason"])
+
+
+def test_failures_within_the_limit_are_exit_code_0(config_of: Any, broken: Path) -> None:
+    config = config_of(source={"uri": str(broken)}, limits={"max_failed_fraction": 0.8})
+    assert featray.extract(config).exit_code == 0
+
+
+def test_scans_added_later_are_all_that_is_extracted(config_of: Any, phantoms: Path, tmp_path: Path) -> None:
+    collection = tmp_path / "growing"
+    collection.mkdir()
+    shutil.copy(phantoms / "nifti" / "phantom_000.nii.gz", collection)
+    config = config_of(source={"uri": str(collection)})
+    assert featray.extract(config).done == 1
+    shutil.copy(phantoms / "nifti" / "phantom_001.nii.gz", collection)
+    assert featray.extract(config).done == 1
+    assert len(features_of(config)) == 2 * len(NAMES)
+
+
+def test_another_recipe_is_refused_before_anything_is_written(config_of: Any) -> None:
+    config = config_of()
+    featray.extract(config)
+    before = files_of(config["output"]["uri"])
+    with pytest.raises(ConfigError, match="another recipe"):
+        featray.extract(config, ["preprocess.window=[-500, 500]"])
+    assert files_of(config["output"]["uri"]) == before
+
+
+def test_an_output_that_is_held_is_refused(config_of: Any) -> None:
+    config = config_of()
+    with Lease(Store(config["output"]["uri"]), "someone"), pytest.raises(OutputBusyError, match="someone"):
+        featray.extract(config)
+
+
+def test_patches_are_numbered_with_their_origin(config_of: Any) -> None:
+    config = config_of(
+        preprocess={"fit": "patches", "stride": [8, 8, 16]}, model={"layers": ["encoder/z_mean"]}
+    )
+    featray.extract(config, ["source.uri=" + config["source"]["uri"] + "/nifti/phantom_000.nii.gz"])
+    rows = output_of(config).read(FEATURES, ("patch", "origin")).sort_by("patch").to_pylist()
+    origins = [[z, y, x] for z in (0, 8) for y in (0, 8) for x in (0, 16)]
+    assert rows == [{"patch": n, "origin": origin} for n, origin in enumerate(origins)]
+    assert scans_of(config)["phantom_000.nii.gz"]["patches"] == len(origins)
+
+
+def test_a_run_leaves_its_config_versions_and_counts(config_of: Any) -> None:
+    config = config_of(source={"storage_options": {"auto_mkdir": False}})
+    summary = featray.extract(config)
+    folder = Path(config["output"]["uri"]) / "runs" / summary.run_id
+    run = json.loads((folder / "run.json").read_text())
+    assert {"python", "featray", "keras", "tensorflow", "ray", "numpy"} <= set(run["versions"])
+    assert run["config"]["source"]["storage_options"] == {"auto_mkdir": "***"}
+    assert run["summary"]["ok"] == 12
+    assert run["recipe"]["preprocess"]["window"] == [-1000, 1000]
+    assert len(run["model_sha256"]) == 64
+    assert run["machine"]["cpus"] >= 1
+    assert "12 ok" in (folder / "summary.md").read_text()
+
+
+def test_a_manifest_names_scans_ids_and_columns_to_carry(config_of: Any, phantoms: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.csv"
+    manifest.write_text(
+        "uri,case,site\n"
+        f"{phantoms}/nifti/phantom_000.nii.gz,one,A\n"
+        f"{phantoms}/dicom/phantom_011,two,B\n"
+        f"{phantoms}/nifti/nowhere.nii.gz,three,B\n"
+        f"{phantoms}/nifti/phantom_001.nii.gz,one,A\n"
+    )
+    config = config_of(
+        source={"uri": str(manifest), "id_column": "case"}, output={"partition_by": ["layer", "site"]}
+    )
+    summary = featray.extract(config)
+    rows = scans_of(config)
+    assert {name: (row["site"], row["reason"]) for name, row in rows.items()} == {
+        "one": ("A", None),
+        "two": ("B", None),
+        "three": ("B", "storage"),
+        "one#2": ("A", "duplicate_id"),
+    }
+    assert summary.found == 4
+    table = pl.scan_delta(str(Path(config["output"]["uri"]) / "features")).collect()
+    assert dict(table.select("scan_id", "site").iter_rows()) == {"one": "A", "two": "B"}
+
+
+def test_nothing_heavy_reaches_the_rows_of_a_failed_scan(config_of: Any, tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "x.nii").write_bytes(b"\0" * 352)
+    config = config_of(source={"uri": str(tmp_path / "c")})
+    assert featray.extract(config).failed == 1
+    assert features_of(config) == {}

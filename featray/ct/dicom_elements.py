@@ -135,7 +135,7 @@ def _is_explicit(data: bytes, start: int) -> bool:
     return kind in _SHORT_FORM or kind in _LONG_FORM
 
 
-class _Ended(Exception):
+class _EndedError(Exception):
     """Leaves the nested loops of a walk; never leaves this module."""
 
     def __init__(self, end: End) -> None:
@@ -167,25 +167,25 @@ class _Walk:
                     self.pixel_length = None if length == _UNDEFINED else length
                     return value, _PIXELS[tag]
                 if tag >> 16 == 0xFFFE:
-                    raise _Ended(End.MALFORMED)
+                    raise _EndedError(End.MALFORMED)
                 position = self._after(value, length, explicit, 0)
                 if tag in wanted and length != _UNDEFINED:
                     values[tag] = self._data[value:position]
                 elif tag in wanted:
                     values[tag] = b""
-        except _Ended as ended:
+        except _EndedError as ended:
             return position, ended.end
         return position, End.NO_PIXELS
 
     def _element(self, position: int, explicit: bool) -> tuple[int, int, int, bool]:
         """Return tag, start of the value, its length, and whether what it holds is explicit."""
         if position + 8 > self._size:
-            raise _Ended(End.CUT)
+            raise _EndedError(End.CUT)
         group, element, kind, length = self._typed(self._data, position)
         tag = group << 16 | element
         if explicit and kind in _LONG_FORM:
             if position + 12 > self._size:
-                raise _Ended(End.CUT)
+                raise _EndedError(End.CUT)
             return tag, position + 12, self._long(self._data, position + 8)[0], kind != b"UN"
         if explicit and kind.isalpha() and kind.isupper():
             return tag, position + 8, length, True
@@ -196,7 +196,7 @@ class _Walk:
         if length == _UNDEFINED:
             return self._after_sequence(value, explicit, depth + 1)
         if value + length > self._size:
-            raise _Ended(End.CUT)
+            raise _EndedError(End.CUT)
         return value + length
 
     def _after_sequence(self, position: int, explicit: bool, depth: int) -> int:
@@ -205,7 +205,7 @@ class _Walk:
             if tag == _SEQUENCE_END:
                 return position
             if tag != _ITEM or depth > _DEEPEST:
-                raise _Ended(End.MALFORMED)
+                raise _EndedError(End.MALFORMED)
             if length == _UNDEFINED:
                 position = self._after_item(position, explicit, depth)
             else:

@@ -22,7 +22,7 @@ LATTICE_VOXELS = 2_000_000
 
 PERCENTILES = (1.0, 50.0, 99.0)
 
-AIR_HU = -1000.0
+AIR_HU, BONE_HU = -1000.0, 300.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def oddities(found: HuStatistics, voxels_zyx: NDArray[Any]) -> tuple[str, ...]:
       - a minimum of 0 or more: stored values, clipped negatives or an 8-bit image (a body holds
         fat below 0 HU even where it is cropped without air);
       - a range of at most 256: windowed to 8 bit, or normalised;
-      - the 1st and 99th percentile at the very ends: clipped to a window;
+      - the 1st and 99th percentile at the very ends, and air or bone beyond them: clipped to a window;
       - a maximum above 32,767: negative values read as unsigned;
       - padding below air and nothing else below 0: the intercept was not applied;
       - more than 1 % of voxels at about -2024, with noise: air, the intercept applied twice.
@@ -87,7 +87,8 @@ def oddities(found: HuStatistics, voxels_zyx: NDArray[Any]) -> tuple[str, ...]:
 
 
 def _range_speaks_against(found: HuStatistics) -> bool:
-    clipped = found.p01 == found.minimum and found.p99 == found.maximum
+    at_ends = found.p01 == found.minimum and found.p99 == found.maximum
+    clipped = at_ends and (found.minimum > 0.9 * AIR_HU or found.maximum < BONE_HU)
     narrow = found.maximum - found.minimum <= 256
     return found.minimum >= 0 or narrow or clipped or found.maximum > np.iinfo(np.int16).max
 

@@ -18,23 +18,17 @@ GZIP_MAGIC = b"\x1f\x8b"
 MAX_RATIO = 1032
 """Deflate cannot expand further (258 bytes from 2 bits), so a smaller file cannot hold the claim."""
 
-_PIECE = 2**20
+_PIECE = 2**18
 _LIBDEFLATE_LIMIT = 2**32  # `deflate` takes the size as a C unsigned int and wraps silently
 
 
 def gzip_head(data: bytes, count: int) -> bytes:
-    """Return the first `count` inflated bytes, or fewer if the stream ends before.
+    """Return the first `count` inflated bytes, or fewer if the stream ends or is cut before.
 
     Raises:
         ScanError: `unreadable` if this is not a deflate stream.
     """
-    inflater = zlib.decompressobj(wbits=31)
-    head = b""
-    for start in range(0, len(data), _PIECE):
-        head += _pieces(inflater, data[start : start + _PIECE], count - len(head))
-        if len(head) >= count or inflater.eof:
-            break
-    return head
+    return bytes(_inflate_members(data, count)[0])
 
 
 def gunzip(data: bytes, expected: int, most: int) -> bytearray:
@@ -77,32 +71,42 @@ def _at_once(data: bytes, expected: int) -> bytearray | None:
 
 
 def _by_members(data: bytes, expected: int, most: int) -> bytearray:
-    inflated = bytearray()
-    rest = memoryview(data)
-    while bytes(rest[:2]) == GZIP_MAGIC:
-        rest = rest[_append_member(rest, inflated, most) :]
-    if len(inflated) < expected:
+    inflated, ended = _inflate_members(data, most + 1)
+    if len(inflated) > most:
         raise ScanError(
-            Reason.TRUNCATED, f"expected {expected} inflated bytes, the gzip stream holds {len(inflated)}"
+            Reason.UNREADABLE, f"the gzip stream holds more than the {expected} bytes its header accounts for"
+        )
+    if not ended or len(inflated) < expected:
+        raise ScanError(
+            Reason.TRUNCATED,
+            f"expected {expected} inflated bytes, got {len(inflated)}; copy the file again",
         )
     return inflated
 
 
-def _append_member(data: memoryview, inflated: bytearray, most: int) -> int:
-    """Inflate one gzip member onto `inflated` and return how many bytes of `data` it took."""
+def _inflate_members(data: bytes, most: int) -> tuple[bytearray, bool]:
+    """Return at most `most` bytes of all gzip members, and whether every member came to its end."""
+    inflated = bytearray()
+    rest = memoryview(data)
+    while bytes(rest[:2]) == GZIP_MAGIC:
+        used = _append_member(rest, inflated, most)
+        if used is None:
+            return inflated, False
+        rest = rest[used:]
+    return inflated, True
+
+
+def _append_member(data: memoryview, inflated: bytearray, most: int) -> int | None:
+    """Inflate one member onto `inflated`; return the bytes of `data` it took, None if it did not end."""
     inflater = zlib.decompressobj(wbits=31)
     for start in range(0, len(data), _PIECE):
         piece = data[start : start + _PIECE]
-        inflated += _pieces(inflater, piece, most + 1 - len(inflated))
-        if len(inflated) > most:
-            raise ScanError(
-                Reason.UNREADABLE, f"the gzip stream holds more than the {most} bytes its header accounts for"
-            )
+        inflated += _pieces(inflater, piece, most - len(inflated))
         if inflater.eof:
             return start + len(piece) - len(inflater.unused_data)
-    raise ScanError(
-        Reason.TRUNCATED, f"the gzip stream is cut after {len(inflated)} inflated bytes; copy the file again"
-    )
+        if len(inflated) >= most:
+            return None
+    return None
 
 
 def _pieces(inflater: zlib._Decompress, data: bytes | memoryview, most: int) -> bytes:

@@ -189,25 +189,24 @@ def _geometry(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tuple[st
 
 def _chosen_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tuple[str, ...]]:
     """Return the affine in RAS mm and what its source makes worth a warning."""
-    scale = np.diag([_MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)] * 3 + [1.0])
     sform, qform = _sform(header), _qform(header)
     coded = (int(header["sform_code"]) > 0, int(header["qform_code"]) > 0)
     if sform is None and qform is None:
         if any(coded):
             raise ScanError(Reason.UNREADABLE, "neither sform nor qform holds a usable affine")
-        return scale @ np.diag([*header["pixdim"][1:4].astype(float), 1.0]), (ORIENTATION_UNKNOWN,)
+        return _in_mm(header, np.diag([*header["pixdim"][1:4].astype(float), 1.0])), (ORIENTATION_UNKNOWN,)
     if sform is None:
         assert qform is not None
         code = Oddity.SFORM_QFORM_DIFFER if coded[0] else Oddity.QFORM_ONLY
-        return scale @ qform, (code.value,)
-    differ = coded[1] and (qform is None or _differ(scale @ sform, scale @ qform, shape_zyx))
-    return scale @ sform, (Oddity.SFORM_QFORM_DIFFER.value,) if differ else ()
+        return qform, (code.value,)
+    differ = coded[1] and (qform is None or _differ(sform, qform, shape_zyx))
+    return sform, (Oddity.SFORM_QFORM_DIFFER.value,) if differ else ()
 
 
 def _sform(header: Any) -> Affine | None:
     if int(header["sform_code"]) <= 0:
         return None
-    affine: Affine = header.get_sform().astype(np.float64)
+    affine = _in_mm(header, header.get_sform())
     return None if geometry.problem(affine) else affine
 
 
@@ -217,10 +216,15 @@ def _qform(header: Any) -> Affine | None:
     header = header.copy()
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 and other values mean 1, as niftilib
     try:
-        affine: Affine = header.get_qform().astype(np.float64)
+        affine = _in_mm(header, header.get_qform())
     except (ValueError, HeaderDataError):
         return None  # not a rotation, or negative spacing
     return None if geometry.problem(affine) else affine
+
+
+def _in_mm(header: Any, affine: Affine) -> Affine:
+    factor = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    return np.diag([factor, factor, factor, 1.0]) @ affine.astype(np.float64)
 
 
 def _differ(first: Affine, second: Affine, shape_zyx: tuple[int, ...]) -> bool:
@@ -251,6 +255,6 @@ def _scaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any
     if low == high:
         raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is {low * slope + intercept:g}")
     ends = (low * slope + intercept, high * slope + intercept)
-    if not max(abs(ends[0]), abs(ends[1])) <= np.finfo(np.float32).max:
+    if not max(abs(ends[0]), abs(ends[1])) <= float(np.finfo(np.float32).max):
         raise ScanError(Reason.NON_FINITE, "voxels are NaN, infinite or beyond float32")
     return rescale(stored, slope, intercept, result_dtype(stored.dtype, low, high, slope, intercept))

@@ -91,7 +91,8 @@ class Extractor:
         loaded = load.load_model(self._spec, (*input_zyx, 1) if input_zyx else None)
         self._model = load.submodel(loaded.model, self._spec.submodel)
         self._shape, problems = input_shape(self._model, input_zyx)
-        choices = choose.choose(self._spec, survey(self._model, self._shape, problems), problems)
+        taps = survey(self._model, self._shape, problems)
+        choices = choose.choose(self._spec, taps, problems)
         self._extract = self._capture(choices)
         self.layers = tuple(self._warm_up(choices, problems))
         if problems:
@@ -99,7 +100,7 @@ class Extractor:
         self.input_zyx = self._shape[0], self._shape[1], self._shape[2]
         self.sha256, self.files = loaded.sha256, loaded.files
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
-        self._compute_dtypes = sorted({choice.tap.layer.compute_dtype for choice in choices})
+        self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in taps})
 
     def __call__(self, batch: Batch) -> dict[str, Batch]:
         """Return {output name: float32 (n, *shape)} for any n, in model batches of the config's size.
@@ -112,14 +113,9 @@ class Extractor:
             ValueError: The batch has another shape, or is not floating point.
         """
         inputs = self._as_inputs(batch)
-        size = self._spec.batch_size
-        parts = [self._run(inputs[start : start + size]) for start in range(0, len(inputs), size)]
-        return {
-            layer.name: np.concatenate(
-                [part[layer.name] for part in parts] or [np.empty((0, *layer.shape), np.float32)]
-            )
-            for layer in self.layers
-        }
+        if not len(inputs):
+            return {layer.name: np.empty((0, *layer.shape), np.float32) for layer in self.layers}
+        return self._run(inputs)
 
     def recipe_part(self) -> dict[str, Any]:
         """Return what of the model decides the values, JSON-ready; layer order does not matter."""
@@ -145,7 +141,10 @@ class Extractor:
     def _run(self, inputs: Batch) -> dict[str, Batch]:
         import tensorflow as tf
 
-        return {name: value.numpy() for name, value in self._extract(tf.constant(inputs)).items()}
+        size = self._spec.batch_size
+        chunks = (inputs[start : start + size] for start in range(0, len(inputs), size))
+        parts = [self._extract(tf.constant(chunk)) for chunk in chunks]
+        return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
 
     def _capture(self, choices: Sequence[Choice]) -> Any:
         if not choices:
@@ -162,7 +161,12 @@ class Extractor:
         """Run the cut model on random input; note what varies and learn the true shapes."""
         if not choices:
             return []
-        twin, mixed = (self._run(batch) for batch in probe_batches(self._shape))
+        try:
+            twin, mixed = (self._run(batch) for batch in probe_batches(self._shape))
+        except Exception as error:  # TensorFlow's kinds: out of memory, no kernel for this device and type
+            raise ModelError(
+                f"{self._model.name!r} fails on inputs of shape {list(self._shape)} ({runtime.brief(error)})"
+            ) from error
         layers = []
         for choice in choices:
             value = twin[choice.name]
@@ -231,9 +235,11 @@ def input_shape(model: Any, input_zyx: tuple[int, int, int] | None) -> tuple[tup
     if input_zyx is None and None in own:
         raise ModelError(f"{model.name!r} takes inputs of any size {_shown(own)}; give the size (z, y, x)")
     problem = _misfit(model, own, input_zyx)
-    if None in own:
+    asked = (*(input_zyx or ()), 1)
+    known = own if len(own) != len(asked) else [o or a for o, a in zip(own, asked, strict=True)]
+    if None in known:
         raise ModelError(problem)
-    return tuple(int(size) for size in own if size is not None), [problem] if problem else []
+    return tuple(int(size) for size in known if size is not None), [problem] if problem else []
 
 
 def survey(model: Any, shape: Sequence[int], problems: list[str]) -> list[Tap]:
@@ -243,8 +249,8 @@ def survey(model: Any, shape: Sequence[int], problems: list[str]) -> list[Tap]:
     unsaved = [weight.path for weight in model.weights if id(weight) not in saved]
     if unsaved:
         problems.append(
-            f"weights: {len(unsaved)} came with no values from the file and would be random "
-            f"({', '.join(unsaved[:4])}{', …' if len(unsaved) > 4 else ''}); save the model after calling it once"
+            f"weights: {len(unsaved)} came with no values from the file and would be random, e.g. "
+            f"{unsaved[0]}; save the model after calling it once"
         )
     return taps
 

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model import fetch, saved
+from featray.model import fetch, runtime, saved
 from featray.model.saved import CustomEntry, Kind, Saved
 
 _KERAS_MODULES = (
@@ -262,7 +261,7 @@ def _import_object(text: str, key: str, storage_options: Mapping[str, Any]) -> t
     except ModelError as error:
         raise ModelError([f"{key}: {line}" for line in error.problems]) from error
     except Exception as error:  # importing runs user code
-        raise ModelError(f"{key}: {shown} cannot be imported ({_short(error)})") from error
+        raise ModelError(f"{key}: {shown} cannot be imported ({runtime.brief(error)})") from error
     if not hasattr(module, name):
         raise ModelError(f"{key}: {shown}: the file has no {name}")
     return getattr(module, name), digest
@@ -303,9 +302,6 @@ def _keras_failure(path: Path, content: Saved, error: Exception) -> str:
     )
 
 
-def _short(error: Exception, path: Path | None = None) -> str:
-    """Return the first sentence or so of an error, without colours, line breaks and folders."""
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
-    if path is not None:
-        text = text.replace(str(path), path.name).replace(str(path.parent), "")
-    return f"{type(error).__name__}: {text[:240]}{'…' if len(text) > 240 else ''}"
+def _short(error: Exception, path: Path) -> str:
+    """Return a brief error that names the file but not its folder."""
+    return runtime.brief(error).replace(str(path), path.name).replace(str(path.parent), "")

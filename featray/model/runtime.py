@@ -22,6 +22,9 @@ _CHATTER = re.compile(
     rb"^(WARNING: All log messages before absl::InitializeLog|[IW]\d{4} [\d:.]+ +\d+ \S+\.cc:)"
 )
 
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_STACK = re.compile(r"Graph execution error:|Detected at node | *File \".*\", line \d+|<stack traces unable")
+
 
 def configure(threads: int | None = None, gpu: bool = True) -> None:
     """Import TensorFlow quietly and set what can only be set before its first operation.
@@ -48,6 +51,13 @@ def configure(threads: int | None = None, gpu: bool = True) -> None:
         _set_threads(max(1, int(threads)))
     if gpu:
         _grow_gpu_memory()
+
+
+def brief(error: BaseException) -> str:
+    """Return kind and first words of an error, without colours, stack and line breaks."""
+    lines = [line for line in _COLOUR.sub("", str(error)).splitlines() if not _STACK.match(line)]
+    text = " ".join(" ".join(lines).split())
+    return f"{type(error).__name__}: {text[:240]}{'…' if len(text) > 240 else ''}"
 
 
 def _set_threads(threads: int) -> None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from featray.errors import ModelError
+from featray.model import runtime
 
 _TRACING = threading.RLock()
 """Watching patches a class of the whole process: one trace at a time."""
@@ -292,10 +293,9 @@ def _with_path(tap: Tap, again: set[str]) -> Tap:
 
 
 def _untraceable(model: Any, input_shape: Sequence[int | None], error: Exception) -> str:
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
     children = ", ".join(layer.name for layer in getattr(model, "layers", []))
     inner = f"; to call a part of it instead set model.submodel to one of: {children}" if children else ""
     return (
         f"{model.name!r} cannot be called on an input of shape {list(input_shape)} "
-        f"({type(error).__name__}: {text[:240]}){inner}"
+        f"({runtime.brief(error)}){inner}"
     )

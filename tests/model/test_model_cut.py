@@ -11,10 +11,15 @@ import numpy as np
 import pytest
 
 from featray.errors import ConfigError, ModelError
-from featray.model import Extractor
+from featray.model import Extractor, load
 
 Spec = Callable[..., dict[str, Any]]
-FOUR = ("z_mean", "encoder/z_log_var", "pre_latent", {"layer": "encoder/conv_2", "pool": "avg", "as": "conv2"})
+FOUR = (
+    "z_mean",
+    "encoder/z_log_var",
+    "pre_latent",
+    {"layer": "encoder/conv_2", "pool": "avg", "as": "conv2"},
+)
 
 
 def _inner(encoder: Any, name: str, volumes: np.ndarray) -> np.ndarray:
@@ -27,12 +32,18 @@ def _convolutions(extractor: Extractor) -> int:
     return sum("Conv3D" in operation.type for operation in extractor._extract.graph.get_operations())
 
 
-def test_four_layers_in_one_pass_equal_the_inner_activations(small_vae: Any, spec: Spec, volumes: Any) -> None:
+def test_four_layers_in_one_pass_equal_the_inner_activations(
+    small_vae: Any, spec: Spec, volumes: Any
+) -> None:
     got = Extractor(spec(*FOUR))(volumes)
 
     encoder = small_vae.get_layer("encoder")
     assert list(got) == ["z_mean", "encoder.z_log_var", "pre_latent", "conv2"]
-    for name, layer in (("z_mean", "z_mean"), ("encoder.z_log_var", "z_log_var"), ("pre_latent", "pre_latent")):
+    for name, layer in (
+        ("z_mean", "z_mean"),
+        ("encoder.z_log_var", "z_log_var"),
+        ("pre_latent", "pre_latent"),
+    ):
         np.testing.assert_allclose(got[name], _inner(encoder, layer, volumes), rtol=1e-5, atol=1e-6)
     conv = _inner(encoder, "conv_2", volumes)
     np.testing.assert_allclose(got["conv2"], conv.mean(axis=(1, 2, 3)), rtol=1e-5, atol=1e-6)
@@ -125,8 +136,6 @@ def test_noise_with_a_fixed_seed_is_stochastic_too_as_it_depends_on_the_place_in
                 return x + keras.random.normal(keras.ops.shape(x), seed=5)
         """,
     )
-    from featray.model import load
-
     noisy, _ = load._import_object(f"{source}:Noisy", "custom_objects", {})
     keras.Sequential([keras.Input((2, 2, 2, 1)), noisy(name="noisy")]).save(tmp_path / "m.keras")
     with pytest.raises(ModelError, match="'noisy' gives other values"):
@@ -136,7 +145,13 @@ def test_noise_with_a_fixed_seed_is_stochastic_too_as_it_depends_on_the_place_in
 
 
 def test_all_problems_are_listed_at_once(spec: Spec) -> None:
-    layers = ("encoder/z_maen", "encoder/cov*", {"layer": "z_mean", "as": "a"}, {"layer": "conv_1", "as": "a"}, "z")
+    layers = (
+        "encoder/z_maen",
+        "encoder/cov*",
+        {"layer": "z_mean", "as": "a"},
+        {"layer": "conv_1", "as": "a"},
+        "z",
+    )
     with pytest.raises(ModelError) as caught:
         Extractor(spec(*layers), input_zyx=(8, 16, 32))
     problems = "\n".join(caught.value.problems)
@@ -185,12 +200,14 @@ def test_with_a_submodel_paths_are_relative_and_full_ones_work_too(spec: Spec, v
 
 
 def test_an_unknown_submodel_is_refused_naming_what_there_is(spec: Spec) -> None:
-    with pytest.raises(ModelError, match="no layer or attribute 'enc' in 'vae'; it has: .*encoder, decoder"):
+    with pytest.raises(ModelError, match=r"no layer or attribute 'enc' in 'vae'; it has: .*encoder, decoder"):
         Extractor(spec("z_mean", submodel="enc"))
 
 
 def test_what_the_outer_model_does_first_is_part_of_the_features(tmp_path: Path, volumes: Any) -> None:
-    inner = keras.Sequential([keras.Input((8, 16, 16, 1)), keras.layers.Conv3D(2, 3, name="conv")], name="inner")
+    inner = keras.Sequential(
+        [keras.Input((8, 16, 16, 1)), keras.layers.Conv3D(2, 3, name="conv")], name="inner"
+    )
     volume = keras.Input((8, 16, 16, 1))
     keras.Model(volume, inner(keras.layers.Rescaling(10.0)(volume))).save(tmp_path / "m.keras")
     outer = {"uri": str(tmp_path / "m.keras"), "layers": ["inner/conv"]}
@@ -199,7 +216,9 @@ def test_what_the_outer_model_does_first_is_part_of_the_features(tmp_path: Path,
     expected = np.asarray(inner(10 * volumes[..., None])).mean((1, 2, 3))
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
     bare = Extractor({**outer, "submodel": "inner"})(volumes)["inner.conv"]
-    np.testing.assert_allclose(bare, np.asarray(inner(volumes[..., None])).mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        bare, np.asarray(inner(volumes[..., None])).mean((1, 2, 3)), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_size_comes_from_the_config_when_the_model_takes_any(tmp_path: Path) -> None:
@@ -211,6 +230,35 @@ def test_the_size_comes_from_the_config_when_the_model_takes_any(tmp_path: Path)
         Extractor(spec)
 
 
+def test_a_mismatch_is_told_together_with_other_faults_when_the_model_takes_any_size(tmp_path: Path) -> None:
+    layers = [keras.Input((None, None, None, 3)), keras.layers.Conv3D(2, 3, name="conv")]
+    keras.Sequential(layers).save(tmp_path / "m.keras")
+    with pytest.raises(ModelError) as caught:
+        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["cnov"]}, input_zyx=(5, 6, 7))
+    assert "takes (any, any, any, 3), preprocess.size gives (5, 6, 7, 1)" in caught.value.problems[0]
+    assert "'cnov' is not in the model; did you mean conv?" in caught.value.problems[1]
+
+
+def test_a_model_that_cannot_run_on_this_machine_is_refused_with_the_reason(
+    tmp_path: Path, code: Any
+) -> None:
+    source = code(
+        "fails.py",
+        """
+        import keras, tensorflow as tf
+        class Fails(keras.layers.Layer):
+            def call(self, x):
+                with tf.control_dependencies([tf.debugging.assert_greater(x, 9.0, message="no kernel here")]):
+                    return tf.identity(x)
+        """,
+    )
+    fails, _ = load._import_object(f"{source}:Fails", "custom_objects", {})
+    keras.Sequential([keras.Input((2, 2, 2, 1)), fails(name="fails")]).save(tmp_path / "m.keras")
+    section = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Fails"], "layers": ["fails"]}
+    with pytest.raises(ModelError, match=r"fails on inputs of shape \[2, 2, 2, 1\] .*no kernel here"):
+        Extractor(section)
+
+
 def test_a_model_of_several_inputs_is_refused(tmp_path: Path) -> None:
     one, two = keras.Input((4, 4, 4, 1)), keras.Input((3,))
     keras.Model([one, two], [keras.layers.Flatten()(one), two]).save(tmp_path / "m.keras")
@@ -219,7 +267,9 @@ def test_a_model_of_several_inputs_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_of_images_is_refused_showing_both_shapes(tmp_path: Path) -> None:
-    keras.Sequential([keras.Input((28, 28, 3)), keras.layers.Flatten(name="flatten")]).save(tmp_path / "m.keras")
+    keras.Sequential([keras.Input((28, 28, 3)), keras.layers.Flatten(name="flatten")]).save(
+        tmp_path / "m.keras"
+    )
     with pytest.raises(ModelError, match=r"takes \(28, 28, 3\), preprocess.size gives \(8, 16, 16, 1\)"):
         Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["flatten"]}, input_zyx=(8, 16, 16))
 
@@ -247,7 +297,11 @@ def test_the_large_vae_is_cut_to_its_five_convolutions_and_equals_the_encoder(tm
     model = vae.build_vae()
     model.save(tmp_path / "vae.keras")
     layers = ["z_mean", "z_log_var", "pre_latent", "encoder/conv_4"]
-    section = {"uri": str(tmp_path / "vae.keras"), "custom_objects": ["featray.vae:Sampling"], "layers": layers}
+    section = {
+        "uri": str(tmp_path / "vae.keras"),
+        "custom_objects": ["featray.vae:Sampling"],
+        "layers": layers,
+    }
     extractor = Extractor(section, input_zyx=(32, 256, 256))
 
     assert _convolutions(extractor) == 5

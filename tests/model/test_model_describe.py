@@ -43,7 +43,14 @@ def test_z_and_all_behind_it_are_stochastic_and_z_mean_is_not(small_vae_file: Pa
 def test_the_layers_of_fewest_values_are_the_bottleneck(small_vae_file: Path) -> None:
     layers = _by_path(small_vae_file, custom_objects=SAMPLING)
     narrow = [path for path, info in layers.items() if "bottleneck" in info.flags]
-    assert narrow == ["encoder/z_mean", "encoder/z_log_var", "encoder/z", "encoder:0", "encoder:1", "encoder:2"]
+    assert narrow == [
+        "encoder/z_mean",
+        "encoder/z_log_var",
+        "encoder/z",
+        "encoder:0",
+        "encoder:1",
+        "encoder:2",
+    ]
 
 
 def test_linear_latents_have_no_dead_units_flag(small_vae_file: Path) -> None:
@@ -55,10 +62,14 @@ def test_relu_on_the_latent_is_flagged_and_relu_elsewhere_is_not(tmp_path: Path)
     volume = keras.Input((4, 4, 4, 1))
     x = keras.layers.Conv3D(3, 3, activation="relu", name="conv")(volume)
     x = keras.layers.Dense(9, activation="relu", name="hidden")(keras.layers.Flatten(name="flat")(x))
-    mean, log_var = (keras.layers.Dense(4, activation="relu", name=name)(x) for name in ("z_mean", "z_log_var"))
+    mean, log_var = (
+        keras.layers.Dense(4, activation="relu", name=name)(x) for name in ("z_mean", "z_log_var")
+    )
     head = keras.layers.Dense(2, name="head")(mean)
     keras.Model(volume, [mean, log_var, head]).save(tmp_path / "m.keras")
-    flagged = [path for path, info in _by_path(tmp_path / "m.keras").items() if "dead_units_possible" in info.flags]
+    flagged = [
+        path for path, info in _by_path(tmp_path / "m.keras").items() if "dead_units_possible" in info.flags
+    ]
     assert flagged == ["z_mean", "z_log_var"]
 
 

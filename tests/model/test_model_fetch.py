@@ -76,14 +76,16 @@ def test_a_damaged_cache_entry_is_fetched_again(remote: str, monkeypatch: pytest
 
 def test_a_download_that_stops_short_is_no_model(remote: str, monkeypatch: pytest.MonkeyPatch) -> None:
     files = fsspec.filesystem("memory")
-    monkeypatch.setattr(type(files), "get_file", lambda self, path, target, **_: Path(target).write_bytes(b"o"))
+    monkeypatch.setattr(
+        type(files), "get_file", lambda self, path, target, **_: Path(target).write_bytes(b"o")
+    )
     with pytest.raises(ModelError, match=r"m.keras: cannot be read \(OSError\)"):
         fetch.local_file(remote)
 
 
 @pytest.mark.parametrize("uri", ["memory://models/none.keras", "none.keras"])
 def test_a_missing_file_says_so(uri: str) -> None:
-    with pytest.raises(ModelError, match="none.keras: no such file"):
+    with pytest.raises(ModelError, match=r"none\.keras: no such file"):
         fetch.local_file(uri)
 
 

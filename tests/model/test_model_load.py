@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from featray.errors import ModelError
-from featray.model import Extractor
+from featray.model import Extractor, load
 
 Spec = Callable[..., dict[str, Any]]
 Code = Callable[[str, str], Path]
@@ -27,7 +27,7 @@ DOUBLE = """
 BUILDER = """
     import keras
     def build():
-        return keras.Sequential([keras.layers.Conv3D({filters}, 3, name="conv"), keras.layers.Flatten(name="flat")])
+        return keras.Sequential([keras.layers.Conv3D({filters}, 3, name="conv"), keras.layers.Flatten()])
 """
 
 
@@ -52,7 +52,9 @@ def _twice(path: Path, *objects: str) -> float:
 
 
 def test_a_missing_class_is_named_with_its_layer_and_the_way_out(spec: Spec) -> None:
-    with pytest.raises(ModelError, match=r"layer 'z' needs Sampling.* model.custom_objects, e.g. 'file.py:Sampling'"):
+    with pytest.raises(
+        ModelError, match=r"layer 'z' needs Sampling.* model.custom_objects, e.g. 'file.py:Sampling'"
+    ):
         Extractor(spec("z_mean", custom_objects=[]))
 
 
@@ -86,11 +88,20 @@ def test_custom_code_is_part_of_the_sha256_but_its_name_is_not(double_file: Path
 def test_every_fault_in_custom_objects_is_listed(double_file: Path, code: Code) -> None:
     path = code("a.py", "import nothing_of_this_name")
     with pytest.raises(ModelError) as caught:
-        _twice(double_file, "Double", f"{path}:Double", "no_such.module:Double", "keras.layers:Nothing", "gone.py:A")
+        _twice(
+            double_file,
+            "Double",
+            f"{path}:Double",
+            "no_such.module:Double",
+            "keras.layers:Nothing",
+            "gone.py:A",
+        )
     text = str(caught.value)
     assert len(caught.value.problems) == 5
     assert "'Double' is neither file.py:NAME nor package.module:NAME" in text
-    assert "a.py:Double cannot be imported (ModuleNotFoundError: No module named 'nothing_of_this_name')" in text
+    assert (
+        "a.py:Double cannot be imported (ModuleNotFoundError: No module named 'nothing_of_this_name')" in text
+    )
     assert "no_such" in text
     assert "has no Nothing" in text
     assert "gone.py: no such file" in text
@@ -99,9 +110,13 @@ def test_every_fault_in_custom_objects_is_listed(double_file: Path, code: Code) 
 
 def test_code_inside_the_file_runs_only_when_trusted(tmp_path: Path) -> None:
     path = tmp_path / "m.keras"
-    keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Lambda(lambda x: x + 1, name="plus")]).save(path)
+    keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Lambda(lambda x: x + 1, name="plus")]).save(
+        path
+    )
     section = {"uri": str(path), "layers": ["plus"]}
-    with pytest.raises(ModelError, match=r"layer 'plus' holds Python code .*model.trust: true .*custom_objects"):
+    with pytest.raises(
+        ModelError, match=r"layer 'plus' holds Python code .*model.trust: true .*custom_objects"
+    ):
         Extractor(section)
     got = Extractor({**section, "trust": True})(np.zeros((1, 2, 2, 2), np.float32))
     assert got["plus"].tolist() == [[1.0]]
@@ -146,7 +161,7 @@ def test_a_model_compiled_with_its_own_loss_needs_no_code_for_the_loss(tmp_path:
 
 def test_weights_go_into_the_model_that_a_builder_makes(tmp_path: Path, code: Code, volumes: Any) -> None:
     source = code("build.py", BUILDER.format(filters=2))
-    layers = [keras.layers.Conv3D(2, 3, name="conv"), keras.layers.Flatten(name="flat")]
+    layers = [keras.layers.Conv3D(2, 3, name="conv"), keras.layers.Flatten()]
     model = keras.Sequential([keras.Input((8, 16, 16, 1)), *layers])
     model.save_weights(tmp_path / "m.weights.h5")
     section = {"uri": str(tmp_path / "m.weights.h5"), "layers": ["conv"], "builder": f"{source}:build"}
@@ -162,7 +177,9 @@ def test_weights_go_into_the_model_that_a_builder_makes(tmp_path: Path, code: Co
         Extractor({**section, "builder": None}, input_zyx=(8, 16, 16))
 
 
-def test_layers_saved_without_weights_are_refused_and_not_filled_at_random(tmp_path: Path, code: Code) -> None:
+def test_layers_saved_without_weights_are_refused_and_not_filled_at_random(
+    tmp_path: Path, code: Code
+) -> None:
     source = code(
         "late.py",
         """
@@ -177,8 +194,6 @@ def test_layers_saved_without_weights_are_refused_and_not_filled_at_random(tmp_p
                 self.built = True
         """,
     )
-    from featray.model import load
-
     late, _ = load._import_object(f"{source}:Late", "custom_objects", {})
     model = late()
     model.build((None, 2, 2, 2, 1))
@@ -201,8 +216,6 @@ def test_a_subclassed_model_loads_with_its_class(tmp_path: Path, code: Code, vol
                 return self.conv(x)
         """,
     )
-    from featray.model import load
-
     sub, _ = load._import_object(f"{source}:Sub", "custom_objects", {})
     model = sub()
     expected = np.asarray(model(volumes[..., None])).mean((1, 2, 3))
@@ -212,8 +225,12 @@ def test_a_subclassed_model_loads_with_its_class(tmp_path: Path, code: Code, vol
 
 
 def test_automatic_names_do_not_depend_on_what_was_made_before(tmp_path: Path, code: Code) -> None:
-    source = code("build.py", "import keras\ndef build():\n    return keras.Sequential([keras.layers.Dense(1)])")
-    keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Dense(1)]).save_weights(tmp_path / "m.weights.h5")
+    source = code(
+        "build.py", "import keras\ndef build():\n    return keras.Sequential([keras.layers.Dense(1)])"
+    )
+    keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Dense(1)]).save_weights(
+        tmp_path / "m.weights.h5"
+    )
     section = {"uri": str(tmp_path / "m.weights.h5"), "layers": ["dense"], "builder": f"{source}:build"}
     before = keras.layers.Dense(1).name
     for _ in range(2):

@@ -37,15 +37,26 @@ def test_peek_of_the_encoder_alone_has_flat_names(small_vae: Any, tmp_path: Path
 
 def test_custom_entries_name_the_layer_and_leave_keras_and_compile_settings_out() -> None:
     own = {"module": "keras.layers", "class_name": "Dense", "registered_name": None}
-    function = {"module": "builtins", "class_name": "function", "config": "mine", "registered_name": "function"}
+    function = {
+        "module": "builtins",
+        "class_name": "function",
+        "config": "mine",
+        "registered_name": "function",
+    }
     custom = {"module": None, "class_name": "Mix", "registered_name": "pkg>Mix", "config": {"name": "mix"}}
     config = {
         "class_name": "Sequential",
         "module": "keras",
         "config": {
-            "layers": [{**own, "config": {"name": "d", "trainable": True, "activation": function}}, custom, custom]
+            "layers": [
+                {**own, "config": {"name": "d", "trainable": True, "activation": function}},
+                custom,
+                custom,
+            ]
         },
-        "compile_config": {"loss": {"module": None, "class_name": "Loss", "registered_name": "Loss", "config": {}}},
+        "compile_config": {
+            "loss": {"module": None, "class_name": "Loss", "registered_name": "Loss", "config": {}}
+        },
     }
     found = saved.custom_entries(config, lambda name: name == "relu")
     assert [(entry.layer, entry.class_name, entry.registered_name) for entry in found] == [

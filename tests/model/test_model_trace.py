@@ -134,7 +134,9 @@ def test_models_nest_to_any_depth() -> None:
     innermost = model
     for level in range(1, 4):
         volume = keras.Input(SHAPE)
-        model = keras.Model(volume, model(keras.layers.Rescaling(2.0, name="twice")(volume)), name=f"level_{level}")
+        model = keras.Model(
+            volume, model(keras.layers.Rescaling(2.0, name="twice")(volume)), name=f"level_{level}"
+        )
     path = "level_2/level_1/level_0/dense"
     np.testing.assert_allclose(_value(model, path), innermost(8 * _volumes()), rtol=1e-4, atol=1e-5)
     assert path in _paths(model)
@@ -143,7 +145,9 @@ def test_models_nest_to_any_depth() -> None:
 def test_a_sequential_model_that_was_never_built_is_cut() -> None:
     model = keras.Sequential([keras.layers.Conv3D(2, 3, name="conv"), keras.layers.Flatten(name="flat")])
     assert _paths(model) == ["conv", "flat"]
-    np.testing.assert_allclose(_value(model, "conv"), model.get_layer("conv")(_volumes()), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        _value(model, "conv"), model.get_layer("conv")(_volumes()), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_sublayers_of_attention_are_found() -> None:
@@ -201,7 +205,11 @@ def test_a_value_without_batch_axis_is_marked() -> None:
 
 def test_dropout_is_silent_and_batch_norm_uses_its_stored_statistics() -> None:
     model = keras.Sequential(
-        [keras.Input(SHAPE), keras.layers.BatchNormalization(name="norm"), keras.layers.Dropout(0.5, name="drop")]
+        [
+            keras.Input(SHAPE),
+            keras.layers.BatchNormalization(name="norm"),
+            keras.layers.Dropout(0.5, name="drop"),
+        ]
     )
     expected = _volumes() / np.sqrt(1 + model.get_layer("norm").epsilon)
     np.testing.assert_allclose(_value(model, "drop"), expected, rtol=1e-5, atol=1e-6)

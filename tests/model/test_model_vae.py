@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-SHAPE = (16, 64, 64)
+SHAPE = (4, 32, 32)
 
 
 def _blobs(count: int) -> tuple[np.ndarray, np.ndarray]:
     """Return volumes with a bright cylinder of varying radius, and the radii."""
-    radii = np.linspace(4, 28, count)
-    y, x = np.mgrid[-31.5:32:1, -31.5:32:1]
+    radii = np.linspace(2, 14, count)
+    y, x = np.mgrid[-15.5:16:1, -15.5:16:1]
     discs = (x**2 + y**2 < radii[:, None, None] ** 2).astype(np.float32)
     return np.repeat(discs[:, None], SHAPE[0], axis=1), radii
 
@@ -51,11 +51,13 @@ def test_training_lowers_the_loss_and_the_latent_follows_what_varies() -> None:
     volumes, radii = _blobs(16)
     losses: list[float] = []
     model = vae.train_vae(
-        volumes, filters=(2, 4), dense=16, latent=2, epochs=8, on_epoch=lambda _, loss: losses.append(loss)
+        volumes, filters=(2, 4), dense=16, latent=2, epochs=60, on_epoch=lambda _, loss: losses.append(loss)
     )
     mean = np.asarray(model.get_layer("encoder")(volumes[..., None], training=False)[0])
     assert losses[-1] < 0.5 * losses[0]
-    assert max(abs(np.corrcoef(unit, radii)[0, 1]) for unit in mean.T) > 0.8
+    design = np.column_stack([mean, np.ones(len(mean))])
+    _, (unexplained,), _, _ = np.linalg.lstsq(design, radii)
+    assert unexplained < 0.3 * ((radii - radii.mean()) ** 2).sum()
 
 
 def test_volumes_of_another_rank_are_refused() -> None:

@@ -1,0 +1,124 @@
+"""Affines: spacing, letters, obliqueness, and views that keep every voxel at its place in mm."""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from featray.ct import geometry
+from featray.ct.volume import Volume
+
+ALL_48 = [
+    "".join(letters)
+    for pairs in permutations(("LR", "PA", "SI"))
+    for letters in product(*pairs)
+]  # fmt: skip
+
+
+def affine_of(
+    orientation: str, spacing_xyz: tuple[float, float, float] = (0.5, 1.0, 2.0)
+) -> NDArray[np.float64]:
+    """An axis-parallel affine built by hand, column by column."""
+    directions = {
+        "L": (1, 0, 0),
+        "P": (0, 1, 0),
+        "S": (0, 0, 1),
+        "R": (-1, 0, 0),
+        "A": (0, -1, 0),
+        "I": (0, 0, -1),
+    }
+    affine = np.eye(4)
+    for column, letter in enumerate(orientation):
+        affine[:3, column] = np.array(directions[letter]) * spacing_xyz[column]
+    affine[:3, 3] = (-7.0, 11.0, 13.0)
+    return affine
+
+
+def rotated(degrees: float) -> NDArray[np.float64]:
+    angle = np.radians(degrees)
+    affine = affine_of("LPS", (1.0, 1.0, 1.0))
+    affine[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    return affine
+
+
+@pytest.mark.parametrize("orientation", ALL_48)
+def test_letters_name_the_directions_the_affine_was_built_from(orientation: str) -> None:
+    assert geometry.orientation_letters(affine_of(orientation)) == orientation
+
+
+@pytest.mark.parametrize("orientation", ALL_48)
+def test_reorienting_keeps_every_voxel_at_its_place(orientation: str) -> None:
+    voxels = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
+    volume = Volume(voxels, affine_of("ASR"))
+
+    turned = geometry.reorient(volume, orientation)
+
+    assert turned.orientation == orientation
+    assert places(turned) == places(volume)
+    assert np.shares_memory(turned.voxels_zyx, voxels)
+
+
+def places(volume: Volume) -> dict[int, tuple[float, ...]]:
+    """Voxel value → position in mm, one voxel at a time."""
+    found = {}
+    for z, y, x in np.ndindex(*volume.voxels_zyx.shape):
+        mm = volume.affine_lps @ (x, y, z, 1)
+        found[int(volume.voxels_zyx[z, y, x])] = tuple(np.round(mm[:3], 9))  # type: ignore[call-overload]
+    return found
+
+
+def test_reorienting_an_oblique_volume_keeps_places_too() -> None:
+    volume = Volume(np.arange(24, dtype=np.int16).reshape(2, 3, 4), rotated(20))
+
+    assert places(geometry.reorient(volume, "RAI")) == places(volume)
+
+
+def test_spacing_is_given_along_z_y_x() -> None:
+    assert geometry.spacing_zyx(affine_of("ASR", (0.5, 1.0, 2.0))) == (2.0, 1.0, 0.5)
+
+
+def test_ras_and_lps_differ_in_the_sign_of_x_and_y() -> None:
+    assert geometry.orientation_letters(geometry.ras_to_lps(np.eye(4))) == "RAS"
+    assert (geometry.ras_to_lps(geometry.ras_to_lps(affine_of("SPL"))) == affine_of("SPL")).all()
+
+
+@pytest.mark.parametrize(("degrees", "oblique"), [(0.0, False), (0.4, False), (0.6, True), (44.0, True)])
+def test_oblique_begins_at_half_a_degree(degrees: float, oblique: bool) -> None:
+    assert geometry.is_oblique(rotated(degrees)) is oblique
+    assert not geometry.is_sheared(rotated(degrees))
+
+
+@pytest.mark.parametrize(("degrees", "sheared"), [(0.05, False), (0.15, True), (18.0, True)])
+def test_shear_begins_at_a_tenth_of_a_degree(degrees: float, sheared: bool) -> None:
+    affine = affine_of("LPS")
+    affine[1, 2] = affine[2, 2] * np.tan(np.radians(degrees))
+
+    assert geometry.is_sheared(affine) is sheared
+
+
+def test_letters_stay_distinct_at_45_degrees() -> None:
+    assert sorted(geometry.orientation_letters(rotated(45.0))) == ["L", "P", "S"]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda a: a.__setitem__((0, 3), np.nan), id="not-finite"),
+        pytest.param(lambda a: a.__setitem__((slice(3), 1), 0), id="zero-spacing"),
+        pytest.param(lambda a: a.__setitem__((2, 2), 101), id="spacing-above-100-mm"),
+        pytest.param(lambda a: a.__setitem__((slice(3), 1), a[:3, 0]), id="two-equal-axes"),
+    ],
+)
+def test_unusable_affines_are_named(damage) -> None:  # type: ignore[no-untyped-def]
+    affine = affine_of("LPS")
+    assert geometry.problem(affine) is None
+    damage(affine)
+    assert geometry.problem(affine)
+
+
+def test_ten_times_the_spacing_is_anisotropic_and_seven_times_is_not() -> None:
+    assert geometry.oddities(affine_of("LPS", (0.7, 0.7, 7.1))) == ("anisotropic",)
+    assert geometry.oddities(affine_of("LPS", (0.7, 0.7, 5.0))) == ()

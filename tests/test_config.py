@@ -107,7 +107,10 @@ def test_no_secret_is_shown_or_dumped() -> None:
     secret = {"key": "AKIA-PLANTED", "secret": "PLANTED", "client_kwargs": {"endpoint_url": "http://PLANTED"}}
     config = load(
         with_(
-            source={"uri": "s3://PLANTED:PLANTED@bucket/ct?X-Amz-Signature=PLANTED", "storage_options": secret},
+            source={
+                "uri": "s3://PLANTED:PLANTED@bucket/ct?X-Amz-Signature=PLANTED",
+                "storage_options": secret,
+            },
             output={"uri": "s3://bucket/out", "storage_options": secret},
         )
     )

@@ -129,7 +129,9 @@ def test_files_of_a_killed_writer_are_invisible_and_removed_at_the_next_start(da
     assert "lost" not in dataset.read(FEATURES, ("scan_id",))["scan_id"].to_pylist()
     assert Committer(dataset, ("layer",)).remove_orphans() == 2
     assert dataset.store.names("features/layer=z_mean") == [
-        f"features/{file.path}" for file in dataset.live(FEATURES) if file.partition_values["layer"] == "z_mean"
+        f"features/{file.path}"
+        for file in dataset.live(FEATURES)
+        if file.partition_values["layer"] == "z_mean"
     ]
 
 
@@ -179,7 +181,9 @@ def test_further_partition_columns_come_from_the_scans(dataset: Dataset) -> None
     committer.commit([receipt(dataset, one, two, partition_by=("layer", "site"))], RUN)
     found = pl.scan_delta(str(dataset.store.path("features"))).filter(pl.col("layer") == "map").collect()
     assert dict(found.select("scan_id", "site").iter_rows()) == {"a": "A/B ü", "b": None}
-    assert dict(pl.scan_delta(dataset.store.path("scans")).collect().select("scan_id", "site").iter_rows()) == {
+    assert dict(
+        pl.scan_delta(dataset.store.path("scans")).collect().select("scan_id", "site").iter_rows()
+    ) == {
         "a": "A/B ü",
         "b": "",
     }

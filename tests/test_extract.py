@@ -127,7 +127,9 @@ def test_broken_files_cost_nothing_but_themselves(config_of: Any, broken: Path, 
     assert summary.exit_code == 3
     assert summary.ignored == {".txt": 1}
     assert {scan for scan, _ in features_of(config)} == {"good.nii.gz", "series"}
-    assert all(row["message"] and str(broken) not in row["message"] for row in scans.values() if row["reason"])
+    assert all(
+        row["message"] and str(broken) not in row["message"] for row in scans.values() if row["reason"]
+    )
 
 
 def test_failures_within_the_limit_are_exit_code_0(config_of: Any, broken: Path) -> None:
@@ -186,7 +188,9 @@ def test_a_run_leaves_its_config_versions_and_counts(config_of: Any) -> None:
     assert "12 ok" in (folder / "summary.md").read_text()
 
 
-def test_a_manifest_names_scans_ids_and_columns_to_carry(config_of: Any, phantoms: Path, tmp_path: Path) -> None:
+def test_a_manifest_names_scans_ids_and_columns_to_carry(
+    config_of: Any, phantoms: Path, tmp_path: Path
+) -> None:
     manifest = tmp_path / "manifest.csv"
     manifest.write_text(
         "uri,case,site\n"

@@ -43,7 +43,16 @@ def config(config_of: Any, collection: Path, tmp_path: Path) -> Path:
 
 
 def start(config: Path, engine: str, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "featray", "extract", str(config), "--set", f"run.engine={engine}", *more]
+    command = [
+        sys.executable,
+        "-m",
+        "featray",
+        "extract",
+        str(config),
+        "--set",
+        f"run.engine={engine}",
+        *more,
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -133,7 +142,9 @@ def test_a_run_killed_in_the_middle_and_started_again_has_each_scan_once(
     assert_exactly_once(config, undisturbed)
 
 
-def test_a_run_killed_at_random_moments_again_and_again_has_each_scan_once(config: Path, undisturbed: Any) -> None:
+def test_a_run_killed_at_random_moments_again_and_again_has_each_scan_once(
+    config: Path, undisturbed: Any
+) -> None:
     rng = np.random.default_rng(7)
     for _ in range(3):
         process = start(config, "inline")
@@ -186,9 +197,13 @@ def test_an_interrupted_helper_is_not_the_users_traceback(config: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_a_commit_survives_a_kill_at_each_of_its_points(config: Path, tmp_path: Path, undisturbed: Any) -> None:
+def test_a_commit_survives_a_kill_at_each_of_its_points(
+    config: Path, tmp_path: Path, undisturbed: Any
+) -> None:
     for point in ("put", "_write_features", "_write_scans"):
-        process = subprocess.Popen([sys.executable, "-c", _DIE_AT, str(config), point], stderr=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _DIE_AT, str(config), point], stderr=subprocess.PIPE
+        )
         process.communicate(timeout=120)
         assert process.returncode == -signal.SIGKILL, point
     assert start(config, "inline").wait(timeout=120) == 0

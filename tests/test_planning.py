@@ -52,11 +52,15 @@ def test_a_stored_scan_that_is_not_listed_is_removed() -> None:
 
 
 def test_stored_features_of_another_recipe_are_named() -> None:
-    rows = ledger(("a", "ok", None, "c", "old"), ("b", "ok", None, "old", "r"), ("c", "failed", "model", "c", "old"))
+    rows = ledger(
+        ("a", "ok", None, "c", "old"), ("b", "ok", None, "old", "r"), ("c", "failed", "model", "c", "old")
+    )
     plan = make_plan([scan("a"), scan("b"), scan("c")], rows, "r")
     assert plan.other_recipe == ("a",)
 
 
 def test_a_scan_survives_the_way_to_a_worker_and_back() -> None:
-    listed = Scan("a", "/a", "dicom", ("/a/1", "/a/2"), "c", 5, {"site": "x"}, ("oblique",), Reason.NOT_CT, True, "m")
+    listed = Scan(
+        "a", "/a", "dicom", ("/a/1", "/a/2"), "c", 5, {"site": "x"}, ("oblique",), Reason.NOT_CT, True, "m"
+    )
     assert Scan.from_json(listed.to_json()) == listed

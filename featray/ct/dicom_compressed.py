@@ -1,12 +1,15 @@
 """One compressed frame in, its stored values out, by pydicom and its plug-ins (GDCM).
 
 C decoders allocate what the code stream says and may crash the process on what does not fit, so
-the size inside the stream is compared with the header before a decoder sees it.
+the size inside the stream is compared with the header before a decoder sees it. A stream must end
+with its end marker, and a decoder's warning counts as an error. Wrong bits that a codec does not
+notice pass, as they do in uncompressed pixels: DICOM has no checksum.
 """
 
 from __future__ import annotations
 
 import struct
+import warnings
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,7 @@ from featray.ct.dicom_headers import SliceHeader
 from featray.errors import Reason, ScanError
 
 _RLE = "1.2.840.10008.1.2.5"
+_END_OF_IMAGE = b"\xff\xd9"  # EOI of JPEG and JPEG-LS, EOC of JPEG 2000
 _JPEG_12_BIT = "1.2.840.10008.1.2.4.51"
 
 
@@ -33,20 +37,9 @@ def decoded(header: SliceHeader, elements: Elements, frame: int) -> NDArray[Any]
     encoded = elements.data[elements.pixel_start :]
     try:
         _check_code_stream(header, get_frame(encoded, frame, number_of_frames=header.frames))
-        values, _ = decoder.as_array(
-            encoded,
-            index=frame,
-            raw=True,
-            rows=header.rows,
-            columns=header.columns,
-            samples_per_pixel=1,
-            number_of_frames=header.frames,
-            bits_allocated=header.bits_allocated,
-            bits_stored=header.bits_stored,
-            pixel_representation=int(header.signed),
-            photometric_interpretation=header.photometric or "MONOCHROME2",
-            pixel_keyword="PixelData",
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            values, _ = decoder.as_array(encoded, index=frame, raw=True, **_options(header))
     except ScanError:
         raise
     except Exception as error:  # decoders raise nearly anything; their texts may quote the file
@@ -57,6 +50,21 @@ def decoded(header: SliceHeader, elements: Elements, frame: int) -> NDArray[Any]
     if values.shape != (header.rows, header.columns):
         raise ScanError(Reason.UNREADABLE, f"{header.base}: decoded to {values.shape}, not rows x columns")
     return np.asarray(values)
+
+
+def _options(header: SliceHeader) -> dict[str, Any]:
+    """Return what pydicom's decoders want to know of the image."""
+    return {
+        "rows": header.rows,
+        "columns": header.columns,
+        "samples_per_pixel": 1,
+        "number_of_frames": header.frames,
+        "bits_allocated": header.bits_allocated,
+        "bits_stored": header.bits_stored,
+        "pixel_representation": int(header.signed),
+        "photometric_interpretation": header.photometric or "MONOCHROME2",
+        "pixel_keyword": "PixelData",
+    }
 
 
 def _check_encapsulated(header: SliceHeader, elements: Elements) -> None:
@@ -95,13 +103,15 @@ def _shown(header: SliceHeader) -> str:
 
 def _check_code_stream(header: SliceHeader, encoded: bytes) -> None:
     if header.transfer_syntax == _RLE:
-        return  # has no size of its own
+        return  # has neither size nor end marker
     size = _code_stream_size(encoded)
     if size != (header.rows, header.columns):
         raise ScanError(
             Reason.UNREADABLE,
             f"{header.base}: the compressed image is {size}, the header says {(header.rows, header.columns)}",
         )
+    if not encoded.rstrip(b"\0").endswith(_END_OF_IMAGE):
+        raise ScanError(Reason.TRUNCATED, f"{header.base}: the compressed image lacks its end marker")
 
 
 def _code_stream_size(encoded: bytes) -> tuple[int, int] | None:
@@ -119,6 +129,9 @@ def _code_stream_size(encoded: bytes) -> tuple[int, int] | None:
     position = 2
     while encoded.startswith(b"\xff\xd8") and position + 9 <= len(encoded) and encoded[position] == 0xFF:
         marker, length = encoded[position + 1], int.from_bytes(encoded[position + 2 : position + 4])
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
         if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
             return struct.unpack_from(">2H", encoded, position + 5)
         position += 2 + length

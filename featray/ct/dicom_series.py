@@ -7,8 +7,8 @@ Sees no pixels and opens nothing. Rules, in this order:
 2. Files of another modality or class, colour pages, secondary captures and files without an image
    are `excluded` as `not_ct` (one entry per SeriesInstanceUID); localizers as `not_a_volume`.
 3. Slices belong together by SeriesInstanceUID. Where it is empty: by folder and SeriesNumber.
-4. A UID in several folders is one scan if the folders share neither SOP Instance UID nor position
-   (a split export); folders that do are copies, one scan each.
+4. A UID in several folders is one scan if the folders share the frame of reference but neither
+   SOP Instance UID nor position (a split export); other folders are copies, one scan each.
 5. Within that, slices of one orientation, rows x columns and kind (single or multi-frame) are one
    scan. Up to three images at another angle are localizers, dropped with `localizer_removed`. A
    multi-frame copy of the single frames is `excluded` as `duplicate_slices`.
@@ -83,7 +83,7 @@ def group_series(headers: Sequence[SliceHeader]) -> list[Series]:
     return sorted(_with_strays(series, strays), key=lambda found: found.files)
 
 
-def exclusion(header: SliceHeader) -> tuple[Reason, str] | None:
+def _exclusion(header: SliceHeader) -> tuple[Reason, str] | None:
     """Return why a file is left out by rule, or None for a CT slice (or what must be one)."""
     if header.modality not in ("", "CT"):
         return Reason.NOT_CT, f"modality is {_code(header.modality)}"
@@ -115,7 +115,7 @@ def _scans(members: list[SliceHeader]) -> list[Series]:
     excluded: dict[tuple[Reason, str], list[SliceHeader]] = defaultdict(list)
     slices = []
     for header in members:
-        why = exclusion(header)
+        why = _exclusion(header)
         if why:
             excluded[why].append(header)
         else:
@@ -145,8 +145,9 @@ def _copies(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
     copies: list[list[SliceHeader]] = []
     taken: list[set[object]] = []
     for members in folders.values():
-        marks = _marks(members)
-        fit = next((i for i, others in enumerate(taken) if not others & marks), None)
+        marks, frame = _marks(members), members[0].frame_uid
+        fits = (i for i, others in enumerate(taken) if not others & marks and copies[i][0].frame_uid == frame)
+        fit = next(fits, None)
         if fit is None:
             copies.append(members)
             taken.append(marks)
@@ -164,26 +165,29 @@ def _marks(slices: list[SliceHeader]) -> set[object]:
 
 
 def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[Series]:
-    """Return one entry per orientation, matrix and kind; the largest stack takes what has no place."""
+    """Return one entry per orientation, matrix and kind.
+
+    Damaged files fail them all. Slices without a place go with the largest stack, where reading
+    refuses them: on their own they would leave it one slice short.
+    """
     broken = [header for header in slices if header.problem]
-    stacks = sorted(_alike([header for header in slices if not header.problem]), key=len, reverse=True)
-    if not stacks:
-        return [_failed(Series(_names(broken), broken[0].series_uid), broken[0])]
-    main, others = stacks[0], stacks[1:]
+    placed = [header for header in slices if not header.problem and _has_place(header)]
+    unplaced = [header for header in slices if not header.problem and not _has_place(header)]
+    stacks = sorted(_alike(placed), key=len, reverse=True) or [[]]
+    main, others = stacks[0] + unplaced, stacks[1:]
+    if not main:
+        return [_with_broken(Series((), broken[0].series_uid), broken)]
     localizers = [stack for stack in others if _is_localizer(stack, main)]
     copies = [stack for stack in others if _is_copy(stack, main)]
-    extra = [Oddity.LOCALIZER_REMOVED.value] * bool(localizers) + [Reason.DUPLICATE_SLICES.value] * bool(
-        copies
-    )
-    warnings = tuple(dict.fromkeys([*warnings, *extra]))
-    found = [Series(_names(main), main[0].series_uid, warnings=warnings)]
-    found += [_multiframe_copy(stack) for stack in copies]
-    found += [
-        Series(_names(stack), stack[0].series_uid, warnings=warnings)
-        for stack in others
-        if stack not in localizers and stack not in copies
-    ]
-    return [_with_broken(entry, broken) for entry in found]
+    dropped = {Oddity.LOCALIZER_REMOVED.value: localizers, Reason.DUPLICATE_SLICES.value: copies}
+    warnings = tuple(dict.fromkeys([*warnings, *(code for code, found in dropped.items() if found)]))
+    kept = [main] + [stack for stack in others if stack not in localizers and stack not in copies]
+    found = [Series(_names(stack), stack[0].series_uid, warnings=warnings) for stack in kept]
+    return [_with_broken(entry, broken) for entry in found + [_multiframe_copy(stack) for stack in copies]]
+
+
+def _has_place(header: SliceHeader) -> bool:
+    return header.functional_groups or bool(header.position and header.orientation)
 
 
 def _alike(slices: Iterable[SliceHeader]) -> list[list[SliceHeader]]:

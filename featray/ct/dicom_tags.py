@@ -10,6 +10,8 @@ from pydicom.config import disable_value_validation
 from pydicom.datadict import tag_for_keyword
 from pydicom.multival import MultiValue
 
+from featray.errors import Reason, ScanError
+
 _BINARY = frozenset({"OB", "OD", "OF", "OL", "OV", "OW", "SQ", "UN"})
 
 
@@ -18,13 +20,23 @@ def named_values(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
 
     Keywords that DICOM does not know, elements that are missing, and sequences or binary values
     (which may hold anything) are left out.
+
+    Raises:
+        ScanError: `unreadable` if pydicom cannot parse them.
     """
     known = [keyword for keyword in keywords if tag_for_keyword(keyword) is not None]
     if not known:
         return {}
-    with disable_value_validation():
-        dataset = pydicom.dcmread(io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=known)
-        return {keyword: _text(dataset[keyword].value) for keyword in known if _is_text(dataset, keyword)}
+    try:
+        with disable_value_validation():
+            dataset = pydicom.dcmread(
+                io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=known
+            )
+            return {keyword: _text(dataset[keyword].value) for keyword in known if _is_text(dataset, keyword)}
+    except Exception as error:  # pydicom raises nearly anything on damaged bytes; texts may quote them
+        raise ScanError(
+            Reason.UNREADABLE, f"the tags of privacy.dicom_tags do not parse ({type(error).__name__})"
+        ) from None
 
 
 def _is_text(dataset: pydicom.Dataset, keyword: str) -> bool:

@@ -66,6 +66,11 @@ def default_pool(tap: Tap) -> Pool:
     return "avg" if len(tap.shape) > 2 else "none"
 
 
+def channels_first(tap: Tap) -> bool:
+    """Return whether the layer says that axis 1, not the last, holds the channels."""
+    return getattr(tap.layer, "data_format", None) == "channels_first"
+
+
 def _below(text: str, submodel: str | None, taps: list[Tap]) -> str:
     """Return the path relative to the submodel; full paths are welcome too."""
     inside = f"{submodel}/" if submodel else ""
@@ -87,7 +92,7 @@ def _answers(layer: LayerConfig, text: str, taps: list[Tap]) -> list[Choice]:
         )
     if layer.as_ and "/" in layer.as_:
         raise ModelError(f"layers: as: {layer.as_!r} must not contain '/'")
-    problems = [line for tap in found if (line := _unusable(tap, layer))]
+    problems = [line for tap in found if (line := _unusable(tap, layer, taps))]
     if problems:
         raise ModelError(problems)
     names = [layer.as_ or (tap.path if many else layer.layer).replace("/", ".") for tap in found]
@@ -96,9 +101,15 @@ def _answers(layer: LayerConfig, text: str, taps: list[Tap]) -> list[Choice]:
     ]
 
 
-def _unusable(tap: Tap, layer: LayerConfig) -> str:
+def _unusable(tap: Tap, layer: LayerConfig, taps: list[Tap]) -> str:
     if tap.problem:
         return f"layers: {tap.path!r} {tap.problem}"
+    pools = (layer.pool or default_pool(tap)) != "none"
+    if pools and not hasattr(tap.layer, "data_format") and any(channels_first(other) for other in taps):
+        return (
+            f"layers: {tap.path!r} does not say which axis holds the channels, and the model has "
+            "channels_first layers; set pool: none, or take the convolution or pooling layer beside it"
+        )
     if layer.pool not in (None, "none") and len(tap.shape) <= 2:
         return (
             f"layers: pool: {layer.pool} of {tap.path!r} needs a feature map, but it gives "

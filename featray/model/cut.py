@@ -6,6 +6,7 @@ axis n. Nothing behind the deepest chosen layer is computed. Knows nothing of sc
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from pydantic import ValidationError
 
 from featray.config import ModelConfig
 from featray.errors import ConfigError, ModelError
-from featray.model import choose, load, runtime, trace
+from featray.model import choose, fetch, load, runtime, trace
 from featray.model.choose import Choice, Pool
 from featray.model.trace import Tap
+
+log = logging.getLogger(__name__)
 
 Batch = NDArray[np.float32]
 
@@ -96,7 +99,7 @@ class Extractor:
         self._extract = self._capture(choices)
         self.layers = tuple(self._warm_up(choices, problems))
         if problems:
-            raise ModelError(problems, self._spec.uri.rpartition("/")[2])
+            raise ModelError(problems, fetch.shown(self._spec.uri))
         self.input_zyx = self._shape[0], self._shape[1], self._shape[2]
         self.sha256, self.files = loaded.sha256, loaded.files
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
@@ -164,9 +167,10 @@ class Extractor:
         try:
             twin, mixed = (self._run(batch) for batch in probe_batches(self._shape))
         except Exception as error:  # TensorFlow's kinds: out of memory, no kernel for this device and type
-            raise ModelError(
-                f"{self._model.name!r} fails on inputs of shape {list(self._shape)} ({runtime.brief(error)})"
-            ) from error
+            where = f"{self._model.name!r} fails on inputs of shape {list(self._shape)}"
+            problems.append(f"{where} ({runtime.brief(error)})")
+            log.debug("warm-up failed", exc_info=error)
+            return []
         layers = []
         for choice in choices:
             value = twin[choice.name]
@@ -277,8 +281,11 @@ def pooled(tensor: Any, pool: Pool, tap: Tap) -> Any:
     value = tf.cast(tensor, tf.float32)
     if value.shape.rank == 1:
         return value[:, tf.newaxis]
-    first = getattr(tap.layer, "data_format", None) == "channels_first"
-    axes = list(range(2, value.shape.rank)) if first else list(range(1, value.shape.rank - 1))
+    axes = (
+        list(range(2, value.shape.rank))
+        if choose.channels_first(tap)
+        else list(range(1, value.shape.rank - 1))
+    )
     average, largest = tf.reduce_mean(value, axes), tf.reduce_max(value, axes)
     return {"none": value, "avg": average, "max": largest, "avgmax": tf.concat([average, largest], -1)}[pool]
 

@@ -97,7 +97,8 @@ def _info(
         "bottleneck": is_narrow,
         "dead_units_possible": _clips(tap.layer) and (is_narrow or _parametrises(tap, stochastic, taps)),
     }
-    values = shape[-1] if choose.default_pool(tap) == "avg" else math.prod(shape)
+    channels = shape[:1] if choose.channels_first(tap) else shape[-1:]
+    values = math.prod(channels if choose.default_pool(tap) == "avg" else shape)
     return LayerInfo(
         tap.path,
         type(tap.layer).__name__,

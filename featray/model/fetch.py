@@ -47,21 +47,21 @@ def local_file(uri: str, storage_options: Mapping[str, Any] | None = None) -> Lo
     Raises:
         ModelError: The file is missing, is a folder, or cannot be read.
     """
-    shown = _shown(uri)
+    name = shown(uri)
     try:
         filesystem, path = url_to_fs(uri, **dict(storage_options or {}))
-        _refuse_folder(filesystem, path, shown)
+        _refuse_folder(filesystem, path, name)
         if "file" in _protocols(filesystem):
             return LocalFile(Path(path), sha256_of(Path(path)))
         return _cached(filesystem, path, uri)
     except FileNotFoundError:
-        raise ModelError(f"{shown}: no such file; relative paths start at the working directory") from None
+        raise ModelError(f"{name}: no such file; relative paths start at the working directory") from None
     except ModelError:
         raise
     except Exception as error:  # each store raises its own kinds
         # Their text may carry a URL with credentials: name the kind only.
         raise ModelError(
-            f"{shown}: cannot be read ({type(error).__name__}); check the address and access"
+            f"{name}: cannot be read ({type(error).__name__}); check the address and access"
         ) from error
 
 
@@ -71,8 +71,10 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _shown(uri: str) -> str:
-    return mask_url(uri) if "://" in uri else Path(uri).name
+def shown(uri: str) -> str:
+    """Return how messages name `uri`: without credentials, and without folders when it is local."""
+    is_remote = "://" in uri and not uri.startswith("file://")
+    return mask_url(uri) if is_remote else PurePosixPath(uri).name
 
 
 def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
@@ -80,15 +82,15 @@ def _protocols(filesystem: fsspec.AbstractFileSystem) -> tuple[str, ...]:
     return (protocol,) if isinstance(protocol, str) else tuple(protocol)
 
 
-def _refuse_folder(filesystem: fsspec.AbstractFileSystem, path: str, shown: str) -> None:
+def _refuse_folder(filesystem: fsspec.AbstractFileSystem, path: str, name: str) -> None:
     if not filesystem.isdir(path):
         return
     if filesystem.exists(f"{path.rstrip('/')}/saved_model.pb"):
         raise ModelError(
-            f"{shown}: a SavedModel holds only its exported endpoints, no inner layers to cut at; "
+            f"{name}: a SavedModel holds only its exported endpoints, no inner layers to cut at; "
             "save the model with model.save('NAME.keras') instead and give that file"
         )
-    raise ModelError(f"{shown}: a folder, not a model; give the .keras or .h5 file in it")
+    raise ModelError(f"{name}: a folder, not a model; give the .keras or .h5 file in it")
 
 
 def _cached(filesystem: fsspec.AbstractFileSystem, path: str, uri: str) -> LocalFile:

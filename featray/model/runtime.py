@@ -39,14 +39,8 @@ def configure(threads: int | None = None, gpu: bool = True) -> None:
     Raises:
         ModelError: Keras runs on another backend than TensorFlow.
     """
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    _require_backend()
     _import_quietly()
-    import keras
-
-    if keras.backend.backend() != "tensorflow":
-        raise ModelError(
-            f"Keras runs on {keras.backend.backend()} here; set KERAS_BACKEND=tensorflow in the environment"
-        )
     if threads is not None:
         _set_threads(max(1, int(threads)))
     if gpu:
@@ -58,6 +52,16 @@ def brief(error: BaseException) -> str:
     lines = [line for line in _COLOUR.sub("", str(error)).splitlines() if not _STACK.match(line)]
     text = " ".join(" ".join(lines).split())
     return f"{type(error).__name__}: {text[:240]}{'…' if len(text) > 240 else ''}"
+
+
+def _require_backend() -> None:
+    backend = os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    if "keras" in sys.modules:  # too late for the environment: ask what it runs on
+        import keras
+
+        backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ModelError(f"Keras runs on {backend} here; set KERAS_BACKEND=tensorflow in the environment")
 
 
 def _set_threads(threads: int) -> None:

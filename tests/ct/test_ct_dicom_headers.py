@@ -18,10 +18,14 @@ from featray.ct.dicom import SliceHeader, read_header
 from featray.ct.dicom_elements import End, fragments, text, walk
 from featray.errors import Reason
 
-KEYWORDS = (
-    "SOPClassUID SOPInstanceUID SeriesInstanceUID Modality Rows Columns BitsStored PixelRepresentation "
-    "ImagePositionPatient ImageOrientationPatient PixelSpacing RescaleSlope RescaleIntercept InstanceNumber"
-).split()
+KEYWORDS = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns", "BitsStored"]
+KEYWORDS += [
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "PixelSpacing",
+    "RescaleSlope",
+    "InstanceNumber",
+]
 TAGS = {keyword: pydicom.datadict.tag_for_keyword(keyword) for keyword in KEYWORDS}
 WANTED = frozenset(tag for tag in TAGS.values() if tag is not None)
 
@@ -137,12 +141,12 @@ def test_a_length_that_lies_is_found_out_and_costs_no_memory(one: Dataset, file_
 
 
 def test_a_number_that_is_none_is_a_problem(one: Dataset, file_bytes: ToBytes) -> None:
-    data = file_bytes(one).replace(b"-1024 ", b"-10x4 ")
+    data = file_bytes(one).replace(b"-1024", b"-10x4")
 
     assert header_of(data).problem == Reason.UNREADABLE
 
 
-@pytest.mark.parametrize("size", [140, 400, 700])
+@pytest.mark.parametrize("size", [140, 400, 600])
 def test_a_cut_header_keeps_what_it_has(one: Dataset, file_bytes: ToBytes, size: int) -> None:
     assert header_of(file_bytes(one)[:size]).problem == Reason.TRUNCATED
 

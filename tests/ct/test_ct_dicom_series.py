@@ -150,6 +150,12 @@ def test_copies_with_new_instance_uids_are_two_scans() -> None:
     assert shown(group_series(slices("a") + renamed)) == [(6, None), (6, None)]
 
 
+def test_one_uid_in_two_frames_of_reference_is_two_scans() -> None:
+    headers = slices("a", 3, frame_uid="1") + slices("b", 3, first=3, frame_uid="2")
+
+    assert shown(group_series(headers)) == [(3, None), (3, None)]
+
+
 def test_a_split_export_beside_a_whole_copy_stays_whole() -> None:
     found = group_series(slices("a", 3) + slices("b") + slices("c", 3, first=3))
 
@@ -207,6 +213,14 @@ def test_a_damaged_header_with_a_readable_uid_fails_its_series_whatever_its_name
     )
 
     assert shown(group_series([*slices("a"), lost])) == [(7, "truncated")]
+
+
+@pytest.mark.parametrize("field", ["position", "orientation"])
+def test_a_slice_without_a_place_stays_with_its_series_for_reading_to_refuse(field: str) -> None:
+    headers = slices("a")
+    headers[5] = replace(headers[5], **{field: None})  # type: ignore[arg-type]
+
+    assert shown(group_series(headers)) == [(6, None)]
 
 
 def test_a_damaged_file_named_otherwise_is_a_failure_of_its_own() -> None:

@@ -95,7 +95,9 @@ def _stages(folder: Path) -> Stages:
     return Stages(decoder, _extractor(), _extractor, put, batch_scans=2, scans_per_file=4)
 
 
-def test_a_scan_that_kills_its_worker_ends_as_worker_crash_and_costs_no_other(tmp_path: Path, by_value: None) -> None:
+def test_a_scan_that_kills_its_worker_ends_as_worker_crash_and_costs_no_other(
+    tmp_path: Path, by_value: None
+) -> None:
     names = [*(f"s{n}" for n in range(7)), "poison", "hang"]
     limits = LimitsConfig(attempts=2, scan_timeout_s=3)
     engine = RayEngine(RunConfig(), limits)

@@ -192,6 +192,18 @@ def test_pooling_a_layer_without_spatial_axes_is_refused(spec: Spec) -> None:
         Extractor(spec({"layer": "z_mean", "pool": "avg"}))
 
 
+def test_a_layer_that_hides_its_channel_axis_is_not_pooled_in_a_channels_first_model(tmp_path: Path) -> None:
+    layers = [
+        keras.Input((4, 4, 4, 1)),
+        keras.layers.Reshape((1, 4, 4, 4), name="turn"),
+        keras.layers.MaxPool3D(2, data_format="channels_first", name="pool"),
+        keras.layers.ReLU(name="relu"),
+    ]
+    keras.Sequential(layers).save(tmp_path / "m.keras")
+    with pytest.raises(ModelError, match=r"'relu' does not say which axis holds the channels"):
+        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["relu"]})
+
+
 def test_with_a_submodel_paths_are_relative_and_full_ones_work_too(spec: Spec, volumes: Any) -> None:
     whole = Extractor(spec("encoder/z_mean"))(volumes)["encoder.z_mean"]
     part = Extractor(spec("z_mean", "encoder/pre_latent", submodel="encoder"))

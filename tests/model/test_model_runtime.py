@@ -42,3 +42,14 @@ def test_threads_that_come_too_late_are_a_warning(caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING):
         runtime.configure(threads=tf.config.threading.get_intra_op_parallelism_threads() + 1)
     assert "TensorFlow already runs" in caplog.text
+
+
+def test_another_backend_is_refused_before_anything_is_imported() -> None:
+    _run(
+        "import os, sys; os.environ['KERAS_BACKEND'] = 'jax'\n"
+        "from featray.errors import ModelError\nfrom featray.model import runtime\n"
+        "try:\n    runtime.configure()\nexcept ModelError as error:\n"
+        "    assert 'KERAS_BACKEND=tensorflow' in str(error)\n"
+        "else:\n    raise SystemExit('accepted')\n"
+        "assert 'keras' not in sys.modules"
+    )

@@ -1,0 +1,209 @@
+"""Real CT with known answers: every item of the collection, every twin, every odd case."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from featray.ct import hu
+from featray.ct.dicom import Series, group_series, read_header, read_series
+from featray.ct.nifti import read_nifti
+from featray.ct.volume import Volume
+from featray.errors import ScanError
+
+LIMIT = 2 * 10**9
+
+COLLECTION = (
+    [f"collection/nifti/{name}.nii.gz" for name in ("CRLM-CT-1004", "STS_002", "STS_019", "STS_042")]
+    + ["collection/nifti/example_ct.nii.gz", "collection/nifti/example_ct_sm.nii.gz"]
+    + [f"collection/dicom/{name}" for name in ("CRLM-CT-1004", "STS_002", "ct-64")]
+)
+ENCODINGS = ("rle", "jpeg-lossless", "jpeg-ls", "jpeg2000", "big-endian", "deflated")
+TWINS = {
+    "collection/dicom/STS_002": "collection/nifti/STS_002.nii.gz",
+    "collection/dicom/CRLM-CT-1004": "collection/nifti/CRLM-CT-1004.nii.gz",
+    "collection/dicom/ct-64": "twins/ct-64.nii.gz",
+} | {f"encodings/STS_002-{name}": "collection/nifti/STS_002.nii.gz" for name in ENCODINGS}
+
+OK = "ok"
+ODD: dict[str, dict[str, set[str]]] = {
+    "gantry-tilt-variable-step": {"01.dcm": {"gantry_tilt", "irregular_spacing"}},
+    "jpeg2000-empty-uids": {"CT.": {OK}},
+    "duplicate-positions-missing-slices": {"CT2.dcm": {"missing_slices", "duplicate_slices"}},
+    "multiframe-and-singles-one-uid": {"slice1.dcm": {OK}, "volume.dcm": {"duplicate_slices"}},
+    "bolus-tracking-one-position": {"001.dcm": {"not_a_volume", "duplicate_slices"}},
+    "localizer-only": {"I10": {"not_a_volume", "not_ct"}},
+    "dose-report-tagged-ct": {"I10": {"not_ct", "not_a_volume"}},
+    "wrong-transfer-syntax": {"000000.dcm": {"unreadable", "unsupported"}},
+    "slice-truncated": {"000000.dcm": {"truncated", "unreadable", "missing_slices"}},
+    "slice-unparsable": {"000000.dcm": {"unreadable", "truncated", "missing_slices"}},
+    "slice-without-preamble": {"000000.dcm": {OK}},
+}
+"""Case → beginning of an entry's first file → outcomes that are acceptable there (cases.csv)."""
+
+
+def grouped(folder: Path) -> list[Series]:
+    headers = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            headers.append(read_header(file, path.relative_to(folder).as_posix()))
+    return group_series(headers)
+
+
+def read_entry(folder: Path, series: Series) -> Volume:
+    files = [(name, (folder / name).read_bytes()) for name in series.files]
+    return read_series(files, max_voxels=LIMIT)
+
+
+def read_item(path: Path) -> Volume:
+    if path.is_file():
+        return read_nifti(path.read_bytes(), max_voxels=LIMIT)
+    (series,) = grouped(path)
+    return read_entry(path, series)
+
+
+def outcome(folder: Path, series: Series) -> str:
+    if series.reason:
+        return series.reason.value
+    try:
+        read_entry(folder, series)
+    except ScanError as refused:
+        return refused.reason.value
+    return OK
+
+
+@pytest.fixture(scope="session")
+def facts(shared_ct: Path) -> dict[str, dict[str, str]]:
+    with (shared_ct / "collection" / "facts.csv").open() as file:
+        return {row["path"]: row for row in csv.DictReader(file)}
+
+
+@pytest.mark.parametrize("item", COLLECTION)
+def test_every_item_of_the_collection_reads_as_measured(
+    shared_ct: Path, facts: dict[str, dict[str, str]], item: str
+) -> None:
+    fact = facts[item]
+    volume = read_item(shared_ct / item)
+    found = hu.statistics(volume.voxels_zyx)
+
+    assert list(volume.voxels_zyx.shape) == [int(n) for n in fact["shape_zyx"].split()]
+    assert volume.spacing_zyx == pytest.approx([float(mm) for mm in fact["spacing_zyx"].split()], abs=1e-4)
+    assert volume.orientation == fact["orientation"]
+    assert (found.minimum, found.maximum) == (float(fact["hu_min"]), float(fact["hu_max"]))
+    percentiles = [float(fact[name]) for name in ("hu_p01", "hu_p50", "hu_p99")]
+    assert [found.p01, found.p50, found.p99] == pytest.approx(percentiles, abs=1)
+    assert ("qform_only" in volume.warnings) == ("nifti/STS" in item)
+    assert hu.oddities(found, volume.voxels_zyx) == (("padding_value",) if "CRLM" in item else ())
+
+
+def test_the_facts_have_no_item_that_is_not_tested(facts: dict[str, dict[str, str]]) -> None:
+    assert set(facts) == set(COLLECTION)
+
+
+@pytest.mark.parametrize("folder", TWINS)
+def test_dicom_and_nifti_twins_have_the_same_voxels_at_the_same_places(shared_ct: Path, folder: str) -> None:
+    dicom, nifti = read_item(shared_ct / folder), read_item(shared_ct / TWINS[folder])
+
+    assert np.array_equal(dicom.voxels_zyx, nifti.voxels_zyx)
+    assert dicom.affine_lps == pytest.approx(nifti.affine_lps, abs=1e-3)
+
+
+def test_the_nrrd_twin_agrees_as_simpleitk_reads_it(shared_ct: Path) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    image = sitk.ReadImage(str(shared_ct / "twins" / "ct-64.nrrd"))
+
+    volume = read_item(shared_ct / "collection/dicom/ct-64")
+
+    assert np.array_equal(volume.voxels_zyx, sitk.GetArrayFromImage(image))
+    assert volume.spacing_zyx == pytest.approx(image.GetSpacing()[::-1], abs=0.01)
+    last = [n - 1 for n in image.GetSize()]
+    ours = (volume.affine_lps @ (*last, 1))[:3]
+    assert ours == pytest.approx(image.TransformIndexToPhysicalPoint(last), abs=0.01)
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_every_odd_series_ends_as_it_may(shared_ct: Path, case: str) -> None:
+    folder = shared_ct / "odd" / case
+    found = grouped(folder)
+
+    assert len(found) == len(ODD[case])
+    for series, (first, acceptable) in zip(found, ODD[case].items(), strict=True):
+        assert series.files[0].startswith(first)
+        assert outcome(folder, series) in acceptable
+
+
+@pytest.mark.parametrize(
+    ("case", "shape", "spacing", "extremes"),
+    [
+        ("jpeg2000-empty-uids", (20, 512, 512), (2.0, 0.9766, 0.9766), (-1024, 1839)),
+        ("multiframe-and-singles-one-uid", (7, 512, 512), (4.0, 0.5117, 0.5117), (-1024, 334)),
+        ("slice-without-preamble", (48, 143, 161), (3.27, 0.9766, 0.9766), (-1000, 1156)),
+    ],
+)
+def test_odd_series_that_are_read_are_read_right(
+    shared_ct: Path, case: str, shape: tuple[int, ...], spacing: tuple[float, ...], extremes: tuple[int, int]
+) -> None:
+    folder = shared_ct / "odd" / case
+    volume = read_entry(folder, grouped(folder)[0])
+
+    assert volume.voxels_zyx.shape == shape
+    assert volume.spacing_zyx == pytest.approx(spacing, abs=1e-3)
+    assert (volume.voxels_zyx.min(), volume.voxels_zyx.max()) == extremes
+
+
+@pytest.mark.parametrize("encoding", ["jpeg-lossless", "jpeg-ls", "jpeg2000"])
+def test_a_code_stream_without_its_end_is_truncated(shared_ct: Path, encoding: str) -> None:
+    paths = sorted((shared_ct / "encodings" / f"STS_002-{encoding}").iterdir())[:3]
+    files = [(path.name, path.read_bytes()) for path in paths]
+    end = files[1][1].rindex(b"\xff\xd9")
+    files[1] = ("cut", files[1][1][:end] + b"\0\0" + files[1][1][end + 2 :])
+
+    with pytest.raises(ScanError, match="end marker"):
+        read_series(files, max_voxels=LIMIT)
+
+
+def test_single_frames_and_their_multiframe_copy_read_the_same(shared_ct: Path) -> None:
+    folder = shared_ct / "odd" / "multiframe-and-singles-one-uid"
+    singles, copy = (read_entry(folder, series) for series in grouped(folder))
+
+    assert np.array_equal(singles.voxels_zyx, copy.voxels_zyx)
+    assert singles.affine_lps == pytest.approx(copy.affine_lps, abs=1e-4)
+
+
+def test_a_slice_without_preamble_is_not_lost(shared_ct: Path) -> None:
+    folder = shared_ct / "odd" / "slice-without-preamble"
+    volume = read_entry(folder, grouped(folder)[0])
+
+    assert np.array_equal(
+        volume.voxels_zyx, read_item(shared_ct / "collection/nifti/STS_002.nii.gz").voxels_zyx
+    )
+
+
+def test_an_eight_bit_file_with_slope_is_scaled_once_and_told(shared_ct: Path) -> None:
+    volume = read_item(shared_ct / "odd/uint8-slope/STS_019_uint8.nii.gz")
+    found = hu.statistics(volume.voxels_zyx)
+
+    assert (found.minimum, found.maximum) == pytest.approx((0, 563.19), abs=0.01)
+    assert hu.oddities(found, volume.voxels_zyx) == ("not_hu",)
+
+
+def test_a_windowed_oblique_file_is_told_twice(shared_ct: Path) -> None:
+    volume = read_item(shared_ct / "odd/oblique-8bit-windowed/CT_pitch.nii.gz")
+
+    assert volume.warnings == ("oblique",)
+    assert volume.orientation == "RAS"
+    assert hu.oddities(hu.statistics(volume.voxels_zyx), volume.voxels_zyx) == ("not_hu",)
+
+
+def test_the_whole_tree_groups_as_its_folders_do(shared_ct: Path) -> None:
+    folders = [
+        *shared_ct.glob("collection/dicom/*"),
+        *shared_ct.glob("encodings/*"),
+        *shared_ct.glob("odd/*"),
+    ]
+    apart = [len(series.files) for folder in folders for series in grouped(folder)]
+
+    assert sorted(len(series.files) for series in grouped(shared_ct)) == sorted(apart)

@@ -1,0 +1,208 @@
+"""The command line: answers, exit codes, and how fast it says hello."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from featray.cli import main
+
+ENTRY = [sys.executable, "-m", "featray"]
+
+
+@pytest.fixture
+def config(config_of: Any, tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config_of()))
+    return path
+
+
+def last_json(out: str) -> Any:
+    return json.loads(out.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "command", [[], *([name] for name in ("demo", "layers", "plan", "extract", "status", "failures"))]
+)
+def test_help_imports_neither_tensorflow_nor_ray(command: list[str]) -> None:
+    code = (
+        "import sys\nfrom featray.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        "heavy = {'tensorflow', 'keras', 'ray', 'pyarrow', 'numpy', 'deltalake'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--help"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: featray" in done.stdout
+
+
+def test_extract_then_status_then_failures_by_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["extract", str(config), "--json", "--quiet"]) == 0
+    summary = last_json(capsys.readouterr().out)
+    assert (summary["found"], summary["ok"], summary["failed"], summary["exit_code"]) == (12, 12, 0, 0)
+    output = yaml.safe_load(config.read_text())["output"]["uri"]
+    for place in (output, str(config)):
+        assert main(["status", place, "--json"]) == 0
+        status = last_json(capsys.readouterr().out)
+        assert status["scans"] == {"ok": 12, "failed": 0, "excluded": 0}
+        assert {layer["layer"]: layer["rows"] for layer in status["layers"]} == dict.fromkeys(
+            ("encoder.z_mean", "encoder.z_log_var", "encoder.pre_latent", "encoder.conv_2"), 12
+        )
+    assert main(["failures", output, "--json"]) == 0
+    assert last_json(capsys.readouterr().out) == {"failures": []}
+
+
+def test_failures_lists_reasons_and_filters_by_one(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "empty.nii").write_bytes(b"")
+    (tmp_path / "bad" / "text.nii").write_text("text")
+    assert main(["extract", str(config), "--set", f"source.uri={tmp_path / 'bad'}"]) == 3
+    output = yaml.safe_load(config.read_text())["output"]["uri"]
+    capsys.readouterr()
+    main(["failures", output, "--json"])
+    rows = last_json(capsys.readouterr().out)["failures"]
+    assert [(row["scan_id"], row["reason"], row["stage"]) for row in rows] == [
+        ("empty.nii", "empty", "read"),
+        ("text.nii", "unreadable", "read"),
+    ]
+    main(["failures", output, "--reason", "empty"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("empty.nii\tfailed\tempty\tread\t")
+
+
+def test_plan_counts_and_estimates_and_changes_nothing(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["plan", str(config), "--json"]) == 0
+    plan = last_json(capsys.readouterr().out)
+    assert plan["counts"] == {"new": 12, "changed": 0, "stale": 0, "failed": 0, "removed": 0, "up_to_date": 0}
+    assert plan["todo"] == 12
+    assert plan["estimate"]["sampled"] == 3
+    assert plan["estimate"]["scans_per_s"] > 0
+    assert plan["estimate"]["output_bytes"] == 4 * (4 + 4 + 16 + 8) * 12
+    assert not (tmp_path / "out").exists()
+    main(["extract", str(config), "--quiet"])
+    capsys.readouterr()
+    main(["plan", str(config), "--json", "--set", "preprocess.window=[-500, 500]"])
+    assert last_json(capsys.readouterr().out)["counts"]["stale"] == 12
+
+
+def test_layers_lists_paths_shapes_and_flags(
+    config: Path, vae_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["layers", str(config), "--json"]) == 0
+    by_config = {layer["path"]: layer for layer in last_json(capsys.readouterr().out)["layers"]}
+    assert by_config["encoder/z_mean"]["shape"] == [4]
+    assert by_config["encoder/z_mean"]["class_name"] == "Dense"
+    assert "stochastic" in by_config["encoder/z"]["flags"]
+    assert "stochastic" not in by_config["encoder/z_mean"]["flags"]
+    assert main(["layers", str(vae_file), "--custom-objects", "featray.vae:Sampling", "--json"]) == 0
+    assert {layer["path"] for layer in last_json(capsys.readouterr().out)["layers"]} == set(by_config)
+
+
+def test_every_config_problem_comes_in_one_message_and_nothing_is_written(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    wrong = [
+        "source.uri=nowhere/at/all",
+        "source.fromat=auto",
+        "preprocess.window=[100, -100]",
+        "preprocess.size=[8, 32, 48]",
+        "model.layers=[encoder/z_maen]",
+        "model.batch_size=many",
+    ]
+    assert main(["extract", str(config), *(part for text in wrong for part in ("--set", text))]) == 2
+    err = capsys.readouterr().err
+    for fact in (
+        "source.uri: nowhere/at/all does not exist",
+        "source.fromat: unknown key; did you mean format?",
+        "upside down",
+        "32",  # the size the model takes
+        "encoder/z_mean",  # the near match
+        "model.batch_size",
+    ):
+        assert fact in err
+    assert err.count("featray: ") == 1
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "fact"),
+    [
+        ("model.uri=nowhere.keras", "nowhere.keras"),
+        ("model.layers=[encoder/z]", "z_mean"),
+        ("model.custom_objects=[]", "custom_objects"),
+        ("preprocess.size=[8, 32, 48]", "(8, 32, 32, 1)"),
+        ("source.format=dicom source.uri=.", None),
+    ],
+)
+def test_a_model_that_cannot_be_used_is_exit_code_2(
+    config: Path, capsys: pytest.CaptureFixture[str], override: str, fact: str | None, tmp_path: Path
+) -> None:
+    if fact is None:
+        (tmp_path / "none").mkdir()
+        override, fact = f"source.uri={tmp_path / 'none'}", "no scan of format auto"
+    assert main(["extract", str(config), "--set", override, "--json"]) == 2
+    captured = capsys.readouterr()
+    assert fact in captured.err
+    assert last_json(captured.out)["exit_code"] == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_is_none_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", str(tmp_path)]) == 2
+    assert "is this a featray output?" in capsys.readouterr().err
+
+
+def test_a_wrong_command_line_is_exit_code_2() -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["extract"])
+    assert end.value.code == 2
+
+
+def test_auto_takes_inline_for_a_handful_of_scans_and_says_so(config: Path) -> None:
+    done = subprocess.run(
+        [*ENTRY, "extract", str(config), "--set", "run.engine=auto"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "engine inline, chosen for 12 scans and no cluster address" in done.stderr
+    assert "WARNING" not in done.stderr
+    assert "cuda" not in done.stderr.lower(), "TensorFlow's chatter is off by default"
+
+
+def test_a_terminal_gets_a_bar(config: Path) -> None:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 100))
+    process = subprocess.Popen([*ENTRY, "extract", str(config)], stderr=theirs, stdout=subprocess.DEVNULL)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 4096)
+        except OSError:  # the other end is closed
+            break
+        if not part:
+            break
+        shown += part
+    assert process.wait() == 0
+    text = shown.decode()
+    assert re.search(r"12/12 .*scan", text)
+    assert "0 failed" in text

@@ -127,7 +127,8 @@ def test_missing_rescale_means_one_and_zero(series_of: SeriesOf, files_from: Fil
 
 
 @pytest.mark.parametrize(
-    "keyword", ["RescaleIntercept", "RescaleSlope", "ImagePositionPatient", "PixelSpacing"]
+    "keyword",
+    ["RescaleIntercept", "RescaleSlope", "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing"],
 )
 def test_what_is_missing_in_one_slice_only_is_refused(
     series_of: SeriesOf, files_from: FilesFrom, keyword: str

@@ -62,6 +62,7 @@ class Oddity(StrEnum):
     PADDING_VALUE = "padding_value"
     RESAMPLED_STEPS = "resampled_steps"
     LOCALIZER_REMOVED = "localizer_removed"
+    ORIENTATION_UNKNOWN = "orientation_unknown"
 
 
 class FeatrayError(Exception):

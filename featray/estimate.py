@@ -66,14 +66,12 @@ class PlanReport:
         if not self.todo:
             return "\n".join([*lines, "nothing to do"])
         guess = self.estimate
-        lines.append(
-            f"to do: {self.todo} scans, {len(self.layers)} layers, engine {self.engine}, "
-            f"recipe {self.recipe}"
-        )
+        layers = f"{len(self.layers)} layers"
+        lines.append(f"to do: {self.todo} scans, {layers}, engine {self.engine}, recipe {self.recipe}")
         if guess.sampled:
             lines.append(
-                f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, {guess.seconds:.0f} s, "
-                f"{guess.output_bytes / 1e6:.1f} MB of values, {guess.memory_bytes / 1e9:.1f} GB per process"
+                f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, "
+                f"{guess.seconds:.0f} s, {guess.output_bytes / 1e6:.1f} MB of values, {guess.memory_bytes / 1e9:.1f} GB per process"
             )
         return "\n".join(lines)
 

@@ -22,13 +22,13 @@ from featray import config as configuration
 from featray.config import Config, ConfigInput, ModelConfig
 from featray.dataset import Dataset
 from featray.engines import Engine, Stages
-from featray.errors import ConfigError, UsageError
+from featray.errors import ConfigError, ModelError, UsageError
 from featray.lease import Lease
 from featray.model import Extractor
 from featray.planning import Plan, make_plan
 from featray.progress import Progress
 from featray.recipe import recipe, recipe_id
-from featray.schema import Receipt, Scan, ScanRecord
+from featray.schema import SCAN_COLUMNS, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing, list_scans
@@ -121,7 +121,7 @@ class Job:
             recipe_id=recipe_id(made),
             recipe=made,
             layers=tuple(layer.name for layer in extractor.layers),
-            model_sha256=extractor.sha256,
+            model_sha256=extractor.files["model"],
             config=configuration.without_secrets(config),
             max_failed_fraction=config.limits.max_failed_fraction,
         )
@@ -147,7 +147,9 @@ class Job:
         return Stages(
             decode=decoder,
             extractor=self.extractor,
-            load_extractor=functools.partial(_load_extractor, config.model, config.preprocess.size, threads),
+            load_extractor=functools.partial(
+                _load_same, config.model, config.preprocess.size, threads, self.extractor.sha256
+            ),
             write=functools.partial(
                 _write,
                 dataset=dataset,
@@ -170,9 +172,11 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
     where = configuration.name_of(config)
     if checked is None:
         raise ConfigError(problems, where)
+    problems += _problems_of_tags(checked)
     listing = Listing(())
     try:
         listing = list_scans(checked.source)
+        problems += _problems_of_partitions(checked, listing)
     except UsageError as error:
         problems += error.problems
     if problems:  # the run will not happen; the model is loaded only to report its problems too
@@ -218,8 +222,31 @@ def _load_extractor(model: ModelConfig, size: Any, threads: int | None = None) -
     return Extractor(model, input_zyx=size, threads=threads)
 
 
+def _load_same(model: ModelConfig, size: Any, threads: int, sha256: str) -> Extractor:
+    """Load the model in another process, where it must be what the recipe was made from."""
+    extractor = _load_extractor(model, size, threads)
+    if extractor.sha256 != sha256:
+        raise ModelError("the model or its code changed while the run was starting; start it again")
+    return extractor
+
+
 def _write(extracted: pa.Table, **where: Any) -> Receipt:
     return write(extracted, **where)
+
+
+def _problems_of_tags(config: Config) -> list[str]:
+    if not config.privacy.dicom_tags:
+        return []
+    from featray.ct.dicom_tags import unknown_keywords
+
+    unknown = unknown_keywords(config.privacy.dicom_tags)
+    return [f"privacy.dicom_tags: DICOM knows no keyword {keyword!r}" for keyword in unknown]
+
+
+def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
+    known = {"layer", *SCAN_COLUMNS.names, *_carried(config, listing.scans)}
+    unknown = [name for name in config.output.partition_by if name not in known]
+    return [f"output.partition_by: neither scans nor the manifest has a column {name!r}" for name in unknown]
 
 
 def _problems_of_model(model: ModelConfig, size: Any) -> list[str]:

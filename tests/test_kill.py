@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +88,7 @@ def values(dataset: Dataset) -> dict[tuple[str, str], list[float]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(collection: Path, vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def undisturbed(collection: Path, vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     import featray
 
     output = str(tmp_path_factory.mktemp("undisturbed") / "out")
@@ -106,7 +105,7 @@ def undisturbed(collection: Path, vae_file: Path, tmp_path_factory: pytest.TempP
             "run": {"engine": "inline"},
         }
     )
-    yield values(Dataset(Store(output)))
+    return values(Dataset(Store(output)))
 
 
 def assert_exactly_once(config: Path, undisturbed: dict[tuple[str, str], list[float]]) -> None:

@@ -23,9 +23,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def plant(store: Store, **changes: Any) -> None:
-    holder = {
-        "run_id": "other", "host": "elsewhere", "pid": 1, "since": "2026", "started": 0.0, "heartbeat": time.time()
-    }  # fmt: skip
+    holder = {"run_id": "other", "host": "elsewhere", "pid": 1, "since": "2026", "started": 0.0}
+    holder["heartbeat"] = time.time()
     store.write(NAME, json.dumps({**holder, **changes}).encode())
 
 

@@ -24,7 +24,8 @@ def named_values(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
     Raises:
         ScanError: `unreadable` if pydicom cannot parse them.
     """
-    known = [keyword for keyword in keywords if tag_for_keyword(keyword) is not None]
+    unknown = unknown_keywords(keywords)
+    known = [keyword for keyword in keywords if keyword not in unknown]
     if not known:
         return {}
     try:
@@ -37,6 +38,11 @@ def named_values(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
         raise ScanError(
             Reason.UNREADABLE, f"the tags of privacy.dicom_tags do not parse ({type(error).__name__})"
         ) from None
+
+
+def unknown_keywords(keywords: Sequence[str]) -> list[str]:
+    """Return the keywords that DICOM does not know, such as misspelt ones."""
+    return [keyword for keyword in keywords if tag_for_keyword(keyword) is None]
 
 
 def _is_text(dataset: pydicom.Dataset, keyword: str) -> bool:

@@ -34,8 +34,6 @@ from featray.ct.rescale import extremes, rescale, result_dtype
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 
-ORIENTATION_UNKNOWN = "orientation_unknown"
-
 MAX_EXTENSION_BYTES = 2**26
 """Header extensions before the voxels; real ones are a few kB."""
 
@@ -194,7 +192,9 @@ def _chosen_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tup
     if sform is None and qform is None:
         if any(coded):
             raise ScanError(Reason.UNREADABLE, "neither sform nor qform holds a usable affine")
-        return _in_mm(header, np.diag([*header["pixdim"][1:4].astype(float), 1.0])), (ORIENTATION_UNKNOWN,)
+        return _in_mm(header, np.diag([*header["pixdim"][1:4].astype(float), 1.0])), (
+            Oddity.ORIENTATION_UNKNOWN,
+        )
     if sform is None:
         assert qform is not None
         code = Oddity.SFORM_QFORM_DIFFER if coded[0] else Oddity.QFORM_ONLY

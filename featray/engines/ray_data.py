@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import signal
 import threading
 import warnings
@@ -26,6 +27,7 @@ import pyarrow as pa
 from featray.config import LimitsConfig, RunConfig
 from featray.engines import Stages
 from featray.errors import FeatrayError, Reason
+from featray.quiet import hold_back
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.extract import extract
@@ -34,6 +36,7 @@ log = logging.getLogger(__name__)
 
 WRITE_CPUS = 0.001
 """What a writer claims: it is rare and short, and must never wait behind decoding."""
+_CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
 _SUSPECTS = 20
 """More scans than this left after both passes means a broken cluster, not broken scans."""
 
@@ -53,8 +56,13 @@ class RayEngine:
         import ray
 
         if not ray.is_initialized():
-            ray.init(address=self._run.address, log_to_driver=False, logging_level=logging.ERROR,
-                     **_local_options(self._run.address))  # fmt: skip
+            with hold_back(_CHATTER):
+                ray.init(
+                    address=self._run.address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **_local_options(self._run.address),
+                )
             self._started = True
         return self
 

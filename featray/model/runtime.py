@@ -5,21 +5,20 @@ Call `configure` before anything else touches TensorFlow; most settings freeze a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 import sys
-import tempfile
-from collections.abc import Iterator
 
 from featray.errors import ModelError
+from featray.quiet import hold_back
 
 log = logging.getLogger(__name__)
 
 # TensorFlow 2.21 prints these through a logger that reads no environment variable until later.
 _CHATTER = re.compile(
-    rb"^(WARNING: All log messages before absl::InitializeLog|[IW]\d{4} [\d:.]+ +\d+ \S+\.cc:)"
+    rb"^(WARNING: All log messages before absl::InitializeLog|[IW]\d{4} [\d:.]+ +\d+ \S+\.cc:"
+    rb"|To enable the following instructions:)"
 )
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -95,22 +94,5 @@ def _import_quietly() -> None:
         import tensorflow
     else:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-        with _without_chatter():
+        with hold_back(_CHATTER):
             import tensorflow  # noqa: F401 - imported for its effect
-
-
-@contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Hold back what native code writes to stderr; pass everything but known chatter on at the end."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(kept, 2)
-            os.close(kept)
-            held.seek(0)
-            os.write(2, b"".join(line for line in held if not _CHATTER.match(line)))

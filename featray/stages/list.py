@@ -170,18 +170,19 @@ def _series_ids(groups: list[dicom.Series], base: str) -> list[str]:
 
     The place is the file of a series of one file, else the folder.
     """
-    folders = [_place(series.files) or posixpath.basename(base) for series in groups]
-    counts = Counter(folders)
+    places = [_place(series.files) or posixpath.basename(base) for series in groups]
+    at_place = Counter(places)
+    of_uid = Counter(zip(places, (series.uid for series in groups), strict=True))
     return [
-        folder if counts[folder] == 1 else f"{folder}#{_short_hash(series)}"
-        for folder, series in zip(folders, groups, strict=True)
+        place if at_place[place] == 1 else f"{place}#{_short_hash(series, of_uid[place, series.uid] > 1)}"
+        for place, series in zip(places, groups, strict=True)
     ]
 
 
-def _short_hash(series: dicom.Series) -> str:
-    # The UID itself stays out of ids: it may be traced to a patient. The first file name tells
-    # apart groups that share a UID or have none.
-    text = f"{series.uid}\n{min(series.files)}" if series.reason or not series.uid else series.uid
+def _short_hash(series: dicom.Series, uid_is_shared: bool) -> str:
+    # Only a hash of the UID is in the id, for a UID may be traced to a patient. Groups that share a
+    # UID, or have none, are told apart by their first file.
+    text = f"{series.uid}\n{min(series.files)}" if uid_is_shared or not series.uid else series.uid
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featray.ct.nifti import ORIENTATION_UNKNOWN, read_nifti
+from featray.ct.nifti import read_nifti
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -181,7 +181,7 @@ def test_without_any_code_spacing_is_kept_and_the_guess_is_told() -> None:
 
     volume = read(data)
 
-    assert (volume.orientation, volume.warnings) == ("RAS", (ORIENTATION_UNKNOWN,))
+    assert (volume.orientation, volume.warnings) == ("RAS", ("orientation_unknown",))
     assert volume.spacing_zyx == (2.0, 1.0, 0.5)
 
 

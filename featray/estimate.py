@@ -71,7 +71,8 @@ class PlanReport:
         if guess.sampled:
             lines.append(
                 f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, "
-                f"{guess.seconds:.0f} s, {guess.output_bytes / 1e6:.1f} MB of values, {guess.memory_bytes / 1e9:.1f} GB per process"
+                f"{guess.seconds:.0f} s, {guess.output_bytes / 1e6:.1f} MB of values, "
+                f"{guess.memory_bytes / 1e9:.1f} GB per process"
             )
         return "\n".join(lines)
 

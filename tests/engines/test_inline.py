@@ -1,0 +1,118 @@
+"""Engine inline: helpers, their crashes, and shared memory that is given back."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featray.config import LimitsConfig, PreprocessConfig
+from featray.dataset import Dataset
+from featray.engines import Stages
+from featray.engines.inline import InlineEngine
+from featray.schema import Decoded, Scan, ScanRecord
+from featray.stages.decode import Decoder
+from featray.stages.write import write
+from featray.storage import Store
+
+
+class Poisoned(Decoder):
+    """A decoder that dies on scans named poison, hangs on hang, and dies once on flaky."""
+
+    def __call__(self, scan: Scan) -> Decoded:
+        marker = Path(self.source_uri) / scan.scan_id
+        if scan.scan_id == "poison" or (scan.scan_id == "flaky" and not marker.exists()):
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if scan.scan_id == "hang":
+            time.sleep(60)
+        record = ScanRecord.of(scan, self.recipe, self.run_id)
+        record.patches = 1
+        value = float(scan.scan_id.removeprefix("s")) if scan.scan_id.startswith("s") else -1.0
+        return Decoded(record, np.full((1, 2, 2, 2), value, np.float32), np.zeros((1, 3), np.int32))
+
+
+def scans(*names: str) -> list[Scan]:
+    return [Scan(name, f"/{name}", "nifti", (f"/{name}",), "c") for name in names]
+
+
+def corner(batch: np.ndarray) -> dict[str, np.ndarray]:
+    return {"corner": batch[:, 0, 0, :1].copy()}
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))  # so that helpers can import Poisoned
+    import test_inline
+
+    (tmp_path / "marks").mkdir()
+    config = PreprocessConfig(size=(2, 2, 2))
+    decoder = test_inline.Poisoned(str(tmp_path / "marks"), {}, config, LimitsConfig(), (), "r", "run")
+    dataset = Dataset(Store(str(tmp_path / "out")))
+    put = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
+    return Stages(decoder, corner, lambda: corner, put, batch_scans=3, scans_per_file=5)
+
+
+def run(stages: Stages, names: list[str], **limits: Any) -> dict[str, ScanRecord]:
+    with InlineEngine(2, LimitsConfig(**limits)) as engine:
+        receipts = list(engine.receipts(scans(*names), stages, threading.Event()))
+    records = [record for receipt in receipts for record in receipt.records]
+    assert sorted(record.scan_id for record in records) == sorted(names)
+    return {record.scan_id: record for record in records}
+
+
+def test_scans_that_kill_or_hang_their_helper_cost_no_other(stages: Stages) -> None:
+    names = [*(f"s{n}" for n in range(12)), "poison", "hang", "flaky"]
+    records = run(stages, names, attempts=2, scan_timeout_s=3)
+    assert {name: record.reason for name, record in records.items() if record.reason} == {
+        "poison": "worker_crash",
+        "hang": "timeout",
+    }
+    assert (records["poison"].attempts, records["flaky"].attempts, records["s0"].attempts) == (2, 2, 1)
+
+
+def test_each_scan_keeps_its_own_tensor_through_shared_memory(stages: Stages) -> None:
+    seen: dict[str, float] = {}
+
+    def note(batch: np.ndarray) -> dict[str, np.ndarray]:
+        return corner(batch)
+
+    names = [f"s{n}" for n in range(40)]
+    with InlineEngine(2, LimitsConfig()) as engine:
+        tables = []
+        watched = Stages(stages.decode, note, stages.load_extractor, tables.append, 3, 5)  # type: ignore[arg-type]
+        list(engine.receipts(scans(*names), watched, threading.Event()))
+    for table in tables:
+        for row in table["features"].to_pylist():
+            seen[row[0]["scan_id"]] = row[0]["feature"][0]
+    assert seen == {f"s{n}": float(n) for n in range(40)}
+
+
+def test_no_shared_memory_is_left(stages: Stages) -> None:
+    before = set(os.listdir("/dev/shm"))
+    run(stages, ["s1", "s2"])
+    assert set(os.listdir("/dev/shm")) <= before
+
+
+def test_a_set_stop_yields_only_what_was_in_flight(stages: Stages) -> None:
+    stop = threading.Event()
+    stop.set()
+    with InlineEngine(2, LimitsConfig()) as engine:
+        assert list(engine.receipts(scans("s1", "s2"), stages, stop)) == []
+
+
+def test_a_script_without_a_main_guard_may_use_helpers(config_of: Any, tmp_path: Path) -> None:
+    config = config_of(run={"decode": {"workers": 2}})
+    script = tmp_path / "script.py"
+    script.write_text(f"import featray\nprint(featray.extract({config!r}).ok)\n")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert done.stdout == "12\n", done.stderr

@@ -1,0 +1,76 @@
+"""The layers of the code: who may import what, and that nothing heavy is imported early."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import featray
+
+PACKAGE = Path(featray.__file__).parent
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+def importers(package: str) -> set[str]:
+    return {
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if any(name.split(".")[0] == package for name in imports(path))
+    }
+
+
+def test_ray_is_imported_in_one_file() -> None:
+    assert importers("ray") == {"engines/ray_data.py"}
+
+
+def test_keras_and_tensorflow_are_imported_below_model_and_in_the_demos_vae() -> None:
+    for path in importers("keras") | importers("tensorflow"):
+        assert path.startswith("model/") or path == "vae.py"
+
+
+def test_delta_is_imported_by_the_dataset_and_the_committer() -> None:
+    assert importers("deltalake") == {"dataset.py", "stages/commit.py"}
+
+
+def test_ct_code_knows_nothing_above_it() -> None:
+    allowed = ("featray.ct", "featray.errors")
+    for path in (PACKAGE / "ct").glob("*.py"):
+        above = {
+            name for name in imports(path) if name.startswith("featray") and not name.startswith(allowed)
+        }
+        assert not above, f"{path.name}: {above}"
+
+
+def test_stages_import_each_other_only_where_decode_joins_two_and_the_report_names_a_listing() -> None:
+    joins = {"decode.py": {"read", "preprocess"}, "report.py": {"list"}}
+    for path in (PACKAGE / "stages").glob("*.py"):
+        others = {name.split(".")[2] for name in imports(path) if name.startswith("featray.stages.")}
+        assert others <= joins.get(path.name, set()), path.name
+
+
+@pytest.mark.parametrize(
+    "module", ["featray", "featray.cli", "featray.config", "featray.pipeline", "featray.model"]
+)
+def test_importing_featray_imports_neither_tensorflow_nor_ray(module: str) -> None:
+    code = f"import sys, {module}; assert not {{'tensorflow', 'keras', 'ray'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_public_name_can_be_had() -> None:
+    for name in featray.__all__:
+        assert getattr(featray, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'extrakt'"):
+        _ = featray.extrakt

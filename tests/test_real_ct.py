@@ -1,0 +1,128 @@
+"""Real CT with known answers: the whole job on the collection, both engines, twins included."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import featray
+from featray.dataset import FEATURES, SCANS, Dataset
+from featray.storage import Store
+
+LAYERS = [
+    "encoder/z_mean",
+    "encoder/z_log_var",
+    "encoder/pre_latent",
+    {"layer": "encoder/conv_4", "as": "conv_4"},
+]
+
+
+@pytest.fixture(scope="module")
+def large_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from featray.vae import build_vae
+
+    path = tmp_path_factory.mktemp("model") / "vae.keras"
+    build_vae().save(path)
+    return path
+
+
+def run(source: Path, vae: Path, output: Path, engine: str = "inline") -> dict[str, dict[str, Any]]:
+    """Extract and return, by scan, its row and the features of its layers."""
+    summary = featray.extract(
+        {
+            "source": {"uri": str(source)},
+            "model": {"uri": str(vae), "custom_objects": ["featray.vae:Sampling"], "layers": LAYERS},
+            "output": {"uri": str(output)},
+            "run": {"engine": engine},
+            "limits": {"max_failed_fraction": 1},
+        }
+    )
+    assert summary.exit_code == 0
+    dataset = Dataset(Store(str(output)))
+    scans = {row["scan_id"]: {**row, "layers": {}} for row in dataset.read(SCANS).to_pylist()}
+    for row in dataset.read(FEATURES, ("scan_id", "layer", "feature", "shape")).to_pylist():
+        scans[row["scan_id"]]["layers"][row["layer"]] = np.array(row["feature"])
+    return scans
+
+
+@pytest.fixture(scope="module")
+def inline(shared_ct: Path, large_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run(shared_ct / "collection", large_vae, tmp_path_factory.mktemp("inline"))
+
+
+def test_every_scan_of_the_collection_is_as_its_facts_say(shared_ct: Path, inline: dict[str, Any]) -> None:
+    with (shared_ct / "collection" / "facts.csv").open() as file:
+        facts = {row["path"].removeprefix("collection/"): row for row in csv.DictReader(file)}
+    assert inline.keys() == facts.keys()
+    for name, fact in facts.items():
+        scan = inline[name]
+        assert scan["status"] == "ok"
+        assert scan["shape"] == [int(n) for n in fact["shape_zyx"].split()]
+        np.testing.assert_allclose(
+            scan["spacing"], [float(mm) for mm in fact["spacing_zyx"].split()], atol=1e-3
+        )
+        assert scan["orientation"] == fact["orientation"]
+        for column in ("hu_min", "hu_p01", "hu_p50", "hu_p99", "hu_max"):
+            assert scan[column] == pytest.approx(float(fact[column]), abs=1), (name, column)
+        assert {layer: len(values) for layer, values in scan["layers"].items()} == {
+            "encoder.z_mean": 32,
+            "encoder.z_log_var": 32,
+            "encoder.pre_latent": 256,
+            "conv_4": 32,
+        }
+
+
+def test_twins_give_equal_features_from_dicom_and_nifti(inline: dict[str, Any]) -> None:
+    for name in ("STS_002", "CRLM-CT-1004"):
+        dicom, nifti = inline[f"dicom/{name}"], inline[f"nifti/{name}.nii.gz"]
+        for layer, values in nifti["layers"].items():
+            np.testing.assert_array_equal(dicom["layers"][layer], values, err_msg=f"{name} {layer}")
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_ray_gives_the_same_rows_and_numbers(
+    shared_ct: Path, large_vae: Path, inline: dict[str, Any], tmp_path: Path
+) -> None:
+    ray = run(shared_ct / "collection", large_vae, tmp_path, engine="ray")
+    assert ray.keys() == inline.keys()
+    for name, scan in inline.items():
+        for layer, values in scan["layers"].items():
+            np.testing.assert_allclose(ray[name]["layers"][layer], values, rtol=1e-5, atol=1e-6)
+
+
+def test_no_odd_case_becomes_a_silent_wrong_volume(shared_ct: Path, vae_file: Path, tmp_path: Path) -> None:
+    """One run over all odd cases at once; what each may become is in odd/cases.csv."""
+    summary = featray.extract(
+        {
+            "source": {"uri": str(shared_ct / "odd")},
+            "preprocess": {"size": [8, 32, 32]},
+            "model": {
+                "uri": str(vae_file),
+                "custom_objects": ["featray.vae:Sampling"],
+                "layers": ["encoder/z_mean"],
+            },
+            "output": {"uri": str(tmp_path / "out")},
+            "run": {"engine": "inline"},
+        }
+    )
+    assert summary.found == summary.ok + summary.failed + summary.excluded
+    scans = {row["scan_id"]: row for row in Dataset(Store(str(tmp_path / "out"))).read(SCANS).to_pylist()}
+    ok = {name.split("/")[0].split("#")[0]: row for name, row in scans.items() if row["status"] == "ok"}
+    assert ok.keys() <= {
+        "jpeg2000-empty-uids",
+        "multiframe-and-singles-one-uid",
+        "uint8-slope",
+        "oblique-8bit-windowed",
+        "slice-without-preamble",
+    }
+    assert ok["jpeg2000-empty-uids"]["shape"] == [20, 512, 512]
+    assert ok["jpeg2000-empty-uids"]["spacing"][0] == pytest.approx(2.0)
+    assert "not_hu" in ok["uint8-slope"]["warnings"]
+    assert ok["uint8-slope"]["hu_max"] == pytest.approx(563.19, abs=0.01)
+    assert {"not_hu", "oblique"} <= set(ok["oblique-8bit-windowed"]["warnings"])
+    assert ok["slice-without-preamble"]["shape"][0] == 48

@@ -16,9 +16,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from featray.errors import ExitCode, FeatrayError, Reason
+
+if TYPE_CHECKING:
+    from featray.model.describe import LayerInfo
 
 RESUME = "run the same command again to resume"
 
@@ -74,13 +77,23 @@ def _layers(args: argparse.Namespace) -> int:
     else:
         found = list_layers(args.model, custom_objects=tuple(args.custom_objects))
     header = ("layer", "class", "shape", "values", "GB per 10,000", "flags")
-    rows = [
-        (layer.path, layer.class_name, "x".join(map(str, layer.shape)), str(layer.values),
-         f"{layer.values * 4e4 / 1e9:.3g}", " ".join(layer.flags))
+    listed = [
+        {
+            "path": layer.path,
+            "class": layer.class_name,
+            "shape": layer.shape,
+            "values": layer.values,
+            "flags": layer.flags,
+        }
         for layer in found
-    ]  # fmt: skip
-    _answer(args, {"layers": found}, _columns([header, *rows]))
+    ]
+    _answer(args, {"layers": listed}, _columns([header, *map(_layer_row, found)]))
     return ExitCode.OK
+
+
+def _layer_row(layer: LayerInfo) -> tuple[str, ...]:
+    shape, gigabytes = "x".join(map(str, layer.shape)), layer.values * 4 * 10_000 / 1e9
+    return layer.path, layer.class_name, shape, str(layer.values), f"{gigabytes:.3g}", " ".join(layer.flags)
 
 
 def _status(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ import psutil
 from featray.config import ConfigInput
 from featray.dataset import Dataset
 from featray.pipeline import Job, check, choose_engine
+from featray.planning import STATES
 from featray.schema import Scan
 from featray.stages.extract import extract
 from featray.storage import Store
@@ -48,10 +49,31 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """Counts by state, what `extract` would do, and the estimate."""
+    """What `extract` would find and do.
 
-    counts: dict[str, int]
+    Attributes:
+        found: Scans listed; of these and the stored ones:
+        new: Never seen.
+        changed: Of other content than when they were taken up.
+        stale: Taken up under another recipe.
+        failed: Failed before, and unchanged.
+        removed: Stored, but no longer listed.
+        up_to_date: Stored, or left out by rule, and unchanged.
+        todo: Scans that `extract` would take up.
+        recipe: Id of this config's recipe.
+        engine: That `extract` would use.
+        layers: Output names.
+        ignored: Files that are no scans, by suffix.
+        estimate: What the run is expected to take.
+    """
+
     found: int
+    new: int
+    changed: int
+    stale: int
+    failed: int
+    removed: int
+    up_to_date: int
     todo: int
     recipe: str
     engine: str
@@ -61,7 +83,7 @@ class PlanReport:
 
     def text(self) -> str:
         """Return the plan for a person."""
-        states = ", ".join(f"{count} {state.replace('_', ' ')}" for state, count in self.counts.items())
+        states = ", ".join(f"{getattr(self, state)} {state.replace('_', ' ')}" for state in STATES)
         lines = [f"found {self.found} scans: {states}"]
         if not self.todo:
             return "\n".join([*lines, "nothing to do"])
@@ -91,8 +113,8 @@ def plan(config: ConfigInput, overrides: list[str] | None = None) -> PlanReport:
     found = job.plan(listing, dataset)
     readable = [scan for scan in found.todo if scan.reason is None]
     return PlanReport(
-        counts=found.counts,
         found=len(listing.scans),
+        **found.counts,
         todo=len(found.todo),
         recipe=job.run.recipe_id,
         engine=engine,

@@ -23,9 +23,11 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What is there; `recipes` maps a recipe id to its number of `ok` scans."""
+    """What is there: scans by status and reason, `ok` scans by recipe id, layers, table versions."""
 
-    scans: dict[str, int]
+    ok: int
+    failed: int
+    excluded: int
     reasons: dict[str, int]
     recipes: dict[str, int]
     layers: tuple[LayerStatus, ...]
@@ -33,7 +35,7 @@ class Status:
 
     def text(self) -> str:
         """Return the state for a person."""
-        lines = [f"scans: {', '.join(f'{count} {name}' for name, count in self.scans.items())}"]
+        lines = [f"scans: {self.ok} ok, {self.failed} failed, {self.excluded} excluded"]
         if self.reasons:
             lines.append("reasons: " + ", ".join(f"{count} {name}" for name, count in self.reasons.items()))
         lines.append(
@@ -57,7 +59,9 @@ def status(dataset: Dataset) -> Status:
     counts = Counter(row["status"] for row in rows)
     handles = {table: dataset.open(table) for table in (FEATURES, SCANS)}
     return Status(
-        scans={name: counts[name] for name in ("ok", "failed", "excluded")},
+        ok=counts["ok"],
+        failed=counts["failed"],
+        excluded=counts["excluded"],
         reasons=dict(Counter(row["reason"] for row in rows if row["status"] != "ok").most_common()),
         recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
         layers=tuple(_layers(dataset)),

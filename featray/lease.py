@@ -43,9 +43,7 @@ class Lease:
     def __enter__(self) -> Lease:
         """Take the lease, over a dead run's if need be."""
         if not self._store.create(NAME, self._content()):
-            holder = _read(self._store)
-            if holder is not None and _is_alive(holder):
-                raise OutputBusyError(_busy(holder))
+            refuse_if_held(self._store)
             self._store.write(NAME, self._content())
         self._thread.start()
         return self
@@ -66,6 +64,17 @@ class Lease:
 
     def _content(self) -> bytes:
         return json.dumps({**self._own, "heartbeat": time.time()}).encode()
+
+
+def refuse_if_held(store: Store) -> None:
+    """Look whether another run holds the output, before anything slow is done for nothing.
+
+    Raises:
+        OutputBusyError: A live run does; says which, where and since when.
+    """
+    holder = _read(store)
+    if holder is not None and _is_alive(holder):
+        raise OutputBusyError(_busy(holder))
 
 
 def _read(store: Store) -> dict[str, Any] | None:

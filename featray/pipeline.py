@@ -16,14 +16,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow as pa
-
 from featray import config as configuration
 from featray.config import Config, ConfigInput, ModelConfig
 from featray.dataset import Dataset
 from featray.engines import Engine, Stages
 from featray.errors import ConfigError, ModelError, UsageError
-from featray.lease import Lease
+from featray.lease import Lease, refuse_if_held
 from featray.model import Extractor
 from featray.planning import Plan, make_plan
 from featray.progress import Progress
@@ -32,7 +30,7 @@ from featray.schema import SCAN_COLUMNS, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing, list_scans
-from featray.stages.report import Run, Summary, report
+from featray.stages.report import Run, Summary, Tally, report
 from featray.stages.write import write
 from featray.storage import Store
 
@@ -69,23 +67,23 @@ def extract(
     started = time.time()
     config, listing = check(config, overrides)
     dataset = Dataset(Store(config.output.uri, config.output.storage_options))
+    refuse_if_held(dataset.store)
     stop = stop or threading.Event()
     with choose_engine(config, len(listing.scans)) as engine:
         job = Job.prepare(config, engine.name, started)
-        plan = job.plan(listing, dataset)
-        _refuse_other_recipe(plan, job.run.recipe_id)
-        if not plan.todo:
-            return report(job.run, dataset, listing, plan, [], interrupted=False)
-        with Lease(dataset.store, job.run.run_id), Progress(len(plan.todo), show=show) as progress:
-            committer = Committer(dataset, config.output.partition_by, _carried(config, plan.todo))
+        with Lease(dataset.store, job.run.run_id):
+            committer = Committer(dataset, config.output.partition_by, _carried(config, listing.scans))
             committer.recover()
-            committer.remove_orphans()
-            done: list[ScanRecord] = []
-            for receipt in _receipts(engine, plan, job, dataset, stop):
-                committer.commit([receipt], job.run.run_id)
-                progress.add(receipt.records)
-                done += receipt.records
-            committer.remove_orphans()
+            plan, done = job.plan(listing, dataset), Tally()
+            _refuse_other_recipe(plan, job.run.recipe_id)
+            if plan.todo:
+                committer.remove_orphans()
+                with Progress(len(plan.todo), show=show) as progress:
+                    for receipt in _receipts(engine, plan, job, dataset, stop):
+                        committer.commit([receipt], job.run.run_id)
+                        progress.add(receipt.records)
+                        done.add(receipt.records)
+                committer.remove_orphans()
             return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
 
 
@@ -151,7 +149,7 @@ class Job:
                 _load_same, config.model, config.preprocess.size, threads, self.extractor.sha256
             ),
             write=functools.partial(
-                _write,
+                write,
                 dataset=dataset,
                 partition_by=config.output.partition_by,
                 recipe=run.recipe_id,
@@ -228,10 +226,6 @@ def _load_same(model: ModelConfig, size: Any, threads: int, sha256: str) -> Extr
     if extractor.sha256 != sha256:
         raise ModelError("the model or its code changed while the run was starting; start it again")
     return extractor
-
-
-def _write(extracted: pa.Table, **where: Any) -> Receipt:
-    return write(extracted, **where)
 
 
 def _problems_of_tags(config: Config) -> list[str]:

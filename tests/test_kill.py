@@ -17,7 +17,6 @@ import pytest
 import yaml
 
 from featray.dataset import FEATURES, SCANS, Dataset
-from featray.stages.commit import Committer
 from featray.storage import Store
 
 SCANS_IN_ALL = 32
@@ -196,18 +195,13 @@ def test_an_interrupted_helper_is_not_the_users_traceback(config: Path) -> None:
     assert "Traceback" not in err
 
 
-def test_a_commit_survives_a_kill_at_each_of_its_points(
-    config: Path, tmp_path: Path, undisturbed: Any
-) -> None:
-    for point in ("put", "_write_features", "_write_scans"):
-        process = subprocess.Popen(
-            [sys.executable, "-c", _DIE_AT, str(config), point], stderr=subprocess.PIPE
-        )
-        process.communicate(timeout=120)
-        assert process.returncode == -signal.SIGKILL, point
+@pytest.mark.parametrize("point", ["put", "features", "scans"])
+def test_a_commit_survives_a_kill_at_each_of_its_points(config: Path, undisturbed: Any, point: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", _DIE_AT, str(config), point], stderr=subprocess.PIPE)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
     assert start(config, "inline").wait(timeout=120) == 0
     assert_exactly_once(config, undisturbed)
-    assert Committer(dataset_of(config), ("layer",)).recover() is False
 
 
 _DIE_AT = """
@@ -218,10 +212,11 @@ original, point, commits = Committer._write, sys.argv[2], []
 
 def dying(self, table, *args):
     commits.append(table)
-    if point == "put" and len(commits) > 2:
+    second = commits.count(table) == 2
+    if second and point == "put":
         os.kill(os.getpid(), signal.SIGKILL)     # the workers' files are there, no table knows them
     original(self, table, *args)
-    if point == f"_write_{table}":
+    if second and point == table:
         os.kill(os.getpid(), signal.SIGKILL)     # between the tables, or right after both
 
 Committer._write = dying

@@ -19,6 +19,7 @@ from typing import Any
 
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from featray.dataset import RUNS, Dataset
 from featray.errors import ExitCode
@@ -55,6 +56,22 @@ class Run:
     model_sha256: str
     config: dict[str, Any]
     max_failed_fraction: float
+
+
+@dataclass
+class Tally:
+    """What a run has committed so far; sums only, for there may be a million scans."""
+
+    scans: int = 0
+    bytes_read: int = 0
+    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_TIMES, 0.0))
+
+    def add(self, records: Sequence[ScanRecord]) -> None:
+        """Count the records of one commit."""
+        self.scans += len(records)
+        self.bytes_read += sum(record.bytes_read for record in records)
+        for name in STAGE_TIMES:
+            self.stage_seconds[name] += sum(getattr(record, name) for record in records)
 
 
 @dataclass(frozen=True)
@@ -109,7 +126,7 @@ def report(
     dataset: Dataset,
     listing: Listing,
     plan: Plan,
-    done: Sequence[ScanRecord],
+    done: Tally,
     *,
     interrupted: bool,
 ) -> Summary:
@@ -120,26 +137,26 @@ def report(
         dataset: The output after the last commit.
         listing: Every scan found.
         plan: What was to be done.
-        done: Records this run committed.
+        done: What this run committed.
         interrupted: Whether the run was asked to stop before it was done.
     """
     ledger = dataset.ledger(("scan_id", "status", "reason"))
     summary = _summarise(run, ledger, listing, plan, done, interrupted)
-    if done:
+    if done.scans:
         _write_folder(run, summary, dataset)
     return summary
 
 
 def _summarise(
-    run: Run, ledger: pa.Table, listing: Listing, plan: Plan, done: Sequence[ScanRecord], interrupted: bool
+    run: Run, ledger: pa.Table, listing: Listing, plan: Plan, done: Tally, interrupted: bool
 ) -> Summary:
-    listed = {scan.scan_id for scan in listing.scans}
-    rows = [row for row in ledger.to_pylist() if row["scan_id"] in listed]
-    status = Counter(row["status"] for row in rows)
-    found, missing = len(listed), len(listed) - len({row["scan_id"] for row in rows})
+    listed = pa.array([scan.scan_id for scan in listing.scans], pa.string())
+    rows = ledger.filter(pc.is_in(ledger["scan_id"], listed))
+    status = _counts(rows["status"])
+    found, missing = len(listed), len(listed) - len(rows)
     unfinished = interrupted and missing > 0
     return Summary(
-        run_id=run.run_id if done else "",
+        run_id=run.run_id if done.scans else "",
         engine=run.engine,
         recipe=run.recipe_id,
         layers=run.layers,
@@ -148,16 +165,20 @@ def _summarise(
         failed=status["failed"],
         excluded=status["excluded"],
         missing=missing,
-        done=len(done),
+        done=done.scans,
         states=plan.counts,
-        reasons=dict(Counter(row["reason"] for row in rows if row["status"] != "ok").most_common()),
+        reasons=dict(_counts(rows["reason"].drop_null()).most_common()),
         ignored=listing.ignored,
         seconds=time.time() - run.started,
-        stage_seconds={name: sum(getattr(record, name) for record in done) for name in STAGE_TIMES},
-        bytes_read=sum(record.bytes_read for record in done),
+        stage_seconds=done.stage_seconds,
+        bytes_read=done.bytes_read,
         interrupted=unfinished,
         exit_code=_exit_code(found, status, missing, unfinished, run.max_failed_fraction),
     )
+
+
+def _counts(column: pa.ChunkedArray) -> Counter[str]:
+    return Counter({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
 
 
 def _exit_code(found: int, status: Counter[str], missing: int, unfinished: bool, limit: float) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import queue
 import re
 import signal
 import threading
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 WRITE_CPUS = 0.001
 """What a writer claims: it is rare and short, and must never wait behind decoding."""
 _CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
+_LOOK_S = 0.2
 _SUSPECTS = 20
 """More scans than this left after both passes means a broken cluster, not broken scans."""
 
@@ -51,44 +53,50 @@ class RayEngine:
         self._started = False
 
     def __enter__(self) -> RayEngine:
-        """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one."""
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
-        import ray
-
-        if not ray.is_initialized():
-            with hold_back(_CHATTER):
-                ray.init(
-                    address=self._run.address,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **_local_options(self._run.address),
-                )
-            self._started = True
+        """Do nothing yet: a run that finds nothing to do needs no cluster."""
         return self
 
     def __exit__(self, *error: object) -> None:
         """Leave the cluster; one that this engine started ends."""
-        import ray
-
         if self._started:
+            import ray
+
             ray.shutdown()
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield receipts in order of completion; the second pass isolates scans that kill their worker."""
+        self._connect()
         left = {scan.scan_id: scan for scan in scans}
         for strict in (True, False):
             with _crashes_logged():
-                for receipt in self._pass(list(left.values()), stages, strict):
+                for receipt in _until(stop, self._pass(list(left.values()), stages, strict)):
                     for record in receipt.records:
                         del left[record.scan_id]
                     yield receipt
-                    if stop.is_set():
-                        return
-            if not left:
+            if stop.is_set() or not left:
                 return
-        if len(left) > _SUSPECTS and len(left) == len(scans):
-            raise FeatrayError("no scan came through: the workers die; see the Ray logs of this session")
+        if len(left) > _SUSPECTS or len(left) == len(scans) > 1:
+            raise FeatrayError(
+                f"{len(left)} of {len(scans)} scans did not come through because workers died, which is more "
+                "than broken scans explain; look at memory and at the Ray logs, then run again"
+            )
         yield _given_up(list(left.values()), stages, self._limits.attempts)
+
+    def _connect(self) -> None:
+        """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one."""
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
+        import ray
+
+        if ray.is_initialized():
+            return
+        with hold_back(_CHATTER):
+            ray.init(
+                address=self._run.address,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **_local_options(self._run.address),
+            )
+        self._started = True
 
     def _pass(self, scans: list[Scan], stages: Stages, strict: bool) -> Iterator[Receipt]:
         dataset = self._dataset(scans, stages, strict)
@@ -172,6 +180,31 @@ class _WriteBatch:
 
     def __call__(self, table: pa.Table) -> pa.Table:
         return pa.table({"receipt": [self._write(table).to_json()]})
+
+
+def _until(stop: threading.Event, receipts: Iterator[Receipt]) -> Iterator[Receipt]:
+    """Yield receipts until there are no more, or `stop` is set: also while the next one is waited for."""
+    arrived: queue.SimpleQueue[Receipt | BaseException | None] = queue.SimpleQueue()
+
+    def pump() -> None:
+        try:
+            for receipt in receipts:
+                arrived.put(receipt)
+            arrived.put(None)
+        except BaseException as error:  # raised again where the receipts are used
+            arrived.put(error)
+
+    threading.Thread(target=pump, name="featray-receipts", daemon=True).start()
+    while not (stop.is_set() and arrived.empty()):
+        try:
+            item = arrived.get(timeout=_LOOK_S)
+        except queue.Empty:
+            continue
+        if item is None:
+            return
+        if isinstance(item, BaseException):
+            raise item
+        yield item
 
 
 def _given_up(scans: list[Scan], stages: Stages, attempts: int) -> Receipt:

@@ -155,11 +155,16 @@ def test_a_run_killed_at_random_moments_again_and_again_has_each_scan_once(
     assert_exactly_once(config, undisturbed)
 
 
-def test_ctrl_c_once_commits_what_is_finished_and_says_how_to_resume(config: Path, undisturbed: Any) -> None:
-    process = start(config, "inline")
+@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
+def test_ctrl_c_once_commits_what_is_finished_and_says_how_to_resume(
+    config: Path, undisturbed: Any, engine: str
+) -> None:
+    process = start(config, engine)
     wait_for_a_commit(config, process)
+    children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
+    assert not psutil.wait_procs(children, timeout=10)[1], "processes are left"
     assert process.returncode == 130, err
     assert "run the same command again to resume" in err
     assert "Traceback" not in err

@@ -85,6 +85,8 @@ class RayEngine:
     def _connect(self) -> None:
         """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one."""
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
+        # A thread of Ray Data that outlives a stopped run would else start a cluster of its own.
+        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         import ray
 
         if ray.is_initialized():

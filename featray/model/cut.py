@@ -1,7 +1,8 @@
 """A trained model as a function from volumes to the values of several layers, in one pass.
 
-In: a `ModelConfig` and float32 batches (n, z, y, x). Out: one float32 array per output, first
-axis n. Nothing behind the deepest chosen layer is computed. Knows nothing of scans or tables.
+In: a `ModelConfig` and float32 batches: volumes (n, z, y, x), or whatever the model takes. Out: one
+float32 array per output, first axis n. Nothing behind the deepest chosen layer is computed. Knows
+nothing of scans or tables.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from featray.model.trace import Tap
 log = logging.getLogger(__name__)
 
 Batch = NDArray[np.float32]
+Shape = tuple[int | None, ...]
 
 # Two calls of one graph on one input agree far below this; sampled noise lies far above.
 _SAME = 1e-5
@@ -38,15 +40,16 @@ class CutLayer:
         name: Of the output: the config's `as`, else the path as written with `/` as `.`.
         path: Where the model was tapped, `encoder/conv_1`.
         pool: Pooling over the spatial axes.
-        shape: Of one value before flattening, without batch axis, after pooling.
-        values: Numbers per input.
+        shape: Of one value before flattening, without batch axis, after pooling; None where it
+            follows the size of the input.
+        values: Numbers per input; where that follows the size of the input, those of a small one.
         class_name: Of the Keras layer.
     """
 
     name: str
     path: str
     pool: Pool
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
     values: int
     class_name: str
 
@@ -56,13 +59,13 @@ class Extractor:
 
     Attributes:
         layers: The outputs, in the order of the config.
-        input_zyx: Voxels of one input.
+        input_shape: Of one input with its channels, without batch axis; None where any size goes.
         sha256: Over model, builder and custom code; `files` has them one by one.
         versions: Of keras and tensorflow.
     """
 
     layers: tuple[CutLayer, ...]
-    input_zyx: tuple[int, int, int]
+    input_shape: Shape
     sha256: str
     files: dict[str, str]
     versions: dict[str, str]
@@ -71,7 +74,7 @@ class Extractor:
         self,
         spec: ModelConfig | Mapping[str, Any],
         *,
-        input_zyx: tuple[int, int, int] | None = None,
+        input_zyx: Shape | None = None,
         threads: int | None = None,
     ) -> None:
         """Load, resolve and check everything, then trace and warm up.
@@ -79,7 +82,8 @@ class Extractor:
         Args:
             spec: The `model` section of a config. With `submodel`, that part is called on the
                 input itself: what the outer model does before it is not applied.
-            input_zyx: Voxels of one input; null takes the model's own.
+            input_zyx: Voxels (z, y, x) of one input, to which one channel is added; for other models the
+                shape they take. None along an axis takes any size, all in one trace. null takes the model's own shape.
             threads: CPU threads TensorFlow may use.
 
         Raises:
@@ -91,7 +95,7 @@ class Extractor:
         import keras
         import tensorflow as tf
 
-        loaded = load.load_model(self._spec, (*input_zyx, 1) if input_zyx else None)
+        loaded = load.load_model(self._spec, with_channel(input_zyx))
         self._model = load.submodel(loaded.model, self._spec.submodel)
         self._shape, problems = input_shape(self._model, input_zyx)
         taps = survey(self._model, self._shape, problems)
@@ -100,7 +104,7 @@ class Extractor:
         self.layers = tuple(self._warm_up(choices, problems))
         if problems:
             raise ModelError(problems, fetch.shown(self._spec.uri))
-        self.input_zyx = self._shape[0], self._shape[1], self._shape[2]
+        self.input_shape = self._shape
         self.sha256, self.files = loaded.sha256, loaded.files
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
         self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in taps})

@@ -54,6 +54,12 @@ def start(config: Path, engine: str, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+def run_to_the_end(config: Path) -> None:
+    process = start(config, "inline")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+
+
 def dataset_of(config: Path) -> Dataset:
     return Dataset(Store(yaml.safe_load(config.read_text())["output"]["uri"]))
 
@@ -149,9 +155,7 @@ def test_a_run_killed_at_random_moments_again_and_again_has_each_scan_once(
         wait_for_a_commit(config, process)
         time.sleep(rng.random() * 0.3)
         kill_with_children(process)
-    last = start(config, "inline")
-    _, err = last.communicate(timeout=120)
-    assert last.returncode == 0, err
+    run_to_the_end(config)
     assert_exactly_once(config, undisturbed)
 
 
@@ -170,8 +174,7 @@ def test_ctrl_c_once_commits_what_is_finished_and_says_how_to_resume(
     assert "Traceback" not in err
     done = len(dataset_of(config).ledger())
     assert 0 < done < SCANS_IN_ALL
-    again = start(config, "inline")
-    assert again.wait(timeout=120) == 0
+    run_to_the_end(config)
     assert_exactly_once(config, undisturbed)
 
 
@@ -205,7 +208,7 @@ def test_a_commit_survives_a_kill_at_each_of_its_points(config: Path, undisturbe
     process = subprocess.Popen([sys.executable, "-c", _DIE_AT, str(config), point], stderr=subprocess.PIPE)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
-    assert start(config, "inline").wait(timeout=120) == 0
+    run_to_the_end(config)
     assert_exactly_once(config, undisturbed)
 
 

@@ -147,13 +147,16 @@ def test_every_config_problem_comes_in_one_message_and_nothing_is_written(
     ("override", "fact"),
     [
         ("model.uri=nowhere.keras", "nowhere.keras"),
+        ("source.format=npy", "source.format: npy is not supported yet"),
+        ("output.partition_by=[layer, sight]", "has a column 'sight'"),
+        ("privacy.dicom_tags=[PatientsAge]", "DICOM knows no keyword 'PatientsAge'"),
         ("model.layers=[encoder/z]", "z_mean"),
         ("model.custom_objects=[]", "custom_objects"),
         ("preprocess.size=[8, 32, 48]", "(8, 32, 32, 1)"),
         ("source.format=dicom source.uri=.", None),
     ],
 )
-def test_a_model_that_cannot_be_used_is_exit_code_2(
+def test_what_cannot_be_used_is_exit_code_2_and_nothing_is_written(
     config: Path, capsys: pytest.CaptureFixture[str], override: str, fact: str | None, tmp_path: Path
 ) -> None:
     if fact is None:

@@ -79,7 +79,8 @@ class Decoder:
         return _failed(record, "read", ScanError(reason, message))
 
     def _read(self, scan: Scan) -> ReadResult:
-        fs, _ = open_url(self.source_uri, self.source_options)
+        # A manifest may name scans on another file system than its own.
+        fs, _ = open_url(scan.uri if "://" in scan.uri else self.source_uri, self.source_options)
         try:
             return read(scan, fs, max_voxels=self.limits.max_voxels, dicom_tags=self.dicom_tags)
         except MemoryError:

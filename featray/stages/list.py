@@ -80,13 +80,13 @@ def list_scans(source: SourceConfig) -> Listing:
 def _list(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) -> Listing:
     if root.lower().endswith(MANIFEST_SUFFIXES) and fs.isfile(root):
         return _list_manifest(fs, root, source)
-    if any(mark in root for mark in "*?["):
-        base = _before_wildcard(root)
-        found = {path: info for path, info in fs.glob(root, detail=True).items() if info["type"] == "file"}
-    elif fs.isfile(root):
+    if fs.isfile(root):
         base, found = posixpath.dirname(root), {root: fs.info(root)}
     elif fs.isdir(root):
         base, found = root, fs.find(root, detail=True)
+    elif any(mark in root for mark in "*?["):
+        base = _before_wildcard(root)
+        found = {path: info for path, info in fs.glob(root, detail=True).items() if info["type"] == "file"}
     else:
         raise FileNotFoundError(root)
     files = [_file(path, info, base) for path, info in sorted(found.items())]
@@ -107,7 +107,7 @@ def _list_files(
         series, members = _dicom_scans(fs, base, maybe_dicom, source)
         scans += series
         used |= members
-    ignored = Counter(_suffix(file.name) for file in visible if file not in used)
+    ignored = Counter(_suffix(file.name) or "without suffix" for file in visible if file not in used)
     return Listing(tuple(scans), dict(ignored))
 
 
@@ -188,8 +188,7 @@ def _short_hash(series: dicom.Series, uid_is_shared: bool) -> str:
 
 def _list_manifest(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> Listing:
     rows = _manifest_rows(fs, path, source)
-    folder = posixpath.dirname(path)
-    return Listing(tuple(_manifest_scan(fs, folder, row, source) for row in rows))
+    return Listing(tuple(_manifest_scan(row, source) for row in rows))
 
 
 def _manifest_rows(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> list[dict[str, str]]:
@@ -211,24 +210,39 @@ def _manifest_rows(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfi
     return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
 
 
-def _manifest_scan(
-    fs: fsspec.AbstractFileSystem, folder: str, row: dict[str, str], source: SourceConfig
-) -> Scan:
-    uri = row["uri"]
-    scan_id = row[source.id_column] if source.id_column else uri
-    carried = {key: value for key, value in row.items() if key not in ("uri", "version", source.id_column)}
-    path = fs._strip_protocol(uri) if "://" in uri or uri.startswith("/") else posixpath.join(folder, uri)
-    row_scan = Scan(scan_id, mask_url(uri), "auto", (), row.get("version", ""), columns=carried)
+def _manifest_scan(row: dict[str, str], source: SourceConfig) -> Scan:
+    uri, version = _resolved(row["uri"], source.uri), row.get("version", "")
+    scan = Scan(
+        scan_id=row[source.id_column] if source.id_column else row["uri"],
+        uri=mask_url(uri),
+        format="auto",
+        files=(),
+        content=_hash([version]),
+        columns={key: value for key, value in row.items() if key not in ("uri", "version", source.id_column)},
+    )
     try:
-        found = _list(fs, path.rstrip("/"), source.model_copy(update={"format": "auto"})).scans
+        fs, path = open_url(uri, source.storage_options)
+    except ConfigError as error:
+        return replace(scan, reason=Reason.STORAGE, message=str(error))
+    if version and path.lower().endswith(NIFTI_SUFFIXES):  # nothing is left to ask the store
+        return replace(scan, format="nifti", files=(path,))
+    try:
+        found = _list(fs, path, source.model_copy(update={"uri": uri, "format": "auto"})).scans
     except OSError as error:
         message = f"the manifest names a place that cannot be read ({type(error).__name__})"
-        return replace(row_scan, reason=Reason.STORAGE, message=message)
+        return replace(scan, reason=Reason.STORAGE, message=message)
     if len(found) != 1:
         message = f"the manifest's uri must name one scan; it holds {len(found)}"
-        return replace(row_scan, reason=Reason.NOT_A_VOLUME, message=message)
-    content = _hash([row["version"]]) if row.get("version") else found[0].content
-    return replace(found[0], scan_id=scan_id, uri=mask_url(uri), content=content, columns=carried)
+        return replace(scan, reason=Reason.NOT_A_VOLUME, message=message)
+    content = scan.content if version else found[0].content
+    return replace(found[0], scan_id=scan.scan_id, uri=scan.uri, content=content, columns=scan.columns)
+
+
+def _resolved(uri: str, manifest: str) -> str:
+    """Return a manifest's uri in full: absolute as it is, else relative to the manifest."""
+    if "://" in uri or uri.startswith("/"):
+        return uri
+    return posixpath.join(posixpath.dirname(manifest), uri)
 
 
 def _unique_ids(scans: Iterable[Scan]) -> Iterator[Scan]:

@@ -1,0 +1,150 @@
+"""Listing: every scan once, under an id that says where it is; what is no scan is counted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featray.config import SourceConfig
+from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
+from featray.errors import ConfigError
+from featray.schema import Scan
+from featray.stages import list as listing
+from featray.stages.list import list_scans
+
+SHAPE = (6, 16, 16)
+
+
+def nifti(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_nifti(make_phantom(seed, SHAPE), path)
+    return path
+
+
+def series(folder: Path, seed: int = 0) -> list[Path]:
+    write_dicom_series(make_phantom(seed, SHAPE), folder, name=f"series-{seed}")
+    return sorted(folder.iterdir())
+
+
+def scans(uri: Path | str, **more: Any) -> dict[str, Scan]:
+    return {scan.scan_id: scan for scan in list_scans(SourceConfig(uri=str(uri), **more)).scans}
+
+
+def test_ids_are_paths_below_the_root(tmp_path: Path) -> None:
+    nifti(tmp_path / "a" / "b c" / "x.nii.gz")
+    nifti(tmp_path / "y.NII")
+    series(tmp_path / "d" / "s1")
+    found = scans(tmp_path)
+    assert {name: scan.format for name, scan in found.items()} == {
+        "a/b c/x.nii.gz": "nifti",
+        "y.NII": "nifti",
+        "d/s1": "dicom",
+    }
+    assert found["a/b c/x.nii.gz"].uri == str(tmp_path / "a" / "b c" / "x.nii.gz")
+    assert found["d/s1"].uri == str(tmp_path / "d" / "s1")
+
+
+def test_a_root_with_marks_of_a_glob_is_a_folder_all_the_same(tmp_path: Path) -> None:
+    nifti(tmp_path / "CT [2020]*" / "x.nii")
+    assert list(scans(tmp_path / "CT [2020]*")) == ["x.nii"]
+
+
+def test_a_series_that_is_the_root_itself_is_named_after_it(tmp_path: Path) -> None:
+    series(tmp_path / "case7")
+    assert list(scans(tmp_path / "case7")) == ["case7"]
+
+
+def test_several_series_flat_in_one_folder_are_told_apart(tmp_path: Path) -> None:
+    for seed in (1, 2):
+        for number, path in enumerate(series(tmp_path / f"s{seed}", seed)):
+            (tmp_path / "mixed").mkdir(exist_ok=True)
+            shutil.move(path, tmp_path / "mixed" / f"{number:03}-{seed}")  # no suffix
+    found = scans(tmp_path / "mixed")
+    assert [len(scan.files) for scan in found.values()] == [6, 6]
+    assert all(name.startswith("mixed#") for name in found)
+
+
+def test_a_series_split_over_two_folders_is_one_scan(tmp_path: Path) -> None:
+    files = series(tmp_path / "all")
+    for index, path in enumerate(files):
+        target = tmp_path / "export" / f"part{index % 2}"
+        target.mkdir(parents=True, exist_ok=True)
+        shutil.move(path, target / path.name)
+    shutil.rmtree(tmp_path / "all")
+    (scan,) = scans(tmp_path).values()
+    assert (scan.scan_id, len(scan.files)) == ("export", 6)
+
+
+def test_hidden_files_are_no_scans_and_others_are_counted(tmp_path: Path) -> None:
+    nifti(tmp_path / "x.nii")
+    (tmp_path / "._x.nii").write_bytes(b"AppleDouble")
+    (tmp_path / "labels.csv").write_text("scan_id\n")
+    (tmp_path / "README").write_text("words")
+    found = list_scans(SourceConfig(uri=str(tmp_path)))
+    assert [scan.scan_id for scan in found.scans] == ["x.nii"]
+    assert found.ignored == {".csv": 1, "without suffix": 1}
+
+
+def test_format_leaves_out_the_other(tmp_path: Path) -> None:
+    nifti(tmp_path / "x.nii")
+    series(tmp_path / "s")
+    assert list(scans(tmp_path, format="nifti")) == ["x.nii"]
+    assert list(scans(tmp_path, format="dicom")) == ["s"]
+
+
+def test_content_follows_the_files_and_nothing_else(tmp_path: Path) -> None:
+    path = nifti(tmp_path / "x.nii")
+    before = scans(tmp_path)["x.nii"].content
+    nifti(tmp_path / "y.nii")
+    assert scans(tmp_path)["x.nii"].content == before
+    nifti(path, seed=1)
+    assert scans(tmp_path)["x.nii"].content != before
+
+
+def test_a_missing_or_empty_place_is_a_config_error(tmp_path: Path) -> None:
+    for uri, fact in ((tmp_path / "nowhere", "does not exist"), (tmp_path, "no scan of format auto")):
+        with pytest.raises(ConfigError, match=fact):
+            scans(uri)
+    with pytest.raises(ConfigError, match="cannot open"):
+        scans("nosuchprotocol://x")
+
+
+def test_a_manifest_with_versions_does_not_ask_the_store(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("uri,version\na/x.nii.gz,v1\na/y.nii.gz,v2\n")
+    original = listing._list
+
+    def asked(fs: Any, root: str, source: SourceConfig) -> Any:
+        assert root.endswith("m.csv"), "only the manifest itself may be looked at"
+        return original(fs, root, source)
+
+    monkeypatch.setattr(listing, "_list", asked)
+    found = scans(manifest)
+    assert [scan.files for scan in found.values()] == [
+        (str(tmp_path / "a/x.nii.gz"),),
+        (str(tmp_path / "a/y.nii.gz"),),
+    ]
+    before = found["a/x.nii.gz"].content
+    manifest.write_text("uri,version\na/x.nii.gz,v2\n")
+    assert scans(manifest)["a/x.nii.gz"].content != before
+
+
+def test_a_manifest_may_name_another_file_system(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_text(f"uri\nnosuch://x.nii\nfile://{nifti(tmp_path / 'x.nii')}\n")
+    found = scans(manifest)
+    assert found["nosuch://x.nii"].reason == "storage"
+    assert found[f"file://{tmp_path}/x.nii"].files == (str(tmp_path / "x.nii"),)
+
+
+def test_a_manifest_without_its_columns_is_a_config_error(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("path,mask\nx.nii,y.nii\n")
+    with pytest.raises(ConfigError) as caught:
+        scans(manifest, id_column="case")
+    assert len(caught.value.problems) == 3

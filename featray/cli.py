@@ -16,12 +16,13 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from featray.errors import ExitCode, FeatrayError, Reason
 
 if TYPE_CHECKING:
     from featray.model.describe import LayerInfo
+    from featray.stages.report import Summary
 
 RESUME = "run the same command again to resume"
 
@@ -37,6 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FeatrayError as error:
         _complain(args, str(error), error.exit_code)
         return int(error.exit_code)
+    except Exception as error:
+        logging.getLogger("featray").exception("unexpected error; please report it with these lines")
+        _complain(args, f"unexpected error ({type(error).__name__})", ExitCode.UNEXPECTED)
+        return int(ExitCode.UNEXPECTED)
     except KeyboardInterrupt:
         _complain(args, f"stopped at once; what was committed is kept, {RESUME}", ExitCode.INTERRUPTED)
         return int(ExitCode.INTERRUPTED)
@@ -53,11 +58,15 @@ def _extract(args: argparse.Namespace) -> int:
     with _stop_on_signal() as stop:
         summary = extract(args.config, args.set, show=not args.quiet, stop=stop)
     _answer(args, summary, summary.text())
+    _say_how_it_ended(summary)
+    return int(summary.exit_code)
+
+
+def _say_how_it_ended(summary: Summary) -> None:
     if summary.exit_code == ExitCode.INTERRUPTED:
         print(f"featray: interrupted; {summary.done} scans are committed, {RESUME}", file=sys.stderr)
     elif summary.exit_code:
         print("featray: `featray failures` lists what is not ok", file=sys.stderr)
-    return summary.exit_code
 
 
 def _plan(args: argparse.Namespace) -> int:
@@ -122,6 +131,7 @@ def _demo(args: argparse.Namespace) -> int:
     with _stop_on_signal() as stop:
         result = demo(args.directory, show=not args.quiet, stop=stop)
     _answer(args, result, result.text())
+    _say_how_it_ended(result.summary)
     return int(result.summary.exit_code)
 
 
@@ -137,8 +147,17 @@ def _dataset(args: argparse.Namespace) -> Any:
     return Dataset(Store(output.uri, output.storage_options))
 
 
+class _Parser(argparse.ArgumentParser):
+    """Answer a wrong command line like any other error, also with --json."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        _complain(argparse.Namespace(json="--json" in sys.argv), message, ExitCode.USAGE)
+        self.exit(int(ExitCode.USAGE))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="featray",
         description="Extract the activations of chosen Keras layers for every CT scan you own.",
     )

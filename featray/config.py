@@ -10,6 +10,7 @@ import contextlib
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -28,6 +29,7 @@ from pydantic import (
 
 from featray.errors import ConfigError
 
+Text = Annotated[str, Field(min_length=1)]
 SIZES_ZYX = Annotated[tuple[int, int, int], Field(min_length=3, max_length=3)]
 SPACING_ZYX = Annotated[tuple[float, float, float], Field(min_length=3, max_length=3)]
 
@@ -35,13 +37,13 @@ SPACING_ZYX = Annotated[tuple[float, float, float], Field(min_length=3, max_leng
 class _Section(BaseModel):
     """Frozen and strict about names: an unknown key is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class SourceConfig(_Section):
     """Where the scans are."""
 
-    uri: str
+    uri: Text
     """Folder, glob, one file, or a manifest (.csv or .parquet with a `uri` column); any fsspec URL."""
     format: Literal["auto", "nifti", "dicom", "npy"] = "auto"
     """What to look for; auto takes NIfTI files and DICOM series alike."""
@@ -115,14 +117,14 @@ class PreprocessConfig(_Section):
 class LayerConfig(_Section):
     """One layer to extract."""
 
-    layer: str
+    layer: Text
     """Name, path (`encoder/z_mean`) or glob."""
     pool: Literal["none", "avg", "max", "avgmax"] | None = None
     """Over the spatial axes; null = none for rank-2 outputs, avg for feature maps."""
-    as_: str | None = Field(default=None, alias="as")
+    as_: Text | None = Field(default=None, alias="as")
     """Name in the output; null = the path with `/` as `.`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(populate_by_name=True)
 
 
 def _layer_from_text(value: Any) -> Any:
@@ -132,7 +134,7 @@ def _layer_from_text(value: Any) -> Any:
 class ModelConfig(_Section):
     """The trained model and where it is cut."""
 
-    uri: str
+    uri: Text
     """.keras, .h5 or SavedModel folder; any fsspec URL."""
     builder: str | None = None
     """`package.module:function` or `file.py:function` that returns the model, for weights-only files."""
@@ -144,6 +146,10 @@ class ModelConfig(_Section):
     """true runs Lambda layers and other code stored inside the model file."""
     layers: tuple[Annotated[LayerConfig, BeforeValidator(_layer_from_text)], ...] = Field(min_length=1)
     """The layers to extract, all in one pass."""
+    constants: dict[str, Any] = Field(default_factory=dict)
+    """Values of the model's further inputs, by input name and without batch axis; the same for every scan."""
+    compute: Literal["float32", "float16", "bfloat16"] | None = None
+    """Type that layers compute in, weights staying as they are; null = what the model says."""
     batch_size: int = Field(default=4, ge=1)
     """Model inputs per call."""
     allow_stochastic: bool = False
@@ -155,7 +161,7 @@ class ModelConfig(_Section):
 class OutputConfig(_Section):
     """Where the tables go."""
 
-    uri: str
+    uri: Text
     """Local path or any fsspec URL."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Passed to fsspec and to the Delta log; never written anywhere."""
@@ -290,8 +296,8 @@ def load_partly(config: ConfigInput, overrides: list[str] | None = None) -> tupl
     for item in found:
         _drop(values, item["loc"])
     with contextlib.suppress(ValidationError):
-        return Config.model_validate(values), [_sentence(item) for item in found]
-    return None, [_sentence(item) for item in found]
+        return Config.model_validate(values), _sentences(found)
+    return None, _sentences(found)
 
 
 def name_of(config: ConfigInput) -> str:
@@ -343,22 +349,24 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy's numbers and arrays
+        return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"--set {override!r}: expected key.path=value, e.g. model.batch_size=8")
+        raise ConfigError(f"--set {key!r}: expected key.path=value, e.g. model.batch_size=8")
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        raise ConfigError(f"--set {override!r}: the value is not YAML") from None
+        raise ConfigError(f"--set {key}: the value is not YAML") from None
     *parents, last = key.strip().split(".")
     for name in parents:
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            raise ConfigError(f"--set {override!r}: {name} is a value, not a section")
+            raise ConfigError(f"--set {key}: {name} is a value, not a section")
     values[last] = value
 
 
@@ -373,8 +381,19 @@ def _drop(values: Any, path: tuple[int | str, ...]) -> None:
         holder.pop(key, None)
 
 
+def _sentences(found: Sequence[Any]) -> list[str]:
+    """Return one sentence per problem; what only follows from a problem inside a list is left out."""
+    paths = [item["loc"] for item in found]
+    inside = {path[:length] for path in paths for length in range(len(path))}
+    kept = [item for item in found if item["type"] != "too_short" or item["loc"] not in inside]
+    return [_sentence(item) for item in kept]
+
+
 def _sentence(item: Any) -> str:
     path = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "missing" and isinstance(item["loc"][-1], int):
+        where = ".".join(str(part) for part in item["loc"][:-1])
+        return f"{where}: too few values (got {list(item['input'])!r})"
     if item["type"] == "extra_forbidden":
         return f"{path}: unknown key{_nearest(str(item['loc'][-1]), _known_keys(item['loc'][:-1]))}"
     if item["type"] == "missing":

@@ -80,6 +80,8 @@ def demo(
     """
     folder = Path(directory)
     config_path = folder / "demo.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give the demo a folder")
     if folder.exists() and any(folder.iterdir()) and not (folder / "ct").is_dir():
         raise ConfigError(f"{folder} holds something else; give the demo a folder of its own")
     values = demo_config(folder)

@@ -16,17 +16,19 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import pyarrow as pa
+
 from featray import config as configuration
 from featray.config import Config, ConfigInput, ModelConfig
 from featray.dataset import Dataset
 from featray.engines import Engine, Stages
-from featray.errors import ConfigError, ModelError, UsageError
+from featray.errors import ConfigError, FeatrayError, ModelError, UsageError
 from featray.lease import Lease, refuse_if_held
 from featray.model import Extractor
 from featray.planning import Plan, make_plan
 from featray.progress import Progress
 from featray.recipe import recipe, recipe_id
-from featray.schema import SCAN_COLUMNS, Receipt, Scan, ScanRecord
+from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing, list_scans
@@ -38,7 +40,7 @@ log = logging.getLogger(__name__)
 
 HANDFUL = 100
 """Scans up to which engine auto does without Ray when no cluster is named."""
-MAX_SCANS_PER_FILE = 256
+MAX_SCANS_PER_FILE = 128
 MAX_FILE_BYTES = 64 * 2**20
 
 
@@ -67,7 +69,7 @@ def extract(
     started = time.time()
     config, listing = check(config, overrides)
     dataset = Dataset(Store(config.output.uri, config.output.storage_options))
-    refuse_if_held(dataset.store)
+    _look_at_output(dataset.store)
     stop = stop or threading.Event()
     with choose_engine(config, len(listing.scans)) as engine:
         job = Job.prepare(config, engine.name, started)
@@ -76,8 +78,8 @@ def extract(
             committer.recover()
             plan, done = job.plan(listing, dataset), Tally()
             _refuse_other_recipe(plan, job.run.recipe_id)
+            committer.remove_orphans()
             if plan.todo:
-                committer.remove_orphans()
                 with Progress(len(plan.todo), show=show) as progress:
                     for receipt in _receipts(engine, plan, job, dataset, stop):
                         committer.commit([receipt], job.run.run_id)
@@ -202,6 +204,20 @@ def choose_engine(config: Config, scans: int) -> Engine:
     return RayEngine(config.run, config.limits)
 
 
+def _look_at_output(store: Store) -> None:
+    """Refuse an output that is held or cannot be used, before anything slow is done for nothing."""
+    try:
+        store.refuse_unwritable()
+        refuse_if_held(store)
+    except FeatrayError:
+        raise
+    except Exception as error:  # every store has errors of its own, and their texts may hold credentials
+        problem = (
+            f"output.uri: {configuration.mask_url(store.uri)} cannot be reached ({type(error).__name__})"
+        )
+        raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
+
+
 def _refuse_other_recipe(plan: Plan, recipe: str) -> None:
     if plan.other_recipe:
         raise ConfigError(
@@ -213,7 +229,8 @@ def _refuse_other_recipe(plan: Plan, recipe: str) -> None:
 
 def new_run_id() -> str:
     """Return an id that sorts by time and is unique."""
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.urandom(3).hex()}"
+    now = datetime.now(UTC)
+    return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{os.urandom(3).hex()}"
 
 
 def _load_extractor(model: ModelConfig, size: Any, threads: int | None = None) -> Extractor:
@@ -233,6 +250,7 @@ def _problems_not_built_yet(config: Config) -> list[str]:
     asked = {
         "source.format: npy": config.source.format == "npy",
         "source.rows: true": config.source.rows,
+        "preprocess.size: null": config.preprocess.size is None,
         "output.keep_versions_days above 0": config.output.keep_versions_days > 0,
     }
     return [
@@ -252,9 +270,18 @@ def _problems_of_tags(config: Config) -> list[str]:
 
 
 def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
-    known = {"layer", *SCAN_COLUMNS.names, *_carried(config, listing.scans)}
-    unknown = [name for name in config.output.partition_by if name not in known]
-    return [f"output.partition_by: neither scans nor the manifest has a column {name!r}" for name in unknown]
+    texts = [field.name for field in SCAN_COLUMNS if pa.types.is_string(field.type)]
+    known = [name for name in texts if name not in FEATURE_COLUMNS.names]  # those are inside the files
+    known += [name for name in _carried(config, listing.scans) if name not in SCAN_COLUMNS.names]
+    further = config.output.partition_by[1:]
+    problems = [
+        f"output.partition_by: {name!r} is none of {', '.join(known)}"
+        for name in further
+        if name not in known
+    ]
+    if len(set(further)) < len(further):
+        problems.append(f"output.partition_by: {list(further)} names a column twice")
+    return problems
 
 
 def _problems_of_model(model: ModelConfig, size: Any) -> list[str]:

@@ -95,6 +95,22 @@ class Store:
             return False
         return True
 
+    def refuse_unwritable(self) -> None:
+        """Check, without writing, that files can be put here. Other stores tell only when they are asked.
+
+        Raises:
+            ConfigError: A local folder that is a file, or that may not be written.
+        """
+        if not self.is_local:
+            return
+        place = self.root
+        while not os.path.lexists(place):
+            place = os.path.dirname(place)
+        if not os.path.isdir(place):
+            raise ConfigError(f"output.uri: {place} is a file, not a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise ConfigError(f"output.uri: no permission to write into {place}")
+
     def size(self, name: str) -> int | None:
         """Return a file's size in bytes, or None when there is no such file."""
         try:

@@ -148,7 +148,8 @@ def test_every_config_problem_comes_in_one_message_and_nothing_is_written(
     [
         ("model.uri=nowhere.keras", "nowhere.keras"),
         ("source.format=npy", "source.format: npy is not supported yet"),
-        ("output.partition_by=[layer, sight]", "has a column 'sight'"),
+        ("preprocess.size=null", "preprocess.size: null is not supported yet"),
+        ("output.partition_by=[layer, sight]", "'sight' is none of"),
         ("privacy.dicom_tags=[PatientsAge]", "DICOM knows no keyword 'PatientsAge'"),
         ("model.layers=[encoder/z]", "z_mean"),
         ("model.custom_objects=[]", "custom_objects"),
@@ -210,3 +211,59 @@ def test_a_terminal_gets_a_bar(config: Path) -> None:
     text = shown.decode()
     assert re.search(r"12/12 .*scan", text)
     assert "0 failed" in text
+
+
+@pytest.mark.parametrize(
+    ("override", "fact"),
+    [
+        ("preprocess.scale=[0, .nan]", "finite"),
+        ("preprocess.window=[-.inf, 1]", "finite"),
+        ('output.uri=""', "output.uri"),
+        ("output.partition_by=[layer, scan_id]", "'scan_id' is none of"),
+        ("output.partition_by=[layer, format, format]", "twice"),
+        ("source.id_column=case", "only a manifest"),
+        ("run.address=127.0.0.1:1", "nothing answers at 127.0.0.1:1"),
+        ("run.actors.num_gpus=1", "run.actors.num_gpus: 1 is claimed, Ray has 0 GPU"),
+    ],
+)
+@pytest.mark.ray
+def test_what_would_fail_late_or_wait_for_ever_is_exit_code_2(
+    config: Path, override: str, fact: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["extract", str(config), "--set", override, "--set", "run.engine=ray", "--json"]) == 2
+    captured = capsys.readouterr()
+    assert fact in captured.err
+    assert fact in last_json(captured.out)["error"]
+
+
+def test_an_output_that_is_a_file_is_exit_code_2(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for place in (config, config / "below"):
+        assert main(["extract", str(config), "--set", f"output.uri={place}"]) == 2
+        assert "is a file, not a folder" in capsys.readouterr().err
+
+
+def test_a_wrong_command_line_answers_in_json_too() -> None:
+    done = subprocess.run([*ENTRY, "extract", "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert last_json(done.stdout)["exit_code"] == 2
+
+
+def test_an_unexpected_error_is_exit_code_1_with_its_trace_and_json(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import featray.pipeline
+
+    monkeypatch.setattr(featray.pipeline, "list_scans", lambda source: 1 / 0)
+    assert main(["extract", str(config), "--json"]) == 1
+    assert last_json(capsys.readouterr().out) == {
+        "error": "unexpected error (ZeroDivisionError)",
+        "exit_code": 1,
+    }
+
+
+def test_a_secret_in_a_broken_override_is_not_echoed(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["extract", str(config), "--set", "source.storage_options={secret: [PLANTED"]) == 2
+    captured = capsys.readouterr()
+    assert "PLANTED" not in captured.err + captured.out

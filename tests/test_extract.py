@@ -148,6 +148,31 @@ def test_scans_added_later_are_all_that_is_extracted(config_of: Any, phantoms: P
     assert len(features_of(config)) == 2 * len(NAMES)
 
 
+def test_a_kill_before_superseded_files_are_deleted_is_mended_even_when_nothing_is_due(
+    config_of: Any, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collection = tmp_path / "mended"
+    collection.mkdir()
+    (collection / "x.nii.gz").write_bytes(b"")
+    config = config_of(source={"uri": str(collection)})
+    assert featray.extract(config).failed == 1
+    shutil.copy(phantoms / "nifti" / "phantom_000.nii.gz", collection / "x.nii.gz")
+
+    def killed(self: Store, names: list[str]) -> None:
+        if any(name.startswith("scans/") for name in names):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "delete", killed)
+    with pytest.raises(KeyboardInterrupt):
+        featray.extract(config)
+    monkeypatch.undo()
+    (Path(config["output"]["uri"]) / "runs" / "lease.json").unlink()
+    assert len(list((Path(config["output"]["uri"]) / "scans").glob("*.parquet"))) == 2
+    summary = featray.extract(config)
+    assert (summary.done, summary.ok) == (0, 1)
+    assert len(list((Path(config["output"]["uri"]) / "scans").glob("*.parquet"))) == 1
+
+
 def test_another_recipe_is_refused_before_anything_is_written(config_of: Any) -> None:
     config = config_of()
     featray.extract(config)

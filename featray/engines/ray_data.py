@@ -16,6 +16,7 @@ import os
 import queue
 import re
 import signal
+import socket
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ import pyarrow as pa
 
 from featray.config import LimitsConfig, RunConfig
 from featray.engines import Stages
-from featray.errors import FeatrayError, Reason
+from featray.errors import ConfigError, FeatrayError, Reason
 from featray.quiet import hold_back
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.decode import Decoder
@@ -39,6 +40,7 @@ WRITE_CPUS = 0.001
 """What a writer claims: it is rare and short, and must never wait behind decoding."""
 _CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
 _LOOK_S = 0.2
+_KNOCK_S = 10.0
 _SUSPECTS = 20
 """More scans than this left after both passes means a broken cluster, not broken scans."""
 
@@ -83,22 +85,28 @@ class RayEngine:
         yield _given_up(list(left.values()), stages, self._limits.attempts)
 
     def _connect(self) -> None:
-        """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one."""
+        """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one.
+
+        Raises:
+            ConfigError: Nothing answers at the address, or a local Ray has not what a stage claims.
+        """
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
         # A thread of Ray Data that outlives a stopped run would else start a cluster of its own.
         os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         import ray
 
-        if ray.is_initialized():
-            return
-        with hold_back(_CHATTER):
-            ray.init(
-                address=self._run.address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **_local_options(self._run.address),
-            )
-        self._started = True
+        address = self._run.address or os.environ.get("RAY_ADDRESS")
+        if not ray.is_initialized():
+            _refuse_unreachable(address)
+            with hold_back(_CHATTER):
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    **({} if address else {"include_dashboard": False}),
+                )
+            self._started = True
+        _compare_claims(self._run, ray.cluster_resources(), grows=bool(address))
 
     def _pass(self, scans: list[Scan], stages: Stages, strict: bool) -> Iterator[Receipt]:
         dataset = self._dataset(scans, stages, strict)
@@ -141,6 +149,10 @@ class RayEngine:
             )
 
 
+class _LateError(BaseException):
+    """A scan took too long. No Exception, so that no handler on the way takes it for a reader's error."""
+
+
 class _DecodeRow:
     """Row of a listed scan → row of a model input."""
 
@@ -152,7 +164,7 @@ class _DecodeRow:
         try:
             with _alarm(self._timeout_s):
                 decoded = self._decode(scan)
-        except TimeoutError:
+        except _LateError:
             message = f"no result after {self._timeout_s:g} s (limits.scan_timeout_s)"
             decoded = self._decode.failed(scan, Reason.TIMEOUT, message, 1)
         return {"record": decoded.record.to_json(), "tensor": decoded.tensor_nzyx, "origins": decoded.origins}
@@ -245,13 +257,13 @@ def _without_deprecations() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError in the main thread after `seconds`; elsewhere there is no limit."""
+    """Raise `_LateError` in the main thread after `seconds`; elsewhere there is no limit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def ring(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError
+        raise _LateError
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -299,7 +311,32 @@ def _configure(strict: bool) -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def _local_options(address: str | None) -> dict[str, Any]:
-    if address or os.environ.get("RAY_ADDRESS"):
-        return {}
-    return {"include_dashboard": False}
+def _refuse_unreachable(address: str | None) -> None:
+    """Knock at HOST:PORT first: Ray itself would try for minutes."""
+    found = re.fullmatch(r"(?:ray://)?\[?([^\s\]]+)\]?:(\d+)", address or "")
+    if not found:
+        return
+    try:
+        socket.create_connection((found[1], int(found[2])), timeout=_KNOCK_S).close()
+    except OSError as error:
+        problem = f"run.address: nothing answers at {address} ({type(error).__name__})"
+        raise ConfigError(f"{problem}; is the cluster up, and the port that of its head?") from None
+
+
+def _compare_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:
+    """Refuse claims a local Ray can never meet: Ray would wait for ever. A cluster may still grow."""
+    claims = {
+        "run.actors.num_cpus": (run.actors.num_cpus, "CPU"),
+        "run.actors.num_gpus": (run.actors.num_gpus, "GPU"),
+        "run.decode.num_cpus": (run.decode.num_cpus, "CPU"),
+        "run.decode.memory": (run.decode.memory or 0, "memory"),
+    }
+    problems = [
+        f"{key}: {claim:g} is claimed, Ray has {resources.get(kind, 0):g} {kind}"
+        for key, (claim, kind) in claims.items()
+        if claim > resources.get(kind, 0)
+    ]
+    if problems and not grows:
+        raise ConfigError(problems)
+    for problem in problems:
+        log.warning("%s now; waiting for the cluster to grow", problem)

@@ -26,7 +26,7 @@ from deltalake.schema import PrimitiveType
 from deltalake.transaction import AddAction, RemoveAction, Transaction
 
 from featray.dataset import APP, FEATURES, SCANS, Dataset
-from featray.errors import OutputBusyError
+from featray.errors import ConfigError, OutputBusyError
 from featray.schema import DataFile, Receipt, ScanRecord
 
 
@@ -40,10 +40,14 @@ class Committer:
         dataset: The output.
         partition_by: Partition columns of `features`, `layer` first.
         carried: Further columns of `scans` (manifest columns, asked-for DICOM tags).
+
+    Raises:
+        ConfigError: The output is partitioned otherwise.
     """
 
     def __init__(self, dataset: Dataset, partition_by: Sequence[str], carried: Sequence[str] = ()) -> None:
         self.dataset = dataset
+        _refuse_other_partitions(dataset.open(FEATURES), partition_by)
         self.features = dataset.open(FEATURES) or dataset.create(FEATURES, partition_by=partition_by)
         self.scans = dataset.open(SCANS) or dataset.create(SCANS, carried)
         self._add_columns(carried)
@@ -148,6 +152,15 @@ class Committer:
         if missing:
             self.scans.alter.add_columns([Field(name, PrimitiveType("string")) for name in missing])
             self.scans.update_incremental()
+
+
+def _refuse_other_partitions(features: DeltaTable | None, partition_by: Sequence[str]) -> None:
+    there = features.metadata().partition_columns if features else list(partition_by)
+    if there != list(partition_by):
+        raise ConfigError(
+            f"output.partition_by: the output is partitioned by {there}, not by {list(partition_by)}; "
+            "choose another output.uri or the same columns"
+        )
 
 
 def _number(handle: DeltaTable) -> int:

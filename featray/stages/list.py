@@ -18,12 +18,13 @@ from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featray.config import SourceConfig, mask_url
 from featray.ct import dicom
 from featray.errors import ConfigError, Reason, ScanError
-from featray.schema import Scan
+from featray.schema import SCAN_COLUMNS, Scan
 from featray.storage import open_url
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
@@ -65,10 +66,15 @@ def list_scans(source: SourceConfig) -> Listing:
     fs, root = open_url(source.uri, source.storage_options)
     try:
         listing = _list(fs, root, source)
+    except ConfigError:
+        raise
     except FileNotFoundError:
         raise ConfigError(f"source.uri: {mask_url(source.uri)} does not exist") from None
     except PermissionError:
         raise ConfigError(f"source.uri: no permission to list {mask_url(source.uri)}") from None
+    except Exception as error:  # every store has errors of its own, and their texts may hold credentials
+        problem = f"source.uri: {mask_url(source.uri)} cannot be listed ({type(error).__name__})"
+        raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
     if not listing.scans:
         ignored = ", ".join(f"{count} {suffix}" for suffix, count in listing.ignored.items()) or "no files"
         raise ConfigError(
@@ -80,23 +86,34 @@ def list_scans(source: SourceConfig) -> Listing:
 def _list(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) -> Listing:
     if root.lower().endswith(MANIFEST_SUFFIXES) and fs.isfile(root):
         return _list_manifest(fs, root, source)
+    if source.id_column is not None:
+        raise ConfigError("source.id_column: only a manifest (.csv, .parquet) has columns")
+    if _is_there(fs, root) or not _has_wildcard(root):
+        return _list_place(fs, root, source)
+    base = _before_wildcard(root)
+    found = {path: info for path, info in fs.glob(root, detail=True).items() if fs.isfile(path)}
+    return _list_files(fs, base, [_file(path, info, base) for path, info in sorted(found.items())], source)
+
+
+def _list_place(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) -> Listing:
+    """List a file or a folder; marks of a glob in its name mean nothing here."""
     if fs.isfile(root):
         base, found = posixpath.dirname(root), {root: fs.info(root)}
     elif fs.isdir(root):
         base, found = root, fs.find(root, detail=True)
-    elif any(mark in root for mark in "*?["):
-        base = _before_wildcard(root)
-        found = {path: info for path, info in fs.glob(root, detail=True).items() if info["type"] == "file"}
     else:
         raise FileNotFoundError(root)
-    files = [_file(path, info, base) for path, info in sorted(found.items())]
-    return _list_files(fs, base, files, source)
+    links = [path for path, info in found.items() if info.get("islink") and fs.isdir(path)]
+    files = [_file(path, info, base) for path, info in sorted(found.items()) if path not in links]
+    listing = _list_files(fs, base, files, source)
+    # Following links to folders may lead round in a circle; they are named instead.
+    return replace(listing, ignored={**listing.ignored, "linked folder": len(links)}) if links else listing
 
 
 def _list_files(
     fs: fsspec.AbstractFileSystem, base: str, files: list[_File], source: SourceConfig
 ) -> Listing:
-    visible = [file for file in files if not PurePosixPath(file.name).name.startswith(".")]
+    visible = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
     nifti = [file for file in visible if file.name.lower().endswith(NIFTI_SUFFIXES)]
     maybe_dicom = [file for file in visible if _may_be_dicom(file.name)]
     scans: list[Scan] = []
@@ -193,21 +210,44 @@ def _list_manifest(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfi
 
 def _manifest_rows(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> list[dict[str, str]]:
     data = fs.cat_file(path)
-    if path.lower().endswith(".csv"):
-        rows = list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))))
-    else:
-        rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    columns = list(rows[0]) if rows else []
-    needed = ["uri"] + ([source.id_column] if source.id_column else [])
+    try:
+        columns, rows = _parse_csv(data) if path.lower().endswith(".csv") else _parse_parquet(data)
+    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
+        kind = type(error).__name__
+        raise ConfigError(f"source.uri: the manifest is neither UTF-8 CSV nor Parquet ({kind})") from None
+    problems = _problems_of_columns(columns, ["uri", *([source.id_column] if source.id_column else [])])
+    if not rows and not problems:
+        problems = ["source.uri: the manifest has no rows"]
+    if problems:
+        raise ConfigError(problems)
+    return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+
+
+def _parse_csv(data: bytes) -> tuple[list[str], list[dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), restkey="")
+    rows = list(reader)
+    return list(reader.fieldnames or []), rows
+
+
+def _parse_parquet(data: bytes) -> tuple[list[str], list[dict[str, Any]]]:
+    table = pq.read_table(io.BytesIO(data))
+    return table.column_names, table.to_pylist()
+
+
+def _problems_of_columns(columns: list[str], needed: list[str]) -> list[str]:
     problems = [f"source.uri: the manifest has no column {name}" for name in needed if name not in columns]
     problems += [
         f"source.uri: the manifest column {name} (region of interest) is not supported yet; remove it"
         for name in ROI_COLUMNS
         if name in columns
     ]
-    if problems:
-        raise ConfigError(problems)
-    return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
+    # Column names of a Delta table differ by more than case.
+    carried = Counter(name.lower() for name in columns if name not in ("uri", "version", *needed))
+    taken = {*SCAN_COLUMNS.names, "layer", *(name for name, count in carried.items() if count > 1)}
+    clashes = sorted(taken & set(carried))
+    return problems + [
+        f"source.uri: rename the manifest column {name}; scans has one of that name" for name in clashes
+    ]
 
 
 def _manifest_scan(row: dict[str, str], source: SourceConfig) -> Scan:
@@ -220,6 +260,8 @@ def _manifest_scan(row: dict[str, str], source: SourceConfig) -> Scan:
         content=_hash([version]),
         columns={key: value for key, value in row.items() if key not in ("uri", "version", source.id_column)},
     )
+    if not row["uri"]:
+        return replace(scan, reason=Reason.STORAGE, message="the manifest's row names no uri")
     try:
         fs, path = open_url(uri, source.storage_options)
     except ConfigError as error:
@@ -227,7 +269,7 @@ def _manifest_scan(row: dict[str, str], source: SourceConfig) -> Scan:
     if version and path.lower().endswith(NIFTI_SUFFIXES):  # nothing is left to ask the store
         return replace(scan, format="nifti", files=(path,))
     try:
-        found = _list(fs, path, source.model_copy(update={"uri": uri, "format": "auto"})).scans
+        found = _list_place(fs, path, source.model_copy(update={"uri": uri, "format": "auto"})).scans
     except OSError as error:
         message = f"the manifest names a place that cannot be read ({type(error).__name__})"
         return replace(scan, reason=Reason.STORAGE, message=message)
@@ -297,9 +339,17 @@ def _folder_of(members: list[_File]) -> str:
     return _common_folder(file.name for file in members)
 
 
+def _is_there(fs: fsspec.AbstractFileSystem, path: str) -> bool:
+    return bool(fs.isfile(path) or fs.isdir(path))
+
+
+def _has_wildcard(path: str) -> bool:
+    return any(mark in path for mark in "*?[")
+
+
 def _before_wildcard(pattern: str) -> str:
     parts = pattern.split("/")
-    fixed = next(index for index, part in enumerate(parts) if any(mark in part for mark in "*?["))
+    fixed = next(index for index, part in enumerate(parts) if _has_wildcard(part))
     return "/".join(parts[:fixed])
 
 

@@ -148,3 +148,39 @@ def test_a_manifest_without_its_columns_is_a_config_error(tmp_path: Path) -> Non
     with pytest.raises(ConfigError) as caught:
         scans(manifest, id_column="case")
     assert len(caught.value.problems) == 3
+
+
+def test_marks_of_a_glob_in_a_name_never_pick_another_file(tmp_path: Path) -> None:
+    nifti(tmp_path / "a" / "scan1.nii", seed=1)
+    nifti(tmp_path / "a" / "scan[1].nii", seed=2)
+    manifest = tmp_path / "m.csv"
+    manifest.write_text("uri\na/scan[1].nii\na/scan1.nii\n")
+    assert {scan.files for scan in scans(manifest).values()} == {
+        (str(tmp_path / "a" / "scan[1].nii"),),
+        (str(tmp_path / "a" / "scan1.nii"),),
+    }
+    assert scans(tmp_path / "a" / "scan[1].nii")["scan[1].nii"].files == (
+        str(tmp_path / "a" / "scan[1].nii"),
+    )
+
+
+def test_a_glob_takes_linked_files_and_a_folder_names_linked_folders(tmp_path: Path) -> None:
+    nifti(tmp_path / "else" / "x.nii")
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "link.nii").symlink_to(tmp_path / "else" / "x.nii")
+    (tmp_path / "c" / "round").symlink_to(tmp_path / "c")
+    assert list(scans(f"{tmp_path}/c/*.nii")) == ["link.nii"]
+    assert list_scans(SourceConfig(uri=str(tmp_path / "c"))).ignored == {"linked folder": 1}
+
+
+def test_a_manifest_that_cannot_be_carried_is_a_config_error(tmp_path: Path) -> None:
+    for name, data, fact in (
+        ("latin.csv", "uri,ort\nx.nii,M\xfcnchen\n".encode("latin-1"), "neither UTF-8 CSV nor Parquet"),
+        ("junk.parquet", b"junk", "neither UTF-8 CSV nor Parquet"),
+        ("clash.csv", b"uri,Status\nx.nii,a\n", "rename the manifest column status"),
+        ("twins.csv", b"uri,Site,site\nx.nii,a,b\n", "rename the manifest column site"),
+        ("rows.csv", b"uri\n", "has no rows"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ConfigError, match=fact):
+            scans(tmp_path / name)

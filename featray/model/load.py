@@ -11,7 +11,11 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import json
+import re
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +24,7 @@ from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model import fetch, runtime, saved
+from featray.model import fetch, keras2, runtime, saved, weights
 from featray.model.saved import CustomEntry, Kind, Saved
 
 _KERAS_MODULES = (
@@ -75,6 +79,8 @@ def load_model(spec: ModelConfig, input_shape: tuple[int | None, ...] | None = N
             model = _from_builder(spec, file.path, content, input_shape, files)
         else:
             model = _from_file(spec, file.path, content, objects)
+    if spec.compute:
+        _compute_in(model, spec.compute)
     return Loaded(model, files)
 
 
@@ -91,6 +97,16 @@ def submodel(model: Any, name: str | None) -> Any:
             raise ModelError(f"submodel: no layer or attribute {part!r} in {model.name!r}; it has: {known}")
         model = children[part]
     return model
+
+
+def _compute_in(model: Any, kind: str) -> None:
+    """Let every layer compute in `kind`; quantised ones keep their own arithmetic."""
+    import keras
+
+    name = kind if kind == "float32" else f"mixed_{kind}"
+    for layer in model._flatten_layers():
+        if not isinstance(layer.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy):
+            layer.dtype_policy = keras.DTypePolicy(name)
 
 
 @contextlib.contextmanager
@@ -148,16 +164,37 @@ def _from_file(spec: ModelConfig, path: Path, content: Saved, objects: dict[str,
             f"{path.name}: holds weights only, no description of the model; name the code that makes it in "
             "model.builder (file.py:function), or save the whole model as .keras"
         )
+    if content.kind is Kind.ARCHIVE and keras2.is_old(content.keras_version):
+        raise ModelError(_keras_failure(path, content, "its layout is that of Keras 2"))
     needed = saved.custom_entries(content.config, _is_keras_name)
-    known = _matched(needed, objects)
+    known = {**_stand_ins(content), **_matched(needed, objects)}
     problems = _missing(needed, known, spec.trust)
     if problems:
         raise ModelError(problems, path.name)
     try:
-        with _registered(known):
-            return keras.saving.load_model(path, compile=False, safe_mode=not spec.trust)
+        with _registered(known), _readable(path, content) as readable:
+            return keras.saving.load_model(readable, compile=False, safe_mode=not spec.trust)
     except Exception as error:  # Keras raises whatever the layer at fault raised
-        raise ModelError(_keras_failure(path, content, error)) from error
+        raise ModelError(_keras_failure(path, content, _short(error, path))) from error
+
+
+@contextlib.contextmanager
+def _readable(path: Path, content: Saved) -> Iterator[Path]:
+    """Yield a file that this Keras reads: `path`, or for a while a copy that says the same anew."""
+    import h5py
+
+    if content.kind is not Kind.WHOLE_H5:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "model.h5"  # Keras goes by the suffix, which may be another
+        if not keras2.is_old(content.keras_version):
+            copy.symlink_to(path.absolute())
+        else:
+            shutil.copyfile(path, copy)
+            with h5py.File(copy, "r+") as file:
+                file.attrs["model_config"] = json.dumps(keras2.upgraded(content.config))
+        yield copy
 
 
 def _from_builder(
@@ -170,15 +207,20 @@ def _from_builder(
     assert spec.builder is not None
     build, digest = _import_object(spec.builder, "builder", spec.storage_options)
     files[f"builder {Path(spec.builder).name}"] = digest
+    name = spec.builder.rpartition(":")[2]
     try:
         model = build()
         if not model.built and input_shape is not None:
             _build(model, input_shape)
-        model.load_weights(path)
-    except Exception as error:  # user code, and Keras raising for it
+    except Exception as error:  # user code
+        raise ModelError(f"builder: {name} failed ({_short(error, path)})") from error
+    try:
+        weights.load_into(model, path, content.kind)
+    except Exception as error:  # ours, and whatever Keras raises for weights that do not fit
+        reason = "; ".join(error.problems) if isinstance(error, ModelError) else _short(error, path)
         raise ModelError(
-            f"{path.name}: the weights do not go into the model of {spec.builder.rpartition(':')[2]} "
-            f"({_short(error, path)}); the builder must make the very model that was saved"
+            f"{path.name}: the weights do not go into the model of {name} ({reason}); "
+            "the builder must make the very model that was saved"
         ) from error
     return model
 
@@ -233,6 +275,12 @@ def _missing(needed: list[CustomEntry], known: Mapping[str, Any], trust: bool) -
                 "loading; set model.trust: true if you trust who made the file, or save the model with a "
                 "named function and give that in model.custom_objects"
             )
+        elif entry.class_name in keras2.OPERATIONS and entry.registered_name not in known:
+            problems.append(
+                f"layer {entry.layer!r} is how Keras 2 stores a TensorFlow operation used as a layer, which "
+                "Keras 3 cannot run; make the model in code, name that in model.builder, and give its "
+                "weights (or this file)"
+            )
         elif not entry.is_lambda and entry.registered_name not in known:
             problems.append(
                 f"layer {entry.layer!r} needs {entry.class_name}, which is not part of Keras; add its code "
@@ -240,6 +288,15 @@ def _missing(needed: list[CustomEntry], known: Mapping[str, Any], trust: bool) -
                 f"'package.module:{entry.class_name}' (model.trust does not replace it)"
             )
     return problems
+
+
+def _stand_ins(content: Saved) -> dict[str, Any]:
+    """Return layers for what only Keras 2 has, unless the file names functions that may do anything."""
+    if not keras2.is_old(content.keras_version) or keras2.refused_functions(content.config):
+        return {}
+    from featray.model import keras2_layers
+
+    return keras2_layers.STAND_INS
 
 
 def _is_keras_name(name: str) -> bool:
@@ -291,15 +348,26 @@ def _import_module(where: str) -> tuple[ModuleType, str]:
     return module, fetch.sha256_of(Path(source)) if source else ""
 
 
-def _keras_failure(path: Path, content: Saved, error: Exception) -> str:
+def _keras_failure(path: Path, content: Saved, reason: str) -> str:
     import keras
 
     made = f", made by Keras {content.keras_version}," if content.keras_version else ""
     return (
         f"{path.name}: {content.kind}{made} cannot be loaded by Keras {keras.__version__} "
-        f"({_short(error, path)}); load it where it was made and save it again as .keras, or give its "
-        "code in model.builder"
+        f"({reason}); {_way_out(content, keras.__version__)}, or give its code in model.builder"
     )
+
+
+def _way_out(content: Saved, installed: str) -> str:
+    if keras2.is_old(content.keras_version) and content.kind is Kind.ARCHIVE:
+        return "load it with Keras 2 (the package tf_keras) and save it again as .h5, which is read"
+    if _release(content.keras_version) > _release(installed):
+        return f"the file is newer than this Keras: save it again with Keras {installed} or older"
+    return "load it where it was made and save it again as .keras"
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])
 
 
 def _short(error: Exception, path: Path) -> str:

@@ -156,11 +156,24 @@ def _open_h5(path: Path) -> Saved:
     try:
         with h5py.File(path, "r") as file:
             text, version = file.attrs.get("model_config"), file.attrs.get("keras_version", "")
+            holds_weights = _holds_weights(file)
     except OSError:
         raise ModelError(f"{path.name}: truncated or damaged HDF5; copy or save it again") from None
+    if text is None and not holds_weights:
+        raise ModelError(
+            f"{path.name}: an HDF5 file with neither a model nor weights in it; Keras did not save it"
+        )
     if text is None:
         return Saved(Kind.WEIGHTS_H5, {}, _text(version))
     return Saved(Kind.WHOLE_H5, json.loads(_text(text)), _text(version))
+
+
+def _holds_weights(file: Any) -> bool:
+    """Return whether there are weights in the older layout or the newer one (groups named `vars`)."""
+    groups: list[str] = []
+    file.visit(groups.append)
+    older = any(key.startswith("layer_names") for key in file.attrs)
+    return older or any("vars" in group.split("/") for group in groups)
 
 
 def _text(value: str | bytes) -> str:

@@ -20,6 +20,8 @@ from typing import Any
 from featray.errors import ModelError
 from featray.model import runtime
 
+Fill = Callable[[Any], Any]
+
 _TRACING = threading.RLock()
 """Watching patches a class of the whole process: one trace at a time."""
 
@@ -65,18 +67,24 @@ class _Frame:
     was_built: bool = True
 
 
-def survey(model: Any, input_shape: Sequence[int | None]) -> list[Tap]:
+def alone(tensor: Any) -> Any:
+    """Return what a model of one input takes: that."""
+    return tensor
+
+
+def survey(model: Any, input_shape: Sequence[int | None], fill: Fill = alone) -> list[Tap]:
     """Return every tensor any layer returns, in order of computation; computes nothing.
 
     The model is traced once into a graph that is thrown away. When it cannot be traced to its
-    end, what came before the fault is returned, if anything did.
+    end, what came before the fault is returned, if anything did. `fill` makes all that the model
+    takes of the one tensor that changes.
 
     Raises:
         ModelError: The model cannot be called at all on such an input.
     """
-    taps, complete = _survey_once(model, input_shape)
+    taps, complete = _survey_once(model, input_shape, fill)
     if not complete:  # layers were still being built, some of them in scratch graphs
-        taps, _ = _survey_once(model, input_shape)
+        taps, _ = _survey_once(model, input_shape, fill)
     return _with_paths(_without_loops(taps))
 
 
@@ -85,6 +93,7 @@ def capture(
     keys: Sequence[str],
     input_shape: Sequence[int | None],
     finish: Callable[[dict[str, Any]], Any],
+    fill: Fill = alone,
 ) -> Any:
     """Return a traced function: float32 (n, *input_shape) -> `finish({key: tensor})`, for any n.
 
@@ -107,7 +116,7 @@ def capture(
                 raise _Done
 
         with contextlib.suppress(_Done), _watched(model, keep):
-            model(inputs, training=False)
+            model(fill(inputs), training=False)
         missing = sorted(wanted - found.keys())
         if missing:
             raise ModelError([f"layers: {key} was not reached when the model ran" for key in missing])
@@ -116,7 +125,7 @@ def capture(
     return _traced(extract, input_shape)
 
 
-def _survey_once(model: Any, input_shape: Sequence[int | None]) -> tuple[list[Tap], bool]:
+def _survey_once(model: Any, input_shape: Sequence[int | None], fill: Fill) -> tuple[list[Tap], bool]:
     import tensorflow as tf
 
     taps: list[Tap] = []
@@ -137,7 +146,7 @@ def _survey_once(model: Any, input_shape: Sequence[int | None]) -> tuple[list[Ta
         nonlocal graph
         graph = tf.compat.v1.get_default_graph()
         with _watched(model, note):
-            model(inputs, training=False)
+            model(fill(inputs), training=False)
         return inputs
 
     try:

@@ -233,13 +233,12 @@ def test_what_the_outer_model_does_first_is_part_of_the_features(tmp_path: Path,
     )
 
 
-def test_the_size_comes_from_the_config_when_the_model_takes_any(tmp_path: Path) -> None:
+def test_the_size_of_the_config_counts_and_else_any_when_the_model_takes_any(tmp_path: Path) -> None:
     model = keras.Sequential([keras.Input((None, None, None, 1)), keras.layers.Conv3D(2, 3, name="conv")])
     model.save(tmp_path / "m.keras")
     spec = {"uri": str(tmp_path / "m.keras"), "layers": [{"layer": "conv", "pool": "none"}]}
     assert Extractor(spec, input_zyx=(5, 6, 7)).layers[0].shape == (3, 4, 5, 2)
-    with pytest.raises(ModelError, match=r"takes inputs of any size \(any, any, any, 1\); give the size"):
-        Extractor(spec)
+    assert Extractor(spec).layers[0].shape == (None, None, None, 2)
 
 
 def test_a_mismatch_is_told_together_with_other_faults_when_the_model_takes_any_size(tmp_path: Path) -> None:
@@ -267,15 +266,52 @@ def test_a_model_that_cannot_run_on_this_machine_is_refused_with_the_reason(
     fails, _ = load._import_object(f"{source}:Fails", "custom_objects", {})
     keras.Sequential([keras.Input((2, 2, 2, 1)), fails(name="fails")]).save(tmp_path / "m.keras")
     section = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Fails"], "layers": ["fails"]}
-    with pytest.raises(ModelError, match=r"fails on inputs of shape \[2, 2, 2, 1\] .*no kernel here"):
+    with pytest.raises(ModelError, match=r"fails on inputs of shape \(2, 2, 2, 1\) .*no kernel here"):
         Extractor(section)
 
 
-def test_a_model_of_several_inputs_is_refused(tmp_path: Path) -> None:
-    one, two = keras.Input((4, 4, 4, 1)), keras.Input((3,))
-    keras.Model([one, two], [keras.layers.Flatten()(one), two]).save(tmp_path / "m.keras")
-    with pytest.raises(ModelError, match="takes 2 inputs"):
-        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["flatten"]})
+@pytest.fixture
+def conditional(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return a model of a volume and an age, and its section of the config."""
+    volume, age = keras.Input((2, 2, 2, 1), name="volume"), keras.Input((3,), name="age")
+    both = keras.layers.Concatenate(name="both")([keras.layers.Flatten(name="flat")(volume), age])
+    model = keras.Model({"age": age, "volume": volume}, keras.layers.Dense(2, name="code")(both))
+    model.save(tmp_path / "m.keras")
+    return model, {"uri": str(tmp_path / "m.keras"), "layers": ["code"]}
+
+
+def test_a_model_of_several_inputs_is_refused_naming_them(conditional: tuple[Any, dict[str, Any]]) -> None:
+    with pytest.raises(ModelError, match=r"2 inputs .*age \(3\), volume \(2, 2, 2, 1\).*model.constants"):
+        Extractor(conditional[1])
+
+
+def test_other_inputs_than_the_volume_can_be_given_constants(conditional: tuple[Any, dict[str, Any]]) -> None:
+    model, section = conditional
+    x = np.random.default_rng(0).random((5, 2, 2, 2), np.float32)
+    values = []
+    for age in ([1.0, 2.0, 3.0], 0):
+        extractor = Extractor({**section, "constants": {"age": age}})
+        rows = np.tile(np.float32(age) * np.ones(3, np.float32), (5, 1))
+        expected = np.asarray(model({"age": rows, "volume": x[..., None]}))
+        values.append((extractor(x)["code"], extractor.recipe_part()))
+        np.testing.assert_allclose(values[-1][0], expected, rtol=1e-5, atol=1e-6)
+    assert values[0][1] != values[1][1]
+
+
+@pytest.mark.parametrize(
+    ("constants", "expected"),
+    [
+        ({"aeg": 1}, "no input 'aeg'; it has: age, volume"),
+        ({"age": [1, 2]}, r"age takes \(3\), the value has \(2\)"),
+        ({"age": "old"}, "age: not numbers of type float32"),
+        ({"age": 0, "volume": 0}, "takes 0 inputs that no constant fills"),
+    ],
+)
+def test_a_constant_that_does_not_fit_is_refused(
+    conditional: tuple[Any, dict[str, Any]], constants: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ModelError, match=expected):
+        Extractor({**conditional[1], "constants": constants})
 
 
 def test_a_model_of_images_is_refused_showing_both_shapes(tmp_path: Path) -> None:
@@ -323,3 +359,52 @@ def test_the_large_vae_is_cut_to_its_five_convolutions_and_equals_the_encoder(tm
         np.testing.assert_allclose(got[name], _inner(encoder, name, volume), rtol=1e-5, atol=1e-6)
     conv = _inner(encoder, "conv_4", volume).mean((1, 2, 3))
     np.testing.assert_allclose(got["encoder.conv_4"], conv, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def half(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return a float32 model, and the section of its mixed_float16 twin with the same weights."""
+    models = []
+    for policy in ("mixed_float16", "float32"):
+        chain = [
+            keras.layers.Conv3D(3, 3, dtype=policy, name="conv"),
+            keras.layers.MaxPool3D(2, dtype=policy, name="pool"),
+            keras.layers.Flatten(dtype=policy),
+            keras.layers.Dense(2, dtype=policy, name="code"),
+        ]
+        models.append(keras.Sequential([keras.Input((6, 6, 6, 1)), *chain]))
+    models[1].set_weights(models[0].get_weights())
+    models[0].save(tmp_path / "m.keras")
+    return models[1], {"uri": str(tmp_path / "m.keras"), "layers": ["code"]}
+
+
+def test_a_half_precision_model_gives_float32_values_when_asked_to(half: tuple[Any, dict[str, Any]]) -> None:
+    model, section = half
+    x = np.random.default_rng(0).random((2, 6, 6, 6), np.float32)
+    extractor = Extractor({**section, "compute": "float32"})
+    np.testing.assert_allclose(extractor(x)["code"], np.asarray(model(x[..., None])), rtol=1e-5, atol=1e-6)
+    assert extractor.recipe_part()["compute_dtype"] == ["float32"]
+
+
+def test_bfloat16_can_be_asked_for_and_is_part_of_the_recipe(half: tuple[Any, dict[str, Any]]) -> None:
+    model, section = half
+    x = np.random.default_rng(0).random((2, 6, 6, 6), np.float32)
+    extractor = Extractor({**section, "compute": "bfloat16"})
+    expected = np.asarray(model(x[..., None]))
+    got = extractor(x)["code"]
+    assert got.dtype == np.float32
+    assert 0 < np.abs(got - expected).max() < 0.05
+    assert extractor.recipe_part()["compute_dtype"] == ["bfloat16"]
+
+
+def test_a_type_the_machine_cannot_compute_in_is_refused_with_the_way_out(
+    half: tuple[Any, dict[str, Any]],
+) -> None:
+    import tensorflow as tf
+
+    if tf.config.list_physical_devices("GPU"):
+        pytest.skip("a GPU can pool in float16; this is about machines without")
+    with pytest.raises(
+        ModelError, match=r"fails on .*the model computes in float16: try model.compute: float32"
+    ):
+        Extractor(half[1])

@@ -119,3 +119,56 @@ def test_listing_and_extracting_agree_on_values(spec: Callable[..., dict[str, An
     section = spec(f"encoder/conv_{number}")
     (layer,) = Extractor(section).layers
     assert {info.path: info.values for info in list_layers(section)}[layer.path] == layer.values
+
+
+@pytest.mark.parametrize(
+    ("name", "is_spread"),
+    [
+        ("z_log_var", True),
+        ("logvar", True),
+        ("z_sigma", True),
+        ("latent_variance", True),
+        ("log_std_head", True),
+        ("z_mean", False),
+        ("variational", False),
+        ("stdio", False),
+    ],
+)
+def test_heads_named_like_a_spread_are_flagged_sigma(tmp_path: Path, name: str, is_spread: bool) -> None:
+    keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name=name)]).save(tmp_path / "m.keras")
+    assert ("sigma" in _by_path(tmp_path / "m.keras")[name].flags) == is_spread
+
+
+def test_a_relu_layer_between_head_and_sampling_is_flagged(tmp_path: Path, small_vae: Any) -> None:
+    from featray.vae import Sampling
+
+    vector = keras.Input((6,))
+    a, b = (keras.layers.ReLU(name=f"clip_{name}")(keras.layers.Dense(4, name=name)(vector)) for name in "ab")
+    keras.Model(vector, keras.layers.Dense(2)(Sampling(name="draw")([a, b]))).save(tmp_path / "m.keras")
+    layers = _by_path(tmp_path / "m.keras", custom_objects=SAMPLING)
+    flagged = [path for path, info in layers.items() if "dead_units_possible" in info.flags]
+    assert flagged == ["clip_a", "clip_b"]
+
+
+def test_a_shuffle_is_stochastic_although_it_keeps_mean_and_spread(tmp_path: Path) -> None:
+    @keras.saving.register_keras_serializable("test")
+    class Shuffle(keras.layers.Layer):
+        def call(self, x: Any) -> Any:
+            return keras.ops.transpose(keras.random.shuffle(keras.ops.transpose(x)))
+
+    keras.Sequential([keras.Input((64,)), Shuffle(name="shuffle")]).save(tmp_path / "m.keras")
+    source = tmp_path / "shuffle.py"
+    source.write_text(
+        "import keras\n@keras.saving.register_keras_serializable('test')\n"
+        "class Shuffle(keras.layers.Layer):\n    def call(self, x):\n"
+        "        return keras.ops.transpose(keras.random.shuffle(keras.ops.transpose(x)))\n"
+    )
+    layers = _by_path(tmp_path / "m.keras", custom_objects=[f"{source}:Shuffle"])
+    assert layers["shuffle"].flags == ("stochastic", "bottleneck")
+
+
+def test_where_any_size_goes_the_shape_says_so(tmp_path: Path) -> None:
+    layers = [keras.layers.Conv1D(2, 3, name="conv"), keras.layers.GlobalMaxPooling1D(name="top")]
+    keras.Sequential([keras.Input((None, 1)), *layers]).save(tmp_path / "m.keras")
+    listed = _by_path(tmp_path / "m.keras")
+    assert [(info.shape, info.values) for info in listed.values()] == [((None, 2), 2), ((2,), 2)]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -264,3 +266,123 @@ def test_importing_featray_model_does_not_import_tensorflow() -> None:
 
     program = "import sys, featray.model; sys.exit(bool({'tensorflow', 'keras', 'h5py'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.fixture
+def two_heads(code: Code) -> Callable[..., Any]:
+    """Return a maker of a model with two equal heads after a convolution, and of its builder."""
+
+    def make(heads: str = '("z_mean", "z_log_var")', filters: int = 2) -> tuple[Any, str]:
+        source = code(
+            f"two_{len(heads)}_{filters}_{heads.find('mean')}.py",
+            f"""
+            import keras
+            def build():
+                volume = keras.Input((3, 3, 3, 1))
+                conv = keras.layers.Conv3D({filters}, 3, name="conv")
+                x = keras.layers.Flatten()(conv(volume))
+                return keras.Model(volume, [keras.layers.Dense(2, name=name)(x) for name in {heads}])
+            """,
+        )
+        build, _ = load._import_object(f"{source}:build", "builder", {})
+        return build(), f"{source}:build"
+
+    return make
+
+
+def _refused(path: Path, builder: str) -> str:
+    with pytest.raises(ModelError) as caught:
+        Extractor({"uri": str(path), "layers": ["conv"], "builder": builder})
+    (problem,) = caught.value.problems
+    assert str(path.parent) not in problem
+    return problem
+
+
+def test_weights_that_the_file_lacks_are_named(tmp_path: Path, two_heads: Any) -> None:
+    two_heads('("z_mean",)')[0].save_weights(tmp_path / "m.weights.h5")
+    problem = _refused(tmp_path / "m.weights.h5", two_heads()[1])
+    assert "do not go into the model of build (2 not in the file, e.g. layers/dense_1/vars/0)" in problem
+
+
+def test_weights_that_the_model_does_not_ask_for_are_an_error(tmp_path: Path, two_heads: Any) -> None:
+    two_heads()[0].save_weights(tmp_path / "m.weights.h5")
+    problem = _refused(tmp_path / "m.weights.h5", two_heads('("z_mean",)')[1])
+    assert "(2 in the file but not asked for, e.g. layers/dense_1/vars/0)" in problem
+
+
+def test_weights_of_another_shape_are_shown_with_both(tmp_path: Path, two_heads: Any) -> None:
+    two_heads()[0].save_weights(tmp_path / "m.weights.h5")
+    problem = _refused(tmp_path / "m.weights.h5", two_heads(filters=3)[1])
+    assert (
+        "4 of another shape, e.g. layers/conv3d/vars/0 (file [3, 3, 3, 1, 2], model [3, 3, 3, 1, 3])"
+        in problem
+    )
+
+
+def test_a_builder_takes_the_weights_of_a_whole_model_too(tmp_path: Path, two_heads: Any) -> None:
+    model, builder = two_heads()
+    x = np.random.default_rng(0).random((2, 3, 3, 3), np.float32)
+    for name in ("m.keras", "m.h5"):
+        model.save(tmp_path / name)
+        spec = {"uri": str(tmp_path / name), "layers": ["z_log_var"], "builder": builder}
+        expected = np.asarray(model(x[..., None])[1])
+        np.testing.assert_allclose(Extractor(spec)(x)["z_log_var"], expected, rtol=1e-5, atol=1e-6)
+    model.save(tmp_path / "m.keras")
+    assert "1 problem" not in _refused(tmp_path / "m.keras", two_heads('("z_mean",)')[1])
+
+
+def test_the_suffix_of_a_weights_file_does_not_matter(tmp_path: Path, two_heads: Any) -> None:
+    model, builder = two_heads()
+    model.save_weights(tmp_path / "m.weights.h5")
+    (tmp_path / "m.weights.h5").rename(tmp_path / "final.hdf5")
+    assert Extractor({"uri": str(tmp_path / "final.hdf5"), "layers": ["conv"], "builder": builder}).layers
+
+
+def test_heads_in_another_order_get_their_own_old_weights_by_name(tmp_path: Path, two_heads: Any) -> None:
+    model, _ = two_heads()
+    swapped = two_heads('("z_log_var", "z_mean")')[1]
+    x = np.random.default_rng(0).random((2, 3, 3, 3), np.float32)
+    model.save(tmp_path / "m.h5")
+    got = Extractor({"uri": str(tmp_path / "m.h5"), "layers": ["z_mean"], "builder": swapped})(x)["z_mean"]
+    np.testing.assert_allclose(got, np.asarray(model(x[..., None])[0]), rtol=1e-5, atol=1e-6)
+
+
+def test_heads_in_another_order_do_not_get_the_weights_of_each_other(tmp_path: Path, two_heads: Any) -> None:
+    two_heads()[0].save_weights(tmp_path / "m.weights.h5")
+    problem = _refused(tmp_path / "m.weights.h5", two_heads('("z_log_var", "z_mean")')[1])
+    assert "2 of another layer, e.g. layers/dense/vars (file 'z_mean', model 'z_log_var')" in problem
+
+
+def test_a_builder_that_fails_says_why(tmp_path: Path, two_heads: Any, code: Code) -> None:
+    two_heads()[0].save_weights(tmp_path / "m.weights.h5")
+    source = code("bad.py", "def build():\n    raise RuntimeError('no such size')")
+    assert "builder: build failed (RuntimeError: no such size)" in _refused(
+        tmp_path / "m.weights.h5", f"{source}:build"
+    )
+
+
+def test_a_file_of_a_newer_keras_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "m.keras"
+    keras.Sequential([keras.Input((2, 2, 2, 1)), keras.layers.Dense(2, name="dense")]).save(path)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    members["metadata.json"] = members["metadata.json"].replace(keras.__version__.encode(), b"3.99.0")
+    members["config.json"] = members["config.json"].replace(b'"units"', b'"units_of_the_future"')
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    expected = (
+        rf"made by Keras 3.99.0, .* newer than this Keras: save it again with Keras {keras.__version__}"
+    )
+    with pytest.raises(ModelError, match=expected):
+        Extractor({"uri": str(path), "layers": ["dense"]})
+
+
+def test_a_zip_and_an_h5_that_are_no_models_say_so(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "m.keras", "w") as archive:
+        archive.writestr("a.txt", "hello")
+    with h5py.File(tmp_path / "m.h5", "w") as file:
+        file["data"] = [1, 2]
+    for name, expected in (("m.keras", "without config.json"), ("m.h5", "neither a model nor weights")):
+        with pytest.raises(ModelError, match=expected):
+            Extractor({"uri": str(tmp_path / name), "layers": ["dense"]})

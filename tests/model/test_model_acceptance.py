@@ -1,0 +1,196 @@
+"""What the sources of the task ask for, done on the cut model alone: one test for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers as kl
+
+from featray.errors import ModelError
+from featray.model import Extractor
+
+DENSE = """
+    import keras
+    def build():
+        sizes = {"code": 32, "decoded": 128, "reconstruction": 784}
+        layers = [keras.layers.Dense(size, activation="relu", name=name) for name, size in sizes.items()]
+        return keras.Sequential([keras.Input((784,)), *layers])
+"""
+SEED = """
+    import keras
+    from featray.vae import Sampling
+    def build():
+        volume = keras.Input((8, 32, 32, 1))
+        x = volume
+        for number, filters in enumerate((4, 8, 4), 1):
+            x = keras.layers.Conv3D(filters, 3, padding="same", activation="relu", name=f"conv_{number}")(x)
+            x = keras.layers.MaxPool3D(2, name=f"pool_{number}")(x)
+        side = keras.layers.Reshape((4, 4, 4), name="slice")(x)
+        side = keras.layers.Conv2D(3, 3, padding="same", name="side")(side)
+        both = keras.layers.Concatenate(name="both")(
+            [keras.layers.Flatten(name="flat_3d")(x), keras.layers.Flatten(name="flat_2d")(side)]
+        )
+        hidden = keras.layers.Dense(16, activation="relu", name="dense")(both)
+        mean, log_var = (keras.layers.Dense(6, name=name)(hidden) for name in ("z_mean", "z_log_var"))
+        z = Sampling(name="z")([mean, log_var])
+        return keras.Model(volume, [mean, log_var, z], name="encoder")
+"""
+Spec = dict[str, Any]
+
+
+@pytest.fixture
+def dense(tmp_path: Path, code: Callable[[str, str], Path]) -> tuple[Any, Spec]:
+    """Return a dense autoencoder 784→32→784 and the `model` section for its weights in an .h5 file."""
+    source = code("dense.py", DENSE)
+    model = _built(source)
+    model.save_weights(tmp_path / "dense.weights.h5")
+    return model, {"uri": str(tmp_path / "dense.weights.h5"), "builder": f"{source}:build"}
+
+
+@pytest.fixture
+def encoder(tmp_path: Path, code: Callable[[str, str], Path]) -> tuple[Any, Spec]:
+    """Return a 3-D VAE encoder with a Conv2D side branch and outputs [z_mean, z_log_var, z]."""
+    model = _built(code("seed.py", SEED))
+    model.save(tmp_path / "encoder.keras")
+    return model, {"uri": str(tmp_path / "encoder.keras"), "custom_objects": ["featray.vae:Sampling"]}
+
+
+def _built(source: Path) -> Any:
+    from featray.model import load
+
+    build, _ = load._import_object(f"{source}:build", "builder", {})
+    return build()
+
+
+def _batch(*shape: int) -> np.ndarray:
+    return np.random.default_rng(6).random(shape, np.float32)
+
+
+def _inner(model: Any, name: str, x: np.ndarray) -> np.ndarray:
+    return np.asarray(keras.Model(model.inputs[0], model.get_layer(name).output)(x, training=False))
+
+
+def test_a_one_hidden_layer_of_a_dense_autoencoder_from_weights_in_h5(dense: tuple[Any, Spec]) -> None:
+    model, spec = dense
+    x = _batch(5, 784)
+    code = Extractor({**spec, "layers": ["code"]})(x)["code"]
+    assert code.shape == (5, 32)
+    weights, bias = model.get_layer("code").get_weights()
+    np.testing.assert_allclose(code, np.maximum(x @ weights + bias, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_b_several_layers_in_one_pass_decoder_layers_too(dense: tuple[Any, Spec]) -> None:
+    model, spec = dense
+    x, names = _batch(5, 784), ["code", "decoded", "reconstruction"]
+    extractor = Extractor({**spec, "layers": names})
+    for name, value in extractor(x).items():
+        np.testing.assert_allclose(value, _inner(model, name, x), rtol=1e-4, atol=1e-5)
+    assert _operations(extractor, "MatMul") == 3  # one each: no layer is computed twice
+
+
+def test_c_inputs_of_two_lengths_go_through_one_model_in_one_trace(tmp_path: Path) -> None:
+    chain = [kl.Conv1D(4, 3, padding="same", name="conv"), kl.GlobalAveragePooling1D(name="pooled")]
+    model = keras.Sequential([keras.Input((None, 2)), *chain, kl.Dense(3, name="code")])
+    model.save(tmp_path / "m.keras")
+    extractor = Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["conv", "code"]})
+    for length in (50, 81):
+        x = _batch(3, length, 2)
+        got = extractor(x)
+        np.testing.assert_allclose(got["code"], np.asarray(model(x)), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got["conv"], np.asarray(chain[0](x)).mean(1), rtol=1e-5, atol=1e-6)
+    assert extractor.input_shape == (None, 2)
+    with pytest.raises(ValueError, match=r"expected float32 \(n, any, 2\), got float32 \(3, 50, 5\)"):
+        extractor(_batch(3, 50, 5))
+
+
+def test_c_volumes_of_two_sizes_go_through_one_model_and_keep_their_maps(tmp_path: Path) -> None:
+    deep = [layer for _ in range(5) for layer in (kl.Conv3D(2, 3, padding="same"), kl.MaxPool3D(2))]
+    chain = [*deep, kl.Conv3D(2, 1, name="last")]
+    model = keras.Sequential([keras.Input((None, None, None, 1)), *chain])
+    model.save(tmp_path / "m.keras")
+    section = {"uri": str(tmp_path / "m.keras"), "layers": [{"layer": "last", "pool": "none"}]}
+    extractor = Extractor(section, input_zyx=(None, None, None))
+    assert extractor.layers[0].shape == (None, None, None, 2)
+    for size in ((32, 64, 32), (64, 32, 96)):
+        x = _batch(1, *size)
+        got = extractor(x)["last"]
+        assert got.shape == (1, *(extent // 32 for extent in size), 2)
+        np.testing.assert_allclose(got, np.asarray(model(x[..., None])), rtol=1e-4, atol=1e-6)
+
+
+def test_c_a_model_that_flattens_its_map_says_which_size_it_takes(tmp_path: Path) -> None:
+    keras.Sequential([keras.Input((40, 1)), kl.Flatten(), kl.Dense(2, name="code")]).save(
+        tmp_path / "m.keras"
+    )
+    with pytest.raises(ModelError, match=r"takes \(40, 1\), .* gives \(50, 1\)"):
+        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["code"]}, input_zyx=(50, 1))
+
+
+def test_d_mean_log_variance_dense_and_any_convolution_of_the_3d_vae_encoder(
+    encoder: tuple[Any, Spec],
+) -> None:
+    model, spec = encoder
+    x = _batch(3, 8, 32, 32)
+    names = ["z_mean", "z_log_var", "dense", "conv_2", "side"]
+    layers = [{"layer": name, "pool": "none"} for name in names]
+    got = Extractor({**spec, "layers": layers}, input_zyx=(8, 32, 32))(x)
+    for name in names:
+        np.testing.assert_allclose(got[name], _inner(model, name, x[..., None]), rtol=1e-4, atol=1e-5)
+    mean, log_variance, _ = model(x[..., None])
+    np.testing.assert_allclose(got["z_mean"], mean, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(got["z_log_var"], log_variance, rtol=1e-4, atol=1e-5)
+
+
+def test_e_z_differs_from_call_to_call_and_z_mean_does_not(encoder: tuple[Any, Spec]) -> None:
+    _, spec = encoder
+    x = _batch(3, 8, 32, 32)
+    with pytest.raises(ModelError, match=r"'z' gives other values .* such as z_mean"):
+        Extractor({**spec, "layers": ["z", "z_mean"]})
+    extractor = Extractor({**spec, "layers": ["z", "z_mean"], "allow_stochastic": True})
+    first, second = extractor(x), extractor(x)
+    np.testing.assert_array_equal(first["z_mean"], second["z_mean"])
+    assert np.abs(first["z"] - second["z"]).max() > 1e-3
+
+
+def test_what_lies_behind_the_deepest_layer_costs_nothing_and_one_pass_costs_the_deepest_alone(
+    small_vae_file: Path,
+) -> None:
+    def floating_point_operations(*layers: str) -> int:
+        spec = {
+            "uri": str(small_vae_file),
+            "custom_objects": ["featray.vae:Sampling"],
+            "layers": list(layers),
+        }
+        return _flops(Extractor({**spec, "allow_stochastic": True}))
+
+    voxels, code = 8 * 16 * 16, 4 * 8 * 8
+    first = voxels * 2 * (2 * 27)  # a product and a sum for each of 27 taps, into 2 filters
+    second = code * 2 * 3 * (2 * 27)
+    assert floating_point_operations("conv_1") == first
+    dense = 2 * (2 * 4 * 4 * 3) * 6
+    heads = 2 * 6 * 4
+    assert floating_point_operations("z_mean") == first + second + dense + heads
+    four = floating_point_operations("conv_1", "conv_2", "pre_latent", "z_mean", "z_log_var")
+    assert four == first + second + dense + 2 * heads
+    assert floating_point_operations("decoder/reconstruction") > 2 * four
+
+
+def _operations(extractor: Extractor, kind: str) -> int:
+    return sum(operation.type == kind for operation in extractor._extract.graph.get_operations())
+
+
+def _flops(extractor: Extractor) -> int:
+    """Count products and sums of all convolutions and matrix products, for one input."""
+    total = 0
+    for operation in extractor._extract.graph.get_operations():
+        if operation.type in ("Conv3D", "MatMul"):
+            (*extents, filters), kernel = operation.outputs[0].shape[1:], operation.inputs[1].shape
+            total += 2 * int(np.prod(extents, dtype=int)) * int(tf.TensorShape(kernel).num_elements())
+            assert filters == kernel[-1]
+    return total

@@ -1,0 +1,185 @@
+"""Files that Keras 2 wrote load as they are and give the values that Keras 2 gives."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from featray.errors import ModelError
+from featray.model import Extractor, keras2, list_layers
+
+X = np.random.default_rng(0).random((2, 4, 4, 4, 1), np.float32)
+
+
+@pytest.fixture(scope="module")
+def k2() -> Any:
+    """Return Keras 2, or skip."""
+    return pytest.importorskip("tf_keras", reason="tf_keras (Keras 2) is not installed: pip install tf_keras")
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[[Any, str], Path]:
+    """Return a function that saves a Keras 2 model, whole or its weights, and says where."""
+
+    def save(model: Any, name: str = "m.h5", what: str = "save") -> Path:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the format is old is the point
+            getattr(model, what)(tmp_path / name)
+        return tmp_path / name
+
+    return save
+
+
+def _values(path: Path, layer: str, x: np.ndarray, **keys: Any) -> np.ndarray:
+    layers = [{"layer": layer, "pool": "none", "as": "it"}]
+    return Extractor({"uri": str(path), "layers": layers, **keys}, input_zyx=x.shape[1:])(x)["it"]
+
+
+def _vae(k2: Any) -> tuple[Any, Any]:
+    class Sampling(k2.layers.Layer):
+        def call(self, inputs: Any) -> Any:
+            return inputs[0]
+
+    volume, code = k2.Input((4, 4, 4, 1)), k2.Input((2,))
+    x = k2.layers.Conv3D(2, 3, activation="relu", name="conv")(volume)
+    x = k2.layers.BatchNormalization(name="norm")(k2.layers.Flatten(name="flat")(x))
+    mean, log_variance = (k2.layers.Dense(2, name=name)(x) for name in ("z_mean", "z_log_var"))
+    outputs = [mean, log_variance, Sampling(name="z")([mean, log_variance])]
+    encoder = k2.Model(volume, outputs, name="encoder")
+    up = k2.layers.Reshape((4, 4, 4, 1), name="shape")(k2.layers.Dense(64, name="up")(code))
+    decoder = k2.Model(code, up, name="decoder")
+    outer = k2.Input((4, 4, 4, 1))
+    return k2.Model(outer, decoder(encoder(outer)[2]), name="vae"), encoder
+
+
+def test_a_nested_vae_of_keras_2_gives_the_same_latent(k2: Any, saved: Any) -> None:
+    vae, encoder = _vae(k2)
+    vae.compile(loss="mse")
+    path, keys = saved(vae), {"custom_objects": ["featray.vae:Sampling"]}
+    for at, name in enumerate(("z_mean", "z_log_var")):
+        expected = encoder(X)[at].numpy()
+        np.testing.assert_allclose(
+            _values(path, f"encoder/{name}", X, **keys), expected, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_a_nested_sequential_model_of_keras_2_loads_and_calls_in_order(k2: Any, saved: Any) -> None:
+    inner = k2.Sequential(
+        [k2.Input((4, 4, 4, 1)), k2.layers.Conv3D(1, 1, name="conv", bias_initializer="ones")], name="inner"
+    )
+    volume = k2.Input((4, 4, 4, 1))
+    model = k2.Model(volume, inner(inner(volume)))
+    path = saved(model)
+    assert [info.path for info in list_layers(path)] == ["inner#1/conv", "inner#1", "inner#2/conv", "inner#2"]
+    np.testing.assert_allclose(_values(path, "inner#2", X), model(X).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_layers_whose_old_settings_keras_3_refuses_load(k2: Any, saved: Any) -> None:
+    series = k2.Input((5, 3))
+    recurrent = k2.Model(series, k2.layers.LSTM(4, name="it")(series))
+    image = k2.Input((6, 6, 2))
+    depth = k2.layers.DepthwiseConv2D(3, depthwise_initializer="uniform", name="depth")(image)
+    spread = k2.layers.Conv2DTranspose(3, 2, name="spread")(
+        k2.layers.SeparableConv2D(3, 2, name="sep")(depth)
+    )
+    images = k2.Model(image, k2.layers.LeakyReLU(alpha=0.4, name="it")(spread))
+    for name, model in (("series.h5", recurrent), ("images.h5", images)):
+        x = np.random.default_rng(3).normal(size=(2, *model.input_shape[1:])).astype(np.float32)
+        got = _values(saved(model, name), "it", x)
+        np.testing.assert_allclose(got, model(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_tensors_among_keyword_arguments_are_connected(k2: Any, saved: Any) -> None:
+    tokens, others = k2.Input((5, 4)), k2.layers.Dense(4, name="others")
+    attention = k2.layers.MultiHeadAttention(2, 3, name="attention")
+    model = k2.Model(tokens, attention(tokens, value=others(tokens)))
+    x = np.random.default_rng(4).random((2, 5, 4), np.float32)
+    got = _values(saved(model), "attention", x)
+    np.testing.assert_allclose(got, model(x).numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_old_weights_go_into_the_model_of_a_builder(k2: Any, saved: Any, code: Any) -> None:
+    source = code(
+        "build.py",
+        """
+        import keras
+        def build():
+            heads = [keras.layers.Dense(2, name=name) for name in ("z_mean", "z_log_var")]
+            volume = keras.Input((4, 4, 4, 1))
+            x = keras.layers.Conv3D(2, 3, activation="relu", name="conv")(volume)
+            x = keras.layers.Flatten(name="flat")(x)
+            x = keras.layers.BatchNormalization(name="norm")(x)
+            return keras.Model(volume, [head(x) for head in heads])
+        """,
+    )
+    encoder = _vae(k2)[1]
+    path = saved(encoder, "weights.h5", "save_weights")
+    got = _values(path, "z_log_var", X, builder=f"{source}:build")
+    np.testing.assert_allclose(got, encoder(X)[1].numpy(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_keras_archive_of_keras_2_says_to_save_it_as_h5(k2: Any, saved: Any) -> None:
+    with pytest.raises(ModelError, match=r"made by Keras 2\..* save it again as .h5, which is read"):
+        Extractor({"uri": str(saved(_vae(k2)[0], "m.keras")), "layers": ["z_mean"]})
+
+
+def test_operations_on_tensors_and_added_losses_of_the_classic_tutorial_load(k2: Any, saved: Any) -> None:
+    import tensorflow as tf
+
+    vector = k2.Input((6,))
+    mean = k2.layers.Dense(3, name="z_mean")(vector)
+    log_variance = k2.layers.Dense(3, name="z_log_var")(vector * 2.0 + 1.0)
+    both = tf.concat([mean, tf.exp(0.5 * log_variance)], axis=-1)
+    out = k2.layers.Dense(6, name="out")(1.0 - tf.nn.relu(both) / 2.0)
+    model = k2.Model(vector, out)
+    model.add_loss(tf.reduce_mean(1 + log_variance - tf.square(mean) - tf.exp(log_variance)))
+    x = np.random.default_rng(5).random((2, 6), np.float32)
+    path = saved(model)
+    np.testing.assert_allclose(_values(path, "out", x), model(x).numpy(), rtol=1e-5, atol=1e-6)
+    assert "z_log_var" in [info.path for info in list_layers(path)]
+
+
+def test_a_slice_of_a_tensor_is_named_as_what_cannot_be_carried_over(k2: Any, saved: Any) -> None:
+    volume = k2.Input((4, 4, 4, 1))
+    path = saved(k2.Model(volume, k2.layers.Flatten(name="flat")(volume[:, 1:])))
+    with pytest.raises(ModelError, match=r"getitem.*Keras 2 .*TensorFlow operation.*model.builder"):
+        Extractor({"uri": str(path), "layers": ["flat"]})
+
+
+@pytest.mark.parametrize(
+    ("function", "refused"),
+    [
+        ("math.multiply", []),
+        ("reshape", []),
+        ("io.write_file", ["io.write_file"]),
+        ("py_function", ["py_function"]),
+        ("math.__class__.mro", ["math.__class__.mro"]),
+    ],
+)
+def test_functions_that_may_do_more_than_compute_are_refused(function: str, refused: list[str]) -> None:
+    config = {"layers": [{"class_name": "TFOpLambda", "config": {"function": function}}]}
+    assert keras2.refused_functions(config) == refused
+
+
+def test_a_config_is_upgraded_without_touching_the_one_given() -> None:
+    node = [["inner", 1, 0, {"mask": ["other", 0, 0], "scale": 2}]]
+    inner = {
+        "class_name": "Sequential",
+        "name": "inner",
+        "inbound_nodes": [],
+        "config": {"layers": [{"class_name": "InputLayer", "config": {}}]},
+    }
+    layer = {"class_name": "Dense", "name": "d", "config": {}, "inbound_nodes": [node]}
+    config = {"class_name": "Model", "config": {"layers": [inner, layer], "output_layers": [["inner", 1, 0]]}}
+    new = keras2.upgraded(config)["config"]
+    (call,) = new["layers"][1]["inbound_nodes"]
+    assert call["args"][0]["config"]["keras_history"] == ["inner", 0, 0]
+    assert call["kwargs"]["mask"]["config"]["keras_history"] == ["other", 0, 0]
+    assert call["kwargs"]["scale"] == 2
+    assert new["output_layers"] == [["inner", 0, 0]]
+    assert node[0][1] == 1

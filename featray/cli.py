@@ -82,7 +82,8 @@ def _layers(args: argparse.Namespace) -> int:
     from featray.model import list_layers
 
     if args.model.endswith((".yaml", ".yml")):
-        found = list_layers(load(args.model, args.set).model)
+        config = load(args.model, args.set)
+        found = list_layers(config.model, input_zyx=config.preprocess.size)
     else:
         found = list_layers(args.model, custom_objects=tuple(args.custom_objects))
     header = ("layer", "class", "shape", "values", "GB per 10,000", "flags")

@@ -55,7 +55,9 @@ def input_shape(
     (own,) = changing.values()
     if asked is None or wanted is None:
         return own, []
-    for shape in (wanted, (1, *asked), tuple(asked)):
+    # Volumes of any size must not fall into a model of images: only a known size may lack a channel axis.
+    bare = [] if None in asked else [tuple(asked)]
+    for shape in (wanted, (1, *asked), *bare):
         if _fits(own, shape):
             return _narrowed(own, shape), []
     problem = (

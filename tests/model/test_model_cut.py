@@ -322,6 +322,23 @@ def test_a_model_of_images_is_refused_showing_both_shapes(tmp_path: Path) -> Non
         Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["flatten"]}, input_zyx=(8, 16, 16))
 
 
+def test_volumes_of_any_size_are_not_taken_for_images(tmp_path: Path) -> None:
+    keras.Sequential([keras.Input((28, 28, 3)), keras.layers.Flatten(name="flatten")]).save(
+        tmp_path / "m.keras"
+    )
+    with pytest.raises(ModelError, match=r"takes \(28, 28, 3\), .* gives \(any, any, any, 1\)"):
+        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["flatten"]}, input_zyx=(None, None, None))
+
+
+def test_a_channels_first_model_takes_volumes_without_a_channel_axis(tmp_path: Path) -> None:
+    conv = keras.layers.Conv3D(2, 3, data_format="channels_first", name="conv")
+    keras.Sequential([keras.Input((1, 4, 5, 6)), conv]).save(tmp_path / "m.keras")
+    extractor = Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["conv"]}, input_zyx=(4, 5, 6))
+    x = np.random.default_rng(0).random((3, 4, 5, 6), np.float32)
+    expected = np.asarray(conv(x[:, None])).mean((2, 3, 4))
+    np.testing.assert_allclose(extractor(x)["conv"], expected, rtol=1e-5, atol=1e-6)
+
+
 def test_the_recipe_follows_weights_layers_and_pooling_but_not_order_or_batch_size(
     small_vae_file: Path, tmp_path: Path, spec: Spec
 ) -> None:

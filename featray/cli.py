@@ -83,7 +83,7 @@ def _layers(args: argparse.Namespace) -> int:
 
     if args.model.endswith((".yaml", ".yml")):
         config = load(args.model, args.set)
-        found = list_layers(config.model, input_zyx=config.preprocess.size)
+        found = list_layers(config.model, input_zyx=config.preprocess.size or (None, None, None))
     else:
         found = list_layers(args.model, custom_objects=tuple(args.custom_objects))
     header = ("layer", "class", "shape", "values", "GB per 10,000", "flags")
@@ -102,7 +102,10 @@ def _layers(args: argparse.Namespace) -> int:
 
 
 def _layer_row(layer: LayerInfo) -> tuple[str, ...]:
-    shape, gigabytes = "x".join(map(str, layer.shape)), layer.values * 4 * 10_000 / 1e9
+    shape, gigabytes = (
+        "x".join("any" if size is None else str(size) for size in layer.shape),
+        layer.values * 4 * 10_000 / 1e9,
+    )
     return layer.path, layer.class_name, shape, str(layer.values), f"{gigabytes:.3g}", " ".join(layer.flags)
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
 
 import pyarrow as pa
 
@@ -42,6 +41,8 @@ HANDFUL = 100
 """Scans up to which engine auto does without Ray when no cluster is named."""
 MAX_SCANS_PER_FILE = 128
 MAX_FILE_BYTES = 64 * 2**20
+
+SizeZYX = tuple[int, int, int]
 
 
 def extract(
@@ -233,11 +234,18 @@ def new_run_id() -> str:
     return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{os.urandom(3).hex()}"
 
 
-def _load_extractor(model: ModelConfig, size: Any, threads: int | None = None) -> Extractor:
-    return Extractor(model, input_zyx=size, threads=threads)
+def _load_extractor(model: ModelConfig, size: SizeZYX | None, threads: int | None = None) -> Extractor:
+    """Load the model for inputs of `size`, or, for None, of any size along z, y and x."""
+    extractor = Extractor(model, input_zyx=size or (None, None, None), threads=threads)
+    if size is None and None not in extractor.input_shape:
+        raise ModelError(
+            "preprocess.size: null keeps each scan's own size, but the model takes "
+            f"{extractor.input_shape} only (z, y, x, channel); give that size"
+        )
+    return extractor
 
 
-def _load_same(model: ModelConfig, size: Any, threads: int, sha256: str) -> Extractor:
+def _load_same(model: ModelConfig, size: SizeZYX | None, threads: int, sha256: str) -> Extractor:
     """Load the model in another process, where it must be what the recipe was made from."""
     extractor = _load_extractor(model, size, threads)
     if extractor.sha256 != sha256:
@@ -250,7 +258,6 @@ def _problems_not_built_yet(config: Config) -> list[str]:
     asked = {
         "source.format: npy": config.source.format == "npy",
         "source.rows: true": config.source.rows,
-        "preprocess.size: null": config.preprocess.size is None,
         "output.keep_versions_days above 0": config.output.keep_versions_days > 0,
     }
     return [
@@ -284,7 +291,7 @@ def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
     return problems
 
 
-def _problems_of_model(model: ModelConfig, size: Any) -> list[str]:
+def _problems_of_model(model: ModelConfig, size: SizeZYX | None) -> list[str]:
     try:
         _load_extractor(model, size)
     except UsageError as error:

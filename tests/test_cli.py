@@ -148,7 +148,7 @@ def test_every_config_problem_comes_in_one_message_and_nothing_is_written(
     [
         ("model.uri=nowhere.keras", "nowhere.keras"),
         ("source.format=npy", "source.format: npy is not supported yet"),
-        ("preprocess.size=null", "preprocess.size: null is not supported yet"),
+        ("preprocess.size=null", "preprocess.size: null keeps each scan's own size"),
         ("output.partition_by=[layer, sight]", "'sight' is none of"),
         ("privacy.dicom_tags=[PatientsAge]", "DICOM knows no keyword 'PatientsAge'"),
         ("model.layers=[encoder/z]", "z_mean"),

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 
 import featray
+from featray.ct.phantom import make_phantom, write_nifti
 from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError, OutputBusyError
 from featray.lease import Lease
@@ -197,6 +198,35 @@ def test_patches_are_numbered_with_their_origin(config_of: Any) -> None:
     origins = [[z, y, x] for z in (0, 8) for y in (0, 8) for x in (0, 16)]
     assert rows == [{"patch": n, "origin": origin} for n, origin in enumerate(origins)]
     assert scans_of(config)["phantom_000.nii.gz"]["patches"] == len(origins)
+
+
+def test_a_fully_convolutional_model_takes_scans_at_their_native_size(config_of: Any, tmp_path: Path) -> None:
+    import keras
+
+    volume = keras.Input((None, None, None, 1))
+    maps = keras.layers.Conv3D(3, 3, padding="same", name="maps")(volume)
+    keras.Model(volume, keras.layers.GlobalAveragePooling3D(name="mean")(maps)).save(tmp_path / "fcn.keras")
+    (tmp_path / "c").mkdir()
+    for seed, shape in enumerate([(6, 20, 24), (7, 16, 16), (6, 20, 24)]):
+        write_nifti(make_phantom(seed, shape), tmp_path / "c" / f"{seed}.nii")
+    model = {
+        "uri": str(tmp_path / "fcn.keras"),
+        "custom_objects": [],
+        "layers": [{"layer": "maps", "pool": "none"}],
+    }
+    config = config_of(
+        source={"uri": str(tmp_path / "c")},
+        preprocess={"size": None},
+        model=model,
+        run={"decode": {"workers": 2}},
+    )
+    assert featray.extract(config).ok == 3
+    shapes = output_of(config).read(FEATURES, ("scan_id", "shape")).to_pylist()
+    assert {row["scan_id"]: row["shape"] for row in shapes} == {
+        "0.nii": [6, 20, 24, 3],
+        "1.nii": [7, 16, 16, 3],
+        "2.nii": [6, 20, 24, 3],
+    }
 
 
 def test_a_run_leaves_its_config_versions_and_counts(config_of: Any) -> None:

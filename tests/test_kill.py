@@ -32,11 +32,29 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def job(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Return a config without output, of a model slow enough that commits do not come all at once."""
+    from featray.vae import build_encoder
+
+    model = tmp_path_factory.mktemp("model") / "encoder.keras"
+    build_encoder((32, 128, 128)).save(model)
+    return {
+        "source": {"uri": str(collection)},
+        "preprocess": {"size": [32, 128, 128]},
+        "model": {
+            "uri": str(model),
+            "custom_objects": ["featray.vae:Sampling"],
+            "layers": ["z_mean", "z_log_var", "pre_latent", "conv_2"],
+        },
+        "run": {"engine": "inline", "decode": {"workers": 1}},
+    }
+
+
 @pytest.fixture
-def config(config_of: Any, collection: Path, tmp_path: Path) -> Path:
+def config(job: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "config.yaml"
-    values = config_of(source={"uri": str(collection)}, run={"decode": {"workers": 1}})
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump({**job, "output": {"uri": str(tmp_path / "out")}}))
     return path
 
 
@@ -93,23 +111,11 @@ def values(dataset: Dataset) -> dict[tuple[str, str], list[float]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(collection: Path, vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def undisturbed(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     import featray
 
     output = str(tmp_path_factory.mktemp("undisturbed") / "out")
-    featray.extract(
-        {
-            "source": {"uri": str(collection)},
-            "preprocess": {"size": [8, 32, 32]},
-            "model": {
-                "uri": str(vae_file),
-                "custom_objects": ["featray.vae:Sampling"],
-                "layers": ["encoder/z_mean", "encoder/z_log_var", "encoder/pre_latent", "encoder/conv_2"],
-            },
-            "output": {"uri": output},
-            "run": {"engine": "inline"},
-        }
-    )
+    featray.extract({**job, "output": {"uri": output}})
     return values(Dataset(Store(output)))
 
 

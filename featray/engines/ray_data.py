@@ -3,9 +3,9 @@
 The only file that imports Ray. Rows between the stages: a listed scan as JSON → its record, tensor
 and origins → its record and features → one receipt per file's worth of scans.
 
-A scan that kills its process would be retried by Ray for ever. So tries are bounded, and a first,
-strict pass that meets such a scan stops; a second pass takes what is left one scan at a time and
-loses only the guilty ones.
+A scan that kills its process would be retried by Ray for ever. So tries are bounded, and there are up
+to three passes: a strict one stops at the first such scan; a tolerant one takes what is left and goes
+on past them; what that loses with them is tried alone, so that only the guilty ones are given up.
 """
 
 from __future__ import annotations
@@ -41,8 +41,10 @@ WRITE_CPUS = 0.001
 _CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
 _LOOK_S = 0.2
 _KNOCK_S = 10.0
+_PASSES = ((True, False), (False, False), (False, True))
+"""Strict, alone: see the module."""
 _SUSPECTS = 20
-"""More scans than this left after both passes means a broken cluster, not broken scans."""
+"""More scans than this left after all passes means a broken cluster, not broken scans."""
 
 
 class RayEngine:
@@ -66,12 +68,12 @@ class RayEngine:
             ray.shutdown()
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
-        """Yield receipts in order of completion; the second pass isolates scans that kill their worker."""
+        """Yield receipts in order of completion; the last pass isolates scans that kill their worker."""
         self._connect()
         left = {scan.scan_id: scan for scan in scans}
-        for strict in (True, False):
+        for strict, alone in _PASSES:
             with _crashes_logged():
-                for receipt in _until(stop, self._pass(list(left.values()), stages, strict)):
+                for receipt in _until(stop, self._pass(list(left.values()), stages, strict, alone)):
                     for record in receipt.records:
                         del left[record.scan_id]
                     yield receipt
@@ -108,17 +110,17 @@ class RayEngine:
             self._started = True
         _compare_claims(self._run, ray.cluster_resources(), grows=bool(address))
 
-    def _pass(self, scans: list[Scan], stages: Stages, strict: bool) -> Iterator[Receipt]:
-        dataset = self._dataset(scans, stages, strict)
+    def _pass(self, scans: list[Scan], stages: Stages, strict: bool, alone: bool) -> Iterator[Receipt]:
+        _configure(strict)
+        dataset = self._dataset(scans, stages, alone)
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             for text in batch["receipt"].to_pylist():
                 yield Receipt.from_json(text)
 
-    def _dataset(self, scans: list[Scan], stages: Stages, strict: bool) -> Any:
-        """Return the lazy pipeline; it runs when its receipts are read."""
+    def _dataset(self, scans: list[Scan], stages: Stages, alone: bool) -> Any:
+        """Return the lazy pipeline; it runs when its receipts are read. `alone`: no scan shares a batch."""
         import ray
 
-        _configure(strict)
         actors, retries = self._run.actors, self._limits.attempts - 1
         rows = [{"scan": scan.to_json()} for scan in scans]
         with _without_deprecations():
@@ -133,7 +135,7 @@ class RayEngine:
                 .map_batches(
                     _ExtractBatch,
                     fn_constructor_args=[stages.load_extractor],
-                    batch_size=stages.batch_scans if strict else 1,
+                    batch_size=1 if alone else stages.batch_scans,
                     compute=ray.data.ActorPoolStrategy(min_size=actors.min, max_size=_max_actors(self._run)),
                     num_cpus=actors.num_cpus,
                     num_gpus=actors.num_gpus or None,
@@ -141,7 +143,7 @@ class RayEngine:
                 )
                 .map_batches(
                     _WriteBatch(stages.write),
-                    batch_size=stages.scans_per_file if strict else 1,
+                    batch_size=1 if alone else stages.scans_per_file,
                     batch_format="pyarrow",
                     num_cpus=WRITE_CPUS,
                     max_retries=retries,
@@ -309,6 +311,8 @@ def _configure(strict: bool) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # Of no use to anybody when the one scan left is the one that kills its worker.
+    warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
 
 
 def _refuse_unreachable(address: str | None) -> None:

@@ -51,7 +51,7 @@ def test_ray_and_inline_agree(config_of: Any, tmp_path: Path, preprocess: dict[s
 def test_decoding_is_not_fused_into_the_model(tmp_path: Path, by_value: None) -> None:
     engine = RayEngine(RunConfig(), LimitsConfig())
     stages = _stages(tmp_path)
-    stats = engine._dataset([_scan("a"), _scan("b")], stages, strict=True).materialize().stats()
+    stats = engine._dataset([_scan("a"), _scan("b")], stages, alone=False).materialize().stats()
     assert "Map(_DecodeRow)" in stats
     assert "MapBatches(_ExtractBatch)" in stats
     assert "->MapBatches(_ExtractBatch)" not in stats

@@ -98,8 +98,8 @@ class RayEngine:
         import ray
 
         address = self._run.address or os.environ.get("RAY_ADDRESS")
+        _refuse_unreachable(address)
         if not ray.is_initialized():
-            _refuse_unreachable(address)
             with hold_back(_CHATTER):
                 ray.init(
                     address=address,

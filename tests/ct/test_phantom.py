@@ -172,7 +172,7 @@ def test_noise_keeps_gzip_to_about_half_as_in_real_scans(tmp_path: Path) -> None
 
 def test_a_collection_has_a_label_row_for_each_scan_it_wrote(tmp_path: Path) -> None:
     labels = make_collection(tmp_path, 4, shape_zyx=(3, 8, 8), seed=9)
-    rows = list(csv.DictReader(labels.open(encoding="utf-8")))
+    rows = list(csv.DictReader(labels.read_text(encoding="utf-8").splitlines()))
     assert labels == tmp_path / "labels.csv"
     assert [row["scan_id"] for row in rows] == [
         "nifti/phantom_000.nii.gz",
@@ -186,7 +186,7 @@ def test_a_collection_has_a_label_row_for_each_scan_it_wrote(tmp_path: Path) -> 
 
 def test_the_labels_are_the_parameters_to_the_last_digit(tmp_path: Path) -> None:
     labels = make_collection(tmp_path, 2, shape_zyx=(3, 8, 8), seed=9)
-    row = list(csv.DictReader(labels.open(encoding="utf-8")))[1]
+    row = list(csv.DictReader(labels.read_text(encoding="utf-8").splitlines()))[1]
     truth = dataclasses.asdict(make_phantom([9, 1], (1, 1, 1)).parameters)
     assert {name: float(row[name]) for name in truth} == truth
 

@@ -4,8 +4,7 @@ In: a `ModelConfig` and float32 batches. Out: one float32 array per chosen layer
 of scans, Ray or tables; importing it does not import TensorFlow.
 """
 
-from featray.model.cut import CutLayer, Extractor, check
+from featray.model.cut import CutLayer, Extractor
 from featray.model.describe import LayerInfo, list_layers
-from featray.model.saved import ModelPeek, peek
 
-__all__ = ["CutLayer", "Extractor", "LayerInfo", "ModelPeek", "check", "list_layers", "peek"]
+__all__ = ["CutLayer", "Extractor", "LayerInfo", "list_layers"]

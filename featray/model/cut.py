@@ -202,11 +202,6 @@ class Extractor:
         ]
 
 
-def check(spec: ModelConfig | Mapping[str, Any], input_zyx: Shape | None) -> None:
-    """Raise the ModelError that extracting with this model would raise; see `Extractor`."""
-    Extractor(spec, input_zyx=input_zyx)
-
-
 def as_spec(spec: ModelConfig | Mapping[str, Any]) -> ModelConfig:
     """Return a checked `model` section.
 

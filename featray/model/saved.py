@@ -1,13 +1,12 @@
 """What a saved Keras model file says about itself, read without Keras or TensorFlow.
 
-In: the path of a local file. Out: its kind, its config, the custom code it needs, its input
-shapes and layer names. Runs nothing that is stored in the file.
+In: the path of a local file. Out: its kind, its config, the custom code it needs. Runs nothing that
+is stored in the file.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -58,36 +57,6 @@ class CustomEntry:
     is_lambda: bool = False
 
 
-@dataclass(frozen=True)
-class ModelPeek:
-    """What the config inside a `.keras` file says; a hint for early messages, never the authority.
-
-    Attributes:
-        input_shapes: One shape per model input, batch axis first; None where any size goes.
-        layers: Names of the layers, nested ones as `encoder/conv_1`.
-    """
-
-    input_shapes: tuple[tuple[int | None, ...], ...]
-    layers: tuple[str, ...]
-
-
-def peek(path: str | os.PathLike[str]) -> ModelPeek | None:
-    """Return input shapes and layer names of a local `.keras` file, or None when not sure.
-
-    Only functional and sequential models describe themselves; for anything else, a missing or
-    a damaged file, the answer is None and loading will tell.
-    """
-    try:
-        saved = open_saved(Path(path))
-    except (ModelError, OSError):
-        return None
-    if saved.kind is not Kind.ARCHIVE or saved.config.get("class_name") not in ("Functional", "Sequential"):
-        return None
-    layers = saved.config["config"].get("layers", [])
-    shapes = tuple(_input_shapes(layers))
-    return ModelPeek(shapes, tuple(_layer_paths(layers, ""))) if shapes else None
-
-
 def open_saved(path: Path) -> Saved:
     """Return what the file is, by its content and not by its name.
 
@@ -117,23 +86,6 @@ def custom_entries(config: dict[str, Any], is_own: Callable[[str], bool]) -> lis
     body = {key: value for key, value in config.items() if key != "compile_config"}
     found = _custom_in(body, str(config.get("class_name", "model")), is_own)
     return list(dict.fromkeys(found))
-
-
-def _input_shapes(layers: list[dict[str, Any]]) -> Iterator[tuple[int | None, ...]]:
-    for layer in layers:
-        shape = layer.get("config", {}).get("batch_shape")
-        if layer.get("class_name") == "InputLayer" and shape:
-            yield tuple(shape)
-
-
-def _layer_paths(layers: list[dict[str, Any]], prefix: str) -> Iterator[str]:
-    for layer in layers:
-        config = layer.get("config", {})
-        name = layer.get("name") or config.get("name")
-        if not name or layer.get("class_name") == "InputLayer":
-            continue
-        yield f"{prefix}{name}"
-        yield from _layer_paths(config.get("layers", []), f"{prefix}{name}/")
 
 
 def _open_archive(path: Path) -> Saved:

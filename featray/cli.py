@@ -102,10 +102,8 @@ def _layers(args: argparse.Namespace) -> int:
 
 
 def _layer_row(layer: LayerInfo) -> tuple[str, ...]:
-    shape, gigabytes = (
-        "x".join("any" if size is None else str(size) for size in layer.shape),
-        layer.values * 4 * 10_000 / 1e9,
-    )
+    shape = "x".join("any" if size is None else str(size) for size in layer.shape)
+    gigabytes = layer.values * 4 * 10_000 / 1e9
     return layer.path, layer.class_name, shape, str(layer.values), f"{gigabytes:.3g}", " ".join(layer.flags)
 
 

@@ -10,7 +10,7 @@ import contextlib
 import difflib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -298,6 +298,19 @@ def load_partly(config: ConfigInput, overrides: list[str] | None = None) -> tupl
     with contextlib.suppress(ValidationError):
         return Config.model_validate(values), _sentences(found)
     return None, _sentences(found)
+
+
+def load_model_section(values: Mapping[str, Any]) -> ModelConfig:
+    """Return a checked `model` section given on its own.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    try:
+        return ModelConfig.model_validate(dict(values))
+    except ValidationError as error:
+        found = [{**item, "loc": ("model", *item["loc"])} for item in error.errors(include_url=False)]
+        raise ConfigError(_sentences(found), "model") from None
 
 
 def name_of(config: ConfigInput) -> str:

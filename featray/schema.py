@@ -210,6 +210,10 @@ class ScanRecord:
         return {**self.columns, **row}
 
 
+NO_TENSOR: NDArray[np.float32] = np.zeros((0, 1, 1, 1), np.float32)
+"""The model input of a scan that has none (any more)."""
+
+
 @dataclass
 class Decoded:
     """One scan ready for the model, or settled as failed.

@@ -26,12 +26,20 @@ from featray.ct.dicom_elements import DEFLATED, Elements
 from featray.ct.dicom_geometry import check_alike, same_places, stack
 from featray.ct.dicom_headers import SliceHeader, parse_slice, read_header, unreadable_header
 from featray.ct.dicom_pixels import check_format, stored_values
-from featray.ct.dicom_series import Series, group_series
+from featray.ct.dicom_series import DICOM_SUFFIXES, Series, group_series
 from featray.ct.rescale import LADDER, extremes, rescale, result_dtype
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 
-__all__ = ["Series", "SliceHeader", "group_series", "read_header", "read_series", "unreadable_header"]
+__all__ = [
+    "DICOM_SUFFIXES",
+    "Series",
+    "SliceHeader",
+    "group_series",
+    "read_header",
+    "read_series",
+    "unreadable_header",
+]
 
 _HU_TYPES = ("", "HU", "US")  # US: unspecified
 

@@ -41,7 +41,7 @@ _CT_CLASSES = frozenset(
 )  # CT, Enhanced CT, Legacy Converted Enhanced CT Image Storage
 _CAPTURES = "1.2.840.10008.5.1.4.1.1.7."  # Secondary Capture; multi-frame ones add 1 to 4
 _LOCALIZER_WORDS = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
-_DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
+DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _UNFINISHED = re.compile(r"\.(part|partial|tmp|filepart|crdownload|download)$")
 
 
@@ -292,7 +292,7 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _claims_dicom(header: SliceHeader) -> bool:
     if header.base.startswith("."):
         return False  # companions that macOS and rsync leave
-    return header.is_dicom or header.base.lower().endswith(_DICOM_SUFFIXES)
+    return header.is_dicom or header.base.lower().endswith(DICOM_SUFFIXES)
 
 
 def _names(headers: list[SliceHeader]) -> tuple[str, ...]:

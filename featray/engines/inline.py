@@ -24,7 +24,7 @@ from featray.config import LimitsConfig
 from featray.engines import Stages
 from featray.engines.helpers import Helpers, Outcome
 from featray.errors import Reason
-from featray.schema import Decoded, Receipt, Scan
+from featray.schema import NO_TENSOR, Decoded, Receipt, Scan
 from featray.stages.decode import Decoder
 from featray.stages.extract import extract
 
@@ -32,7 +32,6 @@ FLUSH_S = 10.0
 """Write what is finished at least this often, so a kill costs little."""
 SLOT_BYTES = 64 * 2**20
 """Largest tensor that travels through shared memory; a larger one is sent through the pipe."""
-_NOTHING = np.zeros((0, 1, 1, 1), np.float32)
 
 
 class InlineEngine:
@@ -144,7 +143,7 @@ class _Window:
                 taken, ready = ready[:batch], ready[batch:]
                 yield [decoded for decoded, _ in taken]
                 for decoded, slot in taken:
-                    decoded.tensor_nzyx = _NOTHING  # lets go of the slot
+                    decoded.tensor_nzyx = NO_TENSOR  # lets go of the slot
                     self._free.append(slot)
 
     def _submit(self, attempt: _Attempt) -> None:
@@ -169,8 +168,7 @@ class _Window:
             message = f"its process died in each of {attempt.number} attempts (exit code {outcome.exit_code})"
             return self._decode.failed(attempt.scan, Reason.WORKER_CRASH, message, attempt.number)
         if outcome.error == "timeout":
-            message = f"no result after {self._limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
-            return self._decode.failed(attempt.scan, Reason.TIMEOUT, message, attempt.number)
+            return self._decode.late(attempt.scan, attempt.number)
         decoded: Decoded = outcome.result
         if attempt.slot is None or decoded.parked is None:
             return decoded
@@ -194,7 +192,7 @@ def _park(decoded: Decoded, slot: SharedMemory) -> Decoded:
     if tensor.size == 0 or tensor.nbytes > slot.size:
         return decoded
     np.copyto(np.ndarray(tensor.shape, np.float32, slot.buf), tensor)
-    return replace(decoded, tensor_nzyx=_NOTHING, parked=tensor.shape)
+    return replace(decoded, tensor_nzyx=NO_TENSOR, parked=tensor.shape)
 
 
 def _slot_bytes(decode: Decoder) -> int:

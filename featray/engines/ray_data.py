@@ -167,8 +167,7 @@ class _DecodeRow:
             with _alarm(self._timeout_s):
                 decoded = self._decode(scan)
         except _LateError:
-            message = f"no result after {self._timeout_s:g} s (limits.scan_timeout_s)"
-            decoded = self._decode.failed(scan, Reason.TIMEOUT, message, 1)
+            decoded = self._decode.late(scan, 1)
         return {"record": decoded.record.to_json(), "tensor": decoded.tensor_nzyx, "origins": decoded.origins}
 
 

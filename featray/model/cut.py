@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
-from featray.config import ModelConfig
-from featray.errors import ConfigError, ModelError
+from featray.config import ModelConfig, load_model_section
+from featray.errors import ModelError
 from featray.model import choose, fetch, inputs, load, runtime, trace
 from featray.model.choose import Choice, Pool
 from featray.model.inputs import Batch, Shape
@@ -210,14 +209,7 @@ def as_spec(spec: ModelConfig | Mapping[str, Any]) -> ModelConfig:
     """
     if isinstance(spec, ModelConfig):
         return spec
-    try:
-        return ModelConfig.model_validate(dict(spec))
-    except ValidationError as error:
-        problems = [
-            f"model.{'.'.join(map(str, item['loc']))}: {item['msg']}"
-            for item in error.errors(include_url=False)
-        ]
-        raise ConfigError(problems, "model") from None
+    return load_model_section(spec)
 
 
 def survey(model: Any, shape: Shape, problems: list[str], fill: trace.Fill) -> list[Tap]:

@@ -12,6 +12,7 @@ says what `scans` still owes (`recover`). So the ledger never promises rows that
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -47,8 +48,9 @@ class Committer:
 
     def __init__(self, dataset: Dataset, partition_by: Sequence[str], carried: Sequence[str] = ()) -> None:
         self.dataset = dataset
-        _refuse_other_partitions(dataset.open(FEATURES), partition_by)
-        self.features = dataset.open(FEATURES) or dataset.create(FEATURES, partition_by=partition_by)
+        features = dataset.open(FEATURES)
+        _refuse_other_partitions(features, partition_by)
+        self.features = features or dataset.create(FEATURES, partition_by=partition_by)
         self.scans = dataset.open(SCANS) or dataset.create(SCANS, carried)
         self._add_columns(carried)
 
@@ -77,6 +79,7 @@ class Committer:
             owed = {APP: {"add": asdict(ledger_file), "remove": replaced}}
             self._write(FEATURES, files, [], number, owed)
         self._write(SCANS, [ledger_file], replaced, number, {})
+        self._stored.update(record.scan_id for record in records)
         self.dataset.store.delete([f"{SCANS}/{path}" for path in replaced])
 
     def remove_orphans(self) -> int:
@@ -92,6 +95,11 @@ class Committer:
         store.delete(orphans)
         return len(orphans)
 
+    @functools.cached_property
+    def _stored(self) -> set[str]:
+        """Ids that the ledger holds; first asked for after `recover`."""
+        return set(self.dataset.ledger(("scan_id",))["scan_id"].to_pylist())
+
     def _verify(self, files: Iterable[DataFile]) -> None:
         # The log would accept a missing file, and every reader would fail from then on.
         for file in files:
@@ -104,6 +112,9 @@ class Committer:
 
     def _superseded(self, scan_ids: list[str]) -> tuple[list[str], list[pa.Table]]:
         """Return the ledger files that hold one of the scans, and their rows of other scans."""
+        scan_ids = [scan_id for scan_id in scan_ids if scan_id in self._stored]
+        if not scan_ids:  # new scans, which is nearly all of them, need no look at earlier files
+            return [], []
         wanted = pa.array(scan_ids, pa.string())
         replaced, kept = [], []
         for file in self.dataset.live(SCANS, self.scans):

@@ -22,7 +22,7 @@ from featray.ct.geometry import reorient
 from featray.ct.memory import keep_large_blocks
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
-from featray.schema import Decoded, Scan, ScanRecord
+from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord
 from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
 from featray.stages.read import ReadResult, read
 from featray.storage import open_url
@@ -77,6 +77,11 @@ class Decoder:
         record = ScanRecord.of(scan, self.recipe, self.run_id)
         record.attempts = attempts
         return _failed(record, "read", ScanError(reason, message))
+
+    def late(self, scan: Scan, attempts: int) -> Decoded:
+        """Return the outcome of a scan that an engine gave up for taking too long."""
+        message = f"no result after {self.limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
+        return self.failed(scan, Reason.TIMEOUT, message, attempts)
 
     def _read(self, scan: Scan) -> ReadResult:
         # A manifest may name scans on another file system than its own.
@@ -148,7 +153,7 @@ def _failed(record: ScanRecord, stage: str, error: ScanError) -> Decoded:
 
 
 def _without_tensor(record: ScanRecord) -> Decoded:
-    return Decoded(record, np.zeros((0, 1, 1, 1), np.float32), np.zeros((0, 3), np.int32))
+    return Decoded(record, NO_TENSOR, np.zeros((0, 3), np.int32))
 
 
 @functools.cache

@@ -28,7 +28,6 @@ from featray.schema import SCAN_COLUMNS, Scan
 from featray.storage import open_url
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 MANIFEST_SUFFIXES = (".csv", ".parquet")
 ROI_COLUMNS = ("mask", "center_x", "center_y", "center_z")
 _HEADER_THREADS = 8
@@ -88,11 +87,13 @@ def _list(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) -> Lis
         return _list_manifest(fs, root, source)
     if source.id_column is not None:
         raise ConfigError("source.id_column: only a manifest (.csv, .parquet) has columns")
-    if _is_there(fs, root) or not _has_wildcard(root):
+    if not _has_wildcard(root) or _is_there(fs, root):
         return _list_place(fs, root, source)
     base = _before_wildcard(root)
-    found = {path: info for path, info in fs.glob(root, detail=True).items() if fs.isfile(path)}
-    return _list_files(fs, base, [_file(path, info, base) for path, info in sorted(found.items())], source)
+    found = sorted(fs.glob(root, detail=True).items())
+    # Only what is no plain file, such as a link, costs a question of its own.
+    files = [_file(path, info, base) for path, info in found if info["type"] == "file" or fs.isfile(path)]
+    return _list_files(fs, base, files, source)
 
 
 def _list_place(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) -> Listing:
@@ -103,7 +104,7 @@ def _list_place(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) 
         base, found = root, fs.find(root, detail=True)
     else:
         raise FileNotFoundError(root)
-    links = [path for path, info in found.items() if info.get("islink") and fs.isdir(path)]
+    links = {path for path, info in found.items() if info.get("islink") and fs.isdir(path)}
     files = [_file(path, info, base) for path, info in sorted(found.items()) if path not in links]
     listing = _list_files(fs, base, files, source)
     # Following links to folders may lead round in a circle; they are named instead.
@@ -131,7 +132,7 @@ def _list_files(
 def _nifti_scan(file: _File, source: SourceConfig) -> Scan:
     return Scan(
         scan_id=file.name,
-        uri=_shown_uri(source, file.name, file.path),
+        uri=_shown_uri(source, file.path),
         format="nifti",
         files=(file.path,),
         content=_fingerprint([file]),
@@ -145,7 +146,7 @@ def _dicom_scans(
     """Return one scan per series among the files, and the files that belong to one."""
     by_name = {file.name: file for file in files}
     with ThreadPoolExecutor(_HEADER_THREADS) as pool:  # object stores answer in parallel
-        headers = [header for header in pool.map(lambda file: _header(fs, file), files) if header]
+        headers = list(pool.map(lambda file: _header(fs, file), files))
     groups = dicom.group_series(headers)
     ids = _series_ids(groups, base)
     scans = []
@@ -155,8 +156,8 @@ def _dicom_scans(
     return scans, {by_name[name] for series in groups for name in series.files}
 
 
-def _header(fs: fsspec.AbstractFileSystem, file: _File) -> dicom.SliceHeader | None:
-    """Return a file's DICOM header, None when it is not DICOM and does not say it is."""
+def _header(fs: fsspec.AbstractFileSystem, file: _File) -> dicom.SliceHeader:
+    """Return a file's DICOM header; it says itself when the file is none, or cannot be opened."""
     try:
         with fs.open(file.path, "rb", block_size=2**16) as stream:
             return dicom.read_header(stream, file.name)
@@ -166,11 +167,9 @@ def _header(fs: fsspec.AbstractFileSystem, file: _File) -> dicom.SliceHeader | N
 
 
 def _series_scan(series: dicom.Series, scan_id: str, members: list[_File], source: SourceConfig) -> Scan:
-    folder = posixpath.commonpath([posixpath.dirname(file.path) or "." for file in members])
-    shown = members[0] if len(members) == 1 else replace(members[0], path=folder, name=_folder_of(members))
     return Scan(
         scan_id=scan_id,
-        uri=_shown_uri(source, shown.name, shown.path),
+        uri=_shown_uri(source, _place([file.path for file in members])),
         format="dicom",
         files=tuple(file.path for file in members),
         content=_fingerprint(members),
@@ -320,7 +319,7 @@ def _hash(parts: Iterable[str]) -> str:
 def _may_be_dicom(name: str) -> bool:
     """Whether to look inside: a DICOM suffix, or none (a UID's last number is no suffix)."""
     suffix = _suffix(name)
-    return suffix in DICOM_SUFFIXES or not suffix.strip(".").strip("0123456789")
+    return suffix in dicom.DICOM_SUFFIXES or not suffix.strip(".").strip("0123456789")
 
 
 def _suffix(name: str) -> str:
@@ -333,10 +332,6 @@ def _place(names: Sequence[str]) -> str:
 
 def _common_folder(names: Iterable[str]) -> str:
     return posixpath.commonpath([posixpath.dirname(name) for name in names])
-
-
-def _folder_of(members: list[_File]) -> str:
-    return _common_folder(file.name for file in members)
 
 
 def _is_there(fs: fsspec.AbstractFileSystem, path: str) -> bool:
@@ -353,7 +348,7 @@ def _before_wildcard(pattern: str) -> str:
     return "/".join(parts[:fixed])
 
 
-def _shown_uri(source: SourceConfig, name: str, path: str) -> str:
+def _shown_uri(source: SourceConfig, path: str) -> str:
     """Return the location to show: the source's own protocol, no credentials."""
     protocol, separator, _ = mask_url(source.uri).partition("://")
     return f"{protocol}://{path}" if separator else path

@@ -51,8 +51,27 @@ class SourceConfig(_Section):
     """npy only: the first axis enumerates samples (patch = row number)."""
     id_column: str | None = None
     """Manifest column to use as scan_id; else the path below the source root."""
+    volume: int | None = Field(default=None, ge=0)
+    """Which volume of a file with several (4-D NIfTI) to take, counted from 0; null refuses such files."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Passed to fsspec; never written anywhere."""
+
+
+class PolicyConfig(_Section):
+    """What to do with a scan that is odd. What changes values is part of the recipe."""
+
+    gantry_tilt: Literal["refuse", "resample"] = "refuse"
+    """Slices that shift sideways: refuse the scan, or resample it to an upright grid."""
+    irregular_spacing: Literal["refuse", "resample"] = "refuse"
+    """Unequal steps between slices, none missing: refuse, or resample to equal steps."""
+    oblique: Literal["warn", "resample"] = "warn"
+    """Voxel axes away from the patient's: turn to the nearest axes with a warning, or resample onto them."""
+    not_hu: Literal["warn", "refuse"] = "warn"
+    """Values that do not look like HU."""
+    not_ct: Literal["exclude", "warn"] = "exclude"
+    """DICOM images of another modality."""
+    duplicates: Literal["warn", "exclude"] = "warn"
+    """The second of two scans with one SeriesInstanceUID, or with the same bytes."""
 
 
 class PreprocessConfig(_Section):
@@ -244,6 +263,7 @@ class Config(_Section):
     """A whole run, as checked; `load` makes one."""
 
     source: SourceConfig
+    policy: PolicyConfig = PolicyConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     model: ModelConfig
     output: OutputConfig

@@ -136,4 +136,4 @@ def _volume(config: Config, scan: Scan) -> NDArray[np.float32]:
     decoded = decoder(scan)
     if decoded.record.status != "ok":
         raise FeatrayError(f"demo scan {scan.scan_id}: {decoded.record.message}")
-    return decoded.tensor_nzyx
+    return decoded.tensor

@@ -220,13 +220,13 @@ class Decoded:
 
     Attributes:
         record: What is known so far.
-        tensor_nzyx: float32 (patches, z, y, x); no patches when the scan failed.
+        tensor: float32 (patches, z, y, x); no patches when the scan failed.
         origins: int32 (patches, 3), voxel index (z, y, x) of each patch in the preprocessed volume.
         parked: The tensor's shape while it travels through shared memory instead of in here.
     """
 
     record: ScanRecord
-    tensor_nzyx: NDArray[np.float32]
+    tensor: NDArray[np.float32]
     origins: NDArray[np.int32]
     parked: tuple[int, ...] | None = None
 

@@ -143,7 +143,7 @@ class _Window:
                 taken, ready = ready[:batch], ready[batch:]
                 yield [decoded for decoded, _ in taken]
                 for decoded, slot in taken:
-                    decoded.tensor_nzyx = NO_TENSOR  # lets go of the slot
+                    decoded.tensor = NO_TENSOR  # lets go of the slot
                     self._free.append(slot)
 
     def _submit(self, attempt: _Attempt) -> None:
@@ -173,7 +173,7 @@ class _Window:
         if attempt.slot is None or decoded.parked is None:
             return decoded
         tensor = np.ndarray(decoded.parked, np.float32, self._slots[attempt.slot].buf)
-        return replace(decoded, tensor_nzyx=tensor)
+        return replace(decoded, tensor=tensor)
 
 
 _attachments: dict[str, SharedMemory] = {}
@@ -188,11 +188,11 @@ def _attached(name: str) -> SharedMemory:
 
 def _park(decoded: Decoded, slot: SharedMemory) -> Decoded:
     """Move the tensor into the slot if it fits; what remains says its shape and weighs nothing."""
-    tensor = decoded.tensor_nzyx
+    tensor = decoded.tensor
     if tensor.size == 0 or tensor.nbytes > slot.size:
         return decoded
     np.copyto(np.ndarray(tensor.shape, np.float32, slot.buf), tensor)
-    return replace(decoded, tensor_nzyx=NO_TENSOR, parked=tensor.shape)
+    return replace(decoded, tensor=NO_TENSOR, parked=tensor.shape)
 
 
 def _slot_bytes(decode: Decoder) -> int:

@@ -168,7 +168,7 @@ class _DecodeRow:
                 decoded = self._decode(scan)
         except _LateError:
             decoded = self._decode.late(scan, 1)
-        return {"record": decoded.record.to_json(), "tensor": decoded.tensor_nzyx, "origins": decoded.origins}
+        return {"record": decoded.record.to_json(), "tensor": decoded.tensor, "origins": decoded.origins}
 
 
 class _ExtractBatch:

@@ -38,7 +38,7 @@ def extract(extractor: Extractor, decoded: Sequence[Decoded]) -> pa.Table:
 def _same_shape(decoded: Iterable[Decoded]) -> list[list[Decoded]]:
     groups: dict[tuple[int, ...], list[Decoded]] = defaultdict(list)
     for scan in decoded:
-        groups[scan.tensor_nzyx.shape[1:]].append(scan)
+        groups[scan.tensor.shape[1:]].append(scan)
     return list(groups.values())
 
 
@@ -47,7 +47,7 @@ def _infer(extractor: Extractor, group: list[Decoded]) -> dict[str, Values]:
     start = time.perf_counter()
     try:
         batch = (
-            group[0].tensor_nzyx if len(group) == 1 else np.concatenate([scan.tensor_nzyx for scan in group])
+            group[0].tensor if len(group) == 1 else np.concatenate([scan.tensor for scan in group])
         )
         found = extractor(batch)
     except Exception as error:  # whatever the user's model raises must cost only its own scan
@@ -62,7 +62,7 @@ def _infer(extractor: Extractor, group: list[Decoded]) -> dict[str, Values]:
 def _split(found: Values, group: list[Decoded], seconds: float) -> Iterable[tuple[str, Values]]:
     first = 0
     for scan in group:
-        last = first + len(scan.tensor_nzyx)
+        last = first + len(scan.tensor)
         values = {name: array[first:last] for name, array in found.items()}
         first, scan.record.infer_s = last, seconds
         broken = [name for name, array in values.items() if not np.isfinite(array).all()]

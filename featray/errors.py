@@ -5,6 +5,7 @@ FeatrayError                what `except featray.FeatrayError` catches
 │   ├── ConfigError         the YAML, a --set value, the source or the output location
 │   └── ModelError          the model file, its custom code, or a layer in it
 ├── OutputBusyError         exit 4: another run holds or has changed the output
+├── InputShapeError         a batch that the cut model cannot take
 └── ScanError               never an exit: one bad scan, which becomes a row of `scans`
 """
 
@@ -96,6 +97,10 @@ class OutputBusyError(FeatrayError):
     """Another run holds the output, or changed it since this run planned its work."""
 
     exit_code = ExitCode.BUSY
+
+
+class InputShapeError(FeatrayError, ValueError):
+    """A batch has another shape or type than the cut model takes; the text names both."""
 
 
 class ScanError(FeatrayError):

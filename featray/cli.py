@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from featray.errors import ExitCode, FeatrayError, Reason
+from featray.errors import ConfigError, ExitCode, FeatrayError, Reason
 
 if TYPE_CHECKING:
     from featray.model.describe import LayerInfo
@@ -77,34 +77,60 @@ def _plan(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def _preview(args: argparse.Namespace) -> int:
+    from featray.preview import preview
+
+    found = preview(args.config, args.set, scan=args.scan, directory=args.out)
+    _answer(args, found, found.text())
+    if found.exit_code:
+        print("featray: this scan gives the model no input; nothing was written", file=sys.stderr)
+    return int(found.exit_code)
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from featray.doctor import doctor
+
+    found = doctor(args.config, args.set)
+    _answer(args, {"checks": found.findings, "exit_code": found.exit_code}, found.text())
+    return found.exit_code
+
+
 def _layers(args: argparse.Namespace) -> int:
     from featray.config import load
     from featray.model import list_layers
 
-    if args.model.endswith((".yaml", ".yml")):
-        config = load(args.model, args.set)
-        found = list_layers(config.model, input_zyx=config.preprocess.size or (None, None, None))
+    size = _size(args.size)
+    own = {name: getattr(args, name) for name in ("custom_objects", "builder", "submodel", "trust")}
+    if not args.model.endswith((".yaml", ".yml")):
+        found = list_layers(args.model, input_zyx=size, **own)
+    elif size or any(own.values()):
+        raise ConfigError("a config says all this itself: use --set, e.g. --set model.submodel=encoder")
     else:
-        found = list_layers(args.model, custom_objects=tuple(args.custom_objects))
-    header = ("layer", "class", "shape", "values", "GB per 10,000", "flags")
-    listed = [
-        {
-            "path": layer.path,
-            "class": layer.class_name,
-            "shape": layer.shape,
-            "values": layer.values,
-            "flags": layer.flags,
-        }
-        for layer in found
-    ]
+        config = load(args.model, args.set)
+        found = list_layers(config.model, input_zyx=config.input_zyx)
+    listed = [{**_plain(layer), "gb_per_10000": layer.gb_per_10000} for layer in found]
+    for layer in listed:
+        layer["class"], layer["pool"] = layer.pop("class_name"), ", ".join(layer.pop("pools"))
+    header = ("layer", "class", "shape", "pool", "values", "GB per 10,000", "chosen", "flags")
     _answer(args, {"layers": listed}, _columns([header, *map(_layer_row, found)]))
     return ExitCode.OK
 
 
 def _layer_row(layer: LayerInfo) -> tuple[str, ...]:
     shape = "x".join("any" if size is None else str(size) for size in layer.shape)
-    gigabytes = layer.values * 4 * 10_000 / 1e9
-    return layer.path, layer.class_name, shape, str(layer.values), f"{gigabytes:.3g}", " ".join(layer.flags)
+    size = f"{layer.gb_per_10000:.3g}"
+    chosen, pools, flags = "*" * layer.chosen, ", ".join(layer.pools), " ".join(layer.flags)
+    return layer.path, layer.class_name, shape, pools, str(layer.values), size, chosen, flags
+
+
+def _size(text: str | None) -> tuple[int | None, ...] | None:
+    """Return the size of one input from `8,64,64`; `any` along an axis takes any size."""
+    if text is None:
+        return None
+    parts = text.replace("x", ",").split(",")
+    if not all(part.strip() == "any" or (part.strip().isdecimal() and int(part) > 0) for part in parts):
+        raise ConfigError(f"--size {text}: expected whole numbers as Z,Y,X, such as 32,256,256")
+    return tuple(None if part.strip() == "any" else int(part) for part in parts)
 
 
 def _status(args: argparse.Namespace) -> int:
@@ -172,10 +198,24 @@ def _parser() -> argparse.ArgumentParser:
     layers = _command(commands, "layers", _layers, "list every layer that can be cut")
     layers.add_argument("model", metavar="MODEL_OR_CONFIG", help="a model file, or a config (.yaml)")
     layers.add_argument("--custom-objects", action="append", default=[], metavar="FILE.py:CLASS")
+    layers.add_argument("--builder", metavar="FILE.py:FUNCTION", help="makes the model of a weights file")
+    layers.add_argument("--submodel", metavar="NAME", help="list only this part, called on the input itself")
+    layers.add_argument("--trust", action="store_true", help="run code stored inside the model file")
+    layers.add_argument("--size", metavar="Z,Y,X", help="of one input, where the model takes any")
     layers.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
     )
+    _config(_command(commands, "doctor", _doctor, "look at everything a run needs, before it; what to do"))
     _config(_command(commands, "plan", _plan, "count what is new, changed, stale, failed, removed; estimate"))
+    shown = _command(commands, "preview", _preview, "a picture of one scan as the network would see it")
+    _config(shown)
+    shown.add_argument("--scan", metavar="ID", help="which scan (default: the first that can be used)")
+    shown.add_argument(
+        "--out",
+        metavar="DIR",
+        default="featray-preview",
+        help="folder for the picture and the tensor (default: %(default)s)",
+    )
     _config(_command(commands, "extract", _extract, "extract what is missing; again: resume, or do nothing"))
     _output(_command(commands, "status", _status, "what an output holds, by layer and by reason"))
     failed = _command(commands, "failures", _failures, "the scans of an output that are not ok, and why")

@@ -31,6 +31,7 @@ from featray.errors import ConfigError
 
 Text = Annotated[str, Field(min_length=1)]
 SIZES_ZYX = Annotated[tuple[int, int, int], Field(min_length=3, max_length=3)]
+_ORIENTATION = "LPS"
 SPACING_ZYX = Annotated[tuple[float, float, float], Field(min_length=3, max_length=3)]
 
 
@@ -45,12 +46,14 @@ class SourceConfig(_Section):
 
     uri: Text
     """Folder, glob, one file, or a manifest (.csv or .parquet with a `uri` column); any fsspec URL."""
-    format: Literal["auto", "nifti", "dicom", "npy"] = "auto"
-    """What to look for; auto takes NIfTI files and DICOM series alike."""
+    format: Literal["auto", "nifti", "dicom", "nrrd", "mha", "npy"] = "auto"
+    """What to look for; auto takes every kind of volume, but no arrays (npy)."""
     rows: bool = False
-    """npy only: the first axis enumerates samples (patch = row number)."""
+    """npy only: the first axis of a file enumerates samples (patch = row number)."""
     id_column: str | None = None
     """Manifest column to use as scan_id; else the path below the source root."""
+    center_frame: Literal["LPS", "RAS"] = "LPS"
+    """Frame of the manifest columns center_x, center_y, center_z (mm)."""
     volume: int | None = Field(default=None, ge=0)
     """Which volume of a file with several (4-D NIfTI) to take, counted from 0; null refuses such files."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
@@ -77,7 +80,7 @@ class PolicyConfig(_Section):
 class PreprocessConfig(_Section):
     """From a CT volume to the model's input; the order of the fields is the order of the steps."""
 
-    orientation: str = "LPS"
+    orientation: str = _ORIENTATION
     """Directions in which x, y and z grow; the array itself has axes (z, y, x)."""
     window: tuple[float, float] | None = (-1000.0, 1000.0)
     """HU, clipped before any interpolation; null leaves values as they are."""
@@ -85,6 +88,8 @@ class PreprocessConfig(_Section):
     """The window is mapped linearly onto this range."""
     spacing: SPACING_ZYX | None = None
     """Millimetres (z, y, x) to resample to first; null keeps the scan's own."""
+    margin: float = Field(default=0, ge=0)
+    """Millimetres kept around the bounding box of a manifest's `mask`."""
     size: SIZES_ZYX | None = (32, 256, 256)
     """Voxels (z, y, x) of the model's input; null keeps the native size."""
     fit: Literal["stretch", "crop_pad", "patches"] = "stretch"
@@ -259,6 +264,10 @@ class PrivacyConfig(_Section):
     """Further DICOM keywords to copy into the scans table."""
 
 
+_NPY_DEFAULTS = {"window": None, "size": None}
+"""Arrays go to the model as they are, unless the config says otherwise: their values are no HU."""
+
+
 class Config(_Section):
     """A whole run, as checked; `load` makes one."""
 
@@ -270,6 +279,37 @@ class Config(_Section):
     run: RunConfig = RunConfig()
     limits: LimitsConfig = LimitsConfig()
     privacy: PrivacyConfig = PrivacyConfig()
+
+    @property
+    def input_zyx(self) -> tuple[int | None, ...] | None:
+        """Voxels (z, y, x) of a model input, None where each scan keeps its own; null: as the model says."""
+        if self.preprocess.size is None:
+            return None if self.source.format == "npy" else (None, None, None)
+        return self.preprocess.size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_for_arrays(cls, values: Any) -> Any:
+        sections = {
+            key: section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
+            for key, section in (values.items() if isinstance(values, dict) else ())
+        }
+        source, preprocess = sections.get("source"), sections.get("preprocess") or {}
+        is_npy = isinstance(source, dict) and source.get("format") == "npy"
+        if not is_npy or not isinstance(preprocess, dict):
+            return values
+        return {**values, "preprocess": {**_NPY_DEFAULTS, **preprocess}}
+
+    @model_validator(mode="after")
+    def _fits_the_format(self) -> Config:
+        is_npy, preprocess = self.source.format == "npy", self.preprocess
+        if self.source.rows and not is_npy:
+            raise ValueError(f"source.rows: only used with source.format: npy, not {self.source.format}")
+        if self.source.rows and preprocess.fit == "patches":
+            raise ValueError("preprocess.fit: patches and source.rows: true would both number the patches")
+        if is_npy and (preprocess.spacing or preprocess.orientation != _ORIENTATION):
+            raise ValueError("preprocess: arrays (source.format: npy) have no spacing and no orientation")
+        return self
 
 
 ConfigInput = str | os.PathLike[str] | dict[str, Any] | Config
@@ -314,7 +354,8 @@ def load_partly(config: ConfigInput, overrides: list[str] | None = None) -> tupl
     except ValidationError as error:
         found = error.errors(include_url=False)
     for item in found:
-        _drop(values, item["loc"])
+        if item["loc"]:  # else two sections contradict each other, and nobody knows which is meant
+            _drop(values, item["loc"])
     with contextlib.suppress(ValidationError):
         return Config.model_validate(values), _sentences(found)
     return None, _sentences(found)
@@ -432,7 +473,7 @@ def _sentence(item: Any) -> str:
     if item["type"] == "missing":
         return f"{path}: missing; this key has no default"
     if item["type"] == "value_error":
-        return f"{path}: {item['ctx']['error']}"
+        return f"{path}: {item['ctx']['error']}".removeprefix(": ")
     secret = isinstance(item["input"], dict) or {"storage_options", "uri"} & set(item["loc"])
     got = "" if secret else f" (got {item['input']!r})"
     return f"{path}: {item['msg'][0].lower()}{item['msg'][1:]}{got}"

@@ -131,9 +131,7 @@ def _train(config: Config, path: Path) -> None:
 
 
 def _volume(config: Config, scan: Scan) -> NDArray[np.float32]:
-    source = config.source
-    decoder = Decoder(source.uri, source.storage_options, config.preprocess, config.limits, (), "", "")
-    decoded = decoder(scan)
+    decoded = Decoder.of(config)(scan)
     if decoded.record.status != "ok":
         raise FeatrayError(f"demo scan {scan.scan_id}: {decoded.record.message}")
     return decoded.tensor

@@ -5,7 +5,6 @@ Changes nothing: the sample's features are thrown away.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ import psutil
 
 from featray.config import ConfigInput
 from featray.dataset import Dataset
+from featray.machine import usable_cores
 from featray.pipeline import Job, check, choose_engine
 from featray.planning import STATES
 from featray.schema import Scan
@@ -124,9 +124,16 @@ def plan(config: ConfigInput, overrides: list[str] | None = None) -> PlanReport:
     )
 
 
+def spread(scans: Sequence[Scan]) -> list[Scan]:
+    """Return up to SAMPLE scans spread over the sizes."""
+    by_size = sorted(scans, key=lambda scan: scan.size)
+    step = max(1, len(by_size) / SAMPLE)
+    return [by_size[int((index + 0.5) * step)] for index in range(min(SAMPLE, len(by_size)))]
+
+
 def _estimate(job: Job, dataset: Dataset, scans: Sequence[Scan]) -> Estimate:
     stages = job.stages(dataset, len(scans))
-    decoded = [stages.decode(scan) for scan in _spread(scans)]
+    decoded = [stages.decode(scan) for scan in spread(scans)]
     good = [scan for scan in decoded if scan.record.status == "ok"]
     if not good:
         return Estimate()
@@ -134,7 +141,7 @@ def _estimate(job: Job, dataset: Dataset, scans: Sequence[Scan]) -> Estimate:
     decode_s = _mean([scan.record.read_s + scan.record.decode_s + scan.record.preprocess_s for scan in good])
     infer_s = _mean([scan.record.infer_s for scan in good])
     # Decoding keeps one core busy, the model all of them; together they share the cores.
-    scans_per_s = 1 / (decode_s / _cores() + infer_s)
+    scans_per_s = 1 / (decode_s / usable_cores() + infer_s)
     patches = _mean([float(scan.record.patches) for scan in good])
     values = sum(layer.values for layer in job.extractor.layers)
     return Estimate(
@@ -148,16 +155,5 @@ def _estimate(job: Job, dataset: Dataset, scans: Sequence[Scan]) -> Estimate:
     )
 
 
-def _spread(scans: Sequence[Scan]) -> list[Scan]:
-    """Return up to SAMPLE scans spread over the sizes."""
-    by_size = sorted(scans, key=lambda scan: scan.size)
-    step = max(1, len(by_size) / SAMPLE)
-    return [by_size[int((index + 0.5) * step)] for index in range(min(SAMPLE, len(by_size)))]
-
-
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 import pyarrow as pa
 
 from featray import config as configuration
-from featray.config import Config, ConfigInput, ModelConfig
+from featray.config import Config, ConfigInput
 from featray.dataset import Dataset
 from featray.engines import Engine, Stages
 from featray.errors import ConfigError, FeatrayError, ModelError, UsageError
@@ -41,8 +41,6 @@ HANDFUL = 100
 """Scans up to which engine auto does without Ray when no cluster is named."""
 MAX_SCANS_PER_FILE = 128
 MAX_FILE_BYTES = 64 * 2**20
-
-SizeZYX = tuple[int, int, int]
 
 
 def extract(
@@ -85,7 +83,7 @@ def extract(
                     for receipt in _receipts(engine, plan, job, dataset, stop):
                         committer.commit([receipt], job.run.run_id)
                         progress.add(receipt.records)
-                        done.add(receipt.records)
+                        done.add(receipt)
                 committer.remove_orphans()
             return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
 
@@ -113,8 +111,8 @@ class Job:
     @classmethod
     def prepare(cls, config: Config, engine: str, started: float) -> Job:
         """Load the model and fix the recipe."""
-        extractor = _load_extractor(config.model, config.preprocess.size)
-        made = recipe(config.preprocess, extractor.recipe_part())
+        extractor = load_extractor(config)
+        made = recipe(config, extractor.recipe_part())
         run = Run(
             run_id=new_run_id(),
             started=started,
@@ -135,22 +133,13 @@ class Job:
     def stages(self, dataset: Dataset, scans: int) -> Stages:
         """Return what the engine runs for that many scans."""
         config, run = self.config, self.run
-        decoder = Decoder(
-            source_uri=config.source.uri,
-            source_options=config.source.storage_options,
-            preprocess=config.preprocess,
-            limits=config.limits,
-            dicom_tags=config.privacy.dicom_tags,
-            recipe=run.recipe_id,
-            run_id=run.run_id,
-        )
+        has_patches = config.preprocess.fit == "patches" or config.source.rows
+        decoder = Decoder.of(config, run.recipe_id, run.run_id)
         threads = max(1, int(config.run.actors.num_cpus))
         return Stages(
             decode=decoder,
             extractor=self.extractor,
-            load_extractor=functools.partial(
-                _load_same, config.model, config.preprocess.size, threads, self.extractor.sha256
-            ),
+            load_extractor=functools.partial(_load_same, config, threads, self.extractor.sha256),
             write=functools.partial(
                 write,
                 dataset=dataset,
@@ -158,7 +147,7 @@ class Job:
                 recipe=run.recipe_id,
                 run_id=run.run_id,
             ),
-            batch_scans=1 if config.preprocess.fit == "patches" else config.model.batch_size,
+            batch_scans=1 if has_patches else config.model.batch_size,
             scans_per_file=_scans_per_file(scans, sum(layer.values for layer in self.extractor.layers)),
         )
 
@@ -173,18 +162,34 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
     where = configuration.name_of(config)
     if checked is None:
         raise ConfigError(problems, where)
-    problems += _problems_not_built_yet(checked) + _problems_of_tags(checked)
     listing = Listing(())
     try:
-        listing = list_scans(checked.source)
-        problems += _problems_of_partitions(checked, listing)
+        listing = check_source(checked)
     except UsageError as error:
         problems += error.problems
     if problems:  # the run will not happen; the model is loaded only to report its problems too
         size_is_sound = not any(problem.startswith("preprocess.size") for problem in problems)
-        problems += _problems_of_model(checked.model, checked.preprocess.size if size_is_sound else None)
+        problems += _problems_of_model(checked, size_is_sound)
         raise ConfigError(problems, where)
     return checked, listing
+
+
+def check_source(config: Config) -> Listing:
+    """Return the listing once nothing in the source, or of what the config asks of it, speaks against a run.
+
+    Raises:
+        ConfigError: Lists every problem.
+    """
+    problems = _problems_not_built_yet(config) + _problems_of_tags(config)
+    listing = Listing(())
+    try:
+        listing = list_scans(config.source, config.policy)
+        problems += _problems_of_partitions(config, listing) + _problems_of_centers(config, listing)
+    except UsageError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems)
+    return listing
 
 
 def choose_engine(config: Config, scans: int) -> Engine:
@@ -203,6 +208,22 @@ def choose_engine(config: Config, scans: int) -> Engine:
     from featray.engines.ray_data import RayEngine
 
     return RayEngine(config.run, config.limits)
+
+
+def load_extractor(config: Config, threads: int | None = None) -> Extractor:
+    """Load the model for the inputs that preprocessing gives.
+
+    Raises:
+        ModelError: As `Extractor`; or it cannot take each scan at its own size, as asked.
+    """
+    asked = config.input_zyx
+    extractor = Extractor(config.model, input_zyx=asked, threads=threads)
+    if asked is not None and None in asked and None not in extractor.input_shape:
+        raise ModelError(
+            "preprocess.size: null keeps each scan's own size, but the model takes "
+            f"{extractor.input_shape} only (z, y, x, channel); give that size"
+        )
+    return extractor
 
 
 def _look_at_output(store: Store) -> None:
@@ -234,20 +255,9 @@ def new_run_id() -> str:
     return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{os.urandom(3).hex()}"
 
 
-def _load_extractor(model: ModelConfig, size: SizeZYX | None, threads: int | None = None) -> Extractor:
-    """Load the model for inputs of `size`, or, for None, of any size along z, y and x."""
-    extractor = Extractor(model, input_zyx=size or (None, None, None), threads=threads)
-    if size is None and None not in extractor.input_shape:
-        raise ModelError(
-            "preprocess.size: null keeps each scan's own size, but the model takes "
-            f"{extractor.input_shape} only (z, y, x, channel); give that size"
-        )
-    return extractor
-
-
-def _load_same(model: ModelConfig, size: SizeZYX | None, threads: int, sha256: str) -> Extractor:
+def _load_same(config: Config, threads: int, sha256: str) -> Extractor:
     """Load the model in another process, where it must be what the recipe was made from."""
-    extractor = _load_extractor(model, size, threads)
+    extractor = load_extractor(config, threads)
     if extractor.sha256 != sha256:
         raise ModelError("the model or its code changed while the run was starting; start it again")
     return extractor
@@ -256,8 +266,6 @@ def _load_same(model: ModelConfig, size: SizeZYX | None, threads: int, sha256: s
 def _problems_not_built_yet(config: Config) -> list[str]:
     """Refuse keys of the documented config that nothing here honours yet, rather than ignore them."""
     asked = {
-        "source.format: npy": config.source.format == "npy",
-        "source.rows: true": config.source.rows,
         "output.keep_versions_days above 0": config.output.keep_versions_days > 0,
     }
     return [
@@ -291,9 +299,16 @@ def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
     return problems
 
 
-def _problems_of_model(model: ModelConfig, size: SizeZYX | None) -> list[str]:
+def _problems_of_centers(config: Config, listing: Listing) -> list[str]:
+    is_cut = config.preprocess.fit == "crop_pad" and config.preprocess.size is not None
+    if is_cut or not any(scan.center_lps for scan in listing.scans):
+        return []
+    return ["preprocess.fit: the manifest's center_x, center_y, center_z need fit: crop_pad and a size"]
+
+
+def _problems_of_model(config: Config, size_is_sound: bool) -> list[str]:
     try:
-        _load_extractor(model, size)
+        load_extractor(config) if size_is_sound else Extractor(config.model)
     except UsageError as error:
         return error.problems
     return []

@@ -11,20 +11,28 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from featray.config import PreprocessConfig
+from featray.config import Config
 
 NUMERICS = 1
 """Version of featray's numeric behaviour; raise it when the same input would give other values."""
 
 
-def recipe(preprocess: PreprocessConfig, model: Mapping[str, Any]) -> dict[str, Any]:
+def recipe(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe as a JSON-ready dict.
 
     Args:
-        preprocess: As configured.
+        config: The run's; what decides how a scan is read and preprocessed goes in.
         model: The model's part: hashes, layers, pooling, compute type (`Extractor.recipe_part`).
     """
-    return {"numerics": NUMERICS, "preprocess": preprocess.model_dump(mode="json"), "model": dict(model)}
+    return {
+        "numerics": NUMERICS,
+        "reading": {
+            **config.source.model_dump(include={"rows", "volume"}),
+            **config.policy.model_dump(include={"gantry_tilt", "irregular_spacing", "oblique"}),
+        },
+        "preprocess": config.preprocess.model_dump(mode="json"),
+        "model": dict(model),
+    }
 
 
 def recipe_id(recipe: Mapping[str, Any]) -> str:

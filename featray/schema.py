@@ -94,10 +94,18 @@ class Scan:
     Attributes:
         scan_id: Unique in the collection.
         uri: Where it is, without credentials; what the `scans` table shows.
-        format: `nifti`, `dicom` or `npy`.
-        files: Paths in the source's file system, in no particular order.
-        content: Fingerprint of the store's version of all files.
+        format: `nifti`, `dicom`, `nrrd`, `mha` or `npy`.
+        files: Paths in the source's file system, or in `archive`. In no particular order, but for the
+            header and the image of a NIfTI pair.
+        content: Fingerprint of all that the scan is made of: files, mask, centre.
         size: Bytes of all files.
+        listed: Fingerprint of the store's version of the files, to tell whether they changed since; empty
+            where it is not known.
+        checksum: The store's own of the bytes of a single file; empty where it has none.
+        series: Hash of the SeriesInstanceUID; empty where there is none.
+        archive: Path of the zip file that holds the files; empty where they lie in the store itself.
+        mask: Uri of a mask whose bounding box is cut out; empty for the whole volume.
+        center_lps: Point (x, y, z) in mm to centre on; None for the volume's own centre.
         columns: Manifest columns to carry along.
         warnings: Codes found while listing.
         reason: Why it cannot or shall not be read; None when it can.
@@ -111,6 +119,12 @@ class Scan:
     files: tuple[str, ...]
     content: str
     size: int = 0
+    listed: str = ""
+    checksum: str = ""
+    series: str = ""
+    archive: str = ""
+    mask: str = ""
+    center_lps: tuple[float, ...] | None = None
     columns: dict[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     reason: Reason | None = None
@@ -126,6 +140,7 @@ class Scan:
         """Return the scan that `to_json` wrote."""
         values = json.loads(text)
         values["files"], values["warnings"] = tuple(values["files"]), tuple(values["warnings"])
+        values["center_lps"] = tuple(values["center_lps"]) if values["center_lps"] else None
         values["reason"] = Reason(values["reason"]) if values["reason"] else None
         return cls(**values)
 
@@ -220,7 +235,8 @@ class Decoded:
 
     Attributes:
         record: What is known so far.
-        tensor: float32 (patches, z, y, x); no patches when the scan failed.
+        tensor: float32 (patches, z, y, x), or (patches, *shape) of an array's samples; no patches when
+            the scan failed.
         origins: int32 (patches, 3), voxel index (z, y, x) of each patch in the preprocessed volume.
         parked: The tensor's shape while it travels through shared memory instead of in here.
     """
@@ -253,11 +269,29 @@ class DataFile:
 
 
 @dataclass(frozen=True)
+class UnitsSeen:
+    """Which units of a layer were ever anything but 0.
+
+    Attributes:
+        layer: Output name.
+        width: Number of units; 0 where it differs from value to value.
+        rows: Number of values seen per unit.
+        active: One bit per unit, packed, in hexadecimal.
+    """
+
+    layer: str
+    width: int
+    rows: int
+    active: str
+
+
+@dataclass(frozen=True)
 class Receipt:
-    """What a writer hands to the committer: files on disk and the records of their scans."""
+    """What a writer hands to the committer: files on disk, the records of their scans, units seen."""
 
     files: tuple[DataFile, ...]
     records: tuple[ScanRecord, ...]
+    units: tuple[UnitsSeen, ...] = ()
 
     def to_json(self) -> str:
         """Return the receipt as one JSON text, for a row of Ray Data."""
@@ -270,4 +304,5 @@ class Receipt:
         return cls(
             files=tuple(DataFile(**item) for item in values["files"]),
             records=tuple(ScanRecord(**item) for item in values["records"]),
+            units=tuple(UnitsSeen(**item) for item in values["units"]),
         )

@@ -5,8 +5,11 @@ Also translates fsspec's options into those of the Delta log, so a user gives cr
 
 from __future__ import annotations
 
+import hashlib
 import os
+import posixpath
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 import fsspec
@@ -161,6 +164,27 @@ def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.Ab
     except (ValueError, ImportError) as error:
         raise ConfigError(f"cannot open {mask_url(uri)}: {error}") from None
     return fs, path.rstrip("/") or path
+
+
+def file_version(info: dict[str, Any]) -> str:
+    """Return what a listing's entry says of a file's version: an etag or the like, else its time."""
+    version = file_checksum(info) or info.get("generation")
+    return str(version or info.get("mtime") or info.get("LastModified") or info.get("last_modified") or "")
+
+
+def file_checksum(info: dict[str, Any]) -> str:
+    """Return what in a listing's entry is equal for equal bytes; empty where the store has nothing such."""
+    return str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")
+
+
+def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
+    """Return a hash of (path, size, version) of all files; of a path the last part counts."""
+    return hash_of(f"{posixpath.basename(path)}\t{size}\t{version}" for path, size, version in files)
+
+
+def hash_of(texts: Iterable[str]) -> str:
+    """Return 32 hexadecimal digits for a set of texts, whatever their order."""
+    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:32]
 
 
 def _delta_options(names: dict[str, str], options: dict[str, Any]) -> dict[str, str]:

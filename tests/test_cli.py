@@ -147,7 +147,7 @@ def test_every_config_problem_comes_in_one_message_and_nothing_is_written(
     ("override", "fact"),
     [
         ("model.uri=nowhere.keras", "nowhere.keras"),
-        ("source.format=npy", "source.format: npy is not supported yet"),
+        ("source.rows=true", "source.rows: only used with source.format: npy"),
         ("preprocess.size=null", "preprocess.size: null keeps each scan's own size"),
         ("output.partition_by=[layer, sight]", "'sight' is none of"),
         ("privacy.dicom_tags=[PatientsAge]", "DICOM knows no keyword 'PatientsAge'"),
@@ -253,7 +253,7 @@ def test_an_unexpected_error_is_exit_code_1_with_its_trace_and_json(
 ) -> None:
     import featray.pipeline
 
-    monkeypatch.setattr(featray.pipeline, "list_scans", lambda source: 1 / 0)
+    monkeypatch.setattr(featray.pipeline, "list_scans", lambda *_: 1 / 0)
     assert main(["extract", str(config), "--json"]) == 1
     assert last_json(capsys.readouterr().out) == {
         "error": "unexpected error (ZeroDivisionError)",

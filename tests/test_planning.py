@@ -61,6 +61,16 @@ def test_stored_features_of_another_recipe_are_named() -> None:
 
 def test_a_scan_survives_the_way_to_a_worker_and_back() -> None:
     listed = Scan(
-        "a", "/a", "dicom", ("/a/1", "/a/2"), "c", 5, {"site": "x"}, ("oblique",), Reason.NOT_CT, True, "m"
+        scan_id="a",
+        uri="/a",
+        format="dicom",
+        files=("/a/1", "/a/2"),
+        content="c",
+        mask="/m.nii",
+        center_lps=(1.0, -2.5, 3.0),
+        columns={"site": "x"},
+        warnings=("oblique",),
+        reason=Reason.NOT_CT,
+        excluded=True,
     )
     assert Scan.from_json(listed.to_json()) == listed

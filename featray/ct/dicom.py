@@ -9,7 +9,8 @@ read, because the files may have changed since they were listed. Decisions:
 - Slope and intercept count per slice. Missing ones are 1 and 0; missing in some slices only is
   `unreadable`. A RescaleType other than HU (or unspecified) earns `not_hu`.
 - Pixel padding keeps its value after the rescale (often -3024): clipping is the window's work.
-- Tilt, unequal steps and gaps are refused; nothing is resampled here.
+- Tilt and unequal steps are refused unless the caller will resample; gaps are always refused.
+  Nothing is resampled here.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from featray.ct import geometry
 from featray.ct.dicom_elements import DEFLATED, Elements
 from featray.ct.dicom_geometry import check_alike, same_places, stack
 from featray.ct.dicom_headers import SliceHeader, parse_slice, read_header, unreadable_header
-from featray.ct.dicom_pixels import check_format, stored_values
+from featray.ct.dicom_pixels import check_format, check_size, stored_values
 from featray.ct.dicom_series import DICOM_SUFFIXES, Series, group_series
 from featray.ct.rescale import LADDER, extremes, rescale, result_dtype
 from featray.ct.volume import Volume
@@ -41,11 +42,19 @@ __all__ = [
     "unreadable_header",
 ]
 
+_FAR = 1e30
+"""Scaled values beyond it would come near infinity in float32."""
+
 _HU_TYPES = ("", "HU", "US")  # US: unspecified
 
 
 def read_series(
-    files: Sequence[tuple[str, bytes]], *, max_voxels: int, dicom_tags: Sequence[str] = ()
+    files: Sequence[tuple[str, bytes]],
+    *,
+    max_voxels: int,
+    dicom_tags: Sequence[str] = (),
+    resample_tilt: bool = False,
+    resample_steps: bool = False,
 ) -> Volume:
     """Return the volume whose slices are `files`, pairs of name and content in any order.
 
@@ -54,24 +63,31 @@ def read_series(
     are those of the first slice. `dicom_tags` are keywords whose values, from the first slice,
     are copied into `Volume.tags`; unknown and non-text ones are skipped.
 
+    With `resample_tilt` or `resample_steps` slices that shift sideways or lie unevenly are accepted with
+    the warning `gantry_tilt` or `resampled_steps`. The volume then holds them as they are, with their
+    places in `slice_origins_lps`, and `regrid.upright` must follow.
+
     Raises:
         ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume`,
-            `missing_slices`, `duplicate_slices`, `irregular_spacing` or `gantry_tilt`.
+            `missing_slices`, `duplicate_slices`, `irregular_spacing`, `gantry_tilt`
+            or `non_finite`.
     """
     images = _images(files, max_voxels)
     check_alike([image.header for image in images])
     images, warnings = _without_copies(images)
-    stacked = stack([image.header for image in images])
+    stacked = stack(
+        [image.header for image in images], resample_tilt=resample_tilt, resample_steps=resample_steps
+    )
     images = [images[place] for place in stacked.order]
-    first = images[0].header
     if any(image.header.rescale_type not in _HU_TYPES for image in images):
         warnings += (Oddity.NOT_HU.value,)
     return Volume(
         _voxels(images),
         stacked.affine_lps,
-        *_scaling(first),
-        warnings + geometry.oddities(stacked.affine_lps),
+        *_scaling(images[0].header),
+        warnings + stacked.warnings + geometry.oddities(stacked.affine_lps),
         _tags(images[0].data, dicom_tags),
+        stacked.origins_lps,
     )
 
 
@@ -97,8 +113,10 @@ def _images(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Image]
             Reason.TOO_LARGE,
             f"the headers claim {claimed} voxels, more than limits.max_voxels ({max_voxels})",
         )
-    for header, _, _ in parsed:
+    for header, elements, data in parsed:
         check_format(header)
+        check_size(header, elements, len(data))
+    _check_parts([header for header, _, _ in parsed])
     parsed = [_whole(*found) for found in parsed]
     scaled = {(header.slope is None, header.intercept is None) for header, _, _ in parsed}
     if len(scaled) > 1:
@@ -108,6 +126,16 @@ def _images(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Image]
         for header, elements, data in parsed
         for frame, frame_header in enumerate(_frame_headers(header, data))
     ]
+
+
+def _check_parts(headers: list[SliceHeader]) -> None:
+    """Raise ScanError if files of a divided multi-frame image are missing."""
+    wanted = max((header.parts for header in headers if header.concatenation), default=0)
+    if wanted > len(headers):
+        raise ScanError(
+            Reason.MISSING_SLICES,
+            f"{len(headers)} of the {wanted} files of a divided multi-frame image; copy the series again",
+        )
 
 
 def _whole(header: SliceHeader, elements: Elements, data: bytes) -> tuple[SliceHeader, Elements, bytes]:
@@ -120,7 +148,7 @@ def _whole(header: SliceHeader, elements: Elements, data: bytes) -> tuple[SliceH
 
 
 def _frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
-    if header.frames == 1 and not header.functional_groups:
+    if not header.functional_groups:
         return [header]
     from featray.ct.dicom_frames import frame_headers  # imports pydicom
 
@@ -159,6 +187,8 @@ def _voxels(images: list[_Image]) -> NDArray[Any]:
         stored = image.values()
         slope, intercept = _scaling(image.header)
         low, high = extremes(stored)
+        if max(abs(slope), abs(intercept), abs(low * slope), abs(high * slope)) > _FAR:
+            raise ScanError(Reason.NON_FINITE, f"{image.header.base}: scaled values beyond {_FAR:g}")
         needed = result_dtype(stored.dtype, low, high, slope, intercept)
         if LADDER.index(needed) > LADDER.index(voxels.dtype):
             voxels = voxels.astype(needed)

@@ -20,19 +20,11 @@ def frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
     """Return the header of each frame, with geometry and rescale from the functional groups.
 
     What a frame's own group lacks is taken from the shared group, then from the top level
-    (DICOM PS3.3 C.7.6.16). A single-frame file gives its own header.
+    (DICOM PS3.3 C.7.6.16).
 
     Raises:
-        ScanError: `unsupported` for frames without functional groups, `unreadable` if they do not
-            match the number of frames or do not parse.
+        ScanError: `unreadable` if the groups do not match the number of frames or do not parse.
     """
-    if header.frames == 1 and not header.functional_groups:
-        return [header]
-    if not header.functional_groups:
-        raise ScanError(
-            Reason.UNSUPPORTED,
-            f"{header.base}: {header.frames} frames without positions; split it into slices",
-        )
     try:
         with disable_value_validation():
             dataset = pydicom.dcmread(
@@ -58,9 +50,13 @@ def _frame(header: SliceHeader, own: Any, shared: Any) -> SliceHeader:
     slope = floats("PixelValueTransformationSequence", "RescaleSlope", 1)
     intercept = floats("PixelValueTransformationSequence", "RescaleIntercept", 1)
     kind = _value(own, shared, "PixelValueTransformationSequence", "RescaleType")
+    temporal = _value(own, shared, "FrameContentSequence", "TemporalPositionIndex")
+    stack_id = _value(own, shared, "FrameContentSequence", "StackID")
     return replace(
         header,
         number=None,
+        temporal=header.temporal if temporal is None else str(temporal),
+        stack_id="" if stack_id is None else str(stack_id),
         position=floats("PlanePositionSequence", "ImagePositionPatient", 3) or header.position,
         orientation=floats("PlaneOrientationSequence", "ImageOrientationPatient", 6) or header.orientation,
         spacing_yx=floats("PixelMeasuresSequence", "PixelSpacing", 2) or header.spacing_yx,

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.dicom_headers import SliceHeader
-from featray.errors import Reason, ScanError
+from featray.ct.regrid import upright_grid
+from featray.errors import Oddity, Reason, ScanError
 
 SAME_PLACE_MM = 0.01
 """Slices closer than this lie at one position."""
@@ -28,6 +29,13 @@ FEW_GAPS = 0.25
 """Share of odd steps up to which whole multiples of the median speak for missing slices."""
 
 
+GAP = 1.5
+"""A step this many times both its neighbours is a hole, however irregular the rest."""
+
+STEEPEST_TILT = 1.0
+"""Sideways per forward mm, 45 degrees; gantries tilt up to 30."""
+
+
 @dataclass(frozen=True)
 class Stack:
     """Slices in order along their normal.
@@ -35,14 +43,23 @@ class Stack:
     Attributes:
         order: Index into the slices given, first slice first.
         affine_lps: 4x4, voxel index (x, y, z, 1) to mm; z grows along cross(row, column direction).
+        origins_lps: (n, 3) places of the first voxels, in this order, where slices must be moved onto
+            the affine's grid first; None if they lie on it.
+        warnings: `gantry_tilt` and `resampled_steps` where they were allowed and found.
     """
 
     order: list[int]
     affine_lps: geometry.Affine
+    origins_lps: NDArray[np.float64] | None = None
+    warnings: tuple[str, ...] = ()
 
 
-def stack(slices: Sequence[SliceHeader]) -> Stack:
+def stack(
+    slices: Sequence[SliceHeader], *, resample_tilt: bool = False, resample_steps: bool = False
+) -> Stack:
     """Return order and affine of slices with equal orientation, spacing and matrix.
+
+    Tilted or unevenly spaced slices are refused unless they may be resampled; missing ones always are.
 
     Raises:
         ScanError: `not_a_volume` (fewer than two places), `duplicate_slices`, `gantry_tilt`,
@@ -54,9 +71,14 @@ def stack(slices: Sequence[SliceHeader]) -> Stack:
     positions = _positions([slices[i] for i in order])
     steps = np.diff(along)
     _check_duplicates(steps)
-    _check_drift(np.diff(positions, axis=0) - steps[:, None] * _normal(slices[0]))
-    _check_steps(steps, [slices[i].number for i in order])
-    return Stack(order, _affine(slices[0], positions))
+    tilted = _is_tilted(positions, steps, slices[0], resample_tilt)
+    uneven = _is_uneven(steps, [slices[i].number for i in order], resample_steps)
+    affine = _affine(slices[0], positions)
+    if not tilted and not uneven:
+        return Stack(order, affine)
+    found = {Reason.GANTRY_TILT.value: tilted, Oddity.RESAMPLED_STEPS.value: uneven}
+    warnings = tuple(code for code, present in found.items() if present)
+    return Stack(order, upright_grid(affine, positions), positions, warnings)
 
 
 def same_places(slices: Sequence[SliceHeader]) -> list[list[int]]:
@@ -64,6 +86,11 @@ def same_places(slices: Sequence[SliceHeader]) -> list[list[int]]:
     order, along = _sorted(slices)
     edges = np.flatnonzero(np.diff(along) >= SAME_PLACE_MM) + 1
     return [group.tolist() for group in np.split(np.array(order), edges) if len(group) > 1]
+
+
+def places_along_normal(slices: Sequence[SliceHeader]) -> NDArray[np.float64]:
+    """Return where each slice lies along the normal of the first, in mm."""
+    return np.asarray(_positions(slices) @ _normal(slices[0]))
 
 
 def check_alike(slices: Sequence[SliceHeader]) -> None:
@@ -85,6 +112,10 @@ def check_alike(slices: Sequence[SliceHeader]) -> None:
         values = np.array([getattr(s, name) for s in placed])
         if np.abs(values - values[0]).max() > tolerance:
             raise ScanError(Reason.NOT_A_VOLUME, f"slices of different {name} in one series")
+    for name, what in (("temporal", "time points"), ("stack_id", "stacks")):
+        found = {getattr(s, name) for s in placed}
+        if 1 < len(found) < len(placed):
+            raise ScanError(Reason.DUPLICATE_SLICES, f"{len(found)} {what} in one; split them into series")
 
 
 def _sorted(slices: Sequence[SliceHeader]) -> tuple[list[int], NDArray[np.float64]]:
@@ -92,7 +123,7 @@ def _sorted(slices: Sequence[SliceHeader]) -> tuple[list[int], NDArray[np.float6
 
     Positions decide; file names, InstanceNumber and SliceLocation lie.
     """
-    along = _positions(slices) @ _normal(slices[0])
+    along = places_along_normal(slices)
     order = np.argsort(along, kind="stable")
     return order.tolist(), along[order]
 
@@ -126,28 +157,39 @@ def _check_duplicates(steps: NDArray[np.float64]) -> None:
         )
 
 
-def _check_drift(drift: NDArray[np.float64]) -> None:
+def _is_tilted(
+    positions: NDArray[np.float64], steps: NDArray[np.float64], header: SliceHeader, accepted: bool
+) -> bool:
+    """Tell whether slices shift sideways, from one to the next or slowly along the whole scan."""
+    drift = np.diff(positions, axis=0) - steps[:, None] * _normal(header)
     most = float(np.linalg.norm(drift, axis=1).max())
-    if most > DRIFT_MM:
-        raise ScanError(
-            Reason.GANTRY_TILT,
-            f"slices shift sideways by up to {most:.2f} mm per step (tilted gantry?); "
-            "resample the scan to an upright grid",
-        )
+    whole = float(np.linalg.norm(drift.sum(axis=0)) / steps.sum())
+    if most <= DRIFT_MM and whole <= np.sin(np.radians(geometry.SHEAR_DEGREES)):
+        return False
+    if accepted and whole < STEEPEST_TILT and (np.linalg.norm(drift, axis=1) < STEEPEST_TILT * steps).all():
+        return True
+    raise ScanError(
+        Reason.GANTRY_TILT,
+        f"slices shift sideways by up to {most:.2f} mm per step (tilted gantry?); "
+        "policy.gantry_tilt: resample brings tilts below 45 degrees onto an upright grid",
+    )
 
 
-def _check_steps(steps: NDArray[np.float64], numbers: list[int | None]) -> None:
+def _is_uneven(steps: NDArray[np.float64], numbers: list[int | None], accepted: bool) -> bool:
     median = float(np.median(steps))
     odd = np.abs(steps - median) > max(STEP_TOLERANCE_MM, STEP_TOLERANCE * median)
     if median > geometry.MAX_SPACING_MM:
         raise ScanError(Reason.MISSING_SLICES, f"slices are {median:.1f} mm apart")
     if not odd.any():
-        return
-    gaps = _follow_numbers(steps, numbers) or _multiples(steps, median, odd)
+        return False
+    gaps = _follow_numbers(steps, numbers) or _multiples(steps, median, odd) or (accepted and _holes(steps))
+    if accepted and not gaps:
+        return True
+    advice = "copy the series again" if gaps else "policy.irregular_spacing: resample accepts such steps"
     raise ScanError(
         Reason.MISSING_SLICES if gaps else Reason.IRREGULAR_SPACING,
         f"{int(odd.sum())} of {len(steps)} steps differ from the median {median:.3f} mm "
-        f"({steps.min():.3f} to {steps.max():.3f} mm); copy the series again if slices are missing",
+        f"({steps.min():.3f} to {steps.max():.3f} mm); {advice}",
     )
 
 
@@ -169,6 +211,14 @@ def _multiples(steps: NDArray[np.float64], median: float, odd: NDArray[np.bool_]
     return bool(odd.mean() <= FEW_GAPS and whole.all() and (ratios > 1.5).all())
 
 
+def _holes(steps: NDArray[np.float64]) -> bool:
+    """Tell whether a step is much larger than both its neighbours: there is nothing to interpolate."""
+    if len(steps) < 2:
+        return False
+    before, after = np.r_[0, steps[:-1]], np.r_[steps[1:], 0]
+    return bool((steps > GAP * np.maximum(before, after)).any() or steps.max() > geometry.MAX_SPACING_MM)
+
+
 def _affine(header: SliceHeader, positions: NDArray[np.float64]) -> geometry.Affine:
     """Return the affine; its third column is the whole way divided by the steps, shear included."""
     row, column = np.reshape(header.orientation or (), (2, 3))
@@ -181,8 +231,4 @@ def _affine(header: SliceHeader, positions: NDArray[np.float64]) -> geometry.Aff
     wrong = geometry.problem(affine)
     if wrong:
         raise ScanError(Reason.UNREADABLE, wrong)
-    if geometry.is_sheared(affine):
-        raise ScanError(
-            Reason.GANTRY_TILT, "slices shift sideways along the scan; resample it to an upright grid"
-        )
     return affine

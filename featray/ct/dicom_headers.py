@@ -1,13 +1,15 @@
 """One DICOM file in, what grouping and reading need of its header out; never a name, id or date.
 
-Only the tags listed in `_TAGS` are ever looked at.
+Only the tags listed in `_TAGS` are ever looked at. Of the patient's ID a hash is kept in memory, to tell
+two patients apart who share a SeriesInstanceUID.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass, replace
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from featray.ct.dicom_elements import HEADER_LIMIT, Elements, End, text, walk
 from featray.errors import Reason, ScanError
@@ -18,12 +20,21 @@ _TAGS = {
     "sop_class": 0x00080016,
     "sop_uid": 0x00080018,
     "modality": 0x00080060,
+    "patient": 0x00100020,
+    "thickness": 0x00180050,
+    "trigger": 0x00181060,
+    "kernel": 0x00181210,
+    "study_uid": 0x0020000D,
     "series_uid": 0x0020000E,
     "series_number": 0x00200011,
+    "acquisition": 0x00200012,
     "number": 0x00200013,
     "position": 0x00200032,
     "orientation": 0x00200037,
     "frame_uid": 0x00200052,
+    "temporal": 0x00200100,
+    "concatenation": 0x00209161,
+    "parts": 0x00209163,
     "samples": 0x00280002,
     "photometric": 0x00280004,
     "frames": 0x00280008,
@@ -34,12 +45,17 @@ _TAGS = {
     "bits_stored": 0x00280101,
     "high_bit": 0x00280102,
     "signed": 0x00280103,
+    "padding": 0x00280120,
     "intercept": 0x00281052,
     "slope": 0x00281053,
     "rescale_type": 0x00281054,
     "modality_lut": 0x00283000,
     "functional_groups": 0x52009230,
 }
+_PLAIN_TEXTS = (
+    *("sop_class", "sop_uid", "series_uid", "series_number", "study_uid", "frame_uid", "temporal"),
+    *("acquisition", "trigger", "kernel", "thickness", "concatenation", "photometric"),
+)
 _WANTED = frozenset(_TAGS.values())
 _DIRECTORY = "1.2.840.10008.1.3.10"
 _READ_SIZES = (2**15, 2**18, 2**21, HEADER_LIMIT)
@@ -67,6 +83,16 @@ class SliceHeader:
         has_pixels: Whether the header ends at pixel data.
         is_directory: A DICOMDIR: an index of files, no scan.
         image_type: E.g. ("ORIGINAL", "PRIMARY", "LOCALIZER").
+        patient: Hash of the PatientID; empty if there is none.
+        temporal: Which time point: TemporalPositionIdentifier, or the frame's index in an enhanced file.
+        acquisition: AcquisitionNumber.
+        trigger: TriggerTime.
+        kernel: ConvolutionKernel.
+        thickness: SliceThickness.
+        stack_id: Which stack of an enhanced file a frame is in.
+        concatenation: What the files of one divided multi-frame image share.
+        parts: How many files that are; 0 if unknown.
+        padding: PixelPaddingValue as an unsigned number.
         number: InstanceNumber; used to explain gaps, never to sort.
         position: ImagePositionPatient: LPS mm of the centre of the first pixel.
         orientation: ImageOrientationPatient: direction of growing column, then of growing row.
@@ -89,7 +115,17 @@ class SliceHeader:
     sop_uid: str = ""
     series_uid: str = ""
     series_number: str = ""
+    study_uid: str = ""
     frame_uid: str = ""
+    patient: str = ""
+    temporal: str = ""
+    acquisition: str = ""
+    trigger: str = ""
+    kernel: str = ""
+    thickness: str = ""
+    stack_id: str = ""
+    concatenation: str = ""
+    parts: int = 0
     modality: str = ""
     image_type: tuple[str, ...] = ()
     photometric: str = ""
@@ -108,6 +144,7 @@ class SliceHeader:
     bits_stored: int = 0
     high_bit: int = 0
     signed: bool = False
+    padding: int | None = None
     functional_groups: bool = False
     modality_lut: bool = False
 
@@ -194,22 +231,19 @@ def _texts(elements: Elements, name: str) -> SliceHeader:
     def value(field: str) -> str:
         return text(elements.values.get(_TAGS[field], b""))
 
+    plain: dict[str, Any] = {field: value(field) for field in _PLAIN_TEXTS}
     return SliceHeader(
         name,
         has_pixels=elements.end is End.PIXELS,
         is_directory=value("storage_class") == _DIRECTORY,
         transfer_syntax=elements.transfer_syntax,
-        sop_class=value("sop_class"),
-        sop_uid=value("sop_uid"),
-        series_uid=value("series_uid"),
-        series_number=value("series_number"),
-        frame_uid=value("frame_uid"),
+        patient=_digest(elements.values.get(_TAGS["patient"], b"")),
         modality=value("modality").upper(),
         image_type=tuple(part.strip().upper() for part in value("image_type").split("\\")),
-        photometric=value("photometric"),
         rescale_type=value("rescale_type").upper(),
         functional_groups=_TAGS["functional_groups"] in elements.values,
         modality_lut=_TAGS["modality_lut"] in elements.values,
+        **plain,
     )
 
 
@@ -233,7 +267,19 @@ def _numbers(elements: Elements, header: SliceHeader) -> SliceHeader:
         bits_stored=(stored := _unsigned(elements, "bits_stored", allocated)),
         high_bit=_unsigned(elements, "high_bit", stored - 1),
         signed=_unsigned(elements, "signed", 0) == 1,
+        padding=_padding(elements),
+        parts=_unsigned(elements, "parts", 0),
     )
+
+
+def _digest(value: bytes) -> str:
+    stripped = value.strip(b" \0")
+    return hashlib.blake2b(stripped, digest_size=8).hexdigest() if stripped else ""
+
+
+def _padding(elements: Elements) -> int | None:
+    raw = elements.values.get(_TAGS["padding"], b"")
+    return int.from_bytes(raw, "little" if elements.little_endian else "big") if len(raw) == 2 else None
 
 
 def _floats(elements: Elements, field: str, count: int) -> tuple[float, ...] | None:

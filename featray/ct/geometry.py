@@ -33,13 +33,13 @@ SHEAR_DEGREES = 0.1
 ANISOTROPIC_RATIO = 10.0
 """Largest to smallest spacing; 5 mm slices of 0.7 mm pixels are ordinary, 10 mm ones are not."""
 
-MAX_SPACING_MM = 100.0
-"""Above this the header is wrong, not the scan coarse."""
+MIN_SPACING_MM, MAX_SPACING_MM = 0.001, 100.0
+"""Outside of these the header is wrong (metres taken for millimetres?), not the scan fine or coarse."""
 
 
 def ras_to_lps(affine_ras: Affine) -> Affine:
     """Return the affine with millimetres in LPS instead of RAS (NIfTI), or the other way round."""
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine_ras
+    return affine_ras * [[-1.0], [-1.0], [1.0], [1.0]]
 
 
 def spacing_zyx(affine_lps: Affine) -> tuple[float, float, float]:
@@ -75,10 +75,11 @@ def problem(affine_lps: Affine) -> str | None:
     """Return what makes an affine unusable (not finite, flat, absurd spacing), or None."""
     if not np.isfinite(affine_lps).all():
         return "the affine holds values that are not finite"
-    spacing = spacing_zyx(affine_lps)
-    if min(spacing) <= 0 or max(spacing) > MAX_SPACING_MM:
+    with np.errstate(all="ignore"):  # lengths beyond float64 are infinite, which is the answer
+        spacing = spacing_zyx(affine_lps)
+    if not MIN_SPACING_MM <= min(spacing) <= max(spacing) <= MAX_SPACING_MM:
         text = ", ".join(f"{mm:g}" for mm in spacing)
-        return f"spacing (z, y, x) is {text} mm, expected above 0 and at most {MAX_SPACING_MM:g}"
+        return f"spacing (z, y, x) is {text} mm, expected {MIN_SPACING_MM:g} to {MAX_SPACING_MM:g}"
     if abs(np.linalg.det(_directions(affine_lps))) < 1e-3:
         return "the affine is singular: two voxel axes point the same way"
     return None

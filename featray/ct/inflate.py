@@ -8,6 +8,7 @@ through zlib in bounded pieces, which also finds the reason.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Iterator
 
 import deflate
 
@@ -18,8 +19,13 @@ GZIP_MAGIC = b"\x1f\x8b"
 MAX_RATIO = 1032
 """Deflate cannot expand further (258 bytes from 2 bits), so a smaller file cannot hold the claim."""
 
-_PIECE = 2**18
-_LIBDEFLATE_LIMIT = 2**32  # `deflate` takes the size as a C unsigned int and wraps silently
+_FIRST_PIECE, _PIECE = 2**10, 2**18
+"""Small at first, for what lies behind the end of a short member is copied with it."""
+
+_LIBDEFLATE_LIMIT = 2**32
+"""`deflate` takes the size as a C unsigned int and wraps silently."""
+
+Buffer = bytes | memoryview
 
 
 def gzip_head(data: bytes, count: int) -> bytes:
@@ -31,7 +37,7 @@ def gzip_head(data: bytes, count: int) -> bytes:
     return bytes(_inflate_members(data, count)[0])
 
 
-def gunzip(data: bytes, expected: int, most: int) -> bytearray:
+def gunzip(data: Buffer, expected: int, most: int) -> bytearray:
     """Return the inflated bytes of all gzip members: at least `expected`, at most `most`.
 
     Checksums are always verified. Bytes after the last member that are not gzip are ignored, as
@@ -41,13 +47,22 @@ def gunzip(data: bytes, expected: int, most: int) -> bytearray:
         ScanError: `truncated` if the stream is cut or holds less than `expected`; `unreadable` if
             it is damaged, its checksum is wrong, or it holds more than `most`.
     """
-    if expected > MAX_RATIO * len(data):
-        raise ScanError(
-            Reason.TRUNCATED,
-            f"the header claims {expected} bytes, a gzip file of {len(data)} bytes cannot hold them",
-        )
-    whole = _at_once(data, expected)
-    return whole if whole is not None else _by_members(data, expected, most)
+    _check_claim(data, expected)
+    whole = _at_once(deflate.gzip_decompress, data, expected)
+    if whole is not None and int.from_bytes(data[-4:], "little") == expected:
+        return whole  # the one member's size field ends the data: nothing comes behind it
+    return _fitting(*_inflate_members(data, most + 1), expected, most)
+
+
+def inflate_zlib(data: Buffer, expected: int, most: int) -> bytearray:
+    """Return the inflated bytes of one zlib stream, otherwise as `gunzip`."""
+    _check_claim(data, expected)
+    whole = _at_once(deflate.zlib_decompress, data, expected)
+    if whole is not None:
+        return whole
+    inflated = bytearray()
+    used = _append_stream(memoryview(data), inflated, most + 1, zlib.MAX_WBITS)
+    return _fitting(inflated, used is not None, expected, most)
 
 
 def inflate_raw(data: bytes, start: int, most: int) -> bytes:
@@ -59,22 +74,29 @@ def inflate_raw(data: bytes, start: int, most: int) -> bytes:
     return _pieces(zlib.decompressobj(wbits=-15), data[start:], most)
 
 
-def _at_once(data: bytes, expected: int) -> bytearray | None:
+def _check_claim(data: Buffer, expected: int) -> None:
+    if expected > MAX_RATIO * len(data):
+        raise ScanError(
+            Reason.TRUNCATED,
+            f"the header claims {expected} bytes, {len(data)} compressed bytes cannot hold them",
+        )
+
+
+def _at_once(inflate: Callable[[Buffer, int], bytearray], data: Buffer, expected: int) -> bytearray | None:
     if not 0 < expected < _LIBDEFLATE_LIMIT:
         return None
     try:
-        inflated: bytearray = deflate.gzip_decompress(data, expected)
+        inflated = inflate(data, expected)
     except deflate.DeflateError:
         return None  # cut, damaged, larger, or several members: the careful way tells
-    ends_here = int.from_bytes(data[-4:], "little") == len(inflated)
-    return inflated if ends_here and len(inflated) == expected else None
+    return inflated if len(inflated) == expected else None
 
 
-def _by_members(data: bytes, expected: int, most: int) -> bytearray:
-    inflated, ended = _inflate_members(data, most + 1)
+def _fitting(inflated: bytearray, ended: bool, expected: int, most: int) -> bytearray:
     if len(inflated) > most:
         raise ScanError(
-            Reason.UNREADABLE, f"the gzip stream holds more than the {expected} bytes its header accounts for"
+            Reason.UNREADABLE,
+            f"the compressed data hold more than the {expected} bytes that the header accounts for",
         )
     if not ended or len(inflated) < expected:
         raise ScanError(
@@ -84,29 +106,35 @@ def _by_members(data: bytes, expected: int, most: int) -> bytearray:
     return inflated
 
 
-def _inflate_members(data: bytes, most: int) -> tuple[bytearray, bool]:
+def _inflate_members(data: Buffer, most: int) -> tuple[bytearray, bool]:
     """Return at most `most` bytes of all gzip members, and whether every member came to its end."""
     inflated = bytearray()
     rest = memoryview(data)
     while bytes(rest[:2]) == GZIP_MAGIC:
-        used = _append_member(rest, inflated, most)
+        used = _append_stream(rest, inflated, most, zlib.MAX_WBITS | 16)
         if used is None:
             return inflated, False
         rest = rest[used:]
     return inflated, True
 
 
-def _append_member(data: memoryview, inflated: bytearray, most: int) -> int | None:
-    """Inflate one member onto `inflated`; return the bytes of `data` it took, None if it did not end."""
-    inflater = zlib.decompressobj(wbits=31)
-    for start in range(0, len(data), _PIECE):
-        piece = data[start : start + _PIECE]
+def _append_stream(data: memoryview, inflated: bytearray, most: int, wbits: int) -> int | None:
+    """Inflate one stream onto `inflated`; return the bytes of `data` it took, None if it did not end."""
+    inflater = zlib.decompressobj(wbits)
+    for start, piece in _growing_pieces(data):
         inflated += _pieces(inflater, piece, most - len(inflated))
         if inflater.eof:
             return start + len(piece) - len(inflater.unused_data)
         if len(inflated) >= most:
             return None
     return None
+
+
+def _growing_pieces(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    start, size = 0, _FIRST_PIECE
+    while start < len(data):
+        yield start, data[start : start + size]
+        start, size = start + size, min(2 * size, _PIECE)
 
 
 def _pieces(inflater: zlib._Decompress, data: bytes | memoryview, most: int) -> bytes:

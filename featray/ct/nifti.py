@@ -1,13 +1,17 @@
-"""The bytes of one .nii or .nii.gz file in, a checked Volume out; knows no paths and no storage.
+"""The bytes of one NIfTI file or .hdr/.img pair in, a checked Volume out; knows no paths and no storage.
 
 Order of work: header, sizes, geometry, and only then memory for voxels. Nothing in the header is
 believed before it is compared with the limit and with the bytes at hand. Decisions:
 
-- Compression is recognised by content, not by name. Magic `ni1` (a .hdr/.img pair) and ANALYZE
-  headers are refused: `unsupported`.
+- Compression is recognised by content, not by name. ANALYZE headers, without NIfTI's magic, are
+  refused (`unsupported`): nothing in them says which side is left.
+- Of a file with several volumes the caller chooses one, or it is refused (`not_a_volume`). Further
+  axes (vectors, matrices) are always refused.
 - Geometry is the sform's if its code is above 0, else the qform's (as nibabel). With neither code,
   NIfTI-1's "method 1": axes along RAS+, spacing from pixdim, and the warning `orientation_unknown`,
   since nothing in the file says which side is left.
+- `sform_qform_differ`: two affines that disagree, or one code whose affine is unusable, or an sform
+  whose spacing is not that of pixdim.
 - Spatial units of meters or micrometres are converted to mm; unset counts as mm.
 - scl_slope of 0, NaN or infinity means no scaling at all; its scl_inter is then ignored too (as
   nibabel; SimpleITK adds it).
@@ -19,18 +23,16 @@ believed before it is compared with the limit and with the bytes at hand. Decisi
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
-from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.geometry import Affine
 from featray.ct.inflate import GZIP_MAGIC, gunzip, gzip_head
-from featray.ct.rescale import extremes, rescale, result_dtype
+from featray.ct.stored import Buffer, Layout, checked_layout, geometry_warnings, plain, scaled_voxels
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 
@@ -44,7 +46,9 @@ _HEADERS = {348: (nib.Nifti1Header, b"n+1", b"ni1"), 540: (nib.Nifti2Header, b"n
 _MM_PER_UNIT = {1: 1e3, 3: 1e-3}
 
 
-def read_nifti(data: bytes, *, max_voxels: int) -> Volume:
+def read_nifti(
+    data: bytes, *, max_voxels: int, volume: int | None = None, keep_shear: bool = False
+) -> Volume:
     """Return the volume in a NIfTI-1 or NIfTI-2 file, plain or gzipped.
 
     Voxels have axes (z, y, x) and dtype int16, int32 or float32, native byte order; they share
@@ -52,42 +56,59 @@ def read_nifti(data: bytes, *, max_voxels: int) -> Volume:
     Slope and intercept are applied exactly once: in integers if both are whole numbers and the
     result fits int32, else in float32.
 
+    Args:
+        data: The whole file.
+        max_voxels: More are refused, all volumes of the file counted.
+        volume: Which volume to take, from 0, of a file that holds several (warning
+            `not_a_volume`); None refuses such files. A file with one volume has no choice.
+        keep_shear: Return sheared axes with the warning `gantry_tilt` instead of refusing them.
+
     Raises:
         ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume`,
             `gantry_tilt` (sheared axes) or `non_finite`.
     """
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")
-    header = _header(data)
-    layout = _layout(header, max_voxels)
-    affine, warnings = _geometry(header, layout.shape_zyx)
-    content = _content(data, layout)
-    stored = np.frombuffer(content, layout.dtype, math.prod(layout.shape_zyx), layout.offset)
+    header = _header(gzip_head(data, 540) if data[:2] == GZIP_MAGIC else data[:540])
+    if not _is_single(header):
+        raise ScanError(Reason.UNSUPPORTED, "the header of a pair, its voxels are in an .img file beside it")
+    return _read(header, data, max_voxels, volume, keep_shear)
+
+
+def read_nifti_pair(
+    header: bytes, image: bytes, *, max_voxels: int, volume: int | None = None, keep_shear: bool = False
+) -> Volume:
+    """Return the volume of a .hdr and an .img file, each plain or gzipped; otherwise as `read_nifti`."""
+    for name, data in ((".hdr", header), (".img", image)):
+        if not data:
+            raise ScanError(Reason.EMPTY, f"the {name} file has no bytes")
+    if header[:2] == GZIP_MAGIC:
+        header = bytes(gunzip(header, min(_HEADERS), MAX_EXTENSION_BYTES))
+    parsed = _header(header[:540])
+    if _is_single(parsed):
+        raise ScanError(
+            Reason.UNREADABLE, "the .hdr file says that it holds the voxels itself; rename it to .nii"
+        )
+    return _read(parsed, image, max_voxels, volume, keep_shear)
+
+
+def _read(header: Any, data: bytes, max_voxels: int, volume: int | None, keep_shear: bool) -> Volume:
+    """Return the volume whose voxels are in `data`, behind vox_offset."""
+    layout = checked_layout(_layout(header, volume), max_voxels)
+    affine_ras, warnings = _chosen_affine(header, layout.shape_zyx)
+    affine = geometry.ras_to_lps(affine_ras)
+    warnings += geometry_warnings(affine, keep_shear=keep_shear)
+    if layout.volumes > 1:
+        warnings += (Reason.NOT_A_VOLUME.value,)
     slope, intercept = _scaling(header)
-    voxels = _scaled(stored.reshape(layout.shape_zyx), slope, intercept)
+    voxels = scaled_voxels(_content(data, layout), layout, slope, intercept)
     return Volume(voxels, affine, slope, intercept, warnings)
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Where the voxels lie in the inflated file, and what they are."""
-
-    dtype: np.dtype[Any]
-    shape_zyx: tuple[int, ...]
-    offset: int
-
-    @property
-    def slice_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape_zyx[1:])
-
-    @property
-    def end(self) -> int:
-        return self.offset + self.shape_zyx[0] * self.slice_bytes
-
-
-def _header(data: bytes) -> Any:
+def _header(head: bytes) -> Any:
     """Return the nibabel header; its size field tells version and byte order."""
-    head = gzip_head(data, 540) if data[:2] == GZIP_MAGIC else data[:540]
+    if len(head) < 4:
+        raise ScanError(Reason.TRUNCATED, f"header of {len(head)} bytes, expected {min(_HEADERS)}")
     for size, (kind, single, pair) in _HEADERS.items():
         for endian, name in (("<", "little"), (">", "big")):
             if int.from_bytes(head[:4], name) != size:  # type: ignore[arg-type]
@@ -95,38 +116,30 @@ def _header(data: bytes) -> Any:
             if len(head) < size:
                 raise ScanError(Reason.TRUNCATED, f"header of {len(head)} bytes, expected {size}")
             header = kind(head[:size], endianness=endian, check=False)
-            _check_magic(bytes(header["magic"]), single, pair)
+            if not bytes(header["magic"]).startswith((single, pair)):
+                raise ScanError(
+                    Reason.UNSUPPORTED,
+                    "no NIfTI magic (ANALYZE 7.5?), so no orientation; convert it to NIfTI",
+                )
             return header
     raise ScanError(
         Reason.UNREADABLE, "not NIfTI: the first field is neither 348 nor 540, nor gzip around it"
     )
 
 
-def _check_magic(magic: bytes, single: bytes, pair: bytes) -> None:
-    if magic.startswith(pair):
-        raise ScanError(Reason.UNSUPPORTED, "a .hdr/.img pair; convert it to one .nii or .nii.gz file")
-    if not magic.startswith(single):
-        raise ScanError(
-            Reason.UNSUPPORTED, "no NIfTI magic (ANALYZE 7.5?), so no orientation; convert it to NIfTI"
-        )
+def _is_single(header: Any) -> bool:
+    return bytes(header["magic"])[1:2] == b"+"
 
 
-def _layout(header: Any, max_voxels: int) -> _Layout:
-    dtype = _dtype(header)
-    shape_zyx = _shape_zyx([int(n) for n in header["dim"]])
-    voxels = math.prod(shape_zyx)
-    if voxels > max_voxels:
-        raise ScanError(
-            Reason.TOO_LARGE,
-            f"the header claims {voxels} voxels, more than limits.max_voxels ({max_voxels})",
-        )
+def _layout(header: Any, volume: int | None) -> Layout:
+    shape_zyx, volumes = _shape([int(n) for n in header["dim"]])
     offset = float(header["vox_offset"])
-    least = int(header["sizeof_hdr"]) + 4
+    least = int(header["sizeof_hdr"]) + 4 if _is_single(header) else 0
     if not least <= offset <= MAX_EXTENSION_BYTES:
         raise ScanError(
             Reason.UNREADABLE, f"vox_offset is {offset:g}, expected {least} to {MAX_EXTENSION_BYTES}"
         )
-    return _Layout(dtype, shape_zyx, int(offset))
+    return Layout(_dtype(header), shape_zyx, int(offset), volumes, _choice(volumes, volume))
 
 
 def _dtype(header: Any) -> np.dtype[Any]:
@@ -135,54 +148,39 @@ def _dtype(header: Any) -> np.dtype[Any]:
         dtype: np.dtype[Any] = header.get_data_dtype()
     except KeyError:
         raise ScanError(Reason.UNREADABLE, f"datatype code {code} does not exist in NIfTI") from None
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise ScanError(
-            Reason.UNSUPPORTED, f"datatype code {code} (colour, complex or exotic); expected plain numbers"
-        )
     return dtype
 
 
-def _shape_zyx(dim: list[int]) -> tuple[int, ...]:
+def _shape(dim: list[int]) -> tuple[tuple[int, ...], int]:
+    """Return the shape (z, y, x) of a volume, and how many there are."""
     axes = dim[0]
     if not 1 <= axes <= 7 or min(dim[1 : axes + 1]) < 1:
         raise ScanError(Reason.UNREADABLE, f"impossible dimensions {dim}")
-    shape = dim[1 : axes + 1]
-    if axes < 3 or min(shape[:3]) < 2 or max(shape[3:], default=1) > 1:
+    shape = dim[1 : axes + 1] + [1] * (7 - axes)
+    if max(shape[4:]) > 1:
+        raise ScanError(
+            Reason.NOT_A_VOLUME, f"dimensions are {shape[:axes]}: each voxel holds several values"
+        )
+    return (shape[2], shape[1], shape[0]), shape[3]
+
+
+def _choice(volumes: int, volume: int | None) -> int:
+    if volumes == 1:
+        return 0
+    if volume is None:
         raise ScanError(
             Reason.NOT_A_VOLUME,
-            f"dimensions (x, y, z, …) are {shape}, expected three of 2 or more and no further; "
-            "split a series of volumes into files",
+            f"the file holds {volumes} volumes; set source.volume to take one, or split it",
         )
-    return tuple(reversed(shape[:3]))
+    if not 0 <= volume < volumes:
+        raise ScanError(Reason.NOT_A_VOLUME, f"source.volume is {volume}, the file holds 0 to {volumes - 1}")
+    return volume
 
 
-def _content(data: bytes, layout: _Layout) -> bytes | bytearray:
-    most = layout.end + layout.slice_bytes - 1
+def _content(data: bytes, layout: Layout) -> Buffer:
     if data[:2] == GZIP_MAGIC:
-        return gunzip(data, layout.end, most)
-    if len(data) < layout.end:
-        raise ScanError(
-            Reason.TRUNCATED, f"expected {layout.end} bytes, got {len(data)}; copy the file again"
-        )
-    if len(data) > most:
-        raise ScanError(
-            Reason.UNREADABLE, f"the header accounts for {layout.end} bytes, the file has {len(data)}"
-        )
-    return data
-
-
-def _geometry(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tuple[str, ...]]:
-    affine_ras, warnings = _chosen_affine(header, shape_zyx)
-    affine = geometry.ras_to_lps(affine_ras)
-    wrong = geometry.problem(affine)
-    if wrong:
-        raise ScanError(Reason.UNREADABLE, wrong)
-    if geometry.is_sheared(affine):
-        raise ScanError(
-            Reason.GANTRY_TILT,
-            "the voxel axes are not at right angles (tilted gantry?); resample the scan to an upright grid",
-        )
-    return affine, warnings + geometry.oddities(affine)
+        return gunzip(data, layout.least, layout.most)
+    return plain(data, layout)
 
 
 def _chosen_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tuple[str, ...]]:
@@ -192,14 +190,13 @@ def _chosen_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tup
     if sform is None and qform is None:
         if any(coded):
             raise ScanError(Reason.UNREADABLE, "neither sform nor qform holds a usable affine")
-        return _in_mm(header, np.diag([*header["pixdim"][1:4].astype(float), 1.0])), (
-            Oddity.ORIENTATION_UNKNOWN,
-        )
+        return np.diag([*_pixdim_mm(header), 1.0]), (Oddity.ORIENTATION_UNKNOWN.value,)
     if sform is None:
         assert qform is not None
         code = Oddity.SFORM_QFORM_DIFFER if coded[0] else Oddity.QFORM_ONLY
         return qform, (code.value,)
     differ = coded[1] and (qform is None or _differ(sform, qform, shape_zyx))
+    differ = differ or _spacing_differs(header, sform, shape_zyx)
     return sform, (Oddity.SFORM_QFORM_DIFFER.value,) if differ else ()
 
 
@@ -216,7 +213,8 @@ def _qform(header: Any) -> Affine | None:
     header = header.copy()
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 and other values mean 1, as niftilib
     try:
-        affine = _in_mm(header, header.get_qform())
+        with np.errstate(all="ignore"):
+            affine = _in_mm(header, header.get_qform())
     except (ValueError, HeaderDataError):
         return None  # not a rotation, or negative spacing
     return None if geometry.problem(affine) else affine
@@ -224,7 +222,8 @@ def _qform(header: Any) -> Affine | None:
 
 def _in_mm(header: Any, affine: Affine) -> Affine:
     factor = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
-    return np.diag([factor, factor, factor, 1.0]) @ affine.astype(np.float64)
+    with np.errstate(all="ignore"):  # what is not finite is found later; matmul would spread it
+        return affine.astype(np.float64) * [[factor], [factor], [factor], [1.0]]
 
 
 def _differ(first: Affine, second: Affine, shape_zyx: tuple[int, ...]) -> bool:
@@ -234,6 +233,20 @@ def _differ(first: Affine, second: Affine, shape_zyx: tuple[int, ...]) -> bool:
     cosines = _unit_columns(first) * _unit_columns(second)
     angle = np.degrees(np.arccos(np.clip(cosines.sum(axis=0), -1, 1))).max()
     return bool(apart > DIFFERENT_MM or angle > DIFFERENT_DEGREES)
+
+
+def _spacing_differs(header: Any, sform: Affine, shape_zyx: tuple[int, ...]) -> bool:
+    """Tell an sform that nobody filled in: identity, with the true spacing in pixdim alone."""
+    pixdim = _pixdim_mm(header)
+    apart = np.abs(pixdim - np.linalg.norm(sform[:3, :3], axis=0)) * (np.array(shape_zyx[::-1]) - 1)
+    known = np.isfinite(pixdim) & (pixdim > 0)
+    return bool((apart[known] > DIFFERENT_MM).any())
+
+
+def _pixdim_mm(header: Any) -> Affine:
+    """Return the spacing along x, y and z; negative ones mean nothing in NIfTI."""
+    affine = _in_mm(header, np.diag([*header["pixdim"][1:4], 1.0]))
+    return np.abs(affine.diagonal()[:3])
 
 
 def _unit_columns(affine: Affine) -> Affine:
@@ -248,13 +261,3 @@ def _scaling(header: Any) -> tuple[float, float]:
     if not math.isfinite(intercept):
         raise ScanError(Reason.UNREADABLE, f"scl_slope is {slope:g} but scl_inter is {intercept}")
     return slope, intercept
-
-
-def _scaled(stored: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
-    low, high = extremes(stored)
-    if low == high:
-        raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is {low * slope + intercept:g}")
-    ends = (low * slope + intercept, high * slope + intercept)
-    if not max(abs(ends[0]), abs(ends[1])) <= float(np.finfo(np.float32).max):
-        raise ScanError(Reason.NON_FINITE, "voxels are NaN, infinite or beyond float32")
-    return rescale(stored, slope, intercept, result_dtype(stored.dtype, low, high, slope, intercept))

@@ -11,6 +11,7 @@ Conventions, for output index o of m along an axis of n voxels (half-pixel: `ali
              corners     x = o (n - 1)/(m - 1). scipy.ndimage.zoom(order=1), torch align_corners=True.
     nearest  half-pixel  i = floor((o + 1/2) n/m). torch and MONAI `nearest-exact`, not OpenCV INTER_NEAREST.
              corners     i = floor(o (n - 1)/(m - 1) + 1/2). scipy.ndimage.zoom(order=0).
+                         Exactly halfway between two voxels the upper one; in the references rounding decides.
     cubic    both        x as for linear but not clamped; Keys' kernel with a = -0.75 on floor(x) - 1 … + 2,
                          indices clamped. torch `bicubic`, OpenCV INTER_CUBIC, here along z as well.
                          It overshoots: values may leave the clip window by up to a few per cent.

@@ -23,6 +23,10 @@ class Volume:
         intercept: Rescale intercept that was applied (0 when the file has none).
         warnings: Codes of `Oddity` or `Reason` for what was odd but accepted.
         tags: Header values asked for by name (`privacy.dicom_tags`), never filled otherwise.
+        slice_origins_lps: (n, 3) LPS mm of the first voxel of each slice, where slices lie shifted
+            sideways or unevenly and the caller allowed it; else None. Then `affine_lps` is that of the
+            upright, even grid to come and does not place the voxels: `regrid.upright` must follow
+            before anything else looks at the geometry.
     """
 
     voxels_zyx: NDArray[np.generic]
@@ -31,6 +35,7 @@ class Volume:
     intercept: float = 0.0
     warnings: tuple[str, ...] = ()
     tags: dict[str, str] = field(default_factory=dict)
+    slice_origins_lps: NDArray[np.float64] | None = None
 
     @property
     def spacing_zyx(self) -> tuple[float, float, float]:

@@ -50,6 +50,14 @@ class Engine(Protocol):
 
     def __exit__(self, *error: object) -> None: ...
 
+    def connect(self) -> None:
+        """Join or start what the engine runs on, if it is not yet.
+
+        Raises:
+            ConfigError: It cannot be reached, or can never meet what `run` claims.
+        """
+        ...
+
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield receipts that together hold a record of every scan, unless `stop` is set."""
         ...

@@ -8,7 +8,6 @@ for a debugger.
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import threading
 import time
@@ -24,6 +23,7 @@ from featray.config import LimitsConfig
 from featray.engines import Stages
 from featray.engines.helpers import Helpers, Outcome
 from featray.errors import Reason
+from featray.machine import usable_cores
 from featray.schema import NO_TENSOR, Decoded, Receipt, Scan
 from featray.stages.decode import Decoder
 from featray.stages.extract import extract
@@ -40,7 +40,7 @@ class InlineEngine:
     name = "inline"
 
     def __init__(self, workers: int | None, limits: LimitsConfig) -> None:
-        self._workers = _cores() if workers is None else workers
+        self._workers = usable_cores() if workers is None else workers
         self._limits = limits
         self._helpers: Helpers | None = None
 
@@ -54,6 +54,9 @@ class InlineEngine:
         """Stop the helpers."""
         if self._helpers is not None:
             self._helpers.close()
+
+    def connect(self) -> None:
+        """Do nothing: there is nothing to join."""
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield a receipt for every file's worth of scans, or every ten seconds."""
@@ -209,7 +212,3 @@ def _make_slots(count: int, size: int) -> list[SharedMemory]:
     if free < 2 * count * size:  # a container often has 64 MB; writing past it would kill the process
         return []
     return [SharedMemory(create=True, size=size) for _ in range(count)]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

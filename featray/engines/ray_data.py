@@ -69,7 +69,7 @@ class RayEngine:
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield receipts in order of completion; the last pass isolates scans that kill their worker."""
-        self._connect()
+        self.connect()
         left = {scan.scan_id: scan for scan in scans}
         for strict, alone in _PASSES:
             with _crashes_logged():
@@ -86,7 +86,7 @@ class RayEngine:
             )
         yield _given_up(list(left.values()), stages, self._limits.attempts)
 
-    def _connect(self) -> None:
+    def connect(self) -> None:
         """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one.
 
         Raises:
@@ -168,7 +168,12 @@ class _DecodeRow:
                 decoded = self._decode(scan)
         except _LateError:
             decoded = self._decode.late(scan, 1)
-        return {"record": decoded.record.to_json(), "tensor": decoded.tensor, "origins": decoded.origins}
+        return {
+            "record": decoded.record.to_json(),
+            "tensor": decoded.tensor.reshape(-1),  # flat: Ray mixes no ranks in a column
+            "shape": np.array(decoded.tensor.shape),
+            "origins": decoded.origins,
+        }
 
 
 class _ExtractBatch:
@@ -179,9 +184,9 @@ class _ExtractBatch:
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         decoded = [
-            Decoded(ScanRecord.from_json(record), np.asarray(tensor), np.asarray(origins))
-            for record, tensor, origins in zip(
-                batch["record"], batch["tensor"], batch["origins"], strict=True
+            Decoded(ScanRecord.from_json(record), np.asarray(tensor).reshape(shape), np.asarray(origins))
+            for record, tensor, shape, origins in zip(
+                batch["record"], batch["tensor"], batch["shape"], batch["origins"], strict=True
             )
         ]
         return extract(self._extractor, decoded)

@@ -6,5 +6,6 @@ of scans, Ray or tables; importing it does not import TensorFlow.
 
 from featray.model.cut import CutLayer, Extractor
 from featray.model.describe import LayerInfo, list_layers
+from featray.model.invariance import InvarianceReport, check_invariance
 
-__all__ = ["CutLayer", "Extractor", "LayerInfo", "list_layers"]
+__all__ = ["CutLayer", "Extractor", "InvarianceReport", "LayerInfo", "check_invariance", "list_layers"]

@@ -7,23 +7,23 @@ nothing of scans or tables.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from featray.config import ModelConfig, load_model_section
-from featray.errors import ModelError
-from featray.model import choose, fetch, inputs, load, runtime, trace
+from featray.config import ModelConfig
+from featray.errors import InputShapeError, ModelError
+from featray.model import fetch, inputs, prepare, randomness, runtime, variation
 from featray.model.choose import Choice, Pool
 from featray.model.inputs import Batch, Shape
-from featray.model.trace import Tap
+from featray.model.prepare import Prepared
 
-# Two calls of one graph on one input agree far below this; sampled noise lies far above.
-_SAME = 1e-5
+# Calls that miss noise of one time in ten about twice in a thousand.
+_LONG_LOOK = 60
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Extractor:
         input_shape: Of one input with its channels, without batch axis; None where any size goes.
         sha256: Over model, builder and custom code; `files` has them one by one.
         versions: Of keras and tensorflow.
+        is_stochastic: Whether any output samples, found by evaluating: then values of a row follow
+            its draw, see `__call__`.
     """
 
     layers: tuple[CutLayer, ...]
@@ -63,6 +65,7 @@ class Extractor:
     sha256: str
     files: dict[str, str]
     versions: dict[str, str]
+    is_stochastic: bool = False
 
     def __init__(
         self,
@@ -83,45 +86,49 @@ class Extractor:
 
         Raises:
             ModelError: Lists every problem: input size, unknown or unusable layers with near
-                matches, output names given twice, outputs that differ from call to call.
+                matches, output names given twice, outputs that differ from call to call (unless
+                allowed and a draw decides them), outputs that look at the rest of the batch.
         """
-        self._spec = as_spec(spec)
+        self._spec = prepare.as_spec(spec)
         runtime.configure(threads)
         import keras
         import tensorflow as tf
 
-        loaded = load.load_model(self._spec, inputs.with_channel(input_zyx))
-        self._model = load.submodel(loaded.model, self._spec.submodel)
-        self._shape, problems = inputs.input_shape(self._model, input_zyx, self._spec.constants)
-        self._fill = inputs.filler(self._model, self._spec.constants)
-        taps = survey(self._model, self._shape, problems, self._fill)
-        choices = choose.choose(self._spec, taps, problems)
-        self._extract = self._capture(choices)
-        self.layers = tuple(self._warm_up(choices, problems))
+        problems: list[str] = []
+        self._model = prepare.prepare(self._spec, input_zyx, problems)
+        choices = prepare.choices(self._spec, self._model, problems)
+        self.layers = tuple(self._warm_up(choices, problems)) if choices else ()
         if problems:
             raise ModelError(problems, fetch.shown(self._spec.uri))
-        self.input_shape = self._shape
-        self.sha256, self.files = loaded.sha256, loaded.files
+        self.input_shape = self._model.shape
+        self.sha256, self.files = self._model.loaded.sha256, self._model.loaded.files
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
-        self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in taps})
+        self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in self._model.taps})
 
-    def __call__(self, batch: Batch) -> dict[str, Batch]:
+    def __call__(self, batch: Batch, draws: Sequence[str] | None = None) -> dict[str, Batch]:
         """Return {output name: float32 (n, *shape)} for any n, in model batches of the config's size.
 
         Args:
             batch: float32 (n, *input_shape), or without the axis of a single channel: volumes come as
                 (n, z, y, x); already windowed and scaled as the model expects.
+            draws: One text per row. Where outputs sample, the values of a row then follow from the
+                row and its text alone: rows are run one by one. null draws anew at each call.
 
         Raises:
-            ValueError: The batch has another shape, or is not floating point.
+            InputShapeError: The batch has another shape, or is not floating point; or there is not
+                one draw per row.
         """
-        whole = self._as_inputs(batch)
+        whole = inputs.as_inputs(batch, self._model.shape)
+        if draws is not None and len(draws) != len(whole):
+            raise InputShapeError(f"expected one draw per row: {len(whole)}, got {len(draws)}")
         if not len(whole):
             return {
                 layer.name: np.empty((0, *(size or 0 for size in layer.shape)), np.float32)
                 for layer in self.layers
             }
-        return self._run(whole)
+        if draws is None or not self.is_stochastic:
+            return self._run(whole)
+        return self._run_drawn(whole, draws)
 
     def recipe_part(self) -> dict[str, Any]:
         """Return what of the model decides the values, JSON-ready; layer order does not matter."""
@@ -134,120 +141,140 @@ class Extractor:
             **({"constants": self._spec.constants} if self._spec.constants else {}),
         }
 
-    def _as_inputs(self, batch: Batch) -> Batch:
-        wanted = self._shape
-        axis = inputs.channel_axis(wanted)
-        if axis is not None and batch.ndim == len(wanted):
-            batch = np.expand_dims(batch, axis)
-        fits = batch.ndim == len(wanted) + 1 and all(
-            size in (None, got) for size, got in zip(wanted, batch.shape[1:], strict=True)
-        )
-        if not fits or not np.issubdtype(batch.dtype, np.floating):
-            maybe = " with or without the channel axis" if axis is not None else ""
-            raise ValueError(
-                f"expected float32 (n, {inputs.shown(wanted)[1:]}{maybe}, got {batch.dtype} {batch.shape}"
-            )
-        return np.ascontiguousarray(batch, np.float32)
-
     def _run(self, whole: Batch) -> dict[str, Batch]:
         import tensorflow as tf
 
         size = self._spec.batch_size
         chunks = (whole[start : start + size] for start in range(0, len(whole), size))
-        parts = [self._extract(tf.constant(chunk)) for chunk in chunks]
-        return {name: np.concatenate([part[name].numpy() for part in parts]) for name in parts[0]}
+        with randomness.LOCK if self._sources else contextlib.nullcontext():
+            return _joined([self._extract(tf.constant(chunk)) for chunk in chunks])
 
-    def _capture(self, choices: Sequence[Choice]) -> Any:
-        if not choices:
-            return None
+    def _run_drawn(self, whole: Batch, texts: Sequence[str]) -> dict[str, Batch]:
+        rows = []
+        for at, text in enumerate(texts):
+            with randomness.following(self._sources, text):
+                rows.append(self._run(whole[at : at + 1]))
+        return _joined(rows)
 
-        def finish(tensors: dict[str, Any]) -> dict[str, Any]:
-            return {
-                choice.name: pooled(tensors[choice.tap.key], choice.pool, choice.tap) for choice in choices
-            }
-
-        return trace.capture(
-            self._model, [choice.tap.key for choice in choices], self._shape, finish, self._fill
-        )
+    def _trace(self, choices: Sequence[Choice]) -> None:
+        self._extract = prepare.computing(self._model, choices)
+        self._sources = randomness.sources(self._extract)
 
     def _warm_up(self, choices: Sequence[Choice], problems: list[str]) -> list[CutLayer]:
-        """Run the cut model on random input; note what varies and learn the true shapes."""
-        if not choices:
-            return []
+        """Trace the cut model and run it on random input; note what varies and learn the true shapes."""
+        self._trace(choices)
         try:
-            twin, mixed = inputs.probe(self._run, self._shape, self._model)
+            found = inputs.probe(self._run, self._model.shape, self._model.model)
         except ModelError as error:
             problems += error.problems
             return []
-        for choice in choices:
-            problems += self._oddities(choice, twin[choice.name], mixed[choice.name])
-        return [self._described(choice, twin[choice.name].shape[1:]) for choice in choices]
+        kinds = {choice: _kind(choice, found) for choice in choices}
+        kinds |= self._rarely_sampling(kinds, found)
+        self.is_stochastic = "samples" in kinds.values()
+        odd = [line for choice in choices if (line := self._oddity(choice, kinds[choice]))]
+        if not odd:
+            odd = self._undecided(choices, kinds, found.batch) + self._baked(choices, found.batch)
+        problems += odd
+        return [self._described(choice, found.twin[choice.name].shape[1:]) for choice in choices]
 
     def _described(self, choice: Choice, seen: tuple[int, ...]) -> CutLayer:
         traced = tuple(self._extract.structured_outputs[choice.name].shape)[1:]
-        shape = traced if None in self._shape else seen
+        shape = traced if None in self._model.shape else seen
         kind = type(choice.tap.layer).__name__
         return CutLayer(choice.name, choice.tap.path, choice.pool, shape, math.prod(seen), kind)
 
-    def _oddities(self, choice: Choice, twin: Batch, mixed: Batch) -> list[str]:
-        if len(twin) != 2:
-            return [f"layers: {choice.tap.path!r} gives {len(twin)} rows for 2 inputs"]
-        if self._spec.allow_stochastic or not varies(twin, mixed):
+    def _oddity(self, choice: Choice, kind: str) -> str:
+        """Return why an output cannot be had as it stands; empty when it can."""
+        path = choice.tap.path
+        if kind.isdigit():
+            return f"layers: {path!r} gives {kind} rows for 2 inputs"
+        if kind == "samples" and not self._spec.allow_stochastic:
+            return (
+                f"layers: {path!r} gives other values for the same input from call to call: it samples; take "
+                "the layer that feeds it, such as z_mean, or set model.allow_stochastic: true"
+            )
+        if kind != "batch":
+            return ""
+        taps = prepare.up_to(self._model.taps, [choice])
+        first = variation.first_that_looks_at_the_batch(
+            self._model.model, taps, self._model.shape, self._model.fill
+        )
+        name = repr(first.path if first else path)
+        return (
+            f"layers: {path!r} looks at the rest of the batch, so an input would get other values in other "
+            f"company (first seen at {name}); call what does so with training=False, choose a layer before "
+            f"{name}, or set model.batch_size: 1"
+        )
+
+    def _rarely_sampling(
+        self, kinds: Mapping[Choice, str], found: inputs.Probe[dict[str, Batch]]
+    ) -> dict[Choice, str]:
+        """Return which outputs vary now and then: a random number goes into them, but few calls show it.
+
+        One that shows in the last call of the probe alone looks as if it followed the batch.
+        """
+        random = randomness.may_vary(self._extract)
+        calm = [choice for choice, kind in kinds.items() if kind in ("", "batch") and choice.name in random]
+        runs = [self._run(found.batch) for _ in range(_LONG_LOOK)] if calm else []
+        return {
+            choice: "samples"
+            for choice in calm
+            if any(
+                variation.difference(found.mixed[choice.name], run[choice.name]) > variation.SAME
+                for run in runs
+            )
+        }
+
+    def _undecided(self, choices: Sequence[Choice], kinds: Mapping[Choice, str], batch: Batch) -> list[str]:
+        """Return which outputs sample in a way that draws do not decide."""
+        if not self.is_stochastic:
+            return []
+        one, other = self._run_drawn(batch, "ab"), self._run_drawn(batch[::-1], "ba")
+        beyond = randomness.beyond_reach(self._extract)
+        names = [
+            choice.tap.path
+            for choice in choices
+            if variation.difference(one[choice.name], other[choice.name][::-1]) > variation.SAME
+            or (beyond and kinds[choice] == "samples")
+        ]
+        if not names:
             return []
         return [
-            f"layers: {choice.tap.path!r} gives other values for the same input from call to call (it "
-            "samples, or looks at the rest of the batch); take the layer that feeds it, such as z_mean, "
-            "or set model.allow_stochastic: true"
+            f"layers: {', '.join(names)}: draws random numbers that featray cannot decide"
+            f"{f' ({beyond[0]})' if beyond else ''}, so that a retry would give other values; draw them with "
+            "keras.random and a keras.random.SeedGenerator, or take the layer that feeds it, such as z_mean"
+        ]
+
+    def _baked(self, choices: Sequence[Choice], batch: Batch) -> list[str]:
+        """Return which outputs differ in a second trace. Only code that is not Keras's own can do that."""
+        if not _runs_own_code(self._model, choices):
+            return []
+        before = self._run_drawn(batch, "ab")
+        self._trace(choices)
+        after = self._run_drawn(batch, "ab")
+        return [
+            f"layers: {choice.tap.path!r} gives other values each time the model is traced: its code draws "
+            "numbers in Python (random, numpy.random), which every worker would draw anew; draw them with "
+            "keras.random"
+            for choice in choices
+            if variation.difference(before[choice.name], after[choice.name]) > variation.SAME
         ]
 
 
-def as_spec(spec: ModelConfig | Mapping[str, Any]) -> ModelConfig:
-    """Return a checked `model` section.
-
-    Raises:
-        ConfigError: Lists every unknown key and wrong value.
-    """
-    if isinstance(spec, ModelConfig):
-        return spec
-    return load_model_section(spec)
+def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Batch]:
+    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
-def survey(model: Any, shape: Shape, problems: list[str], fill: trace.Fill) -> list[Tap]:
-    """Return the taps of a loaded model; note weights that were not in its file, so would be random."""
-    saved = {id(weight) for weight in model.weights}
-    taps = trace.survey(model, shape, fill)
-    unsaved = [weight.path for weight in model.weights if id(weight) not in saved]
-    if unsaved:
-        problems.append(
-            f"weights: {len(unsaved)} came with no values from the file and would be random, e.g. "
-            f"{unsaved[0]}; save the model after calling it once"
-        )
-    return taps
+def _kind(choice: Choice, found: inputs.Probe[dict[str, Batch]]) -> str:
+    """Return `variation.Kind`, or the number of rows when it is not that of the inputs."""
+    twin, again, mixed = (values[choice.name] for values in found[:3])
+    return variation.kind(twin, again, mixed) if len(twin) == 2 else str(len(twin))
 
 
-def pooled(tensor: Any, pool: Pool, tap: Tap) -> Any:
-    """Return a float32 tensor (n, …) after pooling over the spatial axes; `avgmax` is [avg, max].
-
-    Channels are the last axis unless the layer itself says channels_first.
-    """
-    import tensorflow as tf
-
-    value = tf.cast(tensor, tf.float32)
-    if value.shape.rank == 1:
-        return value[:, tf.newaxis]
-    axes = (
-        list(range(2, value.shape.rank))
-        if choose.channels_first(tap)
-        else list(range(1, value.shape.rank - 1))
-    )
-    average, largest = tf.reduce_mean(value, axes), tf.reduce_max(value, axes)
-    return {"none": value, "avg": average, "max": largest, "avgmax": tf.concat([average, largest], -1)}[pool]
-
-
-def varies(twin: NDArray[Any], mixed: NDArray[Any]) -> bool:
-    """Return whether values differ for one input; arguments are the two results of `inputs.probe`."""
-    one = twin[0]
-    scale = _SAME * float(np.nanmax(np.abs(one), initial=0.0))
-    return not all(
-        np.allclose(one, other, rtol=0, atol=scale, equal_nan=True) for other in (twin[1], mixed[0])
-    )
+def _runs_own_code(model: Prepared, choices: Sequence[Choice]) -> bool:
+    """Return whether Python code that is not part of Keras runs up to the last of `choices`."""
+    keys = [choice.tap.key for choice in choices]
+    around = [tap for tap in model.taps if any(key.startswith(f"{tap.key}/") for key in keys)]
+    layers = [model.model, *(tap.layer for tap in [*prepare.up_to(model.taps, choices), *around])]
+    kinds = {type(layer) for layer in layers}
+    return any(kind.__module__.split(".")[0] != "keras" or kind.__name__ == "Lambda" for kind in kinds)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from featray.config import ModelConfig
-from featray.model import choose, cut, inputs, load, runtime, trace
+from featray.model import choose, prepare, runtime, variation
+from featray.model.choose import Choice, Pool
 from featray.model.inputs import Shape
 from featray.model.trace import Tap
 
@@ -32,14 +33,17 @@ class LayerInfo:
         class_name: Of the Keras layer.
         shape: Of one value, without batch axis and before pooling; None where it follows the size
             of the input.
-        values: Numbers per input after the default pooling; where that follows the size of the
-            input, those of a small one.
+        values: Numbers per input after pooling: the default one, or all that the config chooses; where
+            that follows the size of the input, those of a small one.
         flags: `stochastic`: the same input gives other values from call to call, found by
-            running the model. `bottleneck`: no layer has fewer values per input (single
-            numbers aside); ties are all marked. `dead_units_possible`: a ReLU at the bottleneck, on what
-            feeds a stochastic layer, or on a layer named like a mean or variance: units may be 0 for
-            every scan. `sigma`: named like a variance, its logarithm or its root: says how sure the
-            model is, not where the scan lies.
+            running the model. `batch_dependent`: they follow what else is in the batch; found so too.
+            `bottleneck`: no layer has fewer values per input (single numbers aside); ties are all
+            marked. `dead_units_possible`: a ReLU at the bottleneck, on what feeds a stochastic layer,
+            or on a layer named like a mean or variance: units may be 0 for every scan. `sigma`: named
+            like a variance, its logarithm or its root: says how sure the model is, not where the scan
+            lies.
+        pools: Of the outputs that the config makes of it, else only the default one.
+        chosen: Whether the config takes it.
     """
 
     path: str
@@ -47,6 +51,13 @@ class LayerInfo:
     shape: Shape
     values: int
     flags: tuple[str, ...] = ()
+    pools: tuple[Pool, ...] = ("none",)
+    chosen: bool = False
+
+    @property
+    def gb_per_10000(self) -> float:
+        """Gigabytes of the values of 10,000 inputs as they are stored, float32."""
+        return self.values * 4 * 10_000 / 1e9
 
 
 def list_layers(
@@ -61,7 +72,8 @@ def list_layers(
 ) -> list[LayerInfo]:
     """Return every layer value that can be extracted, in order of computation.
 
-    The whole model runs twice, on two random inputs, to find what is stochastic.
+    The whole model runs three times, on two random inputs, to find what is stochastic. Layers that
+    a config asks for and that are not there are passed over: the list shows what is.
 
     Args:
         model: A `model` section of a config, or the path of a model file.
@@ -75,89 +87,66 @@ def list_layers(
     Raises:
         ModelError: The model cannot be loaded or called.
     """
+    given = not isinstance(model, str | os.PathLike)
     if isinstance(model, str | os.PathLike):
-        given = {
+        keys = {
             "custom_objects": tuple(custom_objects),
             "builder": builder,
             "submodel": submodel,
             "trust": trust,
         }
-        model = {"uri": os.fspath(model), "layers": ["*"], **given}
-    spec = cut.as_spec(model)
+        model = {"uri": os.fspath(model), "layers": ["*"], **keys}
+    spec = prepare.as_spec(model)
     runtime.configure(threads)
-    loaded = load.load_model(spec, inputs.with_channel(input_zyx))
-    root = load.submodel(loaded.model, spec.submodel)
-    shape, _misfit = inputs.input_shape(root, input_zyx, spec.constants)
-    fill = inputs.filler(root, spec.constants)
-    taps = [tap for tap in trace.survey(root, shape, fill) if not tap.problem]
-    shapes, stochastic = _evaluate(root, taps, shape, fill)
-    narrowest = min((width for width in map(math.prod, shapes.values()) if width > 1), default=0)
-    found = _Found(shapes, stochastic, narrowest, taps, any_size=None in shape)
+    ready = prepare.prepare(spec, input_zyx, [])
+    taps = [tap for tap in ready.taps if not tap.problem]
+    seen = variation.evaluate(ready.model, taps, ready.shape, ready.fill)
+    narrowest = min((width for width in map(math.prod, seen.shapes.values()) if width > 1), default=0)
+    chosen = prepare.choices(spec, ready, []) if given else []
+    found = _Found(seen, narrowest, taps, chosen, any_size=None in ready.shape)
     return [_info(tap, found) for tap in taps]
 
 
 @dataclass(frozen=True)
 class _Found:
-    """What running the model told: shapes seen, keys that vary, the fewest values of any layer."""
+    """What running the model told, and the fewest values of any layer."""
 
-    shapes: dict[str, tuple[int, ...]]
-    stochastic: set[str]
+    seen: variation.Evaluated
     narrowest: int
     taps: list[Tap]
+    chosen: list[Choice]
     any_size: bool
+
+    def samples(self, key: str) -> bool:
+        return self.seen.kinds[key] == "samples"
 
 
 def _info(tap: Tap, found: _Found) -> LayerInfo:
-    seen = found.shapes[tap.key]
+    seen = found.seen.shapes[tap.key]
     is_narrow = math.prod(seen) == found.narrowest
     flags = {
-        "stochastic": tap.key in found.stochastic,
+        "stochastic": found.samples(tap.key),
+        "batch_dependent": found.seen.kinds[tap.key] == "batch",
         "bottleneck": is_narrow,
         "dead_units_possible": _clips(tap.layer) and (is_narrow or _parametrises(tap, found)),
         "sigma": any(_SPREAD_NAME.search(name) for name in _names(tap)),
     }
-    channels = seen[:1] if choose.channels_first(tap) else seen[-1:]
-    values = math.prod(channels if choose.default_pool(tap) == "avg" else seen)
+    pools = tuple(choice.pool for choice in found.chosen if choice.tap.key == tap.key)
+    used = pools or (choose.default_pool(tap),)
     return LayerInfo(
         tap.path,
         type(tap.layer).__name__,
         tap.shape[1:] if found.any_size else seen,
-        values,
+        sum(_values(tap, seen, pool) for pool in used),
         tuple(flag for flag, is_set in flags.items() if is_set),
+        used,
+        bool(pools),
     )
 
 
-def _evaluate(
-    root: Any, taps: list[Tap], shape: Shape, fill: trace.Fill
-) -> tuple[dict[str, tuple[int, ...]], set[str]]:
-    """Return the true shape per tap, and the taps whose values vary for one input."""
-    import tensorflow as tf
-
-    def summarise(tensors: dict[str, Any]) -> dict[str, Any]:
-        return {key: (_moments(tensor), tf.shape(tensor)[1:]) for key, tensor in tensors.items()}
-
-    run = trace.capture(root, [tap.key for tap in taps], shape, summarise, fill)
-    twin, mixed = inputs.probe(lambda batch: run(tf.constant(batch)), shape, root)
-    shapes = {key: tuple(int(size) for size in sizes) for key, (_, sizes) in twin.items()}
-    varying = {key for key in twin if cut.varies(twin[key][0].numpy(), mixed[key][0].numpy())}
-    return shapes, varying
-
-
-def _moments(tensor: Any) -> Any:
-    """Return mean, root mean square and a mean weighted by place, per input.
-
-    That is enough to see noise, or a shuffle, and small enough for every layer.
-    """
-    import tensorflow as tf
-
-    flat = tf.reshape(tf.cast(tensor, tf.float32), (tf.shape(tensor)[0], -1))
-    weights = tf.sin(tf.range(tf.cast(tf.shape(flat)[1], tf.float32)))
-    means = [
-        tf.reduce_mean(flat, 1),
-        tf.sqrt(tf.reduce_mean(flat * flat, 1)),
-        tf.reduce_mean(flat * weights, 1),
-    ]
-    return tf.stack(means, axis=1)
+def _values(tap: Tap, seen: tuple[int, ...], pool: Pool) -> int:
+    channels = math.prod(seen[:1] if choose.channels_first(tap) else seen[-1:])
+    return {"none": math.prod(seen), "avg": channels, "max": channels, "avgmax": 2 * channels}[pool]
 
 
 def _clips(layer: Any) -> bool:
@@ -170,10 +159,8 @@ def _clips(layer: Any) -> bool:
 
 
 def _parametrises(tap: Tap, found: _Found) -> bool:
-    feeds = any(tap.key in other.fed_by and other.key in found.stochastic for other in found.taps)
-    return (feeds and tap.key not in found.stochastic) or any(
-        _GAUSSIAN_NAME.search(name) for name in _names(tap)
-    )
+    feeds = any(tap.key in other.fed_by and found.samples(other.key) for other in found.taps)
+    return (feeds and not found.samples(tap.key)) or any(_GAUSSIAN_NAME.search(name) for name in _names(tap))
 
 
 def _names(tap: Tap) -> list[str]:

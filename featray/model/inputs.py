@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.errors import ModelError
+from featray.errors import InputShapeError, ModelError
 from featray.model import runtime, trace
 
 log = logging.getLogger(__name__)
@@ -27,11 +27,27 @@ Result = TypeVar("Result")
 _PROBES = (32, 64, 128)
 
 
-def with_channel(asked: Sequence[int | None] | None) -> Shape | None:
-    """Return the shape of one input for the size asked for: (z, y, x) gets its channel axis."""
+class Probe(NamedTuple, Generic[Result]):
+    """What `probe` found: the results of [a, a], of [a, a] once more, and of [a, b], which is `batch`."""
+
+    twin: Result
+    again: Result
+    mixed: Result
+    batch: Batch
+
+
+def possible(asked: Sequence[int | None] | None) -> list[Shape]:
+    """Return the shapes of one input that the size asked for may mean, the likeliest first.
+
+    (z, y, x) gets its channel axis. It may also be an image (28, 28, 3) as it is, but volumes of any
+    size must not fall into a model of images: only a known size may lack a channel axis.
+    """
     if asked is None:
-        return None
-    return (*asked, 1) if len(asked) == 3 else tuple(asked)
+        return []
+    if len(asked) != 3:
+        return [tuple(asked)]
+    bare = [] if None in asked else [tuple(asked)]
+    return [(*asked, 1), *bare, (1, *asked)]
 
 
 def input_shape(
@@ -46,20 +62,16 @@ def input_shape(
     Raises:
         ModelError: There is no shape to trace with.
     """
-    changing = _changing(model, constants)
-    wanted = with_channel(asked)
+    changing, shapes = _changing(model, constants), possible(asked)
     if not changing:
-        if wanted is None:
-            raise ModelError(f"{model.name!r} does not say what input it takes; give its size (z, y, x)")
-        return wanted, []
+        return _undeclared(model, shapes), []
     (own,) = changing.values()
-    if asked is None or wanted is None:
+    if not shapes:
         return own, []
-    # Volumes of any size must not fall into a model of images: only a known size may lack a channel axis.
-    bare = [] if None in asked else [tuple(asked)]
-    for shape in (wanted, (1, *asked), *bare):
+    for shape in shapes:
         if _fits(own, shape):
             return _narrowed(own, shape), []
+    wanted = shapes[0]
     problem = (
         f"size: the model {model.name!r} takes {shown(own)}, preprocess.size gives "
         f"{shown(wanted)} {'(z, y, x, channel)' if len(wanted) == 4 else ''}".rstrip()
@@ -111,6 +123,15 @@ def filler(model: Any, constants: Mapping[str, Any]) -> trace.Fill:
     return fill
 
 
+def _undeclared(model: Any, shapes: Sequence[Shape]) -> Shape:
+    """Return the first shape that a model can be called on which does not say what it takes."""
+    if not shapes:
+        raise ModelError(f"{model.name!r} does not say what input it takes; give its size (z, y, x)")
+    if len(shapes) == 1:
+        return shapes[0]
+    return next((shape for shape in shapes if trace.can_call(model, shape)), shapes[0])
+
+
 def _changing(model: Any, constants: Mapping[str, Any]) -> dict[str, Shape]:
     """Return the one input that changes, by name; {} when the model declares none."""
     declared = declared_inputs(model)
@@ -143,6 +164,22 @@ def _constant(tensor: Any, value: Any) -> Any:
     return tf.constant(array)
 
 
+def as_inputs(batch: NDArray[Any], shape: Shape) -> Batch:
+    """Return a batch as the model takes it: float32, with the axis of a single channel.
+
+    Raises:
+        InputShapeError: It has another shape, or is not floating point.
+    """
+    axis, given = channel_axis(shape), batch.shape
+    if axis is not None and batch.ndim == len(shape):
+        batch = np.expand_dims(batch, axis)
+    fits = batch.ndim == len(shape) + 1 and _fits(shape, batch.shape[1:])
+    if not fits or not np.issubdtype(batch.dtype, np.floating):
+        maybe = " with or without the channel axis" if axis is not None else ""
+        raise InputShapeError(f"expected float32 (n, {shown(shape)[1:]}{maybe}, got {batch.dtype} {given}")
+    return np.ascontiguousarray(batch, np.float32)
+
+
 def channel_axis(shape: Shape) -> int | None:
     """Return the axis (with the batch axis) of the one channel that a batch may leave out, if any."""
     if len(shape) < 2 or 1 not in (shape[0], shape[-1]):
@@ -150,8 +187,8 @@ def channel_axis(shape: Shape) -> int | None:
     return -1 if shape[-1] == 1 else 1
 
 
-def probe(run: Callable[[Batch], Result], shape: Shape, model: Any) -> tuple[Result, Result]:
-    """Return `run([a, a])` and `run([a, b])` of random inputs: three times the same input, two calls.
+def probe(run: Callable[[Batch], Result], shape: Shape, model: Any) -> Probe[Result]:
+    """Run random inputs a and b in three batches.
 
     Where any size goes, the smallest of a few sizes that the model can take is tried.
 
@@ -163,7 +200,8 @@ def probe(run: Callable[[Batch], Result], shape: Shape, model: Any) -> tuple[Res
         fixed = tuple(size if extent is None else extent for extent in shape)
         a, b = np.random.default_rng(0).random((2, *fixed), np.float32)
         try:
-            return run(np.stack([a, a])), run(np.stack([a, b]))
+            twin, mixed = np.stack([a, a]), np.stack([a, b])
+            return Probe(run(twin), run(twin), run(mixed), mixed)
         except Exception as error:  # TensorFlow's kinds: out of memory, no kernel for this device and type
             failure = error
             log.debug("probing with %s failed", fixed, exc_info=error)

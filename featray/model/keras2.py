@@ -12,15 +12,18 @@ from typing import Any
 OPERATIONS = ("TFOpLambda", "SlicingOpLambda", "ClassMethod", "InstanceMethod", "InstanceProperty")
 """Classes by which Keras 2 wrote operations on tensors; they exist in no later version."""
 
+ELLIPSIS = "..."
+"""How an upgraded config writes the `...` of a slice."""
+
 # Functions of TensorFlow that only compute; a file must not be able to make us run any other.
-_COMPUTES_ONLY = ("math", "nn", "linalg", "__operators__")
+_COMPUTES_ONLY = ("math", "nn", "linalg", "image", "__operators__")
 # fmt: off
 _SINGLE = frozenset([
     "cast", "clip_by_value", "concat", "convert_to_tensor", "expand_dims", "gather", "identity",
     "ones_like", "pad", "repeat", "reshape", "reverse", "shape", "split", "squeeze", "stack",
     "stop_gradient", "tile", "transpose", "unstack", "where", "zeros_like", "compat.v1.shape",
     "compat.v1.gather", "compat.v1.transpose", "compat.v1.squeeze", "compat.v1.where", "random.normal",
-    "random.uniform",
+    "random.uniform", "strided_slice", "range", "fill", "zeros", "ones", "meshgrid", "roll", "einsum",
 ])
 # fmt: on
 
@@ -60,6 +63,9 @@ def refused_functions(config: Any) -> list[str]:
     if config.get("class_name") == "TFOpLambda":
         name = str(config["config"].get("function", ""))
         return [] if name in _SINGLE or _is_listed(name) else [name]
+    if config.get("class_name") == "SlicingOpLambda":
+        name = str(config["config"].get("function", ""))
+        return [] if name == "__operators__.getitem" else [name]
     return [name for value in config.values() for name in refused_functions(value)]
 
 
@@ -74,6 +80,8 @@ def upgraded(config: Any) -> Any:
         return [upgraded(item) for item in config]
     if not isinstance(config, dict):
         return config
+    if config.get("class_name") == "__ellipsis__":  # Keras 3 would choke on it before any layer sees it
+        return ELLIPSIS
     new = {key: upgraded(value) for key, value in config.items()}
     if isinstance(new.get("config"), dict) and isinstance(new.get("class_name"), str):
         new["config"] = _layer(new["class_name"], new["config"])

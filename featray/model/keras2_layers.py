@@ -12,6 +12,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from featray.model.keras2 import ELLIPSIS
+
 
 class TFOpLambda(keras.Operation):  # type: ignore[misc]  # Keras ships no types
     """One TensorFlow function, `x * 2` or `tf.reduce_sum(x)`, by the name that Keras 2 wrote.
@@ -32,6 +34,19 @@ class TFOpLambda(keras.Operation):  # type: ignore[misc]  # Keras ships no types
         return self._function(*args, **kwargs)
 
 
+class SlicingOpLambda(keras.Operation):  # type: ignore[misc]
+    """A slice of a tensor, `x[:, 1:, ..., 0]`, by what Keras 2 wrote of it."""
+
+    def __init__(self, name: str | None = None, **_keys: Any) -> None:
+        """Keep the name; the function is always `tf.__operators__.getitem`."""
+        super().__init__(name=name)
+
+    def call(self, x: Any, slice_spec: Any) -> Any:
+        """Tensor -> the part of it; numbers in the slice may be tensors too."""
+        spec = slice_spec if isinstance(slice_spec, list | tuple) else [slice_spec]
+        return x[tuple(_index(part) for part in spec)]
+
+
 class PassThrough(keras.layers.Layer):  # type: ignore[misc]
     """Stands for layers that only note a loss or a metric: their output is their input."""
 
@@ -44,5 +59,16 @@ class PassThrough(keras.layers.Layer):  # type: ignore[misc]
         return inputs
 
 
-STAND_INS: dict[str, Any] = {"TFOpLambda": TFOpLambda, "AddLoss": PassThrough, "AddMetric": PassThrough}
+STAND_INS: dict[str, Any] = {
+    "TFOpLambda": TFOpLambda,
+    "SlicingOpLambda": SlicingOpLambda,
+    "AddLoss": PassThrough,
+    "AddMetric": PassThrough,
+}
 """By the class name in the file."""
+
+
+def _index(part: Any) -> Any:
+    if isinstance(part, dict) and "start" in part:
+        return slice(part["start"], part["stop"], part["step"])
+    return Ellipsis if isinstance(part, str) and part == ELLIPSIS else part

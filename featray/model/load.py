@@ -16,7 +16,7 @@ import re
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,10 +46,14 @@ class Loaded:
     Attributes:
         model: The Keras model, not compiled.
         files: sha256 by role: `model`, `builder FILE`, `custom FILE:NAME`.
+        weights: The weights it had when loaded. What it makes later has random values.
+        kind: How it was saved.
     """
 
     model: Any
     files: dict[str, str]
+    weights: Sequence[Any]
+    kind: Kind
 
     @property
     def sha256(self) -> str:
@@ -58,13 +62,13 @@ class Loaded:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def load_model(spec: ModelConfig, input_shape: tuple[int | None, ...] | None = None) -> Loaded:
+def load_model(spec: ModelConfig, input_shapes: Sequence[tuple[int | None, ...]] = ()) -> Loaded:
     """Return the model that `spec` names, ready to be called for inference.
 
     Args:
         spec: What to load; `layers` is not looked at.
-        input_shape: Shape of one input without batch axis, for builders that return a model
-            without known input.
+        input_shapes: What one input may look like, without batch axis, the likeliest first: for
+            builders that return a model without known input.
 
     Raises:
         ModelError: The file is missing or damaged, custom code is missing or not allowed, or
@@ -75,21 +79,28 @@ def load_model(spec: ModelConfig, input_shape: tuple[int | None, ...] | None = N
     files = {"model": file.sha256}
     objects = _custom_objects(spec, files)
     with _fresh_names():
-        if spec.builder:
-            model = _from_builder(spec, file.path, content, input_shape, files)
+        if content.kind is Kind.SAVED_MODEL:
+            model = _from_saved_model(spec, file.path)
+        elif spec.builder:
+            model = _from_builder(spec, file.path, content, input_shapes, files)
         else:
             model = _from_file(spec, file.path, content, objects)
     if spec.compute:
         _compute_in(model, spec.compute)
-    return Loaded(model, files)
+    return Loaded(model, files, list(model.weights), content.kind)
 
 
-def submodel(model: Any, name: str | None) -> Any:
-    """Return the layer or attribute of `model` at the path `name` (`encoder`, `vae/encoder`).
+def submodel(loaded: Loaded, name: str | None) -> Any:
+    """Return the layer or attribute of the model at the path `name` (`encoder`, `vae/encoder`).
+
+    Of a SavedModel `name` is an endpoint, and the model is that already.
 
     Raises:
         ModelError: There is none; lists what there is.
     """
+    model = loaded.model
+    if loaded.kind is Kind.SAVED_MODEL:
+        return model
     for part in (name or "").split("/") if name else ():
         children = _children(model)
         if part not in children:
@@ -178,6 +189,32 @@ def _from_file(spec: ModelConfig, path: Path, content: Saved, objects: dict[str,
         raise ModelError(_keras_failure(path, content, _short(error, path))) from error
 
 
+def _from_saved_model(spec: ModelConfig, folder: Path) -> Any:
+    problems = [
+        f"{key}: has no effect on a SavedModel; give a .keras or .h5 file"
+        for key, value in (("builder", spec.builder), ("compute", spec.compute))
+        if value
+    ]
+    if not spec.trust:
+        problems.append(
+            "a SavedModel holds only its exported endpoints, no inner layers to cut at, and is a program: "
+            "its graphs may read and write files when they run; save the model with model.save('NAME.keras') "
+            "and give that file, or, if outputs are enough and you trust who made it, set model.trust: true"
+        )
+    if problems:
+        raise ModelError(problems, folder.name)
+    from featray.model import endpoints
+
+    try:
+        return endpoints.open_endpoint(folder, spec.submodel)
+    except ModelError:
+        raise
+    except Exception as error:  # TensorFlow's kinds, for files that are damaged or missing
+        raise ModelError(
+            f"{folder.name}: cannot be loaded as SavedModel ({_short(error, folder)}); export it again"
+        ) from error
+
+
 @contextlib.contextmanager
 def _readable(path: Path, content: Saved) -> Iterator[Path]:
     """Yield a file that this Keras reads: `path`, or for a while a copy that says the same anew."""
@@ -201,7 +238,7 @@ def _from_builder(
     spec: ModelConfig,
     path: Path,
     content: Saved,
-    input_shape: tuple[int | None, ...] | None,
+    input_shapes: Sequence[tuple[int | None, ...]],
     files: dict[str, str],
 ) -> Any:
     assert spec.builder is not None
@@ -209,9 +246,7 @@ def _from_builder(
     files[f"builder {Path(spec.builder).name}"] = digest
     name = spec.builder.rpartition(":")[2]
     try:
-        model = build()
-        if not model.built and input_shape is not None:
-            _build(model, input_shape)
+        model = _built(build, input_shapes)
     except Exception as error:  # user code
         raise ModelError(f"builder: {name} failed ({_short(error, path)})") from error
     try:
@@ -225,7 +260,28 @@ def _from_builder(
     return model
 
 
-def _build(model: Any, input_shape: tuple[int | None, ...]) -> None:
+def _built(build: Callable[[], Any], input_shapes: Sequence[tuple[int | None, ...]]) -> Any:
+    """Return a model with its variables, made by a call on the first shape that it takes.
+
+    A model that failed on one shape may hold weights of that shape, so each try gets a new one.
+    """
+    failure: Exception | None = None
+    for shape in input_shapes:
+        with _fresh_names():
+            model = build()
+        if model.built:
+            return model
+        try:
+            _call(model, shape)
+            return model
+        except Exception as error:  # user code
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return build()
+
+
+def _call(model: Any, input_shape: tuple[int | None, ...]) -> None:
     """Create a model's variables by tracing one call into a graph that is thrown away."""
     import tensorflow as tf
 

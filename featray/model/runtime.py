@@ -46,6 +46,17 @@ def configure(threads: int | None = None, gpu: bool = True) -> None:
         _grow_gpu_memory()
 
 
+def gpu_names() -> list[str]:
+    """Return the GPUs that TensorFlow sees on this machine."""
+    configure()
+    import tensorflow as tf
+
+    details = [
+        tf.config.experimental.get_device_details(gpu) for gpu in tf.config.list_physical_devices("GPU")
+    ]
+    return [str(found.get("device_name", "a GPU without a name")) for found in details]
+
+
 def brief(error: BaseException) -> str:
     """Return kind and first words of an error, without colours, stack and line breaks."""
     lines = [line for line in _COLOUR.sub("", str(error)).splitlines() if not _STACK.match(line)]

@@ -23,6 +23,7 @@ class Kind(StrEnum):
     ARCHIVE = "a .keras archive"
     WHOLE_H5 = "a whole-model .h5"
     WEIGHTS_H5 = "a weights-only .h5"
+    SAVED_MODEL = "a SavedModel folder"
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,10 @@ def open_saved(path: Path) -> Saved:
     """Return what the file is, by its content and not by its name.
 
     Raises:
-        ModelError: It is no Keras file, or is truncated.
+        ModelError: It is no Keras file, or is truncated. Folders are taken for SavedModels.
     """
+    if path.is_dir():
+        return Saved(Kind.SAVED_MODEL, {})
     with path.open("rb") as file:
         magic = file.read(8)
     if magic[:2] == b"PK":

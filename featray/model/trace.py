@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from featray.errors import ModelError
-from featray.model import runtime
+from featray.model import randomness, runtime
 
 Fill = Callable[[Any], Any]
 
@@ -86,6 +86,15 @@ def survey(model: Any, input_shape: Sequence[int | None], fill: Fill = alone) ->
     if not complete:  # layers were still being built, some of them in scratch graphs
         taps, _ = _survey_once(model, input_shape, fill)
     return _with_paths(_without_loops(taps))
+
+
+def can_call(model: Any, input_shape: Sequence[int | None]) -> bool:
+    """Return whether the model can be traced to its end on such inputs; makes variables it lacks."""
+    try:
+        _traced(lambda inputs: model(inputs, training=False), input_shape)
+    except Exception:  # whatever a layer raises
+        return False
+    return True
 
 
 def capture(
@@ -162,7 +171,7 @@ def _traced(function: Callable[[Any], Any], input_shape: Sequence[int | None]) -
     import tensorflow as tf
 
     signature = tf.TensorSpec((None, *input_shape), tf.float32)
-    with _TRACING:
+    with _TRACING, randomness.reachable():
         return tf.function(function, autograph=False).get_concrete_function(signature)
 
 

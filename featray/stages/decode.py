@@ -10,22 +10,20 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from featray.config import LimitsConfig, PreprocessConfig
-from featray.ct import hu
+from featray.config import Config, LimitsConfig, PolicyConfig, PreprocessConfig
+from featray.ct import hu, region, regrid
 from featray.ct.geometry import reorient
 from featray.ct.memory import keep_large_blocks
 from featray.ct.volume import Volume
-from featray.errors import Reason, ScanError
+from featray.errors import Oddity, Reason, ScanError
+from featray.npy import Samples, onto_scale
 from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord
 from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
-from featray.stages.read import ReadResult, read
-from featray.storage import open_url
+from featray.stages.read import Reader, ReadResult
 
 log = logging.getLogger(__name__)
 
@@ -35,22 +33,27 @@ class Decoder:
     """Everything decoding needs besides the scan; picklable, so it travels to where it runs.
 
     Attributes:
-        source_uri: Names the file system of the scans' files.
-        source_options: Its fsspec options.
+        reader: Reads a scan's files.
+        policy: As configured.
         preprocess: As configured.
         limits: As configured.
-        dicom_tags: Keywords to carry into the record.
         recipe: Recipe id for the record.
         run_id: Run id for the record.
     """
 
-    source_uri: str
-    source_options: dict[str, Any]
+    reader: Reader
+    policy: PolicyConfig
     preprocess: PreprocessConfig
     limits: LimitsConfig
-    dicom_tags: Sequence[str]
-    recipe: str
-    run_id: str
+    recipe: str = ""
+    run_id: str = ""
+
+    @classmethod
+    def of(cls, config: Config, recipe: str = "", run_id: str = "") -> Decoder:
+        """Return the decoder of a config."""
+        tags = config.privacy.dicom_tags
+        reader = Reader(config.source, config.policy, config.limits.max_voxels, tags)
+        return cls(reader, config.policy, config.preprocess, config.limits, recipe, run_id)
 
     def __repr__(self) -> str:
         """Name the run only: the options may hold credentials."""
@@ -65,10 +68,11 @@ class Decoder:
         try:
             result = self._read(scan)
             _describe(record, result)
+            self._refuse_by_policy(record)
         except ScanError as error:
             return _failed(record, "read", error)
         try:
-            return self._preprocess(record, result.volume)
+            return self._preprocess(record, scan, result)
         except ScanError as error:
             return _failed(record, "preprocess", error)
 
@@ -84,10 +88,8 @@ class Decoder:
         return self.failed(scan, Reason.TIMEOUT, message, attempts)
 
     def _read(self, scan: Scan) -> ReadResult:
-        # A manifest may name scans on another file system than its own.
-        fs, _ = open_url(scan.uri if "://" in scan.uri else self.source_uri, self.source_options)
         try:
-            return read(scan, fs, max_voxels=self.limits.max_voxels, dicom_tags=self.dicom_tags)
+            return self.reader.read(scan)
         except MemoryError:
             raise ScanError(
                 Reason.TOO_LARGE, "the scan does not fit into memory; lower limits.max_voxels"
@@ -98,11 +100,20 @@ class Decoder:
             log.debug("unexpected error while reading", exc_info=True)
             raise ScanError(Reason.UNREADABLE, f"the reader raised {type(error).__name__}") from None
 
-    def _preprocess(self, record: ScanRecord, volume: Volume) -> Decoded:
+    def _refuse_by_policy(self, record: ScanRecord) -> None:
+        if self.policy.not_hu == "refuse" and Oddity.NOT_HU in record.warnings:
+            message = "the values do not look like HU (policy.not_hu: refuse); look at `featray preview`"
+            raise ScanError(Reason.NOT_CT, message)
+
+    def _preprocess(self, record: ScanRecord, scan: Scan, result: ReadResult) -> Decoded:
         start = time.perf_counter()
         try:
-            _check_size(volume, self.preprocess, self.limits.max_voxels)
-            model_input: ModelInput = preprocess(volume, self.preprocess)
+            if isinstance(result.content, Samples):
+                model_input = _samples_input(result.content, self.preprocess)
+            else:
+                volume = self._region(result.content, result.mask)
+                _check_size(volume, self.preprocess, self.limits.max_voxels)
+                model_input = preprocess(volume, self.preprocess, center_lps=scan.center_lps)
         except MemoryError:
             raise ScanError(Reason.TOO_LARGE, "the model input does not fit into memory") from None
         except ScanError:
@@ -114,23 +125,60 @@ class Decoder:
         record.patches = len(model_input.tensor)
         return Decoded(record, model_input.tensor, model_input.origins)
 
+    def _region(self, volume: Volume, mask: Volume | None) -> Volume:
+        """Return the volume on an even, rectangular grid, as far as policy asks, cut to its mask."""
+        window = self.preprocess.window
+        self._check_regridded(regrid.upright_size(volume))
+        volume = regrid.upright(volume, window)
+        if self.policy.oblique == "resample":
+            self._check_regridded(regrid.onto_axes_size(volume))
+            volume = regrid.onto_axes(volume, window)
+        return volume if mask is None else region.cut_to_mask(volume, mask, self.preprocess.margin)
+
+    def _check_regridded(self, shape: tuple[int, ...]) -> None:
+        if math.prod(shape) > self.limits.max_voxels:
+            message = f"resampling would make {math.prod(shape)} voxels, limits.max_voxels is "
+            raise ScanError(Reason.TOO_LARGE, f"{message}{self.limits.max_voxels}")
+
 
 def _describe(record: ScanRecord, result: ReadResult) -> None:
-    """Fill in what the volume tells about the scan."""
-    volume = result.volume
+    """Fill in what was read tells about the scan; an array has no geometry and no HU."""
+    record.bytes_read, record.read_s = result.bytes_read, result.read_s
     start = time.perf_counter()
+    if isinstance(result.content, Samples):
+        record.shape = list(result.content.file_shape)
+    else:
+        _describe_volume(record, result.content)
+    record.decode_s = result.decode_s + time.perf_counter() - start
+
+
+def _describe_volume(record: ScanRecord, volume: Volume) -> None:
     statistics = hu.statistics(volume.voxels_zyx)
     record.hu_min, record.hu_max = statistics.minimum, statistics.maximum
     record.hu_p01, record.hu_p50, record.hu_p99 = statistics.p01, statistics.p50, statistics.p99
     record.warn(volume.warnings)
-    record.warn(hu.oddities(statistics, volume.voxels_zyx))
+    record.warn(hu.oddities(statistics))
     record.shape = [int(n) for n in volume.voxels_zyx.shape]
     record.spacing = [float(mm) for mm in volume.spacing_zyx]
     record.orientation = volume.orientation
     record.slope, record.intercept = volume.slope, volume.intercept
     record.columns |= volume.tags
-    record.bytes_read, record.read_s = result.bytes_read, result.read_s
-    record.decode_s = result.decode_s + time.perf_counter() - start
+
+
+def _samples_input(samples: Samples, config: PreprocessConfig) -> ModelInput:
+    """Return an array file's samples as they are, but for the window; `size` is for samples (z, y, x)."""
+    values = samples.values
+    if config.size is None:
+        origins = np.zeros((len(values), 3), np.int32)
+        return ModelInput(onto_scale(values, config.window, config.scale), origins)
+    if values.ndim != 4:
+        shape = values.shape[1:]
+        message = f"preprocess.size is for arrays (z, y, x), this one has shape {shape}; leave size out"
+        raise ScanError(Reason.PREPROCESS, message)
+    made = [preprocess(Volume(sample, np.eye(4)), config) for sample in values]
+    return ModelInput(
+        np.concatenate([one.tensor for one in made]), np.concatenate([one.origins for one in made])
+    )
 
 
 def _check_size(volume: Volume, config: PreprocessConfig, max_voxels: int) -> None:

@@ -14,18 +14,22 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featray.errors import Reason, ScanError
+from featray.errors import InputShapeError, Reason, ScanError
 from featray.schema import EXTRACTED, EXTRACTED_ROW, Decoded
 
 Values = Mapping[str, NDArray[np.float32]]
-Extractor = Callable[[NDArray[np.float32]], Values]
+Extractor = Callable[[NDArray[np.float32], Sequence[str]], Values]
+
+MAX_VALUES = 2**31 - 1
+"""Of one scan, over all layers and patches: what one Arrow list holds."""
 
 
 def extract(extractor: Extractor, decoded: Sequence[Decoded]) -> pa.Table:
     """Return one row per scan: its record, and its features of all layers and patches.
 
     Args:
-        extractor: float32 (n, z, y, x) → {layer: (n, *shape)}.
+        extractor: float32 (n, …) → {layer: (n, *shape)}; further takes one text per row that seeds what a
+            layer draws at random.
         decoded: Scans of any input shapes; failed ones pass through without features.
     """
     values: dict[str, Values] = {}
@@ -46,17 +50,26 @@ def _infer(extractor: Extractor, group: list[Decoded]) -> dict[str, Values]:
     """Return {scan_id: values}; when a batch fails, each scan is tried alone."""
     start = time.perf_counter()
     try:
-        batch = (
-            group[0].tensor if len(group) == 1 else np.concatenate([scan.tensor for scan in group])
-        )
-        found = extractor(batch)
+        batch = group[0].tensor if len(group) == 1 else np.concatenate([scan.tensor for scan in group])
+        found = extractor(batch, _draws(group))
     except Exception as error:  # whatever the user's model raises must cost only its own scan
         if len(group) > 1:
             return {key: value for scan in group for key, value in _infer(extractor, [scan]).items()}
-        group[0].record.fail("extract", ScanError(Reason.MODEL, f"the model raised {type(error).__name__}"))
+        ours = isinstance(error, InputShapeError)
+        message = str(error) if ours else f"the model raised {type(error).__name__}"
+        group[0].record.fail("extract", ScanError(Reason.MODEL, message))
         return {}
     seconds = (time.perf_counter() - start) / len(group)
     return dict(_split(found, group, seconds))
+
+
+def _draws(group: list[Decoded]) -> list[str]:
+    """Return what seeds each row's draw: its scan, patch and recipe alone, so that a retry agrees."""
+    records = [scan.record for scan in group for _ in scan.tensor]
+    patches = [patch for scan in group for patch in range(len(scan.tensor))]
+    return [
+        f"{record.recipe}\n{record.scan_id}\n{patch}" for record, patch in zip(records, patches, strict=True)
+    ]
 
 
 def _split(found: Values, group: list[Decoded], seconds: float) -> Iterable[tuple[str, Values]]:
@@ -65,6 +78,11 @@ def _split(found: Values, group: list[Decoded], seconds: float) -> Iterable[tupl
         last = first + len(scan.tensor)
         values = {name: array[first:last] for name, array in found.items()}
         first, scan.record.infer_s = last, seconds
+        count = sum(array.size for array in values.values())
+        if count > MAX_VALUES:
+            message = f"{count} values, more than a scan may have ({MAX_VALUES}); pool, or cut fewer patches"
+            scan.record.fail("extract", ScanError(Reason.TOO_LARGE, message))
+            continue
         broken = [name for name, array in values.items() if not np.isfinite(array).all()]
         if broken:
             message = f"NaN or infinity in layer {', '.join(broken)}; check the model and the window"

@@ -1,36 +1,47 @@
 """List the collection: config in, every scan that is there out, none of them read.
 
-NIfTI files are told by name; DICOM files by their headers, which is where one series is told from
-another. A file that is neither is counted as ignored, never silently dropped from a series.
+Single-file formats are told by name; DICOM files by their headers, which is where one series is told
+from another. Zip archives are looked into, not unpacked. What is none of these is counted as ignored,
+never silently dropped from a series.
 """
 
 from __future__ import annotations
 
-import csv
+import functools
 import hashlib
 import io
 import posixpath
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import PurePosixPath
 from typing import Any
 
 import fsspec
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from featray.config import SourceConfig, mask_url
+from featray import manifest, npy
+from featray.config import PolicyConfig, SourceConfig, mask_url
 from featray.ct import dicom
+from featray.ct.archive import MAX_ARCHIVE_BYTES, ZIP_SUFFIX, Archive, open_archive
+from featray.duplicates import settle_duplicates
 from featray.errors import ConfigError, Reason, ScanError
-from featray.schema import SCAN_COLUMNS, Scan
-from featray.storage import open_url
+from featray.manifest import ManifestRow, read_manifest
+from featray.schema import Scan
+from featray.storage import file_checksum, file_version, fingerprint, hash_of, open_url
 
-NIFTI_SUFFIXES = (".nii", ".nii.gz")
-MANIFEST_SUFFIXES = (".csv", ".parquet")
-ROI_COLUMNS = ("mask", "center_x", "center_y", "center_z")
+_SUFFIXES = {
+    "nifti": (".nii", ".nii.gz"),
+    "nrrd": (".nrrd", ".nhdr"),
+    "mha": (".mha", ".mhd"),
+    "npy": (npy.SUFFIX,),
+}
+"""Formats whose scans are one file each, known by its name; a detached header is refused with advice."""
+_PAIR = {".hdr": 0, ".hdr.gz": 0, ".img": 1, ".img.gz": 1}
+"""Halves of a NIfTI pair: the header, the image."""
+_VOLUMES = ("nifti", "dicom", "nrrd", "mha")
 _HEADER_THREADS = 8
+_HEADER_BYTES = 2**18
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Listing:
 
     Attributes:
         scans: Every scan, sorted by id; ids are unique.
-        ignored: Number of files by suffix that are neither NIfTI nor DICOM.
+        ignored: Number of files by suffix that are no scans.
     """
 
     scans: tuple[Scan, ...]
@@ -54,17 +65,64 @@ class _File:
     name: str
     size: int
     version: str
+    checksum: str = ""
 
 
-def list_scans(source: SourceConfig) -> Listing:
+@dataclass(frozen=True)
+class _Place:
+    """Files that are looked at together: a folder with all below it, or an archive.
+
+    Attributes:
+        files: All of them.
+        name: Of a series that has no folder of its own below the root.
+        header: Reads the DICOM header of one of the files.
+        threads: How many headers may be read at once.
+        archive: Path of the archive, if it is one.
+    """
+
+    files: list[_File]
+    name: str
+    header: Callable[[_File], dicom.SliceHeader]
+    threads: int = _HEADER_THREADS
+    archive: str = ""
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A scan, and the files of the collection it is made of."""
+
+    scan: Scan
+    members: tuple[_File, ...]
+
+
+@dataclass(frozen=True)
+class _How:
+    """What to look for: the collection's config, and the policies that concern listing."""
+
+    source: SourceConfig
+    policy: PolicyConfig
+
+    @property
+    def formats(self) -> set[str]:
+        # Arrays are only taken when asked for: what their values mean, nothing in the file says.
+        return set(_VOLUMES) if self.source.format == "auto" else {self.source.format}
+
+    def shown_uri(self, path: str) -> str:
+        """Return the location to show: the source's own protocol, no credentials."""
+        protocol, separator, _ = mask_url(self.source.uri).partition("://")
+        return f"{protocol}://{path}" if separator else path
+
+
+def list_scans(source: SourceConfig, policy: PolicyConfig | None = None) -> Listing:
     """Return every scan below `source.uri`, which is a folder, a glob, a file or a manifest.
 
     Raises:
         ConfigError: The place does not exist, cannot be listed, or holds no scan.
     """
+    how = _How(source, policy or PolicyConfig())
     fs, root = open_url(source.uri, source.storage_options)
     try:
-        listing = _list(fs, root, source)
+        listing = _list(fs, root, how)
     except ConfigError:
         raise
     except FileNotFoundError:
@@ -76,27 +134,31 @@ def list_scans(source: SourceConfig) -> Listing:
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
     if not listing.scans:
         ignored = ", ".join(f"{count} {suffix}" for suffix, count in listing.ignored.items()) or "no files"
+        hint = "; for arrays set source.format: npy" if npy.SUFFIX in listing.ignored else ""
         raise ConfigError(
-            f"source.uri: no scan of format {source.format} in {mask_url(source.uri)} ({ignored})"
+            f"source.uri: no scan of format {source.format} in {mask_url(source.uri)} ({ignored}){hint}"
         )
-    return replace(listing, scans=tuple(_unique_ids(listing.scans)))
+    settled = settle_duplicates(listing.scans, how.policy)
+    return replace(listing, scans=tuple(_unique_ids(settled)))
 
 
-def _list(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) -> Listing:
-    if root.lower().endswith(MANIFEST_SUFFIXES) and fs.isfile(root):
-        return _list_manifest(fs, root, source)
+def _list(fs: fsspec.AbstractFileSystem, root: str, how: _How) -> Listing:
+    source = how.source
+    if root.lower().endswith(manifest.SUFFIXES) and fs.isfile(root):
+        rows = read_manifest(fs.cat_file(root), source)
+        return Listing(tuple(_manifest_scan(row, how) for row in rows))
     if source.id_column is not None:
         raise ConfigError("source.id_column: only a manifest (.csv, .parquet) has columns")
     if not _has_wildcard(root) or _is_there(fs, root):
-        return _list_place(fs, root, source)
+        return _list_place(fs, root, how)
     base = _before_wildcard(root)
     found = sorted(fs.glob(root, detail=True).items())
     # Only what is no plain file, such as a link, costs a question of its own.
     files = [_file(path, info, base) for path, info in found if info["type"] == "file" or fs.isfile(path)]
-    return _list_files(fs, base, files, source)
+    return _list_files(fs, base, files, how)
 
 
-def _list_place(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) -> Listing:
+def _list_place(fs: fsspec.AbstractFileSystem, root: str, how: _How) -> Listing:
     """List a file or a folder; marks of a glob in its name mean nothing here."""
     if fs.isfile(root):
         base, found = posixpath.dirname(root), {root: fs.info(root)}
@@ -106,54 +168,96 @@ def _list_place(fs: fsspec.AbstractFileSystem, root: str, source: SourceConfig) 
         raise FileNotFoundError(root)
     links = {path for path, info in found.items() if info.get("islink") and fs.isdir(path)}
     files = [_file(path, info, base) for path, info in sorted(found.items()) if path not in links]
-    listing = _list_files(fs, base, files, source)
+    listing = _list_files(fs, base, files, how)
     # Following links to folders may lead round in a circle; they are named instead.
     return replace(listing, ignored={**listing.ignored, "linked folder": len(links)}) if links else listing
 
 
-def _list_files(
-    fs: fsspec.AbstractFileSystem, base: str, files: list[_File], source: SourceConfig
-) -> Listing:
-    visible = [file for file in files if not any(part.startswith(".") for part in file.name.split("/"))]
-    nifti = [file for file in visible if file.name.lower().endswith(NIFTI_SUFFIXES)]
-    maybe_dicom = [file for file in visible if _may_be_dicom(file.name)]
-    scans: list[Scan] = []
-    if source.format in ("auto", "nifti"):
-        scans += [_nifti_scan(file, source) for file in nifti]
-    used = set(nifti) if scans else set()
-    if source.format in ("auto", "dicom"):
-        series, members = _dicom_scans(fs, base, maybe_dicom, source)
-        scans += series
-        used |= members
+def _list_files(fs: fsspec.AbstractFileSystem, base: str, files: list[_File], how: _How) -> Listing:
+    visible = [file for file in files if _is_visible(file.name)]
+    place = _Place(visible, posixpath.basename(base), functools.partial(_header, fs))
+    found = _found_in(place, how)
+    if how.formats & set(_VOLUMES):
+        archives = (file for file in visible if file.name.lower().endswith(ZIP_SUFFIX))
+        found += [one for file in archives for one in _found_in_archive(fs, file, how)]
+    used = {file for one in found for file in one.members}
     ignored = Counter(_suffix(file.name) or "without suffix" for file in visible if file not in used)
-    return Listing(tuple(scans), dict(ignored))
+    return Listing(tuple(one.scan for one in found), dict(ignored))
 
 
-def _nifti_scan(file: _File, source: SourceConfig) -> Scan:
+def _found_in(place: _Place, how: _How) -> list[_Found]:
+    """Return the scans of a place."""
+    found = []
+    for kind in how.formats & _SUFFIXES.keys():
+        single = [file for file in place.files if file.name.lower().endswith(_SUFFIXES[kind])]
+        found += [_Found(_scan_of((file,), file.name, kind, place, how), (file,)) for file in single]
+    pairs, halves = _pairs(place) if "nifti" in how.formats else ([], [])
+    found += [_Found(_scan_of(pair, pair[1].name, "nifti", place, how), pair) for pair in pairs]
+    if "dicom" in how.formats:
+        maybe = [file for file in place.files if _may_be_dicom(file.name)]
+        found += _series(place, [*maybe, *(half for half in halves if _PAIR[_half(half)] == 1)], how)
+    used = {file for one in found for file in one.members}
+    found += [_half_of_a_pair(file, place, how) for file in halves if file not in used]
+    return found
+
+
+def _scan_of(files: Sequence[_File], scan_id: str, kind: str, place: _Place, how: _How) -> Scan:
+    paths = [file.path for file in files]
+    listed = fingerprint((file.path, file.size, file.version) for file in files)
     return Scan(
-        scan_id=file.name,
-        uri=_shown_uri(source, file.path),
-        format="nifti",
-        files=(file.path,),
-        content=_fingerprint([file]),
-        size=file.size,
+        scan_id=scan_id,
+        uri=how.shown_uri(place.archive or _place(paths)),
+        format=kind,
+        files=tuple(paths),
+        content=listed,
+        size=sum(file.size for file in files),
+        listed="" if place.archive else listed,
+        checksum=files[0].checksum if len(files) == 1 else "",
+        archive=place.archive,
     )
 
 
-def _dicom_scans(
-    fs: fsspec.AbstractFileSystem, base: str, files: list[_File], source: SourceConfig
-) -> tuple[list[Scan], set[_File]]:
-    """Return one scan per series among the files, and the files that belong to one."""
+def _pairs(place: _Place) -> tuple[list[tuple[_File, _File]], list[_File]]:
+    """Return the NIfTI pairs (header, image) of a place, and halves that lack the other."""
+    halves: dict[str, dict[int, _File]] = defaultdict(dict)
+    for file in place.files:
+        if suffix := _half(file):
+            halves[file.name[: -len(suffix)]][_PAIR[suffix]] = file
+    pairs = [(both[0], both[1]) for both in halves.values() if len(both) == 2]
+    return pairs, [file for one in halves.values() if len(one) == 1 for file in one.values()]
+
+
+def _half(file: _File) -> str:
+    """Return the suffix of a half of a NIfTI pair, or nothing."""
+    return next((suffix for suffix in _PAIR if file.name.lower().endswith(suffix)), "")
+
+
+def _half_of_a_pair(file: _File, place: _Place, how: _How) -> _Found:
+    other = "image (.img)" if _PAIR[_half(file)] == 0 else "header (.hdr)"
+    message = f"the {other} that belongs to this half of a pair is not beside it; copy both"
+    scan = _scan_of((file,), file.name, "nifti", place, how)
+    return _Found(replace(scan, reason=Reason.UNREADABLE, message=message), (file,))
+
+
+def _series(place: _Place, files: list[_File], how: _How) -> list[_Found]:
+    """Return one scan per DICOM series among the files."""
     by_name = {file.name: file for file in files}
-    with ThreadPoolExecutor(_HEADER_THREADS) as pool:  # object stores answer in parallel
-        headers = list(pool.map(lambda file: _header(fs, file), files))
-    groups = dicom.group_series(headers)
-    ids = _series_ids(groups, base)
-    scans = []
-    for series, scan_id in zip(groups, ids, strict=True):
-        members = [by_name[name] for name in series.files]
-        scans.append(_series_scan(series, scan_id, members, source))
-    return scans, {by_name[name] for series in groups for name in series.files}
+    with ThreadPoolExecutor(place.threads) as pool:  # object stores answer in parallel
+        headers = list(pool.map(place.header, files))
+    groups = dicom.group_series(headers, accept_other_modalities=how.policy.not_ct == "warn")
+    found = []
+    for series, scan_id in zip(groups, _series_ids(groups, place.name), strict=True):
+        members = tuple(by_name[name] for name in series.files)
+        scan = replace(
+            _scan_of(members, scan_id, "dicom", place, how),
+            warnings=tuple(str(code) for code in series.warnings),
+            reason=series.reason,
+            excluded=series.excluded,
+            message=series.message,
+            series=hashlib.sha256(series.uid.encode()).hexdigest()[:16] if series.uid else "",
+        )
+        found.append(_Found(scan, members))
+    return found
 
 
 def _header(fs: fsspec.AbstractFileSystem, file: _File) -> dicom.SliceHeader:
@@ -166,27 +270,52 @@ def _header(fs: fsspec.AbstractFileSystem, file: _File) -> dicom.SliceHeader:
         return dicom.unreadable_header(file.name, problem)
 
 
-def _series_scan(series: dicom.Series, scan_id: str, members: list[_File], source: SourceConfig) -> Scan:
-    return Scan(
-        scan_id=scan_id,
-        uri=_shown_uri(source, _place([file.path for file in members])),
-        format="dicom",
-        files=tuple(file.path for file in members),
-        content=_fingerprint(members),
-        size=sum(file.size for file in members),
-        warnings=tuple(str(code) for code in series.warnings),
-        reason=series.reason,
-        excluded=series.excluded,
-        message=series.message,
-    )
+def _found_in_archive(fs: fsspec.AbstractFileSystem, file: _File, how: _How) -> list[_Found]:
+    """Return the scans inside a zip archive; one that cannot be looked into is a failed scan itself."""
+    try:
+        with fs.open(file.path, "rb") as stream:
+            archive = open_archive(stream, max_bytes=MAX_ARCHIVE_BYTES)
+            members = [
+                _File(name, name, archive.size(name), archive.version(name), archive.version(name))
+                for name in archive.names
+                if _is_visible(name)
+            ]
+            header = functools.partial(_archived_header, archive)
+            found = _found_in(_Place(members, "", header, threads=1, archive=file.path), how)
+    except ScanError as error:
+        return [_archive_failed(file, error, how)]
+    except OSError as error:
+        problem = f"the archive could not be opened ({type(error).__name__})"
+        return [_archive_failed(file, ScanError(Reason.STORAGE, problem), how)]
+    inside = [f"{file.name}/{one.scan.scan_id}" if len(found) > 1 else file.name for one in found]
+    return [
+        replace(one, scan=replace(one.scan, scan_id=scan_id), members=(file,))
+        for one, scan_id in zip(found, inside, strict=True)
+    ]
 
 
-def _series_ids(groups: list[dicom.Series], base: str) -> list[str]:
+def _archive_failed(file: _File, error: ScanError, how: _How) -> _Found:
+    scan = _scan_of((file,), file.name, "zip", _Place([], "", lambda _: NotImplemented), how)
+    return _Found(replace(scan, reason=error.reason, message=str(error)), (file,))
+
+
+def _archived_header(archive: Archive, file: _File) -> dicom.SliceHeader:
+    """Return a member's DICOM header; the whole member is only inflated where its head does not do."""
+    try:
+        header = dicom.read_header(io.BytesIO(archive.head(file.path, _HEADER_BYTES)), file.name)
+        if header.problem is not Reason.TRUNCATED or file.size <= _HEADER_BYTES:
+            return header
+        return dicom.read_header(io.BytesIO(archive.read(file.path, file.size)), file.name)
+    except ScanError as error:
+        return dicom.unreadable_header(file.name, error)
+
+
+def _series_ids(groups: list[dicom.Series], name: str) -> list[str]:
     """Return each series' place as its id, made unique by a short hash of what tells them apart.
 
     The place is the file of a series of one file, else the folder.
     """
-    places = [_place(series.files) or posixpath.basename(base) for series in groups]
+    places = [_place(series.files) or name for series in groups]
     at_place = Counter(places)
     of_uid = Counter(zip(places, (series.uid for series in groups), strict=True))
     return [
@@ -202,88 +331,77 @@ def _short_hash(series: dicom.Series, uid_is_shared: bool) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
-def _list_manifest(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> Listing:
-    rows = _manifest_rows(fs, path, source)
-    return Listing(tuple(_manifest_scan(row, source) for row in rows))
-
-
-def _manifest_rows(fs: fsspec.AbstractFileSystem, path: str, source: SourceConfig) -> list[dict[str, str]]:
-    data = fs.cat_file(path)
-    try:
-        columns, rows = _parse_csv(data) if path.lower().endswith(".csv") else _parse_parquet(data)
-    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
-        kind = type(error).__name__
-        raise ConfigError(f"source.uri: the manifest is neither UTF-8 CSV nor Parquet ({kind})") from None
-    problems = _problems_of_columns(columns, ["uri", *([source.id_column] if source.id_column else [])])
-    if not rows and not problems:
-        problems = ["source.uri: the manifest has no rows"]
-    if problems:
-        raise ConfigError(problems)
-    return [{key: "" if value is None else str(value) for key, value in row.items()} for row in rows]
-
-
-def _parse_csv(data: bytes) -> tuple[list[str], list[dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig")), restkey="")
-    rows = list(reader)
-    return list(reader.fieldnames or []), rows
-
-
-def _parse_parquet(data: bytes) -> tuple[list[str], list[dict[str, Any]]]:
-    table = pq.read_table(io.BytesIO(data))
-    return table.column_names, table.to_pylist()
-
-
-def _problems_of_columns(columns: list[str], needed: list[str]) -> list[str]:
-    problems = [f"source.uri: the manifest has no column {name}" for name in needed if name not in columns]
-    problems += [
-        f"source.uri: the manifest column {name} (region of interest) is not supported yet; remove it"
-        for name in ROI_COLUMNS
-        if name in columns
-    ]
-    # Column names of a Delta table differ by more than case.
-    carried = Counter(name.lower() for name in columns if name not in ("uri", "version", *needed))
-    taken = {*SCAN_COLUMNS.names, "layer", *(name for name, count in carried.items() if count > 1)}
-    clashes = sorted(taken & set(carried))
-    return problems + [
-        f"source.uri: rename the manifest column {name}; scans has one of that name" for name in clashes
-    ]
-
-
-def _manifest_scan(row: dict[str, str], source: SourceConfig) -> Scan:
-    uri, version = _resolved(row["uri"], source.uri), row.get("version", "")
+def _manifest_scan(row: ManifestRow, how: _How) -> Scan:
     scan = Scan(
-        scan_id=row[source.id_column] if source.id_column else row["uri"],
-        uri=mask_url(uri),
+        scan_id=row.scan_id,
+        uri=mask_url(row.uri),
         format="auto",
         files=(),
-        content=_hash([version]),
-        columns={key: value for key, value in row.items() if key not in ("uri", "version", source.id_column)},
+        content=hash_of([row.version]),
+        columns=row.columns,
+        mask=row.mask,
+        center_lps=row.center_lps,
     )
-    if not row["uri"]:
-        return replace(scan, reason=Reason.STORAGE, message="the manifest's row names no uri")
+    if row.problem:
+        return replace(scan, reason=Reason.STORAGE, message=row.problem)
     try:
-        fs, path = open_url(uri, source.storage_options)
+        found = _named_scan(row, how)
+        mask = "" if row.version or not row.mask else _version_of(row.mask, how.source)
+    except ScanError as error:
+        return replace(scan, reason=error.reason, message=str(error))
+    content = scan.content if row.version else found.content
+    if row.mask or row.center_lps:
+        content = hash_of([content, f"mask {row.mask} {mask}", f"center {row.center_lps}"])
+    return replace(
+        found,
+        scan_id=scan.scan_id,
+        uri=scan.uri,
+        content=content,
+        listed="" if row.version else found.listed,
+        columns=scan.columns,
+        mask=scan.mask,
+        center_lps=scan.center_lps,
+    )
+
+
+def _named_scan(row: ManifestRow, how: _How) -> Scan:
+    """Return the one scan that a manifest's row names.
+
+    Raises:
+        ScanError: `storage`; the place cannot be read. `not_a_volume`; it holds none, or several.
+    """
+    wanted = "npy" if how.source.format == "npy" else "auto"
+    one = _How(how.source.model_copy(update={"uri": row.uri, "format": wanted}), how.policy)
+    try:
+        fs, path = open_url(row.uri, how.source.storage_options)
+        kinds = [kind for kind in one.formats & _SUFFIXES.keys() if path.lower().endswith(_SUFFIXES[kind])]
+        if row.version and kinds:  # nothing is left to ask the store
+            return Scan(row.scan_id, mask_url(row.uri), kinds[0], (path,), "")
+        found = _list_place(fs, path, one).scans
     except ConfigError as error:
-        return replace(scan, reason=Reason.STORAGE, message=str(error))
-    if version and path.lower().endswith(NIFTI_SUFFIXES):  # nothing is left to ask the store
-        return replace(scan, format="nifti", files=(path,))
-    try:
-        found = _list_place(fs, path, source.model_copy(update={"uri": uri, "format": "auto"})).scans
+        raise ScanError(Reason.STORAGE, str(error)) from None
     except OSError as error:
         message = f"the manifest names a place that cannot be read ({type(error).__name__})"
-        return replace(scan, reason=Reason.STORAGE, message=message)
+        raise ScanError(Reason.STORAGE, message) from None
     if len(found) != 1:
         message = f"the manifest's uri must name one scan; it holds {len(found)}"
-        return replace(scan, reason=Reason.NOT_A_VOLUME, message=message)
-    content = scan.content if version else found[0].content
-    return replace(found[0], scan_id=scan.scan_id, uri=scan.uri, content=content, columns=scan.columns)
+        raise ScanError(Reason.NOT_A_VOLUME, message)
+    return found[0]
 
 
-def _resolved(uri: str, manifest: str) -> str:
-    """Return a manifest's uri in full: absolute as it is, else relative to the manifest."""
-    if "://" in uri or uri.startswith("/"):
-        return uri
-    return posixpath.join(posixpath.dirname(manifest), uri)
+def _version_of(uri: str, source: SourceConfig) -> str:
+    """Return the store's version of one file.
+
+    Raises:
+        ScanError: `storage`; it cannot be had.
+    """
+    try:
+        fs, path = open_url(uri, source.storage_options)
+        info = fs.info(path)
+    except (ConfigError, OSError) as error:
+        message = f"the manifest names a mask that cannot be read ({type(error).__name__})"
+        raise ScanError(Reason.STORAGE, message) from None
+    return f"{info.get('size')} {file_version(info)}"
 
 
 def _unique_ids(scans: Iterable[Scan]) -> Iterator[Scan]:
@@ -301,19 +419,11 @@ def _unique_ids(scans: Iterable[Scan]) -> Iterator[Scan]:
 
 def _file(path: str, info: dict[str, Any], base: str) -> _File:
     name = path[len(base) :].lstrip("/") if path.startswith(base) else posixpath.basename(path)
-    version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("generation")
-    if not version:
-        version = info.get("mtime") or info.get("LastModified") or info.get("last_modified") or ""
-    return _File(path, name, int(info.get("size") or 0), str(version))
+    return _File(path, name, int(info.get("size") or 0), file_version(info), file_checksum(info))
 
 
-def _fingerprint(files: list[_File]) -> str:
-    """Return a hash of the store's version of all files: what a listing shows, without reading one."""
-    return _hash(f"{posixpath.basename(f.name)}\t{f.size}\t{f.version}" for f in files)
-
-
-def _hash(parts: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()[:32]
+def _is_visible(name: str) -> bool:
+    return not any(part.startswith(".") for part in name.split("/"))
 
 
 def _may_be_dicom(name: str) -> bool:
@@ -346,9 +456,3 @@ def _before_wildcard(pattern: str) -> str:
     parts = pattern.split("/")
     fixed = next(index for index, part in enumerate(parts) if _has_wildcard(part))
     return "/".join(parts[:fixed])
-
-
-def _shown_uri(source: SourceConfig, path: str) -> str:
-    """Return the location to show: the source's own protocol, no credentials."""
-    protocol, separator, _ = mask_url(source.uri).partition("://")
-    return f"{protocol}://{path}" if separator else path

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.config import PreprocessConfig
-from featray.ct import geometry
+from featray.ct import geometry, region
 from featray.ct.resample import clipped_copy, resize
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
@@ -39,13 +39,17 @@ class ModelInput:
 
 
 def preprocess(
-    volume: Volume, config: PreprocessConfig, out: NDArray[np.float32] | None = None
+    volume: Volume,
+    config: PreprocessConfig,
+    out: NDArray[np.float32] | None = None,
+    center_lps: tuple[float, ...] | None = None,
 ) -> ModelInput:
     """Return the model's input for one scan.
 
-    - spacing: the volume is resized to round(n * spacing / wanted) voxels, at least 1, between its outer
-      edges (with align_corners: between its corner voxels). Its extent is kept exactly, and the spacing
-      reached differs from the wanted one by that rounding alone, as in nnU-Net.
+    - spacing: the volume is resized to m = round(n * spacing / wanted) voxels, at least 1, between its outer
+      edges: the extent is kept exactly, and the spacing reached, n * spacing / m, differs from the wanted one
+      by that rounding alone, as in nnU-Net. With align_corners it is resized between its corner voxels, as
+      `scipy.ndimage.zoom(voxels, spacing / wanted)` does, and reaches (n - 1) * spacing / (m - 1).
     - stretch: resized to `size`; a second interpolation when `spacing` is set too.
     - crop_pad: centred, as in MONAI ResizeWithPadOrCrop: n // 2 - size // 2 voxels are cut off in front
       (n > size), or (size - n) // 2 put in front (n < size).
@@ -60,8 +64,11 @@ def preprocess(
         config: The preprocessing to do.
         out: C-contiguous float32 of `input_shape` that becomes the tensor, for instance shared memory.
 
+        center_lps: Point (x, y, z) in mm to put in the middle of a crop_pad piece, to the nearest voxel;
+            None takes the volume's middle.
+
     Raises:
-        ScanError: `Reason.PREPROCESS`; the volume cannot be brought to this form.
+        ScanError: `Reason.PREPROCESS`; the volume cannot be brought to this form, or the point lies outside.
         ValueError: `out` has another shape, type or layout.
     """
     turned = geometry.reorient(volume, config.orientation)
@@ -75,7 +82,8 @@ def preprocess(
         _stretch(voxels, spaced, config, tensor[0])
         starts = [(0, 0, 0)]
     else:
-        starts = _cut_all(voxels, spaced, config, tensor)
+        middle = None if center_lps is None else _spaced_index(turned, spaced, center_lps, config)
+        starts = _cut_all(voxels, spaced, config, tensor, middle)
     _map_onto_scale(tensor, config)
     origins = starts if config.fit == "patches" else [(0, 0, 0)]
     return ModelInput(tensor, np.array(origins, np.int32))
@@ -100,6 +108,25 @@ def input_shape(
     if config.fit != "patches":
         return (1, *config.size)
     return (math.prod(map(len, _patch_starts(config, shape))), *config.size)
+
+
+def input_spacing(
+    config: PreprocessConfig, shape_zyx: _Shape, spacing_zyx: tuple[float, float, float]
+) -> tuple[float, float, float]:
+    """Return the millimetres (z, y, x) between voxels of the model's input.
+
+    Of n voxels at s mm, m keep the extent: n s / m; with align_corners (which `area` does not know) the end
+    voxels' centres keep their places: (n - 1) s / (m - 1). Arguments and errors as for `input_shape`.
+    """
+    shape = resampled_shape(config, shape_zyx, spacing_zyx)
+    if config.size is not None and config.fit == "stretch":
+        shape = config.size
+    corners = config.align_corners and config.interpolation != "area"
+    z, y, x = (
+        step * (n - 1) / (m - 1) if corners and n > 1 and m > 1 else step * n / m
+        for n, m, step in zip(shape_zyx, shape, spacing_zyx, strict=True)
+    )
+    return (z, y, x)
 
 
 def resampled_shape(
@@ -145,15 +172,33 @@ def _stretch(
     _resize(voxels, config, clip, out)
 
 
+def _spaced_index(
+    turned: Volume, spaced: _Shape, point_lps: tuple[float, ...], config: PreprocessConfig
+) -> list[float]:
+    """Return the index (z, y, x), with fractions, of a point in the volume after the spacing step."""
+    shape = turned.voxels_zyx.shape
+    index = region.index_xyz(turned.affine_lps, point_lps)[::-1]
+    if any(not -0.5 <= at <= count - 0.5 for at, count in zip(index, shape, strict=True)):
+        raise _refused("the point to centre on lies outside of the scan; is source.center_frame right?")
+    return [
+        at * (m - 1) / max(n - 1, 1) if config.align_corners else (at + 0.5) * m / n - 0.5
+        for at, n, m in zip(index, shape, spaced, strict=True)
+    ]
+
+
 def _cut_all(
-    voxels: NDArray[np.generic], spaced: _Shape, config: PreprocessConfig, tensor: NDArray[np.float32]
+    voxels: NDArray[np.generic],
+    spaced: _Shape,
+    config: PreprocessConfig,
+    tensor: NDArray[np.float32],
+    middle: list[float] | None,
 ) -> list[_Shape]:
     """Fill the tensor with pieces of the volume and return the start (z, y, x) of each."""
     voxels, clip = _at_spacing(voxels, spaced, config)
     if config.fit == "patches":
         starts = list(itertools.product(*_patch_starts(config, spaced)))
     else:
-        starts = [_centred_start(spaced, _size(tensor))]
+        starts = [_centred_start(spaced, _size(tensor)) if middle is None else _start(middle, _size(tensor))]
     padding = float(voxels.min()) if config.window is None else config.window[0]
     for patch, start in zip(tensor, starts, strict=True):
         _cut(voxels, start, clip, padding, patch)
@@ -208,6 +253,12 @@ def _centred_start(shape_zyx: _Shape, size_zyx: _Shape) -> _Shape:
         count // 2 - size // 2 if count > size else -((size - count) // 2)
         for count, size in zip(shape_zyx, size_zyx, strict=True)
     )
+    return (z, y, x)
+
+
+def _start(middle: list[float], size_zyx: _Shape) -> _Shape:
+    """Return where a piece starts whose middle voxel is the one at `middle`."""
+    z, y, x = (math.floor(at + 0.5) - size // 2 for at, size in zip(middle, size_zyx, strict=True))
     return (z, y, x)
 
 

@@ -1,69 +1,175 @@
-"""Read one scan: its files from the store in, one checked volume in HU out.
+"""Read one scan: its files from the store in, one checked volume in HU, or an array's samples, out.
 
-Knows the formats only by name; what a header may lie about is the readers' business in `featray.ct`.
+Knows the formats only by name; what a header may lie about is the readers' business in `featray.ct` and
+`featray.npy`.
 """
 
 from __future__ import annotations
 
 import posixpath
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from featray.ct import dicom, nifti
+from featray.config import PolicyConfig, SourceConfig
+from featray.ct import dicom, metaimage, nifti, nrrd
+from featray.ct.archive import MAX_ARCHIVE_BYTES, open_archive
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
+from featray.npy import Samples, read_npy
 from featray.schema import Scan
+from featray.storage import file_version, fingerprint, open_url
 
 Files = list[tuple[str, bytes]]
+
+_MAX_VOXEL_BYTES, _MAX_HEADER_BYTES = 8, 2**24
+"""What an archive's members of one scan may take for each voxel and for each file."""
+_CHANGED = "changed since it was listed; run again"
+_MASK_FORMATS = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha"}
 
 
 @dataclass(frozen=True)
 class ReadResult:
-    """A volume and what it took: bytes fetched, seconds to fetch, seconds to decode."""
+    """What a scan holds and what it took: bytes fetched, seconds to fetch, seconds to decode.
 
-    volume: Volume
+    `mask` is the volume whose bounding box is to be cut out, if the scan has one.
+    """
+
+    content: Volume | Samples
+    mask: Volume | None
     bytes_read: int
     read_s: float
     decode_s: float
 
 
-def read(
-    scan: Scan, fs: fsspec.AbstractFileSystem, *, max_voxels: int, dicom_tags: Sequence[str] = ()
-) -> ReadResult:
-    """Return the scan's volume.
+@dataclass(frozen=True)
+class Reader:
+    """How the scans of one collection are read.
 
-    Args:
-        scan: As listed.
-        fs: The source's file system.
+    Attributes:
+        source: The collection.
+        policy: What to do with odd ones.
         max_voxels: Larger volumes are refused from their header, before anything is allocated.
         dicom_tags: Keywords whose values may leave the header.
-
-    Raises:
-        ScanError: The scan cannot be used; its reason says why.
     """
-    readers: dict[str, Callable[[Files], Volume]] = {
-        "nifti": lambda files: nifti.read_nifti(files[0][1], max_voxels=max_voxels),
-        "dicom": lambda files: dicom.read_series(files, max_voxels=max_voxels, dicom_tags=dicom_tags),
-    }
-    start = time.perf_counter()
-    files = [(posixpath.basename(path), _fetch(fs, path)) for path in scan.files]
-    fetched = time.perf_counter()
-    volume = readers[scan.format](files)
-    done = time.perf_counter()
-    return ReadResult(volume, sum(len(data) for _, data in files), fetched - start, done - fetched)
+
+    source: SourceConfig
+    policy: PolicyConfig
+    max_voxels: int
+    dicom_tags: Sequence[str] = ()
+
+    def read(self, scan: Scan) -> ReadResult:
+        """Return the scan's volume or samples.
+
+        Raises:
+            ScanError: The scan cannot be used; its reason says why.
+        """
+        start = time.perf_counter()
+        files = self._files(scan)
+        fetched = time.perf_counter()
+        content, mask = self._decode(scan.format, files), self._mask(scan.mask)
+        done = time.perf_counter()
+        total = sum(len(data) for _, data in files)
+        return ReadResult(content, mask, total, fetched - start, done - fetched)
+
+    def _decode(self, kind: str, files: Files) -> Volume | Samples:
+        first = files[0][1]
+        if kind == "npy":
+            return read_npy(first, rows=self.source.rows, max_values=self.max_voxels)
+        if kind == "dicom":
+            return dicom.read_series(
+                files,
+                max_voxels=self.max_voxels,
+                dicom_tags=self.dicom_tags,
+                resample_tilt=self.policy.gantry_tilt == "resample",
+                resample_steps=self.policy.irregular_spacing == "resample",
+            )
+        shear = self.policy.gantry_tilt == "resample"
+        return _read_single(kind, files, self.max_voxels, self.source.volume, shear)
+
+    def _mask(self, uri: str) -> Volume | None:
+        """Return the mask at `uri`, if there is one; where it lies counts, its axes may be anything."""
+        if not uri:
+            return None
+        kind = next((kind for end, kind in _MASK_FORMATS.items() if uri.lower().endswith(end)), "")
+        if not kind:
+            known = ", ".join(_MASK_FORMATS)
+            raise ScanError(Reason.UNSUPPORTED, f"a mask must be one of {known}; convert it")
+        fs, path = open_url(uri, self.source.storage_options)
+        try:
+            return _read_single(kind, [("", _fetch(fs, path))], self.max_voxels, None, True)
+        except ScanError as error:
+            raise ScanError(error.reason, f"the mask: {error}") from None
+
+    def _files(self, scan: Scan) -> Files:
+        # A manifest may name scans on another file system than its own.
+        fs, _ = open_url(scan.uri if "://" in scan.uri else self.source.uri, self.source.storage_options)
+        if scan.archive:
+            return self._archived(fs, scan)
+        files = [(path, _fetch(fs, path)) for path in scan.files]
+        _refuse_changed(scan, fs, files)
+        return [(posixpath.basename(path), data) for path, data in files]
+
+    def _archived(self, fs: fsspec.AbstractFileSystem, scan: Scan) -> Files:
+        """Return the scan's members of its zip archive."""
+        limit = _MAX_VOXEL_BYTES * self.max_voxels + _MAX_HEADER_BYTES * len(scan.files)
+        files = []
+        try:
+            with fs.open(scan.archive, "rb") as stream:
+                archive = open_archive(stream, max_bytes=MAX_ARCHIVE_BYTES)
+                for name in scan.files:
+                    if name not in archive.names:
+                        raise ScanError(Reason.STORAGE, _CHANGED)
+                    files.append((posixpath.basename(name), archive.read(name, limit)))
+                    limit -= archive.size(name)
+        except OSError as error:
+            raise _unfetched(scan.archive, error) from None
+        return files
+
+
+def _read_single(kind: str, files: Files, max_voxels: int, volume: int | None, keep_shear: bool) -> Volume:
+    """Return the volume of a format that has one file for each, or a NIfTI pair (header, image)."""
+    data = [content for _, content in files]
+    if kind == "nrrd":
+        return nrrd.read_nrrd(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
+    if kind == "mha":
+        return metaimage.read_metaimage(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
+    if len(data) == 2:
+        return nifti.read_nifti_pair(*data, max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)
+    return nifti.read_nifti(data[0], max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)
+
+
+def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> None:
+    """Compare with what was listed: the bytes of a newer file must not go down under an older fingerprint.
+
+    Stores are asked once more only where that is one quick question; elsewhere the size has to do.
+    """
+    if not scan.listed:
+        return
+    same = sum(len(data) for _, data in files) == scan.size
+    if same and (len(files) == 1 or isinstance(fs, LocalFileSystem)):
+        fs.invalidate_cache()
+        there = [(path, fs.info(path)) for path, _ in files]
+        same = scan.listed == fingerprint((path, info["size"], file_version(info)) for path, info in there)
+    if not same:
+        raise ScanError(Reason.STORAGE, _CHANGED)
 
 
 def _fetch(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
     try:
         data: bytes = fs.cat_file(path)
-    except FileNotFoundError:
-        raise ScanError(Reason.STORAGE, f"{posixpath.basename(path)} is gone since it was listed") from None
-    except PermissionError:
-        raise ScanError(Reason.STORAGE, f"no permission to read {posixpath.basename(path)}") from None
     except OSError as error:
-        problem = f"{posixpath.basename(path)} could not be fetched ({type(error).__name__}); run again"
-        raise ScanError(Reason.STORAGE, problem) from None
+        raise _unfetched(path, error) from None
     return data
+
+
+def _unfetched(path: str, error: OSError) -> ScanError:
+    name = posixpath.basename(path)
+    if isinstance(error, FileNotFoundError):
+        return ScanError(Reason.STORAGE, f"{name} is gone since it was listed")
+    if isinstance(error, PermissionError):
+        return ScanError(Reason.STORAGE, f"no permission to read {name}")
+    return ScanError(Reason.STORAGE, f"{name} could not be fetched ({type(error).__name__}); run again")

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import resource
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -23,11 +21,14 @@ import pyarrow.compute as pc
 
 from featray.dataset import RUNS, Dataset
 from featray.errors import ExitCode
+from featray.machine import usable_cores
 from featray.planning import Plan
-from featray.schema import ScanRecord
+from featray.schema import Receipt, UnitsSeen
 from featray.stages.list import Listing
 
 PACKAGES = ("featray", "keras", "tensorflow", "ray", "numpy", "pyarrow", "deltalake", "nibabel", "pydicom")
+FEW_ROWS = 2
+"""With a single row, a unit that is 0 says nothing."""
 STAGE_TIMES = ("read_s", "decode_s", "preprocess_s", "infer_s")
 
 
@@ -64,14 +65,41 @@ class Tally:
 
     scans: int = 0
     bytes_read: int = 0
+    units: dict[str, UnitsTally] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_TIMES, 0.0))
 
-    def add(self, records: Sequence[ScanRecord]) -> None:
-        """Count the records of one commit."""
+    def add(self, receipt: Receipt) -> None:
+        """Count what one commit made visible."""
+        records = receipt.records
         self.scans += len(records)
         self.bytes_read += sum(record.bytes_read for record in records)
         for name in STAGE_TIMES:
             self.stage_seconds[name] += sum(getattr(record, name) for record in records)
+        for seen in receipt.units:
+            self.units.setdefault(seen.layer, UnitsTally()).add(seen)
+
+
+@dataclass
+class UnitsTally:
+    """Which units of one layer were anything but 0 so far; `active` has one bit per unit."""
+
+    width: int = 0
+    rows: int = 0
+    active: int = 0
+    is_uneven: bool = False
+
+    def add(self, seen: UnitsSeen) -> None:
+        """Count what one file holds."""
+        self.is_uneven |= not seen.width or (self.rows > 0 and seen.width != self.width)
+        self.width = seen.width
+        self.rows += seen.rows
+        self.active |= int(seen.active or "0", 16)
+
+    @property
+    def dead(self) -> int:
+        """Units that were 0 in every row, once there are rows enough for that to mean something."""
+        says_something = self.rows >= FEW_ROWS and not self.is_uneven
+        return self.width - self.active.bit_count() if says_something else 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +121,7 @@ class Summary:
         seconds: Wall time of the command so far.
         stage_seconds: Sums over this run's scans.
         bytes_read: By this run.
+        dead_units: Of each layer that has some, how many units were 0 for every scan of this run.
         interrupted: Whether it was asked to stop.
         exit_code: Of the command line.
     """
@@ -113,6 +142,7 @@ class Summary:
     seconds: float
     stage_seconds: dict[str, float] = field(default_factory=dict)
     bytes_read: int = 0
+    dead_units: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
     exit_code: int = 0
 
@@ -172,6 +202,7 @@ def _summarise(
         seconds=time.time() - run.started,
         stage_seconds=done.stage_seconds,
         bytes_read=done.bytes_read,
+        dead_units={layer: units.dead for layer, units in done.units.items() if units.dead},
         interrupted=unfinished,
         exit_code=_exit_code(found, status, missing, unfinished, run.max_failed_fraction),
     )
@@ -208,7 +239,7 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "peak_driver_bytes": _peak(resource.RUSAGE_SELF),
         "peak_largest_child_bytes": _peak(resource.RUSAGE_CHILDREN),
@@ -243,6 +274,11 @@ def _lines(summary: Summary) -> list[str]:
     if summary.done:
         times = ", ".join(f"{name[:-2]} {seconds:.1f} s" for name, seconds in summary.stage_seconds.items())
         lines.append(f"stage times, summed over scans: {times}")
+    for layer, dead in summary.dead_units.items():
+        lines.append(
+            f"warning: {dead} units of layer {layer} were 0 for every scan of this run (dead_units_possible: "
+            "a ReLU?); `featray layers` shows what feeds it"
+        )
     if summary.ignored:
         lines.append(
             "ignored files: " + ", ".join(f"{count} {suffix}" for suffix, count in summary.ignored.items())

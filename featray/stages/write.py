@@ -9,11 +9,17 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from featray.dataset import FEATURES, Dataset
-from featray.schema import FEATURE_COLUMNS, Receipt, ScanRecord
+from featray.schema import FEATURE_COLUMNS, Receipt, ScanRecord, UnitsSeen
+
+MAX_BYTES = 256 * 2**20
+"""Values that are sorted and written at once."""
+MAX_UNITS = 2**16
+"""Layers with more units are whole feature maps, of which nobody asks for a dead unit."""
 
 
 def write(
@@ -28,15 +34,39 @@ def write(
         recipe: Recipe id of every value.
         run_id: The run that writes.
     """
-    records = tuple(ScanRecord.from_json(text) for text in extracted["record"].to_pylist())
-    features = pa.Table.from_struct_array(pc.list_flatten(extracted["features"]).combine_chunks())
-    rows = features.append_column("recipe", pa.repeat(recipe, len(features)))
-    rows = rows.append_column("run_id", pa.repeat(run_id, len(rows)))
-    files = [
-        dataset.put(FEATURES, partition, part.select(FEATURE_COLUMNS.names).cast(FEATURE_COLUMNS), run_id)
-        for partition, part in _partitions(rows, records, partition_by)
-    ]
-    return Receipt(tuple(files), records)
+    receipt = Receipt((), ())
+    for part in _bounded(extracted):
+        records = tuple(ScanRecord.from_json(text) for text in part["record"].to_pylist())
+        features = pa.Table.from_struct_array(pc.list_flatten(part["features"]).combine_chunks())
+        rows = features.append_column("recipe", pa.repeat(recipe, len(features)))
+        rows = rows.append_column("run_id", pa.repeat(run_id, len(rows)))
+        files = tuple(
+            dataset.put(FEATURES, partition, rows.select(FEATURE_COLUMNS.names).cast(FEATURE_COLUMNS), run_id)
+            for partition, rows in _partitions(rows, records, partition_by)
+        )
+        units = tuple(_units_seen(features))
+        receipt = Receipt(receipt.files + files, receipt.records + records, receipt.units + units)
+    return receipt
+
+
+def _bounded(extracted: pa.Table) -> Iterator[pa.Table]:
+    """Yield the rows in slices of about MAX_BYTES: a table of all patches of all scans may not fit."""
+    first = 0
+    for last in range(1, len(extracted) + 1):
+        if last == len(extracted) or extracted.slice(first, last + 1 - first).nbytes > MAX_BYTES:
+            yield extracted.slice(first, last - first)
+            first = last
+
+
+def _units_seen(features: pa.Table) -> Iterator[UnitsSeen]:
+    for layer in pc.unique(features["layer"]).to_pylist():
+        values = features.filter(pc.equal(features["layer"], layer))["feature"].combine_chunks()
+        width = len(values[0])
+        if pc.any(pc.not_equal(pc.list_value_length(values), width)).as_py():
+            yield UnitsSeen(layer, 0, len(values), "")
+        elif width <= MAX_UNITS:
+            active = (values.flatten().to_numpy().reshape(-1, width) != 0).any(axis=0)
+            yield UnitsSeen(layer, width, len(values), np.packbits(active).tobytes().hex())
 
 
 def _partitions(

@@ -393,9 +393,11 @@ def test_cut_compressed_frames_are_truncated(series_of: SeriesOf, files_from: Fi
 def test_a_code_stream_of_another_size_is_refused_before_decoding(
     series_of: SeriesOf, files_from: FilesFrom
 ) -> None:
-    claims = b"\xff\x4f\xff\x51\0\x29\0\0" + (60_000).to_bytes(4, "big") * 2 + bytes(8) + bytes(60)
+    sizes = [(60_000).to_bytes(4, "big")] * 2 + [bytes(8)]
+    claims = b"\xff\x4f\xff\x51\0\x29\0\0" + b"".join(sizes + sizes) + b"\0\1\x0f\1\1"
+    tile = b"\xff\x90\0\x0a\0\0" + bytes(4) + b"\0\1\xff\x93\xff\xd9"
 
-    files = files_from(compressed(series_of(), JPEG2000Lossless, lambda _: claims))
+    files = files_from(compressed(series_of(), JPEG2000Lossless, lambda _: claims + tile))
 
     with pytest.raises(ScanError, match=r"60000, 60000.*6, 4"):
         read(files)
@@ -408,7 +410,7 @@ def test_garbage_for_a_code_stream_is_unreadable(series_of: SeriesOf, files_from
 
 
 def test_an_unknown_transfer_syntax_is_unsupported(series_of: SeriesOf, files_from: FilesFrom) -> None:
-    files = files_from(compressed(series_of(), "1.2.840.10008.1.2.4.201", lambda raw: raw))
+    files = files_from(compressed(series_of(), "1.2.840.10008.1.2.4.100", lambda raw: raw))
 
     assert refusal(files) == Reason.UNSUPPORTED
 

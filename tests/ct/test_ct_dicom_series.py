@@ -110,7 +110,7 @@ def test_a_localizer_inside_a_series_is_dropped_and_told() -> None:
 
 
 def test_a_perpendicular_image_is_a_localizer_even_if_unnamed() -> None:
-    scout = replace(slices("a", 1, first=9)[0], orientation=SAGITTAL)
+    scout = replace(slices("a", 1, first=9)[0], orientation=SAGITTAL, position=(200.0, 0.0, 90.0))
 
     (series,) = group_series([*slices("a"), scout])
 

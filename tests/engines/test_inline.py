@@ -9,13 +9,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from featray.config import LimitsConfig, PreprocessConfig
+from featray.config import LimitsConfig, load
 from featray.dataset import Dataset
 from featray.engines import Stages
 from featray.engines.inline import InlineEngine
@@ -29,7 +30,7 @@ class Poisoned(Decoder):
     """A decoder that dies on scans named poison, hangs on hang, and dies once on flaky."""
 
     def __call__(self, scan: Scan) -> Decoded:
-        marker = Path(self.source_uri) / scan.scan_id
+        marker = Path(self.reader.source.uri) / scan.scan_id
         if scan.scan_id == "poison" or (scan.scan_id == "flaky" and not marker.exists()):
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -45,7 +46,7 @@ def scans(*names: str) -> list[Scan]:
     return [Scan(name, f"/{name}", "nifti", (f"/{name}",), "c") for name in names]
 
 
-def corner(batch: np.ndarray) -> dict[str, np.ndarray]:
+def corner(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
     return {"corner": batch[:, 0, 0, :1].copy()}
 
 
@@ -55,8 +56,9 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
     import test_inline
 
     (tmp_path / "marks").mkdir()
-    config = PreprocessConfig(size=(2, 2, 2))
-    decoder = test_inline.Poisoned(str(tmp_path / "marks"), {}, config, LimitsConfig(), (), "r", "run")
+    sections = {"source": {"uri": str(tmp_path / "marks")}, "preprocess": {"size": [2, 2, 2]}}
+    unused = {"model": {"uri": "m.keras", "layers": ["corner"]}, "output": {"uri": "out"}}
+    decoder = test_inline.Poisoned.of(load({**sections, **unused}), "r", "run")
     dataset = Dataset(Store(str(tmp_path / "out")))
     put = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
     return Stages(decoder, corner, lambda: corner, put, batch_scans=3, scans_per_file=5)
@@ -82,14 +84,10 @@ def test_scans_that_kill_or_hang_their_helper_cost_no_other(stages: Stages) -> N
 
 def test_each_scan_keeps_its_own_tensor_through_shared_memory(stages: Stages) -> None:
     seen: dict[str, float] = {}
-
-    def note(batch: np.ndarray) -> dict[str, np.ndarray]:
-        return corner(batch)
-
     names = [f"s{n}" for n in range(40)]
     with InlineEngine(2, LimitsConfig()) as engine:
         tables = []
-        watched = Stages(stages.decode, note, stages.load_extractor, tables.append, 3, 5)  # type: ignore[arg-type]
+        watched = Stages(stages.decode, corner, stages.load_extractor, tables.append, 3, 5)  # type: ignore[arg-type]
         list(engine.receipts(scans(*names), watched, threading.Event()))
     for table in tables:
         for row in table["features"].to_pylist():

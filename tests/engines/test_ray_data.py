@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import featray
-from featray.config import LimitsConfig, PreprocessConfig, RunConfig
+from featray.config import LimitsConfig, RunConfig, load
 from featray.dataset import FEATURES, Dataset
 from featray.engines import Stages
 from featray.engines.ray_data import RayEngine
@@ -22,6 +22,8 @@ from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.write import write
 from featray.storage import Store
+
+MINIMAL = {"model": {"uri": "m.keras", "layers": ["sum"]}, "output": {"uri": "out"}}
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
@@ -85,11 +87,11 @@ def _scan(name: str) -> Scan:
 
 
 def _extractor() -> Any:
-    return lambda batch: {"sum": batch.reshape(len(batch), -1).sum(axis=1, keepdims=True)}
+    return lambda batch, draws: {"sum": batch.reshape(len(batch), -1).sum(axis=1, keepdims=True)}
 
 
 def _stages(folder: Path) -> Stages:
-    decoder = Poisoned("/", {}, PreprocessConfig(), LimitsConfig(), (), "r", "run")
+    decoder = Poisoned.of(load({**MINIMAL, "source": {"uri": "/"}}), "r", "run")
     dataset = Dataset(Store(str(folder)))
     put = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
     return Stages(decoder, _extractor(), _extractor, put, batch_scans=2, scans_per_file=4)

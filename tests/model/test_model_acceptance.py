@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,15 @@ SEED = """
         z = Sampling(name="z")([mean, log_var])
         return keras.Model(volume, [mean, log_var, z], name="encoder")
 """
+SLOW = """
+    import time, keras, tensorflow as tf
+    class Slow(keras.layers.Layer):
+        def call(self, x):
+            def wait(value):
+                time.sleep(0.3)
+                return value
+            return tf.ensure_shape(tf.numpy_function(wait, [x], x.dtype), x.shape)
+"""
 Spec = dict[str, Any]
 
 
@@ -48,7 +58,7 @@ Spec = dict[str, Any]
 def dense(tmp_path: Path, code: Callable[[str, str], Path]) -> tuple[Any, Spec]:
     """Return a dense autoencoder 784→32→784 and the `model` section for its weights in an .h5 file."""
     source = code("dense.py", DENSE)
-    model = _built(source)
+    model = _object(source, "build")()
     model.save_weights(tmp_path / "dense.weights.h5")
     return model, {"uri": str(tmp_path / "dense.weights.h5"), "builder": f"{source}:build"}
 
@@ -56,16 +66,16 @@ def dense(tmp_path: Path, code: Callable[[str, str], Path]) -> tuple[Any, Spec]:
 @pytest.fixture
 def encoder(tmp_path: Path, code: Callable[[str, str], Path]) -> tuple[Any, Spec]:
     """Return a 3-D VAE encoder with a Conv2D side branch and outputs [z_mean, z_log_var, z]."""
-    model = _built(code("seed.py", SEED))
+    model = _object(code("seed.py", SEED), "build")()
     model.save(tmp_path / "encoder.keras")
     return model, {"uri": str(tmp_path / "encoder.keras"), "custom_objects": ["featray.vae:Sampling"]}
 
 
-def _built(source: Path) -> Any:
+def _object(source: Path, name: str) -> Any:
     from featray.model import load
 
-    build, _ = load._import_object(f"{source}:build", "builder", {})
-    return build()
+    found, _ = load._import_object(f"{source}:{name}", "builder", {})
+    return found
 
 
 def _batch(*shape: int) -> np.ndarray:
@@ -179,6 +189,22 @@ def test_what_lies_behind_the_deepest_layer_costs_nothing_and_one_pass_costs_the
     four = floating_point_operations("conv_1", "conv_2", "pre_latent", "z_mean", "z_log_var")
     assert four == first + second + dense + 2 * heads
     assert floating_point_operations("decoder/reconstruction") > 2 * four
+
+
+def test_what_lies_behind_the_deepest_layer_takes_no_time(
+    tmp_path: Path, code: Callable[[str, str], Path]
+) -> None:
+    source = code("slow.py", SLOW)
+    layers = [kl.Dense(3, name="code"), _object(source, "Slow")(name="slow"), kl.Dense(3, name="after")]
+    keras.Sequential([keras.Input((4,)), *layers]).save(tmp_path / "m.keras")
+    spec = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Slow"]}
+    seconds = {}
+    for name in ("code", "after"):
+        extractor = Extractor({**spec, "layers": [name]})
+        start = time.perf_counter()
+        extractor(_batch(2, 4))
+        seconds[name] = time.perf_counter() - start
+    assert seconds["after"] > 0.3 > seconds["code"]
 
 
 def _operations(extractor: Extractor, kind: str) -> int:

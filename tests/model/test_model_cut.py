@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from featray.errors import ConfigError, ModelError
+from featray.errors import ConfigError, InputShapeError, ModelError
 from featray.model import Extractor, load
 
 Spec = Callable[..., dict[str, Any]]
@@ -108,7 +108,7 @@ def test_a_batch_may_bring_its_channel_axis(spec: Spec, volumes: Any) -> None:
 
 @pytest.mark.parametrize("batch", [np.zeros((2, 8, 16, 8), "f4"), np.zeros((2, 8, 16, 16), "i2")])
 def test_a_batch_of_another_shape_or_of_integers_is_refused(spec: Spec, batch: Any) -> None:
-    with pytest.raises(ValueError, match=r"expected float32 \(n, 8, 16, 16, 1\)"):
+    with pytest.raises(InputShapeError, match=r"expected float32 \(n, 8, 16, 16, 1\)"):
         Extractor(spec("z_mean"))(batch)
 
 

@@ -172,3 +172,21 @@ def test_where_any_size_goes_the_shape_says_so(tmp_path: Path) -> None:
     keras.Sequential([keras.Input((None, 1)), *layers]).save(tmp_path / "m.keras")
     listed = _by_path(tmp_path / "m.keras")
     assert [(info.shape, info.values) for info in listed.values()] == [((None, 2), 2), ((2,), 2)]
+
+
+def test_values_of_chosen_layers_are_after_the_chosen_pools(
+    spec: Callable[..., dict[str, Any]],
+) -> None:
+    conv = "encoder/conv_2"
+    layers = [{"layer": conv, "pool": "avgmax"}, {"layer": conv, "pool": "none", "as": "map"}, "z_mean"]
+    listed = {info.path: info for info in list_layers(spec(*layers, "not/there"))}
+    chosen, other = listed[conv], listed["encoder/conv_1"]
+    assert (chosen.chosen, chosen.pools, chosen.values) == (True, ("avgmax", "none"), 2 * 3 + 4 * 8 * 8 * 3)
+    assert chosen.gb_per_10000 == pytest.approx(chosen.values * 4 * 10_000 / 1e9)
+    assert (other.chosen, other.pools, other.values) == (False, ("avg",), 2)
+    assert (listed["encoder/z_mean"].pools, listed["encoder/z_mean"].values) == (("none",), 4)
+    assert [path for path, info in listed.items() if info.chosen] == [conv, "encoder/z_mean"]
+
+
+def test_nothing_is_chosen_in_a_model_file(small_vae_file: Path) -> None:
+    assert not any(info.chosen for info in list_layers(small_vae_file, custom_objects=SAMPLING))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
@@ -33,9 +34,9 @@ def _downloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
     download = fetch._download
 
-    def counted(filesystem: fsspec.AbstractFileSystem, path: str, target: Path) -> None:
+    def counted(filesystem: fsspec.AbstractFileSystem, remote: dict[str, str], target: Path) -> None:
         names.append(target.name)
-        download(filesystem, path, target)
+        download(filesystem, remote, target)
 
     monkeypatch.setattr(fetch, "_download", counted)
     return names
@@ -57,6 +58,16 @@ def test_a_remote_file_is_fetched_once_and_keeps_its_name(
     assert first.path.name == "m.keras"
     assert first.path.read_bytes() == b"one"
     assert names == ["m.keras"]
+
+
+def test_of_several_that_ask_at_once_one_fetches_and_the_others_wait(
+    remote: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = _downloads(monkeypatch)
+    with ThreadPoolExecutor(4) as pool:
+        files = list(pool.map(fetch.local_file, [remote] * 8))
+    assert names == ["m.keras"]
+    assert {file.path.read_bytes() for file in files} == {b"one"}
 
 
 def test_a_changed_remote_file_is_fetched_again(remote: str) -> None:

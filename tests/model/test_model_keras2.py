@@ -144,10 +144,53 @@ def test_operations_on_tensors_and_added_losses_of_the_classic_tutorial_load(k2:
     assert "z_log_var" in [info.path for info in list_layers(path)]
 
 
-def test_a_slice_of_a_tensor_is_named_as_what_cannot_be_carried_over(k2: Any, saved: Any) -> None:
+def test_slices_of_tensors_give_what_keras_2_gives(k2: Any, saved: Any) -> None:
+    import tensorflow as tf
+
     volume = k2.Input((4, 4, 4, 1))
-    path = saved(k2.Model(volume, k2.layers.Flatten(name="flat")(volume[:, 1:])))
-    with pytest.raises(ModelError, match=r"getitem.*Keras 2 .*TensorFlow operation.*model.builder"):
+    parts = [
+        volume[:, 1:, ::2, ..., 0:1],
+        volume[:, 0],
+        volume[..., tf.newaxis, 0],
+        volume[:, : tf.shape(volume)[1] - 1],
+        tf.strided_slice(volume, [0, 1, 0, 0, 0], [2, 3, 4, 4, 1]),
+        tf.unstack(volume, axis=1)[2],
+        tf.cast(volume > 0.5, tf.float32),
+        tf.image.resize(volume[:, 0], (2, 2)),
+    ]
+    flat = [k2.layers.Flatten(name=f"part_{at}")(part) for at, part in enumerate(parts)]
+    model = k2.Model(volume, flat)
+    path = saved(model)
+    for at, expected in enumerate(model(X)):
+        np.testing.assert_allclose(_values(path, f"part_{at}", X), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_sampling_written_with_plain_operations_is_found_and_follows_draws(k2: Any, saved: Any) -> None:
+    import tensorflow as tf
+
+    vector = k2.Input((6,))
+    mean, spread = (k2.layers.Dense(3, name=name)(vector) for name in ("z_mean", "z_log_var"))
+    noise = tf.random.normal(shape=(tf.shape(mean)[0], 3))
+    z = k2.layers.Activation("linear", name="z")(mean + tf.exp(0.5 * spread) * noise)
+    path, x = saved(k2.Model(vector, z)), np.random.default_rng(5).random((3, 6), np.float32)
+    flags = {info.path: info.flags for info in list_layers(path)}
+    assert "stochastic" in flags["z"]
+    assert "stochastic" not in flags["z_mean"]
+    one, other = (
+        Extractor({"uri": str(path), "layers": ["z"], "allow_stochastic": True, "batch_size": size})
+        for size in (1, 3)
+    )
+    np.testing.assert_allclose(one(x, "abc")["z"], other(x[::-1], "cba")["z"][::-1], rtol=1e-5, atol=1e-6)
+    assert np.abs(one(x, "abc")["z"] - one(x, "def")["z"]).max() > 1e-3
+
+
+def test_an_operation_that_may_do_more_is_named_as_what_cannot_be_carried_over(k2: Any, saved: Any) -> None:
+    import tensorflow as tf
+
+    volume = k2.Input((4, 4, 4, 1))
+    checked = tf.debugging.check_numerics(volume, "bad")
+    path = saved(k2.Model(volume, k2.layers.Flatten(name="flat")(checked)))
+    with pytest.raises(ModelError, match=r"check_numerics.*Keras 2 .*TensorFlow operation.*model.builder"):
         Extractor({"uri": str(path), "layers": ["flat"]})
 
 

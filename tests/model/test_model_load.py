@@ -386,3 +386,61 @@ def test_a_zip_and_an_h5_that_are_no_models_say_so(tmp_path: Path) -> None:
     for name, expected in (("m.keras", "without config.json"), ("m.h5", "neither a model nor weights")):
         with pytest.raises(ModelError, match=expected):
             Extractor({"uri": str(tmp_path / name), "layers": ["dense"]})
+
+
+def test_weights_alone_are_refused_asking_for_the_builder(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="dense")])
+    model.save_weights(tmp_path / "m.weights.h5")
+    with pytest.raises(
+        ModelError, match=r"holds weights only.*model.builder .*save the whole model as .keras"
+    ):
+        Extractor({"uri": str(tmp_path / "m.weights.h5"), "layers": ["dense"]})
+
+
+IMAGES = """
+    import keras
+    class Images(keras.Model):
+        def __init__(self, **keys):
+            super().__init__(**keys)
+            self.conv, self.flat = keras.layers.Conv2D(2, 3), keras.layers.Flatten()
+        def call(self, x):
+            return self.flat(self.conv(x))
+    class Volumes(Images):
+        def __init__(self, **keys):
+            super().__init__(**keys)
+            self.conv = keras.layers.Conv3D(2, 3)
+    class Unsaid(Images):
+        def get_build_config(self):
+            return None
+        def build_from_config(self, config):
+            self(keras.ops.zeros((1, 8, 6, 3)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shape"), [("Images", (8, 6, 3), (8, 6, 3)), ("Volumes", (5, 6, 3), (5, 6, 3, 1))]
+)
+def test_a_model_without_declared_input_takes_volumes_or_images_as_it_can(
+    tmp_path: Path, code: Code, name: str, size: tuple[int, ...], shape: tuple[int, ...]
+) -> None:
+    source = code("images.py", IMAGES)
+    own, _ = load._import_object(f"{source}:{name}", "builder", {})
+    model, x = own(), np.random.default_rng(0).random((2, *shape), np.float32)
+    expected = np.asarray(model(x))
+    model.save_weights(tmp_path / "m.weights.h5")
+    section = {"uri": str(tmp_path / "m.weights.h5"), "builder": f"{source}:{name}", "layers": ["flat"]}
+    extractor = Extractor(section, input_zyx=size)
+    assert extractor.input_shape == shape
+    np.testing.assert_allclose(extractor(x)["flat"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loaded_model_that_does_not_say_its_input_is_tried_too(tmp_path: Path, code: Code) -> None:
+    source = code("images.py", IMAGES)
+    own, _ = load._import_object(f"{source}:Unsaid", "custom_objects", {})
+    model, x = own(), np.random.default_rng(0).random((2, 8, 6, 3), np.float32)
+    expected = np.asarray(model(x))
+    model.save_weights(tmp_path / "m.weights.h5")
+    section = {"uri": str(tmp_path / "m.weights.h5"), "builder": f"{source}:Unsaid", "layers": ["flat"]}
+    np.testing.assert_allclose(
+        Extractor(section, input_zyx=(8, 6, 3))(x)["flat"], expected, rtol=1e-5, atol=1e-6
+    )

@@ -144,7 +144,7 @@ def test_a_manifest_may_name_another_file_system(tmp_path: Path) -> None:
 
 def test_a_manifest_without_its_columns_is_a_config_error(tmp_path: Path) -> None:
     manifest = tmp_path / "m.csv"
-    manifest.write_text("path,mask\nx.nii,y.nii\n")
+    manifest.write_text("path,center_x\nx.nii,1.5\n")
     with pytest.raises(ConfigError) as caught:
         scans(manifest, id_column="case")
     assert len(caught.value.problems) == 3

@@ -1,0 +1,163 @@
+"""The bytes of one MetaImage (.mha) file in, a checked Volume out; knows no paths and no storage.
+
+A few lines `Key = Value`, of which ElementDataFile is the last, then the voxels, plain or as one zlib
+stream. Decisions:
+
+- Data must be in the file (`ElementDataFile = LOCAL`) and binary, one value per voxel; else `unsupported`.
+- Offset, the rows of TransformMatrix (one voxel axis each) and ElementSpacing are LPS and mm, as ITK
+  reads them; AnatomicalOrientation repeats the matrix in letters and is not used. Without a matrix the
+  axes count as LPS, with the warning `orientation_unknown`.
+- A slope or intercept (ElementToIntensityFunction…) other than 1 and 0 is `unsupported`: ITK ignores
+  them, so nobody knows which values were meant.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from featray.ct.geometry import Affine
+from featray.ct.inflate import inflate_zlib
+from featray.ct.stored import Buffer, Layout, checked_layout, geometry_warnings, plain, scaled_voxels
+from featray.ct.volume import Volume
+from featray.errors import Oddity, Reason, ScanError
+
+MAX_HEADER_BYTES = 2**16
+"""Text before the data; real ones have 15 lines."""
+
+_LAST_LINE = re.compile(rb"\nElementDataFile[ \t]*=[^\n]*\n")
+_TYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
+_MATRIX_KEYS = ("TransformMatrix", "Rotation", "Orientation")
+_OFFSET_KEYS = ("Offset", "Position", "Origin")
+
+_Header = dict[str, str]
+
+
+def read_metaimage(data: bytes, *, max_voxels: int, keep_shear: bool = False) -> Volume:
+    """Return the volume in a MetaImage file with its data inside.
+
+    Voxels, arguments and errors are those of `featray.ct.nifti.read_nifti`.
+    """
+    if not data:
+        raise ScanError(Reason.EMPTY, "the file has no bytes")
+    header, start = _header(data)
+    _check_supported(header)
+    layout = checked_layout(_layout(header), max_voxels)
+    affine, warnings = _affine(header)
+    warnings += geometry_warnings(affine, keep_shear=keep_shear)
+    voxels = scaled_voxels(_content(memoryview(data)[start:], header, layout), layout)
+    return Volume(voxels, affine, warnings=warnings)
+
+
+def _header(data: bytes) -> tuple[_Header, int]:
+    """Return the fields, and where the data begin."""
+    text = data[:MAX_HEADER_BYTES]
+    if not text.startswith((b"ObjectType", b"Comment", b"NDims")):
+        raise ScanError(Reason.UNREADABLE, "not MetaImage: the file does not begin with ObjectType")
+    last = _LAST_LINE.search(text)
+    if last is None:
+        raise ScanError(Reason.TRUNCATED, "the MetaImage header has no end; copy the file again")
+    header: _Header = {}
+    for line in text[: last.end() - 1].decode("latin-1").split("\n"):
+        key, equals, value = (part.strip() for part in line.partition("="))
+        if not equals or key in header:
+            raise ScanError(Reason.UNREADABLE, "a line of the MetaImage header is not its own Key = Value")
+        header[key] = value
+    return header, last.end()
+
+
+def _check_supported(header: _Header) -> None:
+    if header["ElementDataFile"].upper() != "LOCAL":
+        raise ScanError(
+            Reason.UNSUPPORTED, "the voxels are in another file; write header and data into one .mha file"
+        )
+    wrong = [
+        *(key for key in ("ElementNumberOfChannels",) if header.get(key, "1") != "1"),
+        *(key for key in ("HeaderSize", "ElementToIntensityFunctionOffset") if _number(header, key, 0) != 0),
+        *(key for key in ("ElementToIntensityFunctionSlope",) if _number(header, key, 1) != 1),
+        *(key for key in ("DistanceUnits",) if header.get(key, "mm") not in ("mm", "?")),
+    ]
+    if header.get("ObjectType", "Image").lower() != "image":
+        wrong.append("ObjectType")
+    if not _flag(header, "BinaryData"):
+        wrong.append("BinaryData")
+    if wrong:
+        raise ScanError(Reason.UNSUPPORTED, f"a MetaImage with unusual {', '.join(wrong)}; write it anew")
+
+
+def _layout(header: _Header) -> Layout:
+    dimensions, sizes = _number(header, "NDims"), _numbers(header, "DimSize").tolist()
+    if dimensions != len(sizes) or not all(size >= 1 and size == int(size) for size in sizes):
+        raise ScanError(Reason.UNREADABLE, f"NDims is {dimensions:g}, DimSize {sizes}")
+    if len(sizes) < 3 or math.prod(sizes[3:]) != 1:
+        raise ScanError(
+            Reason.NOT_A_VOLUME, f"DimSize is {sizes}, expected three; split a series of volumes into files"
+        )
+    code = _TYPES.get(header.get("ElementType", ""))
+    if code is None:
+        raise ScanError(Reason.UNSUPPORTED, "ElementType is none of " + ", ".join(_TYPES))
+    big = _flag(header, "BinaryDataByteOrderMSB") or _flag(header, "ElementByteOrderMSB")
+    return Layout(np.dtype((">" if big else "<") + code), tuple(int(size) for size in sizes[2::-1]))
+
+
+def _affine(header: _Header) -> tuple[Affine, tuple[str, ...]]:
+    """Return the affine in LPS mm, and the warning where nothing says that it is."""
+    count = int(_number(header, "NDims"))
+    spacing = _numbers(header, "ElementSpacing" if "ElementSpacing" in header else "ElementSize", count)
+    offset_key = next((key for key in _OFFSET_KEYS if key in header), None)
+    matrix_key = next((key for key in _MATRIX_KEYS if key in header), None)
+    affine = np.eye(4)
+    if offset_key is not None:
+        affine[:3, 3] = _numbers(header, offset_key, count)[:3]
+    if matrix_key is not None:
+        affine[:3, :3] = _numbers(header, matrix_key, count * count).reshape(count, count)[:3, :3].T
+    if spacing[:3].min() <= 0 or np.abs(np.linalg.norm(affine[:3, :3], axis=0) - 1).max() > 1e-3:
+        raise ScanError(Reason.UNREADABLE, "spacing is not above 0, or the matrix holds no unit vectors")
+    affine[:, :3] *= spacing[:3]
+    return affine, () if matrix_key is not None else (Oddity.ORIENTATION_UNKNOWN.value,)
+
+
+def _content(data: memoryview, header: _Header, layout: Layout) -> Buffer:
+    if _flag(header, "CompressedData"):
+        return inflate_zlib(data, layout.least, layout.most)
+    return plain(data, layout)
+
+
+def _flag(header: _Header, key: str) -> bool:
+    value = header.get(key, "False").lower()
+    if value not in ("true", "false"):
+        raise ScanError(Reason.UNREADABLE, f"{key} is neither True nor False")
+    return value == "true"
+
+
+def _number(header: _Header, key: str, default: float | None = None) -> float:
+    if key not in header and default is not None:
+        return default
+    return float(_numbers(header, key, 1)[0])
+
+
+def _numbers(header: _Header, key: str, count: int | None = None) -> NDArray[Any]:
+    try:
+        numbers = np.array([float(word) for word in header[key].split()], np.float64)
+    except KeyError:
+        raise ScanError(Reason.UNREADABLE, f"the MetaImage header lacks {key}") from None
+    except ValueError:
+        raise ScanError(Reason.UNREADABLE, f"{key} holds something that is no number") from None
+    if len(numbers) != (count or len(numbers)) or not np.isfinite(numbers).all():
+        raise ScanError(
+            Reason.UNREADABLE, f"{key} holds {len(numbers)} numbers, expected {count} finite ones"
+        )
+    return numbers

@@ -1,0 +1,210 @@
+"""A lesion at a known place in mm ends at the right voxel, however the file stores its axes.
+
+NIfTI: all 48 axis orders and directions. DICOM: all 24 that rows, columns and the normal by cross product
+can have (a right-handed frame; a mirrored one cannot be written), each with its files in both orders.
+Oracles: SimpleITK's DICOMOrient and nibabel's as_closest_canonical.
+"""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+from itertools import permutations, product
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
+
+from featray.config import PreprocessConfig
+from featray.ct import dicom
+from featray.ct.geometry import reorient
+from featray.ct.nifti import read_nifti
+from featray.ct.phantom import PhantomParameters, make_phantom
+from featray.ct.volume import Volume
+from featray.stages.preprocess import preprocess
+
+sitk = pytest.importorskip("SimpleITK")
+
+SHAPE_ZYX, SPACING_ZYX = (7, 9, 11), (30.0, 25.0, 20.0)
+LESION_MM = (40.0, -25.0, 60.0)
+LESION_ZYX = (5, 3, 7)
+"""Index = LESION_MM / spacing + (n - 1) / 2 in LPS; the lesion fills this voxel alone."""
+
+TURNED = ["".join(letters) for pairs in permutations(("LR", "PA", "SI")) for letters in product(*pairs)]
+STEP = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+RIGHT_HANDED = [o for o in TURNED if np.linalg.det([STEP[letter] for letter in o]) > 0]
+WANTED = ("LPS", "RAS", "LAS", "SPR", "AIL")
+
+
+@cache
+def phantom_lps() -> tuple[NDArray[np.int16], NDArray[np.float64]]:
+    """Voxels that all differ from their neighbours, one of them bright; x, y, z grow to L, P, S."""
+    truth = PhantomParameters(1.0, 0.0, 0.0, 0.0, 200.0, 150.0, 0.8, 25.0, True)
+    phantom = make_phantom(5, SHAPE_ZYX, SPACING_ZYX, truth)
+    voxels = phantom.voxels_zyx.copy()
+    voxels[LESION_ZYX] = 2000
+    return voxels, phantom.affine_lps
+
+
+def nifti_stored_as(orientation: str) -> nib.Nifti1Image:
+    """The phantom as a file whose x, y, z grow along `orientation`, turned by nibabel."""
+    voxels, affine_lps = phantom_lps()
+    image = nib.Nifti1Image(voxels.transpose(2, 1, 0), np.diag([-1, -1, 1, 1]) @ affine_lps)
+    turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(orientation))
+    return image.as_reoriented(turn)
+
+
+def brightest(volume: Volume) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(volume.voxels_zyx.argmax(), volume.voxels_zyx.shape))
+
+
+def place_mm(volume: Volume, index_zyx: tuple[int, ...]) -> NDArray[np.float64]:
+    return np.asarray((volume.affine_lps @ [*index_zyx[::-1], 1])[:3])
+
+
+def oriented_by_sitk(voxels: NDArray[np.generic], affine_lps: NDArray[np.float64], to: str):  # type: ignore[no-untyped-def]
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels))
+    spacing = np.linalg.norm(affine_lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((affine_lps[:3, :3] / spacing).ravel().tolist())
+    image.SetOrigin(affine_lps[:3, 3].tolist())
+    return sitk.DICOMOrient(image, to)
+
+
+@pytest.mark.parametrize("stored", TURNED)
+def test_a_nifti_lesion_is_at_its_place_in_whatever_order_axes_are_stored(stored: str) -> None:
+    volume = read_nifti(nifti_stored_as(stored).to_bytes(), max_voxels=1000)
+
+    turned = reorient(volume, "LPS")
+
+    assert volume.orientation == stored
+    assert place_mm(volume, brightest(volume)) == pytest.approx(LESION_MM, abs=1e-3)
+    assert brightest(turned) == LESION_ZYX
+    assert np.array_equal(turned.voxels_zyx, phantom_lps()[0])
+    assert turned.affine_lps == pytest.approx(phantom_lps()[1], abs=1e-3)
+
+
+@pytest.mark.parametrize("stored", TURNED)
+def test_nifti_agrees_with_simpleitk_that_reads_the_same_file(stored: str, tmp_path: Path) -> None:
+    path = tmp_path / "turned.nii"
+    nib.save(nifti_stored_as(stored), path)
+    volume = read_nifti(path.read_bytes(), max_voxels=1000)
+    image = sitk.ReadImage(str(path))
+
+    for wanted in WANTED:
+        ours, theirs = reorient(volume, wanted), sitk.DICOMOrient(image, wanted)
+        assert np.array_equal(ours.voxels_zyx, sitk.GetArrayViewFromImage(theirs))
+        assert ours.affine_lps[:3, 3] == pytest.approx(theirs.GetOrigin(), abs=1e-3)
+        assert ours.spacing_zyx == pytest.approx(theirs.GetSpacing()[::-1], abs=1e-4)
+
+
+@pytest.mark.parametrize("stored", TURNED)
+def test_nifti_turned_to_ras_is_what_nibabel_calls_canonical(stored: str) -> None:
+    image = nifti_stored_as(stored)
+    canonical = nib.as_closest_canonical(image)
+
+    turned = reorient(read_nifti(image.to_bytes(), max_voxels=1000), "RAS")
+
+    assert np.array_equal(turned.voxels_zyx.T, np.asanyarray(canonical.dataobj))
+    assert np.diag([-1, -1, 1, 1]) @ turned.affine_lps == pytest.approx(canonical.affine, abs=1e-3)
+
+
+@pytest.mark.parametrize("wanted", TURNED)
+def test_preprocessing_gives_the_network_the_lesion_where_the_asked_axes_put_it(wanted: str) -> None:
+    config = PreprocessConfig(orientation=wanted, window=None, size=None)
+    expected = oriented_by_sitk(*phantom_lps(), wanted)
+    index = expected.TransformPhysicalPointToIndex(LESION_MM)
+
+    for stored in ("LPS", "RAS", "LAS", "SAL", "IRP"):
+        volume = read_nifti(nifti_stored_as(stored).to_bytes(), max_voxels=1000)
+        (tensor,) = preprocess(volume, config).tensor
+        assert np.array_equal(tensor, sitk.GetArrayViewFromImage(expected))
+        assert tensor[index[::-1]] == 2000
+
+
+def test_an_oblique_lesion_keeps_its_place_in_all_48_orders() -> None:
+    about = np.radians([20.0, -10.0, 15.0])
+    rotation = np.eye(4)
+    rotation[:3, :3] = nib.eulerangles.euler2mat(*about)
+    image = nifti_stored_as("LPS")
+    lesion = (rotation @ [-LESION_MM[0], -LESION_MM[1], LESION_MM[2], 1])[:3] * [-1, -1, 1]
+    for stored in TURNED:
+        turn = ornt_transform(axcodes2ornt("LPS"), axcodes2ornt(stored))
+        affine = rotation @ image.affine @ inv_ornt_aff(turn, image.shape)
+        turned = nib.Nifti1Image(nifti_stored_as(stored).dataobj, affine)
+
+        volume = reorient(read_nifti(turned.to_bytes(), max_voxels=1000), "LPS")
+
+        assert brightest(volume) == LESION_ZYX
+        assert place_mm(volume, LESION_ZYX) == pytest.approx(lesion, abs=1e-3)
+        assert volume.warnings == ("oblique",)
+
+
+def dicom_files(stored: str) -> list[tuple[str, bytes]]:
+    """The phantom as slices along the third axis of `stored`; columns along its first, rows its second."""
+    voxels, affine_lps = phantom_lps()
+    turned = reorient(Volume(voxels, affine_lps), stored)
+    affine = turned.affine_lps
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    slice_ = Dataset()
+    slice_.file_meta = FileMetaDataset()
+    slice_.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    slice_.SOPClassUID = slice_.file_meta.MediaStorageSOPClassUID = CTImageStorage
+    slice_.Modality, slice_.SeriesInstanceUID = "CT", "1.2.3"
+    slice_.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+    slice_.ImageOrientationPatient = (affine[:3, :2] / spacing[:2]).T.ravel().round(6).tolist()
+    slice_.PixelSpacing = [spacing[1], spacing[0]]
+    slice_.SamplesPerPixel, slice_.PhotometricInterpretation = 1, "MONOCHROME2"
+    slice_.Rows, slice_.Columns = turned.voxels_zyx.shape[1:]
+    slice_.BitsAllocated, slice_.BitsStored, slice_.HighBit, slice_.PixelRepresentation = 16, 16, 15, 1
+    slice_.RescaleSlope, slice_.RescaleIntercept = 1, 0
+    files = []
+    for k, plane in enumerate(turned.voxels_zyx):
+        slice_.ImagePositionPatient = (affine @ [0, 0, k, 1])[:3].round(6).tolist()
+        slice_.SOPInstanceUID = slice_.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{k + 1}"
+        slice_.InstanceNumber = k + 1
+        slice_.PixelData = np.ascontiguousarray(plane, "<i2").tobytes()
+        content = io.BytesIO()
+        slice_.save_as(content, enforce_file_format=True)
+        files.append((f"{k + 1:02d}.dcm", content.getvalue()))
+    return files
+
+
+def test_half_of_all_orientations_can_be_written_as_dicom() -> None:
+    assert len(RIGHT_HANDED) == 24
+
+
+@pytest.mark.parametrize("backwards", [False, True], ids=["in-order", "backwards"])
+@pytest.mark.parametrize("stored", RIGHT_HANDED)
+def test_a_dicom_lesion_is_at_its_place_for_every_plane_and_file_order(stored: str, backwards: bool) -> None:
+    files = dicom_files(stored)[:: -1 if backwards else 1]
+
+    volume = dicom.read_series(files, max_voxels=1000)
+
+    assert place_mm(volume, brightest(volume)) == pytest.approx(LESION_MM, abs=1e-3)
+    for wanted in WANTED:
+        expected = oriented_by_sitk(*phantom_lps(), wanted)
+        config = PreprocessConfig(orientation=wanted, window=None, size=None)
+        (tensor,) = preprocess(volume, config).tensor
+        assert np.array_equal(tensor, sitk.GetArrayViewFromImage(expected))
+        assert tensor[expected.TransformPhysicalPointToIndex(LESION_MM)[::-1]] == 2000
+
+
+@pytest.mark.parametrize("stored", RIGHT_HANDED)
+def test_dicom_agrees_with_simpleitk_that_reads_the_same_files(stored: str, tmp_path: Path) -> None:
+    files = dicom_files(stored)
+    for name, content in files:
+        (tmp_path / name).write_bytes(content)
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
+    theirs = sitk.DICOMOrient(reader.Execute(), "LPS")
+
+    ours = reorient(dicom.read_series(files, max_voxels=1000), "LPS")
+
+    assert np.array_equal(ours.voxels_zyx, sitk.GetArrayViewFromImage(theirs))
+    assert ours.affine_lps[:3, 3] == pytest.approx(theirs.GetOrigin(), abs=1e-3)

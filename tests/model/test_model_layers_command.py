@@ -1,0 +1,94 @@
+"""`featray layers` lists any model, with what it needs to be loaded given on the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import keras
+import pytest
+import yaml
+
+from featray.cli import main
+
+BUILDER = """
+    import keras
+    def build():
+        encoder = keras.Sequential([keras.layers.Conv3D(2, 3, name="conv")], name="encoder")
+        return keras.Sequential([encoder, keras.layers.Flatten(name="flat")])
+"""
+Run = Callable[..., tuple[int, dict[str, Any]]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Return a function that runs `featray layers … --json`: exit code, and its answer."""
+
+    def layers(*words: str) -> tuple[int, dict[str, Any]]:
+        code = main(["layers", *words, "--json"])
+        return code, json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    return layers
+
+
+def _by_path(answer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {layer["path"]: layer for layer in answer["layers"]}
+
+
+def test_a_weights_file_is_listed_with_its_builder_a_size_and_a_part(
+    tmp_path: Path, code: Callable[[str, str], Path], run: Run
+) -> None:
+    source = code("build.py", BUILDER)
+    names: dict[str, Any] = {}
+    exec(source.read_text(), names)
+    model = names["build"]()
+    model.build((None, 5, 6, 7, 1))
+    model.save_weights(tmp_path / "m.weights.h5")
+    words = [str(tmp_path / "m.weights.h5"), "--builder", f"{source}:build", "--size", "5,6,7"]
+    status, answer = run(*words)
+    assert status == 0
+    shapes = {path: layer["shape"] for path, layer in _by_path(answer).items()}
+    assert shapes == {"encoder/conv": [3, 4, 5, 2], "encoder": [3, 4, 5, 2], "flat": [120]}
+    _, part = run(*words, "--submodel", "encoder")
+    assert list(_by_path(part)) == ["conv"]
+
+
+def test_code_inside_the_file_is_listed_when_trusted(tmp_path: Path, run: Run) -> None:
+    keras.Sequential([keras.Input((3,)), keras.layers.Lambda(lambda x: 2 * x, name="twice")]).save(
+        tmp_path / "m.keras"
+    )
+    status, answer = run(str(tmp_path / "m.keras"))
+    assert status == 2
+    assert "model.trust" in answer["error"]
+    assert list(_by_path(run(str(tmp_path / "m.keras"), "--trust")[1])) == ["twice"]
+
+
+def test_a_config_marks_what_it_chooses_with_the_values_and_gigabytes_of_its_pools(
+    spec: Callable[..., dict[str, Any]], tmp_path: Path, run: Run
+) -> None:
+    section = spec({"layer": "encoder/conv_1", "pool": "none"}, "z_mean")
+    config = {
+        "source": {"uri": "."},
+        "preprocess": {"size": [8, 16, 16]},
+        "model": section,
+        "output": {"uri": "out"},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    found = _by_path(run(str(tmp_path / "c.yaml"))[1])
+    conv, other = found["encoder/conv_1"], found["encoder/conv_2"]
+    assert conv["chosen"] is True
+    assert (conv["pool"], conv["values"], conv["gb_per_10000"]) == ("none", 4096, pytest.approx(0.16384))
+    assert (other["chosen"], other["pool"], other["values"]) == (False, "avg", 3)
+    assert {"path", "class", "shape", "values", "flags"} < set(conv)
+    status, answer = run(str(tmp_path / "c.yaml"), "--submodel", "encoder")
+    assert status == 2
+    assert "--set model.submodel=encoder" in answer["error"]
+
+
+@pytest.mark.parametrize("size", ["8,big,8", "0,1,1", "1.5"])
+def test_a_size_that_is_none_is_wrong_usage(tmp_path: Path, run: Run, size: str) -> None:
+    status, answer = run(str(tmp_path / "m.keras"), "--size", size)
+    assert status == 2
+    assert "such as 32,256,256" in answer["error"]

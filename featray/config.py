@@ -168,6 +168,8 @@ class ModelConfig(_Section):
     """Attribute or layer name to cut in, e.g. encoder."""
     trust: bool = False
     """true runs Lambda layers and other code stored inside the model file."""
+    input_shape: tuple[int | None, ...] | None = None
+    """Shape of one array (source.format: npy), for models that do not declare what they take."""
     layers: tuple[Annotated[LayerConfig, BeforeValidator(_layer_from_text)], ...] = Field(min_length=1)
     """The layers to extract, all in one pass."""
     constants: dict[str, Any] = Field(default_factory=dict)
@@ -284,7 +286,7 @@ class Config(_Section):
     def input_zyx(self) -> tuple[int | None, ...] | None:
         """Voxels (z, y, x) of a model input, None where each scan keeps its own; null: as the model says."""
         if self.preprocess.size is None:
-            return None if self.source.format == "npy" else (None, None, None)
+            return self.model.input_shape if self.source.format == "npy" else (None, None, None)
         return self.preprocess.size
 
     @model_validator(mode="before")
@@ -309,6 +311,8 @@ class Config(_Section):
             raise ValueError("preprocess.fit: patches and source.rows: true would both number the patches")
         if is_npy and (preprocess.spacing or preprocess.orientation != _ORIENTATION):
             raise ValueError("preprocess: arrays (source.format: npy) have no spacing and no orientation")
+        if self.model.input_shape and (not is_npy or preprocess.size):
+            raise ValueError("model.input_shape: only for arrays; for volumes set preprocess.size")
         return self
 
 

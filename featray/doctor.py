@@ -38,6 +38,7 @@ Found = Iterator[tuple[Verdict, str]]
 _PROBE = ".featray-doctor"
 _FLAGS = {
     "sigma": "says how sure the model is, not where the scan lies; to compare scans take the mean",
+    "batch_dependent": "follows what else is in the batch; it needs model.batch_size: 1",
     "dead_units_possible": "ends in a ReLU: some units may be 0 for every scan",
 }
 _RAW_COPIES = 2.5

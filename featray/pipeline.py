@@ -218,7 +218,8 @@ def load_extractor(config: Config, threads: int | None = None) -> Extractor:
     """
     asked = config.input_zyx
     extractor = Extractor(config.model, input_zyx=asked, threads=threads)
-    if asked is not None and None in asked and None not in extractor.input_shape:
+    is_volume = config.source.format != "npy"
+    if is_volume and asked and None in asked and None not in extractor.input_shape:
         raise ModelError(
             "preprocess.size: null keeps each scan's own size, but the model takes "
             f"{extractor.input_shape} only (z, y, x, channel); give that size"

@@ -273,6 +273,38 @@ def test_arrays_z_y_x_are_resized_and_windowed_only_when_the_config_says_so(
     assert features(config, "flat")["cube.npy", 0].tolist() == [0.5] * 8
 
 
+def test_a_model_that_does_not_say_what_it_takes_is_told_in_the_config(
+    arrays: ConfigFor, tmp_path: Path
+) -> None:
+    code = tmp_path / "own.py"
+    code.write_text(
+        textwrap.dedent("""
+            import keras
+            class Own(keras.Model):
+                def __init__(self):
+                    super().__init__()
+                    self.conv = keras.layers.Conv2D(3, 3, padding="same")
+                def call(self, x):
+                    return self.conv(x)
+            def build():
+                return Own()
+        """)
+    )
+    scope: dict[str, Any] = {}
+    exec(code.read_text(), scope)
+    model, images = scope["build"](), samples(4, 8, 8, 2)
+    expected = np.asarray(model(images)).mean(axis=(1, 2))
+    model.save_weights(tmp_path / "own.weights.h5")
+    save(tmp_path, images=images)
+    section = {"uri": str(tmp_path / "own.weights.h5"), "builder": f"{code}:build", "layers": ["conv"]}
+    with pytest.raises(UsageError, match=r"model\.input_shape"):
+        featray.extract(arrays(section, source={"rows": True}))
+    config = arrays({**section, "input_shape": [8, 8, 2]}, source={"rows": True})
+    assert featray.extract(config).ok == 1
+    found = features(config, "conv")
+    assert_near(np.stack([found["images.npy", row] for row in range(4)]), expected)
+
+
 def test_a_folder_of_arrays_without_format_npy_is_told_what_to_set(tmp_path: Path, arrays: ConfigFor) -> None:
     save(tmp_path, a=samples(3))
     config = arrays({"uri": "m.keras", "layers": ["a"]}, source={"format": "auto"})

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.ct import geometry
-from featray.ct.dicom_elements import DEFLATED, Elements
+from featray.ct.dicom_elements import DEFLATED, HEADER_LIMIT, Elements
 from featray.ct.dicom_geometry import check_alike, same_places, stack
 from featray.ct.dicom_headers import SliceHeader, parse_slice, read_header, unreadable_header
 from featray.ct.dicom_pixels import check_format, check_size, stored_values
@@ -34,6 +34,7 @@ from featray.errors import Oddity, Reason, ScanError
 
 __all__ = [
     "DICOM_SUFFIXES",
+    "HEADER_LIMIT",
     "Series",
     "SliceHeader",
     "group_series",

@@ -126,7 +126,10 @@ def filler(model: Any, constants: Mapping[str, Any]) -> trace.Fill:
 def _undeclared(model: Any, shapes: Sequence[Shape]) -> Shape:
     """Return the first shape that a model can be called on which does not say what it takes."""
     if not shapes:
-        raise ModelError(f"{model.name!r} does not say what input it takes; give its size (z, y, x)")
+        raise ModelError(
+            f"{model.name!r} does not say what input it takes; give its size (z, y, x), or "
+            "for arrays model.input_shape"
+        )
     if len(shapes) == 1:
         return shapes[0]
     return next((shape for shape in shapes if trace.can_call(model, shape)), shapes[0])

@@ -247,6 +247,8 @@ def _from_builder(
     name = spec.builder.rpartition(":")[2]
     try:
         model = _built(build, input_shapes)
+    except ModelError:
+        raise
     except Exception as error:  # user code
         raise ModelError(f"builder: {name} failed ({_short(error, path)})") from error
     try:
@@ -278,7 +280,13 @@ def _built(build: Callable[[], Any], input_shapes: Sequence[tuple[int | None, ..
             failure = failure or error
     if failure is not None:
         raise failure
-    return build()
+    model = build()
+    if not model.built:
+        raise ModelError(
+            "builder: the model does not say what input it takes, so its weights have no place yet; give its "
+            "size (z, y, x), or for arrays model.input_shape"
+        )
+    return model
 
 
 def _call(model: Any, input_shape: tuple[int | None, ...]) -> None:

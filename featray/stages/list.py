@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import posixpath
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,13 @@ _SUFFIXES = {
 """Formats whose scans are one file each, known by its name; a detached header is refused with advice."""
 _PAIR = {".hdr": 0, ".hdr.gz": 0, ".img": 1, ".img.gz": 1}
 """Halves of a NIfTI pair: the header, the image."""
+_OTHERS = re.compile(
+    r"\.(nii|gz|nrrd|nhdr|mha|mhd|hdr|img|z?raw|np[yz]|zip|tar|tgz|bz2|xz|7z|rar|txt|[ct]sv|jsonl?|xml|html?|md"
+    r"|pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|bmp|tiff?|svg|mp4|avi|py|ipynb|r|m|mat|sh|ya?ml|toml|ini|cfg|log|db"
+    r"|sqlite|parquet|h5|hdf5|keras|pth?|onnx|pkl|bval|bvec|md5|sha1|sha256|vtk|stl|obj|lnk|url)$",
+    re.IGNORECASE,
+)
+"""Suffixes of files that are no DICOM and are not opened to see."""
 _VOLUMES = ("nifti", "dicom", "nrrd", "mha")
 _HEADER_THREADS = 8
 _HEADER_BYTES = 2**18
@@ -300,12 +308,12 @@ def _archive_failed(file: _File, error: ScanError, how: _How) -> _Found:
 
 
 def _archived_header(archive: Archive, file: _File) -> dicom.SliceHeader:
-    """Return a member's DICOM header; the whole member is only inflated where its head does not do."""
+    """Return a member's DICOM header; more of it is only inflated where its head does not do."""
     try:
         header = dicom.read_header(io.BytesIO(archive.head(file.path, _HEADER_BYTES)), file.name)
         if header.problem is not Reason.TRUNCATED or file.size <= _HEADER_BYTES:
             return header
-        return dicom.read_header(io.BytesIO(archive.read(file.path, file.size)), file.name)
+        return dicom.read_header(io.BytesIO(archive.head(file.path, dicom.HEADER_LIMIT)), file.name)
     except ScanError as error:
         return dicom.unreadable_header(file.name, error)
 
@@ -427,9 +435,8 @@ def _is_visible(name: str) -> bool:
 
 
 def _may_be_dicom(name: str) -> bool:
-    """Whether to look inside: a DICOM suffix, or none (a UID's last number is no suffix)."""
-    suffix = _suffix(name)
-    return suffix in dicom.DICOM_SUFFIXES or not suffix.strip(".").strip("0123456789")
+    """Whether to look inside: archives name their slices .dcm, .ima, .mag, .0001 or nothing at all."""
+    return not _OTHERS.search(name)
 
 
 def _suffix(name: str) -> str:

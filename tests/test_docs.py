@@ -52,7 +52,7 @@ def test_the_readmes_first_run_works_as_written(first_run: Path) -> None:
     commands = [
         line for block in blocks("bash") for line in block.splitlines() if line.startswith("featray ")
     ]
-    assert len(commands) == 5
+    assert len(commands) == 7
     for command in commands:
         words = [sys.executable, "-m", *shlex.split(command)]
         done = subprocess.run(words, cwd=first_run, capture_output=True, text=True, check=False)

@@ -62,7 +62,8 @@ def _is_other_part(first: Scan, second: Scan) -> bool:
 
 
 def _marked(scan: Scan, original: Scan, policy: PolicyConfig) -> Scan:
-    if policy.duplicates == "exclude":
+    # A copy of another size may be the whole one of the two, and which one that is only reading tells.
+    if policy.duplicates == "exclude" and scan.size == original.size:
         message = f"a copy of {original.scan_id}: the same files, bytes or SeriesInstanceUID"
         return replace(scan, reason=Reason.DUPLICATE_ID, excluded=True, message=message)
     return replace(scan, warnings=(*scan.warnings, Reason.DUPLICATE_ID.value))

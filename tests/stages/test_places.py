@@ -144,6 +144,13 @@ def test_a_copy_of_a_series_is_accepted_with_a_warning_or_excluded(tmp_path: Pat
     found = listed(config_for(tmp_path, policy={"duplicates": "exclude"}))
     assert {name: scan.excluded for name, scan in found.items()} == {"a": False, "b": True}
     assert (found["b"].reason, "a copy of a" in found["b"].message) == ("duplicate_id", True)
+    first = min((tmp_path / "a").iterdir())
+    first.write_bytes(first.read_bytes()[:-100])  # nobody knows yet which of the two is whole
+    found = listed(config_for(tmp_path, policy={"duplicates": "exclude"}))
+    assert {name: (scan.excluded, scan.warnings) for name, scan in found.items()} == {
+        "a": (False, ()),
+        "b": (False, ("duplicate_id",)),
+    }
 
 
 @pytest.mark.parametrize("kind", [".nii", ".nii.gz"])

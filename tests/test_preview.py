@@ -125,6 +125,26 @@ def test_a_folder_that_cannot_be_made_is_a_wrong_usage(config: dict[str, Any], t
         preview(config, scan="b/1.nii.gz", directory=tmp_path / "file")
 
 
+@pytest.mark.parametrize("shape", [(7,), (6, 7), (4, 6, 7), (4, 6, 7, 2)], ids=str)
+def test_arrays_of_every_rank_are_shown_as_the_model_gets_them(
+    tmp_path: Path, shape: tuple[int, ...]
+) -> None:
+    values = np.random.default_rng(0).random(shape, np.float32)
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "x.npy", values)
+    found = preview(
+        {
+            "source": {"uri": str(tmp_path / "in"), "format": "npy"},
+            "model": {"uri": "nowhere.keras", "layers": ["z"]},
+            "output": {"uri": str(tmp_path / "out")},
+        },
+        directory=tmp_path / "shown",
+    )
+    assert (found.status, found.orientation, found.voxel_mm) == ("ok", None, None)
+    np.testing.assert_array_equal(np.load(found.tensor or ""), values[np.newaxis])
+    assert "array (" in found.text()
+
+
 def test_nothing_of_the_patient_is_shown(config: dict[str, Any], tmp_path: Path) -> None:
     found = preview(config, scan="series", directory=tmp_path / "shown")
     assert found.status == "ok"

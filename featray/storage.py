@@ -184,7 +184,12 @@ def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
 
 def hash_of(texts: Iterable[str]) -> str:
     """Return 32 hexadecimal digits for a set of texts, whatever their order."""
-    return hashlib.sha256("\n".join(sorted(texts)).encode()).hexdigest()[:32]
+    return hashlib.sha256("\n".join(sorted(texts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+
+
+def utf8(text: str) -> str:
+    """Return a path as tables and terminals can hold it: bytes that are no UTF-8 are spelled out."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _delta_options(names: dict[str, str], options: dict[str, Any]) -> dict[str, str]:

@@ -4,9 +4,9 @@ python jobs/measure_reading.py [--rounds 7] [--shape 240 512 512] [--directory D
 
 Needs the extra `measure` (pip install 'featray[measure]'). Ways alternate within each round; CPU seconds of
 one process, medians. NIfTI: the whole decoder (read, checks, statistics, preprocessing) against the fastest
-gzip inflater (deflate, isal, zlib-ng) plus a single-pass OpenCV resize; fetching the bytes is subtracted. DICOM: headers,
-grouping and pixels against SimpleITK's series reader (GDCM). Memory: peak of a fresh process above what it
-had before the scan, as a multiple of the raw int16 volume. Prints a table, and as its last line JSON.
+gzip inflater (deflate, isal, zlib-ng) plus a single-pass OpenCV resize; fetching the bytes is subtracted.
+DICOM: headers, grouping and pixels against SimpleITK's series reader (GDCM). Memory: peak of a fresh process
+above what it had before the scan, as a multiple of the raw int16 volume. Prints a table and, last, JSON.
 """
 
 from __future__ import annotations

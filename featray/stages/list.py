@@ -29,7 +29,7 @@ from featray.duplicates import settle_duplicates
 from featray.errors import ConfigError, Reason, ScanError
 from featray.manifest import ManifestRow, read_manifest
 from featray.schema import Scan
-from featray.storage import file_checksum, file_version, fingerprint, hash_of, open_url
+from featray.storage import file_checksum, file_version, fingerprint, hash_of, open_url, utf8
 
 _SUFFIXES = {
     "nifti": (".nii", ".nii.gz"),
@@ -118,7 +118,7 @@ class _How:
     def shown_uri(self, path: str) -> str:
         """Return the location to show: the source's own protocol, no credentials."""
         protocol, separator, _ = mask_url(self.source.uri).partition("://")
-        return f"{protocol}://{path}" if separator else path
+        return f"{protocol}://{utf8(path)}" if separator else utf8(path)
 
 
 def list_scans(source: SourceConfig, policy: PolicyConfig | None = None) -> Listing:
@@ -174,11 +174,15 @@ def _list_place(fs: fsspec.AbstractFileSystem, root: str, how: _How) -> Listing:
         base, found = root, fs.find(root, detail=True)
     else:
         raise FileNotFoundError(root)
-    links = {path for path, info in found.items() if info.get("islink") and fs.isdir(path)}
-    files = [_file(path, info, base) for path, info in sorted(found.items()) if path not in links]
+    # Links to folders may lead round in a circle, and opening a pipe waits for ever; they are named instead.
+    odd = {
+        path: "linked folder" if fs.isdir(path) else "no plain file"
+        for path, info in found.items()
+        if info["type"] not in ("file", "directory") and fs.exists(path) and not fs.isfile(path)
+    }
+    files = [_file(path, info, base) for path, info in sorted(found.items()) if path not in odd]
     listing = _list_files(fs, base, files, how)
-    # Following links to folders may lead round in a circle; they are named instead.
-    return replace(listing, ignored={**listing.ignored, "linked folder": len(links)}) if links else listing
+    return replace(listing, ignored={**listing.ignored, **Counter(odd.values())})
 
 
 def _list_files(fs: fsspec.AbstractFileSystem, base: str, files: list[_File], how: _How) -> Listing:
@@ -427,7 +431,7 @@ def _unique_ids(scans: Iterable[Scan]) -> Iterator[Scan]:
 
 def _file(path: str, info: dict[str, Any], base: str) -> _File:
     name = path[len(base) :].lstrip("/") if path.startswith(base) else posixpath.basename(path)
-    return _File(path, name, int(info.get("size") or 0), file_version(info), file_checksum(info))
+    return _File(path, utf8(name), int(info.get("size") or 0), file_version(info), file_checksum(info))
 
 
 def _is_visible(name: str) -> bool:

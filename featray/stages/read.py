@@ -9,7 +9,7 @@ from __future__ import annotations
 import posixpath
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -56,7 +56,7 @@ class Reader:
         dicom_tags: Keywords whose values may leave the header.
     """
 
-    source: SourceConfig
+    source: SourceConfig = field(repr=False)  # its uri may hold credentials
     policy: PolicyConfig
     max_voxels: int
     dicom_tags: Sequence[str] = ()

@@ -36,6 +36,9 @@ ANISOTROPIC_RATIO = 10.0
 MIN_SPACING_MM, MAX_SPACING_MM = 0.001, 100.0
 """Outside of these the header is wrong (metres taken for millimetres?), not the scan fine or coarse."""
 
+MAX_ORIGIN_MM = 1e6
+"""A first voxel a kilometre from the scanner is no place in a patient."""
+
 
 def ras_to_lps(affine_ras: Affine) -> Affine:
     """Return the affine with millimetres in LPS instead of RAS (NIfTI), or the other way round."""
@@ -72,7 +75,7 @@ def is_sheared(affine_lps: Affine, degrees: float = SHEAR_DEGREES) -> bool:
 
 
 def problem(affine_lps: Affine) -> str | None:
-    """Return what makes an affine unusable (not finite, flat, absurd spacing), or None."""
+    """Return what makes an affine unusable (not finite, flat, absurd spacing or origin), or None."""
     if not np.isfinite(affine_lps).all():
         return "the affine holds values that are not finite"
     with np.errstate(all="ignore"):  # lengths beyond float64 are infinite, which is the answer
@@ -80,6 +83,8 @@ def problem(affine_lps: Affine) -> str | None:
     if not MIN_SPACING_MM <= min(spacing) <= max(spacing) <= MAX_SPACING_MM:
         text = ", ".join(f"{mm:g}" for mm in spacing)
         return f"spacing (z, y, x) is {text} mm, expected {MIN_SPACING_MM:g} to {MAX_SPACING_MM:g}"
+    if np.abs(affine_lps[:3, 3]).max() > MAX_ORIGIN_MM:
+        return f"the first voxel lies more than {MAX_ORIGIN_MM:g} mm away from the origin"
     if abs(np.linalg.det(_directions(affine_lps))) < 1e-3:
         return "the affine is singular: two voxel axes point the same way"
     return None

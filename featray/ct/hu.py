@@ -5,7 +5,7 @@ All values are those after slope and intercept, before any window.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,9 +66,17 @@ def statistics(voxels_zyx: NDArray[Any]) -> HuStatistics:
     minimum, maximum = float(min(low for low, _ in ends)), float(max(high for _, high in ends))
     sample = lattice(voxels_zyx)
     counts = _counts(sample)
-    if voxels_zyx.dtype == np.int16 and voxels_zyx.size <= EXACT_VOXELS:
-        sample = np.ascontiguousarray(voxels_zyx)
-    p01, p50, p99 = _percentiles(sample)
+    if voxels_zyx.dtype != np.int16:
+        ordered = np.sort(sample, axis=None)  # faster than np.partition at six ranks
+        percentiles = _percentiles(ordered.size, lambda rank: float(ordered[rank]))
+    else:
+        exact = voxels_zyx.size <= EXACT_VOXELS and sample.size < voxels_zyx.size
+        every = _counts(np.ascontiguousarray(voxels_zyx)) if exact else counts
+        cumulative = np.cumsum(every)
+        percentiles = _percentiles(
+            int(cumulative[-1]), lambda rank: float(np.searchsorted(cumulative, rank, side="right") + _FIRST)
+        )
+    p01, p50, p99 = percentiles
     return HuStatistics(minimum, p01, p50, p99, maximum, counts)
 
 
@@ -233,18 +241,11 @@ def _pieces(flat: NDArray[Any]) -> Iterator[NDArray[Any]]:
         yield flat[start : start + EXACT_VOXELS]
 
 
-def _percentiles(contiguous: NDArray[Any]) -> list[float]:
-    ranks = [q / 100 * (contiguous.size - 1) for q in PERCENTILES]
-    below = [int(rank) for rank in ranks]
-    above = [min(rank + 1, contiguous.size - 1) for rank in below]
-    values = _order_statistics(contiguous, below + above)
-    pairs = zip(ranks, below, values[:3], values[3:], strict=True)
-    return [float(low + (high - low) * (rank - whole)) for rank, whole, low, high in pairs]
-
-
-def _order_statistics(contiguous: NDArray[Any], ranks: list[int]) -> list[float]:
-    if contiguous.dtype != np.int16:
-        ordered = np.sort(contiguous, axis=None)  # faster than np.partition at six ranks
-        return [float(ordered[rank]) for rank in ranks]
-    cumulative = np.cumsum(_counts(contiguous))
-    return [float(np.searchsorted(cumulative, rank, side="right") + _FIRST) for rank in ranks]
+def _percentiles(count: int, value_at: Callable[[int], float]) -> list[float]:
+    """Return `PERCENTILES` of `count` values, given the value at any rank from 0."""
+    found = []
+    for q in PERCENTILES:
+        rank = q / 100 * (count - 1)
+        low, high = value_at(int(rank)), value_at(min(int(rank) + 1, count - 1))
+        found.append(low + (high - low) * (rank - int(rank)))
+    return found

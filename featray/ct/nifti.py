@@ -61,7 +61,8 @@ def read_nifti(
         max_voxels: More are refused, all volumes of the file counted.
         volume: Which volume to take, from 0, of a file that holds several (warning
             `not_a_volume`); None refuses such files. A file with one volume has no choice.
-        keep_shear: Return sheared axes with the warning `gantry_tilt` instead of refusing them.
+        keep_shear: Return sheared axes, with their true affine and the warning `gantry_tilt`, instead
+            of refusing them; `stored.as_shifted_slices` makes of them what `regrid.upright` takes.
 
     Raises:
         ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume`,
@@ -203,7 +204,8 @@ def _chosen_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tup
 def _sform(header: Any) -> Affine | None:
     if int(header["sform_code"]) <= 0:
         return None
-    affine = _in_mm(header, header.get_sform())
+    with np.errstate(all="ignore"):  # what is not finite is found below
+        affine = _in_mm(header, header.get_sform())
     return None if geometry.problem(affine) else affine
 
 
@@ -222,8 +224,7 @@ def _qform(header: Any) -> Affine | None:
 
 def _in_mm(header: Any, affine: Affine) -> Affine:
     factor = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
-    with np.errstate(all="ignore"):  # what is not finite is found later; matmul would spread it
-        return affine.astype(np.float64) * [[factor], [factor], [factor], [1.0]]
+    return affine.astype(np.float64) * [[factor], [factor], [factor], [1.0]]  # matmul would spread infinities
 
 
 def _differ(first: Affine, second: Affine, shape_zyx: tuple[int, ...]) -> bool:
@@ -238,14 +239,16 @@ def _differ(first: Affine, second: Affine, shape_zyx: tuple[int, ...]) -> bool:
 def _spacing_differs(header: Any, sform: Affine, shape_zyx: tuple[int, ...]) -> bool:
     """Tell an sform that nobody filled in: identity, with the true spacing in pixdim alone."""
     pixdim = _pixdim_mm(header)
-    apart = np.abs(pixdim - np.linalg.norm(sform[:3, :3], axis=0)) * (np.array(shape_zyx[::-1]) - 1)
     known = np.isfinite(pixdim) & (pixdim > 0)
-    return bool((apart[known] > DIFFERENT_MM).any())
+    steps = np.array(shape_zyx[::-1]) - 1
+    apart = np.abs(pixdim - np.linalg.norm(sform[:3, :3], axis=0))
+    return bool((apart[known] > DIFFERENT_MM / steps[known]).any())
 
 
 def _pixdim_mm(header: Any) -> Affine:
     """Return the spacing along x, y and z; negative ones mean nothing in NIfTI."""
-    affine = _in_mm(header, np.diag([*header["pixdim"][1:4], 1.0]))
+    with np.errstate(all="ignore"):
+        affine = _in_mm(header, np.diag([*header["pixdim"][1:4], 1.0]))
     return np.abs(affine.diagonal()[:3])
 
 

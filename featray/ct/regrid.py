@@ -24,7 +24,6 @@ from featray.ct import geometry
 from featray.ct.geometry import Affine
 from featray.ct.resample import clipped_copy
 from featray.ct.volume import Volume
-from featray.errors import Reason, ScanError
 
 Window = tuple[float, float] | None
 
@@ -49,30 +48,6 @@ def upright_grid(sheared_lps: Affine, origins_lps: NDArray[np.float64]) -> Affin
     sideways = _indices(affine, origins_lps)[:, :2].min(axis=0)
     affine[:3, 3] += affine[:3, :2] @ sideways
     return affine
-
-
-def with_slices(volume: Volume) -> Volume:
-    """Return a volume with sheared axes, as a tilted scan converted to NIfTI has, as shifted slices.
-
-    Slices are those along the array's z. A volume with right angles is returned as it is.
-
-    Raises:
-        ScanError: `gantry_tilt`; x and y themselves are not at a right angle, which no tilt does.
-    """
-    if volume.slice_origins_lps is not None or not geometry.is_sheared(volume.affine_lps):
-        return volume
-    x, y, z, first = (volume.affine_lps[:3, column] for column in range(4))
-    if abs(x @ y) > np.linalg.norm(x) * np.linalg.norm(y) * math.sin(math.radians(geometry.SHEAR_DEGREES)):
-        raise ScanError(
-            Reason.GANTRY_TILT, "rows and columns are not at a right angle; convert the scan anew"
-        )
-    origins = first + np.arange(len(volume.voxels_zyx))[:, None] * z
-    if np.cross(x, y) @ z < 0:  # slices in the order of their normal
-        voxels, origins = volume.voxels_zyx[::-1], origins[::-1].copy()
-    else:
-        voxels = volume.voxels_zyx
-    affine = upright_grid(volume.affine_lps, origins)
-    return replace(volume, voxels_zyx=voxels, affine_lps=affine, slice_origins_lps=origins)
 
 
 def upright_size(volume: Volume) -> tuple[int, int, int]:

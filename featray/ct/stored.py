@@ -7,7 +7,7 @@ with the bytes at hand before memory is spent on it.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.geometry import Affine
+from featray.ct.regrid import upright_grid
 from featray.ct.rescale import extremes, rescale, result_dtype
+from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
 Buffer = bytes | bytearray | memoryview
@@ -146,3 +148,34 @@ def geometry_warnings(affine_lps: Affine, *, keep_shear: bool) -> tuple[str, ...
             "the voxel axes are not at right angles (tilted gantry?); set policy.gantry_tilt to resample",
         )
     return (Reason.GANTRY_TILT.value, *geometry.oddities(affine_lps))
+
+
+def as_shifted_slices(volume: Volume) -> Volume:
+    """Return a sheared volume as `regrid.upright` takes it: slices that lie shifted sideways.
+
+    Slices are planes along two axes at right angles, those of the file if they are. Voxels are a view.
+    A volume that is not sheared is returned as it is.
+
+    Raises:
+        ScanError: `gantry_tilt`; no two axes are at right angles.
+    """
+    if not geometry.is_sheared(volume.affine_lps):
+        return volume
+    for slice_axis in (2, 1, 0):
+        order = [*(axis for axis in range(3) if axis != slice_axis), slice_axis]
+        affine = volume.affine_lps[:, [*order, 3]]
+        if not _shears_in_plane(affine):
+            break
+    else:
+        raise ScanError(Reason.GANTRY_TILT, "no two voxel axes are at right angles: no gantry does that")
+    voxels = volume.voxels_zyx.transpose([2 - axis for axis in reversed(order)])
+    origins = affine[:3, 3] + np.arange(len(voxels))[:, None] * affine[:3, 2]
+    grid = upright_grid(affine, origins)
+    return replace(volume, voxels_zyx=voxels, affine_lps=grid, slice_origins_lps=origins)
+
+
+def _shears_in_plane(affine_lps: Affine) -> bool:
+    """Return whether the first two axes are away from a right angle; the third is put upright first."""
+    upright = affine_lps.copy()
+    upright[:3, 2] = np.cross(upright[:3, 0], upright[:3, 1])
+    return geometry.is_sheared(upright)

@@ -128,7 +128,6 @@ class Decoder:
     def _region(self, volume: Volume, mask: Volume | None) -> Volume:
         """Return the volume on an even, rectangular grid, as far as policy asks, cut to its mask."""
         window = self.preprocess.window
-        volume = regrid.with_slices(volume)
         self._check_regridded(regrid.upright_size(volume))
         volume = regrid.upright(volume, window)
         if self.policy.oblique == "resample":

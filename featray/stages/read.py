@@ -17,6 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct import dicom, metaimage, nifti, nrrd
 from featray.ct.archive import MAX_ARCHIVE_BYTES, open_archive
+from featray.ct.stored import as_shifted_slices
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 from featray.npy import Samples, read_npy
@@ -88,7 +89,8 @@ class Reader:
                 resample_steps=self.policy.irregular_spacing == "resample",
             )
         shear = self.policy.gantry_tilt == "resample"
-        return _read_single(kind, files, self.max_voxels, self.source.volume, shear)
+        volume = _read_single(kind, files, self.max_voxels, self.source.volume, shear)
+        return as_shifted_slices(volume)
 
     def _mask(self, uri: str) -> Volume | None:
         """Return the mask at `uri`, if there is one; where it lies counts, its axes may be anything."""

@@ -109,6 +109,8 @@ def test_letters_stay_distinct_at_45_degrees() -> None:
         pytest.param(lambda a: a.__setitem__((0, 3), np.nan), id="not-finite"),
         pytest.param(lambda a: a.__setitem__((slice(3), 1), 0), id="zero-spacing"),
         pytest.param(lambda a: a.__setitem__((2, 2), 101), id="spacing-above-100-mm"),
+        pytest.param(lambda a: a.__setitem__((2, 2), 0.0007), id="spacing-in-metres"),
+        pytest.param(lambda a: a.__setitem__((1, 3), -2e6), id="origin-two-kilometres-away"),
         pytest.param(lambda a: a.__setitem__((slice(3), 1), a[:3, 0]), id="two-equal-axes"),
     ],
 )

@@ -6,6 +6,7 @@ import gzip
 import io
 import zlib
 from collections.abc import Callable
+from itertools import permutations
 from typing import Any
 
 import nibabel as nib
@@ -13,7 +14,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from featray.ct import geometry, regrid
 from featray.ct.nifti import read_nifti, read_nifti_pair
+from featray.ct.stored import as_shifted_slices
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -316,6 +319,49 @@ def test_sheared_axes_can_be_kept_for_someone_who_resamples_them() -> None:
 
     assert "gantry_tilt" in volume.warnings
     assert volume.affine_lps[1, 2] == pytest.approx(-0.5)
+
+
+BALL_LPS = np.array([20.0, 15.0, 30.0])
+
+
+def ball(affine_lps: NDArray[np.float64], shape_zyx: tuple[int, ...]) -> NDArray[np.float32]:
+    """A smooth ball round `BALL_LPS`, as every grid that lies right in space samples it."""
+    z, y, x = np.indices(shape_zyx)
+    places = np.stack([x, y, z], -1) @ affine_lps[:3, :3].T + affine_lps[:3, 3]
+    return (1000 * np.exp(-((places - BALL_LPS) ** 2).sum(-1) / 200) - 500).astype(np.float32)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+@pytest.mark.parametrize("step", [2.0, -2.0])
+def test_a_tilted_file_can_be_put_upright_whichever_axis_its_slices_run_along(
+    order: tuple[int, ...], step: float
+) -> None:
+    tilted = np.array([[1, 0, 0, -5], [0, 1, 0.6, -10], [0, 0, step, 30 - 15 * step], [0, 0, 0, 1]], float)
+    affine = tilted[:, [*order, 3]]
+    shape_zyx = tuple((50, 60, 31)[axis] for axis in reversed(order))
+    data = nifti(ball(affine, shape_zyx).T, affine=np.diag([-1, -1, 1, 1]) @ affine, sform_code=1)
+    volume = read_nifti(data, max_voxels=MANY, keep_shear=True)
+
+    upright = regrid.upright(as_shifted_slices(volume), None)
+
+    assert not geometry.is_sheared(upright.affine_lps)
+    expected = ball(upright.affine_lps, upright.voxels_zyx.shape)
+    near = expected > 0
+    assert near.sum() > 100
+    assert np.abs(upright.voxels_zyx - expected)[near].max() < 20
+
+
+def test_a_file_sheared_along_all_axes_stays_refused() -> None:
+    affine = np.array([[1, 0.3, 0.3, 0], [0, 1, 0.3, 0], [0, 0, 1, 0], [0, 0, 0, 1]], float)
+    volume = read_nifti(nifti(affine=affine, sform_code=1), max_voxels=MANY, keep_shear=True)
+
+    assert reason_of(lambda: as_shifted_slices(volume)) == Reason.GANTRY_TILT
+
+
+def test_a_volume_without_shear_has_no_shifted_slices() -> None:
+    volume = read(nifti())
+
+    assert as_shifted_slices(volume) is volume
 
 
 def pair(kind: type = nib.Nifti1Pair, stored: NDArray[Any] = STORED_XYZ) -> tuple[bytes, bytes]:

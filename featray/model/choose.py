@@ -132,11 +132,14 @@ def _is_glob(text: str) -> bool:
 
 
 def _near(text: str, taps: list[Tap]) -> str:
-    paths = list(dict.fromkeys(tap.path for tap in taps))
+    paths = list(dict.fromkeys(tap.path for tap in taps if not tap.problem))
     ends = {path.rpartition("/")[2]: path for path in reversed(paths)}
     close = difflib.get_close_matches(text, paths, n=3, cutoff=0.6)
     close += [ends[end] for end in difflib.get_close_matches(text.rpartition("/")[2], ends, n=3, cutoff=0.6)]
     if close:
         return f"; did you mean {', '.join(list(dict.fromkeys(close))[:3])}?"
+    around = text.rpartition("/")[0]
+    if around and find(around, taps):
+        return f"; nothing of that name inside {around!r} runs as a layer of its own; take {around!r}"
     more = ", …" if len(paths) > 12 else ""
     return f"; it has: {', '.join(paths[:12])}{more} (`featray layers` lists all)"

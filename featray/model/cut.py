@@ -133,12 +133,14 @@ class Extractor:
     def recipe_part(self) -> dict[str, Any]:
         """Return what of the model decides the values, JSON-ready; layer order does not matter."""
         outputs = [{"name": layer.name, "path": layer.path, "pool": layer.pool} for layer in self.layers]
+        # 1 and 1.0 are one value.
+        constants = {name: np.asarray(value, float).tolist() for name, value in self._spec.constants.items()}
         return {
             "sha256": self.sha256,
             "submodel": self._spec.submodel,
             "layers": sorted(outputs, key=lambda output: output["name"]),
             "compute_dtype": self._compute_dtypes,
-            **({"constants": self._spec.constants} if self._spec.constants else {}),
+            **({"constants": constants} if constants else {}),
         }
 
     def _run(self, whole: Batch) -> dict[str, Batch]:

@@ -164,6 +164,8 @@ def _constant(tensor: Any, value: Any) -> Any:
         raise ModelError(f"constants: {tensor.name}: not numbers of type {tensor.dtype} ({error})") from None
     if not _fits(shape, array.shape):
         raise ModelError(f"constants: {tensor.name} takes {shown(shape)}, the value has {shown(array.shape)}")
+    if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
+        raise ModelError(f"constants: {tensor.name}: NaN or infinity would make every value NaN")
     return tf.constant(array)
 
 
@@ -173,6 +175,7 @@ def as_inputs(batch: NDArray[Any], shape: Shape) -> Batch:
     Raises:
         InputShapeError: It has another shape, or is not floating point.
     """
+    batch = np.asarray(batch)
     axis, given = channel_axis(shape), batch.shape
     if axis is not None and batch.ndim == len(shape):
         batch = np.expand_dims(batch, axis)

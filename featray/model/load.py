@@ -220,12 +220,10 @@ def _readable(path: Path, content: Saved) -> Iterator[Path]:
     """Yield a file that this Keras reads: `path`, or for a while a copy that says the same anew."""
     import h5py
 
-    if content.kind is not Kind.WHOLE_H5:
-        yield path
-        return
+    suffix = ".h5" if content.kind is Kind.WHOLE_H5 else ".keras"
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "model.h5"  # Keras goes by the suffix, which may be another
-        if not keras2.is_old(content.keras_version):
+        copy = Path(folder) / f"model{suffix}"  # Keras goes by the suffix, which may be another
+        if content.kind is not Kind.WHOLE_H5 or not keras2.is_old(content.keras_version):
             copy.symlink_to(path.absolute())
         else:
             shutil.copyfile(path, copy)
@@ -262,6 +260,15 @@ def _from_builder(
     return model
 
 
+def _made(build: Callable[[], Any]) -> Any:
+    import keras
+
+    model = build()
+    if not isinstance(model, keras.layers.Layer):
+        raise ModelError(f"builder: it returned {type(model).__name__}, no Keras model")
+    return model
+
+
 def _built(build: Callable[[], Any], input_shapes: Sequence[tuple[int | None, ...]]) -> Any:
     """Return a model with its variables, made by a call on the first shape that it takes.
 
@@ -270,7 +277,7 @@ def _built(build: Callable[[], Any], input_shapes: Sequence[tuple[int | None, ..
     failure: Exception | None = None
     for shape in input_shapes:
         with _fresh_names():
-            model = build()
+            model = _made(build)
         if model.built:
             return model
         try:
@@ -280,7 +287,7 @@ def _built(build: Callable[[], Any], input_shapes: Sequence[tuple[int | None, ..
             failure = failure or error
     if failure is not None:
         raise failure
-    model = build()
+    model = _made(build)
     if not model.built:
         raise ModelError(
             "builder: the model does not say what input it takes, so its weights have no place yet; give its "

@@ -96,6 +96,10 @@ def _open_archive(path: Path) -> Saved:
         with zipfile.ZipFile(path) as archive:
             if "config.json" not in archive.namelist():
                 raise ModelError(f"{path.name}: a zip file without config.json; it was not saved by Keras")
+            if not any(name.startswith("model.weights.") for name in archive.namelist()):
+                raise ModelError(
+                    f"{path.name}: holds no weights, which would be random; save the model again"
+                )
             config = json.loads(archive.read("config.json"))
             metadata = (
                 json.loads(archive.read("metadata.json")) if "metadata.json" in archive.namelist() else {}

@@ -425,3 +425,23 @@ def test_a_type_the_machine_cannot_compute_in_is_refused_with_the_way_out(
         ModelError, match=r"fails on .*the model computes in float16: try model.compute: float32"
     ):
         Extractor(half[1])
+
+
+def test_a_constant_is_one_value_however_it_is_written_and_never_nan(tmp_path: Path) -> None:
+    x, age = keras.Input((3,), name="x"), keras.Input((2,), name="age")
+    both = keras.layers.Concatenate()([x, age])
+    keras.Model([x, age], keras.layers.Dense(2, name="code")(both)).save(tmp_path / "m.keras")
+    section = {"uri": str(tmp_path / "m.keras"), "layers": ["code"]}
+    parts = [
+        Extractor({**section, "constants": {"age": value}}).recipe_part() for value in ([1, 2], [1.0, 2.0])
+    ]
+    assert parts[0] == parts[1]
+    with pytest.raises(ModelError, match="constants: age: NaN or infinity"):
+        Extractor({**section, "constants": {"age": [float("nan"), 1]}})
+
+
+def test_what_a_wrapper_calls_inside_is_told_to_be_taken_with_the_wrapper(tmp_path: Path) -> None:
+    wrapped = keras.layers.TimeDistributed(keras.layers.Dense(2, name="in"), name="td")
+    keras.Sequential([keras.Input((4, 3)), wrapped]).save(tmp_path / "m.keras")
+    with pytest.raises(ModelError, match="take 'td'"):
+        Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["td/in"]})

@@ -444,3 +444,35 @@ def test_a_loaded_model_that_does_not_say_its_input_is_tried_too(tmp_path: Path,
     np.testing.assert_allclose(
         Extractor(section, input_zyx=(8, 6, 3))(x)["flat"], expected, rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_model_file_is_read_whatever_it_is_called(tmp_path: Path) -> None:
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="code")])
+    for suffix, name in ((".keras", "other.h5"), (".keras", "none"), (".h5", "other.keras")):
+        model.save(tmp_path / f"m{suffix}")
+        (tmp_path / f"m{suffix}").rename(tmp_path / name)
+        extractor = Extractor({"uri": str(tmp_path / name), "layers": ["code"]})
+        x = np.ones((1, 3), np.float32)
+        np.testing.assert_allclose(extractor(x)["code"], np.asarray(model(x)), rtol=1e-5)
+
+
+def test_an_archive_without_its_weights_is_refused(tmp_path: Path) -> None:
+    keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="code")]).save(tmp_path / "m.keras")
+    with zipfile.ZipFile(tmp_path / "m.keras") as whole, zipfile.ZipFile(tmp_path / "n.keras", "w") as part:
+        for name in ("config.json", "metadata.json"):
+            part.writestr(name, whole.read(name))
+    with pytest.raises(ModelError, match="holds no weights"):
+        Extractor({"uri": str(tmp_path / "n.keras"), "layers": ["code"]})
+
+
+def test_a_builder_that_returns_no_model_is_told(tmp_path: Path) -> None:
+    keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save_weights(tmp_path / "m.weights.h5")
+    (tmp_path / "b.py").write_text("def build():\n    pass\n")
+    with pytest.raises(ModelError, match="it returned NoneType, no Keras model"):
+        Extractor(
+            {
+                "uri": str(tmp_path / "m.weights.h5"),
+                "builder": f"{tmp_path / 'b.py'}:build",
+                "layers": ["dense"],
+            }
+        )

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -255,7 +256,10 @@ def _output(command: argparse.ArgumentParser) -> None:
 
 def _answer(args: argparse.Namespace, value: Any, text: str) -> None:
     """Print the answer: words for a person, or one JSON document as the last line."""
-    print(json.dumps(value, default=_plain) if args.json else text, flush=True)
+    try:
+        print(json.dumps(value, default=_plain) if args.json else text, flush=True)
+    except BrokenPipeError:  # whoever read the answer has left, as `| head` does; the work is done
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _complain(args: argparse.Namespace, text: str, code: ExitCode) -> None:

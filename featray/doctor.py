@@ -203,7 +203,7 @@ class _Patient:
         needed = 4 * values * patches * len(self._listing.scans)
         free = shutil.disk_usage(_existing(store.root)).free
         verdict: Verdict = "WARN" if needed > 0.9 * free else "PASS"
-        yield verdict, f"up to {needed / 1e9:.2g} GB of values for {free / 1e9:.3g} GB free"
+        yield verdict, f"up to {needed / 1e6:.3g} MB of values for {free / 1e9:.3g} GB free"
 
     def memory(self) -> Found:
         if not self._decoded:

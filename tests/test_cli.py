@@ -267,3 +267,21 @@ def test_a_secret_in_a_broken_override_is_not_echoed(
     assert main(["extract", str(config), "--set", "source.storage_options={secret: [PLANTED"]) == 2
     captured = capsys.readouterr()
     assert "PLANTED" not in captured.err + captured.out
+
+
+def test_a_reader_that_leaves_early_is_no_error(vae_file: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "featray",
+        "layers",
+        str(vae_file),
+        "--custom-objects",
+        "featray.vae:Sampling",
+    ]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        said = process.stderr.read()
+        assert (process.wait(), "Traceback" in said) == (0, False)

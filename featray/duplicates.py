@@ -40,8 +40,10 @@ def settle_duplicates(scans: Sequence[Scan], policy: PolicyConfig) -> list[Scan]
         original = next((first[key] for key in keys if key in first), None)
         for key in keys:
             first.setdefault(key, scan)
-        is_copy = original is not None and not _is_other_part(original, scan)
-        settled.append(_marked(scan, original, policy) if is_copy and original else scan)
+        if original is None or _is_other_part(original, scan):
+            settled.append(scan)
+        else:
+            settled.append(_marked(scan, original, policy))
     return settled
 
 

@@ -51,6 +51,12 @@ def spacing_zyx(affine_lps: Affine) -> tuple[float, float, float]:
     return float(z), float(y), float(x)
 
 
+def indices_xyz(affine_lps: Affine, points_lps: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return voxel indices (x, y, z), with fractions to a millionth, of points (n, 3) in mm."""
+    moved = points_lps - affine_lps[:3, 3]
+    return np.asarray(np.round(np.linalg.solve(affine_lps[:3, :3], moved.T).T, 6))
+
+
 def orientation_letters(affine_lps: Affine) -> str:
     """Return the patient directions in which x, y and z grow, e.g. `LPS`; nearest axes if oblique."""
     directions = _directions(affine_lps)

@@ -1,4 +1,4 @@
-"""A volume and a mask or a point in, where that is in the volume out; no files, no voxel changed."""
+"""A volume and a mask in, the part of the volume that the mask marks out; no files, no voxel changed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.ct.geometry import Affine
+from featray.ct import geometry
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -25,7 +25,7 @@ def cut_to_mask(volume: Volume, mask: Volume, margin_mm: float) -> Volume:
         ScanError: `preprocess`; the mask is empty, or lies outside of the volume.
     """
     corners = _corners_lps(mask)
-    indices = _indices(volume.affine_lps, corners)
+    indices = geometry.indices_xyz(volume.affine_lps, corners)
     margin = margin_mm / np.array(volume.spacing_zyx[::-1])
     shape = np.array(volume.voxels_zyx.shape[::-1])
     # Edges lie half a voxel outside of the centres of the first and the last voxel.
@@ -37,12 +37,6 @@ def cut_to_mask(volume: Volume, mask: Volume, margin_mm: float) -> Volume:
     affine = volume.affine_lps.copy()
     affine[:3, 3] += affine[:3, :3] @ first
     return replace(volume, voxels_zyx=volume.voxels_zyx[z, y, x], affine_lps=affine)
-
-
-def index_xyz(affine_lps: Affine, point_lps: tuple[float, ...]) -> tuple[float, float, float]:
-    """Return the voxel index (x, y, z), with fractions, of a point in LPS mm."""
-    x, y, z = _indices(affine_lps, np.array([point_lps]))[0]
-    return float(x), float(y), float(z)
 
 
 def _corners_lps(mask: Volume) -> NDArray[np.float64]:
@@ -57,8 +51,3 @@ def _corners_lps(mask: Volume) -> NDArray[np.float64]:
         spans.append((found[0] - 0.5, found[-1] + 0.5))
     corners = np.stack(np.meshgrid(*spans, indexing="ij"), -1).reshape(-1, 3)
     return np.asarray(corners @ mask.affine_lps[:3, :3].T + mask.affine_lps[:3, 3])
-
-
-def _indices(affine_lps: Affine, points_lps: NDArray[np.float64]) -> NDArray[np.float64]:
-    moved = points_lps - affine_lps[:3, 3]
-    return np.asarray(np.linalg.solve(affine_lps[:3, :3], moved.T).T)

@@ -45,7 +45,7 @@ def upright_grid(sheared_lps: Affine, origins_lps: NDArray[np.float64]) -> Affin
     way = along[-1] - along[0]
     affine[:3, 2] = normal * way / max(1, round(way / np.median(np.diff(along))))
     affine[:3, 3] = origins_lps[0]
-    sideways = _indices(affine, origins_lps)[:, :2].min(axis=0)
+    sideways = geometry.indices_xyz(affine, origins_lps)[:, :2].min(axis=0)
     affine[:3, 3] += affine[:3, :2] @ sideways
     return affine
 
@@ -55,7 +55,7 @@ def upright_size(volume: Volume) -> tuple[int, int, int]:
     slices, rows, columns = volume.voxels_zyx.shape
     if volume.slice_origins_lps is None:
         return slices, rows, columns
-    x, y, z = _indices(volume.affine_lps, volume.slice_origins_lps).max(axis=0)
+    x, y, z = geometry.indices_xyz(volume.affine_lps, volume.slice_origins_lps).max(axis=0)
     return round(z) + 1, rows + math.ceil(y - _NEGLIGIBLE), columns + math.ceil(x - _NEGLIGIBLE)
 
 
@@ -68,7 +68,7 @@ def upright(volume: Volume, window: Window) -> Volume:
     """
     if volume.slice_origins_lps is None:
         return volume
-    places = _indices(volume.affine_lps, volume.slice_origins_lps)
+    places = geometry.indices_xyz(volume.affine_lps, volume.slice_origins_lps)
     out = np.empty(upright_size(volume), np.float32)
     slices = _Slices(volume.voxels_zyx, places, window, out.shape[1:])
     for z, plane in enumerate(out):
@@ -109,11 +109,6 @@ def onto_axes(volume: Volume, window: Window) -> Volume:
     return replace(volume, voxels_zyx=out, affine_lps=affine)
 
 
-def _indices(affine_lps: Affine, points_lps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return voxel indices (x, y, z), to a millionth, of points (n, 3) in mm."""
-    return np.round(np.linalg.solve(affine_lps[:3, :3], (points_lps - affine_lps[:3, 3]).T).T, 6)
-
-
 def _axes_grid(volume: Volume) -> tuple[Affine, tuple[int, int, int]]:
     """Return affine and (z, y, x) of the grid along the nearest axes that holds every voxel centre."""
     last_xyz = np.array(volume.voxels_zyx.shape[::-1]) - 1
@@ -125,7 +120,7 @@ def _axes_grid(volume: Volume) -> tuple[Affine, tuple[int, int, int]]:
         turned[:, column] = 0
         turned[axis, column] = sign * spacing_xyz[column]
     corners_mm = corners @ volume.affine_lps[:3, :3].T + volume.affine_lps[:3, 3]
-    places = _indices(turned, corners_mm)
+    places = geometry.indices_xyz(turned, corners_mm)
     extent = np.ptp(places, axis=0)
     count = np.ceil(extent - _NEGLIGIBLE).astype(int) + 1
     turned[:3, 3] = turned[:3, :3] @ (places.min(axis=0) - (count - 1 - extent) / 2)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.config import PreprocessConfig
-from featray.ct import geometry, region
+from featray.ct import geometry
 from featray.ct.resample import clipped_copy, resize
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
@@ -177,7 +177,7 @@ def _spaced_index(
 ) -> list[float]:
     """Return the index (z, y, x), with fractions, of a point in the volume after the spacing step."""
     shape = turned.voxels_zyx.shape
-    index = region.index_xyz(turned.affine_lps, point_lps)[::-1]
+    index = geometry.indices_xyz(turned.affine_lps, np.array([point_lps]))[0, ::-1].tolist()
     if any(not -0.5 <= at <= count - 0.5 for at, count in zip(index, shape, strict=True)):
         raise _refused("the point to centre on lies outside of the scan; is source.center_frame right?")
     return [

@@ -11,20 +11,47 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featray.errors import FeatrayError
     from featray.estimate import plan
+    from featray.exporting import export
+    from featray.features import Features
+    from featray.maintenance import vacuum
     from featray.model import Extractor
     from featray.model import list_layers as layers
-    from featray.pipeline import extract
+    from featray.pipeline import extract, refresh
+    from featray.ray_reading import read_ray
+    from featray.reading import read
     from featray.stages.report import Summary
+    from featray.verification import verify
 
-__all__ = ["Extractor", "FeatrayError", "Summary", "extract", "layers", "plan"]
+__all__ = [
+    "Extractor",
+    "FeatrayError",
+    "Features",
+    "Summary",
+    "export",
+    "extract",
+    "layers",
+    "plan",
+    "read",
+    "read_ray",
+    "refresh",
+    "vacuum",
+    "verify",
+]
 
 _HOMES = {
     "Extractor": ("featray.model", "Extractor"),
     "FeatrayError": ("featray.errors", "FeatrayError"),
+    "Features": ("featray.features", "Features"),
     "Summary": ("featray.stages.report", "Summary"),
+    "export": ("featray.exporting", "export"),
     "extract": ("featray.pipeline", "extract"),
     "layers": ("featray.model", "list_layers"),
+    "refresh": ("featray.pipeline", "refresh"),
+    "vacuum": ("featray.maintenance", "vacuum"),
     "plan": ("featray.estimate", "plan"),
+    "read": ("featray.reading", "read"),
+    "read_ray": ("featray.ray_reading", "read_ray"),
+    "verify": ("featray.verification", "verify"),
 }
 
 

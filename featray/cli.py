@@ -63,6 +63,19 @@ def _extract(args: argparse.Namespace) -> int:
     return int(summary.exit_code)
 
 
+def _refresh(args: argparse.Namespace) -> int:
+    from featray.pipeline import refresh
+
+    if args.reason and not args.retry_failed:
+        raise ConfigError("--reason: says which failed scans --retry-failed tries again; give both")
+    retry = (args.reason or [str(reason) for reason in Reason]) if args.retry_failed else None
+    with _stop_on_signal() as stop:
+        summary = refresh(args.config, args.set, retry=retry, show=not args.quiet, stop=stop)
+    _answer(args, summary, summary.text())
+    _say_how_it_ended(summary)
+    return int(summary.exit_code)
+
+
 def _say_how_it_ended(summary: Summary) -> None:
     if summary.exit_code == ExitCode.INTERRUPTED:
         print(f"featray: interrupted; {summary.done} scans are committed, {RESUME}", file=sys.stderr)
@@ -71,9 +84,13 @@ def _say_how_it_ended(summary: Summary) -> None:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from featray.estimate import plan
+    from featray.estimate import plan, why
 
-    found = plan(args.config, args.set)
+    if args.why is not None:
+        sentence = why(args.config, args.why, args.set)
+        _answer(args, {"scan_id": args.why, "why": sentence}, sentence)
+        return ExitCode.OK
+    found = plan(args.config, args.set, explain=args.json)
     _answer(args, found, found.text())
     return ExitCode.OK
 
@@ -154,6 +171,56 @@ def _failures(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def _verify(args: argparse.Namespace) -> int:
+    from featray.verification import verify
+
+    mend = {"repair": args.repair, "forget_damaged": args.forget_damaged}
+    found = verify(_dataset(args), **mend, show=not args.quiet)
+    _answer(args, found, found.text())
+    return found.exit_code
+
+
+def _vacuum(args: argparse.Namespace) -> int:
+    from featray.maintenance import vacuum
+
+    found = vacuum(_dataset(args))
+    _answer(args, found, found.text())
+    return ExitCode.OK
+
+
+def _export(args: argparse.Namespace) -> int:
+    from featray.exporting import export
+
+    found = export(
+        _dataset(args),
+        args.directory,
+        args.version,
+        layers=args.layer,
+        directory_options=_options(args.storage_options),
+    )
+    _answer(args, found, found.text())
+    return ExitCode.OK
+
+
+def _options(text: str | None) -> dict[str, Any] | None:
+    """Return storage options from a YAML or JSON file, or from a text such as `{anon: true}`."""
+    import yaml
+
+    if text is None:
+        return None
+    try:
+        if not text.lstrip().startswith("{"):
+            with open(text, encoding="utf-8") as file:
+                text = file.read()
+        options = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        # Neither the text nor the parser's message is shown: both may hold secrets.
+        raise ConfigError(f"--storage-options: cannot be read as YAML ({type(error).__name__})") from None
+    if not isinstance(options, dict):
+        raise ConfigError("--storage-options: expected keys and values, such as {anon: true}")
+    return options
+
+
 def _demo(args: argparse.Namespace) -> int:
     from featray.demo import demo
 
@@ -164,16 +231,47 @@ def _demo(args: argparse.Namespace) -> int:
     return int(result.summary.exit_code)
 
 
+def _benchmark(args: argparse.Namespace) -> int:
+    from featray.benchmark.run import Plan, benchmark
+
+    plan = Plan(
+        make=args.make,
+        rounds=args.rounds,
+        few=args.few,
+        many=args.many,
+        engines=tuple(args.engines.split(",")),
+        beside=_scripts(args.beside),
+        workers=_counts(args.workers),
+        actors=_counts(args.actors),
+        growth=_counts(args.growth),
+        keep=args.keep,
+    )
+    found = benchmark(args.config, args.set, plan=plan, directory=args.out, show=not args.quiet)
+    _answer(args, found.to_json(), found.text())
+    return ExitCode.OK
+
+
+def _scripts(named: Sequence[str]) -> dict[str, str]:
+    """Return scripts by name from `NAME=FILE.py` texts."""
+    pairs = [text.partition("=") for text in named]
+    if not all(name and script for name, _, script in pairs):
+        raise ConfigError("--beside: expected NAME=FILE.py, e.g. loop=jobs/baselines/loop.py")
+    return {name: script for name, _, script in pairs}
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    """Return the whole numbers of `1,2,4`; none of an empty text."""
+    parts = text.split(",") if text else []
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"{text}: expected whole numbers above 0, such as 1,2,4")
+    return tuple(int(part) for part in parts)
+
+
 def _dataset(args: argparse.Namespace) -> Any:
     """Return the output named on the command line, by its place or by the config that makes it."""
-    from featray.config import load
-    from featray.dataset import Dataset
-    from featray.storage import Store
+    from featray.selection import open_output
 
-    if not args.output.endswith((".yaml", ".yml")):
-        return Dataset(Store(args.output))
-    output = load(args.output).output
-    return Dataset(Store(output.uri, output.storage_options))
+    return open_output(args.output)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -207,7 +305,9 @@ def _parser() -> argparse.ArgumentParser:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
     )
     _config(_command(commands, "doctor", _doctor, "look at everything a run needs, before it; what to do"))
-    _config(_command(commands, "plan", _plan, "count what is new, changed, stale, failed, removed; estimate"))
+    planned = _command(commands, "plan", _plan, "count new, changed, stale, failed, removed scans; estimate")
+    _config(planned)
+    planned.add_argument("--why", metavar="ID", help="say of one scan only what its state is, and why")
     shown = _command(commands, "preview", _preview, "a picture of one scan as the network would see it")
     _config(shown)
     shown.add_argument("--scan", metavar="ID", help="which scan (default: the first that can be used)")
@@ -218,12 +318,41 @@ def _parser() -> argparse.ArgumentParser:
         help="folder for the picture and the tensor (default: %(default)s)",
     )
     _config(_command(commands, "extract", _extract, "extract what is missing; again: resume, or do nothing"))
+    fresh = _command(
+        commands, "refresh", _refresh, "bring the output in step with the collection; unchanged: do nothing"
+    )
+    _config(fresh)
+    fresh.add_argument("--retry-failed", action="store_true", help="try failed scans again, changed or not")
+    fresh.add_argument(
+        "--reason",
+        action="append",
+        choices=[str(reason) for reason in Reason],
+        metavar="CODE",
+        help="only those that failed for this reason; may be repeated",
+    )
+    _benchmark_options(_command(commands, "benchmark", _benchmark, "throughput by stage and end to end"))
     _output(_command(commands, "status", _status, "what an output holds, by layer and by reason"))
     failed = _command(commands, "failures", _failures, "the scans of an output that are not ok, and why")
     _output(failed)
     failed.add_argument(
         "--reason", choices=[str(reason) for reason in Reason], metavar="CODE", help="only this reason"
     )
+    checked = _command(
+        commands, "verify", _verify, "read everything back; say what is wrong and what mends it"
+    )
+    _output(checked)
+    checked.add_argument(
+        "--repair", action="store_true", help="finish a commit that was cut, delete orphans; touches no scan"
+    )
+    checked.add_argument(
+        "--forget-damaged",
+        action="store_true",
+        help="also take damaged scans out of both tables, for the next extract to make again",
+    )
+    _export_arguments(
+        _command(commands, "export", _export, "copy one version to a plain folder of Parquet, with no log")
+    )
+    _output(_command(commands, "vacuum", _vacuum, "delete superseded files and orphans, merge small files"))
     return parser
 
 
@@ -248,9 +377,51 @@ def _config(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _benchmark_options(command: argparse.ArgumentParser) -> None:
+    _config(command)
+    for name, default, text in (
+        ("--make", None, "make N phantoms to measure on, not the config's collection"),
+        ("--rounds", 2, "of everything (default: %(default)s)"),
+        ("--few", None, "scans of the smaller run (default: half of the sample)"),
+        ("--many", None, "of the larger one (default: three times the sample more)"),
+    ):
+        command.add_argument(name, type=int, default=default, metavar="N", help=text)
+    command.add_argument("--engines", default="inline,ray", metavar="NAMES", help="default: %(default)s")
+    command.add_argument(
+        "--beside", action="append", default=[], metavar="NAME=FILE.py", help="a script to run as well"
+    )
+    command.add_argument("--workers", default="", metavar="1,2,4", help="decode workers to try, inline")
+    command.add_argument("--actors", default="", metavar="1,2", help="actors to try, ray")
+    command.add_argument("--growth", default="", metavar="50,500", help="collections to run once each")
+    command.add_argument("--keep", metavar="DIR", help="folder to keep what --make makes, to be used again")
+    command.add_argument(
+        "--out",
+        default="featray-benchmark",
+        metavar="DIR",
+        help="for benchmark.json and benchmark.svg (default: %(default)s)",
+    )
+
+
 def _output(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "output", metavar="OUTPUT", help="output folder or URL, or the config (.yaml) that names it"
+    )
+
+
+def _export_arguments(command: argparse.ArgumentParser) -> None:
+    _output(command)
+    command.add_argument(
+        "directory", metavar="DIR", help="folder or URL: new, empty, or left by an export that was killed"
+    )
+    command.add_argument("--version", type=int, metavar="N", help="version of OUTPUT (default: the newest)")
+    command.add_argument(
+        "--layer", action="append", default=[], metavar="NAME", help="only this layer; may be repeated"
+    )
+    command.add_argument(
+        "--storage-options",
+        metavar="FILE",
+        help="fsspec options of DIR, a YAML or JSON file or {inline}; default: those of OUTPUT, if in one "
+        "kind of store",
     )
 
 

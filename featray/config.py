@@ -56,6 +56,8 @@ class SourceConfig(_Section):
     """Frame of the manifest columns center_x, center_y, center_z (mm)."""
     volume: int | None = Field(default=None, ge=0)
     """Which volume of a file with several (4-D NIfTI) to take, counted from 0; null refuses such files."""
+    fingerprint: Literal["store", "bytes"] = "store"
+    """What tells that a scan changed: the store's version of its files, or their bytes, all of them read."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Passed to fsspec; never written anywhere."""
 
@@ -228,7 +230,8 @@ class DecodeConfig(_Section):
     num_cpus: float = Field(default=1, gt=0)
     """CPUs each decode task claims (engine ray)."""
     memory: int | None = Field(default=None, gt=0)
-    """Bytes each decode task claims (engine ray); null = not claimed."""
+    """Bytes decoding one scan may take; more makes it `too_large`, and each task claims them (engine ray).
+    null = most of the machine's memory, nothing claimed."""
     workers: int | None = Field(default=None, ge=0)
     """Helper processes (engine inline); null = one per core; 0 = decode in this process, for a debugger."""
 
@@ -251,6 +254,8 @@ class LimitsConfig(_Section):
 
     max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of failed scans above which the exit code is 3."""
+    max_removed_fraction: float = Field(default=0.5, ge=0, le=1)
+    """refresh: share of the stored scans that may go at once, above a hundred; more looks like a lost mount."""
     max_voxels: int = Field(default=2_000_000_000, gt=0)
     """Checked from the header, before anything is allocated."""
     scan_timeout_s: float = Field(default=600, gt=0)

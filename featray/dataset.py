@@ -1,7 +1,7 @@
-"""The output as readers see it: two Delta tables over Parquet, `features` and `scans`.
+"""The output as readers see it: two Delta tables over Parquet, `features` and `scans`, as of one commit.
 
-Opens them, says which files are live, reads the ledger, and puts data files beside them that nobody
-sees until `stages.commit`, alone, makes them part of a table.
+A `Snapshot` is that: both tables' files, in agreement. `Dataset` opens one, and puts data files beside the
+tables that nobody sees until `stages.commit`, alone, makes them part of a table.
 Parquet is read with pyarrow over fsspec, never through deltalake's own readers: those can abort the
 process at exit, and a scheduler looks at the exit code.
 """
@@ -9,40 +9,135 @@ process at exit, and a scheduler looks at the exit code.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from deltalake import DeltaTable, Schema
-from deltalake.exceptions import TableNotFoundError
 
-from featray.errors import ConfigError
+from featray.deltalog import LiveFile, Owed, TableLog
+from featray.errors import ConfigError, FeatrayError
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.storage import Store
 
 FEATURES = "features"
 SCANS = "scans"
 RUNS = "runs"
-APP = "featray"
-"""Application id of every transaction; its version counts the commits."""
+LEDGER = ("scan_id", "status", "reason", "content", "recipe")
+"""Columns of `scans` that planning needs."""
+
+_LOOKS = 20
+"""Times to look again when a run commits while the two tables are being opened."""
+_DATA_FILE = re.compile(
+    r"(?:^|/)part-(?P<run_id>[^/]+)-[0-9a-f]{16}\.parquet(?P<scratch>\.[0-9a-f]{32}\.tmp)?$"
+)
 
 
-@dataclass(frozen=True)
-class LiveFile:
-    """One Parquet file that the current version of a table holds. `path` is below the table's folder."""
+class Snapshot:
+    """Both tables as of one commit: what `scans` says of a scan is what `features` holds.
 
-    path: str
-    size: int
-    rows: int
-    min_id: str
-    max_id: str
-    partition_values: dict[str, str | None]
+    A commit that a kill cut between the two tables counts as done here, for nothing that it needs is missing;
+    the next run writes down its second half.
+
+    Args:
+        store: The output folder.
+        features: Log of `features`.
+        scans: Log of `scans` at the same commit, but for `owed`.
+        owed: What one of the tables still lacks.
+    """
+
+    def __init__(self, store: Store, features: TableLog, scans: TableLog, owed: Owed | None) -> None:
+        self.store, self._logs, self.owed = store, {FEATURES: features, SCANS: scans}, owed
+
+    @property
+    def version(self) -> int:
+        """Version of `features`: what `--version` names."""
+        return self._logs[FEATURES].version
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Version of each table."""
+        return {name: log.version for name, log in self._logs.items()}
+
+    @property
+    def partition_by(self) -> list[str]:
+        """Partition columns of `features`, `layer` first."""
+        return self._logs[FEATURES].partition_by
+
+    @property
+    def keep_days(self) -> float:
+        """Days that the output keeps superseded files (`output.keep_versions_days`)."""
+        return self._logs[FEATURES].keep_days
+
+    def schema(self, table: str) -> pa.Schema:
+        """Return the Arrow schema of a whole table, partition columns included."""
+        return self._logs[table].schema
+
+    def files(self, table: str) -> list[LiveFile]:
+        """Return the files that hold the table's rows."""
+        files = self._logs[table].files()
+        if self.owed is None or self.owed.table != table:
+            return files
+        gone = {file.path for file in self.owed.remove}
+        return [file for file in files if file.path not in gone] + [LiveFile.of(f) for f in self.owed.add]
+
+    def superseded(self, table: str) -> set[str]:
+        """Return paths of files that older versions within `keep_days` are read from."""
+        return self._logs[table].superseded() if self.keep_days else set()
+
+    def fragments(
+        self, table: str, files: Sequence[LiveFile] | None = None
+    ) -> list[pads.ParquetFileFragment]:
+        """Return files (all by default) as pyarrow fragments that know their partition values."""
+        schema, filesystem = self.schema(table), self.filesystem()
+        chosen = self.files(table) if files is None else files
+        return [self._fragment(table, file, schema, filesystem) for file in chosen]
+
+    def read(
+        self,
+        table: str,
+        columns: Sequence[str] | None = None,
+        where: pads.Expression | None = None,
+        files: Sequence[LiveFile] | None = None,
+    ) -> pa.Table:
+        """Return rows of a table, or of some of its files; partition columns are among the columns.
+
+        Raises:
+            FileNotFoundError: A file has been deleted since, as superseded files are.
+            StorageError: The store does not answer.
+        """
+        fragments = self.fragments(table, files)
+        found = pads.FileSystemDataset(
+            fragments, self.schema(table), pads.ParquetFileFormat(), self.filesystem()
+        )
+        return self.store.ask(
+            lambda: found.to_table(columns=list(columns) if columns else None, filter=where)
+        )
+
+    def ledger(self, columns: Sequence[str] = LEDGER) -> pa.Table:
+        """Return chosen columns of `scans`."""
+        return self.read(SCANS, columns)
+
+    def filesystem(self) -> pafs.FileSystem:
+        """Return the store as pyarrow sees it."""
+        if self.store.is_local:
+            return pafs.LocalFileSystem()
+        return pafs.PyFileSystem(pafs.FSSpecHandler(self.store.fs))
+
+    def _fragment(
+        self, table: str, file: LiveFile, schema: pa.Schema, filesystem: pafs.FileSystem
+    ) -> pads.ParquetFileFragment:
+        partition = None
+        for name, value in file.partition_values.items():
+            equal = pads.field(name) == pads.scalar(pa.scalar(value, schema.field(name).type))
+            partition = equal if partition is None else partition & equal
+        return pads.ParquetFileFormat().make_fragment(
+            self.store.path(f"{table}/{file.path}"), filesystem, partition_expression=partition
+        )
 
 
 class Dataset:
@@ -55,60 +150,58 @@ class Dataset:
     def __init__(self, store: Store) -> None:
         self.store = store
 
-    def open(self, table: str, version: int | None = None) -> DeltaTable | None:
-        """Return a table at a version (the newest by default), None when it was never written."""
-        try:
-            return DeltaTable(
-                self.store.delta_uri(table), version=version, storage_options=self.store.delta_options()
-            )
-        except TableNotFoundError:
-            return None
+    def find(self, version: int | None = None) -> Snapshot | None:
+        """Return the newest commit, or the one that made `version` of `features`; None if there is none.
 
-    def create(self, table: str, carried: Sequence[str] = (), partition_by: Sequence[str] = ()) -> DeltaTable:
-        """Make an empty table; `carried` names further string columns of `scans` or partitions."""
-        return DeltaTable.create(
-            self.store.delta_uri(table),
-            Schema.from_arrow(table_schema(table, carried, partition_by)),
-            partition_by=list(partition_by),
-            mode="error",
-            storage_options=self.store.delta_options(),
-            configuration={"delta.dataSkippingStatsColumns": "scan_id"},
+        Raises:
+            StorageError: The store does not answer.
+            FeatrayError: The tables are more than one commit apart, which no run leaves behind.
+        """
+        self.store.fs.invalidate_cache()  # a listing from before would hide what other processes have written
+        for _ in range(_LOOKS):
+            features = TableLog.open(self.store, FEATURES, version)
+            scans = TableLog.open(self.store, SCANS)
+            if features is None or scans is None:
+                return None
+            if version is not None and scans.number > features.number:
+                scans = self._earlier(scans, features.number)
+            found = scans and paired(self.store, features, scans)
+            if found:
+                return found
+        if version is not None:
+            return None
+        raise FeatrayError(
+            f"{self.store!r}: `features` and `scans` are more than one commit apart; was one of the folders "
+            "copied, restored or changed by another program? Bring back both from one moment."
         )
 
-    def live(self, table: str, handle: DeltaTable | None = None) -> list[LiveFile]:
-        """Return the files of a table's version; none when it was never written."""
-        handle = handle or self.open(table)
-        return [] if handle is None else [_live_file(row) for row in _add_actions(handle)]
+    def snapshot(self, version: int | None = None) -> Snapshot:
+        """Return what `find` finds.
+
+        Raises:
+            ConfigError: There is no output here, or no such version any more.
+            StorageError: The store does not answer.
+        """
+        found = self.find(version)
+        if found is not None:
+            return found
+        if version is not None and (newest := self.find()) is not None:
+            raise ConfigError(
+                f"{self.store!r} has no version {version} (any more); the newest is {newest.version}, and "
+                f"superseded versions are kept for {newest.keep_days:g} days (output.keep_versions_days)"
+            )
+        raise ConfigError(f"{self.store!r} holds no features and scans tables; is this a featray output?")
 
     def read(
         self, table: str, columns: Sequence[str] | None = None, where: pads.Expression | None = None
     ) -> pa.Table:
-        """Return rows of a table's newest version.
+        """Return rows of a table's newest version; raises as `snapshot`."""
+        return self.snapshot().read(table, columns, where)
 
-        Raises:
-            ConfigError: There is no such table here.
-        """
-        handle = self.open(table)
-        if handle is None:
-            raise ConfigError(f"{self.store!r} holds no {table} table; is this a featray output?")
-        schema = pa.schema(handle.schema().to_arrow())
-        fragments = [self._fragment(table, file, schema) for file in self.live(table, handle)]
-        found = pads.FileSystemDataset(fragments, schema, pads.ParquetFileFormat(), self._filesystem())
-        return found.to_table(columns=list(columns) if columns else None, filter=where)
-
-    def ledger(
-        self, columns: Sequence[str] = ("scan_id", "status", "reason", "content", "recipe")
-    ) -> pa.Table:
+    def ledger(self, columns: Sequence[str] = LEDGER) -> pa.Table:
         """Return chosen columns of `scans`; no rows when nothing was ever committed."""
-        if self.open(SCANS) is None:
-            return SCAN_COLUMNS.empty_table().select(list(columns))
-        return self.read(SCANS, columns)
-
-    def read_file(self, table: str, file: LiveFile) -> pa.Table:
-        """Return one live file whole."""
-        path = self.store.path(f"{table}/{file.path}")
-        with self.store.fs.open(path, "rb") as stream:
-            return pq.read_table(stream, partitioning=None)
+        found = self.find()
+        return SCAN_COLUMNS.empty_table().select(list(columns)) if found is None else found.ledger(columns)
 
     def put(self, table: str, partition: Mapping[str, str | None], rows: pa.Table, run_id: str) -> DataFile:
         """Write rows as one Parquet file below the table's folder; nobody sees it until committed.
@@ -125,19 +218,27 @@ class Dataset:
         ids = rows["scan_id"]
         return DataFile(path, len(data), dict(partition), len(rows), pc.min(ids).as_py(), pc.max(ids).as_py())
 
-    def _fragment(self, table: str, file: LiveFile, schema: pa.Schema) -> pads.ParquetFileFragment:
-        partition = None
-        for name, value in file.partition_values.items():
-            equal = pads.field(name) == pads.scalar(pa.scalar(value, schema.field(name).type))
-            partition = equal if partition is None else partition & equal
-        return pads.ParquetFileFormat().make_fragment(
-            self.store.path(f"{table}/{file.path}"), self._filesystem(), partition_expression=partition
-        )
+    def _earlier(self, scans: TableLog, number: int) -> TableLog | None:
+        """Return the log of `scans` at commit `number`: a few entries are no commits, so guess and go on."""
+        at: TableLog | None = scans
+        while at is not None and at.number > number:
+            at = TableLog.open(self.store, SCANS, max(0, at.version - (at.number - number)))
+        return at
 
-    def _filesystem(self) -> pafs.FileSystem:
-        if self.store.is_local:
-            return pafs.LocalFileSystem()
-        return pafs.PyFileSystem(pafs.FSSpecHandler(self.store.fs))
+
+def paired(store: Store, features: TableLog, scans: TableLog) -> Snapshot | None:
+    """Return both tables as of one commit, or None when a run was committing while they were opened."""
+    if features.number == scans.number:
+        return Snapshot(store, features, scans, None)
+    first, second = (features, scans) if features.number > scans.number else (scans, features)
+    owed = first.owes() if first.number == second.number + 1 else None
+    return None if owed is None else Snapshot(store, features, scans, owed)
+
+
+def written_by(name: str) -> str | None:
+    """Return the id of the run that wrote a data file of this name; None for a file that no run writes."""
+    found = _DATA_FILE.search(name)
+    return found["run_id"] if found else None
 
 
 def table_schema(table: str, carried: Sequence[str], partition_by: Sequence[str]) -> pa.Schema:
@@ -150,20 +251,3 @@ def table_schema(table: str, carried: Sequence[str], partition_by: Sequence[str]
 def _hive(value: str | None) -> str:
     """Return a partition value as its folder's name, as Hive and every reader of it spell it."""
     return "__HIVE_DEFAULT_PARTITION__" if value is None else quote(value, safe="")
-
-
-def _add_actions(handle: DeltaTable) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pa.table(handle.get_add_actions(flatten=True)).to_pylist()
-    return rows
-
-
-def _live_file(row: dict[str, Any]) -> LiveFile:
-    prefix = "partition."
-    return LiveFile(
-        path=unquote(row["path"]),  # the log holds the path URL-encoded once more
-        size=row["size_bytes"],
-        rows=row["num_records"],
-        min_id=row["min.scan_id"],
-        max_id=row["max.scan_id"],
-        partition_values={key[len(prefix) :]: value for key, value in row.items() if key.startswith(prefix)},
-    )

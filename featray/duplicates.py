@@ -1,4 +1,4 @@
-"""Listed scans in, the same scans out, with copies of others marked as policy says. Decodes nothing.
+"""Listed scans in, the same scans out, copies marked as policy says, ids unique. Decodes nothing.
 
 The second of two scans is a copy of the first, in the order of ids, if both ask for the same region and
 have one of: the same files; the same SeriesInstanceUID and number of slices in two places; the same bytes.
@@ -8,9 +8,10 @@ For the bytes the store's checksum speaks, or, for local files of equal size, a 
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import count
 from typing import BinaryIO
 
 from featray.config import PolicyConfig
@@ -47,10 +48,33 @@ def settle_duplicates(scans: Sequence[Scan], policy: PolicyConfig) -> list[Scan]
     return settled
 
 
+def unique_ids(scans: Sequence[Scan], others: Collection[str] = frozenset()) -> list[Scan]:
+    """Return the scans sorted by id; the second of two equal ids fails under a numbered one.
+
+    Args:
+        scans: With ids that may be used twice.
+        others: Ids of yet other scans.
+    """
+    unique: dict[str, Scan] = {}
+    twice = []
+    for scan in sorted(scans, key=lambda scan: (scan.scan_id, scan.files)):
+        if unique.setdefault(scan.scan_id, scan) is not scan:
+            twice.append(scan)
+    numbers: Counter[str] = Counter()
+    for scan in twice:
+        free = (f"{scan.scan_id}#{number}" for number in count(numbers[scan.scan_id] + 2))
+        name = next(name for name in free if name not in unique and name not in others)
+        numbers[scan.scan_id] += 1
+        message = f"the id {scan.scan_id!r} is used more than once; give each scan its own"
+        unique[name] = replace(
+            scan, scan_id=name, reason=Reason.DUPLICATE_ID, message=message, excluded=False
+        )
+    return [unique[name] for name in sorted(unique)]
+
+
 def _keys(scan: Scan, checksum: str) -> Iterator[tuple[object, ...]]:
     region = scan.mask, scan.center_lps
-    if scan.files:
-        yield (*region, "files", scan.archive, scan.files, scan.uri)
+    yield (*region, "files", scan.archive, scan.files, scan.place, scan.uri)
     if scan.series:
         yield (*region, "series", scan.series, len(scan.files))
     if checksum:

@@ -5,6 +5,7 @@ FeatrayError                what `except featray.FeatrayError` catches
 │   ├── ConfigError         the YAML, a --set value, the source or the output location
 │   └── ModelError          the model file, its custom code, or a layer in it
 ├── OutputBusyError         exit 4: another run holds or has changed the output
+├── StorageError            exit 1: a store does not answer; the run is resumable
 ├── InputShapeError         a batch that the cut model cannot take
 └── ScanError               never an exit: one bad scan, which becomes a row of `scans`
 """
@@ -97,6 +98,10 @@ class OutputBusyError(FeatrayError):
     """Another run holds the output, or changed it since this run planned its work."""
 
     exit_code = ExitCode.BUSY
+
+
+class StorageError(FeatrayError):
+    """A store does not answer, after retries; what is committed is kept, and the same command resumes."""
 
 
 class InputShapeError(FeatrayError, ValueError):

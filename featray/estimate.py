@@ -1,4 +1,4 @@
-"""`featray plan`: what is to be done, and what it will take, from a sample of the user's own scans.
+"""`featray plan`: what is to be done and why, and what it will take, from a sample of the user's own scans.
 
 Changes nothing: the sample's features are thrown away.
 """
@@ -14,14 +14,16 @@ import psutil
 from featray.config import ConfigInput
 from featray.dataset import Dataset
 from featray.machine import usable_cores
-from featray.pipeline import Job, check, choose_engine
-from featray.planning import STATES
+from featray.pipeline import Job, Wanted, check, choose_engine
+from featray.planning import STATES, Plan
 from featray.schema import Scan
 from featray.stages.extract import extract
 from featray.storage import Store
 
 SAMPLE = 3
 """Scans decoded for the estimate: of small, middle and large size."""
+_LOOKED_AT = 5000
+"""Scans among which those are chosen; every so many, if there are more to do."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What `extract` would find and do.
+    """What `extract` and `refresh` would find and do.
 
     Attributes:
         found: Scans listed; of these and the stored ones:
@@ -57,14 +59,18 @@ class PlanReport:
         changed: Of other content than when they were taken up.
         stale: Taken up under another recipe.
         failed: Failed before, and unchanged.
-        removed: Stored, but no longer listed.
+        removed: Stored, but no longer listed; `refresh` would drop them.
         up_to_date: Stored, or left out by rule, and unchanged.
-        todo: Scans that `extract` would take up.
+        todo: Scans that `extract` would take up; it refuses to while `other_recipe` is not 0.
+        refresh_todo: Scans that `refresh` would take up.
+        other_recipe: Scans whose stored features are of another recipe.
+        unreachable: Stored scans that cannot be looked at now; they are kept.
         recipe: Id of this config's recipe.
         engine: That `extract` would use.
         layers: Output names.
         ignored: Files that are no scans, by suffix.
-        estimate: What the run is expected to take.
+        estimate: What `extract` is expected to take; if it has nothing to do, what `refresh` is.
+        scans: Where asked for, state and reason of every scan: scan_id, state, why.
     """
 
     found: int
@@ -75,32 +81,55 @@ class PlanReport:
     removed: int
     up_to_date: int
     todo: int
+    refresh_todo: int
+    other_recipe: int
+    unreachable: int
     recipe: str
     engine: str
     layers: tuple[str, ...]
     ignored: dict[str, int] = field(default_factory=dict)
     estimate: Estimate = field(default_factory=Estimate)
+    scans: Sequence[dict[str, str]] = ()
 
     def text(self) -> str:
         """Return the plan for a person."""
         states = ", ".join(f"{getattr(self, state)} {state.replace('_', ' ')}" for state in STATES)
         lines = [f"found {self.found} scans: {states}"]
-        if not self.todo:
+        if self.unreachable:
+            lines.append(f"{self.unreachable} stored scans cannot be looked at now; they are kept")
+        if not (self.todo or self.refresh_todo or self.removed):
             return "\n".join([*lines, "nothing to do"])
-        guess = self.estimate
+        lines += [self._extract_text(), self._refresh_text()]
         layers = f"{len(self.layers)} layers"
-        lines.append(f"to do: {self.todo} scans, {layers}, engine {self.engine}, recipe {self.recipe}")
-        if guess.sampled:
-            lines.append(
-                f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, "
-                f"{guess.seconds:.0f} s, {guess.output_bytes / 1e6:.1f} MB of values, "
-                f"{guess.memory_bytes / 1e9:.1f} GB per process"
-            )
-        return "\n".join(lines)
+        lines.append(f"{layers}, engine {self.engine}, recipe {self.recipe}; `--why ID` tells why of a scan")
+        return "\n".join([*lines, *self._estimate_text()])
+
+    def _extract_text(self) -> str:
+        if self.other_recipe:
+            return f"extract: refuses, {self.other_recipe} scans have features of another recipe"
+        return f"extract: would take up {self.todo}" if self.todo else "extract: nothing to do"
+
+    def _refresh_text(self) -> str:
+        return f"refresh: would take up {self.refresh_todo}, drop {self.removed}"
+
+    def _estimate_text(self) -> list[str]:
+        guess = self.estimate
+        if not guess.sampled:
+            return []
+        return [
+            f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, "
+            f"{guess.seconds:.0f} s, {guess.output_bytes / 1e6:.1f} MB of values, "
+            f"{guess.memory_bytes / 1e9:.1f} GB per process"
+        ]
 
 
-def plan(config: ConfigInput, overrides: list[str] | None = None) -> PlanReport:
-    """Return what `extract` would find and do; writes nothing.
+def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bool = False) -> PlanReport:
+    """Return what `extract` and `refresh` would find and do; writes nothing.
+
+    Args:
+        config: As for `extract`.
+        overrides: `key.path=value` texts.
+        explain: Whether to say of every scan what its state is and why.
 
     Raises:
         UsageError: The config, the source or the model cannot be used; lists every problem.
@@ -110,18 +139,43 @@ def plan(config: ConfigInput, overrides: list[str] | None = None) -> PlanReport:
     dataset = Dataset(Store(checked.output.uri, checked.output.storage_options))
     engine = choose_engine(checked, len(listing.scans)).name
     job = Job.prepare(checked, engine, started)
-    found = job.plan(listing, dataset)
-    readable = [scan for scan in found.todo if scan.reason is None]
+    stored = dataset.find()
+    found = job.plan(listing, stored, Wanted())
+    wanted = (
+        found if found.todo or not found.refresh_todo else job.plan(listing, stored, Wanted(refresh=True))
+    )
     return PlanReport(
         found=len(listing.scans),
         **found.counts,
         todo=len(found.todo),
+        refresh_todo=found.refresh_todo,
+        other_recipe=found.other_recipe,
+        unreachable=found.unreachable,
         recipe=job.run.recipe_id,
         engine=engine,
         layers=job.run.layers,
         ignored=listing.ignored,
-        estimate=_estimate(job, dataset, readable),
+        estimate=_estimate(job, dataset, wanted),
+        scans=list(found.explain()) if explain else (),
     )
+
+
+def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -> str:
+    """Return one sentence: a scan's state, and what it follows from.
+
+    Args:
+        config: As for `extract`.
+        scan_id: Of a listed or a stored scan.
+        overrides: `key.path=value` texts.
+
+    Raises:
+        UsageError: As `plan`; or no scan has that id.
+    """
+    started = time.time()
+    checked, listing = check(config, overrides)
+    dataset = Dataset(Store(checked.output.uri, checked.output.storage_options))
+    job = Job.prepare(checked, choose_engine(checked, len(listing.scans)).name, started)
+    return job.plan(listing, dataset.find(), Wanted()).why(scan_id)
 
 
 def spread(scans: Sequence[Scan]) -> list[Scan]:
@@ -131,9 +185,14 @@ def spread(scans: Sequence[Scan]) -> list[Scan]:
     return [by_size[int((index + 0.5) * step)] for index in range(min(SAMPLE, len(by_size)))]
 
 
-def _estimate(job: Job, dataset: Dataset, scans: Sequence[Scan]) -> Estimate:
-    stages = job.stages(dataset, len(scans))
-    decoded = [stages.decode(scan) for scan in spread(scans)]
+def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
+    if not plan.todo:
+        return Estimate()
+    some = plan.todo[:: -(-len(plan.todo) // _LOOKED_AT)]
+    readable = [scan for scan in some if scan.reason is None]
+    count = len(readable) * len(plan.todo) // len(some)
+    stages = job.stages(dataset, count)
+    decoded = [stages.decode(scan) for scan in spread(readable)]
     good = [scan for scan in decoded if scan.record.status == "ok"]
     if not good:
         return Estimate()
@@ -149,8 +208,8 @@ def _estimate(job: Job, dataset: Dataset, scans: Sequence[Scan]) -> Estimate:
         decode_s=decode_s,
         infer_s=infer_s,
         scans_per_s=scans_per_s,
-        seconds=len(scans) / scans_per_s,
-        output_bytes=int(4 * values * patches * len(scans)),
+        seconds=count / scans_per_s,
+        output_bytes=int(4 * values * patches * count),
         memory_bytes=psutil.Process().memory_info().rss,
     )
 

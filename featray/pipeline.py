@@ -1,6 +1,6 @@
 """START HERE. The way of a scan: listed → read → preprocessed → extracted → written → committed → reported.
 
-`extract` shows it on one screen. Each step is one file of `featray/stages`; the engines run the middle
+`_run` shows it on one screen. Each step is one file of `featray/stages`; the engines run the middle
 ones, on helper processes or on Ray; this file alone knows their order.
 """
 
@@ -8,29 +8,30 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import pyarrow as pa
 
 from featray import config as configuration
-from featray.config import Config, ConfigInput
-from featray.dataset import Dataset
+from featray.config import Config, ConfigInput, LimitsConfig
+from featray.dataset import RUNS, Dataset, Snapshot
 from featray.engines import Engine, Stages
 from featray.errors import ConfigError, FeatrayError, ModelError, UsageError
 from featray.lease import Lease, refuse_if_held
+from featray.maintenance import new_run_id
 from featray.model import Extractor
 from featray.planning import Plan, make_plan
 from featray.progress import Progress
 from featray.recipe import recipe, recipe_id
-from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, Receipt, Scan, ScanRecord
+from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
-from featray.stages.list import Listing, list_scans
+from featray.stages.list import Listing, ListingMemory, list_scans
 from featray.stages.report import Run, Summary, Tally, report
 from featray.stages.write import write
 from featray.storage import Store
@@ -39,8 +40,34 @@ log = logging.getLogger(__name__)
 
 HANDFUL = 100
 """Scans up to which engine auto does without Ray when no cluster is named."""
-MAX_SCANS_PER_FILE = 128
+MIN_SCANS_PER_FILE = 8
 MAX_FILE_BYTES = 64 * 2**20
+COMMIT_SHARE = 20
+"""After a commit nothing is committed for this many times as long as it took: commits cost 5 % at most."""
+FEW_REMOVED = 100
+"""Up to so many scans may go at once without `limits.max_removed_fraction` having a say."""
+MEMORY = f"{RUNS}/listing.parquet"
+"""What listing has found of DICOM folders, so that headers of unchanged ones are not read again."""
+PLANNED = ("scan_id", "status", "reason", "content", "recipe", "stage", "run_id")
+"""What planning reads of `scans`."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a command takes up beside new scans.
+
+    Attributes:
+        refresh: Changed scans and stale recipes; and scans that are no longer listed go.
+        retry: Reasons of failed scans to try again though nothing has changed; None for the passing ones.
+    """
+
+    refresh: bool = False
+    retry: Collection[str] | None = None
+
+    @property
+    def command(self) -> str:
+        """Name of the command that wants this."""
+        return "refresh" if self.refresh else "extract"
 
 
 def extract(
@@ -64,27 +91,61 @@ def extract(
     Raises:
         UsageError: The config, the source or the model cannot be used; lists every problem.
         OutputBusyError: Another run holds the output.
+        StorageError: The output's store does not answer; what was committed is kept.
     """
+    return _run(config, overrides, Wanted(), show, stop or threading.Event())
+
+
+def refresh(
+    config: ConfigInput,
+    overrides: list[str] | None = None,
+    *,
+    retry: Collection[str] | None = None,
+    show: bool = False,
+    stop: threading.Event | None = None,
+) -> Summary:
+    """Bring the output in step with the collection; when nothing has changed, write nothing.
+
+    New scans are added, those of other content or another recipe replaced, those no longer listed dropped.
+
+    Args:
+        config: As for `extract`, and so are overrides, show and stop, the result and the errors.
+        overrides: `key.path=value` texts.
+        retry: Reason codes of failed scans to try again although nothing about them has changed.
+        show: Whether to report progress.
+        stop: Set it to stop cleanly.
+    """
+    return _run(config, overrides, Wanted(refresh=True, retry=retry), show, stop or threading.Event())
+
+
+def _run(
+    config: ConfigInput, overrides: list[str] | None, wanted: Wanted, show: bool, stop: threading.Event
+) -> Summary:
     started = time.time()
     config, listing = check(config, overrides)
     dataset = Dataset(Store(config.output.uri, config.output.storage_options))
     _look_at_output(dataset.store)
-    stop = stop or threading.Event()
     with choose_engine(config, len(listing.scans)) as engine:
-        job = Job.prepare(config, engine.name, started)
-        with Lease(dataset.store, job.run.run_id):
-            committer = Committer(dataset, config.output.partition_by, _carried(config, listing.scans))
-            committer.recover()
-            plan, done = job.plan(listing, dataset), Tally()
-            _refuse_other_recipe(plan, job.run.recipe_id)
-            committer.remove_orphans()
-            if plan.todo:
-                with Progress(len(plan.todo), show=show) as progress:
-                    for receipt in _receipts(engine, plan, job, dataset, stop):
-                        committer.commit([receipt], job.run.run_id)
+        job = Job.prepare(config, engine.name, started, wanted.command)
+        with Lease(dataset.store, job.run.run_id) as lease:
+            committer = job.committer(dataset, listing, lease)
+            plan, done = job.plan(listing, committer.snapshot(), wanted), Tally()
+            _refuse_other_recipe(plan, job.run.recipe_id, wanted)
+            _refuse_to_empty(plan, config.limits, wanted)
+            committer.sweep()
+            _remember(listing, dataset.store)
+            with Progress(len(plan.todo), show=show) as progress:
+                for receipts in _gathered(_receipts(engine, plan, job, dataset, stop), committer.commit):
+                    for receipt in receipts:
                         progress.add(receipt.records)
                         done.add(receipt)
-                committer.remove_orphans()
+            if wanted.refresh and plan.removed and not stop.is_set():
+                committer.forget(plan.removed)
+                done.removed = len(plan.removed)
+            if done.changed and not stop.is_set():
+                committer.compact()
+            if done.changed:
+                committer.sweep()
             return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
 
 
@@ -100,6 +161,34 @@ def _receipts(
         yield from engine.receipts(readable, job.stages(dataset, len(readable)), stop)
 
 
+def _gathered(
+    receipts: Iterator[Receipt], commit: Callable[[Sequence[Receipt]], None]
+) -> Iterator[list[Receipt]]:
+    """Commit receipts as they come, several at once where commits are slow; yield what was committed.
+
+    When the engine fails, what it has finished is committed before the error goes on.
+    """
+    waiting: list[Receipt] = []
+    not_before = 0.0
+    try:
+        for receipt in receipts:
+            waiting.append(receipt)
+            start = time.monotonic()
+            if start >= not_before:
+                finished, waiting = waiting, []
+                commit(finished)
+                took = time.monotonic() - start
+                not_before = start + (1 + COMMIT_SHARE) * took
+                yield finished
+    except Exception:
+        if waiting:
+            commit(waiting)
+        raise
+    if waiting:
+        commit(waiting)
+        yield waiting
+
+
 @dataclass(frozen=True)
 class Job:
     """One run's config with the model loaded and the recipe known."""
@@ -109,12 +198,13 @@ class Job:
     run: Run
 
     @classmethod
-    def prepare(cls, config: Config, engine: str, started: float) -> Job:
+    def prepare(cls, config: Config, engine: str, started: float, command: str = "plan") -> Job:
         """Load the model and fix the recipe."""
         extractor = load_extractor(config)
         made = recipe(config, extractor.recipe_part())
         run = Run(
             run_id=new_run_id(),
+            command=command,
             started=started,
             engine=engine,
             recipe_id=recipe_id(made),
@@ -126,9 +216,22 @@ class Job:
         )
         return cls(config, extractor, run)
 
-    def plan(self, listing: Listing, dataset: Dataset) -> Plan:
-        """Return what is left to do."""
-        return make_plan(listing.scans, dataset.ledger(), self.run.recipe_id)
+    def plan(self, listing: Listing, stored: Snapshot | None, wanted: Wanted) -> Plan:
+        """Return what is left to do, given what is stored."""
+        ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.ledger(PLANNED)
+        return make_plan(listing, ledger, self.run.recipe_id, refresh=wanted.refresh, retry=wanted.retry)
+
+    def committer(self, dataset: Dataset, listing: Listing, lease: Lease) -> Committer:
+        """Open the output for this run's commits, and finish what a killed one left half done."""
+        output = self.config.output
+        return Committer(
+            dataset,
+            output.partition_by,
+            _carried(self.config, listing),
+            run_id=self.run.run_id,
+            keep_versions_days=output.keep_versions_days,
+            still_ours=lease.check,
+        )
 
     def stages(self, dataset: Dataset, scans: int) -> Stages:
         """Return what the engine runs for that many scans."""
@@ -164,7 +267,7 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
         raise ConfigError(problems, where)
     listing = Listing(())
     try:
-        listing = check_source(checked)
+        listing = check_source(checked, _remembered(checked))
     except UsageError as error:
         problems += error.problems
     if problems:  # the run will not happen; the model is loaded only to report its problems too
@@ -174,16 +277,20 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
     return checked, listing
 
 
-def check_source(config: Config) -> Listing:
+def check_source(config: Config, memory: ListingMemory | None = None) -> Listing:
     """Return the listing once nothing in the source, or of what the config asks of it, speaks against a run.
+
+    Args:
+        config: As loaded.
+        memory: What an earlier listing found, as for `list_scans`.
 
     Raises:
         ConfigError: Lists every problem.
     """
-    problems = _problems_not_built_yet(config) + _problems_of_tags(config)
+    problems = _problems_of_tags(config)
     listing = Listing(())
     try:
-        listing = list_scans(config.source, config.policy)
+        listing = list_scans(config.source, config.policy, memory)
         problems += _problems_of_partitions(config, listing) + _problems_of_centers(config, listing)
     except UsageError as error:
         problems += error.problems
@@ -204,7 +311,7 @@ def choose_engine(config: Config, scans: int) -> Engine:
         why = f"{scans} scans and {'a' if address else 'no'} cluster address"
         log.info("engine %s, chosen for %s; set run.engine to choose yourself", name, why)
     if name == "inline":
-        return InlineEngine(config.run.decode.workers, config.limits)
+        return InlineEngine(config.run.decode.workers, config.limits, config.run.decode.memory)
     from featray.engines.ray_data import RayEngine
 
     return RayEngine(config.run, config.limits)
@@ -241,19 +348,42 @@ def _look_at_output(store: Store) -> None:
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
 
 
-def _refuse_other_recipe(plan: Plan, recipe: str) -> None:
-    if plan.other_recipe:
+def _remembered(config: Config) -> ListingMemory | None:
+    """Return what the last run's listing found; None where an output cannot be asked, which is told later."""
+    try:
+        store = Store(config.output.uri, config.output.storage_options)
+        return ListingMemory.from_bytes(store.fs.cat_file(store.path(MEMORY)))
+    except FileNotFoundError:
+        return ListingMemory()
+    except Exception as error:  # every store has errors of its own
+        log.debug("no listing memory (%s)", type(error).__name__)
+        return None
+
+
+def _remember(listing: Listing, store: Store) -> None:
+    if listing.memory is not None and listing.memory.is_changed:
+        store.write(MEMORY, listing.memory.to_bytes())
+
+
+def _refuse_other_recipe(plan: Plan, recipe: str, wanted: Wanted) -> None:
+    if plan.other_recipe and not wanted.refresh:
         raise ConfigError(
-            f"output.uri: {len(plan.other_recipe)} of its scans have features of another recipe than this "
-            f"config's ({recipe}), and a table must not mix them. Choose another output.uri, or the "
-            "earlier config."
+            f"output.uri: {plan.other_recipe} of its scans have features of another recipe than this "
+            f"config's ({recipe}), and a table must not mix them. `featray refresh` extracts them anew; or "
+            "choose another output.uri, or the earlier config."
         )
 
 
-def new_run_id() -> str:
-    """Return an id that sorts by time and is unique."""
-    now = datetime.now(UTC)
-    return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{os.urandom(3).hex()}"
+def _refuse_to_empty(plan: Plan, limits: LimitsConfig, wanted: Wanted) -> None:
+    """Stop a refresh that would drop most of the output: more likely the collection is not all there."""
+    stored = sum(plan.counts.values()) - plan.counts["new"]
+    allowed = max(FEW_REMOVED, limits.max_removed_fraction * stored)
+    if wanted.refresh and len(plan.removed) > allowed:
+        raise ConfigError(
+            f"limits.max_removed_fraction: {len(plan.removed)} of {stored} stored scans are no longer in the "
+            f"collection, more than {limits.max_removed_fraction:g}. Is all of it mounted, and source.uri "
+            "the same? If they shall go: --set limits.max_removed_fraction=1"
+        )
 
 
 def _load_same(config: Config, threads: int, sha256: str) -> Extractor:
@@ -262,18 +392,6 @@ def _load_same(config: Config, threads: int, sha256: str) -> Extractor:
     if extractor.sha256 != sha256:
         raise ModelError("the model or its code changed while the run was starting; start it again")
     return extractor
-
-
-def _problems_not_built_yet(config: Config) -> list[str]:
-    """Refuse keys of the documented config that nothing here honours yet, rather than ignore them."""
-    asked = {
-        "output.keep_versions_days above 0": config.output.keep_versions_days > 0,
-    }
-    return [
-        f"{key} is not supported yet by this version of featray"
-        for key, is_asked in asked.items()
-        if is_asked
-    ]
 
 
 def _problems_of_tags(config: Config) -> list[str]:
@@ -288,7 +406,7 @@ def _problems_of_tags(config: Config) -> list[str]:
 def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
     texts = [field.name for field in SCAN_COLUMNS if pa.types.is_string(field.type)]
     known = [name for name in texts if name not in FEATURE_COLUMNS.names]  # those are inside the files
-    known += [name for name in _carried(config, listing.scans) if name not in SCAN_COLUMNS.names]
+    known += [name for name in _carried(config, listing) if name not in SCAN_COLUMNS.names]
     further = config.output.partition_by[1:]
     problems = [
         f"output.partition_by: {name!r} is none of {', '.join(known)}"
@@ -302,7 +420,7 @@ def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
 
 def _problems_of_centers(config: Config, listing: Listing) -> list[str]:
     is_cut = config.preprocess.fit == "crop_pad" and config.preprocess.size is not None
-    if is_cut or not any(scan.center_lps for scan in listing.scans):
+    if is_cut or not listing.has_centers:
         return []
     return ["preprocess.fit: the manifest's center_x, center_y, center_z need fit: crop_pad and a size"]
 
@@ -315,13 +433,16 @@ def _problems_of_model(config: Config, size_is_sound: bool) -> list[str]:
     return []
 
 
-def _carried(config: Config, scans: Sequence[Scan]) -> list[str]:
+def _carried(config: Config, listing: Listing) -> list[str]:
     """Return the names of further columns of `scans`: the manifest's and the asked-for DICOM tags."""
-    names = {name: None for scan in scans for name in scan.columns}
+    names = listing.carried
     return [*names, *(tag for tag in config.privacy.dicom_tags if tag not in names)]
 
 
 def _scans_per_file(scans: int, values: int) -> int:
-    """Return how many scans share a file: about 16 commits a run, files of at most 64 MB a layer."""
-    wanted = min(MAX_SCANS_PER_FILE, max(8, -(-scans // 16)))
+    """Return how many scans share a file, and are lost at most by a kill: the square root of all.
+
+    So a run has about as many commits as a file has scans; files are of at most 64 MB a layer.
+    """
+    wanted = max(MIN_SCANS_PER_FILE, math.isqrt(scans))
     return max(1, min(wanted, MAX_FILE_BYTES // (4 * max(1, values))))

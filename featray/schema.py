@@ -87,14 +87,17 @@ EXTRACTED = pa.schema([("record", pa.string()), ("features", pa.list_(EXTRACTED_
 """One row per scan between extraction and writing: its record as JSON, its features of all layers."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Scan:
     """One scan as listed, before any voxel is read.
+
+    A manifest's row with a version whose name does not tell what it is (a DICOM folder, an archive) is left
+    open: it has a place and no files, format `auto`; the files are found where the scan is read.
 
     Attributes:
         scan_id: Unique in the collection.
         uri: Where it is, without credentials; what the `scans` table shows.
-        format: `nifti`, `dicom`, `nrrd`, `mha` or `npy`.
+        format: `nifti`, `dicom`, `nrrd`, `mha` or `npy`; `auto` while it is open.
         files: Paths in the source's file system, or in `archive`. In no particular order, but for the
             header and the image of a NIfTI pair.
         content: Fingerprint of all that the scan is made of: files, mask, centre.
@@ -104,6 +107,7 @@ class Scan:
         checksum: The store's own of the bytes of a single file; empty where it has none.
         series: Hash of the SeriesInstanceUID; empty where there is none.
         archive: Path of the zip file that holds the files; empty where they lie in the store itself.
+        place: Path in the store of what is left open; else empty.
         mask: Uri of a mask whose bounding box is cut out; empty for the whole volume.
         center_lps: Point (x, y, z) in mm to centre on; None for the volume's own centre.
         columns: Manifest columns to carry along.
@@ -123,6 +127,7 @@ class Scan:
     checksum: str = ""
     series: str = ""
     archive: str = ""
+    place: str = ""
     mask: str = ""
     center_lps: tuple[float, ...] | None = None
     columns: dict[str, str] = field(default_factory=dict)

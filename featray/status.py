@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow.dataset as pads
 
-from featray.dataset import FEATURES, SCANS, Dataset
+from featray.dataset import FEATURES, SCANS, Dataset, Snapshot
 
 
 @dataclass(frozen=True)
@@ -55,17 +55,17 @@ def status(dataset: Dataset) -> Status:
     Raises:
         ConfigError: There is no featray output here.
     """
-    rows = dataset.read(SCANS, ("status", "reason", "recipe")).to_pylist()
+    snapshot = dataset.snapshot()
+    rows = snapshot.ledger(("status", "reason", "recipe")).to_pylist()
     counts = Counter(row["status"] for row in rows)
-    handles = {table: dataset.open(table) for table in (FEATURES, SCANS)}
     return Status(
         ok=counts["ok"],
         failed=counts["failed"],
         excluded=counts["excluded"],
         reasons=dict(Counter(row["reason"] for row in rows if row["status"] != "ok").most_common()),
         recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
-        layers=tuple(_layers(dataset)),
-        version={table: handle.version() for table, handle in handles.items() if handle is not None},
+        layers=tuple(_layers(snapshot)),
+        version=snapshot.versions,
     )
 
 
@@ -83,9 +83,9 @@ def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]
     return sorted(rows, key=lambda row: (row["reason"], row["scan_id"]))
 
 
-def _layers(dataset: Dataset) -> list[LayerStatus]:
+def _layers(snapshot: Snapshot) -> list[LayerStatus]:
     files = defaultdict(list)
-    for file in dataset.live(FEATURES):
+    for file in snapshot.files(FEATURES):
         files[str(file.partition_values["layer"])].append(file)
     return [
         LayerStatus(layer, sum(f.rows for f in found), len(found), sum(f.size for f in found))

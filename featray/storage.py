@@ -1,42 +1,35 @@
 """The one place that touches storage: a folder on any fsspec file system, read and written whole.
 
-Also translates fsspec's options into those of the Delta log, so a user gives credentials once.
+What a store cannot do for a moment is tried again until a deadline (`featray.retry`), and then is one clear
+error.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import posixpath
 import uuid
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, TypeVar
 
 import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from featray import retry, storage_options
 from featray.config import mask_url
-from featray.errors import ConfigError
+from featray.errors import ConfigError, StorageError
 
-_S3_OPTIONS = {
-    "key": "AWS_ACCESS_KEY_ID",
-    "secret": "AWS_SECRET_ACCESS_KEY",
-    "token": "AWS_SESSION_TOKEN",
-    "endpoint_url": "AWS_ENDPOINT_URL",
-    "region_name": "AWS_REGION",
-}
-_AZURE_OPTIONS = {
-    "account_name": "account_name",
-    "account_key": "account_key",
-    "sas_token": "sas_token",
-    "tenant_id": "tenant_id",
-    "client_id": "client_id",
-    "client_secret": "client_secret",
-}
-_GCS_OPTIONS = {"token": "google_service_account"}
-_DELTA_OPTIONS = {"s3": _S3_OPTIONS, "s3a": _S3_OPTIONS, "gs": _GCS_OPTIONS, "gcs": _GCS_OPTIONS}
-_DELTA_OPTIONS |= dict.fromkeys(("abfs", "abfss", "az", "adl"), _AZURE_OPTIONS)
+_THREADS = 16
+"""Requests that one action on many files may have under way; object stores answer in parallel."""
+_PROBE = "runs/.write-check"
+_MARK = "featray-created-by"
+_RESUME = "What is committed is kept: run the same command again, and it resumes."
+
+T = TypeVar("T")
 
 
 class Store:
@@ -68,44 +61,180 @@ class Store:
         """Return the path of `name` as the file system knows it."""
         return f"{self.root}/{name}" if name else self.root
 
+    def ask(self, act: Callable[[], T]) -> T:
+        """Return what `act` returns; it asks this store, and is asked again while errors pass by themselves.
+
+        Args:
+            act: Safe to repeat.
+
+        Raises:
+            StorageError: The store did not answer within `retry.OUTPUT_DEADLINE_S`, or refuses.
+            FileNotFoundError: There is no such file.
+        """
+        try:
+            return retry.retried(act, retry.OUTPUT_DEADLINE_S)
+        except Exception as error:  # every store has errors of its own
+            self._raise_as_ours(error)
+
     def read(self, name: str) -> bytes:
-        """Return a whole file."""
-        data: bytes = self.fs.cat_file(self.path(name))
+        """Return a whole file; raises as `ask`."""
+        data: bytes = self.ask(lambda: self.fs.cat_file(self.path(name)))
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a whole file in one step: readers see all of it or nothing, also after a kill."""
-        path = self.path(name)
-        if not self.is_local:
-            self.fs.pipe_file(path, data)  # an object appears only when its upload is complete
-            return
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-    def create(self, name: str, data: bytes) -> bool:
-        """Put a file only if there is none of that name; return whether this call did."""
-        path = self.path(name)
-        if self.is_local:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-        try:
-            self.fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return False
-        return True
-
-    def refuse_unwritable(self) -> None:
-        """Check, without writing, that files can be put here. Other stores tell only when they are asked.
+        """Put a whole file in one step: readers see all of it or nothing, also after a kill.
 
         Raises:
-            ConfigError: A local folder that is a file, or that may not be written.
+            StorageError: As `ask`; or there is no such bucket, or no space left.
         """
-        if not self.is_local:
+        put = _put_local if self.is_local else self.fs.pipe_file
+        self._put(lambda: put(self.path(name), data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Put a file only if there is none of that name; return whether this call did.
+
+        An attempt whose answer was lost may have done it. On S3 a mark on the object tells whose it is; in
+        other stores a later attempt that finds exactly these bytes did, so give bytes that nobody else gives.
+
+        Raises:
+            StorageError: As `write`.
+        """
+        if self.is_local:
+            return self._put(lambda: _create_local(self.path(name), data))
+        mark, attempts = uuid.uuid4().hex, 0
+
+        def attempt() -> bool:
+            nonlocal attempts
+            attempts += 1
+            try:
+                self._create(name, data, mark)
+            except Exception as error:
+                if not retry.is_taken(error):
+                    raise
+                if _is_s3(self.fs):
+                    return self._is_marked(name, mark)
+                return attempts > 1 and self._holds(name, data)
+            return True
+
+        return self._put(attempt)
+
+    def refuse_unwritable(self) -> None:
+        """Check that files can be put here: locally by looking, elsewhere by putting one and deleting it.
+
+        Raises:
+            ConfigError: It cannot be: a local folder that is a file or may not be written, wrong credentials,
+                a missing bucket, a right that is lacking, a server that does not answer.
+        """
+        if self.is_local:
+            self._refuse_unwritable_local()
             return
+        try:
+            retry.retried(self._probe, retry.START_DEADLINE_S)
+        except Exception as error:  # every store has errors of its own
+            if not retry.is_of_store(error):
+                raise
+            problem = _why_unwritable(error)
+            raise ConfigError(
+                f"output.uri: {mask_url(self.uri)} {problem} ({retry.kind_of(error)})"
+            ) from None
+
+    def size(self, name: str) -> int | None:
+        """Return a file's size in bytes, or None when there is no such file; raises as `ask`."""
+        try:
+            found: int = self.ask(lambda: self._fresh_info(name))["size"]
+        except FileNotFoundError:
+            return None
+        return found
+
+    def sizes(self, prefix: str = "") -> dict[str, int]:
+        """Return {name relative to this folder: bytes} of every file below `prefix`, from one fresh listing.
+
+        Empty when `prefix` does not exist. Raises as `ask`.
+        """
+        try:
+            found = self.ask(lambda: self._fresh_listing(prefix))
+        except FileNotFoundError:
+            return {}
+        # An empty folder may be listed as itself for a while after its last file has gone.
+        files = {path: info["size"] for path, info in found.items() if info["type"] != "directory"}
+        return {path[len(self.root) + 1 :]: size for path, size in files.items()}
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Return every file below `prefix`, relative to this folder; none when it does not exist."""
+        return list(self.sizes(prefix))
+
+    def delete(self, names: list[str]) -> None:
+        """Delete files; one that is gone already is no error. Raises as `ask`, after trying every file."""
+        if self.is_local or len(names) < 2:
+            for name in names:
+                self._delete_one(name)
+            return
+        # Not in bulk: s3fs does not tell which files of a bulk request were refused.
+        with ThreadPoolExecutor(min(_THREADS, len(names))) as pool:
+            for done in [pool.submit(self._delete_one, name) for name in names]:
+                done.result()
+
+    def delta_uri(self, table: str) -> str:
+        """Return where deltalake finds the table."""
+        if self.is_local:
+            return self.path(table)
+        return f"{storage_options.delta_uri(self.uri)}/{table}"
+
+    def delta_options(self, *, patient: bool = False) -> dict[str, str]:
+        """Return this store's options in deltalake's words, which polars understands too.
+
+        Args:
+            patient: For deltalake alone: each request is tried as long as `ask` would, not for two seconds.
+        """
+        if self.is_local:
+            return {}
+        return storage_options.for_delta(self.uri, self.options, patient=patient)
+
+    def _put(self, act: Callable[[], T]) -> T:
+        try:
+            return self.ask(act)
+        except FileNotFoundError:
+            if self.is_local:
+                raise
+            problem = "the bucket or container does not exist"
+            raise StorageError(f"output.uri: {mask_url(self.uri)}: {problem}. {_RESUME}") from None
+
+    def _delete_one(self, name: str) -> None:
+        try:
+            self.ask(lambda: self.fs.rm_file(self.path(name)))
+        except FileNotFoundError:
+            return
+
+    def _fresh_info(self, name: str) -> dict[str, Any]:
+        path = self.path(name)
+        self.fs.invalidate_cache(posixpath.dirname(path))
+        info: dict[str, Any] = self.fs.info(path)
+        return info
+
+    def _fresh_listing(self, prefix: str) -> dict[str, dict[str, Any]]:
+        self.fs.invalidate_cache()
+        found: dict[str, dict[str, Any]] = self.fs.find(self.path(prefix), detail=True)
+        return found
+
+    def _create(self, name: str, data: bytes, mark: str) -> None:
+        more = {"Metadata": {_MARK: mark}} if _is_s3(self.fs) else {}
+        self.fs.pipe_file(self.path(name), data, mode="create", **more)
+
+    def _is_marked(self, name: str, mark: str) -> bool:
+        # aiohttp and botocore ask again by themselves, so even a first attempt may find its own object.
+        try:
+            return bool(self.fs.metadata(self.path(name)).get(_MARK) == mark)
+        except FileNotFoundError:  # whose it was has deleted it since
+            return False
+
+    def _holds(self, name: str, data: bytes) -> bool:
+        return bool(self.fs.cat_file(self.path(name)) == data)
+
+    def _probe(self) -> None:
+        self.fs.pipe_file(self.path(_PROBE), b"")
+        self.fs.rm_file(self.path(_PROBE))
+
+    def _refuse_unwritable_local(self) -> None:
         place = self.root
         while not os.path.lexists(place):
             place = os.path.dirname(place)
@@ -114,55 +243,41 @@ class Store:
         if not os.access(place, os.W_OK | os.X_OK):
             raise ConfigError(f"output.uri: no permission to write into {place}")
 
-    def size(self, name: str) -> int | None:
-        """Return a file's size in bytes, or None when there is no such file."""
-        try:
-            found: int = self.fs.info(self.path(name))["size"]
-        except FileNotFoundError:
-            return None
-        return found
-
-    def names(self, prefix: str = "") -> list[str]:
-        """Return every file below `prefix`, relative to this folder; none when it does not exist."""
-        self.fs.invalidate_cache()
-        try:
-            found = self.fs.find(self.path(prefix))
-        except FileNotFoundError:
-            return []
-        return [path[len(self.root) + 1 :] for path in found]
-
-    def delete(self, names: list[str]) -> None:
-        """Delete files; one that is gone already is no error."""
-        for name in names:
-            try:
-                self.fs.rm_file(self.path(name))
-            except FileNotFoundError:
-                continue
-
-    def delta_uri(self, table: str) -> str:
-        """Return where deltalake finds the table."""
-        if self.is_local:
-            return self.path(table)
-        return f"{self.uri.rstrip('/')}/{table}"
-
-    def delta_options(self) -> dict[str, str]:
-        """Return this store's options in deltalake's words."""
-        if self.is_local:
-            return {}
-        protocol = self.uri.partition("://")[0]
-        return _delta_options(_DELTA_OPTIONS.get(protocol, {}), self.options)
+    def _raise_as_ours(self, error: Exception) -> NoReturn:
+        if retry.is_missing(error):
+            if self.is_local:
+                raise error
+            raise FileNotFoundError(f"no such file in {mask_url(self.uri)}") from None
+        if retry.is_full(error):
+            problem = "no space is left; make room"
+        elif retry.is_transient(error):
+            problem = f"did not answer for {retry.OUTPUT_DEADLINE_S:g} s"
+        elif retry.is_denied(error):
+            remote = "refuses these credentials or lacks a permission; have they expired?"
+            problem = "no permission" if self.is_local else remote
+        elif not self.is_local and retry.is_of_store(error):
+            problem = "cannot do what was asked"
+        else:
+            raise error
+        place = mask_url(self.uri)
+        raise StorageError(f"output.uri: {place}: {problem} ({retry.kind_of(error)}). {_RESUME}") from None
 
 
 def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a URL and the path in it, without a trailing slash.
 
+    On S3 a hung server is noticed and errors that pass are tried again a few times, also where nobody else
+    does; what `options` say of that is left as it is.
+
     Raises:
         ConfigError: The URL's protocol is unknown or its package is not installed.
     """
     try:
-        fs, path = url_to_fs(uri, **(options or {}))
+        fs, path = url_to_fs(uri, **storage_options.for_fsspec(uri, options or {}))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"cannot open {mask_url(uri)}: {error}") from None
+    if _is_s3(fs):
+        fs.retries = 2  # each of them is three of botocore's; s3fs would make it five
     return fs, path.rstrip("/") or path
 
 
@@ -192,9 +307,56 @@ def utf8(text: str) -> str:
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _delta_options(names: dict[str, str], options: dict[str, Any]) -> dict[str, str]:
-    flat = {**options, **(options.get("client_kwargs") or {})}
-    found = {names[key]: str(value) for key, value in flat.items() if key in names and value is not None}
-    if found.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-        found["AWS_ALLOW_HTTP"] = "true"
-    return found
+def _put_local(path: str, data: bytes) -> None:
+    os.replace(_written_beside(path, data), path)
+
+
+def _create_local(path: str, data: bytes) -> bool:
+    """Put a file if there is none, whole from the start; fsspec would look first, which is a race."""
+    temporary = _written_beside(path, data)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        return _create_without_links(path, data)
+    finally:
+        os.unlink(temporary)
+    return True
+
+
+def _create_without_links(path: str, data: bytes) -> bool:
+    """Put a file if there is none, where a file cannot have two names; for a moment it is there half."""
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _written_beside(path: str, data: bytes) -> str:
+    """Write a file of another name into the same folder, down to the disk, and return its path."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    with open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return temporary
+
+
+def _why_unwritable(error: Exception) -> str:
+    if retry.is_missing(error):
+        return "does not exist: make the bucket or container, or correct the name"
+    if retry.is_denied(error):
+        return "refuses to be written: check key, secret and permissions in output.storage_options"
+    if retry.is_transient(error):
+        return "does not answer: check the endpoint in output.storage_options, or wait until it is up"
+    return "cannot be reached: check output.uri and output.storage_options"
+
+
+def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    return "s3" in fs.protocol

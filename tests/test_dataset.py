@@ -1,4 +1,4 @@
-"""Writing, committing and reading back: what a reader of the output may rely on."""
+"""Writing and reading back: what a reader of the output may rely on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from featray.dataset import FEATURES, SCANS, Dataset
-from featray.errors import OutputBusyError, Reason, ScanError
+from featray.dataset import Dataset
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
@@ -51,9 +50,9 @@ def dataset(tmp_path: Path) -> Dataset:
 
 @pytest.fixture
 def committed(dataset: Dataset) -> Path:
-    committer = Committer(dataset, ("layer",))
-    committer.commit([receipt(dataset, decoded("b", 2), decoded("a", 1))], RUN)
-    committer.commit([receipt(dataset, decoded("c", 3, patches=2))], RUN)
+    committer = Committer(dataset, ("layer",), run_id=RUN)
+    committer.commit([receipt(dataset, decoded("b", 2), decoded("a", 1))])
+    committer.commit([receipt(dataset, decoded("c", 3, patches=2))])
     return Path(dataset.store.root)
 
 
@@ -98,78 +97,6 @@ def test_features_hold_the_contracts_columns_with_their_types(committed: Path) -
     ]
 
 
-def test_a_kill_between_the_two_tables_is_mended_by_the_next_start(
-    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    committer = Committer(dataset, ("layer",))
-    committer.commit([receipt(dataset, decoded("a", 1))], RUN)
-    original = Committer._write
-
-    def killed(self: Committer, table: str, *args: object) -> None:
-        if table == SCANS:
-            raise KeyboardInterrupt
-        original(self, table, *args)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Committer, "_write", killed)
-    with pytest.raises(KeyboardInterrupt):
-        committer.commit([receipt(dataset, decoded("b", 2))], RUN)
-    monkeypatch.undo()
-    assert dataset.ledger(("scan_id",))["scan_id"].to_pylist() == ["a"]
-
-    after = Committer(dataset, ("layer",))
-    assert after.recover() is True
-    assert after.remove_orphans() == 0
-    assert sorted(dataset.ledger(("scan_id",))["scan_id"].to_pylist()) == ["a", "b"]
-    assert Committer(dataset, ("layer",)).recover() is False
-
-
-def test_files_of_a_killed_writer_are_invisible_and_removed_at_the_next_start(dataset: Dataset) -> None:
-    committer = Committer(dataset, ("layer",))
-    committer.commit([receipt(dataset, decoded("a", 1))], RUN)
-    receipt(dataset, decoded("lost", 9))
-    assert "lost" not in dataset.read(FEATURES, ("scan_id",))["scan_id"].to_pylist()
-    assert Committer(dataset, ("layer",)).remove_orphans() == 2
-    assert dataset.store.names("features/layer=z_mean") == [
-        f"features/{file.path}"
-        for file in dataset.live(FEATURES)
-        if file.partition_values["layer"] == "z_mean"
-    ]
-
-
-def test_a_second_driver_that_planned_on_the_same_version_cannot_commit(dataset: Dataset) -> None:
-    Committer(dataset, ("layer",))
-    first, second = Committer(dataset, ("layer",)), Committer(dataset, ("layer",))
-    first.commit([receipt(dataset, decoded("a", 1))], RUN)
-    with pytest.raises(OutputBusyError, match="another run"):
-        second.commit([receipt(dataset, decoded("a", 5))], RUN)
-    assert dataset.read(FEATURES, ("scan_id", "feature"), pads.field("layer") == "z_mean").to_pylist() == [
-        {"scan_id": "a", "feature": [1.0, 2.0]}
-    ]
-
-
-def test_a_missing_file_stops_the_commit_before_anything_is_visible(dataset: Dataset) -> None:
-    committer = Committer(dataset, ("layer",))
-    lost = receipt(dataset, decoded("a", 1))
-    dataset.store.delete([f"features/{lost.files[0].path}"])
-    with pytest.raises(FileNotFoundError, match="nothing was committed"):
-        committer.commit([lost], RUN)
-    assert len(dataset.ledger()) == 0
-
-
-def test_a_retried_scan_replaces_its_ledger_row_and_leaves_the_others(dataset: Dataset) -> None:
-    failed = record("b")
-    failed.fail("read", ScanError(Reason.STORAGE, "gone"))
-    committer = Committer(dataset, ("layer",))
-    committer.commit([receipt(dataset, decoded("a", 1)), Receipt((), (failed,))], RUN)
-    committer.commit([receipt(dataset, decoded("b", 2))], RUN)
-    rows = dataset.ledger(("scan_id", "status", "reason")).sort_by("scan_id").to_pylist()
-    assert rows == [
-        {"scan_id": "a", "status": "ok", "reason": None},
-        {"scan_id": "b", "status": "ok", "reason": None},
-    ]
-    assert len([name for name in dataset.store.names("scans") if name.endswith(".parquet")]) == 1
-
-
 def test_a_retried_writer_writes_the_same_file_again(dataset: Dataset) -> None:
     assert receipt(dataset, decoded("a", 1)).files == receipt(dataset, decoded("a", 1)).files
     assert len(dataset.store.names("features")) == 2
@@ -178,8 +105,8 @@ def test_a_retried_writer_writes_the_same_file_again(dataset: Dataset) -> None:
 def test_further_partition_columns_come_from_the_scans(dataset: Dataset) -> None:
     one, two = decoded("a", 1), decoded("b", 2)
     one.record.columns["site"], two.record.columns["site"] = "A/B ü", ""
-    committer = Committer(dataset, ("layer", "site"), ["site"])
-    committer.commit([receipt(dataset, one, two, partition_by=("layer", "site"))], RUN)
+    committer = Committer(dataset, ("layer", "site"), ["site"], run_id=RUN)
+    committer.commit([receipt(dataset, one, two, partition_by=("layer", "site"))])
     found = pl.scan_delta(str(dataset.store.path("features"))).filter(pl.col("layer") == "map").collect()
     assert dict(found.select("scan_id", "site").iter_rows()) == {"a": "A/B ü", "b": None}
     assert dict(

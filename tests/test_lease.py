@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from featray import lease
 from featray.errors import OutputBusyError
-from featray.lease import NAME, STALE_S, Lease
+from featray.lease import FOLDER, STALE_S, Lease, refuse_if_held
 from featray.storage import Store
+
+OTHER = f"{FOLDER}/other.json"
 
 
 @pytest.fixture
@@ -22,10 +27,25 @@ def store(tmp_path: Path) -> Store:
     return Store(str(tmp_path / "out"))
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "WATCH_S", 0.2)
+
+
 def plant(store: Store, **changes: Any) -> None:
-    holder = {"run_id": "other", "host": "elsewhere", "pid": 1, "since": "2026", "started": 0.0}
-    holder["heartbeat"] = time.time()
-    store.write(NAME, json.dumps({**holder, **changes}).encode())
+    holder = {
+        "run_id": "other",
+        "host": "elsewhere",
+        "machine": "m",
+        "pid": 1,
+        "since": "2026",
+        "started": 0.0,
+    }
+    store.write(OTHER, json.dumps({**holder, "heartbeat": time.time(), **changes}).encode())
+
+
+def held(store: Store) -> list[str]:
+    return store.names(FOLDER)
 
 
 def test_a_second_run_is_refused_with_who_holds_the_output(store: Store) -> None:
@@ -33,10 +53,15 @@ def test_a_second_run_is_refused_with_who_holds_the_output(store: Store) -> None
         Lease(store, "second").__enter__()
 
 
-def test_the_lease_is_given_back(store: Store) -> None:
-    with Lease(store, "first"):
-        assert store.size(NAME)
-    assert store.size(NAME) is None
+def test_the_lease_is_given_back_also_after_an_error(store: Store) -> None:
+    def fail() -> None:
+        with Lease(store, "first"):
+            assert held(store) == [f"{FOLDER}/first.json"]
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    assert held(store) == []
     with Lease(store, "second"):
         pass
 
@@ -45,12 +70,39 @@ def test_a_lease_of_another_host_holds_while_its_heart_beats(store: Store) -> No
     plant(store)
     with pytest.raises(OutputBusyError, match="host elsewhere"):
         Lease(store, "second").__enter__()
+    assert held(store) == [OTHER]
 
 
 def test_a_lease_without_heartbeat_is_taken_over(store: Store) -> None:
     plant(store, heartbeat=time.time() - STALE_S - 1)
     with Lease(store, "second"):
-        assert json.loads(store.read(NAME))["run_id"] == "second"
+        assert held(store) == [f"{FOLDER}/second.json"]
+
+
+def test_a_lease_that_only_looks_stale_because_clocks_differ_holds(store: Store) -> None:
+    plant(store, heartbeat=time.time() - 3600)
+    stop = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not stop.wait(0.05):
+            beats += 1
+            plant(store, heartbeat=time.time() - 3600 + beats)
+
+    thread = threading.Thread(target=beat)
+    thread.start()
+    try:
+        with pytest.raises(OutputBusyError):
+            refuse_if_held(store)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_same_hostname_and_pid_in_another_container_is_not_this_machine(store: Store) -> None:
+    plant(store, host=socket.gethostname(), pid=2**22 + 1)
+    with pytest.raises(OutputBusyError):
+        refuse_if_held(store)
 
 
 def test_a_killed_process_gives_its_lease_back_at_once(store: Store) -> None:
@@ -61,6 +113,62 @@ def test_a_killed_process_gives_its_lease_back_at_once(store: Store) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, store.uri], check=False)
-    assert json.loads(store.read(NAME))["run_id"] == "killed"
+    assert held(store) == [f"{FOLDER}/killed.json"]
     with Lease(store, "second"):
-        pass
+        assert held(store) == [f"{FOLDER}/second.json"]
+
+
+def test_of_many_that_start_at_one_moment_at_most_one_holds_the_output(store: Store) -> None:
+    holding, most, lock = 0, 0, threading.Lock()
+    start = threading.Barrier(8)
+
+    def race(number: int) -> None:
+        nonlocal holding, most
+        start.wait()
+        try:
+            with Lease(store, f"run{number}"):
+                with lock:
+                    holding += 1
+                    most = max(most, holding)
+                time.sleep(0.01)
+                with lock:
+                    holding -= 1
+        except OutputBusyError:
+            pass
+
+    for _ in range(10):
+        threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert most == 1
+    assert held(store) == []
+
+
+def test_a_run_whose_lease_was_taken_over_is_told_and_does_not_put_it_back(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
+    with Lease(store, "first") as first:
+        first.check()
+        store.delete([f"{FOLDER}/first.json"])
+        plant(store)
+        time.sleep(0.2)
+        with pytest.raises(OutputBusyError, match="taken over; run other on host elsewhere"):
+            first.check()
+    assert held(store) == [OTHER]
+
+
+def test_the_heart_goes_on_beating_after_the_store_was_away(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
+    with Lease(store, "first") as first:
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(OSError("away")))
+            time.sleep(0.1)
+        before = store.read(f"{FOLDER}/first.json")
+        time.sleep(0.2)
+        assert store.read(f"{FOLDER}/first.json") != before
+        first.check()

@@ -1,62 +1,222 @@
-"""The plan: what is listed against what is stored."""
+"""The plan: what is listed against what is stored, what each command takes up, and why."""
 
 from __future__ import annotations
+
+import random
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from featray.errors import Reason
-from featray.planning import make_plan
+from featray.errors import Reason, UsageError
+from featray.planning import STATES, Plan, make_plan
 from featray.schema import Scan
+from featray.stages.list import Listing
 
 COLUMNS = ("scan_id", "status", "reason", "content", "recipe")
+Row = tuple[str | None, ...]
 
 
-def scan(scan_id: str, content: str = "c") -> Scan:
-    return Scan(scan_id, f"/data/{scan_id}", "nifti", (f"/data/{scan_id}",), content)
+def scan(scan_id: str, content: str = "c", **more: Any) -> Scan:
+    return Scan(scan_id, f"/data/{scan_id}", "nifti", (f"/data/{scan_id}",), content, **more)
 
 
-def ledger(*rows: tuple[str | None, ...]) -> pa.Table:
+def ledger(*rows: Row, columns: tuple[str, ...] = COLUMNS) -> pa.Table:
     return pa.Table.from_pylist(
-        [dict(zip(COLUMNS, row, strict=True)) for row in rows],
-        schema=pa.schema([(name, pa.string()) for name in COLUMNS]),
+        [dict(zip(columns, row, strict=True)) for row in rows],
+        schema=pa.schema([(name, pa.string()) for name in columns]),
     )
+
+
+def planned(scans: Collection[Scan], *rows: Row, **more: Any) -> Plan:
+    listed = Listing(tuple(sorted(scans, key=lambda one: one.scan_id)))
+    return make_plan(listed, ledger(*rows), "r", **more)
+
+
+def states(plan: Plan) -> dict[str, str]:
+    return {found["scan_id"]: found["state"] for found in plan.explain()}
+
+
+def todo(plan: Plan) -> list[str]:
+    return [found.scan_id for found in plan.todo]
 
 
 @pytest.mark.parametrize(
-    ("row", "state", "due"),
+    ("row", "state", "extract", "refresh"),
     [
-        (None, "new", True),
-        (("a", "ok", None, "c", "r"), "up_to_date", False),
-        (("a", "ok", None, "old", "r"), "changed", False),
-        (("a", "ok", None, "c", "old"), "stale", False),
-        (("a", "failed", "truncated", "c", "r"), "failed", False),
-        (("a", "failed", "storage", "c", "r"), "failed", True),
-        (("a", "failed", "truncated", "old", "r"), "changed", True),
-        (("a", "failed", "preprocess", "c", "old"), "stale", True),
-        (("a", "excluded", "not_ct", "c", "old"), "up_to_date", False),
+        (None, "new", True, True),
+        (("a", "ok", None, "c", "r"), "up_to_date", False, False),
+        (("a", "ok", None, "old", "r"), "changed", False, True),
+        (("a", "ok", None, "c", "old"), "stale", False, True),
+        (("a", "ok", None, "old", "old"), "changed", False, True),
+        (("a", "failed", "truncated", "c", "r"), "failed", False, False),
+        (("a", "failed", "storage", "c", "r"), "failed", True, True),
+        (("a", "failed", "truncated", "old", "r"), "changed", True, True),
+        (("a", "failed", "preprocess", "c", "old"), "stale", True, True),
+        (("a", "failed", None, "c", "r"), "failed", False, False),
     ],
 )
 def test_a_scans_state_follows_from_content_recipe_and_status(
-    row: tuple[str | None, ...] | None, state: str, due: bool
+    row: Row | None, state: str, extract: bool, refresh: bool
 ) -> None:
-    plan = make_plan([scan("a")], ledger(*([row] if row else [])), "r")
-    assert plan.states["a"] == state
-    assert [todo.scan_id for todo in plan.todo] == (["a"] if due else [])
+    for is_refresh, due in ((False, extract), (True, refresh)):
+        plan = planned([scan("a")], *([row] if row else []), refresh=is_refresh)
+        assert states(plan) == {"a": state}
+        assert todo(plan) == (["a"] if due else [])
+        assert plan.refresh_todo == refresh
+        assert plan.counts == {**dict.fromkeys(STATES, 0), state: 1}
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+@pytest.mark.parametrize(
+    ("retry", "due"),
+    [(None, ["s"]), ([], ["s"]), (["truncated"], ["s", "t"]), ([Reason.MODEL, "truncated"], ["m", "s", "t"])],
+)
+def test_failed_scans_are_tried_again_for_the_reasons_asked_for(
+    retry: list[str] | None, due: list[str], refresh: bool
+) -> None:
+    rows = (("m", "failed", "model", "c", "r"), ("s", "failed", "storage", "c", "r"))
+    plan = planned(
+        [scan(name) for name in "mst"],
+        *rows,
+        ("t", "failed", "truncated", "c", "r"),
+        refresh=refresh,
+        retry=retry,
+    )
+    assert todo(plan) == due
+
+
+def test_a_scan_left_out_by_rule_stays_out_whatever_the_recipe() -> None:
+    out = scan("a", reason=Reason.NOT_CT, excluded=True)
+    plan = planned([out], ("a", "excluded", "not_ct", "c", "old"), refresh=True)
+    assert (states(plan), todo(plan)) == ({"a": "up_to_date"}, [])
+    assert plan.why("a") == "up to date: left out by rule (not_ct), and unchanged"
+
+
+def test_a_scan_that_policy_takes_now_or_leaves_out_now_is_changed() -> None:
+    taken, left_out = scan("in"), scan("out", reason=Reason.DUPLICATE_ID, excluded=True)
+    rows = (("in", "excluded", "not_ct", "c", "r"), ("out", "ok", None, "c", "r"))
+    assert todo(planned([taken, left_out], *rows)) == ["in"]
+    plan = planned([taken, left_out], *rows, refresh=True)
+    assert todo(plan) == ["in", "out"]
+    assert "policy now takes it" in plan.why("in")
+    assert "policy now leaves it out (duplicate_id)" in plan.why("out")
+
+
+def test_what_was_left_out_when_it_was_read_stays_out_while_its_row_is_open() -> None:
+    is_open = replace(scan("a"), files=(), format="auto")
+    assert states(planned([is_open], ("a", "excluded", "not_ct", "c", "old"))) == {"a": "up_to_date"}
 
 
 def test_a_stored_scan_that_is_not_listed_is_removed() -> None:
-    plan = make_plan([scan("a")], ledger(("a", "ok", None, "c", "r"), ("gone", "ok", None, "c", "r")), "r")
-    assert plan.counts == {"new": 0, "changed": 0, "stale": 0, "failed": 0, "removed": 1, "up_to_date": 1}
-    assert plan.todo == ()
+    rows = (("a", "ok", None, "c", "r"), ("z", "ok", None, "c", "r"), ("gone", "ok", None, "c", "r"))
+    plan = planned([scan("a")], *rows, refresh=True)
+    assert plan.counts == {**dict.fromkeys(STATES, 0), "removed": 2, "up_to_date": 1}
+    assert (list(plan.removed), todo(plan)) == (["gone", "z"], [])
+    assert "`refresh` drops it" in plan.why("gone")
 
 
-def test_stored_features_of_another_recipe_are_named() -> None:
-    rows = ledger(
-        ("a", "ok", None, "c", "old"), ("b", "ok", None, "old", "r"), ("c", "failed", "model", "c", "old")
+def test_what_cannot_be_looked_at_now_is_kept_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    away = [scan(name, "?", reason=Reason.STORAGE, message="away") for name in ("bad", "good", "new", "out")]
+    rows = (
+        ("bad", "failed", "truncated", "c", "r"),
+        ("good", "ok", None, "c", "old"),
+        ("out", "excluded", "not_ct", "c", "r"),
     )
-    plan = make_plan([scan("a"), scan("b"), scan("c")], rows, "r")
-    assert plan.other_recipe == ("a",)
+    plan = planned(away, *rows, refresh=True)
+    assert states(plan) == {"bad": "changed", "good": "up_to_date", "new": "new", "out": "up_to_date"}
+    assert todo(plan) == ["bad", "new"]
+    assert plan.unreachable == 2
+    assert "2 stored scans cannot be looked at" in caplog.text
+    assert "could not look at it now (storage); its stored features are kept" in plan.why("good")
+
+
+def test_what_lies_in_a_place_that_cannot_be_looked_into_is_not_removed() -> None:
+    away = [scan(name, reason=Reason.STORAGE) for name in ("x/case.zip", "x/s/001.dcm")]
+    kept = ("x/case.zip/a", "x/case.zip/b/c", "x/s", "x/s#1a2b")
+    gone = ("x/case", "x/sub", "y", "y/x/s")
+    plan = planned(away, *((name, "ok", None, "c", "r") for name in (*kept, *gone)), refresh=True)
+    assert list(plan.removed) == list(gone)
+    assert (plan.unreachable, plan.counts["up_to_date"]) == (4, 4)
+    assert "cannot be looked into now" in plan.why("x/s#1a2b")
+
+
+def test_stored_features_of_another_recipe_are_counted() -> None:
+    rows = (
+        ("a", "ok", None, "c", "old"),
+        ("b", "ok", None, "old", "r"),
+        ("c", "failed", "model", "c", "old"),
+    )
+    assert planned([scan("a"), scan("b"), scan("c")], *rows).other_recipe == 1
+
+
+def test_a_plan_tells_why_of_each_scan() -> None:
+    columns = (*COLUMNS, "stage", "run_id")
+    rows = ledger(
+        ("changed", "ok", None, "b2b2b2b2b2b2", "r", None, "run-7"),
+        ("failed", "failed", "truncated", "c", "r", "read", "run-7"),
+        ("passing", "failed", "storage", "c", "r", "read", "run-7"),
+        ("same", "ok", None, "c", "r", None, "run-7"),
+        ("stale", "ok", None, "c", "old", None, "run-7"),
+        columns=columns,
+    )
+    names = ("failed", "new", "passing", "same", "stale")
+    listed = Listing((scan("changed", "a1a1a1a1a1a1"), *map(scan, names)))
+    plan = make_plan(listed, rows, "r")
+    only = "it has features, so only `refresh` takes it up again"
+    assert {found["scan_id"]: found["why"] for found in plan.explain()} == {
+        "changed": f"changed: content a1a1a1a1 was b2b2b2b2 when run run-7 took it up; {only}",
+        "failed": "failed: truncated at read; unchanged, so only `refresh --retry-failed` tries it again",
+        "new": "new: listed, and never taken up",
+        "passing": "failed: storage at read; this may pass, so it is tried again",
+        "same": "up to date: content and recipe are those of what is stored",
+        "stale": f"stale: taken up by run run-7 under recipe old, this config's is r; {only}",
+    }
+    assert all(plan.why(found["scan_id"]) == found["why"] for found in plan.explain())
+    assert only not in make_plan(listed, rows, "r", refresh=True).why("changed")
+
+
+def test_an_unknown_id_is_told_with_those_near_it() -> None:
+    plan = planned([scan("site/case-1.nii"), scan("site/case-2.nii")])
+    with pytest.raises(UsageError, match=r"no scan has the id 'case-1'.*site/case-1\.nii$"):
+        plan.why("case-1")
+    with pytest.raises(UsageError, match=r"near it: site/case-"):
+        plan.why("site/caze-1.nii")
+
+
+def test_a_plan_is_what_comparing_scan_by_scan_finds() -> None:
+    """An independent, slow statement of the rules, over random listings and ledgers."""
+    rng = random.Random(0)
+    for _ in range(60):
+        listed = {str(n): scan(str(n), rng.choice("ab")) for n in range(30) if rng.random() < 0.7}
+        stored = {
+            str(n): (str(n), status, reason, rng.choice("ab"), rng.choice("rs"))
+            for n in range(30)
+            for status, reason in [rng.choice([("ok", None), ("failed", "model"), ("failed", "storage")])]
+            if rng.random() < 0.7
+        }
+        for refresh in (False, True):
+            plan = planned(listed.values(), *stored.values(), refresh=refresh)
+            expected = {name: _state(one.content, stored.get(name)) for name, one in listed.items()}
+            due = sorted(name for name in listed if _due(expected[name], stored.get(name), refresh))
+            assert states(plan) == expected | dict.fromkeys(stored.keys() - listed.keys(), "removed")
+            assert todo(plan) == due
+
+
+def _state(content: str, row: Row | None) -> str:
+    if row is None:
+        return "new"
+    if row[3] != content:
+        return "changed"
+    return "stale" if row[4] != "r" else "up_to_date" if row[1] == "ok" else "failed"
+
+
+def _due(state: str, row: Row | None, refresh: bool) -> bool:
+    if row is None or row[1] == "ok":
+        return row is None or (refresh and state in ("changed", "stale"))
+    return state != "failed" or row[2] == "storage"
 
 
 def test_a_scan_survives_the_way_to_a_worker_and_back() -> None:

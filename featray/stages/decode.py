@@ -10,7 +10,7 @@ import functools
 import logging
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from featray.ct.geometry import reorient
 from featray.ct.memory import keep_large_blocks
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
+from featray.listing.row import locate
 from featray.npy import Samples, onto_scale
 from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord
 from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
@@ -62,6 +63,7 @@ class Decoder:
     def __call__(self, scan: Scan) -> Decoded:
         """Return the scan's model input, or its record with the reason why there is none."""
         _prepare_process()
+        scan = self._located(scan)
         record = ScanRecord.of(scan, self.recipe, self.run_id)
         if record.status != "ok":
             return _without_tensor(record)
@@ -70,11 +72,11 @@ class Decoder:
             _describe(record, result)
             self._refuse_by_policy(record)
         except ScanError as error:
-            return _failed(record, "read", error)
+            return _failed(record, "read", _too_large(error) or error)
         try:
             return self._preprocess(record, scan, result)
         except ScanError as error:
-            return _failed(record, "preprocess", error)
+            return _failed(record, "preprocess", _too_large(error) or error)
 
     def failed(self, scan: Scan, reason: Reason, message: str, attempts: int) -> Decoded:
         """Return the outcome of a scan whose decoding could not even report one."""
@@ -87,13 +89,18 @@ class Decoder:
         message = f"no result after {self.limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
         return self.failed(scan, Reason.TIMEOUT, message, attempts)
 
+    def _located(self, scan: Scan) -> Scan:
+        """Return the scan with its files; what cannot be found has a reason, as from listing."""
+        try:
+            return locate(scan, self.reader.source, self.policy)
+        except Exception as error:  # as in reading: one scan, not the run
+            log.debug("unexpected error while looking for files", exc_info=True)
+            message = f"looking for its files raised {type(error).__name__}"
+            return replace(scan, reason=Reason.UNREADABLE, message=message)
+
     def _read(self, scan: Scan) -> ReadResult:
         try:
             return self.reader.read(scan)
-        except MemoryError:
-            raise ScanError(
-                Reason.TOO_LARGE, "the scan does not fit into memory; lower limits.max_voxels"
-            ) from None
         except ScanError:
             raise
         except Exception as error:  # a reader's bug must cost one scan, not the run
@@ -114,8 +121,6 @@ class Decoder:
                 volume = self._region(result.content, result.mask)
                 _check_size(volume, self.preprocess, self.limits.max_voxels)
                 model_input = preprocess(volume, self.preprocess, center_lps=scan.center_lps)
-        except MemoryError:
-            raise ScanError(Reason.TOO_LARGE, "the model input does not fit into memory") from None
         except ScanError:
             raise
         except Exception as error:  # as above
@@ -193,6 +198,20 @@ def _check_size(volume: Volume, config: PreprocessConfig, max_voxels: int) -> No
         if voxels > max_voxels:
             message = f"preprocessing would make {voxels} voxels, limits.max_voxels is {max_voxels}"
             raise ScanError(Reason.TOO_LARGE, message)
+
+
+def _too_large(error: BaseException) -> ScanError | None:
+    """Return the error to report instead when memory ran out, whatever the error was taken for on its way."""
+    import cv2
+
+    cause: BaseException | None = error
+    while cause is not None:
+        full = isinstance(cause, cv2.error) and cause.code == cv2.Error.StsNoMem
+        if full or isinstance(cause, MemoryError):
+            message = "decoding takes more memory than a process may have; raise run.decode.memory, or "
+            return ScanError(Reason.TOO_LARGE, f"{message}lower limits.max_voxels to refuse such scans early")
+        cause = cause.__context__
+    return None
 
 
 def _failed(record: ScanRecord, stage: str, error: ScanError) -> Decoded:

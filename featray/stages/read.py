@@ -6,14 +6,18 @@ Knows the formats only by name; what a header may lie about is the readers' busi
 
 from __future__ import annotations
 
+import functools
 import posixpath
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from featray import retry
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct import dicom, metaimage, nifti, nrrd
 from featray.ct.archive import MAX_ARCHIVE_BYTES, open_archive
@@ -25,9 +29,12 @@ from featray.schema import Scan
 from featray.storage import file_version, fingerprint, open_url
 
 Files = list[tuple[str, bytes]]
+T = TypeVar("T")
 
 _MAX_VOXEL_BYTES, _MAX_HEADER_BYTES = 8, 2**24
 """What an archive's members of one scan may take for each voxel and for each file."""
+_FETCH_THREADS = 8
+"""Files of one series that are fetched at once from a store; each waits for the store, not for a core."""
 _CHANGED = "changed since it was listed; run again"
 _MASK_FORMATS = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha"}
 
@@ -102,7 +109,8 @@ class Reader:
             raise ScanError(Reason.UNSUPPORTED, f"a mask must be one of {known}; convert it")
         fs, path = open_url(uri, self.source.storage_options)
         try:
-            return _read_single(kind, [("", _fetch(fs, path))], self.max_voxels, None, True)
+            files = _fetch_all(fs, [path])
+            return _read_single(kind, files, self.max_voxels, None, True)
         except ScanError as error:
             raise ScanError(error.reason, f"the mask: {error}") from None
 
@@ -110,8 +118,8 @@ class Reader:
         # A manifest may name scans on another file system than its own.
         fs, _ = open_url(scan.uri if "://" in scan.uri else self.source.uri, self.source.storage_options)
         if scan.archive:
-            return self._archived(fs, scan)
-        files = [(path, _fetch(fs, path)) for path in scan.files]
+            return _asked(scan.archive, lambda: self._archived(fs, scan))
+        files = _fetch_all(fs, scan.files)
         _refuse_changed(scan, fs, files)
         return [(posixpath.basename(path), data) for path, data in files]
 
@@ -119,16 +127,13 @@ class Reader:
         """Return the scan's members of its zip archive."""
         limit = _MAX_VOXEL_BYTES * self.max_voxels + _MAX_HEADER_BYTES * len(scan.files)
         files = []
-        try:
-            with fs.open(scan.archive, "rb") as stream:
-                archive = open_archive(stream, max_bytes=MAX_ARCHIVE_BYTES)
-                for name in scan.files:
-                    if name not in archive.names:
-                        raise ScanError(Reason.STORAGE, _CHANGED)
-                    files.append((posixpath.basename(name), archive.read(name, limit)))
-                    limit -= archive.size(name)
-        except OSError as error:
-            raise _unfetched(scan.archive, error) from None
+        with fs.open(scan.archive, "rb") as stream:
+            archive = open_archive(stream, max_bytes=MAX_ARCHIVE_BYTES)
+            for name in scan.files:
+                if name not in archive.names:
+                    raise ScanError(Reason.STORAGE, _CHANGED)
+                files.append((posixpath.basename(name), archive.read(name, limit)))
+                limit -= archive.size(name)
         return files
 
 
@@ -154,24 +159,48 @@ def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> 
     same = sum(len(data) for _, data in files) == scan.size
     if same and (len(files) == 1 or isinstance(fs, LocalFileSystem)):
         fs.invalidate_cache()
-        there = [(path, fs.info(path)) for path, _ in files]
+        there = [(path, _asked(path, functools.partial(fs.info, path))) for path, _ in files]
         same = scan.listed == fingerprint((path, info["size"], file_version(info)) for path, info in there)
     if not same:
         raise ScanError(Reason.STORAGE, _CHANGED)
 
 
+def _fetch_all(fs: fsspec.AbstractFileSystem, paths: Sequence[str]) -> Files:
+    """Return the bytes of all files; from a store, several are on the way at once."""
+    if len(paths) == 1 or isinstance(fs, LocalFileSystem):
+        return [(path, _fetch(fs, path)) for path in paths]
+    with ThreadPoolExecutor(min(_FETCH_THREADS, len(paths))) as pool:
+        coming = [(path, pool.submit(_fetch, fs, path)) for path in paths]
+        try:
+            return [(path, one.result()) for path, one in coming]
+        except ScanError:  # without one of its files the scan is of no use: leave the others where they are
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
 def _fetch(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    try:
-        data: bytes = fs.cat_file(path)
-    except OSError as error:
-        raise _unfetched(path, error) from None
+    data: bytes = _asked(path, lambda: fs.cat_file(path))
     return data
 
 
-def _unfetched(path: str, error: OSError) -> ScanError:
+def _asked(path: str, act: Callable[[], T]) -> T:
+    """Return what `act` asks the store about `path`, trying again while that may help."""
+    try:
+        return retry.retried(act, retry.SOURCE_DEADLINE_S)
+    except Exception as error:  # every store has errors of its own
+        if not retry.is_of_store(error):
+            raise
+        raise _unfetched(path, error) from None
+
+
+def _unfetched(path: str, error: Exception) -> ScanError:
     name = posixpath.basename(path)
-    if isinstance(error, FileNotFoundError):
+    if retry.is_missing(error):
         return ScanError(Reason.STORAGE, f"{name} is gone since it was listed")
-    if isinstance(error, PermissionError):
-        return ScanError(Reason.STORAGE, f"no permission to read {name}")
-    return ScanError(Reason.STORAGE, f"{name} could not be fetched ({type(error).__name__}); run again")
+    kind = retry.kind_of(error)
+    if retry.is_denied(error):
+        return ScanError(Reason.STORAGE, f"no permission to read {name} ({kind})")
+    if retry.is_transient(error):
+        waited = f"the store did not answer for {retry.SOURCE_DEADLINE_S:g} s ({kind})"
+        return ScanError(Reason.STORAGE, f"{name}: {waited}; run again")
+    return ScanError(Reason.STORAGE, f"{name} could not be fetched ({kind}); run again")

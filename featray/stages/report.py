@@ -38,6 +38,7 @@ class Run:
 
     Attributes:
         run_id: Sorts by time.
+        command: `extract` or `refresh`.
         started: Seconds since the epoch, when the command began.
         engine: `inline` or `ray`.
         recipe_id: Short hash of `recipe`.
@@ -49,6 +50,7 @@ class Run:
     """
 
     run_id: str
+    command: str
     started: float
     engine: str
     recipe_id: str
@@ -64,9 +66,15 @@ class Tally:
     """What a run has committed so far; sums only, for there may be a million scans."""
 
     scans: int = 0
+    removed: int = 0
     bytes_read: int = 0
     units: dict[str, UnitsTally] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_TIMES, 0.0))
+
+    @property
+    def changed(self) -> bool:
+        """Whether this run has committed anything."""
+        return bool(self.scans or self.removed)
 
     def add(self, receipt: Receipt) -> None:
         """Count what one commit made visible."""
@@ -108,6 +116,7 @@ class Summary:
 
     Attributes:
         run_id: The run, empty when there was nothing to do.
+        command: `extract` or `refresh`.
         engine: The engine that ran, or would have.
         recipe: Recipe id.
         layers: Output names.
@@ -115,6 +124,7 @@ class Summary:
         ok, failed, excluded: What the ledger holds of them; they add up to `found`.
         missing: Scans listed without a row in the ledger (0 unless interrupted or broken).
         done: Scans this run settled.
+        removed: Scans this run dropped, for they are no longer listed.
         states: What the plan found: new, changed, stale, failed, removed and up-to-date scans.
         reasons: Failed and excluded scans by reason, over all of the collection.
         ignored: Files that are no scans, by suffix.
@@ -127,6 +137,7 @@ class Summary:
     """
 
     run_id: str
+    command: str
     engine: str
     recipe: str
     layers: tuple[str, ...]
@@ -136,6 +147,7 @@ class Summary:
     excluded: int
     missing: int
     done: int
+    removed: int
     states: dict[str, int]
     reasons: dict[str, int]
     ignored: dict[str, int]
@@ -172,7 +184,7 @@ def report(
     """
     ledger = dataset.ledger(("scan_id", "status", "reason"))
     summary = _summarise(run, ledger, listing, plan, done, interrupted)
-    if done.scans:
+    if done.changed:
         _write_folder(run, summary, dataset)
     return summary
 
@@ -180,13 +192,15 @@ def report(
 def _summarise(
     run: Run, ledger: pa.Table, listing: Listing, plan: Plan, done: Tally, interrupted: bool
 ) -> Summary:
-    listed = pa.array([scan.scan_id for scan in listing.scans], pa.string())
-    rows = ledger.filter(pc.is_in(ledger["scan_id"], listed))
+    listed = listing.scan_ids
+    wide = listed.type  # offsets of 64 bits: a million ids may be more than 2 GB
+    rows = ledger.filter(pc.is_in(ledger["scan_id"].cast(wide), value_set=listed.combine_chunks()))
     status = _counts(rows["status"])
     found, missing = len(listed), len(listed) - len(rows)
-    unfinished = interrupted and missing > 0
+    unfinished = interrupted and (missing > 0 or done.scans < len(plan.todo))
     return Summary(
-        run_id=run.run_id if done.scans else "",
+        run_id=run.run_id if done.changed else "",
+        command=run.command,
         engine=run.engine,
         recipe=run.recipe_id,
         layers=run.layers,
@@ -196,6 +210,7 @@ def _summarise(
         excluded=status["excluded"],
         missing=missing,
         done=done.scans,
+        removed=done.removed,
         states=plan.counts,
         reasons=dict(_counts(rows["reason"].drop_null()).most_common()),
         ignored=listing.ignored,
@@ -252,21 +267,14 @@ def _peak(who: int) -> int:
 
 
 def _lines(summary: Summary) -> list[str]:
-    rate = summary.done / summary.seconds if summary.seconds else 0.0
-    if not summary.done:
-        current = summary.states["up_to_date"]
-        lines = [f"nothing to do: {current} scans are up to date (recipe {summary.recipe})"]
-    else:
-        lines = [
-            f"run {summary.run_id}: {summary.done} scans in {summary.seconds:.1f} s ({rate:.2f} scans/s with "
-            f"start-up, {summary.bytes_read / 1e6:.0f} MB read), engine {summary.engine}"
-        ]
-    lines.append(
+    lines = [
+        _first_line(summary),
         f"found {summary.found} = {summary.ok} ok + {summary.failed} failed + {summary.excluded} excluded"
-        + (f" + {summary.missing} not yet done" if summary.missing else "")
-    )
-    if changed := summary.states["changed"]:
-        lines.append(f"{changed} scans have changed since; those with features keep the earlier ones")
+        + (f" + {summary.missing} not yet done" if summary.missing else ""),
+    ]
+    if summary.removed:
+        lines.append(f"{summary.removed} scans are no longer in the collection and were dropped")
+    lines += _left_to_refresh(summary)
     if summary.reasons:
         lines.append(
             "reasons: " + ", ".join(f"{count} {reason}" for reason, count in summary.reasons.items())
@@ -283,6 +291,31 @@ def _lines(summary: Summary) -> list[str]:
         lines.append(
             "ignored files: " + ", ".join(f"{count} {suffix}" for suffix, count in summary.ignored.items())
         )
+    return lines
+
+
+def _first_line(summary: Summary) -> str:
+    if not summary.run_id:
+        current = summary.states["up_to_date"]
+        return f"nothing to do: {current} scans are up to date (recipe {summary.recipe})"
+    rate = summary.done / summary.seconds if summary.seconds else 0.0
+    return (
+        f"run {summary.run_id}: {summary.done} scans in {summary.seconds:.1f} s ({rate:.2f} scans/s with "
+        f"start-up, {summary.bytes_read / 1e6:.0f} MB read), engine {summary.engine}"
+    )
+
+
+def _left_to_refresh(summary: Summary) -> list[str]:
+    """Return what `extract` has seen and leaves as it is."""
+    if summary.command == "refresh":
+        return []
+    lines = []
+    if changed := summary.states["changed"]:
+        lines.append(
+            f"{changed} scans have changed since; `featray refresh` replaces features of earlier ones"
+        )
+    if removed := summary.states["removed"]:
+        lines.append(f"{removed} stored scans are no longer in the collection; `featray refresh` drops them")
     return lines
 
 

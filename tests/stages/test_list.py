@@ -12,7 +12,6 @@ from featray.config import SourceConfig
 from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
 from featray.schema import Scan
-from featray.stages import list as listing
 from featray.stages.list import list_scans
 
 SHAPE = (6, 16, 16)
@@ -110,28 +109,6 @@ def test_a_missing_or_empty_place_is_a_config_error(tmp_path: Path) -> None:
             scans(uri)
     with pytest.raises(ConfigError, match="cannot open"):
         scans("nosuchprotocol://x")
-
-
-def test_a_manifest_with_versions_does_not_ask_the_store(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    manifest = tmp_path / "m.csv"
-    manifest.write_text("uri,version\na/x.nii.gz,v1\na/y.nii.gz,v2\n")
-    original = listing._list
-
-    def asked(fs: Any, root: str, source: SourceConfig) -> Any:
-        assert root.endswith("m.csv"), "only the manifest itself may be looked at"
-        return original(fs, root, source)
-
-    monkeypatch.setattr(listing, "_list", asked)
-    found = scans(manifest)
-    assert [scan.files for scan in found.values()] == [
-        (str(tmp_path / "a/x.nii.gz"),),
-        (str(tmp_path / "a/y.nii.gz"),),
-    ]
-    before = found["a/x.nii.gz"].content
-    manifest.write_text("uri,version\na/x.nii.gz,v2\n")
-    assert scans(manifest)["a/x.nii.gz"].content != before
 
 
 def test_a_manifest_may_name_another_file_system(tmp_path: Path) -> None:

@@ -1,0 +1,316 @@
+"""The scans of a manifest: what costs the store a question, what is a copy, what only the worker finds."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from featray.config import load
+from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
+from featray.listing import row, rows
+from featray.listing.scans import RowScans, listed
+from featray.schema import Decoded, Scan
+from featray.stages.decode import Decoder
+from featray.stages.list import Listing, list_scans
+
+SHAPE = (6, 16, 16)
+
+
+def nifti(path: Path, seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_nifti(make_phantom(seed, SHAPE), path)
+    return path
+
+
+def series(folder: Path, seed: int = 0) -> Path:
+    write_dicom_series(make_phantom(seed, SHAPE), folder, name=f"series-{seed}")
+    return folder
+
+
+def manifest(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines))
+    return path
+
+
+def config_of(path: Path, **source: Any) -> Any:
+    rest = {"model": {"uri": "m.keras", "layers": ["a"]}, "output": {"uri": "out"}}
+    return load(
+        {"source": {"uri": str(path), **source}, "preprocess": {"size": None, "window": None}, **rest}
+    )
+
+
+def listing(path: Path, **source: Any) -> Listing:
+    return list_scans(config_of(path, **source).source)
+
+
+def decoded(path: Path, **source: Any) -> dict[str, Decoded]:
+    decoder = Decoder.of(config_of(path, **source))
+    found = listing(path, **source).scans
+    return {scan.scan_id: decoder(Scan.from_json(scan.to_json())) for scan in found}
+
+
+@pytest.fixture
+def forbidden(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Return a function that lets no file be asked about but one."""
+
+    def forbid(allowed: Path) -> None:
+        for name in ("info", "isfile", "isdir", "exists", "find", "ls", "open", "cat_file"):
+            original = getattr(LocalFileSystem, name)
+
+            def guarded(fs: Any, path: str, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                assert path == str(allowed), f"the store was asked about {path}"
+                return original(fs, path, *args, **kwargs)
+
+            monkeypatch.setattr(LocalFileSystem, name, guarded)
+
+    return forbid
+
+
+@pytest.mark.parametrize("fingerprint", ["store", "bytes"])
+def test_a_row_with_a_version_costs_the_store_no_question_whatever_it_names(
+    tmp_path: Path, forbidden: Callable[[Path], None], fingerprint: str
+) -> None:
+    names = ("x.nii.gz", "y.NRRD", "folder", "case.zip", "slice.dcm", "pair.img")
+    path = manifest(tmp_path / "m.csv", "uri,version", *(f"a/{name},v1" for name in names))
+    forbidden(path)
+    found = {scan.scan_id: scan for scan in listing(path, fingerprint=fingerprint).scans}
+    assert {name: (scan.format, len(scan.files)) for name, scan in found.items()} == {
+        "a/x.nii.gz": ("nifti", 1),
+        "a/y.NRRD": ("nrrd", 1),
+        **{f"a/{name}": ("auto", 0) for name in names[2:]},
+    }
+    before = found["a/folder"].content
+    manifest(path, "uri,version", "a/folder,v2", "a/x.nii.gz,v1")
+    again = {scan.scan_id: scan.content for scan in listing(path, fingerprint=fingerprint).scans}
+    assert again["a/folder"] != before
+    assert again["a/x.nii.gz"] == found["a/x.nii.gz"].content
+
+
+def test_what_a_row_leaves_open_is_found_where_it_is_read(tmp_path: Path) -> None:
+    series(tmp_path / "s")
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
+        for file in sorted((tmp_path / "s").iterdir()):
+            archive.write(file, file.name)
+    path = manifest(tmp_path / "m.csv", "uri,version,site", "s,1,A", "s.zip,1,B")
+    found = decoded(path)
+    plain = decoded(tmp_path / "s")["s"]
+    content = {scan.scan_id: scan.content for scan in listing(path).scans}
+    for name, site in (("s", "A"), ("s.zip", "B")):
+        record = found[name].record
+        assert (record.status, record.format, record.columns["site"]) == ("ok", "dicom", site)
+        assert (record.uri, record.content) == (str(tmp_path / name), content[name])
+        assert (found[name].tensor == plain.tensor).all()
+
+
+def test_what_a_row_leaves_open_is_found_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    series(tmp_path / "s")
+    manifest(tmp_path / "m.csv", "uri,version", "s,1")
+    monkeypatch.chdir(tmp_path)
+    (scan,) = listing(Path("m.csv")).scans
+    monkeypatch.chdir("/")
+    assert (scan.uri, Decoder.of(config_of(Path("m.csv")))(scan).record.status) == ("s", "ok")
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "reason", "message"),
+    [
+        ("gone", "failed", "storage", "cannot be read (FileNotFoundError)"),
+        ("two", "failed", "not_a_volume", "must name one scan; it holds 2"),
+        ("none", "failed", "not_a_volume", "must name one scan; it holds 0"),
+        ("mr", "excluded", "not_ct", "modality is MR"),
+        ("half.img", "failed", "unreadable", "header (.hdr)"),
+    ],
+)
+def test_what_cannot_be_found_then_is_told_as_from_listing(
+    tmp_path: Path, name: str, status: str, reason: str, message: str
+) -> None:
+    series(tmp_path / "two" / "a", 1)
+    series(tmp_path / "two" / "b", 2)
+    nifti(tmp_path / "else" / "x.nii").rename(tmp_path / "half.img")
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.txt").write_text("words")
+    for file in series(tmp_path / "mr").iterdir():
+        file.write_bytes(file.read_bytes().replace(b"CS\x02\x00CT", b"CS\x02\x00MR"))
+    for version in ("1", ""):
+        (one,) = decoded(manifest(tmp_path / "m.csv", "uri,version", f"{name},{version}")).values()
+        assert (one.record.status, one.record.reason, one.record.stage) == (status, reason, "list")
+        assert message in str(one.record.message)
+
+
+def test_rows_without_a_version_are_asked_about_several_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import threading
+
+    for number in range(4):
+        nifti(tmp_path / f"{number}.nii")
+    meeting = threading.Barrier(4, timeout=20)
+    original = row.list_place
+
+    def together(*args: Any) -> Any:
+        meeting.wait()  # breaks if the rows are asked about one after the other
+        return original(*args)
+
+    monkeypatch.setattr(row, "list_place", together)
+    path = manifest(tmp_path / "m.csv", "uri", *(f"{number}.nii" for number in range(4)))
+    assert [scan.reason for scan in listing(path).scans] == [None] * 4
+
+
+def test_a_store_that_refuses_while_looking_for_files_is_a_storage_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import NoCredentialsError
+
+    def refuse(*_: Any) -> Any:
+        raise NoCredentialsError
+
+    path = manifest(tmp_path / "m.csv", "uri,version", "folder,1")
+    monkeypatch.setattr(row, "list_place", refuse)
+    (one,) = decoded(path).values()
+    assert (one.record.reason, one.record.stage) == ("storage", "list")
+    assert "NoCredentialsError" in str(one.record.message)
+
+
+def test_a_protocol_that_cannot_be_opened_fails_its_rows_alone(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "m.csv", "uri,version", "nosuch://a.nii,1", "nosuch://b,1", "c.nii,1")
+    found = {scan.scan_id: (scan.reason, scan.message) for scan in listing(path).scans}
+    assert found["c.nii"] == (None, "")
+    for name in ("nosuch://a.nii", "nosuch://b"):
+        reason, message = found[name]
+        assert (reason, f"cannot open {name}" in message) == ("storage", True)
+
+
+def test_credentials_in_a_uri_are_never_shown(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "m.csv", "uri,version", "https://me:secret@host/x.nii,1")
+    (scan,) = listing(path).scans
+    assert (scan.uri, scan.format) == ("https://host/x.nii", "nifti")
+
+
+def test_scans_of_rows_are_a_sequence_built_on_demand(tmp_path: Path) -> None:
+    path = manifest(tmp_path / "m.csv", "uri,version,site", *(f"{n:04},{n},s{n % 3}" for n in range(5000)))
+    found = listing(path)
+    assert isinstance(found.scans, RowScans)
+    everything = list(found.scans)
+    assert [scan.scan_id for scan in everything] == [f"{n:04}" for n in range(5000)]
+    assert found.scans[-1] == everything[-1]
+    assert found.scans[4100] == everything[4100]
+    assert list(found.scans[4090:4110:5]) == everything[4090:4110:5]
+    assert everything[7].columns == {"site": "s1"}
+    with pytest.raises(IndexError):
+        found.scans[5000]
+    assert found.table.equals(listed(everything))
+    assert (found.carried, found.has_centers) == (("site",), False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rows_taken_as_columns_give_the_scans_that_rows_one_by_one_give(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Every rule at once: copies, ids used twice, masks, centres, credentials, several protocols."""
+    pick = random.Random(seed).choice
+    lines = [
+        {
+            "uri": pick(
+                [
+                    "",
+                    "folder",
+                    "s3://b/x.zip",
+                    "a.nii",
+                    "b.nii.gz",
+                    "/c.nrrd",
+                    "s3://b/d.mha",
+                    "file:///e.nii",
+                    "s3://u:p@b/d.mha",
+                ]
+            ),
+            "version": pick(["v1", "v2"]),
+            "case": pick([str(number) for number in range(120)]),
+            "mask": pick(["", "", "m.nii"]),
+            **dict(zip(("center_x", "center_y", "center_z"), pick(CENTERS), strict=True)),
+            "site": pick(["A", "B"]),
+        }
+        for _ in range(100)
+    ]
+    pq.write_table(pa.Table.from_pylist(lines), tmp_path / "m.parquet")
+    more: dict[str, Any] = {"id_column": "case", "center_frame": pick(["RAS", "LPS"])}
+    fast = listing(tmp_path / "m.parquet", **more)
+    monkeypatch.setattr(rows, "_is_plain", lambda uris: pa.repeat(False, len(uris)).to_numpy(False))
+    slow = listing(tmp_path / "m.parquet", **more)
+    assert list(fast.scans) == list(slow.scans)
+    assert fast.table.equals(slow.table)
+    ids = [scan.scan_id for scan in fast.scans]
+    assert ids == sorted(set(ids))
+    assert any(scan.warnings for scan in fast.scans)
+    assert any(scan.reason == "duplicate_id" for scan in fast.scans)
+
+
+CENTERS = [("", "", ""), ("", "", ""), ("1", "2", "3"), ("0", "2", "3"), ("-0", "2.0", "3"), ("1", "", "x")]
+
+
+def test_an_id_used_twice_never_takes_the_id_of_another(tmp_path: Path) -> None:
+    text = "uri,version,case", "a.nii,1,x", "b.nii,1,x", "c.nii,1,x#2", "d.nii,1,x", "e.nii,1,x!"
+    found = listing(manifest(tmp_path / "m.csv", *text), id_column="case").scans
+    assert {scan.scan_id: Path(scan.files[0]).name for scan in found} == {
+        "x": "a.nii", "x!": "e.nii", "x#2": "c.nii", "x#3": "b.nii", "x#4": "d.nii"
+    }  # fmt: skip
+    assert [scan.scan_id for scan in found if scan.reason] == ["x#3", "x#4"]
+
+
+def test_content_by_bytes_follows_the_bytes_and_nothing_else(tmp_path: Path) -> None:
+    root = tmp_path / "ct"
+    nifti(root / "x.nii")
+    folder = series(root / "s")
+    (tmp_path / "m.csv").write_text("uri,mask\nct/x.nii,m.nii\nct/s,\n")
+    nifti(tmp_path / "m.nii", 3)
+
+    def contents() -> list[str]:
+        found = [listing(place, fingerprint="bytes") for place in (root, tmp_path / "m.csv")]
+        return [scan.content for one in found for scan in one.scans]
+
+    before = contents()
+    by_store = [scan.content for scan in listing(root).scans]
+    for path in (root / "x.nii", tmp_path / "m.nii", *folder.iterdir()):
+        shutil.copyfile(path, tmp_path / "copy")
+        (tmp_path / "copy").replace(path)
+        os.utime(path, (1, 1))
+    assert contents() == before
+    assert [scan.content for scan in listing(root).scans] != by_store
+    assert all(one.record.status == "ok" for one in decoded(root, fingerprint="bytes").values())
+    for place, changed in (
+        (root / "x.nii", {1, 3}),
+        (tmp_path / "m.nii", {3}),
+        (min(folder.iterdir()), {0, 2}),
+    ):
+        data = bytearray(place.read_bytes())
+        data[-1] ^= 1
+        place.write_bytes(data)
+        after = contents()
+        assert {at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new} == changed
+        before = after
+
+
+def test_a_file_whose_bytes_cannot_be_read_is_a_storage_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from featray.listing import digests
+
+    nifti(tmp_path / "x.nii")
+
+    def refuse(fs: Any, path: str) -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(digests, "file_digest", refuse)
+    (scan,) = listing(tmp_path, fingerprint="bytes").scans
+    assert (scan.reason, "could not be read for its fingerprint" in scan.message) == ("storage", True)

@@ -1,0 +1,108 @@
+"""`featray plan`: what each command would do, and why, in words and as JSON. The model is left out here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import yaml
+
+from featray import estimate
+from featray.cli import main
+from featray.config import SourceConfig
+from featray.dataset import Dataset
+from featray.estimate import Estimate
+from featray.pipeline import Job
+from featray.schema import Receipt, ScanRecord
+from featray.stages.commit import Committer
+from featray.stages.list import list_scans
+from featray.storage import Store
+
+NAMES = ("a", "b", "c", "d")
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a config whose four scans are stored as ok, by recipe `r`, which is also the config's."""
+
+    def prepare(config: Any, engine: str, started: float) -> Any:
+        job = SimpleNamespace(run=SimpleNamespace(recipe_id="r", layers=("z",)), config=config)
+        job.plan = lambda *args: Job.plan(job, *args)
+        return job
+
+    monkeypatch.setattr(estimate.Job, "prepare", prepare)
+    monkeypatch.setattr(estimate, "_estimate", lambda *_: Estimate())
+    write_manifest(tmp_path, dict.fromkeys(NAMES, "1"))
+    records = [
+        ScanRecord.of(scan, "r", "run-1")
+        for scan in list_scans(SourceConfig(uri=str(tmp_path / "m.csv"))).scans
+    ]
+    committer = Committer(Dataset(Store(str(tmp_path / "out"))), ("layer",), run_id="run-1")
+    committer.commit([Receipt((), tuple(records))])
+    sections = {
+        "source": {"uri": str(tmp_path / "m.csv")},
+        "model": {"uri": "none.keras", "layers": ["z"]},
+        "output": {"uri": str(tmp_path / "out")},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
+    return tmp_path / "config.yaml"
+
+
+def write_manifest(folder: Path, versions: dict[str, str]) -> None:
+    lines = [f"{name}.nii,{version}" for name, version in versions.items()]
+    (folder / "m.csv").write_text("\n".join(["uri,version", *lines]))
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> str:
+    assert main(["plan", *words]) == code
+    found = capsys.readouterr()
+    return found.out if code == 0 else found.err
+
+
+def test_an_unchanged_collection_leaves_nothing_to_do(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = answer(capsys, str(config))
+    assert text.startswith("found 4 scans: 0 new, 0 changed, 0 stale, 0 failed, 0 removed, 4 up to date\n")
+    assert "nothing to do" in text
+
+
+def test_a_plan_says_what_extract_and_what_refresh_would_do(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_manifest(config.parent, {"a": "1", "b": "2", "new": "1"})
+    text = answer(capsys, str(config))
+    assert "found 3 scans: 1 new, 1 changed, 0 stale, 0 failed, 2 removed, 1 up to date" in text
+    assert "extract: would take up 1\nrefresh: would take up 2, drop 2\n" in text
+    plan = json.loads(answer(capsys, str(config), "--json").splitlines()[-1])
+    assert (plan["todo"], plan["refresh_todo"], plan["removed"]) == (1, 2, 2)
+    assert {found["scan_id"]: found["state"] for found in plan["scans"]} == {
+        "a.nii": "up_to_date",
+        "b.nii": "changed",
+        "c.nii": "removed",
+        "d.nii": "removed",
+        "new.nii": "new",
+    }
+    assert all(found["why"].startswith(found["state"].replace("_", " ")) for found in plan["scans"])
+
+
+def test_why_answers_for_one_scan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_manifest(config.parent, {"a": "1", "b": "2"})
+    assert "when run run-1 took it up" in answer(capsys, str(config), "--why", "b.nii")
+    assert answer(capsys, str(config), "--why", "c.nii").startswith("removed: stored, but no longer listed")
+    found = json.loads(answer(capsys, str(config), "--why", "a.nii", "--json"))
+    assert found == {
+        "scan_id": "a.nii",
+        "why": "up to date: content and recipe are those of what is stored",
+    }
+    assert "near it: a.nii" in answer(capsys, str(config), "--why", "aa.nii", code=2)
+
+
+def test_before_the_first_run_everything_is_new(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = answer(capsys, str(config), "--set", f"output.uri={config.parent / 'nowhere'}")
+    assert "4 new" in text
+    assert "extract: would take up 4\nrefresh: would take up 4, drop 0\n" in text
+    assert not (config.parent / "nowhere").exists()

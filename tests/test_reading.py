@@ -1,0 +1,458 @@
+"""Reading back: one layer of exactly one version as an array, its ids and a table, of any store."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pytest
+import yaml
+
+import featray
+from featray import features as features_module
+from featray.dataset import FEATURES, SCANS, Dataset, Snapshot
+from featray.errors import ConfigError, FeatrayError, Reason, ScanError, UsageError
+from featray.schema import Decoded, Receipt, ScanRecord
+from featray.stages.commit import Committer
+from featray.stages.extract import extract
+from featray.stages.write import write
+from featray.storage import Store
+
+RUN = "20260101T000000000-abcdef"
+
+
+def layers_of(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+    """Stand in for a model: values say which input they came from, `native` has the input's own shape."""
+    first = batch[:, 0, 0, 0]
+    counted = first[:, None, None] + np.arange(6, dtype=np.float32).reshape(2, 3)
+    return {"enc.z_mean": np.stack([first, first + 1], axis=1), "map": counted, "native": batch, "one": first}
+
+
+def decoded(scan_id: str, value: float, patches: int = 1, recipe: str = "r0", width: int = 2) -> Decoded:
+    record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", recipe, RUN, warnings=["oblique"])
+    record.shape, record.columns = [9, 9, width], {"site": f"site of {scan_id}"}
+    return Decoded(
+        record, np.full((patches, 2, 2, width), value, np.float32), np.zeros((patches, 3), np.int32)
+    )
+
+
+def failed(scan_id: str) -> Receipt:
+    record = decoded(scan_id, 0).record
+    record.fail("read", ScanError(Reason.TRUNCATED, "gone"))
+    return Receipt((), (record,))
+
+
+class Output:
+    """An output that tests commit to, one file per layer and call."""
+
+    def __init__(self, uri: str, options: dict[str, Any] | None = None, keep_days: float = 0) -> None:
+        self.dataset = Dataset(Store(uri, options))
+        self.uri, self._keep_days = uri, keep_days
+
+    def add(self, *scans: Decoded, recipe: str = "r0", partition_by: Sequence[str] = ("layer",)) -> int:
+        """Commit scans and return the version of the output."""
+        receipt = write(extract(layers_of, scans), self.dataset, partition_by, recipe, RUN)
+        return self.commit(receipt, partition_by)
+
+    def commit(self, receipt: Receipt, partition_by: Sequence[str] = ("layer",)) -> int:
+        kept = self._keep_days
+        committer = Committer(self.dataset, partition_by, ["site"], run_id=RUN, keep_versions_days=kept)
+        committer.commit([receipt])
+        return self.dataset.snapshot().version
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Output:
+    """Return an output of three scans in two overlapping files per layer, and one scan that failed."""
+    made = Output(str(tmp_path / "out"))
+    made.add(decoded("c", 3), decoded("a", 1))
+    made.add(decoded("b", 2, patches=2))
+    made.commit(failed("x"))
+    return made
+
+
+def address(array: np.ndarray | pa.Array) -> int:
+    if isinstance(array, np.ndarray):
+        return int(array.__array_interface__["data"][0])
+    return int(array.flatten().buffers()[1].address) + 4 * array.flatten().offset
+
+
+def test_ids_array_and_table_are_of_the_same_rows_in_order_of_scan_and_patch(output: Output) -> None:
+    found = featray.read(output.uri, "map")
+    assert found.scan_ids.tolist() == ["a", "b", "b", "c"]
+    assert (found.array.shape, found.array.dtype) == ((4, 2, 3), np.float32)
+    assert found.array[:, 0, 0].tolist() == [1, 2, 2, 3]
+    assert found.array[3].tolist() == [[3, 4, 5], [6, 7, 8]]
+    assert found.table["patch"].to_pylist() == [0, 0, 1, 0]
+    assert found.table["feature"].to_pylist() == [row.ravel().tolist() for row in found.array]
+    assert set(found.table.column_names) == {*output.dataset.snapshot().schema(FEATURES).names}
+    assert (found.version, found.recipe, found.layer) == (output.dataset.snapshot().version, "r0", "map")
+    assert (len(found), found.missing) == (4, [])
+
+
+@pytest.mark.parametrize("name", ["enc/z_mean", "enc.z_mean"])
+def test_a_layer_is_named_with_slashes_or_dots(output: Output, name: str) -> None:
+    assert featray.read(output.uri, name).array.tolist() == [[1, 2], [2, 3], [2, 3], [3, 4]]
+
+
+def test_an_output_is_named_by_place_by_config_or_is_at_hand(output: Output, tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    model = {"uri": "m.keras", "layers": ["map"]}
+    config.write_text(
+        yaml.safe_dump({"source": {"uri": "ct"}, "model": model, "output": {"uri": output.uri}})
+    )
+    for named in (output.uri, Path(output.uri), str(config), output.dataset):
+        assert len(featray.read(named, "map")) == 4
+
+
+def test_one_file_is_read_without_a_copy(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"))
+    output.add(decoded("a", 1), decoded("b", 2))
+    found = featray.read(output.uri, "map")
+    (chunk,) = found.table["feature"].chunks
+    assert address(found.array) == address(chunk)
+    assert not found.array.flags.writeable
+
+
+def test_of_several_files_array_and_table_share_one_memory(output: Output) -> None:
+    found = featray.read(output.uri, "map")
+    (chunk,) = found.table["feature"].chunks
+    assert address(found.array) == address(chunk)
+    assert not found.array.flags.writeable
+
+
+def test_more_values_than_an_arrow_array_can_hold_are_one_array_and_several_chunks(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features_module, "MAX_ITEMS", 13)
+    found = featray.read(output.uri, "map")
+    assert [len(chunk) for chunk in found.table["feature"].chunks] == [2, 2]
+    assert [address(chunk) for chunk in found.table["feature"].chunks] == [
+        address(found.array),
+        address(found.array[2:]),
+    ]
+    assert found.table["feature"].to_pylist() == [row.ravel().tolist() for row in found.array]
+
+
+def test_values_take_little_more_memory_than_their_array(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"))
+    for number in range(16):  # 16 files of 8 MiB
+        output.add(*(decoded(f"s{number:02}{half}", number, width=2**18) for half in "ab"))
+    code = (
+        "import resource, sys, featray\n"
+        "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
+        "featray.read(sys.argv[1], 'map')\n"
+        "before = peak()\n"
+        "array = featray.read(sys.argv[1], 'native').array\n"
+        "assert array.nbytes == 128 * 2**20, array.nbytes\n"
+        "print(peak() - before - array.nbytes)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, output.uri], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 64 * 2**20
+
+
+def test_only_wanted_scans_are_read_and_only_from_files_that_may_hold_them(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    original = Snapshot.fragments
+
+    def watched(self: Snapshot, table: str, files: Any = None) -> Any:
+        opened.extend(file.path for file in files or () if table == FEATURES)
+        return original(self, table, files)
+
+    monkeypatch.setattr(Snapshot, "fragments", watched)
+    found = featray.read(output.uri, "map", scan_ids=["c", "x", "a"])
+    assert found.scan_ids.tolist() == ["a", "c"]
+    assert found.array[:, 0, 0].tolist() == [1, 3]
+    assert found.missing == ["x"]
+    (file,) = set(opened)
+    assert file.startswith("layer=map/")
+
+
+def large(ids: list[str]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array([*ids, None], pa.large_string()).dictionary_encode()])
+
+
+@pytest.mark.parametrize(
+    "kind", [list, tuple, set, pa.array, np.array, iter, large], ids=lambda kind: kind.__name__
+)
+def test_wanted_scans_may_be_any_kind_of_collection(output: Output, kind: Any) -> None:
+    assert featray.read(output.uri, "map", scan_ids=kind(["b", "a"])).scan_ids.tolist() == ["a", "b", "b"]
+
+
+def test_no_wanted_scan_there_is_an_empty_array_of_the_layers_shape(output: Output) -> None:
+    for wanted in (["nobody"], ["aa"], []):
+        found = featray.read(output.uri, "map", scan_ids=wanted, scans=["site"])
+        assert (found.array.shape, found.arrays, found.recipe) == ((0, 2, 3), [], None)
+        assert found.missing == wanted
+        assert {"feature", "site"} <= set(found.table.column_names)
+
+
+def test_only_wanted_columns_are_in_the_table(output: Output) -> None:
+    found = featray.read(output.uri, "map", columns=["feature", "origin"])
+    assert found.table.column_names == ["scan_id", "patch", "feature", "origin"]
+    assert found.array.shape == (4, 2, 3)
+    without = featray.read(output.uri, "map", columns=["layer"])
+    assert without.table.to_pylist()[0] == {"scan_id": "a", "patch": 0, "layer": "map"}
+    with pytest.raises(UsageError, match="add 'feature' to columns"):
+        _ = without.array
+
+
+def test_columns_of_the_scans_stand_beside_each_row(output: Output) -> None:
+    found = featray.read(output.uri, "map", columns=[], scans=["site", "warnings", "shape"])
+    assert found.table.column_names == ["scan_id", "patch", "site", "warnings", "scan_shape"]
+    assert found.table["site"].to_pylist() == ["site of a", "site of b", "site of b", "site of c"]
+    assert found.table["warnings"].to_pylist() == [["oblique"]] * 4
+    assert found.table["scan_shape"].to_pylist() == [[9, 9, 2]] * 4
+
+
+def test_further_partition_columns_are_columns(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"))
+    output.add(decoded("a", 1), decoded("b", 2), partition_by=("layer", "site"))
+    found = featray.read(output.uri, "map")
+    assert found.table["site"].to_pylist() == ["site of a", "site of b"]
+    assert found.array[:, 0, 0].tolist() == [1, 2]
+
+
+def test_a_single_number_per_row_is_a_flat_array(output: Output) -> None:
+    assert featray.read(output.uri, "one").array.tolist() == [1, 2, 2, 3]
+
+
+def test_values_of_differing_shape_are_a_list_of_arrays(output: Output) -> None:
+    output.add(decoded("d", 4, width=3))
+    output.add(decoded("bb", 5, width=5), decoded("e", 6, width=1))
+    found = featray.read(output.uri, "native")
+    with pytest.raises(UsageError, match=r"4 different shapes \(2x2x2, 2x2x5, 2x2x3, …\).*\.arrays"):
+        _ = found.array
+    shapes = [(2, 2, 2)] * 3 + [(2, 2, 5), (2, 2, 2), (2, 2, 3), (2, 2, 1)]
+    assert [array.shape for array in found.arrays] == shapes
+    assert [set(array.ravel().tolist()) for array in found.arrays] == [{v} for v in (1, 2, 2, 5, 3, 4, 6)]
+    assert [len(row) for row in found.table["feature"].to_pylist()] == [int(np.prod(s)) for s in shapes]
+    assert featray.read(output.uri, "native", scan_ids=["d"]).array.shape == (1, 2, 2, 3)
+
+
+def test_two_recipes_are_refused_until_one_is_chosen(output: Output) -> None:
+    output.add(decoded("d", 4, recipe="r1"), recipe="r1")
+    with pytest.raises(UsageError, match=r"2 recipes.*r0 \(3 scans\), r1 \(1 scans\).*recipe="):
+        featray.read(output.uri, "map")
+    assert featray.read(output.uri, "map", recipe="r1").scan_ids.tolist() == ["d"]
+    assert featray.read(output.uri, "map", recipe="r0").scan_ids.tolist() == ["a", "b", "b", "c"]
+    assert featray.read(output.uri, "map", scan_ids=["a", "b"]).recipe == "r0"
+    with pytest.raises(UsageError, match=r"no row of recipe 'r9'.*r0 \(3 scans\), r1 \(1 scans\)"):
+        featray.read(output.uri, "map", recipe="r9")
+
+
+def test_wrong_names_are_told_with_what_there_is(output: Output) -> None:
+    with pytest.raises(
+        UsageError, match=r"'enc/z_men'; did you mean 'enc.z_mean'\? There are: enc.z_mean, map"
+    ):
+        featray.read(output.uri, "enc/z_men")
+    with pytest.raises(UsageError, match=r"columns: no column 'featur'; did you mean 'feature'\?"):
+        featray.read(output.uri, "map", columns=["featur"])
+    with pytest.raises(UsageError, match=r"scans: no column 'spacings'; did you mean 'spacing'\?"):
+        featray.read(output.uri, "map", scans=["spacings"])
+    with pytest.raises(UsageError, match="put it into a list"):
+        featray.read(output.uri, "map", scan_ids="a")
+    with pytest.raises(UsageError, match="put it into a list"):
+        featray.read(output.uri, "map", columns="feature")
+    with pytest.raises(UsageError, match="expected texts"):
+        featray.read(output.uri, "map", scan_ids=[1, 2])  # type: ignore[list-item]
+
+
+def test_no_output_and_no_version_are_told(output: Output, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is this a featray output"):
+        featray.read(tmp_path / "nowhere", "map")
+    with pytest.raises(ConfigError, match="no version 99"):
+        featray.read(output.uri, "map", 99)
+
+
+def test_a_version_asked_for_stays_what_it_was(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"), keep_days=1)
+    before = output.add(decoded("a", 1), decoded("b", 2))
+    after = output.add(decoded("a", 7), recipe="r0")
+    for version, values in ((before, [1, 2]), (after, [7, 2]), (None, [7, 2])):
+        found = featray.read(output.uri, "one", version)
+        assert (found.array.tolist(), found.version) == (values, version or after)
+
+
+def test_a_version_whose_files_are_gone_is_told(output: Output) -> None:
+    before = output.dataset.snapshot().version
+    output.add(decoded("a", 7))
+    with pytest.raises(ConfigError, match=r"kept for 0 days .*Leave the version out"):
+        featray.read(output.uri, "map", before)
+
+
+def test_a_version_superseded_while_it_is_read_is_given_up_for_the_newest(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = iter([10, 11, 12])
+    original = Dataset.snapshot
+
+    def overtaken(self: Dataset, version: int | None = None) -> Snapshot:
+        found = original(self, version)
+        with monkeypatch.context() as undisturbed:
+            undisturbed.setattr(Dataset, "snapshot", original)
+            if (value := next(values, None)) is not None:
+                output.add(decoded("a", value))
+        return found
+
+    monkeypatch.setattr(Dataset, "snapshot", overtaken)
+    found = featray.read(output.uri, "one")
+    assert found.array.tolist() == [12, 2, 2, 3]
+
+
+def test_every_read_beside_a_refresh_shows_one_commit(tmp_path: Path) -> None:
+    output, generations = Output(str(tmp_path / "out")), 12
+    output.add(*(decoded(scan_id, 0) for scan_id in "abc"))
+
+    def refresh() -> None:
+        for value in range(1, generations):
+            output.add(*(decoded(scan_id, value) for scan_id in "abc"))
+
+    with ThreadPoolExecutor(1) as pool:
+        refreshed = pool.submit(refresh)
+        seen = []
+        while not refreshed.done():
+            found = featray.read(output.uri, "one", scans=["status"])
+            assert found.scan_ids.tolist() == ["a", "b", "c"]
+            assert found.table["status"].to_pylist() == ["ok"] * 3
+            assert len(set(found.array.tolist())) == 1
+            seen.append(found.array[0])
+        refreshed.result()
+    assert seen == sorted(seen)
+    assert featray.read(output.uri, "one").array.tolist() == [generations - 1] * 3
+
+
+def test_a_file_that_is_missing_or_damaged_is_told_with_what_to_do(output: Output) -> None:
+    (path,) = [file.path for file in output.dataset.snapshot().files(FEATURES) if "map" in file.path][:1]
+    file = Path(output.uri) / FEATURES / path
+    content = file.read_bytes()
+    for broken in (content[:-20], content[:40] + b"\xff" * 200 + content[240:]):
+        file.write_bytes(broken)
+        with pytest.raises(FeatrayError, match=r"part-.*parquet is damaged .*featray verify"):
+            featray.read(output.uri, "map")
+    file.unlink()
+    with pytest.raises(FeatrayError, match="is missing; `featray verify`"):
+        featray.read(output.uri, "map")
+    assert len(featray.read(output.uri, "one")) == 4
+
+
+def test_a_row_whose_width_is_not_its_shapes_is_refused(output: Output) -> None:
+    snapshot = output.dataset.snapshot()
+    rows = snapshot.read(FEATURES, None, pads.field("layer") == "map")
+    short = pa.array([[1.0]] * len(rows), rows.schema.field("feature").type)
+    rows = rows.set_column(rows.schema.get_field_index("feature"), "feature", short).drop_columns(["layer"])
+    rows = rows.set_column(0, "scan_id", pa.array([f"w{row}" for row in range(len(rows))]))
+    file = output.dataset.put(FEATURES, {"layer": "map"}, rows, RUN)
+    output.commit(Receipt((file,), (decoded("w0", 0).record,)))
+    with pytest.raises(FeatrayError, match="another number of values than its shape says"):
+        featray.read(output.uri, "map")
+    with pytest.raises(FeatrayError, match="another number of values than its shape says"):
+        featray.read(output.uri, "map", scan_ids=["w0"])
+
+
+def test_a_half_committed_scan_is_read_whole(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    from featray.deltalog import TableLog
+
+    original = TableLog.append
+
+    def killed(self: TableLog, *args: Any, **kwargs: Any) -> None:
+        if self.table == SCANS:
+            raise KeyboardInterrupt
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TableLog, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        output.add(decoded("d", 4))
+    found = featray.read(output.uri, "map", scans=["site"])
+    assert found.table["site"].to_pylist()[-1] == "site of d"
+
+
+def test_another_store_gives_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("moto.server")
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    region = {"client_kwargs": {"region_name": "us-east-1"}}
+    options = {"key": "K", "secret": "S", "endpoint_url": f"http://{host}:{port}", **region}
+    try:
+        remote = Output("s3://reading/out", options)
+        remote.dataset.store.fs.call_s3("create_bucket", Bucket="reading")
+        remote.add(decoded("a", 1), decoded("c", 3))
+        remote.add(decoded("b", 2, patches=2))
+        found = featray.read("s3://reading/out", "map", scans=["site"], storage_options=options)
+        assert found.array[:, 0, 0].tolist() == [1, 2, 2, 3]
+        remote.add(decoded("a", 7))
+        again = featray.read("s3://reading/out", "map", storage_options=options)
+        assert again.array[:, 0, 0].tolist() == [7, 2, 2, 3]
+    finally:
+        server.stop()
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_ray_reads_the_same_rows_as_numpy_arrays(output: Output) -> None:
+    expected = featray.read(output.uri, "map", scans=["site", "warnings"])
+    rows = featray.read_ray(output.uri, "map", scans=["site", "warnings"]).take_all()
+    rows.sort(key=lambda row: (row["scan_id"], row["patch"]))
+    assert [row["scan_id"] for row in rows] == expected.scan_ids.tolist()
+    np.testing.assert_array_equal(np.stack([row["feature"] for row in rows]), expected.array)
+    assert rows[0]["feature"].dtype == np.float32
+    assert [row["site"] for row in rows] == expected.table["site"].to_pylist()
+    assert set(rows[0]) == set(expected.table.column_names)
+    assert rows[0]["origin"].tolist() == [0, 0, 0]
+
+    def halved(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {"half": batch["feature"] / 2}  # (rows, 2, 3)
+
+    wanted = featray.read_ray(output.uri, "map", scan_ids=["b", "c"], columns=["feature"])
+    batches = wanted.map_batches(halved).iter_batches(batch_size=None, batch_format="numpy")
+    assert sorted(value for batch in batches for value in batch["half"][:, 0, 0]) == [1, 1, 1.5]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_ray_reads_values_of_differing_shape_each_in_its_own(output: Output) -> None:
+    output.add(decoded("d", 4, width=3))
+    output.add(decoded("e", 5, width=5), decoded("f", 6, width=1))
+    rows = featray.read_ray(output.uri, "native", columns=["feature", "shape"]).take_all()
+    shapes = {row["scan_id"]: row["feature"].shape for row in rows}
+    assert shapes == {s: (2, 2, width) for s, width in zip("abcdef", (2, 2, 2, 3, 5, 1), strict=True)}
+    assert all(tuple(row["shape"]) == row["feature"].shape for row in rows)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_ray_refuses_what_read_refuses_before_anything_is_read(output: Output) -> None:
+    output.add(decoded("d", 4, recipe="r1"), recipe="r1")
+    with pytest.raises(UsageError, match=r"2 recipes.*r0 \(3 scans\), r1 \(1 scans\)"):
+        featray.read_ray(output.uri, "one")
+    with pytest.raises(UsageError, match="did you mean 'one'"):
+        featray.read_ray(output.uri, "on")
+    with pytest.raises(UsageError, match="no row of recipe 'r9'"):
+        featray.read_ray(output.uri, "one", recipe="r9")
+    chosen = featray.read_ray(output.uri, "one", recipe="r1", scan_ids=["a", "d"])
+    assert [(row["scan_id"], float(row["feature"])) for row in chosen.take_all()] == [("d", 4.0)]
+    assert featray.read_ray(output.uri, "one", scan_ids=["nobody"]).take_all() == []
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_ray_reads_the_version_it_was_asked_for(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"), keep_days=1)
+    before = output.add(decoded("a", 1), decoded("b", 2))
+    lazily = featray.read_ray(output.uri, "one", before)
+    output.add(decoded("a", 7))
+    assert sorted(float(row["feature"]) for row in lazily.take_all()) == [1, 2]

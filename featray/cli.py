@@ -232,9 +232,12 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _benchmark(args: argparse.Namespace) -> int:
-    from featray.benchmark.run import Plan, benchmark
+    from featray.benchmark.plan import Plan
+    from featray.benchmark.run import benchmark
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the measured processes too
     plan = Plan(
+        sample=args.sample,
         make=args.make,
         rounds=args.rounds,
         few=args.few,
@@ -380,6 +383,7 @@ def _config(command: argparse.ArgumentParser) -> None:
 def _benchmark_options(command: argparse.ArgumentParser) -> None:
     _config(command)
     for name, default, text in (
+        ("--sample", 16, "distinct scans to take from the collection (default: %(default)s)"),
         ("--make", None, "make N phantoms to measure on, not the config's collection"),
         ("--rounds", 2, "of everything (default: %(default)s)"),
         ("--few", None, "scans of the smaller run (default: half of the sample)"),

@@ -35,6 +35,8 @@ STALE_S = 60.0
 WATCH_S = 1.5 * HEARTBEAT_S
 """A lease that looks stale by this machine's clock is watched for this long: clocks may differ."""
 _TRIES, _PAUSE_S = 5, 0.5
+_held_here: set[str] = set()
+"""Runs of this process: one that could not give its lease back holds nothing any more."""
 
 
 class Lease:
@@ -55,11 +57,13 @@ class Lease:
         """Take the lease, over dead runs' if need be."""
         for _ in range(_TRIES):
             refuse_if_held(self._store)
+            _held_here.add(self._run_id)
             self._store.write(self._name, self._content())
             others = self._others()
             if not others:
                 self._thread.start()
                 return self
+            _held_here.discard(self._run_id)
             self._store.delete([self._name])
             time.sleep(random.uniform(0, _PAUSE_S))  # nobody guesses this for gain
         raise OutputBusyError(_busy(others[0]))
@@ -70,6 +74,7 @@ class Lease:
         """Give the lease back."""
         self._stop.set()
         self._thread.join()
+        _held_here.discard(self._run_id)
         try:
             self._store.delete([self._name])
         except StorageError:
@@ -153,6 +158,8 @@ def _is_alive(store: Store, name: str, holder: dict[str, Any]) -> bool:
 
 
 def _runs_here(holder: dict[str, Any]) -> bool:
+    if holder["pid"] == os.getpid():
+        return holder["run_id"] in _held_here
     try:  # a pid may have been given to another process since
         process = psutil.Process(holder["pid"])
         is_same = abs(process.create_time() - holder["started"]) < 1

@@ -32,7 +32,7 @@ from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing, ListingMemory, list_scans
-from featray.stages.report import Run, Summary, Tally, report
+from featray.stages.report import Run, Summary, Tally, announce, report
 from featray.stages.write import write
 from featray.storage import Store
 
@@ -134,6 +134,8 @@ def _run(
             _refuse_to_empty(plan, config.limits, wanted)
             committer.sweep()
             _remember(listing, dataset.store)
+            if plan.todo or (wanted.refresh and plan.removed):
+                announce(job.run, dataset)
             with Progress(len(plan.todo), show=show) as progress:
                 for receipts in _gathered(_receipts(engine, plan, job, dataset, stop), committer.commit):
                     for receipt in receipts:

@@ -13,6 +13,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 INPUT_ZYX = (8, 32, 32)
 LAYERS = ["encoder/z_mean", "encoder/z_log_var", "encoder/pre_latent", "encoder/conv_2"]
 ConfigOf = Callable[..., dict[str, Any]]
+pytest_plugins = ["servers.fixtures"]
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +72,8 @@ def local_ray() -> Iterator[None]:
     import ray
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY / "tests"))  # so that workers can import what tests send
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     yield
     ray.shutdown()

@@ -311,44 +311,39 @@ def test_another_store_takes_an_export(dataset: Dataset, request: pytest.Fixture
 
 
 def test_within_one_object_store_nothing_secret_is_written_and_nothing_moves_through_here(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    s3_folder: str,
+    s3_options: dict[str, Any],
 ) -> None:
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    region = {"client_kwargs": {"region_name": "us-east-1"}}
-    options = {"key": "PLANTED", "secret": "PLANTED", "endpoint_url": f"http://{host}:{port}", **region}
-    (tmp_path / "options.yaml").write_text(json.dumps(options))
-    try:
-        remote = Dataset(Store("s3://exporting/out", options))
-        remote.store.fs.call_s3("create_bucket", Bucket="exporting")
-        add(remote, ("a", 1, 1), ("c", 3, 1))
-        add(remote, ("b", 2, 2))
-        featray.export(remote, tmp_path / "plain")
-        assert exported(tmp_path / "plain") == ROWS
-        with monkeypatch.context() as watched:
-            watched.setattr(Store, "read", _only_scans(Store.read))
-            featray.export(remote, "s3://exporting/plain")
-        there = Store("s3://exporting/plain", options)
-        sizes, local_sizes = there.sizes(), files_below(tmp_path / "plain")
-        del sizes["export.json"], local_sizes["export.json"]
-        assert sizes == local_sizes
-        local = Dataset(Store(str(tmp_path / "out")))
-        add(local, ("z", 5, 1))
-        arguments = [
-            local.store.root,
-            "s3://exporting/other",
-            "--storage-options",
-            str(tmp_path / "options.yaml"),
-        ]
-        assert main(["export", *arguments, "--json"]) == 0
-        assert "PLANTED" not in capsys.readouterr().out
-        for place in ("plain", "other"):
-            assert b"PLANTED" not in Store(f"s3://exporting/{place}", options).read("export.json")
-    finally:
-        server.stop()
+    (tmp_path / "options.yaml").write_text(json.dumps(s3_options))
+    remote = Dataset(Store(f"{s3_folder}/out", s3_options))
+    add(remote, ("a", 1, 1), ("c", 3, 1))
+    add(remote, ("b", 2, 2))
+    featray.export(remote, tmp_path / "plain")
+    assert exported(tmp_path / "plain") == ROWS
+    with monkeypatch.context() as watched:
+        watched.setattr(Store, "read", _only_scans(Store.read))
+        featray.export(remote, f"{s3_folder}/plain")
+    there = Store(f"{s3_folder}/plain", s3_options)
+    sizes, local_sizes = there.sizes(), files_below(tmp_path / "plain")
+    del sizes["export.json"], local_sizes["export.json"]
+    assert sizes == local_sizes
+    local = Dataset(Store(str(tmp_path / "out")))
+    add(local, ("z", 5, 1))
+    arguments = [
+        local.store.root,
+        f"{s3_folder}/other",
+        "--storage-options",
+        str(tmp_path / "options.yaml"),
+    ]
+    assert main(["export", *arguments, "--json"]) == 0
+    assert s3_options["secret"] not in capsys.readouterr().out
+    for place in ("plain", "other"):
+        assert s3_options["secret"].encode() not in Store(f"{s3_folder}/{place}", s3_options).read(
+            "export.json"
+        )
 
 
 def _only_scans(read: Callable[[Store, str], bytes]) -> Any:

@@ -1,25 +1,35 @@
-"""Kills and interruptions that really happen: a run started again ends with each scan exactly once."""
+"""Kills and interruptions that really happen: a run started again ends with each scan exactly once.
+
+Plain `pytest` runs a dozen of the rounds that `kill.rounds` lists; `pytest -m kill` runs all of them.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
 import yaml
+from kill.harness import PATIENCE_S, Head, assert_same, finish, run_and_kill, values
+from kill.rounds import COMMANDS, DOZEN, ROUNDS, Round
 
-from featray.dataset import FEATURES, SCANS, Dataset
+from featray.ct.phantom import make_collection
+from featray.dataset import Dataset
 from featray.storage import Store
 
 SCANS_IN_ALL = 32
+INPUT_ZYX = (8, 32, 32)
+"""What `vae_file` takes."""
 
 
 @pytest.fixture(scope="module")
@@ -91,25 +101,6 @@ def wait_for_a_commit(config: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.005)
 
 
-def kill_with_children(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """SIGKILL the driver; return those of its children that had to be killed after it."""
-    children = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate()
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for child in alive:
-        child.kill()  # only processes that this test's own run started
-    psutil.wait_procs(alive, timeout=10)
-    return alive
-
-
-def values(dataset: Dataset) -> dict[tuple[str, str], list[float]]:
-    rows = dataset.read(FEATURES, ("scan_id", "layer", "feature")).to_pylist()
-    found = {(row["scan_id"], row["layer"]): row["feature"] for row in rows}
-    assert len(found) == len(rows), "a row is there twice"
-    return found
-
-
 @pytest.fixture(scope="module")
 def undisturbed(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     import featray
@@ -117,52 +108,6 @@ def undisturbed(job: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     output = str(tmp_path_factory.mktemp("undisturbed") / "out")
     featray.extract({**job, "output": {"uri": output}})
     return values(Dataset(Store(output)))
-
-
-def assert_exactly_once(config: Path, undisturbed: dict[tuple[str, str], list[float]]) -> None:
-    dataset = dataset_of(config)
-    found = values(dataset)
-    assert found.keys() == undisturbed.keys()
-    for key, value in undisturbed.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6)
-    assert len(dataset.ledger()) == SCANS_IN_ALL
-    for table in (FEATURES, SCANS):  # a plain reader of the folder sees the table and nothing else
-        on_disk = {name for name in dataset.store.names(table) if "/_delta_log/" not in name}
-        assert on_disk == {f"{table}/{file.path}" for file in dataset.live(table)}
-
-
-@pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
-def test_a_run_killed_in_the_middle_and_started_again_has_each_scan_once(
-    config: Path, undisturbed: Any, engine: str
-) -> None:
-    process = start(config, engine)
-    wait_for_a_commit(config, process)
-    left_over = kill_with_children(process)
-    assert not left_over or engine == "ray", "helpers must end with their driver"
-    done = len(dataset_of(config).ledger())
-    assert 0 < done < SCANS_IN_ALL, "the kill did not meet the run in the middle"
-
-    again = start(config, engine, "--json")
-    out, err = again.communicate(timeout=200)
-    assert again.returncode == 0, err
-    summary = json.loads(out.splitlines()[-1])
-    assert summary["ok"] == SCANS_IN_ALL
-    # A commit cut between the two tables is finished at the next start, without doing it again.
-    assert 0 < summary["done"] <= SCANS_IN_ALL - done
-    assert_exactly_once(config, undisturbed)
-
-
-def test_a_run_killed_at_random_moments_again_and_again_has_each_scan_once(
-    config: Path, undisturbed: Any
-) -> None:
-    rng = np.random.default_rng(7)
-    for _ in range(3):
-        process = start(config, "inline")
-        wait_for_a_commit(config, process)
-        time.sleep(rng.random() * 0.3)
-        kill_with_children(process)
-    run_to_the_end(config)
-    assert_exactly_once(config, undisturbed)
 
 
 @pytest.mark.parametrize("engine", ["inline", pytest.param("ray", marks=pytest.mark.ray)])
@@ -181,7 +126,7 @@ def test_ctrl_c_once_commits_what_is_finished_and_says_how_to_resume(
     done = len(dataset_of(config).ledger())
     assert 0 < done < SCANS_IN_ALL
     run_to_the_end(config)
-    assert_exactly_once(config, undisturbed)
+    assert_same(config, undisturbed)
 
 
 def test_ctrl_c_twice_stops_at_once_and_leaves_no_process(config: Path) -> None:
@@ -209,30 +154,127 @@ def test_an_interrupted_helper_is_not_the_users_traceback(config: Path) -> None:
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("point", ["put", "features", "scans"])
-def test_a_commit_survives_a_kill_at_each_of_its_points(config: Path, undisturbed: Any, point: str) -> None:
-    process = subprocess.Popen([sys.executable, "-c", _DIE_AT, str(config), point], stderr=subprocess.PIPE)
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGKILL
-    run_to_the_end(config)
-    assert_exactly_once(config, undisturbed)
+@pytest.fixture(scope="module")
+def shared_ray() -> Iterator[Callable[[], Head]]:
+    """Return a function that gives the Ray that rounds share, started when first asked for."""
+    started: list[Head] = []
+
+    def get() -> Head:
+        if not started:
+            started.append(Head())
+        return started[0]
+
+    yield get
+    for found in started:
+        found.close()
 
 
-_DIE_AT = """
-import os, signal, sys
-import featray
-from featray.stages.commit import Committer
-original, point, commits = Committer._write, sys.argv[2], []
+@pytest.fixture
+def ray_of(shared_ray: Callable[[], Head], request: pytest.FixtureRequest) -> Callable[[Round], Head | None]:
+    """Return a function that gives the Ray a round joins: one of its own if it loses a node; None for none."""
 
-def dying(self, table, *args):
-    commits.append(table)
-    second = commits.count(table) == 2
-    if second and point == "put":
-        os.kill(os.getpid(), signal.SIGKILL)     # the workers' files are there, no table knows them
-    original(self, table, *args)
-    if second and point == table:
-        os.kill(os.getpid(), signal.SIGKILL)     # between the tables, or right after both
+    def get(round_: Round) -> Head | None:
+        if round_.engine == "inline" or round_.victim == "raylet":  # that of the driver's own Ray
+            return None
+        if round_.victim != "node":
+            return shared_ray()
+        own = Head(workers=1)
+        request.addfinalizer(own.close)
+        return own
 
-Committer._write = dying
-featray.extract(sys.argv[1], ["run.engine=inline", "run.decode.workers=0"])
-"""
+    return get
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a command starts from and comes to: a config without output, the output before, all features."""
+
+    config: dict[str, Any]
+    before: Path | None
+    expected: dict[tuple[str, str, int], list[float]]
+
+
+@pytest.fixture(scope="module")
+def stages(vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stage]:
+    """Return, by command, a small collection's stage; one for `refresh` has changed since its extraction."""
+    found = {}
+    for command in COMMANDS:
+        folder = tmp_path_factory.mktemp(command)
+        make_collection(folder / "ct", 30, shape_zyx=(16, 40, 48), seed=11, dicom=1)
+        config: dict[str, Any] = {
+            "source": {"uri": str(folder / "ct")},
+            "preprocess": {"size": list(INPUT_ZYX)},
+            "model": {
+                "uri": str(vae_file),
+                "custom_objects": ["featray.vae:Sampling"],
+                "layers": ["encoder/z_mean", "encoder/conv_2"],
+                "batch_size": 2,
+            },
+            "run": {"decode": {"workers": 2}},
+        }
+        before = None
+        if command == "refresh":
+            before = folder / "before"
+            finish(_written(config, before, folder), "extract")
+            _change(folder / "ct" / "nifti")
+        undisturbed = _written(config, folder / "undisturbed", folder)
+        finish(undisturbed, "extract")
+        found[command] = Stage(config, before, values(dataset_of(undisturbed)))
+    return found
+
+
+def _written(config: dict[str, Any], output: Path, folder: Path) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**config, "output": {"uri": str(output)}}))
+    return path
+
+
+def _change(folder: Path) -> None:
+    """Give twelve scans another content, take four away, and put four new ones."""
+    scans = sorted(folder.iterdir())
+    for changed, other in zip(scans[:24:2], scans[1:24:2], strict=True):
+        shutil.copy(other, changed)
+    for number, gone in enumerate(scans[24:28]):
+        gone.rename(folder / f"new_{number}.nii.gz")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Take every round when the kill tests are asked for (`-m kill`), else a dozen."""
+    if "kill_round" in metafunc.fixturenames:
+        rounds = ROUNDS if metafunc.config.option.markexpr == "kill" else DOZEN
+        marks = {"ray": [pytest.mark.ray], "inline": []}
+        metafunc.parametrize(
+            "kill_round", [pytest.param(found, id=found.id, marks=marks[found.engine]) for found in rounds]
+        )
+
+
+@pytest.mark.kill
+@pytest.mark.timeout(2 * PATIENCE_S)
+def test_whoever_is_killed_and_whenever_the_next_start_ends_as_if_nothing_had_happened(
+    kill_round: Round, stages: dict[str, Stage], ray_of: Callable[[Round], Head | None], tmp_path: Path
+) -> None:
+    start, stage = time.monotonic(), stages[kill_round.command]
+    if stage.before is not None:
+        shutil.copytree(stage.before, tmp_path / "out")
+    config = _written(stage.config, tmp_path / "out", tmp_path)
+    ended = run_and_kill(config, kill_round, ray_of(kill_round))
+    if not kill_round.ends_the_run:
+        assert ended.returncode == 0, ended.stderr
+        assert_same(config, stage.expected)
+    elif kill_round.victim != "raylet":
+        assert not ended.met or ended.returncode == -signal.SIGKILL, ended.stderr
+    if dataset_of(config).find() is not None:
+        values(dataset_of(config))  # what a reader sees meanwhile is whole commits
+    summary = finish(config, kill_round.command)
+    assert_same(config, stage.expected)
+    left = summary.done + summary.removed
+    _note(kill_round, met=ended.met and bool(left or not kill_round.ends_the_run), left=left, start=start)
+
+
+def _note(kill_round: Round, *, met: bool, left: int, start: float) -> None:
+    """Add a line to the file that FEATRAY_KILL_LOG names, if it does."""
+    if path := os.environ.get("FEATRAY_KILL_LOG"):
+        seconds = round(time.monotonic() - start, 1)
+        line = {"round": kill_round.id, "met_in_the_middle": met, "left": left, "seconds": seconds}
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{json.dumps(line)}\n")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from featray import lease
-from featray.errors import OutputBusyError
+from featray.errors import OutputBusyError, StorageError
 from featray.lease import FOLDER, STALE_S, Lease, refuse_if_held
 from featray.storage import Store
 
@@ -172,3 +172,19 @@ def test_the_heart_goes_on_beating_after_the_store_was_away(
         time.sleep(0.2)
         assert store.read(f"{FOLDER}/first.json") != before
         first.check()
+
+
+def test_a_run_of_this_process_that_could_not_give_its_lease_back_holds_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise StorageError("away")
+
+    with monkeypatch.context() as patch:
+        first = Lease(store, "first").__enter__()
+        patch.setattr(Store, "delete", away)
+        with pytest.raises(StorageError):
+            first.__exit__(None, None, None)
+    assert held(store) == [f"{FOLDER}/first.json"]
+    with Lease(store, "second"):
+        assert held(store) == [f"{FOLDER}/second.json"]

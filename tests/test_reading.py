@@ -378,27 +378,15 @@ def test_a_half_committed_scan_is_read_whole(output: Output, monkeypatch: pytest
     assert found.table["site"].to_pylist()[-1] == "site of d"
 
 
-def test_another_store_gives_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("moto.server")
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    host, port = server.get_host_and_port()
-    region = {"client_kwargs": {"region_name": "us-east-1"}}
-    options = {"key": "K", "secret": "S", "endpoint_url": f"http://{host}:{port}", **region}
-    try:
-        remote = Output("s3://reading/out", options)
-        remote.dataset.store.fs.call_s3("create_bucket", Bucket="reading")
-        remote.add(decoded("a", 1), decoded("c", 3))
-        remote.add(decoded("b", 2, patches=2))
-        found = featray.read("s3://reading/out", "map", scans=["site"], storage_options=options)
-        assert found.array[:, 0, 0].tolist() == [1, 2, 2, 3]
-        remote.add(decoded("a", 7))
-        again = featray.read("s3://reading/out", "map", storage_options=options)
-        assert again.array[:, 0, 0].tolist() == [7, 2, 2, 3]
-    finally:
-        server.stop()
+def test_another_store_gives_the_same(s3_folder: str, s3_options: dict[str, Any]) -> None:
+    remote = Output(s3_folder, s3_options)
+    remote.add(decoded("a", 1), decoded("c", 3))
+    remote.add(decoded("b", 2, patches=2))
+    found = featray.read(s3_folder, "map", scans=["site"], storage_options=s3_options)
+    assert found.array[:, 0, 0].tolist() == [1, 2, 2, 3]
+    remote.add(decoded("a", 7))
+    again = featray.read(s3_folder, "map", storage_options=s3_options)
+    assert again.array[:, 0, 0].tolist() == [7, 2, 2, 3]
 
 
 @pytest.mark.ray

@@ -1,26 +1,38 @@
-"""Helper processes of the inline engine: tasks in, outcomes out, whatever becomes of a process.
+"""Helper processes: tasks in, outcomes out, whatever becomes of a process.
 
 Each helper has a pipe of its own and no lock is shared, so one that is killed or hangs takes exactly
-the task it was working on with it: what waited behind that task goes to another helper.
+the task it was working on with it: what waited behind that task goes to another helper. One that dies
+before it could begin is no task's fault.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import queue
 import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import popen_spawn_posix, spawn
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
+from featray.engines.memory import bounded, go_first
+from featray.errors import FeatrayError
+
+START_S = 300.0
+"""Seconds a helper may take to come up; on a busy machine importing libraries takes some."""
+STARTS = 10
+"""Helpers in a row that die before they have begun: the next one would, too."""
 _POLL_S = 60.0
+_WORK, _TASK = b"w", b"t"
+"""First byte of a message: what it is that follows pickled."""
+_GRACE_S = 5.0
+"""A helper whose task is late by this much ends by itself: whoever should have killed it may be dead."""
 
 
 @dataclass(frozen=True)
@@ -41,34 +53,38 @@ class Outcome:
 
 
 class Helpers:
-    """A fixed number of processes that each run `work(task)` for the tasks given to them, in order.
+    """A fixed number of processes that each run the same work on the tasks given to them, in order.
 
     Args:
         count: Processes.
         timeout_s: Seconds a task may take; the process is killed then.
-
-    `work` is set by `use` and must be importable from a module, as must its arguments.
+        memory: Bytes a task may take beyond what its process holds already; None for no bound.
     """
 
-    def __init__(self, count: int, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, count: int, timeout_s: float, memory: int | None = None) -> None:
+        self._timeout_s, self._memory = timeout_s, memory
         self._context = _SpawnWithoutMain()
-        self._work: Callable[[Any], Any] | None = None
+        self._work: bytes | None = None
+        self._dead_starts = 0
         self._helpers = [self._start() for _ in range(count)]
         self._outcomes: list[Outcome] = []
 
-    def use(self, work: Callable[[Any], Any]) -> None:
-        """Set what the helpers do with a task from now on."""
+    def use(self, work: bytes) -> None:
+        """Set what the helpers do with a task from now on: a pickled `work(task)`."""
         self._work = work
         for helper in self._helpers:
-            helper.connection.send(work)
+            self._send_work(helper)
 
     def submit(self, task: Any) -> None:
         """Give a task to the helper with the fewest."""
         self._give(min(self._helpers, key=lambda helper: len(helper.tasks)), task)
 
     def wait(self) -> list[Outcome]:
-        """Return the outcomes that have arrived since; waits for at least one. Needs a task under way."""
+        """Return the outcomes that have arrived since; waits for at least one. Needs a task under way.
+
+        Raises:
+            FeatrayError: Helpers die, or hang, before they can begin; no task is to blame.
+        """
         while not self._outcomes:
             busy = {helper.connection: helper for helper in self._helpers if helper.tasks}
             deadline = min(helper.deadline for helper in busy.values())
@@ -86,20 +102,28 @@ class Helpers:
 
     def _start(self) -> _Helper:
         ours, theirs = self._context.Pipe()
-        process = self._context.Process(target=_serve, args=(theirs,), name="featray-helper", daemon=True)
+        process = self._context.Process(
+            target=_serve, args=(theirs, self._timeout_s, self._memory), name="featray-helper", daemon=True
+        )
         process.start()
         theirs.close()  # so that the helper's death closes the pipe
         helper = _Helper(process, ours)
         if self._work is not None:
-            helper.connection.send(self._work)
+            self._send_work(helper)
         return helper
+
+    def _send_work(self, helper: _Helper) -> None:
+        assert self._work is not None, "use comes first"
+        helper.starting += 1
+        with contextlib.suppress(OSError):  # a dead helper is noticed when an outcome is waited for
+            helper.connection.send_bytes(_WORK + self._work)
 
     def _give(self, helper: _Helper, task: Any) -> None:
         if not helper.tasks:
-            helper.deadline = time.monotonic() + self._timeout_s
+            helper.deadline = time.monotonic() + (START_S if helper.starting else self._timeout_s)
         helper.tasks.append(task)
-        with contextlib.suppress(OSError):  # a dead helper is noticed when its outcome is waited for
-            helper.connection.send(task)
+        with contextlib.suppress(OSError):  # as above
+            helper.connection.send_bytes(_TASK + pickle.dumps(task))
 
     def _receive(self, helper: _Helper) -> None:
         try:
@@ -107,8 +131,12 @@ class Helpers:
         except (EOFError, OSError):
             self._replace(helper, "crash")
             return
-        self._outcomes.append(Outcome(helper.tasks.popleft(), result))
         helper.deadline = time.monotonic() + self._timeout_s
+        if helper.starting:  # its first message only says that it is there
+            helper.starting -= 1
+            self._dead_starts = 0
+            return
+        self._outcomes.append(Outcome(helper.tasks.popleft(), result))
 
     def _stop_late(self) -> None:
         now = time.monotonic()
@@ -119,21 +147,38 @@ class Helpers:
     def _replace(self, helper: _Helper, error: str) -> None:
         """Settle the task a dead or late helper was working on; hand the others to a new one."""
         exit_code = helper.end(grace_s=1.0 if error == "crash" else 0.0)
-        self._outcomes.append(Outcome(helper.tasks.popleft(), error=error, exit_code=exit_code))
+        if helper.starting:
+            self._refuse_dead_starts(exit_code)
+        else:
+            error = "timeout" if exit_code == -signal.SIGALRM else error
+            self._outcomes.append(Outcome(helper.tasks.popleft(), error=error, exit_code=exit_code))
         new = self._start()
         self._helpers[self._helpers.index(helper)] = new
         for task in helper.tasks:
             self._give(new, task)
 
+    def _refuse_dead_starts(self, exit_code: int | None) -> None:
+        self._dead_starts += 1
+        if self._dead_starts >= STARTS:
+            raise FeatrayError(
+                f"decode processes die before they can begin ({STARTS} in a row, exit code {exit_code}); no "
+                "scan is to blame. Look at the memory that is left, and whether `import cv2` works in this "
+                "environment; then run again."
+            )
+
 
 @dataclass(eq=False)
 class _Helper:
-    """One process, its pipe, and the tasks it has, the first of which it is working on."""
+    """One process, its pipe, and the tasks it has, the first of which it is working on.
+
+    `starting` counts the works it was given and has not said to hold yet.
+    """
 
     process: SpawnProcess
     connection: Connection
     tasks: deque[Any] = field(default_factory=deque)
     deadline: float = 0.0
+    starting: int = 0
 
     def end(self, grace_s: float = 0.0) -> int | None:
         """Kill the process unless it ends by itself within `grace_s`; return its exit code."""
@@ -144,23 +189,36 @@ class _Helper:
         return self.process.exitcode
 
 
-def _serve(connection: Connection) -> None:
+def _serve(connection: Connection, timeout_s: float, memory: int | None) -> None:
     """Run in the helper: take the work first, then tasks, until the pipe closes."""
     # Ctrl-C reaches the whole process group; only the driver decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, whatever C code it is in
+    go_first()
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # Read ahead in a thread: were both ends to wait for the other to read, nothing would move.
-    threading.Thread(target=_read_ahead, args=(connection, tasks), daemon=True).start()
-    work = tasks.get()
+    threading.Thread(target=_read_ahead, args=(connection, messages), daemon=True).start()
+    work = None
     while True:
-        connection.send(work(tasks.get()))
+        message = messages.get()
+        given = pickle.loads(message[1:])
+        if message[:1] == _WORK:
+            work = given
+            connection.send(None)
+            continue
+        assert work is not None, "use comes before submit"
+        signal.setitimer(signal.ITIMER_REAL, timeout_s + _GRACE_S)
+        with bounded(memory):
+            result = work(given)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        connection.send(result)
 
 
-def _read_ahead(connection: Connection, tasks: queue.SimpleQueue[Any]) -> None:
+def _read_ahead(connection: Connection, messages: queue.SimpleQueue[bytes]) -> None:
     while True:
         try:
-            tasks.put(connection.recv())
+            messages.put(connection.recv_bytes())
         except (EOFError, OSError):
             os._exit(0)  # the driver is gone; nobody waits for what is under way
 

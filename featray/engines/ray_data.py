@@ -3,24 +3,26 @@
 The only file that imports Ray. Rows between the stages: a listed scan as JSON → its record, tensor
 and origins → its record and features → one receipt per file's worth of scans.
 
-A scan that kills its process would be retried by Ray for ever. So tries are bounded, and there are up
-to three passes: a strict one stops at the first such scan; a tolerant one takes what is left and goes
-on past them; what that loses with them is tried alone, so that only the guilty ones are given up.
+A task decodes in a helper process of its worker (`engines.attempts`), so a scan that crashes or hangs
+there is settled inside its task and Ray sees nothing of it. What may still die is a worker as a whole: of
+memory, with its node, by the model. Ray would try its task again for ever; so tries are bounded, and there
+are up to three passes over what is left: a strict one stops at the first task that is lost; a tolerant one
+goes on past them; what that loses is tried alone, so that only the guilty scans are given up.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import queue
 import re
-import signal
 import socket
 import threading
+import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -28,6 +30,9 @@ import pyarrow as pa
 
 from featray.config import LimitsConfig, RunConfig
 from featray.engines import Stages
+from featray.engines.attempts import Attempts
+from featray.engines.helpers import Helpers
+from featray.engines.memory import decode_memory
 from featray.errors import ConfigError, FeatrayError, Reason
 from featray.quiet import hold_back
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
@@ -41,10 +46,19 @@ WRITE_CPUS = 0.001
 _CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
 _LOOK_S = 0.2
 _KNOCK_S = 10.0
+_WINDOW = 20_000
+"""Scans given to Ray at once: it holds all of them, and a task for each, in the driver."""
+_BLOCK_BYTES = 8 * 2**20
+_BLOCK_SCANS = 64
+"""Small scans share a task, for a task costs some 30 ms: up to so many bytes of files and so many scans."""
+_TASKS_PER_CPU = 8
+"""Tasks that the scans make at least, for each CPU: else some CPUs would be idle in the end."""
 _PASSES = ((True, False), (False, False), (False, True))
 """Strict, alone: see the module."""
 _SUSPECTS = 20
-"""More scans than this left after all passes means a broken cluster, not broken scans."""
+"""More scans than this left, and none that came through the model: the cluster is broken, not the scans."""
+_CANARY = "\0canary"
+"""A scan that needs no reading, sent along with suspects: when it comes back, workers and model live."""
 
 
 class RayEngine:
@@ -68,22 +82,49 @@ class RayEngine:
             ray.shutdown()
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
-        """Yield receipts in order of completion; the last pass isolates scans that kill their worker."""
+        """Yield receipts in order of completion; see the module for scans whose workers die.
+
+        Raises:
+            FeatrayError: Workers die whatever the scan: the cluster is to blame, and no scan is given up.
+        """
         self.connect()
-        left = {scan.scan_id: scan for scan in scans}
+        decode = _DecodeRow(stages.decode, self._limits, self._run.decode.memory)
+        some_came_through = False
+        for first in range(0, len(scans), _WINDOW):
+            window = {scan.scan_id: scan for scan in scans[first : first + _WINDOW]}
+            for receipt in self._window(window, stages, decode, stop, some_came_through):
+                some_came_through |= any(record.status == "ok" for record in receipt.records)
+                yield receipt
+            if stop.is_set():
+                return
+
+    def _window(
+        self,
+        left: dict[str, Scan],
+        stages: Stages,
+        decode: _DecodeRow,
+        stop: threading.Event,
+        some_came_through: bool,
+    ) -> Iterator[Receipt]:
+        """Yield the receipts of some scans; `left` loses those that are settled."""
+        lives = False
         for strict, alone in _PASSES:
+            scans = [*left.values(), *([_canary()] if alone else [])]
             with _crashes_logged():
-                for receipt in _until(stop, self._pass(list(left.values()), stages, strict, alone)):
-                    for record in receipt.records:
+                for receipt in _until(stop, self._pass(scans, stages, decode, strict, alone)):
+                    records = [record for record in receipt.records if record.scan_id != _CANARY]
+                    lives |= len(records) < len(receipt.records)
+                    some_came_through |= any(record.status == "ok" for record in records)
+                    for record in records:
                         del left[record.scan_id]
-                    yield receipt
+                    if records:
+                        yield receipt
             if stop.is_set() or not left:
                 return
-        if len(left) > _SUSPECTS or len(left) == len(scans) > 1:
-            raise FeatrayError(
-                f"{len(left)} of {len(scans)} scans did not come through because workers died, which is more "
-                "than broken scans explain; look at memory and at the Ray logs, then run again"
-            )
+            if not strict and not some_came_through and len(left) > _SUSPECTS:
+                raise _broken(len(left))
+        if not lives:
+            raise _broken(len(left))
         yield _given_up(list(left.values()), stages, self._limits.attempts)
 
     def connect(self) -> None:
@@ -95,6 +136,8 @@ class RayEngine:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
         # A thread of Ray Data that outlives a stopped run would else start a cluster of its own.
         os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+        # Ray alone would try a task for ever that it kills for lack of memory.
+        os.environ.setdefault("RAY_task_oom_retries", str(self._limits.attempts - 1))
         import ray
 
         address = self._run.address or os.environ.get("RAY_ADDRESS")
@@ -110,24 +153,28 @@ class RayEngine:
             self._started = True
         _compare_claims(self._run, ray.cluster_resources(), grows=bool(address))
 
-    def _pass(self, scans: list[Scan], stages: Stages, strict: bool, alone: bool) -> Iterator[Receipt]:
+    def _pass(
+        self, scans: list[Scan], stages: Stages, decode: _DecodeRow, strict: bool, alone: bool
+    ) -> Iterator[Receipt]:
         _configure(strict)
-        dataset = self._dataset(scans, stages, alone)
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            for text in batch["receipt"].to_pylist():
-                yield Receipt.from_json(text)
+        dataset = self._dataset(scans, stages, decode, alone)
+        with _own_errors():
+            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                for text in batch["receipt"].to_pylist():
+                    yield Receipt.from_json(text)
 
-    def _dataset(self, scans: list[Scan], stages: Stages, alone: bool) -> Any:
+    def _dataset(self, scans: list[Scan], stages: Stages, decode: _DecodeRow, alone: bool) -> Any:
         """Return the lazy pipeline; it runs when its receipts are read. `alone`: no scan shares a batch."""
         import ray
 
         actors, retries = self._run.actors, self._limits.attempts - 1
         rows = [{"scan": scan.to_json()} for scan in scans]
+        tasks = len(scans) if alone else _tasks(scans, ray.cluster_resources().get("CPU", 1))
         with _without_deprecations():
             return (
-                ray.data.from_items(rows, override_num_blocks=len(rows))
+                ray.data.from_items(rows, override_num_blocks=tasks)
                 .map(
-                    _DecodeRow(stages.decode, self._limits.scan_timeout_s),
+                    decode,
                     num_cpus=_decode_cpus(self._run),
                     memory=self._run.decode.memory,
                     max_retries=retries,
@@ -151,29 +198,47 @@ class RayEngine:
             )
 
 
-class _LateError(BaseException):
-    """A scan took too long. No Exception, so that no handler on the way takes it for a reader's error."""
-
-
 class _DecodeRow:
-    """Row of a listed scan → row of a model input."""
+    """Row of a listed scan → row of a model input, made in a helper of this worker."""
 
-    def __init__(self, decode: Decoder, timeout_s: float) -> None:
-        self._decode, self._timeout_s = decode, timeout_s
+    def __init__(self, decode: Decoder, limits: LimitsConfig, memory: int | None) -> None:
+        self._decode, self._limits, self._memory = decode, limits, memory
+        self._run = uuid.uuid4().hex
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        scan = Scan.from_json(row["scan"])
         try:
-            with _alarm(self._timeout_s):
-                decoded = self._decode(scan)
-        except _LateError:
-            decoded = self._decode.late(scan, 1)
+            decoded = self._attempts().one(Scan.from_json(row["scan"]))
+        except BaseException:  # such as a cancelled pass: what the helper is at must not answer the next scan
+            _end_workers()
+            raise
         return {
             "record": decoded.record.to_json(),
-            "tensor": decoded.tensor.reshape(-1),  # flat: Ray mixes no ranks in a column
+            "tensor": decoded.tensor.reshape(-1).copy(),  # flat: Ray mixes no ranks in a column
             "shape": np.array(decoded.tensor.shape),
             "origins": decoded.origins,
         }
+
+    def _attempts(self) -> Attempts:
+        """Return this worker's helper; it starts with the first scan, and ends with the worker."""
+        from ray import cloudpickle
+
+        if self._run not in _workers:
+            _end_workers()  # of an earlier run
+            helpers = Helpers(1, self._limits.scan_timeout_s, decode_memory(self._memory))
+            attempts = Attempts(helpers, self._decode, self._limits, 1, dumps=cloudpickle.dumps)
+            _workers[self._run] = helpers, attempts
+        return _workers[self._run][1]
+
+
+_workers: dict[str, tuple[Helpers, Attempts]] = {}
+"""By run, the helper of this worker process: Ray unpickles `_DecodeRow` anew for each task."""
+
+
+def _end_workers() -> None:
+    for helpers, attempts in _workers.values():
+        helpers.close()
+        attempts.close()
+    _workers.clear()
 
 
 class _ExtractBatch:
@@ -227,10 +292,42 @@ def _until(stop: threading.Event, receipts: Iterator[Receipt]) -> Iterator[Recei
         yield item
 
 
+def _canary() -> Scan:
+    return Scan(_CANARY, "", "auto", (), "", reason=Reason.WORKER_CRASH, message="only to see who lives")
+
+
 def _given_up(scans: list[Scan], stages: Stages, attempts: int) -> Receipt:
     message = f"its worker died in each of {attempts} attempts"
     decoded = [stages.decode.failed(scan, Reason.WORKER_CRASH, message, attempts) for scan in scans]
     return Receipt((), tuple(scan.record for scan in decoded))
+
+
+def _broken(scans: int) -> FeatrayError:
+    return FeatrayError(
+        f"{scans} scans did not come through because workers died, and nothing else came through either: the "
+        "cluster is to blame, not the scans. Look at memory and at the Ray logs, then run again; what was "
+        "committed is kept."
+    )
+
+
+def _tasks(scans: Sequence[Scan], cpus: float) -> int:
+    """Return how many tasks decode the scans: one each, unless they are small and many."""
+    by_size = math.ceil(sum(scan.size for scan in scans) / _BLOCK_BYTES)
+    by_count = math.ceil(len(scans) / _BLOCK_SCANS)
+    return min(len(scans), max(by_size, by_count, int(_TASKS_PER_CPU * cpus)))
+
+
+@contextlib.contextmanager
+def _own_errors() -> Iterator[None]:
+    """Raise what one of our stages has raised on purpose, without Ray's wrapping."""
+    from ray.exceptions import RayTaskError
+
+    try:
+        yield
+    except RayTaskError as error:
+        if isinstance(error.cause, FeatrayError):
+            raise error.cause from None
+        raise
 
 
 @contextlib.contextmanager
@@ -259,25 +356,6 @@ def _without_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*ray_remote_args.*")
         yield
-
-
-@contextlib.contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
-    """Raise `_LateError` in the main thread after `seconds`; elsewhere there is no limit."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ring(number: int, frame: FrameType | None) -> None:
-        raise _LateError
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def _decode_cpus(run: RunConfig) -> float:

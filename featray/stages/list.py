@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import fsspec
 
-from featray import manifest, npy
+from featray import manifest, npy, retry
 from featray.config import PolicyConfig, SourceConfig, mask_url
 from featray.duplicates import settle_duplicates, unique_ids
 from featray.errors import ConfigError
@@ -48,7 +48,7 @@ def list_scans(
         memory.begin(hash_of([version("featray"), f"grouping {_GROUPING}", f"not_ct {how.policy.not_ct}"]))
     fs, root = open_url(source.uri, source.storage_options)
     try:
-        listing = _list(fs, root, how)
+        listing = retry.retried(lambda: _list(fs, root, how), retry.START_DEADLINE_S)
     except ConfigError:
         raise
     except FileNotFoundError:
@@ -64,6 +64,15 @@ def list_scans(
 
 
 def _list(fs: fsspec.AbstractFileSystem, root: str, how: How) -> Listing:
+    try:
+        return _list_kind(fs, root, how)
+    except FileNotFoundError:
+        if not has_wildcard(root):
+            fs.info(root)  # a store that is away looks empty to `isfile`; this says what is the matter
+        raise
+
+
+def _list_kind(fs: fsspec.AbstractFileSystem, root: str, how: How) -> Listing:
     if root.lower().endswith(manifest.SUFFIXES) and fs.isfile(root):
         return Listing(scans_of_manifest(read_manifest(fs.cat_file(root), how.source), how))
     if how.source.id_column is not None:

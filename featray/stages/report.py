@@ -1,5 +1,7 @@
 """Report: what a run found and did, as a `Summary`, `runs/RUN_ID/run.json` and `summary.md`.
 
+A run.json without `summary` is of a run that has not ended, or was killed.
+
 Also keeps the books: every listed scan must have a row in the ledger, or the run is not in order.
 """
 
@@ -163,6 +165,11 @@ class Summary:
         return "\n".join(_lines(self))
 
 
+def announce(run: Run, dataset: Dataset) -> None:
+    """Write the run's folder before its first commit: if it dies, what its rows were made by is known."""
+    _write_json(run, dataset, {})
+
+
 def report(
     run: Run,
     dataset: Dataset,
@@ -235,10 +242,13 @@ def _exit_code(found: int, status: Counter[str], missing: int, unfinished: bool,
 
 
 def _write_folder(run: Run, summary: Summary, dataset: Dataset) -> None:
-    folder = f"{RUNS}/{run.run_id}"
-    content = {**asdict(run), "summary": asdict(summary), "versions": _versions(), "machine": _machine()}
-    dataset.store.write(f"{folder}/run.json", json.dumps(content, indent=2).encode())
-    dataset.store.write(f"{folder}/summary.md", _markdown(run, summary).encode())
+    _write_json(run, dataset, {"summary": asdict(summary)})
+    dataset.store.write(f"{RUNS}/{run.run_id}/summary.md", _markdown(run, summary).encode())
+
+
+def _write_json(run: Run, dataset: Dataset, more: dict[str, Any]) -> None:
+    content = {**asdict(run), **more, "versions": _versions(), "machine": _machine()}
+    dataset.store.write(f"{RUNS}/{run.run_id}/run.json", json.dumps(content, indent=2).encode())
 
 
 def _versions() -> dict[str, str]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import pickle
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
-from featray.engines.helpers import Helpers, Outcome
+from featray.engines.helpers import _GRACE_S, Helpers, Outcome
+from featray.errors import FeatrayError
 
 
 def work(task: tuple[str, int]) -> int:
@@ -23,9 +30,26 @@ def work(task: tuple[str, int]) -> int:
         os.kill(os.getpid(), signal.SIGSEGV)
     if kind == "hang":
         time.sleep(3600)
+    if kind == "hang in C":
+        ctypes.PyDLL(None).sleep(3600)  # keeps Python's lock: none of its threads and handlers run
     if kind == "nap":
         time.sleep(0.05)
     return value
+
+
+def allocate(size: int) -> str:
+    """Say whether so many bytes can be had; importable like `work`."""
+    try:
+        return "fits" if np.ones(size, np.uint8).all() else "never"
+    except MemoryError:
+        return "MemoryError"
+
+
+class Unloadable:
+    """Work that ends the process it is unpickled in, as a library that is missing or broken does."""
+
+    def __reduce__(self) -> Any:
+        return os._exit, (7,)
 
 
 def _all(helpers: Helpers, count: int) -> list[Outcome]:
@@ -41,7 +65,7 @@ def helpers(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     import test_helpers
 
     pool = Helpers(2, timeout_s=3.0)
-    pool.use(test_helpers.work)
+    pool.use(pickle.dumps(test_helpers.work))
     yield pool
     pool.close()
 
@@ -65,12 +89,13 @@ def test_a_task_that_kills_its_process_costs_no_other_task(helpers: Helpers, kin
     assert sorted(outcome.result for outcome in outcomes if not outcome.error) == list(range(12))
 
 
-def test_a_task_that_hangs_ends_as_timeout_and_costs_no_other_task(helpers: Helpers) -> None:
-    helpers.submit(("hang", 99))
+@pytest.mark.parametrize("kind", ["hang", "hang in C"])
+def test_a_task_that_hangs_ends_as_timeout_and_costs_no_other_task(helpers: Helpers, kind: str) -> None:
+    helpers.submit((kind, 99))
     for value in range(6):
         helpers.submit(("plain", value))
     outcomes = _all(helpers, 7)
-    assert [outcome.task for outcome in outcomes if outcome.error == "timeout"] == [("hang", 99)]
+    assert [outcome.task for outcome in outcomes if outcome.error == "timeout"] == [(kind, 99)]
     assert sorted(outcome.result for outcome in outcomes if not outcome.error) == list(range(6))
 
 
@@ -91,7 +116,66 @@ def test_helpers_killed_at_random_lose_no_task(helpers: Helpers) -> None:
 
 
 def test_closing_leaves_no_process(helpers: Helpers) -> None:
-    helpers.submit(("hang", 0))
+    helpers.submit(("hang in C", 0))
     pids = [helper.process.pid for helper in helpers._helpers]
     helpers.close()
     assert not any(psutil.pid_exists(pid) for pid in pids if pid)
+
+
+def test_a_helper_whose_task_hangs_in_c_ends_though_nobody_is_left_to_kill_it(
+    tmp_path: Path,
+) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(_DYING_DRIVER)
+    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    driver = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert driver.returncode == -signal.SIGKILL, driver.stderr
+    helper = int(driver.stdout)
+    deadline = time.monotonic() + 1.0 + _GRACE_S + 20
+    while psutil.pid_exists(helper) and psutil.Process(helper).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "the helper outlives its driver"
+        time.sleep(0.1)
+
+
+_DYING_DRIVER = """
+import os, pickle, signal, test_helpers
+from featray.engines.helpers import Helpers
+helpers = Helpers(1, timeout_s=1.0)
+helpers.use(pickle.dumps(test_helpers.work))
+helpers.submit(("plain", 1))
+helpers.wait()
+helpers.submit(("hang in C", 1))
+print(helpers._helpers[0].process.pid, flush=True)
+test_helpers.time.sleep(0.5)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_task_that_takes_more_memory_than_it_may_fails_and_the_next_one_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    import test_helpers
+
+    pool = Helpers(1, timeout_s=60.0, memory=200 * 2**20)
+    try:
+        pool.use(pickle.dumps(test_helpers.allocate))
+        for size in (100, 300, 100):
+            pool.submit(size * 2**20)
+        assert [outcome.result for outcome in _all(pool, 3)] == ["fits", "MemoryError", "fits"]
+    finally:
+        pool.close()
+
+
+def test_helpers_that_never_come_up_are_no_tasks_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("featray.engines.helpers.STARTS", 2)
+    pool = Helpers(1, timeout_s=60.0)
+    try:
+        pool.use(pickle.dumps(Unloadable()))
+        pool.submit("anything")
+        with pytest.raises(FeatrayError, match="die before they can begin"):
+            pool.wait()
+    finally:
+        pool.close()

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import functools
-import os
-import signal
-import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from kill import poison
 
 import featray
 from featray.config import LimitsConfig, RunConfig, load
 from featray.dataset import FEATURES, Dataset
-from featray.engines import Stages
-from featray.engines.ray_data import RayEngine
-from featray.schema import Decoded, Scan, ScanRecord
-from featray.stages.decode import Decoder
+from featray.engines import Stages, ray_data
+from featray.engines.ray_data import RayEngine, _DecodeRow
+from featray.errors import FeatrayError
+from featray.schema import Scan, ScanRecord
 from featray.stages.write import write
 from featray.storage import Store
 
@@ -50,64 +49,68 @@ def test_ray_and_inline_agree(config_of: Any, tmp_path: Path, preprocess: dict[s
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
 
 
-def test_decoding_is_not_fused_into_the_model(tmp_path: Path, by_value: None) -> None:
+def test_decoding_is_not_fused_into_the_model(tmp_path: Path) -> None:
     engine = RayEngine(RunConfig(), LimitsConfig())
     stages = _stages(tmp_path)
-    stats = engine._dataset([_scan("a"), _scan("b")], stages, alone=False).materialize().stats()
+    decode = _DecodeRow(stages.decode, LimitsConfig(), None)
+    stats = engine._dataset([_scan("a"), _scan("b")], stages, decode, alone=False).materialize().stats()
     assert "Map(_DecodeRow)" in stats
     assert "MapBatches(_ExtractBatch)" in stats
     assert "->MapBatches(_ExtractBatch)" not in stats
-
-
-class Poisoned(Decoder):
-    """A decoder that dies on every scan named poison and hangs on one named hang."""
-
-    def __call__(self, scan: Scan) -> Decoded:
-        if scan.scan_id == "poison":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if scan.scan_id == "hang":
-            import time
-
-            time.sleep(60)
-        record = ScanRecord.of(scan, self.recipe, self.run_id)
-        record.patches = 1
-        return Decoded(record, np.ones((1, 2, 2, 2), np.float32), np.zeros((1, 3), np.int32))
-
-
-@pytest.fixture
-def by_value() -> None:
-    """Let this file's classes travel to workers that cannot import it."""
-    from ray import cloudpickle
-
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
 
 def _scan(name: str) -> Scan:
     return Scan(name, f"/{name}", "nifti", (f"/{name}",), "c")
 
 
-def _extractor() -> Any:
-    return lambda batch, draws: {"sum": batch.reshape(len(batch), -1).sum(axis=1, keepdims=True)}
-
-
 def _stages(folder: Path) -> Stages:
-    decoder = Poisoned.of(load({**MINIMAL, "source": {"uri": "/"}}), "r", "run")
+    decoder = poison.Poisoned.of(load({**MINIMAL, "source": {"uri": "/"}}), "r", "run")
     dataset = Dataset(Store(str(folder)))
     put = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
-    return Stages(decoder, _extractor(), _extractor, put, batch_scans=2, scans_per_file=4)
+    return Stages(decoder, poison.summing, poison.load_summing, put, batch_scans=2, scans_per_file=4)
 
 
-def test_a_scan_that_kills_its_worker_ends_as_worker_crash_and_costs_no_other(
-    tmp_path: Path, by_value: None
+def _records(stages: Stages, names: list[str], **limits: Any) -> dict[str, ScanRecord]:
+    engine = RayEngine(RunConfig(), LimitsConfig(**limits))
+    receipts = list(engine.receipts([_scan(name) for name in names], stages, threading.Event()))
+    records = [record for receipt in receipts for record in receipt.records]
+    assert sorted(record.scan_id for record in records) == sorted(names)
+    return {record.scan_id: record for record in records}
+
+
+def test_scans_that_crash_or_hang_their_decoder_cost_no_other_and_no_second_pass(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = [*(f"s{n}" for n in range(7)), "poison", "hang"]
-    limits = LimitsConfig(attempts=2, scan_timeout_s=3)
-    engine = RayEngine(RunConfig(), limits)
-    receipts = list(engine.receipts([_scan(name) for name in names], _stages(tmp_path), threading.Event()))
-    records = {record.scan_id: record for receipt in receipts for record in receipt.records}
-    assert sorted(records) == sorted(names)
-    assert {name: record.reason for name, record in records.items() if record.reason} == {
-        "poison": "worker_crash",
-        "hang": "timeout",
+    names = [f"poison{n}" if n % 20 == 6 else f"s{n}" for n in range(60)] + ["hang"]
+    records = _records(_stages(tmp_path), names, attempts=2, scan_timeout_s=3)
+    assert {name: (record.reason, record.attempts) for name, record in records.items() if record.reason} == {
+        **{f"poison{n}": ("worker_crash", 2) for n in range(6, 60, 20)},
+        "hang": ("timeout", 1),
     }
-    assert records["poison"].attempts == 2
+    assert "a pass stopped early" not in caplog.text
+
+
+def test_a_scan_that_kills_the_models_process_is_found_and_costs_no_other(tmp_path: Path) -> None:
+    names = [*(f"s{n}" for n in range(9)), "killer"]
+    records = _records(_stages(tmp_path), names, attempts=2)
+    assert {name: (record.reason, record.attempts) for name, record in records.items() if record.reason} == {
+        "killer": ("worker_crash", 2)
+    }
+
+
+def test_a_lone_scan_that_kills_the_models_process_is_given_up(tmp_path: Path) -> None:
+    assert _records(_stages(tmp_path), ["killer"], attempts=1)["killer"].reason == "worker_crash"
+
+
+def test_where_no_model_can_live_no_scan_is_given_up(tmp_path: Path) -> None:
+    stages = replace(_stages(tmp_path), load_extractor=poison.load_and_die)
+    with pytest.raises(FeatrayError, match="the cluster is to blame"):
+        _records(stages, ["s0", "s1"], attempts=1)
+
+
+def test_windows_of_scans_are_seen_to_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_data, "_WINDOW", 4)
+    names = [f"s{n}" for n in range(9)]
+    assert {record.status for record in _records(_stages(tmp_path), names).values()} == {"ok"}

@@ -1,0 +1,95 @@
+"""Figures in, one SVG out: where the cores' time goes per scan, way by way, above the ideal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from xml.sax.saxutils import escape
+
+COLOURS = {
+    "decompress": "#1b6ca8",
+    "resize": "#5fa8d3",
+    "model": "#2e8b57",
+    "decode more": "#9ecae1",
+    "model more": "#98d8aa",
+    "write": "#8c6bb1",
+    "engine": "#e07b39",
+    "work": "#777777",
+    "idle": "#e4e4e4",
+}
+"""Of the parts of a bar, in their order: the floors first."""
+
+_WIDTH, _LEFT, _RIGHT = 960, 130, 100
+_TOP, _BAR, _GAP = 56, 26, 14
+_FONT = 'font-family="sans-serif" font-size="13"'
+
+
+def plot(title: str, bars: Mapping[str, Mapping[str, float]], rates: Mapping[str, float]) -> str:
+    """Return the SVG.
+
+    Args:
+        title: Above the bars.
+        bars: Core-seconds per scan by part, in the order of `COLOURS`, for each way.
+        rates: Scans per second, written behind each bar.
+    """
+    longest = max(sum(parts.values()) for parts in bars.values())
+    scale = (_WIDTH - _LEFT - _RIGHT) / longest
+    lines = [_text(16, 26, title, size=16)]
+    for row, (name, parts) in enumerate(bars.items()):
+        y = _TOP + row * (_BAR + _GAP)
+        lines.append(_text(_LEFT - 10, y + 18, name, anchor="end"))
+        lines += _bar(parts, scale, y)
+        end = _LEFT + scale * sum(parts.values())
+        lines.append(_text(end + 8, y + 18, f"{rates[name]:.2f}/s"))
+    below = _TOP + len(bars) * (_BAR + _GAP)
+    shown = [name for name in COLOURS if any(parts.get(name) for parts in bars.values())]
+    lines += _axis(longest, scale, below) + _legend(shown, below + 52)
+    height = below + 52 + 24 * -(-len(shown) // 5) + 8
+    body = "\n".join(lines)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
+        f'viewBox="0 0 {_WIDTH} {height}">\n<rect width="100%" height="100%" fill="white"/>\n{body}\n</svg>\n'
+    )
+
+
+def _bar(parts: Mapping[str, float], scale: float, y: float) -> list[str]:
+    lines, x = [], float(_LEFT)
+    for name in COLOURS:
+        width = scale * parts.get(name, 0.0)
+        if width > 0:
+            hint = f"<title>{escape(name)} {parts[name]:.3f} s</title>"
+            lines.append(
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{COLOURS[name]}">'
+                f"{hint}</rect>"
+            )
+        x += width
+    return lines
+
+
+def _axis(longest: float, scale: float, y: float) -> list[str]:
+    """Return ticks at round numbers of core-seconds, about five of them."""
+    step = next(
+        base * 10.0**power
+        for power in range(-9, 9)
+        for base in (1, 2, 5)
+        if base * 10.0**power >= longest / 6
+    )
+    lines = []
+    for number in range(int(longest / step) + 1):
+        x = _LEFT + scale * number * step
+        lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 6}" y2="{y}" stroke="#cccccc"/>')
+        lines.append(_text(x, y + 16, f"{number * step:g}", anchor="middle"))
+    return [*lines, _text(_WIDTH - 16, y + 16, "core-seconds per scan", anchor="end")]
+
+
+def _legend(names: list[str], y: float) -> list[str]:
+    lines = []
+    for at, name in enumerate(names):
+        x, row = 16 + 185 * (at % 5), y + 24 * (at // 5)
+        lines.append(f'<rect x="{x}" y="{row - 12}" width="14" height="14" fill="{COLOURS[name]}"/>')
+        lines.append(_text(x + 20, row, name))
+    return lines
+
+
+def _text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 13) -> str:
+    font = _FONT.replace("13", str(size))
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {font}>{escape(words)}</text>'

@@ -1,0 +1,117 @@
+"""Stages in, the same stages out that also write down when they worked; and what was written down.
+
+Each process appends to a file of its own, one line per call, so that what a killed process did is known
+too. The clock is the machine's monotonic one, which all processes share.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from featray.engines import Stages
+
+STAGES = ("decode", "model", "write")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all processes together did in one stage.
+
+    Attributes:
+        calls: Number of calls.
+        wall_s: Seconds inside of them, summed over processes.
+        cpu_s: CPU seconds, likewise; of `model` those of all threads, else of the calling one.
+        first_s: Monotonic clock when the first call began.
+        last_s: When the last one ended.
+        at_once: Most calls under way at one time.
+        pids: The processes.
+    """
+
+    calls: int
+    wall_s: float
+    cpu_s: float
+    first_s: float
+    last_s: float
+    at_once: int
+    pids: frozenset[int]
+
+
+def observed(stages: Stages, folder: Path) -> Stages:
+    """Return the stages with every call noted in `folder`."""
+    return replace(
+        stages,
+        decode=_Observed(stages.decode, "decode", str(folder)),  # type: ignore[arg-type]  # behaves like one
+        extractor=_Observed(stages.extractor, "model", str(folder)),
+        load_extractor=functools.partial(_loaded, stages.load_extractor, str(folder)),
+        write=_Observed(stages.write, "write", str(folder)),
+    )
+
+
+def noted(folder: Path) -> dict[str, Work]:
+    """Return what `observed` stages have written down, by stage; a stage never called is left out."""
+    lines: dict[str, list[tuple[int, float, float, float]]] = {stage: [] for stage in STAGES}
+    for path in folder.glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            stage, start, end, cpu = json.loads(line)
+            lines[stage].append((int(path.stem), start, end, cpu))
+    return {stage: _summed(calls) for stage, calls in lines.items() if calls}
+
+
+def _summed(calls: list[tuple[int, float, float, float]]) -> Work:
+    return Work(
+        calls=len(calls),
+        wall_s=sum(end - start for _, start, end, _ in calls),
+        cpu_s=sum(cpu for *_, cpu in calls),
+        first_s=min(start for _, start, _, _ in calls),
+        last_s=max(end for _, _, end, _ in calls),
+        at_once=_at_once([(start, end) for _, start, end, _ in calls]),
+        pids=frozenset(pid for pid, *_ in calls),
+    )
+
+
+def _at_once(spans: list[tuple[float, float]]) -> int:
+    """Return how many of the spans overlap at most."""
+    changes = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+    return max(itertools.accumulate(step for _, step in changes))
+
+
+class _Observed:
+    """One stage's callable; whatever else is asked of it is answered by the stage itself."""
+
+    def __init__(self, stage: Callable[..., Any], name: str, folder: str) -> None:
+        self._stage, self._name, self._folder = stage, name, folder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        clock = time.process_time if self._name == "model" else time.thread_time
+        start, cpu = time.monotonic(), clock()
+        try:
+            return self._stage(*args, **kwargs)
+        finally:
+            _note(self._folder, [self._name, start, time.monotonic(), clock() - cpu])
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # also while it is unpickled and has no `_stage` yet
+            raise AttributeError(name)
+        return getattr(self._stage, name)
+
+
+def _loaded(load: Callable[[], Any], folder: str) -> Any:
+    return _Observed(load(), "model", folder)
+
+
+def _note(folder: str, line: list[str | float]) -> None:
+    os.write(_opened(folder, os.getpid()), (json.dumps(line) + "\n").encode())
+
+
+@functools.cache
+def _opened(folder: str, pid: int) -> int:
+    """Return this process's file; it stays open as long as the process lives."""
+    return os.open(f"{folder}/{pid}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

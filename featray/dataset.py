@@ -59,6 +59,11 @@ class Snapshot:
         return self._logs[FEATURES].version
 
     @property
+    def number(self) -> int:
+        """Number of the newest commit; 0 for an empty output."""
+        return max(log.number for log in self._logs.values())
+
+    @property
     def versions(self) -> dict[str, int]:
         """Version of each table."""
         return {name: log.version for name, log in self._logs.items()}

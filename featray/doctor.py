@@ -18,6 +18,7 @@ import psutil
 from numpy.typing import NDArray
 
 from featray import config as configuration
+from featray.checks import check_source, load_extractor
 from featray.config import Config, ConfigInput
 from featray.dataset import Dataset
 from featray.errors import ExitCode, FeatrayError
@@ -25,7 +26,7 @@ from featray.estimate import spread
 from featray.lease import refuse_if_held
 from featray.machine import usable_cores
 from featray.model import CutLayer, Extractor, check_invariance, list_layers
-from featray.pipeline import check_source, choose_engine, load_extractor
+from featray.pipeline import choose_engine
 from featray.recipe import recipe, recipe_id
 from featray.schema import Decoded
 from featray.stages.decode import Decoder

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 
 import psutil
 
+from featray.checks import check
 from featray.config import ConfigInput
 from featray.dataset import Dataset
 from featray.machine import usable_cores
-from featray.pipeline import Job, Wanted, check, choose_engine
+from featray.pipeline import Job, Wanted, choose_engine
 from featray.planning import STATES, Plan
 from featray.schema import Scan
 from featray.stages.extract import extract

@@ -15,23 +15,30 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-import pyarrow as pa
-
 from featray import config as configuration
-from featray.config import Config, ConfigInput, LimitsConfig
-from featray.dataset import RUNS, Dataset, Snapshot
+from featray.checks import (
+    carried,
+    check,
+    load_extractor,
+    look_at_output,
+    refuse_other_recipe,
+    refuse_to_empty,
+    remember,
+)
+from featray.config import Config, ConfigInput
+from featray.dataset import Dataset, Snapshot
 from featray.engines import Engine, Stages
-from featray.errors import ConfigError, FeatrayError, ModelError, UsageError
-from featray.lease import Lease, refuse_if_held
+from featray.errors import ModelError
+from featray.lease import Lease
 from featray.maintenance import new_run_id
 from featray.model import Extractor
 from featray.planning import Plan, make_plan
 from featray.progress import Progress
 from featray.recipe import recipe, recipe_id
-from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, Receipt, ScanRecord
+from featray.schema import SCAN_COLUMNS, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
-from featray.stages.list import Listing, ListingMemory, list_scans
+from featray.stages.list import Listing
 from featray.stages.report import Run, Summary, Tally, announce, report
 from featray.stages.write import write
 from featray.storage import Store
@@ -44,10 +51,6 @@ MIN_SCANS_PER_FILE = 8
 MAX_FILE_BYTES = 64 * 2**20
 COMMIT_SHARE = 20
 """After a commit nothing is committed for this many times as long as it took: commits cost 5 % at most."""
-FEW_REMOVED = 100
-"""Up to so many scans may go at once without `limits.max_removed_fraction` having a say."""
-MEMORY = f"{RUNS}/listing.parquet"
-"""What listing has found of DICOM folders, so that headers of unchanged ones are not read again."""
 PLANNED = ("scan_id", "status", "reason", "content", "recipe", "stage", "run_id")
 """What planning reads of `scans`."""
 
@@ -124,31 +127,45 @@ def _run(
     started = time.time()
     config, listing = check(config, overrides)
     dataset = Dataset(Store(config.output.uri, config.output.storage_options))
-    _look_at_output(dataset.store)
+    look_at_output(dataset.store)
     with choose_engine(config, len(listing.scans)) as engine:
         job = Job.prepare(config, engine.name, started, wanted.command)
         with Lease(dataset.store, job.run.run_id) as lease:
             committer = job.committer(dataset, listing, lease)
-            plan, done = job.plan(listing, committer.snapshot(), wanted), Tally()
-            _refuse_other_recipe(plan, job.run.recipe_id, wanted)
-            _refuse_to_empty(plan, config.limits, wanted)
+            plan = job.plan(listing, committer.snapshot(), wanted)
+            refuse_other_recipe(plan, job.run.recipe_id, refresh=wanted.refresh)
+            refuse_to_empty(plan, config.limits, refresh=wanted.refresh)
             committer.sweep()
-            _remember(listing, dataset.store)
-            if plan.todo or (wanted.refresh and plan.removed):
-                announce(job.run, dataset)
-            with Progress(len(plan.todo), show=show) as progress:
-                for receipts in _gathered(_receipts(engine, plan, job, dataset, stop), committer.commit):
-                    for receipt in receipts:
-                        progress.add(receipt.records)
-                        done.add(receipt)
-            if wanted.refresh and plan.removed and not stop.is_set():
-                committer.forget(plan.removed)
-                done.removed = len(plan.removed)
-            if done.changed and not stop.is_set():
-                committer.compact()
-            if done.changed:
-                committer.sweep()
+            remember(listing, dataset.store)
+            gone = plan.removed if wanted.refresh else ()
+            done = _bring_in_step(engine, plan, gone, job, committer, show, stop)
             return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
+
+
+def _bring_in_step(
+    engine: Engine,
+    plan: Plan,
+    gone: Sequence[str],
+    job: Job,
+    committer: Committer,
+    show: bool,
+    stop: threading.Event,
+) -> Tally:
+    """Extract and commit what is to do, drop what is gone, tidy up; return what was committed."""
+    dataset, done = committer.dataset, Tally()
+    if not plan.todo and not gone:
+        return done
+    announce(job.run, dataset)
+    with Progress(len(plan.todo), show=show) as progress:
+        for receipt in _committed(_receipts(engine, plan, job, dataset, stop), committer.commit):
+            progress.add(receipt.records)
+            done.add(receipt)
+    if not stop.is_set():
+        committer.forget(gone)
+        done.removed = len(gone)
+        committer.compact()
+    committer.sweep()
+    return done
 
 
 def _receipts(
@@ -163,9 +180,7 @@ def _receipts(
         yield from engine.receipts(readable, job.stages(dataset, len(readable)), stop)
 
 
-def _gathered(
-    receipts: Iterator[Receipt], commit: Callable[[Sequence[Receipt]], None]
-) -> Iterator[list[Receipt]]:
+def _committed(receipts: Iterator[Receipt], commit: Callable[[Sequence[Receipt]], None]) -> Iterator[Receipt]:
     """Commit receipts as they come, several at once where commits are slow; yield what was committed.
 
     When the engine fails, what it has finished is committed before the error goes on.
@@ -179,16 +194,15 @@ def _gathered(
             if start >= not_before:
                 finished, waiting = waiting, []
                 commit(finished)
-                took = time.monotonic() - start
-                not_before = start + (1 + COMMIT_SHARE) * took
-                yield finished
+                not_before = start + (1 + COMMIT_SHARE) * (time.monotonic() - start)
+                yield from finished
     except Exception:
         if waiting:
             commit(waiting)
         raise
     if waiting:
         commit(waiting)
-        yield waiting
+        yield from waiting
 
 
 @dataclass(frozen=True)
@@ -229,7 +243,7 @@ class Job:
         return Committer(
             dataset,
             output.partition_by,
-            _carried(self.config, listing),
+            carried(self.config, listing),
             run_id=self.run.run_id,
             keep_versions_days=output.keep_versions_days,
             still_ours=lease.check,
@@ -257,50 +271,6 @@ class Job:
         )
 
 
-def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Config, Listing]:
-    """Return the config and the listing once nothing in the YAML or the source speaks against a run.
-
-    Raises:
-        ConfigError: Lists every problem; if there is any, also those of the model and its layers.
-    """
-    checked, problems = configuration.load_partly(config, overrides)
-    where = configuration.name_of(config)
-    if checked is None:
-        raise ConfigError(problems, where)
-    listing = Listing(())
-    try:
-        listing = check_source(checked, _remembered(checked))
-    except UsageError as error:
-        problems += error.problems
-    if problems:  # the run will not happen; the model is loaded only to report its problems too
-        size_is_sound = not any(problem.startswith("preprocess.size") for problem in problems)
-        problems += _problems_of_model(checked, size_is_sound)
-        raise ConfigError(problems, where)
-    return checked, listing
-
-
-def check_source(config: Config, memory: ListingMemory | None = None) -> Listing:
-    """Return the listing once nothing in the source, or of what the config asks of it, speaks against a run.
-
-    Args:
-        config: As loaded.
-        memory: What an earlier listing found, as for `list_scans`.
-
-    Raises:
-        ConfigError: Lists every problem.
-    """
-    problems = _problems_of_tags(config)
-    listing = Listing(())
-    try:
-        listing = list_scans(config.source, config.policy, memory)
-        problems += _problems_of_partitions(config, listing) + _problems_of_centers(config, listing)
-    except UsageError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return listing
-
-
 def choose_engine(config: Config, scans: int) -> Engine:
     """Return the engine asked for; `auto` takes Ray for many scans or a named cluster."""
     from featray.engines.inline import InlineEngine
@@ -319,126 +289,12 @@ def choose_engine(config: Config, scans: int) -> Engine:
     return RayEngine(config.run, config.limits)
 
 
-def load_extractor(config: Config, threads: int | None = None) -> Extractor:
-    """Load the model for the inputs that preprocessing gives.
-
-    Raises:
-        ModelError: As `Extractor`; or it cannot take each scan at its own size, as asked.
-    """
-    asked = config.input_zyx
-    extractor = Extractor(config.model, input_zyx=asked, threads=threads)
-    is_volume = config.source.format != "npy"
-    if is_volume and asked and None in asked and None not in extractor.input_shape:
-        raise ModelError(
-            "preprocess.size: null keeps each scan's own size, but the model takes "
-            f"{extractor.input_shape} only (z, y, x, channel); give that size"
-        )
-    return extractor
-
-
-def _look_at_output(store: Store) -> None:
-    """Refuse an output that is held or cannot be used, before anything slow is done for nothing."""
-    try:
-        store.refuse_unwritable()
-        refuse_if_held(store)
-    except FeatrayError:
-        raise
-    except Exception as error:  # every store has errors of its own, and their texts may hold credentials
-        problem = (
-            f"output.uri: {configuration.mask_url(store.uri)} cannot be reached ({type(error).__name__})"
-        )
-        raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
-
-
-def _remembered(config: Config) -> ListingMemory | None:
-    """Return what the last run's listing found; None where an output cannot be asked, which is told later."""
-    try:
-        store = Store(config.output.uri, config.output.storage_options)
-        return ListingMemory.from_bytes(store.fs.cat_file(store.path(MEMORY)))
-    except FileNotFoundError:
-        return ListingMemory()
-    except Exception as error:  # every store has errors of its own
-        log.debug("no listing memory (%s)", type(error).__name__)
-        return None
-
-
-def _remember(listing: Listing, store: Store) -> None:
-    if listing.memory is not None and listing.memory.is_changed:
-        store.write(MEMORY, listing.memory.to_bytes())
-
-
-def _refuse_other_recipe(plan: Plan, recipe: str, wanted: Wanted) -> None:
-    if plan.other_recipe and not wanted.refresh:
-        raise ConfigError(
-            f"output.uri: {plan.other_recipe} of its scans have features of another recipe than this "
-            f"config's ({recipe}), and a table must not mix them. `featray refresh` extracts them anew; or "
-            "choose another output.uri, or the earlier config."
-        )
-
-
-def _refuse_to_empty(plan: Plan, limits: LimitsConfig, wanted: Wanted) -> None:
-    """Stop a refresh that would drop most of the output: more likely the collection is not all there."""
-    stored = sum(plan.counts.values()) - plan.counts["new"]
-    allowed = max(FEW_REMOVED, limits.max_removed_fraction * stored)
-    if wanted.refresh and len(plan.removed) > allowed:
-        raise ConfigError(
-            f"limits.max_removed_fraction: {len(plan.removed)} of {stored} stored scans are no longer in the "
-            f"collection, more than {limits.max_removed_fraction:g}. Is all of it mounted, and source.uri "
-            "the same? If they shall go: --set limits.max_removed_fraction=1"
-        )
-
-
 def _load_same(config: Config, threads: int, sha256: str) -> Extractor:
     """Load the model in another process, where it must be what the recipe was made from."""
     extractor = load_extractor(config, threads)
     if extractor.sha256 != sha256:
         raise ModelError("the model or its code changed while the run was starting; start it again")
     return extractor
-
-
-def _problems_of_tags(config: Config) -> list[str]:
-    if not config.privacy.dicom_tags:
-        return []
-    from featray.ct.dicom_tags import unknown_keywords
-
-    unknown = unknown_keywords(config.privacy.dicom_tags)
-    return [f"privacy.dicom_tags: DICOM knows no keyword {keyword!r}" for keyword in unknown]
-
-
-def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
-    texts = [field.name for field in SCAN_COLUMNS if pa.types.is_string(field.type)]
-    known = [name for name in texts if name not in FEATURE_COLUMNS.names]  # those are inside the files
-    known += [name for name in _carried(config, listing) if name not in SCAN_COLUMNS.names]
-    further = config.output.partition_by[1:]
-    problems = [
-        f"output.partition_by: {name!r} is none of {', '.join(known)}"
-        for name in further
-        if name not in known
-    ]
-    if len(set(further)) < len(further):
-        problems.append(f"output.partition_by: {list(further)} names a column twice")
-    return problems
-
-
-def _problems_of_centers(config: Config, listing: Listing) -> list[str]:
-    is_cut = config.preprocess.fit == "crop_pad" and config.preprocess.size is not None
-    if is_cut or not listing.has_centers:
-        return []
-    return ["preprocess.fit: the manifest's center_x, center_y, center_z need fit: crop_pad and a size"]
-
-
-def _problems_of_model(config: Config, size_is_sound: bool) -> list[str]:
-    try:
-        load_extractor(config) if size_is_sound else Extractor(config.model)
-    except UsageError as error:
-        return error.problems
-    return []
-
-
-def _carried(config: Config, listing: Listing) -> list[str]:
-    """Return the names of further columns of `scans`: the manifest's and the asked-for DICOM tags."""
-    names = listing.carried
-    return [*names, *(tag for tag in config.privacy.dicom_tags if tag not in names)]
 
 
 def _scans_per_file(scans: int, values: int) -> int:

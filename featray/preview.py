@@ -19,10 +19,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from featray.checks import check
 from featray.config import Config, ConfigInput, PreprocessConfig
 from featray.errors import ConfigError, ExitCode, Oddity, Reason, UsageError
 from featray.montage import montage
-from featray.pipeline import check
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.preprocess import input_spacing

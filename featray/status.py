@@ -23,7 +23,7 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What is there: scans by status and reason, `ok` scans by recipe id, layers, table versions."""
+    """What is there: scans by status and reason, `ok` scans by recipe id, layers, table versions, commits."""
 
     ok: int
     failed: int
@@ -32,6 +32,7 @@ class Status:
     recipes: dict[str, int]
     layers: tuple[LayerStatus, ...]
     version: dict[str, int]
+    commit: int
 
     def text(self) -> str:
         """Return the state for a person."""
@@ -42,6 +43,7 @@ class Status:
             "recipes: "
             + (", ".join(f"{name} ({count} scans)" for name, count in self.recipes.items()) or "-")
         )
+        lines.append(f"version {self.version[FEATURES]}, commit {self.commit}")
         lines += [
             f"layer {layer.layer}: {layer.rows} rows in {layer.files} files, {layer.size_bytes / 1e6:.2f} MB"
             for layer in self.layers
@@ -66,6 +68,7 @@ def status(dataset: Dataset) -> Status:
         recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
         layers=tuple(_layers(snapshot)),
         version=snapshot.versions,
+        commit=snapshot.number,
     )
 
 

@@ -251,9 +251,9 @@ def test_a_wrong_command_line_answers_in_json_too() -> None:
 def test_an_unexpected_error_is_exit_code_1_with_its_trace_and_json(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import featray.pipeline
+    import featray.checks
 
-    monkeypatch.setattr(featray.pipeline, "list_scans", lambda *_: 1 / 0)
+    monkeypatch.setattr(featray.checks, "list_scans", lambda *_: 1 / 0)
     assert main(["extract", str(config), "--json"]) == 1
     assert last_json(capsys.readouterr().out) == {
         "error": "unexpected error (ZeroDivisionError)",

@@ -52,17 +52,19 @@ def test_the_readmes_first_run_works_as_written(first_run: Path) -> None:
     commands = [
         line for block in blocks("bash") for line in block.splitlines() if line.startswith("featray ")
     ]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for command in commands:
         words = [sys.executable, "-m", *shlex.split(command)]
         done = subprocess.run(words, cwd=first_run, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    (snippet,) = blocks("python")
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=first_run, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "phantom_002.nii.gz" in done.stdout
+    snippets = blocks("python")
+    assert len(snippets) == 2
+    for snippet in snippets:
+        done = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=first_run, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "phantom_001.nii.gz" in done.stdout
 
 
 def test_ci_runs_exactly_the_readmes_test_command() -> None:

@@ -167,7 +167,6 @@ def test_a_kill_before_superseded_files_are_deleted_is_mended_even_when_nothing_
     with pytest.raises(KeyboardInterrupt):
         featray.extract(config)
     monkeypatch.undo()
-    (Path(config["output"]["uri"]) / "runs" / "lease.json").unlink()
     assert len(list((Path(config["output"]["uri"]) / "scans").glob("*.parquet"))) == 2
     summary = featray.extract(config)
     assert (summary.done, summary.ok) == (0, 1)

@@ -171,7 +171,7 @@ def shared_ray() -> Iterator[Callable[[], Head]]:
 
 @pytest.fixture
 def ray_of(shared_ray: Callable[[], Head], request: pytest.FixtureRequest) -> Callable[[Round], Head | None]:
-    """Return a function that gives the Ray a round joins: one of its own if it loses a node; None for none."""
+    """Return a function that gives the Ray that a round joins, one of its own if it loses a node."""
 
     def get(round_: Round) -> Head | None:
         if round_.engine == "inline" or round_.victim == "raylet":  # that of the driver's own Ray

@@ -282,7 +282,7 @@ def test_two_drivers_with_a_broken_lease_are_kept_apart_by_the_log(
     expected: Features,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("featray.pipeline.refuse_if_held", lambda store: None)
+    monkeypatch.setattr("featray.checks.refuse_if_held", lambda store: None)
     monkeypatch.setattr(Lease, "__enter__", lambda self: self)
     monkeypatch.setattr(Lease, "__exit__", lambda self, *_: None)
     monkeypatch.setattr(Lease, "check", lambda self: None)

@@ -14,7 +14,7 @@ import pyarrow.dataset as pads
 import pytest
 
 import featray
-from featray import pipeline
+from featray import checks, pipeline
 from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError
 from featray.storage import Store
@@ -120,7 +120,7 @@ def test_headers_of_unchanged_dicom_folders_are_not_read_again(
     before = tree_of(config)
     assert featray.refresh(config).done == 0
     assert (opened, tree_of(config)) == ([], before)
-    dataset_of(config).store.delete([pipeline.MEMORY])
+    dataset_of(config).store.delete([checks.MEMORY])
     assert featray.refresh(config).done == 0
     assert opened, "without its memory, listing looks at every header, so the test can fail"
 
@@ -184,7 +184,7 @@ def test_failed_scans_are_tried_again_only_when_asked_or_changed(
 def test_a_refresh_that_would_drop_most_of_the_output_is_refused_before_anything_changes(
     config: dict[str, Any], collection: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "FEW_REMOVED", 2)
+    monkeypatch.setattr(checks, "FEW_REMOVED", 2)
     featray.extract(config)
     for name in "abcd":
         (collection / f"{name}.nii.gz").unlink()
@@ -218,7 +218,7 @@ def test_what_is_finished_when_the_engine_fails_is_committed_first() -> None:
         threading.Event().wait(0.01)  # so that the next ones are held back for a while
 
     with pytest.raises(RuntimeError, match="gone"):
-        list(pipeline._gathered(receipts(), slowly))  # type: ignore[arg-type]
+        list(pipeline._committed(receipts(), slowly))  # type: ignore[arg-type]
     assert committed == [1, 2, 3]
 
 

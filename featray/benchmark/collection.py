@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from featray.checks import check_source
 from featray.config import Config
 from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
 from featray.machine import usable_cores
-from featray.pipeline import check_source
 from featray.schema import Scan
 
 MATRIX = 512

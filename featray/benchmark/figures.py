@@ -84,7 +84,7 @@ class RunFigures:
         scans: Taken.
         wall_s: From start to end of the process.
         cpu_s: User and system, of the whole process tree.
-        cpu_by_role: The same by `driver`, `decoders`, `model` and `others`, where that is known.
+        cpu_by_role: The same by `driver`, `decoders`, `model`, `writers`; others by the process's name.
         first_opened_s: Until the first scan was opened; None where it is not known.
         stages: By name; empty where it is not known.
         peak_bytes: By `tree`, `driver`, `largest decoder`, `largest model`, as far as they are known.
@@ -204,7 +204,7 @@ def way_of(runs: Sequence[RunFigures]) -> WayFigures:
         stages=stages,
         cpu_by_role={
             role: _per_scan(short, long, lambda run, role=role: run.cpu_by_role.get(role, 0.0))  # type: ignore[misc]
-            for role in long[0].cpu_by_role
+            for role in sorted({role for run in long for role in run.cpu_by_role})
         },
         overhead_s=cpu - sum(stage.cpu_s for stage in stages.values()) if stages else None,
         peak_bytes={what: max(run.peak_bytes.get(what, 0) for run in runs) for what in long[0].peak_bytes},

@@ -45,7 +45,7 @@ def _take_listed(scans: list[Scan]) -> None:
     def check(config: Any, overrides: list[str] | None = None) -> tuple[Config, Listing]:
         return load(config, overrides), listing
 
-    pipeline.check = check
+    pipeline.check = check  # type: ignore[attr-defined]  # what the pipeline calls
 
 
 def _observe(folder: Path) -> None:

@@ -132,8 +132,8 @@ class Report:
 
     def _way_rows(self) -> list[Sequence[str]]:
         rows: list[Sequence[str]] = [
-            ("end to end", "scans/s", "efficiency", "by CPU", "CPU s/scan", "cores busy", "start-up s", "first scan s",
-             "wall s", "peak GB", "store GB", "spilled", "cores of others")
+            ("end to end", "scans/s", "efficiency", "by CPU", "CPU s/scan", "cores busy", "start-up s",
+             "first scan s", "wall s", "peak GB", "store GB", "spilled", "cores of others")
         ]  # fmt: skip
         return rows + [self._way_row(way.name, way) for way in self.ways]
 
@@ -177,10 +177,8 @@ class Report:
         return _UNKNOWN if share is None else f"{100 * share:.0f} % of {way.stages[stage].at_once}"
 
     def _scaling_rows(self) -> list[Sequence[str]]:
-        rows: list[Sequence[str]] = [
-            ("scaling", "scans/s", "efficiency", "by CPU", "CPU s/scan", "cores busy")
-        ]
-        return rows + [self._way_row(name, way)[:6] for name, way in self.scaling.items()]
+        head = ("scaling", "scans/s", "efficiency", "by CPU", "CPU s/scan", "cores busy")
+        return [head, *(self._way_row(name, way)[:6] for name, way in self.scaling.items())]
 
     def _difference_lines(self) -> str:
         return "\n".join(

@@ -234,7 +234,7 @@ def _figures(way: str, count: int, seen: Watched, work: Mapping[str, Work]) -> R
     roles = _roles(seen, work)
     by_role: dict[str, float] = {}
     for pid, seconds in seen.cpu_s.items():
-        role = roles.get(pid, "others")
+        role = roles.get(pid, seen.names[pid])
         by_role[role] = by_role.get(role, 0.0) + seconds
     peaks = {"tree": seen.peak_bytes, "driver": seen.peak_by_process.get(seen.pid, 0)}
     for role, what in (("decoders", "largest decoder"), ("model", "largest model")):
@@ -257,8 +257,9 @@ def _figures(way: str, count: int, seen: Watched, work: Mapping[str, Work]) -> R
 
 def _roles(seen: Watched, work: Mapping[str, Work]) -> dict[int, str]:
     """Return what each process is known to have done; the driver is the driver, whatever else it does."""
-    roles = dict.fromkeys(work["decode"].pids, "decoders") if "decode" in work else {}
-    roles |= dict.fromkeys(work["model"].pids, "model") if "model" in work else {}
+    roles: dict[int, str] = {}
+    for stage, role in (("write", "writers"), ("decode", "decoders"), ("model", "model")):
+        roles |= dict.fromkeys(work[stage].pids, role) if stage in work else {}
     return {**roles, seen.pid: "driver"}
 
 

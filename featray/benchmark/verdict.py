@@ -58,11 +58,13 @@ def _lift(way: WayFigures, cores: int, part: str) -> str:
     }[part]
     # Decode workers and actors come with the cores; cores do not come with them.
     doubled = {"cores", "model", "decode"} if part == "cores" else {part}
-    limits = {"cores": cores / way.cpu_s} | {
-        name: way.stages[name].at_once / way.stages[name].wall_s for name in ("decode", "model")
+    per_scan = {"cores": way.cpu_s / cores} | {
+        name: way.stages[name].wall_s / way.stages[name].at_once for name in ("decode", "model")
     }
     now = way.rate.median
-    then = min(2 * now, *(limit * (1 + (name in doubled)) for name, limit in limits.items()))
+    # Differences of two short runs may come out as nothing; they limit nothing then.
+    limits = [(1 + (name in doubled)) / seconds for name, seconds in per_scan.items() if seconds > 0]
+    then = min(2 * now, *limits)
     if then < 1.05 * now:
         return f"{count} {what} would not lift it above {now:.1f} scans/s"
     return f"{count} {what} would lift it from {now:.1f} to {then:.1f} scans/s"

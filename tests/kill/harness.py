@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import secrets
 import shutil
 import subprocess
 import sys
@@ -35,11 +36,12 @@ PATIENCE_S = 150.0
 WITHIN_S = 0.8
 """A kill comes within so many seconds of the first commit: about as long as the paced run then lasts."""
 _TESTS = Path(__file__).resolve().parent.parent
+_TOKEN = secrets.token_hex(32)
+"""Ray listens on this machine's address, not only on 127.0.0.1; nobody else shall use it."""
 _CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
-node = {"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False,
-        "node_ip_address": "127.0.0.1"}
+node = {"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args={**node, "temp_dir": sys.argv[1]})
 for _ in range(int(sys.argv[2])):
     added = cluster.add_node(**node)
@@ -55,11 +57,16 @@ Values = dict[tuple[str, str, int], list[float]]
 def environment() -> dict[str, str]:
     """Return what runs and Ray get, so that they find this package and each other."""
     kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    return {**kept, "PYTHONPATH": f"{_TESTS}{os.pathsep}{_TESTS.parent}", "RAY_AUTH_MODE": "disabled"}
+    return {
+        **kept,
+        "PYTHONPATH": f"{_TESTS}{os.pathsep}{_TESTS.parent}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": _TOKEN,
+    }
 
 
 class Head:
-    """A Ray of the test's own on 127.0.0.1, which ends with the test.
+    """A Ray of the test's own, which ends with the test.
 
     Args:
         workers: Nodes beside the head node, each with two CPUs like that one.

@@ -12,10 +12,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from featray.checks import check_source
 from featray.config import Config, load
 from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
-from featray.pipeline import check_source
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
 

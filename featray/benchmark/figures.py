@@ -58,8 +58,8 @@ class Alone:
 
     @property
     def model_rate(self) -> float:
-        """Scans per second of the model alone, on all that it can use."""
-        return 1 / self.wall_s["model_all_cores"].median
+        """Scans per second of the model alone, on all that it can use: the best seen, for it is a limit."""
+        return 1 / self.wall_s["model_all_cores"].low
 
     def ideal_rate(self, cores: int) -> float:
         """Return the scans per second that the hardware allows."""

@@ -33,16 +33,16 @@ def plot(title: str, bars: Mapping[str, Mapping[str, float]], rates: Mapping[str
     """
     longest = max(sum(parts.values()) for parts in bars.values())
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
-    lines = [_text(16, 26, title, size=16)]
+    below = _TOP + len(bars) * (_BAR + _GAP)
+    lines = [_text(16, 26, title, size=16), *_axis(longest, scale, below)]
     for row, (name, parts) in enumerate(bars.items()):
         y = _TOP + row * (_BAR + _GAP)
         lines.append(_text(_LEFT - 10, y + 18, name, anchor="end"))
         lines += _bar(parts, scale, y)
         end = _LEFT + scale * sum(parts.values())
         lines.append(_text(end + 8, y + 18, f"{rates[name]:.2f}/s"))
-    below = _TOP + len(bars) * (_BAR + _GAP)
     shown = [name for name in COLOURS if any(parts.get(name) for parts in bars.values())]
-    lines += _axis(longest, scale, below) + _legend(shown, below + 52)
+    lines += _legend(shown, below + 52)
     height = below + 52 + 24 * -(-len(shown) // 5) + 8
     body = "\n".join(lines)
     return (

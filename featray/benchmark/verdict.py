@@ -26,7 +26,8 @@ WORDS = {
 def verdict(way: WayFigures, alone: Alone, cores: int) -> str:
     """Return in plain language what bounds a way, what would lift it, and what it loses to the ideal."""
     if way.rate is None:
-        return f"{way.name}: too few scans to tell, start-up drowned them; give --many a larger number"
+        unclear = "too few scans to tell, start-up drowned them; give --many a larger number"
+        return f"{way.name}: {unclear}{_doubt(way, cores)}"
     bound = _bound(way, alone, cores) if {"decode", "model"} <= way.stages.keys() else ""
     return f"{way.name}: {bound}{_nearness(way, alone, cores)}{_doubt(way, cores)}"
 

@@ -284,10 +284,11 @@ class TableLog:
 
     def _entry(self, number: int) -> dict[str, Any] | None:
         """Return what commit `number` says of itself, if it is among the newest entries."""
-        for entry in self._handle.history(_SEEN):
-            own: dict[str, Any] = entry.get(APP) or {}
-            if own.get("number") == number and entry["version"] <= self.version:
-                return own
+        for version in range(self.version, max(-1, self.version - _SEEN), -1):
+            for action in self._actions(version):
+                own: dict[str, Any] = action.get("commitInfo", {}).get(APP) or {}
+                if own.get("number") == number:
+                    return own
         return None
 
     def _json_versions(self) -> list[int]:

@@ -14,6 +14,8 @@ from featray import retry
 
 _CONNECT_S, _READ_S = 5, 15
 """Seconds without a connection, or without a byte on it, after which a server counts as hung."""
+_DELTA_S = 20
+"""Of a whole request to the Delta log, its body included: entries and checkpoints are a few MB at most."""
 
 
 def for_fsspec(uri: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -54,7 +56,7 @@ def _patience() -> dict[str, str]:
     """Return how long deltalake tries each request: by time, as `retry.retried` does, not by count."""
     return {
         "connect_timeout": f"{_CONNECT_S}s",
-        "timeout": f"{4 * _READ_S}s",  # of a whole request, its body included
+        "timeout": f"{_DELTA_S}s",
         "max_retries": "1000",
         "retry_timeout": f"{retry.OUTPUT_DEADLINE_S:.0f}s",
         "backoff_config.init_backoff": "200ms",

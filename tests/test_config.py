@@ -35,6 +35,7 @@ def test_the_contracts_defaults_hold() -> None:
     assert (config.run.engine, config.run.actors.min, config.run.actors.max) == ("auto", 1, None)
     assert config.limits.model_dump() == {
         "max_failed_fraction": 0.05,
+        "max_removed_fraction": 0.5,  # not the contract's: a guard of its own
         "max_voxels": 2_000_000_000,
         "scan_timeout_s": 600,
         "attempts": 3,

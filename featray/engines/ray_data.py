@@ -13,6 +13,8 @@ goes on past them; what that loses is tried alone, so that only the guilty scans
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
 import logging
 import math
 import os
@@ -34,6 +36,7 @@ from featray.engines.attempts import Attempts
 from featray.engines.helpers import Helpers
 from featray.engines.memory import decode_memory
 from featray.errors import ConfigError, FeatrayError, Reason
+from featray.machine import usable_cores
 from featray.quiet import hold_back
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.decode import Decoder
@@ -46,8 +49,9 @@ WRITE_CPUS = 0.001
 _CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
 _LOOK_S = 0.2
 _KNOCK_S = 10.0
-_WINDOW = 20_000
-"""Scans given to Ray at once: it holds all of them, and a task for each, in the driver."""
+_WINDOWS = (2_000, 8_000, 20_000)
+"""Scans given to Ray at once, first, next and from then on: it holds all of them in the driver, some 5 kB
+each, and takes 1 ms for each before it begins; but between two windows the actors start anew."""
 _BLOCK_BYTES = 8 * 2**20
 _BLOCK_SCANS = 64
 """Small scans share a task, for a task costs some 30 ms: up to so many bytes of files and so many scans."""
@@ -57,6 +61,8 @@ _PASSES = ((True, False), (False, False), (False, True))
 """Strict, alone: see the module."""
 _SUSPECTS = 20
 """More scans than this left, and none that came through the model: the cluster is broken, not the scans."""
+_INIT_DEATHS = 3
+"""Times in a row that an actor may fail or die while it loads the model; each takes Ray some 20 s."""
 _CANARY = "\0canary"
 """A scan that needs no reading, sent along with suspects: when it comes back, workers and model live."""
 
@@ -90,8 +96,8 @@ class RayEngine:
         self.connect()
         decode = _DecodeRow(stages.decode, self._limits, self._run.decode.memory)
         some_came_through = False
-        for first in range(0, len(scans), _WINDOW):
-            window = {scan.scan_id: scan for scan in scans[first : first + _WINDOW]}
+        for some in _windows(scans):
+            window = {scan.scan_id: scan for scan in some}
             for receipt in self._window(window, stages, decode, stop, some_came_through):
                 some_came_through |= any(record.status == "ok" for record in receipt.records)
                 yield receipt
@@ -110,7 +116,7 @@ class RayEngine:
         lives = False
         for strict, alone in _PASSES:
             scans = [*left.values(), *([_canary()] if alone else [])]
-            with _crashes_logged():
+            with _crashes_logged() as stopped:
                 for receipt in _until(stop, self._pass(scans, stages, decode, strict, alone)):
                     records = [record for record in receipt.records if record.scan_id != _CANARY]
                     lives |= len(records) < len(receipt.records)
@@ -121,6 +127,9 @@ class RayEngine:
                         yield receipt
             if stop.is_set() or not left:
                 return
+            if "ActorDiedError" in stopped and not some_came_through:
+                raise _broken(len(left))  # the model's processes die as they load it; a scan cannot do that
+            gc.collect()  # the frames that the error came through hold the pass's actors, and these hold CPUs
             if not strict and not some_came_through and len(left) > _SUSPECTS:
                 raise _broken(len(left))
         if not lives:
@@ -138,6 +147,7 @@ class RayEngine:
         os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
         # Ray alone would try a task for ever that it kills for lack of memory.
         os.environ.setdefault("RAY_task_oom_retries", str(self._limits.attempts - 1))
+        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # ours are handled; these are of Ray's own
         import ray
 
         address = self._run.address or os.environ.get("RAY_ADDRESS")
@@ -148,7 +158,7 @@ class RayEngine:
                     address=address,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
-                    **({} if address else {"include_dashboard": False}),
+                    **({} if address else _local()),
                 )
             self._started = True
         _compare_claims(self._run, ray.cluster_resources(), grows=bool(address))
@@ -169,6 +179,11 @@ class RayEngine:
 
         actors, retries = self._run.actors, self._limits.attempts - 1
         rows = [{"scan": scan.to_json()} for scan in scans]
+        pool = ray.data.ActorPoolStrategy(
+            min_size=actors.min,
+            max_size=_max_actors(self._run),
+            max_tasks_in_flight_per_actor=1 if alone else None,  # else others die with it
+        )
         tasks = len(scans) if alone else _tasks(scans, ray.cluster_resources().get("CPU", 1))
         with _without_deprecations():
             return (
@@ -183,10 +198,10 @@ class RayEngine:
                     _ExtractBatch,
                     fn_constructor_args=[stages.load_extractor],
                     batch_size=1 if alone else stages.batch_scans,
-                    compute=ray.data.ActorPoolStrategy(min_size=actors.min, max_size=_max_actors(self._run)),
+                    compute=pool,
                     num_cpus=actors.num_cpus,
                     num_gpus=actors.num_gpus or None,
-                    max_task_retries=retries,
+                    max_task_retries=max(retries, int(alone)),
                 )
                 .map_batches(
                     _WriteBatch(stages.write),
@@ -288,7 +303,10 @@ def _until(stop: threading.Event, receipts: Iterator[Receipt]) -> Iterator[Recei
         if item is None:
             return
         if isinstance(item, BaseException):
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # else the error would hold this frame, and this frame the error
         yield item
 
 
@@ -297,7 +315,7 @@ def _canary() -> Scan:
 
 
 def _given_up(scans: list[Scan], stages: Stages, attempts: int) -> Receipt:
-    message = f"its worker died in each of {attempts} attempts"
+    message = f"its worker died in each of {attempts} attempts that it had alone"
     decoded = [stages.decode.failed(scan, Reason.WORKER_CRASH, message, attempts) for scan in scans]
     return Receipt((), tuple(scan.record for scan in decoded))
 
@@ -308,6 +326,15 @@ def _broken(scans: int) -> FeatrayError:
         "cluster is to blame, not the scans. Look at memory and at the Ray logs, then run again; what was "
         "committed is kept."
     )
+
+
+def _windows(scans: Sequence[Scan]) -> Iterator[Sequence[Scan]]:
+    first = 0
+    for size in itertools.chain(_WINDOWS, itertools.repeat(_WINDOWS[-1])):
+        if first >= len(scans):
+            return
+        yield scans[first : first + size]
+        first += size
 
 
 def _tasks(scans: Sequence[Scan], cpus: float) -> int:
@@ -331,8 +358,11 @@ def _own_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _crashes_logged() -> Iterator[None]:
-    """Let a pass end early when workers die; anything else, such as a bug, passes through."""
+def _crashes_logged() -> Iterator[list[str]]:
+    """Let a pass end early when workers die, and put the error's name on the list that this yields.
+
+    Anything else, such as a bug, passes through.
+    """
     from ray import exceptions
     from ray.data.exceptions import ExecutionTimeoutError
 
@@ -344,9 +374,11 @@ def _crashes_logged() -> Iterator[None]:
         exceptions.WorkerCrashedError,
         ExecutionTimeoutError,
     )
+    stopped: list[str] = []
     try:
-        yield
+        yield stopped
     except crashes as error:
+        stopped.append(type(error).__name__)
         log.warning("a pass stopped early: %s; what it finished is kept", type(error).__name__)
 
 
@@ -386,13 +418,15 @@ def _configure(strict: bool) -> None:
 
     context = ray.data.DataContext.get_current()
     context.actor_init_retry_on_errors = True
-    context.actor_init_max_retries = 3
-    context.max_consecutive_actor_init_deaths = 3
+    context.actor_init_max_retries = _INIT_DEATHS
+    context.max_consecutive_actor_init_deaths = _INIT_DEATHS
     context.max_errored_blocks = 0 if strict else -1
     context.wait_for_min_actors_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    # It logs each lost task with a traceback; what is to be said about those, this module says. And a handler
+    # that keeps such a record would keep the frames in it, with them the pass's actors, and so their CPUs.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # Of no use to anybody when the one scan left is the one that kills its worker.
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
 
@@ -409,13 +443,20 @@ def _refuse_unreachable(address: str | None) -> None:
         raise ConfigError(f"{problem}; is the cluster up, and the port that of its head?") from None
 
 
+def _local() -> dict[str, Any]:
+    """Return how to start a Ray on this machine: an actor and a decode task share a lone core."""
+    return {"include_dashboard": False, **({"num_cpus": 2} if usable_cores() < 2 else {})}
+
+
 def _compare_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:
     """Refuse claims a local Ray can never meet: Ray would wait for ever. A cluster may still grow."""
+    pool = run.actors.min * run.actors.num_cpus
     claims = {
         "run.actors.num_cpus": (run.actors.num_cpus, "CPU"),
         "run.actors.num_gpus": (run.actors.num_gpus, "GPU"),
         "run.decode.num_cpus": (run.decode.num_cpus, "CPU"),
         "run.decode.memory": (run.decode.memory or 0, "memory"),
+        "run.actors (min times num_cpus) beside run.decode": (pool + _decode_cpus(run), "CPU"),
     }
     problems = [
         f"{key}: {claim:g} is claimed, Ray has {resources.get(kind, 0):g} {kind}"

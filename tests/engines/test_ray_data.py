@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 from kill import poison
 
 import featray
@@ -17,7 +18,7 @@ from featray.config import LimitsConfig, RunConfig, load
 from featray.dataset import FEATURES, Dataset
 from featray.engines import Stages, ray_data
 from featray.engines.ray_data import RayEngine, _DecodeRow
-from featray.errors import FeatrayError
+from featray.errors import ConfigError, FeatrayError
 from featray.schema import Scan, ScanRecord
 from featray.stages.write import write
 from featray.storage import Store
@@ -39,11 +40,11 @@ def features(uri: str) -> dict[tuple[str, str, int], np.ndarray]:
 )
 def test_ray_and_inline_agree(config_of: Any, tmp_path: Path, preprocess: dict[str, Any]) -> None:
     inline = config_of(preprocess=preprocess, run={"decode": {"workers": 2}})
-    ray = config_of(preprocess=preprocess, output={"uri": str(tmp_path / "ray")}, model={"batch_size": 3})
+    by_ray = config_of(preprocess=preprocess, output={"uri": str(tmp_path / "ray")}, model={"batch_size": 3})
     featray.extract(inline)
-    summary = featray.extract(ray, ["run.engine=ray"])
+    summary = featray.extract(by_ray, ["run.engine=ray"])
     assert (summary.engine, summary.ok, summary.exit_code) == ("ray", 12, 0)
-    expected, found = features(inline["output"]["uri"]), features(ray["output"]["uri"])
+    expected, found = features(inline["output"]["uri"]), features(by_ray["output"]["uri"])
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
@@ -102,15 +103,48 @@ def test_a_lone_scan_that_kills_the_models_process_is_given_up(tmp_path: Path) -
     assert _records(_stages(tmp_path), ["killer"], attempts=1)["killer"].reason == "worker_crash"
 
 
-def test_where_no_model_can_live_no_scan_is_given_up(tmp_path: Path) -> None:
-    stages = replace(_stages(tmp_path), load_extractor=poison.load_and_die)
+@pytest.mark.parametrize("error", ["ActorDiedError", "WorkerCrashedError"])
+def test_where_no_worker_can_live_no_scan_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
+    def dying(self: RayEngine, *_: Any) -> Any:  # as Ray says it, which takes it a minute or more
+        passes.append(error)
+        raise getattr(ray.exceptions, error)
+        yield
+
+    passes: list[str] = []
+    monkeypatch.setattr(RayEngine, "_pass", dying)
     with pytest.raises(FeatrayError, match="the cluster is to blame"):
-        _records(stages, ["s0", "s1"], attempts=1)
+        _records(_stages(tmp_path), ["s0", "s1"])
+    assert len(passes) == {"ActorDiedError": 1, "WorkerCrashedError": 3}[error]
 
 
 def test_windows_of_scans_are_seen_to_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_data, "_WINDOW", 4)
+    monkeypatch.setattr(ray_data, "_WINDOWS", (2, 4))
     names = [f"s{n}" for n in range(9)]
     assert {record.status for record in _records(_stages(tmp_path), names).values()} == {"ok"}
+
+
+def test_windows_hold_all_scans_in_order_and_grow() -> None:
+    found = list(ray_data._windows(range(50_001)))  # type: ignore[arg-type]
+    assert [len(window) for window in found] == [2_000, 8_000, 20_000, 20_000, 1]
+    assert [scan for window in found for scan in window] == list(range(50_001))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tasks"),
+    [([60_000_000] * 30, 30), ([1_000] * 30, 16), ([1_000] * 6_400, 100), ([4 * 2**20] * 1_000, 500)],
+    ids=["one large scan each", "no idle CPU", "many tiny ones share", "as many as fill a block"],
+)
+def test_scans_share_a_task_when_they_are_small_and_many(sizes: list[int], tasks: int) -> None:
+    scans = [replace(_scan(f"s{n}"), size=size) for n, size in enumerate(sizes)]
+    assert ray_data._tasks(scans, cpus=2) == tasks
+
+
+def test_claims_that_leave_a_local_ray_no_room_to_decode_are_refused() -> None:
+    run = RunConfig.model_validate({"actors": {"num_cpus": 2}})
+    with pytest.raises(ConfigError, match=r"beside run\.decode"):
+        ray_data._compare_claims(run, {"CPU": 2.0}, grows=False)
+    ray_data._compare_claims(RunConfig(), {"CPU": 2.0}, grows=False)

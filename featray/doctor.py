@@ -193,7 +193,8 @@ class _Patient:
         if self._extractor is not None:
             mine = recipe_id(recipe(config, self._extractor.recipe_part()))
             if stored - {mine}:
-                yield "FAIL", f"holds features of another recipe than this config's ({mine}); choose another"
+                other = f"holds features of another recipe than this config's ({mine})"
+                yield "WARN", f"{other}: `featray refresh` makes them anew, `extract` refuses"
         yield from self._disk(store)
 
     def _disk(self, store: Store) -> Found:

@@ -178,6 +178,8 @@ class ModelConfig(_Section):
     """Values of the model's further inputs, by input name and without batch axis; the same for every scan."""
     compute: Literal["float32", "float16", "bfloat16"] | None = None
     """Type that layers compute in, weights staying as they are; null = what the model says."""
+    jit_compile: bool = False
+    """true compiles the cut model with XLA: for GPUs; on CPUs many times slower. Part of the recipe."""
     batch_size: int = Field(default=4, ge=1)
     """Model inputs per call."""
     allow_stochastic: bool = False

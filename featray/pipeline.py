@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow.compute as pc
+
 from featray import config as configuration
 from featray.checks import (
     carried,
@@ -47,6 +50,8 @@ log = logging.getLogger(__name__)
 
 HANDFUL = 100
 """Scans up to which engine auto does without Ray when no cluster is named."""
+BEGUN = 1_000
+"""Scans that an engine may start on while the model is loaded; it has room for fewer."""
 MIN_SCANS_PER_FILE = 8
 MAX_FILE_BYTES = 64 * 2**20
 COMMIT_SHARE = 20
@@ -129,6 +134,7 @@ def _run(
     dataset = Dataset(Store(config.output.uri, config.output.storage_options))
     look_at_output(dataset.store)
     with choose_engine(config, len(listing.scans)) as engine:
+        _begin(engine, config, listing, dataset)
         job = Job.prepare(config, engine.name, started, wanted.command)
         with Lease(dataset.store, job.run.run_id) as lease:
             committer = job.committer(dataset, listing, lease)
@@ -140,6 +146,20 @@ def _run(
             gone = plan.removed if wanted.refresh else ()
             done = _bring_in_step(engine, plan, gone, job, committer, show, stop)
             return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
+
+
+def _begin(engine: Engine, config: Config, listing: Listing, dataset: Dataset) -> None:
+    """Let the engine start on scans that no run has met yet: they are due whatever the model is."""
+    ids = listing.scan_ids
+    known = pc.is_in(ids, value_set=dataset.ledger(("scan_id",))["scan_id"].cast(ids.type).combine_chunks())
+    due = np.flatnonzero(~known.to_numpy())[:BEGUN]  # columns: a million known scans are looked at in no time
+    if scans := [scan for scan in listing.take(due) if scan.reason is None]:
+        engine.begin(scans, early_decoder(config), _batch_scans(config))
+
+
+def early_decoder(config: Config) -> Decoder:
+    """Return the decoder of a run whose recipe is not known yet."""
+    return Decoder.of(config)
 
 
 def _bring_in_step(
@@ -252,7 +272,6 @@ class Job:
     def stages(self, dataset: Dataset, scans: int) -> Stages:
         """Return what the engine runs for that many scans."""
         config, run = self.config, self.run
-        has_patches = config.preprocess.fit == "patches" or config.source.rows
         decoder = Decoder.of(config, run.recipe_id, run.run_id)
         threads = max(1, int(config.run.actors.num_cpus))
         return Stages(
@@ -266,7 +285,7 @@ class Job:
                 recipe=run.recipe_id,
                 run_id=run.run_id,
             ),
-            batch_scans=1 if has_patches else config.model.batch_size,
+            batch_scans=_batch_scans(config),
             scans_per_file=_scans_per_file(scans, sum(layer.values for layer in self.extractor.layers)),
         )
 
@@ -295,6 +314,12 @@ def _load_same(config: Config, threads: int, sha256: str) -> Extractor:
     if extractor.sha256 != sha256:
         raise ModelError("the model or its code changed while the run was starting; start it again")
     return extractor
+
+
+def _batch_scans(config: Config) -> int:
+    """Return how many scans the model is given at once; one that has patches fills its batches alone."""
+    has_patches = config.preprocess.fit == "patches" or config.source.rows
+    return 1 if has_patches else config.model.batch_size
 
 
 def _scans_per_file(scans: int, values: int) -> int:

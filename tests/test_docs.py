@@ -103,7 +103,7 @@ def test_the_readmes_commands_are_those_of_the_command_line() -> None:
 
     usage = _parser().format_help()
     listed = set(re.findall(r"^\| `featray (\w+)", section("Commands"), re.MULTILINE))
-    assert listed == set(re.findall(r"^    (\w+) ", usage, re.MULTILINE))
+    assert listed == set(re.findall(r"^    (\w+)(?: |$)", usage, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featray import pipeline
-from featray.benchmark.probe import observed
+from featray.benchmark.probe import observed, observed_decoder
 from featray.config import Config, load
 from featray.dataset import Dataset
 from featray.engines import Stages
@@ -54,6 +54,8 @@ def _observe(folder: Path) -> None:
     def stages(job: pipeline.Job, dataset: Dataset, scans: int) -> Stages:
         return observed(stages_of(job, dataset, scans), folder)
 
+    early = pipeline.early_decoder
+    pipeline.early_decoder = lambda config: observed_decoder(early(config), folder)
     pipeline.Job.stages = stages  # type: ignore[method-assign, assignment]  # it exists to be measured
 
 

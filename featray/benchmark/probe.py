@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from featray.engines import Stages
+from featray.stages.decode import Decoder
 
 STAGES = ("decode", "model", "write")
 
@@ -48,11 +49,16 @@ def observed(stages: Stages, folder: Path) -> Stages:
     """Return the stages with every call noted in `folder`."""
     return replace(
         stages,
-        decode=_Observed(stages.decode, "decode", str(folder)),  # type: ignore[arg-type]  # behaves like one
+        decode=observed_decoder(stages.decode, folder),
         extractor=_Observed(stages.extractor, "model", str(folder)),
         load_extractor=functools.partial(_loaded, stages.load_extractor, str(folder)),
         write=_Observed(stages.write, "write", str(folder)),
     )
+
+
+def observed_decoder(decode: Decoder, folder: Path) -> Decoder:
+    """Return a decoder with every call noted in `folder`."""
+    return _Observed(decode, "decode", str(folder))  # type: ignore[return-value]  # behaves like one
 
 
 def noted(folder: Path) -> dict[str, Work]:

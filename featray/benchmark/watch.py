@@ -173,7 +173,7 @@ class _Looks:
 def _machine_cpu_s() -> float:
     """Return the CPU seconds of all cores that were not idle, or were not ours, since the machine started."""
     times = psutil.cpu_times()
-    return float(times.user + times.system + getattr(times, "steal", 0.0))
+    return float(times.user + times.nice + times.system + getattr(times, "steal", 0.0))
 
 
 def _store_bytes(raylet: int) -> int:

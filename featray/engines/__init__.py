@@ -58,6 +58,16 @@ class Engine(Protocol):
         """
         ...
 
+    def begin(self, scans: Sequence[Scan], decode: Decoder, batch_scans: int) -> None:
+        """Do what can be done before the model is loaded: these scans, or most of them, will be asked for.
+
+        Args:
+            scans: Due whatever the model.
+            decode: As in `Stages`, but for recipe and run, which are not known yet.
+            batch_scans: As in `Stages`.
+        """
+        ...
+
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield receipts that together hold a record of every scan, unless `stop` is set."""
         ...

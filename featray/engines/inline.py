@@ -1,8 +1,9 @@
 """Engine `inline`: helper processes decode, this process holds the model and writes. No Ray.
 
 Each scan is decoded by one of a few helpers, so a decoder that crashes or hangs takes only its own scan
-with it. Tensors come back through shared memory. With no helpers everything happens in this process,
-for a debugger.
+with it. Tensors come back through shared memory. The model has a thread of its own, so that it need not wait
+for what was found to be written and committed. With no helpers everything happens in this thread, for a
+debugger.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import pyarrow as pa
 
 from featray.config import LimitsConfig
 from featray.engines import Stages
+from featray.engines.ahead import ahead
 from featray.engines.attempts import Attempts
 from featray.engines.helpers import Helpers
 from featray.engines.memory import decode_memory
 from featray.machine import usable_cores
 from featray.schema import Decoded, Receipt, Scan
+from featray.stages.decode import Decoder
 from featray.stages.extract import extract
 
 FLUSH_S = 10.0
@@ -41,6 +44,7 @@ class InlineEngine:
         self._workers = usable_cores() if workers is None else workers
         self._limits, self._memory = limits, memory
         self._helpers: Helpers | None = None
+        self._attempts: Attempts | None = None
 
     def __enter__(self) -> InlineEngine:
         """Start the helpers; they import their libraries while this process loads the model."""
@@ -52,36 +56,47 @@ class InlineEngine:
         """Stop the helpers."""
         if self._helpers is not None:
             self._helpers.close()
+        if self._attempts is not None:
+            self._attempts.close()
 
     def connect(self) -> None:
         """Do nothing: there is nothing to join."""
 
+    def begin(self, scans: Sequence[Scan], decode: Decoder, batch_scans: int) -> None:
+        """Let the helpers decode as many scans as there is room for, while this process loads the model."""
+        if self._helpers is not None:
+            size = 2 * self._workers + 2 * batch_scans
+            self._attempts = Attempts(self._helpers, decode, self._limits, size)
+            self._attempts.begin(scans)
+
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield a receipt for every file's worth of scans, or every ten seconds."""
+        tables = self._tables(scans, stages, stop)
+        for table in tables if self._helpers is None else ahead(tables):
+            yield stages.write(table)
+
+    def _tables(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[pa.Table]:
         rows: list[pa.Table] = []
         flushed = time.monotonic()
         for batch in self._batches(scans, stages, stop):
             rows.append(extract(stages.extractor, batch))
             full = sum(len(table) for table in rows) >= stages.scans_per_file
             if full or time.monotonic() - flushed > FLUSH_S:
-                yield stages.write(pa.concat_tables(rows))
+                yield pa.concat_tables(rows)
                 rows, flushed = [], time.monotonic()
         if rows:
-            yield stages.write(pa.concat_tables(rows))
+            yield pa.concat_tables(rows)
 
     def _batches(
         self, scans: Sequence[Scan], stages: Stages, stop: threading.Event
     ) -> Iterator[list[Decoded]]:
         """Yield decoded scans in lists of `batch_scans`, in order of completion."""
         if self._helpers is None:
-            yield from _decode_here(scans, stages, stop)
-            return
-        size = 2 * self._workers + 2 * stages.batch_scans
-        attempts = Attempts(self._helpers, stages.decode, self._limits, size)
-        try:
-            yield from attempts.batches(scans, stages.batch_scans, stop)
-        finally:
-            attempts.close()
+            return _decode_here(scans, stages, stop)
+        if self._attempts is None:
+            self.begin((), stages.decode, stages.batch_scans)
+        assert self._attempts is not None, "begin has made it"
+        return self._attempts.batches(scans, stages.batch_scans, stop, stages.decode)
 
 
 def _decode_here(scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[list[Decoded]]:

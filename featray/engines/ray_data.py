@@ -1,9 +1,10 @@
-"""Engine `ray`: decode in tasks, the model in a pool of actors, writing in tasks, on Ray Data.
+"""Engine `ray`: decoding and the model in a pool of actors, writing in tasks, on Ray Data.
 
-The only file that imports Ray. Rows between the stages: a listed scan as JSON → its record, tensor
-and origins → its record and features → one receipt per file's worth of scans.
+An actor without a GPU decodes for itself: scans pass through one process and its helpers, as with engine
+`inline`, and Ray moves names in and features out. Beside GPUs decoding is tasks of its own, on any CPU of the
+cluster, so that as many as it takes keep a GPU busy. What runs in the workers is `engines.ray_stages`.
 
-A task decodes in a helper process of its worker (`engines.attempts`), so a scan that crashes or hangs
+Decoding is done in helper processes (`engines.attempts`), so a scan that crashes or hangs
 there is settled inside its task and Ray sees nothing of it. What may still die is a worker as a whole: of
 memory, with its node, by the model. Ray would try its task again for ever; so tries are bounded, and there
 are up to three passes over what is left: a strict one stops at the first task that is lost; a tolerant one
@@ -22,25 +23,25 @@ import queue
 import re
 import socket
 import threading
-import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
-
-import numpy as np
-import pyarrow as pa
 
 from featray.config import LimitsConfig, RunConfig
 from featray.engines import Stages
-from featray.engines.attempts import Attempts
-from featray.engines.helpers import Helpers
-from featray.engines.memory import decode_memory
+from featray.engines.ray_stages import (
+    DecodeAndExtractBatch,
+    DecodeBatch,
+    Decoding,
+    ExtractBatch,
+    WriteBatch,
+)
 from featray.errors import ConfigError, FeatrayError, Reason
 from featray.machine import usable_cores
 from featray.quiet import hold_back
-from featray.schema import Decoded, Receipt, Scan, ScanRecord
+from featray.schema import Receipt, Scan
 from featray.stages.decode import Decoder
-from featray.stages.extract import extract
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,18 @@ _KNOCK_S = 10.0
 _WINDOWS = (2_000, 8_000, 20_000)
 """Scans given to Ray at once, first, next and from then on: it holds all of them in the driver, some 5 kB
 each, and takes 1 ms for each before it begins; but between two windows the actors start anew."""
-_BLOCK_BYTES = 8 * 2**20
-_BLOCK_SCANS = 64
-"""Small scans share a task, for a task costs some 30 ms: up to so many bytes of files and so many scans."""
+_BLOCK_BYTES = 256 * 2**20
+_BLOCK_SCANS = 512
+"""Scans share a task, for a task costs some 30 ms: up to so many bytes of files and so many scans."""
 _TASKS_PER_CPU = 8
-"""Tasks that the scans make at least, for each CPU: else some CPUs would be idle in the end."""
+"""Tasks that the scans make at least, for each CPU, as long as each fills a batch: else some CPUs would be
+idle in the end."""
+_GPU_CALLS = 2
+"""Batches that an actor with a GPU has at once: one is put together and sent there while one is computed."""
+_INFLATED = 5
+"""Bytes that decoding takes for each one of a file: compressed, inflated, and what is made of it."""
+_BASE_BYTES = 2**28
+"""What a helper takes before it has read anything."""
 _PASSES = ((True, False), (False, False), (False, True))
 """Strict, alone: see the module."""
 _SUSPECTS = 20
@@ -75,6 +83,9 @@ class RayEngine:
     def __init__(self, run: RunConfig, limits: LimitsConfig) -> None:
         self._run, self._limits = run, limits
         self._started = False
+        self._connecting: Future[None] | None = None
+        # It lives as long as the cluster: Ray's processes end with the thread that has started them.
+        self._thread = ThreadPoolExecutor(1, "featray-connect")
 
     def __enter__(self) -> RayEngine:
         """Do nothing yet: a run that finds nothing to do needs no cluster."""
@@ -82,10 +93,17 @@ class RayEngine:
 
     def __exit__(self, *error: object) -> None:
         """Leave the cluster; one that this engine started ends."""
+        if self._connecting is not None:
+            self._connecting.exception()  # only waits: what it raised is told where the cluster is needed
         if self._started:
             import ray
 
             ray.shutdown()
+        self._thread.shutdown()
+
+    def begin(self, scans: Sequence[Scan], decode: Decoder, batch_scans: int) -> None:
+        """Connect while this process loads the model."""
+        self._connecting = self._thread.submit(self._connect)
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield receipts in order of completion; see the module for scans whose workers die.
@@ -94,11 +112,10 @@ class RayEngine:
             FeatrayError: Workers die whatever the scan: the cluster is to blame, and no scan is given up.
         """
         self.connect()
-        decode = _DecodeRow(stages.decode, self._limits, self._run.decode.memory)
         some_came_through = False
-        for some in _windows(scans):
+        for claim, some in self._claimed_windows(scans):
             window = {scan.scan_id: scan for scan in some}
-            for receipt in self._window(window, stages, decode, stop, some_came_through):
+            for receipt in self._window(window, stages, claim, stop, some_came_through):
                 some_came_through |= any(record.status == "ok" for record in receipt.records)
                 yield receipt
             if stop.is_set():
@@ -108,7 +125,7 @@ class RayEngine:
         self,
         left: dict[str, Scan],
         stages: Stages,
-        decode: _DecodeRow,
+        memory: int | None,
         stop: threading.Event,
         some_came_through: bool,
     ) -> Iterator[Receipt]:
@@ -117,7 +134,7 @@ class RayEngine:
         for strict, alone in _PASSES:
             scans = [*left.values(), *([_canary()] if alone else [])]
             with _crashes_logged() as stopped:
-                for receipt in _until(stop, self._pass(scans, stages, decode, strict, alone)):
+                for receipt in _until(stop, self._pass(scans, stages, memory, strict, alone)):
                     records = [record for record in receipt.records if record.scan_id != _CANARY]
                     lives |= len(records) < len(receipt.records)
                     some_came_through |= any(record.status == "ok" for record in records)
@@ -142,6 +159,9 @@ class RayEngine:
         Raises:
             ConfigError: Nothing answers at the address, or a local Ray has not what a stage claims.
         """
+        self._connect() if self._connecting is None else self._connecting.result()
+
+    def _connect(self) -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
         # A thread of Ray Data that outlives a stopped run would else start a cluster of its own.
         os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -155,7 +175,7 @@ class RayEngine:
         if not ray.is_initialized():
             with hold_back(_CHATTER):
                 ray.init(
-                    address=address,
+                    address=address or "local",  # none: whatever else runs on this machine, not that
                     log_to_driver=False,
                     logging_level=logging.ERROR,
                     **({} if address else _local()),
@@ -163,123 +183,93 @@ class RayEngine:
             self._started = True
         _compare_claims(self._run, ray.cluster_resources(), grows=bool(address))
 
+    def _claimed_windows(self, scans: Sequence[Scan]) -> Iterator[tuple[int | None, Sequence[Scan]]]:
+        """Yield the memory to claim for each worker that decodes, and scans to do with that claim."""
+        asked, nodes = self._run.decode.memory, _nodes()
+        if asked is not None or not nodes:  # no nodes: a cluster that is still to grow
+            groups = iter([(asked, scans)])
+        else:
+            per_cpu = min(int(node["memory"] / node["CPU"]) for node in nodes)
+            most = int(max(node["memory"] for node in nodes) / max(1, int(self._run.actors.num_cpus)))
+            groups = _by_memory(scans, per_cpu, most)
+        for claim, some in groups:
+            for window in _windows(some):
+                yield claim, window
+
     def _pass(
-        self, scans: list[Scan], stages: Stages, decode: _DecodeRow, strict: bool, alone: bool
+        self, scans: list[Scan], stages: Stages, memory: int | None, strict: bool, alone: bool
     ) -> Iterator[Receipt]:
         _configure(strict)
-        dataset = self._dataset(scans, stages, decode, alone)
+        dataset = self._dataset(scans, stages, memory, alone)
         with _own_errors():
             for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for text in batch["receipt"].to_pylist():
                     yield Receipt.from_json(text)
 
-    def _dataset(self, scans: list[Scan], stages: Stages, decode: _DecodeRow, alone: bool) -> Any:
-        """Return the lazy pipeline; it runs when its receipts are read. `alone`: no scan shares a batch."""
+    def _dataset(self, scans: list[Scan], stages: Stages, memory: int | None, alone: bool) -> Any:
+        """Return the lazy pipeline; it runs when its receipts are read.
+
+        Args:
+            scans: To do.
+            stages: As given to the engine.
+            memory: Bytes that each worker that decodes claims.
+            alone: Whether no scan shares a task.
+        """
         import ray
 
-        actors, retries = self._run.actors, self._limits.attempts - 1
+        batch = 1 if alone else stages.batch_scans
+        cpus = ray.cluster_resources().get("CPU", 1)
         rows = [{"scan": scan.to_json()} for scan in scans]
-        pool = ray.data.ActorPoolStrategy(
-            min_size=actors.min,
-            max_size=_max_actors(self._run),
-            max_tasks_in_flight_per_actor=1 if alone else None,  # else others die with it
-        )
-        tasks = len(scans) if alone else _tasks(scans, ray.cluster_resources().get("CPU", 1))
         with _without_deprecations():
-            return (
-                ray.data.from_items(rows, override_num_blocks=tasks)
-                .map(
-                    decode,
-                    num_cpus=_decode_cpus(self._run),
-                    memory=self._run.decode.memory,
-                    max_retries=retries,
-                )
-                .map_batches(
-                    _ExtractBatch,
-                    fn_constructor_args=[stages.load_extractor],
-                    batch_size=1 if alone else stages.batch_scans,
-                    compute=pool,
-                    num_cpus=actors.num_cpus,
-                    num_gpus=actors.num_gpus or None,
-                    max_task_retries=max(retries, int(alone)),
-                )
-                .map_batches(
-                    _WriteBatch(stages.write),
-                    batch_size=1 if alone else stages.scans_per_file,
-                    batch_format="pyarrow",
-                    num_cpus=WRITE_CPUS,
-                    max_retries=retries,
-                )
+            listed = ray.data.from_items(rows, override_num_blocks=_tasks(scans, cpus, batch, alone))
+            extract = self._apart if self._run.actors.num_gpus else self._together
+            return extract(listed, stages, memory, batch, alone).map_batches(
+                WriteBatch,
+                fn_constructor_args=[stages.write],
+                batch_size=1 if alone else stages.scans_per_file,
+                batch_format="pyarrow",
+                # Actors, for Ray ends idle processes of tasks, and a new one imports for seconds.
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(_nodes()))),
+                num_cpus=WRITE_CPUS,
+                max_task_retries=self._limits.attempts - 1,
             )
 
+    def _together(self, listed: Any, stages: Stages, memory: int | None, batch: int, alone: bool) -> Any:
+        """Decode and extract in actors that share the CPUs."""
+        actors = self._run.actors
+        helpers = max(1, int(actors.num_cpus))
+        # The claim is a plan; what bounds a scan is what the config says, or the machine.
+        how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers, ahead=2 * batch)
+        return listed.map_batches(
+            DecodeAndExtractBatch,
+            fn_constructor_args=[stages.load_extractor, how, batch],
+            batch_size=None,
+            compute=_cpu_pool(self._run, listed.num_blocks(), helpers * (memory or 0), alone),
+            num_cpus=max(0.0, actors.num_cpus - WRITE_CPUS),  # actors fill the machine; writers must fit in
+            memory=None if memory is None else helpers * memory,
+            max_task_retries=max(self._limits.attempts - 1, int(alone)),
+        )
 
-class _DecodeRow:
-    """Row of a listed scan → row of a model input, made in a helper of this worker."""
-
-    def __init__(self, decode: Decoder, limits: LimitsConfig, memory: int | None) -> None:
-        self._decode, self._limits, self._memory = decode, limits, memory
-        self._run = uuid.uuid4().hex
-
-    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        try:
-            decoded = self._attempts().one(Scan.from_json(row["scan"]))
-        except BaseException:  # such as a cancelled pass: what the helper is at must not answer the next scan
-            _end_workers()
-            raise
-        return {
-            "record": decoded.record.to_json(),
-            "tensor": decoded.tensor.reshape(-1).copy(),  # flat: Ray mixes no ranks in a column
-            "shape": np.array(decoded.tensor.shape),
-            "origins": decoded.origins,
-        }
-
-    def _attempts(self) -> Attempts:
-        """Return this worker's helper; it starts with the first scan, and ends with the worker."""
-        from ray import cloudpickle
-
-        if self._run not in _workers:
-            _end_workers()  # of an earlier run
-            helpers = Helpers(1, self._limits.scan_timeout_s, decode_memory(self._memory))
-            attempts = Attempts(helpers, self._decode, self._limits, 1, dumps=cloudpickle.dumps)
-            _workers[self._run] = helpers, attempts
-        return _workers[self._run][1]
-
-
-_workers: dict[str, tuple[Helpers, Attempts]] = {}
-"""By run, the helper of this worker process: Ray unpickles `_DecodeRow` anew for each task."""
-
-
-def _end_workers() -> None:
-    for helpers, attempts in _workers.values():
-        helpers.close()
-        attempts.close()
-    _workers.clear()
-
-
-class _ExtractBatch:
-    """Rows of model inputs → rows of features; holds the model."""
-
-    def __init__(self, load_extractor: Any) -> None:
-        self._extractor = load_extractor()
-
-    def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
-        decoded = [
-            Decoded(ScanRecord.from_json(record), np.asarray(tensor).reshape(shape), np.asarray(origins))
-            for record, tensor, shape, origins in zip(
-                batch["record"], batch["tensor"], batch["shape"], batch["origins"], strict=True
-            )
-        ]
-        return extract(self._extractor, decoded)
-
-
-class _WriteBatch:
-    """Rows of features → one receipt."""
-
-    def __init__(self, write: Any) -> None:
-        self._write = write
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        return pa.table({"receipt": [self._write(table).to_json()]})
+    def _apart(self, listed: Any, stages: Stages, memory: int | None, batch: int, alone: bool) -> Any:
+        """Decode in tasks, extract in actors that have GPUs."""
+        actors, retries = self._run.actors, self._limits.attempts - 1
+        how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers=1, ahead=1)
+        decoded = listed.map_batches(
+            DecodeBatch(how),
+            batch_size=None,
+            num_cpus=self._run.decode.num_cpus,
+            memory=memory,
+            max_retries=retries,
+        )
+        return decoded.map_batches(
+            ExtractBatch,
+            fn_constructor_args=[stages.load_extractor],
+            batch_size=batch,
+            compute=_gpu_pool(self._run, alone),
+            num_cpus=actors.num_cpus,
+            num_gpus=actors.num_gpus,
+            max_task_retries=max(retries, int(alone)),
+        )
 
 
 def _until(stop: threading.Event, receipts: Iterator[Receipt]) -> Iterator[Receipt]:
@@ -337,11 +327,40 @@ def _windows(scans: Sequence[Scan]) -> Iterator[Sequence[Scan]]:
         first += size
 
 
-def _tasks(scans: Sequence[Scan], cpus: float) -> int:
-    """Return how many tasks decode the scans: one each, unless they are small and many."""
+def _tasks(scans: Sequence[Scan], cpus: float, batch: int, alone: bool) -> int:
+    """Return how many tasks the scans make; each fills a batch of the model where it can."""
+    if alone:
+        return len(scans)
     by_size = math.ceil(sum(scan.size for scan in scans) / _BLOCK_BYTES)
     by_count = math.ceil(len(scans) / _BLOCK_SCANS)
-    return min(len(scans), max(by_size, by_count, int(_TASKS_PER_CPU * cpus)))
+    wanted = max(by_size, by_count, int(_TASKS_PER_CPU * cpus))
+    return min(wanted, math.ceil(len(scans) / batch))
+
+
+def _by_memory(scans: Sequence[Scan], per_cpu: int, most: int) -> Iterator[tuple[int | None, Sequence[Scan]]]:
+    """Yield scans of which one fits beside each CPU, without a claim; then larger ones, each with its like.
+
+    A claim keeps Ray from decoding more of them at once than there is memory for.
+
+    Args:
+        scans: As listed.
+        per_cpu: Bytes there are for each CPU.
+        most: Bytes that can be claimed at all.
+    """
+    classes: dict[int, list[Scan]] = {}
+    for scan in scans:
+        need = _BASE_BYTES + _INFLATED * scan.size
+        classes.setdefault(max(0, math.ceil(math.log2(need / per_cpu))), []).append(scan)
+    for doublings in sorted(classes):
+        yield (min(per_cpu * 2**doublings, most) if doublings else None), classes[doublings]
+
+
+def _nodes() -> list[dict[str, float]]:
+    """Return what the nodes have that can decode."""
+    import ray
+
+    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node for node in found if node.get("CPU") and node.get("memory")]
 
 
 @contextlib.contextmanager
@@ -390,27 +409,44 @@ def _without_deprecations() -> Iterator[None]:
         yield
 
 
-def _decode_cpus(run: RunConfig) -> float:
-    """Return what a decode task claims, never equal to an actor's claim.
+def _cpu_pool(run: RunConfig, tasks: int, memory: int, alone: bool) -> Any:
+    """Return the pool of actors that decode for themselves: as asked, or one for each CPU.
 
-    Equal claims would make Ray fuse decoding into the actor and so run it behind the model.
+    It starts as large as there is room and work for, since nothing else needs the CPUs.
     """
-    claim = run.decode.num_cpus
-    return claim - WRITE_CPUS if claim == run.actors.num_cpus and not run.actors.num_gpus else claim
+    actors = run.actors
+    fit = sum(
+        int(min(node["CPU"] / max(actors.num_cpus, 0.1), node["memory"] / max(memory, 1)))
+        for node in _nodes()
+    )
+    most = max(actors.min, fit if actors.max is None else actors.max)
+    first = max(actors.min, min(fit, most, tasks))
+    return _pool_of(actors.min, first, most, alone)
 
 
-def _max_actors(run: RunConfig) -> int:
-    """Return the pool's upper bound: as asked, or what leaves most CPUs to decoding."""
+def _gpu_pool(run: RunConfig, alone: bool) -> Any:
+    """Return the pool of actors that have GPUs: as asked, or what leaves every node a CPU to decode with."""
+    actors, decode = run.actors, run.decode.num_cpus
+    fit = sum(
+        int(min(node.get("GPU", 0) / actors.num_gpus, (node["CPU"] - decode) / max(actors.num_cpus, 1e-3)))
+        for node in _nodes()
+        if node["CPU"] > decode
+    )
+    most = max(actors.min, fit if actors.max is None else actors.max)
+    return _pool_of(actors.min, actors.min, most, alone, calls=1 if alone else _GPU_CALLS)
+
+
+def _pool_of(least: int, first: int, most: int, alone: bool, calls: int = 1) -> Any:
     import ray
 
-    actors = run.actors
-    if actors.max is not None:
-        return actors.max
-    resources = ray.cluster_resources()
-    if actors.num_gpus:
-        return max(actors.min, int(resources.get("GPU", 0) / actors.num_gpus))
-    # Decoding a scan costs two to three times the CPU of a small 3-D encoder; a third is the model's.
-    return max(actors.min, int(resources.get("CPU", 1) / 3 / max(actors.num_cpus, 0.1)))
+    return ray.data.ActorPoolStrategy(
+        min_size=least,
+        max_size=most,
+        initial_size=first,
+        max_tasks_in_flight_per_actor=1 if alone else None,  # else others die with it
+        max_concurrent_calls_per_actor=calls,
+        enable_true_multi_threading=calls > 1,
+    )
 
 
 def _configure(strict: bool) -> None:
@@ -451,12 +487,13 @@ def _local() -> dict[str, Any]:
 def _compare_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:
     """Refuse claims a local Ray can never meet: Ray would wait for ever. A cluster may still grow."""
     pool = run.actors.min * run.actors.num_cpus
+    beside = run.decode.num_cpus if run.actors.num_gpus else 0
     claims = {
         "run.actors.num_cpus": (run.actors.num_cpus, "CPU"),
         "run.actors.num_gpus": (run.actors.num_gpus, "GPU"),
-        "run.decode.num_cpus": (run.decode.num_cpus, "CPU"),
+        "run.decode.num_cpus": (beside, "CPU"),
         "run.decode.memory": (run.decode.memory or 0, "memory"),
-        "run.actors (min times num_cpus) beside run.decode": (pool + _decode_cpus(run), "CPU"),
+        "run.actors (min times num_cpus) beside run.decode": (pool + beside, "CPU"),
     }
     problems = [
         f"{key}: {claim:g} is claimed, Ray has {resources.get(kind, 0):g} {kind}"

@@ -141,6 +141,7 @@ class Extractor:
             "layers": sorted(outputs, key=lambda output: output["name"]),
             "compute_dtype": self._compute_dtypes,
             **({"constants": constants} if constants else {}),
+            **({"jit_compile": True} if self._spec.jit_compile else {}),
         }
 
     def _run(self, whole: Batch) -> dict[str, Batch]:
@@ -159,7 +160,7 @@ class Extractor:
         return _joined(rows)
 
     def _trace(self, choices: Sequence[Choice]) -> None:
-        self._extract = prepare.computing(self._model, choices)
+        self._extract = prepare.computing(self._model, choices, self._spec.jit_compile)
         self._sources = randomness.sources(self._extract)
 
     def _warm_up(self, choices: Sequence[Choice], problems: list[str]) -> list[CutLayer]:

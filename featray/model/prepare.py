@@ -76,14 +76,14 @@ def choices(spec: ModelConfig, prepared: Prepared, problems: list[str]) -> list[
     return found
 
 
-def computing(prepared: Prepared, wanted: Sequence[Choice]) -> Any:
+def computing(prepared: Prepared, wanted: Sequence[Choice], jit_compile: bool = False) -> Any:
     """Return a traced function: float32 (n, *shape) -> {output name: pooled float32 (n, …)}, for any n."""
 
     def finish(tensors: dict[str, Any]) -> dict[str, Any]:
         return {choice.name: pooled(tensors[choice.tap.key], choice.pool, choice.tap) for choice in wanted}
 
     keys = [choice.tap.key for choice in wanted]
-    return trace.capture(prepared.model, keys, prepared.shape, finish, prepared.fill)
+    return trace.capture(prepared.model, keys, prepared.shape, finish, prepared.fill, jit_compile)
 
 
 def up_to(taps: Sequence[Tap], wanted: Sequence[Choice]) -> list[Tap]:

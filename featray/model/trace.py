@@ -103,6 +103,7 @@ def capture(
     input_shape: Sequence[int | None],
     finish: Callable[[dict[str, Any]], Any],
     fill: Fill = alone,
+    jit_compile: bool = False,
 ) -> Any:
     """Return a traced function: float32 (n, *input_shape) -> `finish({key: tensor})`, for any n.
 
@@ -131,7 +132,7 @@ def capture(
             raise ModelError([f"layers: {key} was not reached when the model ran" for key in missing])
         return finish(found)
 
-    return _traced(extract, input_shape)
+    return _traced(extract, input_shape, jit_compile)
 
 
 def _survey_once(model: Any, input_shape: Sequence[int | None], fill: Fill) -> tuple[list[Tap], bool]:
@@ -166,13 +167,16 @@ def _survey_once(model: Any, input_shape: Sequence[int | None], fill: Fill) -> t
     return taps, all(frame.was_built for frame in frames)
 
 
-def _traced(function: Callable[[Any], Any], input_shape: Sequence[int | None]) -> Any:
+def _traced(
+    function: Callable[[Any], Any], input_shape: Sequence[int | None], jit_compile: bool = False
+) -> Any:
     """Trace into one graph for any batch size. No autograph: Keras itself runs layers without it."""
     import tensorflow as tf
 
     signature = tf.TensorSpec((None, *input_shape), tf.float32)
     with _TRACING, randomness.reachable():
-        return tf.function(function, autograph=False).get_concrete_function(signature)
+        traced = tf.function(function, autograph=False, jit_compile=jit_compile or None)
+        return traced.get_concrete_function(signature)
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,44 @@ def test_each_scan_keeps_its_own_tensor_through_shared_memory(stages: Stages) ->
         for row in table["features"].to_pylist():
             seen[row[0]["scan_id"]] = row[0]["feature"][0]
     assert seen == {f"s{n}": float(n) for n in range(40)}
+
+
+def test_what_was_begun_before_the_model_was_there_is_done_once_and_in_the_name_of_the_run(
+    stages: Stages,
+) -> None:
+    names = [f"s{n}" for n in range(12)]
+    early = replace(stages.decode, recipe="", run_id="")
+    with InlineEngine(2, LimitsConfig()) as engine:
+        engine.begin(scans(*names, "unwanted"), early, stages.batch_scans)
+        receipts = list(engine.receipts(scans(*names[2:], "late"), stages, threading.Event()))
+    records = [record for receipt in receipts for record in receipt.records]
+    assert sorted(record.scan_id for record in records) == sorted([*names[2:], "late"])
+    assert {(record.recipe, record.run_id) for record in records} == {("r", "run")}
+
+
+def test_begun_scans_that_kill_or_hang_their_helper_are_settled_like_any_other(stages: Stages) -> None:
+    names = ["poison", "s1", "hang", "flaky", "s2"]
+    with InlineEngine(2, LimitsConfig(attempts=2, scan_timeout_s=3)) as engine:
+        engine.begin(scans(*names), stages.decode, stages.batch_scans)
+        receipts = list(engine.receipts(scans(*names), stages, threading.Event()))
+    records = {record.scan_id: record for receipt in receipts for record in receipt.records}
+    assert {name: record.reason for name, record in records.items()} == {
+        **dict.fromkeys(["s1", "s2", "flaky"]),
+        "poison": "worker_crash",
+        "hang": "timeout",
+    }
+
+
+def test_tiny_scans_travel_together_and_the_guilty_one_is_found(stages: Stages) -> None:
+    names = [*(f"s{n}" for n in range(50)), "poison", "flaky", *(f"s{n}" for n in range(50, 100)), "hang"]
+    tiny = [replace(scan, size=100) for scan in scans(*names)]
+    with InlineEngine(2, LimitsConfig(attempts=3, scan_timeout_s=3)) as engine:
+        receipts = list(engine.receipts(tiny, stages, threading.Event()))
+    records = {record.scan_id: record for receipt in receipts for record in receipt.records}
+    assert records.keys() == set(names)
+    bad = {name: (record.reason, record.attempts) for name, record in records.items() if record.reason}
+    assert bad == {"poison": ("worker_crash", 3), "hang": ("timeout", 2)}
+    assert records["s99"].attempts <= 2
 
 
 def test_shared_memory_has_no_name_under_which_it_could_be_left(stages: Stages) -> None:

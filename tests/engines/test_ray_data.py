@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from dataclasses import replace
@@ -9,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import ray
 from kill import poison
 
 import featray
-from featray.config import LimitsConfig, RunConfig, load
+from featray.config import Config, LimitsConfig, RunConfig, load
 from featray.dataset import FEATURES, Dataset
 from featray.engines import Stages, ray_data
-from featray.engines.ray_data import RayEngine, _DecodeRow
+from featray.engines.ray_data import RayEngine
 from featray.errors import ConfigError, FeatrayError
 from featray.schema import Scan, ScanRecord
 from featray.stages.write import write
@@ -50,22 +52,50 @@ def test_ray_and_inline_agree(config_of: Any, tmp_path: Path, preprocess: dict[s
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
 
 
-def test_decoding_is_not_fused_into_the_model(tmp_path: Path) -> None:
-    engine = RayEngine(RunConfig(), LimitsConfig())
-    stages = _stages(tmp_path)
-    decode = _DecodeRow(stages.decode, LimitsConfig(), None)
-    stats = engine._dataset([_scan("a"), _scan("b")], stages, decode, alone=False).materialize().stats()
-    assert "Map(_DecodeRow)" in stats
-    assert "MapBatches(_ExtractBatch)" in stats
-    assert "->MapBatches(_ExtractBatch)" not in stats
+def test_beside_gpus_decoding_is_apart_from_the_model(tmp_path: Path) -> None:
+    actors = {"num_gpus": 0.5, "num_cpus": 0.5}
+    run = RunConfig.model_validate({"actors": actors, "decode": {"num_cpus": 0.5}})
+    engine = RayEngine(run, LimitsConfig())
+    dataset = engine._dataset([_scan("a"), _scan("b")], _stages(tmp_path), None, alone=False)
+    stats = dataset.materialize().stats()
+    assert "MapBatches(DecodeBatch)" in stats
+    assert "MapBatches(ExtractBatch)" in stats
+    assert "->MapBatches(ExtractBatch)" not in stats
+
+
+@pytest.mark.parametrize("actors", [{}, {"num_gpus": 0.5, "num_cpus": 0.5}], ids=["cpu", "gpu"])
+def test_each_scan_keeps_its_own_tensor_however_it_travels(tmp_path: Path, actors: dict[str, Any]) -> None:
+    run = RunConfig.model_validate({"actors": actors, "decode": {"num_cpus": 0.5}})
+    stages = replace(_stages(tmp_path), decode=poison.Numbered.of(_config(), "r", "run"))
+    receipts = RayEngine(run, LimitsConfig()).receipts(
+        [replace(_scan(f"s{n}"), size=n % 7 * 20_000) for n in range(50)], stages, threading.Event()
+    )
+    assert sum(len(receipt.records) for receipt in receipts) == 50
+    files = [str(path) for path in (tmp_path / FEATURES).rglob("*.parquet")]
+    rows = pq.ParquetDataset(files).read(["scan_id", "feature"]).to_pylist()
+    assert {row["scan_id"]: row["feature"] for row in rows} == {f"s{n}": [8.0 * n] for n in range(50)}
+
+
+def test_a_pool_grows_under_load_and_no_further_than_there_are_gpus(tmp_path: Path) -> None:
+    run = RunConfig.model_validate({"actors": {"num_gpus": 1, "num_cpus": 0.25}, "decode": {"num_cpus": 0.5}})
+    stages = replace(_stages(tmp_path), load_extractor=functools.partial(poison.load_slow, str(tmp_path)))
+    receipts = RayEngine(run, LimitsConfig()).receipts(
+        [_scan(f"s{n}") for n in range(40)], stages, threading.Event()
+    )
+    assert sum(len(receipt.records) for receipt in receipts) == 40
+    assert len(list(tmp_path.glob("loaded-*"))) == 2
 
 
 def _scan(name: str) -> Scan:
     return Scan(name, f"/{name}", "nifti", (f"/{name}",), "c")
 
 
+def _config() -> Config:
+    return load({**MINIMAL, "source": {"uri": "/"}})
+
+
 def _stages(folder: Path) -> Stages:
-    decoder = poison.Poisoned.of(load({**MINIMAL, "source": {"uri": "/"}}), "r", "run")
+    decoder = poison.Poisoned.of(_config(), "r", "run")
     dataset = Dataset(Store(str(folder)))
     put = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
     return Stages(decoder, poison.summing, poison.load_summing, put, batch_scans=2, scans_per_file=4)
@@ -135,16 +165,39 @@ def test_windows_hold_all_scans_in_order_and_grow() -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "tasks"),
-    [([60_000_000] * 30, 30), ([1_000] * 30, 16), ([1_000] * 6_400, 100), ([4 * 2**20] * 1_000, 500)],
-    ids=["one large scan each", "no idle CPU", "many tiny ones share", "as many as fill a block"],
+    [
+        ([60_000_000] * 30, 8),
+        ([60_000_000] * 1_000, 224),
+        ([1_000] * 30, 8),
+        ([1_000] * 6_400, 16),
+        ([1_000] * 64_000, 125),
+    ],
+    ids=["each fills a batch", "so many bytes", "few tiny ones", "no idle CPU", "so many tiny ones"],
 )
-def test_scans_share_a_task_when_they_are_small_and_many(sizes: list[int], tasks: int) -> None:
+def test_scans_share_a_task_when_they_are_small_or_many(sizes: list[int], tasks: int) -> None:
     scans = [replace(_scan(f"s{n}"), size=size) for n, size in enumerate(sizes)]
-    assert ray_data._tasks(scans, cpus=2) == tasks
+    assert ray_data._tasks(scans, cpus=2, batch=4, alone=False) == tasks
 
 
-def test_claims_that_leave_a_local_ray_no_room_to_decode_are_refused() -> None:
-    run = RunConfig.model_validate({"actors": {"num_cpus": 2}})
-    with pytest.raises(ConfigError, match=r"beside run\.decode"):
-        ray_data._compare_claims(run, {"CPU": 2.0}, grows=False)
-    ray_data._compare_claims(RunConfig(), {"CPU": 2.0}, grows=False)
+def test_large_scans_claim_memory_and_are_done_apart_from_the_others() -> None:
+    sizes = {"small": 10 * 2**20, "large": 500 * 2**20, "huge": 3 * 2**30, "too huge": 100 * 2**30}
+    scans = [replace(_scan(name), size=size) for name, size in sizes.items()]
+    groups = list(ray_data._by_memory(scans, per_cpu=2 * 2**30, most=20 * 2**30))
+    assert [(claim and claim / 2**30, [scan.scan_id for scan in some]) for claim, some in groups] == [
+        (None, ["small"]),
+        (4, ["large"]),
+        (16, ["huge"]),
+        (20, ["too huge"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("actors", "fits"),
+    [({"num_cpus": 2}, True), ({"min": 2, "num_cpus": 2}, False), ({"num_cpus": 2, "num_gpus": 1}, False)],
+    ids=["all for one", "too many", "no room to decode"],
+)
+def test_claims_that_a_local_ray_can_never_meet_are_refused(actors: dict[str, Any], fits: bool) -> None:
+    run = RunConfig.model_validate({"actors": actors})
+    refused = contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"min times num_cpus")
+    with refused:
+        ray_data._compare_claims(run, {"CPU": 2.0, "GPU": 1.0}, grows=False)

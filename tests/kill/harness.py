@@ -185,8 +185,8 @@ def _plays(found: psutil.Process, round_: Round) -> bool:
         return False
     is_helper = "spawn_main" in line and (round_.engine == "inline" or above.startswith("ray::"))
     parts = {
-        "decoder": is_helper or "_DecodeRow" in line,
-        "actor": "MapWorker" in line and "_ExtractBatch" in line,
+        "decoder": is_helper,
+        "actor": "MapWorker" in line and "ExtractBatch" in line,
         "raylet": name == "raylet",
     }
     return parts[round_.victim]

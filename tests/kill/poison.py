@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -29,6 +31,16 @@ class Poisoned(Decoder):
         return Decoded(record, np.full((1, 2, 2, 2), value, np.float32), np.zeros((1, 3), np.int32))
 
 
+class Numbered(Decoder):
+    """Gives scan s7 a tensor of sevens, of a shape of its own."""
+
+    def __call__(self, scan: Scan) -> Decoded:
+        record, value = ScanRecord.of(scan, self.recipe, self.run_id), int(scan.scan_id[1:])
+        shape = ((1, 2, 2, 2), (1, 8, 1, 1))[value % 2]
+        record.patches = 1
+        return Decoded(record, np.full(shape, value, np.float32), np.zeros((1, 3), np.int32))
+
+
 def summing(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
     """Stand in for a model; one that a negative sum kills."""
     sums = batch.reshape(len(batch), -1).sum(axis=1, keepdims=True)
@@ -40,3 +52,14 @@ def summing(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
 def load_summing() -> object:
     """Return the model, as every process that holds it does."""
     return summing
+
+
+def load_slow(folder: str) -> object:
+    """Return a slow model, and leave a mark in the folder for each process that holds one."""
+    (Path(folder) / f"loaded-{os.getpid()}").touch()
+
+    def model(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+        time.sleep(0.2)
+        return summing(batch, draws)
+
+    return model

@@ -414,6 +414,15 @@ def test_bfloat16_can_be_asked_for_and_is_part_of_the_recipe(half: tuple[Any, di
     assert extractor.recipe_part()["compute_dtype"] == ["bfloat16"]
 
 
+def test_a_compiled_model_gives_the_same_values_in_another_recipe(half: tuple[Any, dict[str, Any]]) -> None:
+    _, section = half
+    x = np.random.default_rng(0).random((2, 6, 6, 6), np.float32)
+    plain = Extractor({**section, "compute": "float32"})
+    compiled = Extractor({**section, "compute": "float32", "jit_compile": True})
+    np.testing.assert_allclose(compiled(x)["code"], plain(x)["code"], rtol=1e-5, atol=1e-6)
+    assert compiled.recipe_part() == {**plain.recipe_part(), "jit_compile": True}
+
+
 def test_a_type_the_machine_cannot_compute_in_is_refused_with_the_way_out(
     half: tuple[Any, dict[str, Any]],
 ) -> None:

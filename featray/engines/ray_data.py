@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import logging
 import math
 import os
@@ -50,9 +49,9 @@ WRITE_CPUS = 0.001
 _CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
 _LOOK_S = 0.2
 _KNOCK_S = 10.0
-_WINDOWS = (2_000, 8_000, 20_000)
-"""Scans given to Ray at once, first, next and from then on: it holds all of them in the driver, some 5 kB
-each, and takes 1 ms for each before it begins; but between two windows the actors start anew."""
+_WINDOW = 20_000
+"""Scans given to Ray at once: it holds all of them in the driver, some 5 kB each; but between two windows the
+actors start anew, which costs as much as some hundred tiny scans."""
 _BLOCK_BYTES = 256 * 2**20
 _BLOCK_SCANS = 512
 """Scans share a task, for a task costs some 30 ms: up to so many bytes of files and so many scans."""
@@ -193,8 +192,8 @@ class RayEngine:
             most = int(max(node["memory"] for node in nodes) / max(1, int(self._run.actors.num_cpus)))
             groups = _by_memory(scans, per_cpu, most)
         for claim, some in groups:
-            for window in _windows(some):
-                yield claim, window
+            for first in range(0, len(some), _WINDOW):
+                yield claim, some[first : first + _WINDOW]
 
     def _pass(
         self, scans: list[Scan], stages: Stages, memory: int | None, strict: bool, alone: bool
@@ -316,15 +315,6 @@ def _broken(scans: int) -> FeatrayError:
         "cluster is to blame, not the scans. Look at memory and at the Ray logs, then run again; what was "
         "committed is kept."
     )
-
-
-def _windows(scans: Sequence[Scan]) -> Iterator[Sequence[Scan]]:
-    first = 0
-    for size in itertools.chain(_WINDOWS, itertools.repeat(_WINDOWS[-1])):
-        if first >= len(scans):
-            return
-        yield scans[first : first + size]
-        first += size
 
 
 def _tasks(scans: Sequence[Scan], cpus: float, batch: int, alone: bool) -> int:

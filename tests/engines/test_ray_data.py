@@ -152,15 +152,9 @@ def test_where_no_worker_can_live_no_scan_is_given_up(
 def test_windows_of_scans_are_seen_to_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_data, "_WINDOWS", (2, 4))
+    monkeypatch.setattr(ray_data, "_WINDOW", 4)
     names = [f"s{n}" for n in range(9)]
     assert {record.status for record in _records(_stages(tmp_path), names).values()} == {"ok"}
-
-
-def test_windows_hold_all_scans_in_order_and_grow() -> None:
-    found = list(ray_data._windows(range(50_001)))  # type: ignore[arg-type]
-    assert [len(window) for window in found] == [2_000, 8_000, 20_000, 20_000, 1]
-    assert [scan for window in found for scan in window] == list(range(50_001))
 
 
 @pytest.mark.parametrize(

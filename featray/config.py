@@ -213,7 +213,7 @@ class ActorsConfig(_Section):
     min: int = Field(default=1, ge=1)
     """Actors kept alive."""
     max: int | None = Field(default=None, ge=1)
-    """Upper bound; null = one for every `num_cpus` CPUs, or with GPUs what leaves every node room to decode."""
+    """Upper bound; null = one for every `num_cpus` CPUs; with GPUs what leaves nodes room to decode."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs each actor claims, TensorFlow threads it uses and, without GPUs, processes it decodes in."""
     num_gpus: float = Field(default=0, ge=0)
@@ -233,7 +233,7 @@ class DecodeConfig(_Section):
     """CPUs each decode task claims (engine ray with GPUs; without, actors decode for themselves)."""
     memory: int | None = Field(default=None, gt=0)
     """Bytes decoding one scan may take; more makes it `too_large`, and workers claim them (engine ray).
-    null = most of the machine's memory; claimed is what the listed sizes let expect, for large scans alone."""
+    null = most of the machine's memory; large scans claim what their listed sizes let expect."""
     workers: int | None = Field(default=None, ge=0)
     """Helper processes (engine inline); null = one per core; 0 = decode in this process, for a debugger."""
 

@@ -256,7 +256,7 @@ class RayEngine:
         decoded = listed.map_batches(
             DecodeBatch(how),
             batch_size=None,
-            num_cpus=self._run.decode.num_cpus,
+            num_cpus=max(WRITE_CPUS, self._run.decode.num_cpus - WRITE_CPUS),  # else no writer may fit in
             memory=memory,
             max_retries=retries,
         )

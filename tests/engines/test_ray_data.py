@@ -63,9 +63,15 @@ def test_beside_gpus_decoding_is_apart_from_the_model(tmp_path: Path) -> None:
     assert "->MapBatches(ExtractBatch)" not in stats
 
 
-@pytest.mark.parametrize("actors", [{}, {"num_gpus": 0.5, "num_cpus": 0.5}], ids=["cpu", "gpu"])
-def test_each_scan_keeps_its_own_tensor_however_it_travels(tmp_path: Path, actors: dict[str, Any]) -> None:
-    run = RunConfig.model_validate({"actors": actors, "decode": {"num_cpus": 0.5}})
+@pytest.mark.parametrize(
+    ("actors", "decode_cpus"),
+    [({}, 0.5), ({"num_gpus": 0.5, "num_cpus": 0.5}, 0.5), ({"num_gpus": 1}, 1)],
+    ids=["cpu", "gpu", "gpu, claims that fill the machine"],
+)
+def test_each_scan_keeps_its_own_tensor_however_it_travels(
+    tmp_path: Path, actors: dict[str, Any], decode_cpus: float
+) -> None:
+    run = RunConfig.model_validate({"actors": actors, "decode": {"num_cpus": decode_cpus}})
     stages = replace(_stages(tmp_path), decode=poison.Numbered.of(_config(), "r", "run"))
     receipts = RayEngine(run, LimitsConfig()).receipts(
         [replace(_scan(f"s{n}"), size=n % 7 * 20_000) for n in range(50)], stages, threading.Event()

@@ -226,7 +226,7 @@ class TableLog:
             )
         except (CommitFailedError, DeltaError, OSError) as error:
             self._refuse_unless_written(number, run_id, error)
-        self._handle.update_incremental()
+        self._reload()
         if self.version != before + 1 or self.number != number:
             raise OutputBusyError(BUSY)
 
@@ -236,14 +236,14 @@ class TableLog:
         missing = [Field(name, PrimitiveType("string")) for name in names if name not in known]
         if missing:
             self._handle.alter.add_columns(missing)
-            self._handle.update_incremental()
+            self._reload()
 
     def set_keep_days(self, days: float) -> None:
         """Write down for how long superseded files are kept, if it is not so yet."""
         seconds = round(days * _DAY_S)
         if seconds != round(self.keep_days * _DAY_S):
             self._handle.alter.set_table_properties({_KEEP: f"interval {seconds} seconds"})
-            self._handle.update_incremental()
+            self._reload()
 
     def superseded(self) -> set[str]:
         """Return paths that entries younger than `keep_days` took out: what older versions are read from."""
@@ -272,6 +272,10 @@ class TableLog:
         gone = [name for version, _, name in found if old and int(version) < old[-1]]
         self._store.delete(gone)
         return gone
+
+    def _reload(self) -> None:
+        """Read what was appended since; only reads, so an answer that was cut short is asked for again."""
+        self._store.ask(self._handle.update_incremental)
 
     def _refuse_unless_written(self, number: int, run_id: str, error: Exception) -> None:
         there = TableLog.open(self._store, self.table)

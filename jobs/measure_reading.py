@@ -25,7 +25,8 @@ from typing import Any
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
+
+from featray.benchmark.floor import single_pass
 
 INPUT_ZYX = (32, 256, 256)
 WINDOW = (-1000.0, 1000.0)
@@ -67,22 +68,6 @@ def decode(folder: Path) -> Any:
     return decoded
 
 
-def single_pass(voxels: NDArray[Any]) -> NDArray[np.float32]:
-    """Resize as little as can be: two source slices for each slice that is wanted, clipped and blended."""
-    (low, high), count = WINDOW, len(voxels)
-    out = np.empty(INPUT_ZYX, np.float32)
-    for z, plane in enumerate(out):
-        at = min(max((z + 0.5) * count / len(out) - 0.5, 0), count - 1)
-        below, part = int(at), at - int(at)
-        first = np.clip(voxels[below], low, high)
-        second = np.clip(voxels[min(below + 1, count - 1)], low, high)
-        blend = cv2.addWeighted(first, 1 - part, second, part, 0, dtype=cv2.CV_32F)
-        cv2.resize(blend, INPUT_ZYX[:0:-1], dst=plane, interpolation=cv2.INTER_LINEAR)
-    out -= low
-    out /= high - low
-    return out
-
-
 def _nifti_ways(folder: Path, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
     data = (folder / "nifti" / "scan.nii.gz").read_bytes()
     size = HEADER_BYTES + 2 * int(np.prod(shape))
@@ -90,7 +75,7 @@ def _nifti_ways(folder: Path, shape: tuple[int, ...]) -> dict[str, Callable[[], 
     stored = np.frombuffer(content, np.int16, offset=HEADER_BYTES).reshape(shape)
     return {
         **{f"inflate {name}": _bound(way, data, size) for name, way in _inflaters().items()},
-        "resize": lambda: single_pass(stored),
+        "resize": lambda: single_pass(stored, INPUT_ZYX, WINDOW),
         "fetch": (folder / "nifti" / "scan.nii.gz").read_bytes,
         "featray nifti": lambda: decode(folder / "nifti"),
     }

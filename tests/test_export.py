@@ -211,19 +211,18 @@ def test_a_killed_export_is_not_marked_and_the_same_call_goes_on(
 
 def test_an_export_killed_for_real_is_finished_by_the_same_command(dataset: Dataset, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from featray import exporting; from featray.cli import main\n"
+        "import os, sys, time; from featray import exporting; from featray.cli import main\n"
         "original = exporting._copy_local\n"
-        "def slow(path, to): original(path, to); print('one', flush=True); time.sleep(60)\n"
+        "def slow(path, to): original(path, to); os.write(1, b'one\\n'); time.sleep(60)\n"
         "exporting._copy_local = slow\n"
         "main(sys.argv[1:])"
     )
     command = ["export", dataset.store.root, str(tmp_path / "plain")]
-    process = subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"one\n"
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    with subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    assert first == b"one\n"
     assert not (tmp_path / "plain/export.json").exists()
     assert main(command) == 0
     assert exported(tmp_path / "plain") == ROWS

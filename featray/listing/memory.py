@@ -114,7 +114,7 @@ class ListingMemory:
         return memory
 
     def to_bytes(self) -> bytes:
-        """Return it as one small Parquet file; the same memory gives the same bytes."""
+        """Return it as one small Parquet file."""
         rows = [
             {"place": place, **asdict(group), "uids": sorted(group.uids)}
             for place, groups in sorted(self._found.items())

@@ -15,6 +15,7 @@ from featray.config import Config, ConfigInput, LimitsConfig
 from featray.dataset import RUNS
 from featray.errors import ConfigError, FeatrayError, ModelError, UsageError
 from featray.lease import refuse_if_held
+from featray.machine import TENSORFLOWS_CHOICE, ModelThreads
 from featray.model import Extractor
 from featray.planning import Plan
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
@@ -73,7 +74,7 @@ def check_source(config: Config, memory: ListingMemory | None = None) -> Listing
     return listing
 
 
-def load_extractor(config: Config, threads: int | None = None) -> Extractor:
+def load_extractor(config: Config, threads: ModelThreads = TENSORFLOWS_CHOICE) -> Extractor:
     """Load the model for the inputs that preprocessing gives.
 
     Raises:

@@ -33,6 +33,7 @@ from featray.dataset import Dataset, Snapshot
 from featray.engines import Engine, Stages
 from featray.errors import ModelError
 from featray.lease import Lease
+from featray.machine import TENSORFLOWS_CHOICE, ModelThreads
 from featray.maintenance import new_run_id
 from featray.model import Extractor
 from featray.planning import Plan, make_plan
@@ -135,7 +136,7 @@ def _run(
     look_at_output(dataset.store)
     with choose_engine(config, len(listing.scans)) as engine:
         _begin(engine, config, listing, dataset)
-        job = Job.prepare(config, engine.name, started, wanted.command)
+        job = Job.prepare(config, engine.name, started, wanted.command, engine.threads)
         with Lease(dataset.store, job.run.run_id) as lease:
             committer = job.committer(dataset, listing, lease)
             plan = job.plan(listing, committer.snapshot(), wanted)
@@ -232,11 +233,19 @@ class Job:
     config: Config
     extractor: Extractor
     run: Run
+    threads: ModelThreads
 
     @classmethod
-    def prepare(cls, config: Config, engine: str, started: float, command: str = "plan") -> Job:
+    def prepare(
+        cls,
+        config: Config,
+        engine: str,
+        started: float,
+        command: str = "plan",
+        threads: ModelThreads = TENSORFLOWS_CHOICE,
+    ) -> Job:
         """Load the model and fix the recipe."""
-        extractor = load_extractor(config)
+        extractor = load_extractor(config, threads)
         made = recipe(config, extractor.recipe_part())
         run = Run(
             run_id=new_run_id(),
@@ -250,7 +259,7 @@ class Job:
             config=configuration.without_secrets(config),
             max_failed_fraction=config.limits.max_failed_fraction,
         )
-        return cls(config, extractor, run)
+        return cls(config, extractor, run, threads)
 
     def plan(self, listing: Listing, stored: Snapshot | None, wanted: Wanted) -> Plan:
         """Return what is left to do, given what is stored."""
@@ -273,11 +282,10 @@ class Job:
         """Return what the engine runs for that many scans."""
         config, run = self.config, self.run
         decoder = Decoder.of(config, run.recipe_id, run.run_id)
-        threads = max(1, int(config.run.actors.num_cpus))
         return Stages(
             decode=decoder,
             extractor=self.extractor,
-            load_extractor=functools.partial(_load_same, config, threads, self.extractor.sha256),
+            load_extractor=functools.partial(_load_same, config, self.threads, self.extractor.sha256),
             write=functools.partial(
                 write,
                 dataset=dataset,
@@ -308,7 +316,7 @@ def choose_engine(config: Config, scans: int) -> Engine:
     return RayEngine(config.run, config.limits)
 
 
-def _load_same(config: Config, threads: int, sha256: str) -> Extractor:
+def _load_same(config: Config, threads: ModelThreads, sha256: str) -> Extractor:
     """Load the model in another process, where it must be what the recipe was made from."""
     extractor = load_extractor(config, threads)
     if extractor.sha256 != sha256:

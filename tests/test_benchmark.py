@@ -173,6 +173,18 @@ def test_observed_stages_do_the_same_and_write_down_when(tmp_path: Path) -> None
     assert before <= work.first_s <= work.last_s <= time.monotonic()
 
 
+def test_processor_time_of_calls_that_overlap_counts_once() -> None:
+    calls = [
+        probe._Call(1, start=0.0, end=2.0, cpu_start=0.0, cpu_end=3.0),
+        probe._Call(1, start=1.0, end=3.0, cpu_start=1.5, cpu_end=5.0),
+        probe._Call(1, start=4.0, end=5.0, cpu_start=5.5, cpu_end=6.0),
+        probe._Call(2, start=0.0, end=1.0, cpu_start=0.0, cpu_end=1.0),
+    ]
+    together, apart = probe._summed(calls, shared=True), probe._summed(calls, shared=False)
+    assert (together.cpu_s, apart.cpu_s) == (5.0 + 0.5 + 1.0, 3.0 + 3.5 + 0.5 + 1.0)
+    assert (together.wall_s, together.at_once) == (6.0, 2)
+
+
 def _twice(value: int) -> int:
     return 2 * value
 

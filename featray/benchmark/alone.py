@@ -1,8 +1,9 @@
 """Each stage alone, in a process of its own: a JSON document on stdin, seconds per scan as JSON on stdout.
 
-In: `config`, `scans`, `repeats`, and `model_only`, which leaves out all but the model. How many threads the
-model has is said by the environment, before TensorFlow starts. The floors (`decompress`, `resize`) are those
-of the fastest way at hand for each scan; `decode` is what featray does, all its checks included.
+In: `config`, `scans`, `repeats`, `model_only`, which leaves out all but the model, and `calls` of it at once.
+How many threads the model has is said by the environment, before TensorFlow starts. The floors (`decompress`,
+`resize`) are those of the fastest way at hand for each scan; `decode` is what featray does, all its checks
+included.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +39,7 @@ MAX_INPUT_BYTES = 2**30
 """Of model inputs kept in memory for the model's turn."""
 MODEL_BATCHES = 4
 
+Model = Callable[[Any], Any]
 Seconds = tuple[float, float]
 """CPU, wall."""
 
@@ -46,7 +49,8 @@ def main() -> int:
     asked = json.load(sys.stdin)
     scans = [Scan.from_json(text) for text in asked["scans"]]
     try:
-        found = measure(load(asked["config"]), scans, asked["repeats"], model_only=asked["model_only"])
+        config, calls = load(asked["config"]), asked["calls"]
+        found = measure(config, scans, asked["repeats"], model_only=asked["model_only"], calls=calls)
     except FeatrayError as error:
         sys.stderr.write(f"{error}\n")
         return int(error.exit_code)
@@ -54,8 +58,12 @@ def main() -> int:
     return 0
 
 
-def measure(config: Config, scans: Sequence[Scan], repeats: int, *, model_only: bool) -> dict[str, Any]:
+def measure(
+    config: Config, scans: Sequence[Scan], repeats: int, *, model_only: bool, calls: int = 1
+) -> dict[str, Any]:
     """Return {cpu_s, wall_s: {stage: seconds per scan}, fastest: {floor: way}, …}; bytes are per scan.
+
+    With several calls of the model at once, its wall seconds are those per scan of all of them together.
 
     Raises:
         FeatrayError: No scan can be decoded, or as `Job.prepare`.
@@ -76,7 +84,8 @@ def measure(config: Config, scans: Sequence[Scan], repeats: int, *, model_only: 
             break
     if not decoded:
         raise FeatrayError("none of the sampled scans can be decoded; see `featray doctor`")
-    _measure_model(tally, job.extractor, stages.batch_scans, decoded)
+    with ThreadPoolExecutor(calls) as pool:
+        _measure_model(tally, _calls(job.extractor, pool, calls), stages.batch_scans, decoded, calls)
     if not model_only:
         _measure_write(tally, stages, decoded)
     layers = [{"name": one.name, "path": one.path, "pool": one.pool} for one in job.extractor.layers]
@@ -185,20 +194,23 @@ def _raw_bytes(result: ReadResult) -> int:
     return int(values.nbytes)
 
 
-def _measure_model(tally: _Tally, model: Extractor, size: int, decoded: Sequence[Decoded]) -> None:
+def _calls(model: Extractor, pool: ThreadPoolExecutor, calls: int) -> Model:
+    """Return the model called so often at once on the same inputs."""
+    return model if calls == 1 else lambda inputs: list(pool.map(model, [inputs] * calls))
+
+
+def _measure_model(tally: _Tally, model: Model, size: int, decoded: Sequence[Decoded], calls: int) -> None:
     batches = [decoded[at : at + size] for at in range(0, len(decoded), size)]
     whole = [batch for batch in batches if len(batch) == size] or batches
     for batch in whole[:MODEL_BATCHES]:
         tensors = [one.tensor for one in batch]
         if len({tensor.shape[1:] for tensor in tensors}) > 1:  # scans at their own sizes share no batch
-            _time_model(tally, model, tensors[:1])
-        else:
-            _time_model(tally, model, tensors)
+            tensors = tensors[:1]
+        _time_model(tally, model, np.concatenate(tensors), scans=len(tensors) * calls)
 
 
-def _time_model(tally: _Tally, model: Extractor, tensors: Sequence[Any]) -> None:
-    inputs = np.concatenate(tensors)
-    tally.time("model", {"bare": lambda: model(inputs)}, scans=len(tensors))
+def _time_model(tally: _Tally, model: Model, inputs: Any, scans: int) -> None:
+    tally.time("model", {"bare": lambda: model(inputs)}, scans=scans)
 
 
 def _measure_write(tally: _Tally, stages: Stages, decoded: Sequence[Decoded]) -> None:

@@ -35,7 +35,8 @@ class Alone:
 
     Attributes:
         cpu_s: CPU seconds by stage, the model on one thread.
-        wall_s: Wall seconds, likewise; `model_all_cores` is the model with as many threads as it likes.
+        wall_s: Wall seconds, likewise; `model_all_cores` is the model on all cores, called once with as many
+            threads as it likes, or twice at once.
         fastest: Which way was the fastest, for stages that can be done in several.
         bytes_read: Of the files.
         bytes_raw: Of the voxels as decoded.
@@ -167,7 +168,7 @@ def alone_of(rounds: Sequence[Mapping[str, Any]], model_rounds: Sequence[Mapping
 
     Args:
         rounds: All stages, the model on one thread.
-        model_rounds: The model alone on all cores.
+        model_rounds: The model alone on all cores, in any ways.
     """
     wall = {name: Spread.of(one["wall_s"][name] for one in rounds) for name in rounds[0]["wall_s"]}
     wall["model_all_cores"] = Spread.of(one["wall_s"]["model"] for one in model_rounds)

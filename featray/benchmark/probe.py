@@ -11,10 +11,10 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from featray.engines import Stages
 from featray.stages.decode import Decoder
@@ -29,7 +29,8 @@ class Work:
     Attributes:
         calls: Number of calls.
         wall_s: Seconds inside of them, summed over processes.
-        cpu_s: CPU seconds, likewise; of `model` those of all threads, else of the calling one.
+        cpu_s: CPU seconds, likewise; of `model` those of its process while any call is under way, else those
+            of the calling threads.
         first_s: Monotonic clock when the first call began.
         last_s: When the last one ended.
         at_once: Most calls under way at one time.
@@ -63,29 +64,51 @@ def observed_decoder(decode: Decoder, folder: Path) -> Decoder:
 
 def noted(folder: Path) -> dict[str, Work]:
     """Return what `observed` stages have written down, by stage; a stage never called is left out."""
-    lines: dict[str, list[tuple[int, float, float, float]]] = {stage: [] for stage in STAGES}
+    lines: dict[str, list[_Call]] = {stage: [] for stage in STAGES}
     for path in folder.glob("*.jsonl"):
         for line in path.read_text().splitlines():
-            stage, start, end, cpu = json.loads(line)
-            lines[stage].append((int(path.stem), start, end, cpu))
-    return {stage: _summed(calls) for stage, calls in lines.items() if calls}
+            stage, *clocks = json.loads(line)
+            lines[stage].append(_Call(int(path.stem), *clocks))
+    return {stage: _summed(calls, shared=stage == "model") for stage, calls in lines.items() if calls}
 
 
-def _summed(calls: list[tuple[int, float, float, float]]) -> Work:
+class _Call(NamedTuple):
+    """One call: monotonic clock and CPU clock when it began and when it ended."""
+
+    pid: int
+    start: float
+    end: float
+    cpu_start: float
+    cpu_end: float
+
+
+def _summed(calls: list[_Call], *, shared: bool) -> Work:
     return Work(
         calls=len(calls),
-        wall_s=sum(end - start for _, start, end, _ in calls),
-        cpu_s=sum(cpu for *_, cpu in calls),
-        first_s=min(start for _, start, _, _ in calls),
-        last_s=max(end for _, _, end, _ in calls),
-        at_once=_at_once([(start, end) for _, start, end, _ in calls]),
-        pids=frozenset(pid for pid, *_ in calls),
+        wall_s=sum(call.end - call.start for call in calls),
+        cpu_s=sum(call.cpu_end - call.cpu_start for call in (_merged(calls) if shared else calls)),
+        first_s=min(call.start for call in calls),
+        last_s=max(call.end for call in calls),
+        at_once=_at_once(calls),
+        pids=frozenset(call.pid for call in calls),
     )
 
 
-def _at_once(spans: list[tuple[float, float]]) -> int:
-    """Return how many of the spans overlap at most."""
-    changes = sorted([(start, 1) for start, _ in spans] + [(end, -1) for _, end in spans])
+def _merged(calls: Iterable[_Call]) -> list[_Call]:
+    """Return calls of one process that overlap as one: its CPU clock counts what all of them use."""
+    merged: list[_Call] = []
+    for call in sorted(calls):
+        last = merged[-1] if merged else None
+        if last is None or call.pid != last.pid or call.start > last.end:
+            merged.append(call)
+        elif call.end > last.end:
+            merged[-1] = last._replace(end=call.end, cpu_end=call.cpu_end)
+    return merged
+
+
+def _at_once(calls: Iterable[_Call]) -> int:
+    """Return how many of the calls overlap at most."""
+    changes = sorted([(call.start, 1) for call in calls] + [(call.end, -1) for call in calls])
     return max(itertools.accumulate(step for _, step in changes))
 
 
@@ -101,7 +124,7 @@ class _Observed:
         try:
             return self._stage(*args, **kwargs)
         finally:
-            _note(self._folder, [self._name, start, time.monotonic(), clock() - cpu])
+            _note(self._folder, [self._name, start, time.monotonic(), cpu, clock()])
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # also while it is unpickled and has no `_stage` yet

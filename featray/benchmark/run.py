@@ -30,7 +30,7 @@ from featray.benchmark.report import Difference, Report
 from featray.benchmark.watch import Watched, watch
 from featray.config import Config, ConfigInput, load
 from featray.errors import ExitCode, FeatrayError
-from featray.machine import usable_cores
+from featray.machine import TENSORFLOWS_CHOICE, ModelThreads, usable_cores
 
 DIRECTORY = "featray-benchmark"
 """In the working directory; where JSON and plot go unless told otherwise."""
@@ -98,8 +98,12 @@ class _Bench:
         alone_rounds, model_rounds, runs = [], [], []
         for number in range(self._plan.rounds):
             _say(self._show, f"round {number + 1} of {self._plan.rounds}: stages alone")
-            alone_rounds.append(self._alone(model_only=False))
-            model_rounds.append(self._alone(model_only=True))
+            alone_rounds.append(self._alone(model_only=False, threads=ModelThreads(each=1)))
+            # Which of the two is faster depends on the model.
+            model_rounds += [
+                self._alone(model_only=True, threads=threads)
+                for threads in (TENSORFLOWS_CHOICE, ModelThreads.of_whole_machine())
+            ]
             self._layers = alone_rounds[-1]["layers"]
             runs += list(self._round())
         names = dict.fromkeys(run.way for run in runs)
@@ -155,7 +159,7 @@ class _Bench:
             for engine in self._plan.engines:
                 yield self._engine(engine, count)
 
-    def _alone(self, *, model_only: bool) -> dict[str, Any]:
+    def _alone(self, *, model_only: bool, threads: ModelThreads) -> dict[str, Any]:
         # A whole batch at least: models are slower per input on a part of one.
         scans = self._sample.scans[: max(MAX_ALONE, self._sample.config.model.batch_size)]
         given = {
@@ -163,9 +167,9 @@ class _Bench:
             "scans": [scan.to_json() for scan in scans],
             "repeats": REPEATS,
             "model_only": model_only,
+            "calls": threads.calls,
         }
-        one_thread = {"TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-        seen = watch(_module("alone"), given, _environment({} if model_only else one_thread))
+        seen = watch(_module("alone"), given, _environment(_threads(threads)))
         found: dict[str, Any] = json.loads(_output(seen, "stages alone", (ExitCode.OK,)))
         return found
 
@@ -209,6 +213,12 @@ def _for_measuring(config: Config, out: Path) -> dict[str, Any]:
 def _merged(values: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     nested = {key: {**values[key], **value} for key, value in other.items() if isinstance(value, dict)}
     return {**values, **other, **nested}
+
+
+def _threads(threads: ModelThreads) -> dict[str, str]:
+    if threads.each is None:
+        return {}
+    return {"TF_NUM_INTRAOP_THREADS": str(threads.each), "TF_NUM_INTEROP_THREADS": str(threads.calls)}
 
 
 def _environment(more: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from featray.machine import ModelThreads
 from featray.schema import Receipt, Scan
 
 if TYPE_CHECKING:  # engines are also imported by helpers that must start fast
@@ -42,9 +43,13 @@ class Stages:
 
 
 class Engine(Protocol):
-    """One way to run the stages; used as a context manager that starts and stops its processes."""
+    """One way to run the stages; used as a context manager that starts and stops its processes.
+
+    `threads` says how it uses the cores for the model, in each process that it runs it in.
+    """
 
     name: str
+    threads: ModelThreads
 
     def __enter__(self) -> Engine: ...
 

@@ -1,14 +1,17 @@
-"""An iterator in, the same items out, made ready by a thread while the caller is busy with earlier ones."""
+"""Iterators and threads: items made ready while earlier ones are in use, or several worked on at once."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 _PATIENCE_S = 5.0
 
@@ -20,10 +23,11 @@ class _End:
     error: BaseException | None = None
 
 
-def ahead(items: Iterator[T], count: int = 1) -> Generator[T]:
+def ahead(items: Generator[T], count: int = 1) -> Generator[T]:
     """Yield the items, of which up to `count` wait ready; what making them raises is raised here.
 
-    Closed early, it makes no further ones, and waits a few seconds at most for the one that is being made.
+    While one is in use, `count` are ready and the next one is being made, or waits to be taken. Closed early,
+    it closes `items`, and waits a few seconds at most for the one that is being made.
     """
     ready: queue.Queue[T | _End] = queue.Queue(count)
     closed = threading.Event()
@@ -41,12 +45,31 @@ def ahead(items: Iterator[T], count: int = 1) -> Generator[T]:
         thread.join(_PATIENCE_S)
 
 
-def _fill(items: Iterator[T], ready: queue.Queue[T | _End], closed: threading.Event) -> None:
+def mapped(work: Callable[[T], U], items: Iterable[T], at_once: int) -> Generator[U]:
+    """Yield `work(item)` of each item in order, up to `at_once` of them under way in threads.
+
+    An item is asked for when there is a thread for it.
+    """
+    if at_once == 1:
+        yield from map(work, items)
+        return
+    with ThreadPoolExecutor(at_once, "featray-mapped") as threads:
+        under_way: deque[Future[U]] = deque()
+        for item in items:
+            under_way.append(threads.submit(work, item))
+            if len(under_way) == at_once:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def _fill(items: Generator[T], ready: queue.Queue[T | _End], closed: threading.Event) -> None:
     end = _End()
     try:
         for item in items:
             ready.put(item)
             if closed.is_set():
+                items.close()
                 return
     except BaseException as error:  # raised again where the items are used
         end = _End(error)

@@ -12,7 +12,7 @@ import mmap
 import pickle
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -111,15 +111,21 @@ class Attempts:
             self._begun |= {scan.scan_id for scan in self._submit_next(waiting)}
 
     def batches(
-        self, scans: Sequence[Scan], batch: int, stop: threading.Event, decode: Decoder | None = None
-    ) -> Iterator[list[Decoded]]:
-        """Yield lists of `batch` decoded scans; a list is valid until the next one is asked for.
+        self,
+        scans: Sequence[Scan],
+        batch: int,
+        stop: threading.Event,
+        decode: Decoder | None = None,
+        kept: int = 1,
+    ) -> Generator[list[Decoded]]:
+        """Yield lists of `batch` decoded scans, each of them valid until `kept` later ones are asked for.
 
         Args:
             scans: To decode. What was begun and is not among them is left out.
             batch: Scans per list; the last one may have fewer.
             stop: Once set, only what is under way is still yielded.
             decode: Whose run and recipe the records are to name, if it was not known to begin with.
+            kept: Lists in use at once. The last ones stay valid, and keep their places, until the end.
 
         Raises:
             FeatrayError: No helper comes up.
@@ -129,6 +135,7 @@ class Attempts:
         waiting = deque(scan for scan in scans if scan.scan_id not in begun)
         unwanted = begun - {scan.scan_id for scan in scans} if begun else begun
         ready: list[_Settled] = []
+        in_use: deque[list[_Settled]] = deque()
         while waiting or self._running or ready:
             if stop.is_set():
                 waiting.clear()
@@ -139,7 +146,8 @@ class Attempts:
             while len(ready) >= batch or (ready and not self._running and not waiting):
                 taken, ready = ready[:batch], ready[batch:]
                 yield [decoded for decoded, _ in taken]
-                for decoded, attempt in taken:
+                in_use.append(taken)
+                for decoded, attempt in in_use.popleft() if len(in_use) == kept else ():
                     decoded.tensor = NO_TENSOR  # lets go of the slot
                     self._release(attempt)
 

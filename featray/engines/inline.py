@@ -8,23 +8,27 @@ debugger.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import pyarrow as pa
 
 from featray.config import LimitsConfig
 from featray.engines import Stages
-from featray.engines.ahead import ahead
+from featray.engines.ahead import ahead, mapped
 from featray.engines.attempts import Attempts
 from featray.engines.helpers import Helpers
 from featray.engines.memory import decode_memory
-from featray.machine import usable_cores
+from featray.machine import TENSORFLOWS_CHOICE, ModelThreads, usable_cores
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.decode import Decoder
 from featray.stages.extract import extract
 
+AHEAD = 2
+"""Batches of decoded scans beside those in the model: one ready for it, and one that is made next."""
 FLUSH_S = 10.0
 """Write what is finished at least this often, so a kill costs little."""
 
@@ -42,6 +46,7 @@ class InlineEngine:
 
     def __init__(self, workers: int | None, limits: LimitsConfig, memory: int | None = None) -> None:
         self._workers = usable_cores() if workers is None else workers
+        self.threads = ModelThreads.of_whole_machine() if self._workers else TENSORFLOWS_CHOICE
         self._limits, self._memory = limits, memory
         self._helpers: Helpers | None = None
         self._attempts: Attempts | None = None
@@ -59,13 +64,18 @@ class InlineEngine:
         if self._attempts is not None:
             self._attempts.close()
 
+    @property
+    def _kept(self) -> int:
+        return self.threads.calls + AHEAD
+
     def connect(self) -> None:
         """Do nothing: there is nothing to join."""
 
     def begin(self, scans: Sequence[Scan], decode: Decoder, batch_scans: int) -> None:
         """Let the helpers decode as many scans as there is room for, while this process loads the model."""
         if self._helpers is not None:
-            size = 2 * self._workers + 2 * batch_scans
+            # Beside those there are for the model, each helper has one at work and one to go on with.
+            size = 2 * self._workers + (self._kept + 1) * batch_scans
             self._attempts = Attempts(self._helpers, decode, self._limits, size)
             self._attempts.begin(scans)
 
@@ -75,31 +85,34 @@ class InlineEngine:
         for table in tables if self._helpers is None else ahead(tables):
             yield stages.write(table)
 
-    def _tables(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[pa.Table]:
+    def _tables(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Generator[pa.Table]:
         rows: list[pa.Table] = []
         flushed = time.monotonic()
-        for batch in self._batches(scans, stages, stop):
-            rows.append(extract(stages.extractor, batch))
-            full = sum(len(table) for table in rows) >= stages.scans_per_file
-            if full or time.monotonic() - flushed > FLUSH_S:
-                yield pa.concat_tables(rows)
-                rows, flushed = [], time.monotonic()
+        with contextlib.closing(self._batches(scans, stages, stop)) as batches:
+            run_model = functools.partial(extract, stages.extractor)
+            for table in mapped(run_model, batches, self.threads.calls):
+                rows.append(table)
+                full = sum(len(table) for table in rows) >= stages.scans_per_file
+                if full or time.monotonic() - flushed > FLUSH_S:
+                    yield pa.concat_tables(rows)
+                    rows, flushed = [], time.monotonic()
         if rows:
             yield pa.concat_tables(rows)
 
     def _batches(
         self, scans: Sequence[Scan], stages: Stages, stop: threading.Event
-    ) -> Iterator[list[Decoded]]:
+    ) -> Generator[list[Decoded]]:
         """Yield decoded scans in lists of `batch_scans`, in order of completion."""
         if self._helpers is None:
             return _decode_here(scans, stages, stop)
         if self._attempts is None:
             self.begin((), stages.decode, stages.batch_scans)
         assert self._attempts is not None, "begin has made it"
-        return self._attempts.batches(scans, stages.batch_scans, stop, stages.decode)
+        # A thread hands scans to the helpers also while the model works: none of them runs dry.
+        return ahead(self._attempts.batches(scans, stages.batch_scans, stop, stages.decode, self._kept))
 
 
-def _decode_here(scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[list[Decoded]]:
+def _decode_here(scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Generator[list[Decoded]]:
     for first in range(0, len(scans), stages.batch_scans):
         if stop.is_set():
             return

@@ -37,7 +37,7 @@ from featray.engines.ray_stages import (
     WriteBatch,
 )
 from featray.errors import ConfigError, FeatrayError, Reason
-from featray.machine import usable_cores
+from featray.machine import ModelThreads, usable_cores
 from featray.quiet import hold_back
 from featray.schema import Receipt, Scan
 from featray.stages.decode import Decoder
@@ -81,6 +81,9 @@ class RayEngine:
 
     def __init__(self, run: RunConfig, limits: LimitsConfig) -> None:
         self._run, self._limits = run, limits
+        self.threads = ModelThreads(
+            each=max(1, int(run.actors.num_cpus)), calls=_GPU_CALLS if run.actors.num_gpus else 1
+        )
         self._started = False
         self._connecting: Future[None] | None = None
         # It lives as long as the cluster: Ray's processes end with the thread that has started them.

@@ -17,6 +17,7 @@ import numpy as np
 
 from featray.config import ModelConfig
 from featray.errors import InputShapeError, ModelError
+from featray.machine import TENSORFLOWS_CHOICE, ModelThreads
 from featray.model import fetch, inputs, prepare, randomness, runtime, variation
 from featray.model.choose import Choice, Pool
 from featray.model.inputs import Batch, Shape
@@ -72,7 +73,7 @@ class Extractor:
         spec: ModelConfig | Mapping[str, Any],
         *,
         input_zyx: Shape | None = None,
-        threads: int | None = None,
+        threads: ModelThreads = TENSORFLOWS_CHOICE,
     ) -> None:
         """Load, resolve and check everything, then trace and warm up.
 
@@ -82,7 +83,7 @@ class Extractor:
             input_zyx: Voxels (z, y, x) of one input, to which one channel is added; for other models
                 the shape they take. None along an axis takes any size, all in one trace. null takes
                 the model's own shape.
-            threads: CPU threads TensorFlow may use.
+            threads: CPU threads TensorFlow may use. Calls from several threads at once are safe.
 
         Raises:
             ModelError: Lists every problem: input size, unknown or unusable layers with near

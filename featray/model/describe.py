@@ -68,7 +68,6 @@ def list_layers(
     submodel: str | None = None,
     trust: bool = False,
     input_zyx: Shape | None = None,
-    threads: int | None = None,
 ) -> list[LayerInfo]:
     """Return every layer value that can be extracted, in order of computation.
 
@@ -82,7 +81,6 @@ def list_layers(
         submodel: As in the config.
         trust: As in the config.
         input_zyx: Voxels of one input; null takes the model's own.
-        threads: CPU threads TensorFlow may use.
 
     Raises:
         ModelError: The model cannot be loaded or called.
@@ -97,7 +95,7 @@ def list_layers(
         }
         model = {"uri": os.fspath(model), "layers": ["*"], **keys}
     spec = prepare.as_spec(model)
-    runtime.configure(threads)
+    runtime.configure()
     ready = prepare.prepare(spec, input_zyx, [])
     taps = [tap for tap in ready.taps if not tap.problem]
     seen = variation.evaluate(ready.model, taps, ready.shape, ready.fill)

@@ -75,7 +75,6 @@ def check_invariance(
     spec: ModelConfig | Mapping[str, Any],
     input_zyx: Shape | None = None,
     samples: Batch | None = None,
-    threads: int | None = None,
 ) -> InvarianceReport:
     """Run the cut model on a few inputs: alone, in batches of 2 and `batch_size`, reversed, beside zeros.
 
@@ -83,14 +82,13 @@ def check_invariance(
         spec: As for `Extractor`.
         input_zyx: As for `Extractor`.
         samples: Preprocessed inputs as `Extractor` takes them, of which three are used; null = random.
-        threads: CPU threads TensorFlow may use.
 
     Raises:
         ModelError: As `Extractor`, but not for outputs that sample or look at the rest of the batch.
         InputShapeError: The samples have another shape than the model takes.
     """
     checked, problems = prepare.as_spec(spec), list[str]()
-    runtime.configure(threads)
+    runtime.configure()
     ready = prepare.prepare(checked, input_zyx, problems)
     choices = prepare.choices(checked, ready, problems)
     if problems:

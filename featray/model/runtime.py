@@ -11,6 +11,7 @@ import re
 import sys
 
 from featray.errors import ModelError
+from featray.machine import TENSORFLOWS_CHOICE, ModelThreads
 from featray.quiet import hold_back
 
 log = logging.getLogger(__name__)
@@ -25,23 +26,22 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STACK = re.compile(r"Graph execution error:|Detected at node | *File \".*\", line \d+|<stack traces unable")
 
 
-def configure(threads: int | None = None, gpu: bool = True) -> None:
+def configure(threads: ModelThreads = TENSORFLOWS_CHOICE, gpu: bool = True) -> None:
     """Import TensorFlow quietly and set what can only be set before its first operation.
 
     Args:
-        threads: CPU threads for one operation; TensorFlow ignores OMP_NUM_THREADS. null leaves
-            TensorFlow's own choice, which is every core it sees.
+        threads: CPU threads; TensorFlow ignores OMP_NUM_THREADS.
         gpu: Grow GPU memory on demand instead of taking all of it, so that actors can share one.
 
-    A setting that comes too late is logged as a warning, not raised: the numbers stay the same.
+    A setting that comes too late is only logged: the numbers stay the same.
 
     Raises:
         ModelError: Keras runs on another backend than TensorFlow.
     """
     _require_backend()
     _import_quietly()
-    if threads is not None:
-        _set_threads(max(1, int(threads)))
+    if threads.each is not None:
+        _set_threads(threads.each, threads.calls)
     if gpu:
         _grow_gpu_memory()
 
@@ -74,18 +74,18 @@ def _require_backend() -> None:
         raise ModelError(f"Keras runs on {backend} here; set KERAS_BACKEND=tensorflow in the environment")
 
 
-def _set_threads(threads: int) -> None:
+def _set_threads(each: int, calls: int) -> None:
     import tensorflow as tf
 
-    # Operations of an encoder run one after the other: a second pool would only compete.
-    wanted = {"intra": threads, "inter": min(threads, 2)}
+    # Operations of an encoder run one after the other: more than one for each call would only compete.
+    wanted = {"intra": each, "inter": max(calls, min(each, 2))}
     for kind, count in wanted.items():
         if getattr(tf.config.threading, f"get_{kind}_op_parallelism_threads")() == count:
             continue
         try:
             getattr(tf.config.threading, f"set_{kind}_op_parallelism_threads")(count)
         except RuntimeError:
-            log.warning("TensorFlow already runs: its %s-op threads stay as they are, not %d", kind, count)
+            log.info("TensorFlow already runs: its %s-op threads stay as they are, not %d", kind, count)
 
 
 def _grow_gpu_memory() -> None:

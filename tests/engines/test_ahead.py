@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import pytest
 
-from featray.engines.ahead import ahead
+from featray.engines.ahead import ahead, mapped
+
+
+def numbers(count: int) -> Generator[int]:
+    yield from range(count)
 
 
 def test_all_items_come_in_order() -> None:
-    assert list(ahead(iter(range(100)))) == list(range(100))
+    assert list(ahead(numbers(100))) == list(range(100))
 
 
 def test_they_are_made_while_the_caller_is_busy_but_only_so_many() -> None:
     made: list[int] = []
     third = threading.Event()
 
-    def items() -> Iterator[int]:
+    def items() -> Generator[int]:
         for number in range(10):
             made.append(number)
             if number == 2:
@@ -34,7 +38,7 @@ def test_they_are_made_while_the_caller_is_busy_but_only_so_many() -> None:
 
 
 def test_an_error_comes_after_what_was_made_before_it() -> None:
-    def items() -> Iterator[int]:
+    def items() -> Generator[int]:
         yield 1
         raise OSError("gone")
 
@@ -45,7 +49,53 @@ def test_an_error_comes_after_what_was_made_before_it() -> None:
 
 
 def test_no_thread_is_left_when_it_is_closed_early() -> None:
-    found = ahead(iter(range(100)))
+    found = ahead(numbers(100))
     next(found)
     found.close()
     assert "featray-ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_closed_early_it_closes_what_makes_the_items() -> None:
+    closed = threading.Event()
+
+    def items() -> Generator[int]:
+        try:
+            yield from range(100)
+        finally:
+            closed.set()
+
+    found = ahead(ahead(items()))
+    next(found)
+    found.close()
+    assert closed.wait(10)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3])
+def test_what_is_worked_on_at_once_comes_in_order(at_once: int) -> None:
+    assert list(mapped(str, numbers(10), at_once)) == [str(number) for number in range(10)]
+
+
+def test_as_many_are_worked_on_at_once_as_asked_and_no_more_is_taken() -> None:
+    together = threading.Barrier(2, timeout=10)
+    taken: list[int] = []
+
+    def items() -> Generator[int]:
+        for number in range(4):
+            taken.append(number)
+            yield number
+
+    def work(number: int) -> int:
+        together.wait()  # of no use to one alone
+        return number
+
+    found = mapped(work, items(), 2)
+    assert next(found) == 0
+    assert taken == [0, 1]
+    assert list(found) == [1, 2, 3]
+
+
+def test_an_error_of_the_work_comes_where_its_result_would() -> None:
+    found = mapped(lambda number: 6 // number, (3, 0, 1), 2)
+    assert next(found) == 2
+    with pytest.raises(ZeroDivisionError):
+        next(found)

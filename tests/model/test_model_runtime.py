@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from featray.machine import ModelThreads
 from featray.model import runtime
 
 
@@ -18,9 +19,11 @@ def _run(program: str) -> subprocess.CompletedProcess[str]:
 def test_threads_are_set_and_the_start_is_quiet() -> None:
     done = _run(
         "import os, sys; os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
-        "from featray.model import runtime; runtime.configure(1)\n"
+        "from featray.machine import ModelThreads\n"
+        "from featray.model import runtime; runtime.configure(ModelThreads(1))\n"
         "import tensorflow as tf; tf.add(1, 2)\n"
         "assert tf.config.threading.get_intra_op_parallelism_threads() == 1\n"
+        "assert tf.config.threading.get_inter_op_parallelism_threads() == 1\n"
         "print('kept', file=sys.stderr)"
     )
     assert done.stderr == "kept\n"
@@ -35,12 +38,12 @@ def test_what_others_write_to_stderr_meanwhile_is_passed_on() -> None:
     assert done.stderr == "E0000 00:00:1.5 12 a.cc:1] fault\n"
 
 
-def test_threads_that_come_too_late_are_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_threads_that_come_too_late_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     import tensorflow as tf
 
     tf.add(1, 2)
-    with caplog.at_level(logging.WARNING):
-        runtime.configure(threads=tf.config.threading.get_intra_op_parallelism_threads() + 1)
+    with caplog.at_level(logging.INFO):
+        runtime.configure(ModelThreads(tf.config.threading.get_intra_op_parallelism_threads() + 1))
     assert "TensorFlow already runs" in caplog.text
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from featray.answers import RESUME, answer, columns, plain, stop_on_signal
+from featray.engines.helpers import start_early
 from featray.errors import ConfigError, ExitCode, Reason
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 def run_extract(args: argparse.Namespace) -> int:
     """Run `featray extract`."""
+    start_early()
     from featray.pipeline import extract
 
     with stop_on_signal() as stop:
@@ -32,6 +34,7 @@ def run_extract(args: argparse.Namespace) -> int:
 
 def run_refresh(args: argparse.Namespace) -> int:
     """Run `featray refresh`."""
+    start_early()
     from featray.pipeline import refresh
 
     if args.reason and not args.retry_failed:

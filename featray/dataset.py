@@ -11,18 +11,21 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as pads
-import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from featray.deltalog import LiveFile, Owed, TableLog
 from featray.errors import ConfigError, FeatrayError
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.storage import Store
+
+if TYPE_CHECKING:
+    import pyarrow.dataset as pads
+    import pyarrow.fs as pafs
 
 FEATURES = "features"
 SCANS = "scans"
@@ -115,6 +118,8 @@ class Snapshot:
             FileNotFoundError: A file has been deleted since, as superseded files are.
             StorageError: The store does not answer.
         """
+        import pyarrow.dataset as pads  # with it comes pandas: not before it is needed
+
         fragments = self.fragments(table, files)
         found = pads.FileSystemDataset(
             fragments, self.schema(table), pads.ParquetFileFormat(), self.filesystem()
@@ -129,6 +134,8 @@ class Snapshot:
 
     def filesystem(self) -> pafs.FileSystem:
         """Return the store as pyarrow sees it."""
+        import pyarrow.fs as pafs
+
         if self.store.is_local:
             return pafs.LocalFileSystem()
         return pafs.PyFileSystem(pafs.FSSpecHandler(self.store.fs))
@@ -136,6 +143,8 @@ class Snapshot:
     def _fragment(
         self, table: str, file: LiveFile, schema: pa.Schema, filesystem: pafs.FileSystem
     ) -> pads.ParquetFileFragment:
+        import pyarrow.dataset as pads
+
         partition = None
         for name, value in file.partition_values.items():
             equal = pads.field(name) == pads.scalar(pa.scalar(value, schema.field(name).type))

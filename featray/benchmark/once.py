@@ -13,6 +13,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from featray.engines.helpers import start_early
+
+if __name__ == "__main__":
+    start_early()  # as the command line does, before what takes long to import
+
 from featray import pipeline
 from featray.benchmark.probe import observed, observed_decoder
 from featray.config import Config, load

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from featray.machine import ModelThreads
-from featray.schema import Receipt, Scan
 
-if TYPE_CHECKING:  # engines are also imported by helpers that must start fast
+if TYPE_CHECKING:  # helpers come through here, and must start fast
     import pyarrow as pa
 
+    from featray.schema import Receipt, Scan
     from featray.stages.decode import Decoder
     from featray.stages.extract import Extractor
 

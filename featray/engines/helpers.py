@@ -8,6 +8,7 @@ before it could begin is no task's fault.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import pickle
 import queue
@@ -29,7 +30,7 @@ START_S = 300.0
 STARTS = 10
 """Helpers in a row that die before they have begun: the next one would, too."""
 _POLL_S = 60.0
-_WORK, _TASK = b"w", b"t"
+_BOUNDS, _WORK, _TASK = b"b", b"w", b"t"
 """First byte of a message: what it is that follows pickled."""
 _GRACE_S = 5.0
 """A helper whose task is late by this much ends by itself: whoever should have killed it may be dead."""
@@ -63,7 +64,6 @@ class Helpers:
 
     def __init__(self, count: int, timeout_s: float, memory: int | None = None) -> None:
         self._timeout_s, self._memory = timeout_s, memory
-        self._context = _SpawnWithoutMain()
         self._work: bytes | None = None
         self._dead_starts = 0
         self._helpers = [self._start() for _ in range(count)]
@@ -101,13 +101,9 @@ class Helpers:
             helper.end()
 
     def _start(self) -> _Helper:
-        ours, theirs = self._context.Pipe()
-        process = self._context.Process(
-            target=_serve, args=(theirs, self._timeout_s, self._memory), name="featray-helper", daemon=True
-        )
-        process.start()
-        theirs.close()  # so that the helper's death closes the pipe
-        helper = _Helper(process, ours)
+        helper = _early.pop() if _early else _started()
+        with contextlib.suppress(OSError):  # a dead helper is noticed when an outcome is waited for
+            helper.connection.send_bytes(_BOUNDS + pickle.dumps((self._timeout_s, self._memory)))
         if self._work is not None:
             self._send_work(helper)
         return helper
@@ -115,7 +111,7 @@ class Helpers:
     def _send_work(self, helper: _Helper) -> None:
         assert self._work is not None, "use comes first"
         helper.starting += 1
-        with contextlib.suppress(OSError):  # a dead helper is noticed when an outcome is waited for
+        with contextlib.suppress(OSError):  # as above
             helper.connection.send_bytes(_WORK + self._work)
 
     def _give(self, helper: _Helper, task: Any) -> None:
@@ -189,8 +185,40 @@ class _Helper:
         return self.process.exitcode
 
 
-def _serve(connection: Connection, timeout_s: float, memory: int | None) -> None:
-    """Run in the helper: take the work first, then tasks, until the pipe closes."""
+_early: list[_Helper] = []
+
+
+def start_early() -> None:
+    """Start a helper before anything else; the first `Helpers` takes it.
+
+    Importing what decodes takes about as long as all that comes before the first scan is due.
+    """
+    if not _early:
+        _early.append(_started(importing="featray.stages.decode"))
+
+
+def end_early() -> None:
+    """End what `start_early` has started, where nothing is decoded in helpers of this process."""
+    while _early:
+        _early.pop().end()
+
+
+def _started(importing: str | None = None) -> _Helper:
+    context = _SpawnWithoutMain()
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, importing), name="featray-helper", daemon=True)
+    process.start()
+    theirs.close()  # so that the helper's death closes the pipe
+    return _Helper(process, ours)
+
+
+def _serve(connection: Connection, importing: str | None) -> None:
+    """Run in the helper: take bounds and work first, then tasks, until the pipe closes.
+
+    Args:
+        connection: To the driver.
+        importing: Module to import meanwhile.
+    """
     # Ctrl-C reaches the whole process group; only the driver decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -199,10 +227,15 @@ def _serve(connection: Connection, timeout_s: float, memory: int | None) -> None
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # Read ahead in a thread: were both ends to wait for the other to read, nothing would move.
     threading.Thread(target=_read_ahead, args=(connection, messages), daemon=True).start()
-    work = None
+    if importing:
+        importlib.import_module(importing)
+    work, (timeout_s, memory) = None, (0.0, None)
     while True:
         message = messages.get()
         given = pickle.loads(message[1:])
+        if message[:1] == _BOUNDS:
+            timeout_s, memory = given
+            continue
         if message[:1] == _WORK:
             work = given
             connection.send(None)

@@ -20,7 +20,7 @@ from featray.config import LimitsConfig
 from featray.engines import Stages
 from featray.engines.ahead import ahead, mapped
 from featray.engines.attempts import Attempts
-from featray.engines.helpers import Helpers
+from featray.engines.helpers import Helpers, end_early
 from featray.engines.memory import decode_memory
 from featray.machine import TENSORFLOWS_CHOICE, ModelThreads, usable_cores
 from featray.schema import Decoded, Receipt, Scan
@@ -53,7 +53,9 @@ class InlineEngine:
 
     def __enter__(self) -> InlineEngine:
         """Start the helpers; they import their libraries while this process loads the model."""
-        if self._workers:
+        if not self._workers:
+            end_early()
+        else:
             self._helpers = Helpers(self._workers, self._limits.scan_timeout_s, decode_memory(self._memory))
         return self
 

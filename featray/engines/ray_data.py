@@ -29,6 +29,7 @@ from typing import Any
 
 from featray.config import LimitsConfig, RunConfig
 from featray.engines import Stages
+from featray.engines.helpers import end_early
 from featray.engines.ray_stages import (
     DecodeAndExtractBatch,
     DecodeBatch,
@@ -90,7 +91,8 @@ class RayEngine:
         self._thread = ThreadPoolExecutor(1, "featray-connect")
 
     def __enter__(self) -> RayEngine:
-        """Do nothing yet: a run that finds nothing to do needs no cluster."""
+        """Connect to nothing yet: a run that finds nothing to do needs no cluster."""
+        end_early()
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import pickle
@@ -17,7 +18,11 @@ import numpy as np
 import psutil
 import pytest
 
-from featray.engines.helpers import _GRACE_S, Helpers, Outcome
+from featray.config import LimitsConfig, RunConfig
+from featray.engines import helpers as started
+from featray.engines.helpers import _GRACE_S, Helpers, Outcome, end_early, start_early
+from featray.engines.inline import InlineEngine
+from featray.engines.ray_data import RayEngine
 from featray.errors import FeatrayError
 
 
@@ -179,3 +184,59 @@ def test_helpers_that_never_come_up_are_no_tasks_fault(monkeypatch: pytest.Monke
             pool.wait()
     finally:
         pool.close()
+
+
+@pytest.fixture
+def early(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    end_early()
+    start_early()
+    (found,) = set(psutil.Process().children()) & {psutil.Process(one.process.pid) for one in started._early}
+    yield found
+    end_early()
+
+
+def _done_by(count: int) -> list[int]:
+    import test_helpers
+
+    with contextlib.closing(Helpers(count, timeout_s=30.0, memory=2**30)) as pool:
+        pool.use(pickle.dumps(test_helpers.pid_of))
+        for value in range(4):
+            pool.submit(value)
+        return [outcome.result for outcome in _all(pool, 4)]
+
+
+def pid_of(task: int) -> int:
+    """Return the process that is at work; importable like `work`."""
+    return os.getpid()
+
+
+def test_a_helper_that_was_started_early_is_the_first(early: psutil.Process) -> None:
+    start_early()  # a second one would be of no use
+    assert early.pid in _done_by(2)
+    assert not started._early
+    assert not early.is_running()
+
+
+def test_one_that_died_meanwhile_is_replaced(early: psutil.Process) -> None:
+    early.kill()
+    assert len(_done_by(1)) == 4
+
+
+def test_where_no_helpers_are_needed_it_ends(early: psutil.Process) -> None:
+    limits = LimitsConfig()
+    with InlineEngine(0, limits):
+        assert not early.is_running()
+    start_early()
+    with RayEngine(RunConfig(), limits):
+        assert not started._early
+
+
+def test_it_ends_with_its_driver() -> None:
+    code = (
+        "from featray.engines import helpers; helpers.start_early()\n"
+        "print(helpers._early[0].process.pid, flush=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not psutil.pid_exists(int(done.stdout))
+    assert not done.stderr

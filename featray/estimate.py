@@ -5,8 +5,10 @@ Changes nothing: the sample's features are thrown away.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import psutil
@@ -14,15 +16,20 @@ import psutil
 from featray.checks import check
 from featray.config import ConfigInput
 from featray.dataset import Dataset
-from featray.machine import usable_cores
+from featray.engines import Stages
+from featray.machine import ModelThreads, usable_cores
+from featray.model.runtime import gpu_names
 from featray.pipeline import Job, Wanted, choose_engine
 from featray.planning import STATES, Plan
-from featray.schema import Scan
+from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.storage import Store
 
-SAMPLE = 3
-"""Scans decoded for the estimate: of small, middle and large size."""
+SAMPLE = 6
+"""Scans decoded for the estimate, from small to large."""
+SAMPLE_S = 20.0
+"""After so long no further one is decoded."""
+_MODEL_ROUNDS = 3
 _LOOKED_AT = 5000
 """Scans among which those are chosen; every so many, if there are more to do."""
 
@@ -33,9 +40,9 @@ class Estimate:
 
     Attributes:
         sampled: Scans the figures come from; 0 means there was none to sample.
-        decode_s: CPU seconds to read, decode and preprocess one scan.
-        infer_s: Wall seconds of the model for one scan on this machine.
-        scans_per_s: On this machine's cores, start-up apart.
+        decode_s: Seconds to read, decode and preprocess a scan of mean size.
+        infer_s: Seconds of the model for one scan, called as the engine does in one process.
+        scans_per_s: On this machine, whatever the cluster has; start-up apart.
         seconds: For all that is to do.
         output_bytes: Values of all layers, before compression.
         memory_bytes: Peak of this process in the sample; each worker needs about that.
@@ -117,9 +124,9 @@ class PlanReport:
         guess = self.estimate
         if not guess.sampled:
             return []
+        time_and_size = f"{_duration(guess.seconds)}, {_size(guess.output_bytes)} of values"
         return [
-            f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, "
-            f"{guess.seconds:.0f} s, {guess.output_bytes / 1e6:.1f} MB of values, "
+            f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, {time_and_size}, "
             f"{guess.memory_bytes / 1e9:.1f} GB per process"
         ]
 
@@ -179,6 +186,14 @@ def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -
     return job.plan(listing, dataset.find(), Wanted()).why(scan_id)
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds:.0f} s"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
 def spread(scans: Sequence[Scan]) -> list[Scan]:
     """Return up to SAMPLE scans spread over the sizes."""
     by_size = sorted(scans, key=lambda scan: scan.size)
@@ -193,16 +208,15 @@ def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     readable = [scan for scan in some if scan.reason is None]
     count = len(readable) * len(plan.todo) // len(some)
     stages = job.stages(dataset, count)
-    decoded = [stages.decode(scan) for scan in spread(readable)]
-    good = [scan for scan in decoded if scan.record.status == "ok"]
+    decoded = _decoded(stages, spread(readable))
+    good = [one for _, one in decoded if one.record.status == "ok"]
     if not good:
         return Estimate()
     extract(stages.extractor, good)
-    decode_s = _mean([scan.record.read_s + scan.record.decode_s + scan.record.preprocess_s for scan in good])
-    infer_s = _mean([scan.record.infer_s for scan in good])
-    # Decoding keeps one core busy, the model all of them; together they share the cores.
-    scans_per_s = 1 / (decode_s / usable_cores() + infer_s)
-    patches = _mean([float(scan.record.patches) for scan in good])
+    decode_s = _decode_seconds(decoded, readable)
+    infer_s = _model_seconds(stages, good, job.threads.calls)
+    scans_per_s = _rate(decode_s, infer_s, job.threads)
+    patches = statistics.mean(scan.record.patches for scan in good)
     values = sum(layer.values for layer in job.extractor.layers)
     return Estimate(
         sampled=len(good),
@@ -215,5 +229,48 @@ def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _decoded(stages: Stages, scans: Sequence[Scan]) -> list[tuple[Scan, Decoded]]:
+    """Decode scans, as many as there is time for; the first one twice, for the first time is start-up."""
+    found: list[tuple[Scan, Decoded]] = []
+    until = time.monotonic() + SAMPLE_S
+    for scan in scans:
+        if not found:
+            stages.decode(scan)
+        elif time.monotonic() > until:
+            break
+        found.append((scan, stages.decode(scan)))
+    return found
+
+
+def _decode_seconds(decoded: Sequence[tuple[Scan, Decoded]], scans: Sequence[Scan]) -> float:
+    """Return the seconds of a scan of mean size: as much per byte as the sample's, where sizes are known."""
+    good = [(scan, one.record) for scan, one in decoded if one.record.status == "ok"]
+    mean = statistics.mean(record.read_s + record.decode_s + record.preprocess_s for _, record in good)
+    if not all(scan.size for scan in scans):
+        return mean
+    sizes, sampled = [scan.size for scan in scans], [scan.size for scan, _ in good]
+    return mean * statistics.mean(sizes) / statistics.mean(sampled)
+
+
+def _model_seconds(stages: Stages, decoded: Sequence[Decoded], calls: int) -> float:
+    """Return the model's wall seconds per scan when it is called as often at once as the engine does."""
+    batch = [decoded[number % len(decoded)] for number in range(stages.batch_scans)]
+    took = []
+    for _ in range(_MODEL_ROUNDS):
+        start = time.perf_counter()
+        with ThreadPoolExecutor(calls) as pool:
+            list(pool.map(lambda scans: extract(stages.extractor, scans), [batch] * calls))
+        took.append((time.perf_counter() - start) / (calls * len(batch)))
+    return statistics.median(took)
+
+
+def _rate(decode_s: float, infer_s: float, threads: ModelThreads) -> float:
+    """Return the scans per second of this machine: decoding takes one core, the model those of its threads.
+
+    With a GPU the model takes none of decoding's cores, and the slower of the two decides.
+    """
+    cores = usable_cores()
+    if gpu_names():
+        return min(cores / decode_s, 1 / infer_s)
+    model_cores = cores if threads.each is None else min(cores, threads.each + threads.calls - 1)
+    return cores / (decode_s + model_cores * infer_s)

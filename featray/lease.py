@@ -16,7 +16,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any
@@ -50,6 +50,7 @@ class Lease:
         self._store, self._run_id, self._name = store, run_id, f"{FOLDER}/{run_id}.json"
         self._own = {"run_id": run_id, "host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         self._own |= {"machine": _machine(), "started": psutil.Process().create_time()}
+        self._progress: Callable[[], dict[str, Any]] = dict
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="featray-lease", daemon=True)
 
@@ -81,6 +82,10 @@ class Lease:
             if error is None:
                 raise
             log.warning("the lease could not be given back; it is void in %.0f s", STALE_S)
+
+    def tell(self, progress: Callable[[], dict[str, Any]]) -> None:
+        """Write with each heartbeat what this returns, JSON-ready: how far the run is, for `running`."""
+        self._progress = progress
 
     def check(self) -> None:
         """Make sure that this run still holds the output.
@@ -118,7 +123,16 @@ class Lease:
                 log.warning("the lease could not be renewed (%s)", type(error).__name__)
 
     def _content(self) -> bytes:
-        return json.dumps({**self._own, "heartbeat": time.time()}).encode()
+        return json.dumps({**self._own, "heartbeat": time.time(), "progress": self._progress()}).encode()
+
+
+def running(store: Store) -> dict[str, Any] | None:
+    """Return what the live run that holds the output says of itself; None if there is none.
+
+    Keys: run_id, host, pid, since; heartbeat, seconds since the epoch; progress, as `Lease.tell` was told.
+    By this machine's clock, where the run is on another: this is to know, not to decide by.
+    """
+    return next((holder for _, holder in _holders(store) if _looks_alive(holder)), None)
 
 
 def refuse_if_held(store: Store) -> None:
@@ -148,13 +162,19 @@ def _read(store: Store, name: str) -> dict[str, Any] | None:
 
 
 def _is_alive(store: Store, name: str, holder: dict[str, Any]) -> bool:
-    if holder["machine"] == _machine():
-        return _runs_here(holder)
-    if time.time() - holder["heartbeat"] <= STALE_S:
+    if _looks_alive(holder):
         return True
+    if holder["machine"] == _machine():
+        return False
     time.sleep(WATCH_S)
     now = _read(store, name)
     return now is not None and now["heartbeat"] != holder["heartbeat"]
+
+
+def _looks_alive(holder: dict[str, Any]) -> bool:
+    if holder["machine"] == _machine():
+        return _runs_here(holder)
+    return bool(time.time() - holder["heartbeat"] <= STALE_S)
 
 
 def _runs_here(holder: dict[str, Any]) -> bool:

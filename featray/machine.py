@@ -33,6 +33,23 @@ class ModelThreads:
 TENSORFLOWS_CHOICE = ModelThreads()
 
 
+@dataclass(frozen=True)
+class Workers:
+    """What an engine has, or had at most, to work with.
+
+    Attributes:
+        decode: Scans that are read and decoded at once.
+        model: Calls of the model at once.
+        cores: Of this machine or of the cluster.
+        has_gpus: Whether the model is on GPUs, so that it takes no cores.
+    """
+
+    decode: int
+    model: int
+    cores: float
+    has_gpus: bool = False
+
+
 def usable_cores() -> int:
     """Return the cores this process may run on, which a container or batch system may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

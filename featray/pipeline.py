@@ -145,7 +145,9 @@ def _run(
             committer.sweep()
             remember(listing, dataset.store)
             gone = plan.removed if wanted.refresh else ()
-            done = _bring_in_step(engine, plan, gone, job, committer, show, stop)
+            progress = Progress(len(plan.todo), show=show)
+            lease.tell(progress.state)
+            done = _bring_in_step(engine, plan, gone, job, committer, progress, stop)
             return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
 
 
@@ -169,7 +171,7 @@ def _bring_in_step(
     gone: Sequence[str],
     job: Job,
     committer: Committer,
-    show: bool,
+    progress: Progress,
     stop: threading.Event,
 ) -> Tally:
     """Extract and commit what is to do, drop what is gone, tidy up; return what was committed."""
@@ -177,10 +179,11 @@ def _bring_in_step(
     if not plan.todo and not gone:
         return done
     announce(job.run, dataset)
-    with Progress(len(plan.todo), show=show) as progress:
+    with progress:
         for receipt in _committed(_receipts(engine, plan, job, dataset, stop), committer.commit):
             progress.add(receipt.records)
             done.add(receipt)
+        done.seconds, done.workers = progress.state()["seconds"], engine.workers()
     if not stop.is_set():
         committer.forget(gone)
         done.removed = len(gone)

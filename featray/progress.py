@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -57,18 +57,34 @@ class Progress:
             self._bar.set_postfix_str(f"{self._failed} failed, {self._megabytes_s():.0f} MB/s", refresh=False)
             self._bar.update(len(records))
 
-    def line(self) -> str:
-        """Return the state as one plain line."""
-        rate = self._done / max(time.monotonic() - self._start, 1e-9)
-        eta = f"{(self._total - self._done) / rate:.0f} s" if rate else "unknown"
-        return (
-            f"featray: {self._done}/{self._total} scans, {self._failed} failed, {rate:.2f} scans/s, "
-            f"{self._megabytes_s():.0f} MB/s, ETA {eta}"
-        )
+    def state(self) -> dict[str, Any]:
+        """Return the state, JSON-ready, as `line_of` takes it."""
+        return {
+            "total": self._total,
+            "done": self._done,
+            "failed": self._failed,
+            "bytes_read": self._bytes,
+            "seconds": time.monotonic() - self._start,
+        }
 
     def _megabytes_s(self) -> float:
         return self._bytes / 1e6 / max(time.monotonic() - self._start, 1e-9)
 
     def _print_lines(self) -> None:
         while not self._stop.wait(LINE_S):
-            print(self.line(), file=sys.stderr, flush=True)
+            print(f"featray: {line_of(self.state())}", file=sys.stderr, flush=True)
+
+
+def line_of(state: Mapping[str, Any]) -> str:
+    """Return how far a run is as one plain line.
+
+    Args:
+        state: Scans in `total`, `done`, and of these `failed`; `bytes_read` by then, in so many `seconds`.
+    """
+    total, done, seconds = state["total"], state["done"], max(state["seconds"], 1e-9)
+    rate = done / seconds
+    eta = f"{(total - done) / rate:.0f} s" if rate else "unknown"
+    return (
+        f"{done}/{total} scans, {state['failed']} failed, {rate:.2f} scans/s, "
+        f"{state['bytes_read'] / 1e6 / seconds:.0f} MB/s, ETA {eta}"
+    )

@@ -150,6 +150,10 @@ class Scan:
         return cls(**values)
 
 
+STAGE_TIMES = ("read_s", "decode_s", "preprocess_s", "infer_s")
+"""Columns of `scans` that say how long a scan took in each stage."""
+
+
 @dataclass
 class ScanRecord:
     """One row of `scans` in the making; each stage fills in what it learnt.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import pyarrow.dataset as pads
 
 from featray.dataset import FEATURES, SCANS, Dataset, Snapshot
+from featray.lease import running
+from featray.progress import line_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,11 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """What is there: scans by status and reason, `ok` scans by recipe id, layers, table versions, commits."""
+    """What is there: scans by status and reason, `ok` scans by recipe id, layers, table versions, commits.
+
+    `running` is what the run that holds the output says of itself, as `lease.running`; its counts are of
+    scans that are committed, as of its last heartbeat.
+    """
 
     ok: int
     failed: int
@@ -33,10 +40,14 @@ class Status:
     layers: tuple[LayerStatus, ...]
     version: dict[str, int]
     commit: int
+    running: dict[str, Any] | None = None
 
     def text(self) -> str:
         """Return the state for a person."""
-        lines = [f"scans: {self.ok} ok, {self.failed} failed, {self.excluded} excluded"]
+        lines = [_running_line(self.running)] if self.running else []
+        if not self.version:
+            return "\n".join([*lines, "nothing is committed yet"])
+        lines.append(f"scans: {self.ok} ok, {self.failed} failed, {self.excluded} excluded")
         if self.reasons:
             lines.append("reasons: " + ", ".join(f"{count} {name}" for name, count in self.reasons.items()))
         lines.append(
@@ -52,11 +63,14 @@ class Status:
 
 
 def status(dataset: Dataset) -> Status:
-    """Return what an output holds.
+    """Return what an output holds, and how far the run is that is at work on it.
 
     Raises:
         ConfigError: There is no featray output here.
     """
+    now = running(dataset.store)
+    if now is not None and dataset.find() is None:  # it has not committed anything yet
+        return Status(0, 0, 0, {}, {}, (), {}, 0, now)
     snapshot = dataset.snapshot()
     rows = snapshot.ledger(("status", "reason", "recipe")).to_pylist()
     counts = Counter(row["status"] for row in rows)
@@ -69,7 +83,18 @@ def status(dataset: Dataset) -> Status:
         layers=tuple(_layers(snapshot)),
         version=snapshot.versions,
         commit=snapshot.number,
+        running=now,
     )
+
+
+def _running_line(holder: dict[str, Any]) -> str:
+    who = (
+        f"running: {holder['run_id']} on host {holder['host']} (pid {holder['pid']}) since {holder['since']}"
+    )
+    if not holder.get("progress"):
+        return f"{who}, preparing"
+    ago = max(0.0, time.time() - holder["heartbeat"])
+    return f"{who}; {ago:.0f} s ago: {line_of(holder['progress'])}"
 
 
 def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]]:

@@ -33,7 +33,12 @@ def importers(package: str) -> set[str]:
 
 
 def test_ray_is_imported_by_the_engine_and_by_reading_back_with_it() -> None:
-    assert importers("ray") == {"engines/ray_data.py", "engines/ray_stages.py", "ray_reading.py"}
+    assert importers("ray") == {
+        "engines/ray_data.py",
+        "engines/ray_metrics.py",
+        "engines/ray_stages.py",
+        "ray_reading.py",
+    }
 
 
 def test_keras_and_tensorflow_are_imported_below_model_and_in_the_demos_vae() -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from featray import lease
 from featray.errors import OutputBusyError, StorageError
-from featray.lease import FOLDER, STALE_S, Lease, refuse_if_held
+from featray.lease import FOLDER, STALE_S, Lease, refuse_if_held, running
 from featray.storage import Store
 
 OTHER = f"{FOLDER}/other.json"
@@ -188,3 +188,25 @@ def test_a_run_of_this_process_that_could_not_give_its_lease_back_holds_nothing(
     assert held(store) == [f"{FOLDER}/first.json"]
     with Lease(store, "second"):
         assert held(store) == [f"{FOLDER}/second.json"]
+
+
+def test_how_far_its_holder_is_can_be_read_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
+    assert running(store) is None
+    with Lease(store, "first") as held_lease:
+        found = running(store)
+        assert found is not None
+        assert (found["run_id"], found["pid"], found["progress"]) == ("first", os.getpid(), {})
+        held_lease.tell(lambda: {"done": 3})
+        until = time.monotonic() + 10
+        while found["progress"] != {"done": 3} and time.monotonic() < until:
+            found = running(store) or found
+    assert found["progress"] == {"done": 3}
+    assert running(store) is None
+
+
+def test_a_holder_elsewhere_is_running_as_long_as_its_heart_beats(store: Store) -> None:
+    plant(store)
+    assert running(store) is not None
+    plant(store, heartbeat=time.time() - 2 * STALE_S)
+    assert running(store) is None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -15,8 +17,9 @@ from featray.cli import main
 from featray.config import SourceConfig
 from featray.dataset import Dataset
 from featray.estimate import Estimate
+from featray.machine import ModelThreads
 from featray.pipeline import Job
-from featray.schema import Receipt, ScanRecord
+from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.list import list_scans
 from featray.storage import Store
@@ -28,7 +31,7 @@ NAMES = ("a", "b", "c", "d")
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a config whose four scans are stored as ok, by recipe `r`, which is also the config's."""
 
-    def prepare(config: Any, engine: str, started: float) -> Any:
+    def prepare(config: Any, engine: str, started: float, **threads: Any) -> Any:
         job = SimpleNamespace(run=SimpleNamespace(recipe_id="r", layers=("z",)), config=config)
         job.plan = lambda *args: Job.plan(job, *args)
         return job
@@ -106,3 +109,56 @@ def test_before_the_first_run_everything_is_new(config: Path, capsys: pytest.Cap
     assert "4 new" in text
     assert "extract: would take up 4\nrefresh: would take up 4, drop 0\n" in text
     assert not (config.parent / "nowhere").exists()
+
+
+def timed(size: int, seconds: float, status: str = "ok") -> tuple[Scan, Decoded]:
+    scan = Scan("s", "/s", "nifti", ("/s",), "c", size=size)
+    record = ScanRecord.of(scan, "r", "run")
+    record.decode_s, record.status = seconds, status  # type: ignore[assignment]  # a literal
+    return scan, Decoded(record, np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 3), np.int32))
+
+
+def test_decoding_is_estimated_by_size_where_sizes_are_known() -> None:
+    sample = [timed(100, 1.0), timed(300, 3.0), timed(900, 50.0, "failed")]
+    collection = [timed(size, 0.0)[0] for size in (100, 100, 700)]
+    assert estimate._decode_seconds(sample, collection) == pytest.approx(3.0)
+    assert estimate._decode_seconds(sample, [*collection, timed(0, 0.0)[0]]) == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("threads", "gpus", "rate"),
+    [
+        (ModelThreads(), [], 2 / (0.5 + 2 * 0.25)),  # the model has both cores, then decoding has them
+        (ModelThreads(each=1, calls=2), [], 2 / (0.5 + 2 * 0.25)),
+        (ModelThreads(each=1), [], 2 / (0.5 + 0.25)),  # as many actors as cores, each on one
+        (ModelThreads(), ["a GPU"], 4.0),
+        (ModelThreads(calls=2), ["a GPU"], 4.0),
+    ],
+)
+def test_the_rate_is_what_the_cores_allow(
+    monkeypatch: pytest.MonkeyPatch, threads: ModelThreads, gpus: list[str], rate: float
+) -> None:
+    monkeypatch.setattr(estimate, "usable_cores", lambda: 2)
+    monkeypatch.setattr(estimate, "gpu_names", lambda: gpus)
+    assert estimate._rate(0.5, 0.25, threads) == pytest.approx(rate)
+
+
+def test_the_model_is_timed_as_the_engine_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[int] = []
+
+    def slow(batch: Any, draws: Any) -> dict[str, Any]:
+        rows.append(len(batch))
+        time.sleep(0.1)
+        return {"z": batch[:, 0, 0, :1]}
+
+    stages = SimpleNamespace(extractor=slow, batch_scans=5)
+    seconds = estimate._model_seconds(stages, [timed(1, 0.0)[1]] * 3, calls=2)  # type: ignore[arg-type]
+    assert rows == [5] * (2 * estimate._MODEL_ROUNDS)
+    assert 0.1 / 10 <= seconds < 0.1 / 5, "calls are not at once"
+
+
+def test_sampling_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "SAMPLE_S", 0.0)
+    scan, decoded = timed(1, 0.1)
+    stages = SimpleNamespace(decode=lambda scan: decoded)
+    assert estimate._decoded(stages, [scan] * 3) == [(scan, decoded)]  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from featray import progress
-from featray.progress import Progress
+from featray.progress import Progress, line_of
 from featray.schema import ScanRecord
 
 
@@ -20,8 +20,8 @@ def test_a_line_tells_done_failed_rates_and_eta() -> None:
     with Progress(4, show=False) as shown:
         shown._start -= 2.0  # two seconds ago
         shown.add([record("ok", 3_000_000), record("failed", 1_000_000)])
-        line = shown.line()
-    assert re.fullmatch(r"featray: 2/4 scans, 1 failed, (0\.9\d|1\.00) scans/s, [12] MB/s, ETA 2 s", line)
+        line = line_of(shown.state())
+    assert re.fullmatch(r"2/4 scans, 1 failed, (0\.9\d|1\.00) scans/s, [12] MB/s, ETA 2 s", line)
 
 
 def test_lines_come_by_themselves_where_stderr_is_no_terminal(

@@ -1,7 +1,8 @@
 """A command in; its wall time, CPU seconds and memory out, of its whole process tree.
 
 Knows nothing of featray. The tree is looked at five times a second: CPU seconds are the last seen of each
-process, memory is the sum of proportional shares (PSS), so pages that processes share count once.
+process, memory is the sum of proportional shares (PSS), so pages that processes share count once. Shares are
+looked at when the tree holds more than ever before: that costs the kernel some 20 ms for each process.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ from typing import Any
 import psutil
 
 LOOK_S = 0.2
-MEMORY_EVERY = 5
-"""Looks at the CPU for each one at the memory, which costs the kernel more."""
+GROWN = 1.02
+"""How much more resident memory than before is worth a look at its shares."""
+STORE_EVERY = 5
+"""Looks at the CPU for each one at the object store."""
 GRACE_S = 10.0
 
 _STORE = "plasma"
@@ -118,6 +121,7 @@ class _Looks:
     names: dict[int, str] = field(default_factory=dict)
     peak_of: dict[int, int] = field(default_factory=dict)
     peak: int = 0
+    resident: int = 0
     store: int = 0
     spilled: bool = False
     own_cpu_s: float = 0.0
@@ -141,33 +145,48 @@ class _Looks:
         look = 0
         while not self._stop.wait(LOOK_S):
             with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                self._look(with_memory=look % MEMORY_EVERY == 0)
+                self._look(with_store=look % STORE_EVERY == 0)
             look += 1
         self.own_cpu_s = time.thread_time()
 
-    def _look(self, *, with_memory: bool) -> None:
-        total = 0
+    def _look(self, *, with_store: bool) -> None:
         root = psutil.Process(self.root)
-        for process in [root, *root.children(recursive=True)]:
-            with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
-                self._look_at(process)
-                total += self._memory(process) if with_memory else 0
-        self.peak = max(self.peak, total)
+        tree = [root, *root.children(recursive=True)]
+        resident = _sum(self._look_at, tree)
+        if resident > GROWN * self.resident:
+            self.resident = resident
+            self.peak = max(self.peak, _sum(self._share, tree))
+        if with_store:
+            _sum(self._look_at_store, tree)
 
-    def _look_at(self, process: psutil.Process) -> None:
+    def _look_at(self, process: psutil.Process) -> int:
+        """Note the CPU seconds of a process; return the bytes it holds, shared ones included."""
         times = process.cpu_times()
         key = (process.pid, process.create_time())
         if key not in self.cpu_s:
             self.names[process.pid] = process.name()
             self.spilled |= any(mark in " ".join(process.cmdline()) for mark in _SPILLERS)
         self.cpu_s[key] = times.user + times.system
+        return int(process.memory_info().rss)
 
-    def _memory(self, process: psutil.Process) -> int:
+    def _share(self, process: psutil.Process) -> int:
         used = int(process.memory_full_info().pss)
         self.peak_of[process.pid] = max(self.peak_of.get(process.pid, 0), used)
+        return used
+
+    def _look_at_store(self, process: psutil.Process) -> int:
         if self.names.get(process.pid) == "raylet":
             self.store = max(self.store, _store_bytes(process.pid))
-        return used
+        return 0
+
+
+def _sum(of: Callable[[psutil.Process], int], tree: Sequence[psutil.Process]) -> int:
+    """Return the sum over the processes that are still there."""
+    total = 0
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
+            total += of(process)
+    return total
 
 
 def _machine_cpu_s() -> float:

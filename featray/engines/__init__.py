@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from featray.machine import ModelThreads
+from featray.machine import ModelThreads, Workers
 
 if TYPE_CHECKING:  # helpers come through here, and must start fast
     import pyarrow as pa
@@ -71,6 +71,10 @@ class Engine(Protocol):
             decode: As in `Stages`, but for recipe and run, which are not known yet.
             batch_scans: As in `Stages`.
         """
+        ...
+
+    def workers(self) -> Workers | None:
+        """Return what the engine works with; None as long as it has not begun to."""
         ...
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,19 +48,36 @@ def ahead(items: Generator[T], count: int = 1) -> Generator[T]:
 def mapped(work: Callable[[T], U], items: Iterable[T], at_once: int) -> Generator[U]:
     """Yield `work(item)` of each item in order, up to `at_once` of them under way in threads.
 
-    An item is asked for when there is a thread for it.
+    An item is asked for when there is a thread for it. Closed early, it waits a few seconds at most for what
+    is under way.
     """
     if at_once == 1:
         yield from map(work, items)
         return
-    with ThreadPoolExecutor(at_once, "featray-mapped") as threads:
-        under_way: deque[Future[U]] = deque()
+    under_way: deque[Future[U]] = deque()
+    try:
         for item in items:
-            under_way.append(threads.submit(work, item))
+            under_way.append(_begun(work, item))
             if len(under_way) == at_once:
                 yield under_way.popleft().result()
         while under_way:
             yield under_way.popleft().result()
+    finally:
+        wait(under_way, _PATIENCE_S)
+
+
+def _begun(work: Callable[[T], U], item: T) -> Future[U]:
+    """Return the result to be; the thread is no reason for this process to live on."""
+    future: Future[U] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(item))
+        except BaseException as error:  # raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="featray-mapped", daemon=True).start()
+    return future
 
 
 def _fill(items: Generator[T], ready: queue.Queue[T | _End], closed: threading.Event) -> None:

@@ -22,7 +22,7 @@ from featray.engines.ahead import ahead, mapped
 from featray.engines.attempts import Attempts
 from featray.engines.helpers import Helpers, end_early
 from featray.engines.memory import decode_memory
-from featray.machine import TENSORFLOWS_CHOICE, ModelThreads, usable_cores
+from featray.machine import TENSORFLOWS_CHOICE, ModelThreads, Workers, usable_cores
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.decode import Decoder
 from featray.stages.extract import extract
@@ -69,6 +69,10 @@ class InlineEngine:
     @property
     def _kept(self) -> int:
         return self.threads.calls + AHEAD
+
+    def workers(self) -> Workers:
+        """Return what this machine gives."""
+        return Workers(decode=max(1, self._workers), model=self.threads.calls, cores=usable_cores())
 
     def connect(self) -> None:
         """Do nothing: there is nothing to join."""

@@ -25,7 +25,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from featray.config import LimitsConfig, RunConfig
 from featray.engines import Stages
@@ -38,7 +38,7 @@ from featray.engines.ray_stages import (
     WriteBatch,
 )
 from featray.errors import ConfigError, FeatrayError, Reason
-from featray.machine import ModelThreads, usable_cores
+from featray.machine import ModelThreads, Workers, usable_cores
 from featray.quiet import hold_back
 from featray.schema import Receipt, Scan
 from featray.stages.decode import Decoder
@@ -86,6 +86,7 @@ class RayEngine:
             each=max(1, int(run.actors.num_cpus)), calls=_GPU_CALLS if run.actors.num_gpus else 1
         )
         self._started = False
+        self._workers: Workers | None = None
         self._connecting: Future[None] | None = None
         # It lives as long as the cluster: Ray's processes end with the thread that has started them.
         self._thread = ThreadPoolExecutor(1, "featray-connect")
@@ -109,18 +110,25 @@ class RayEngine:
         """Connect while this process loads the model."""
         self._connecting = self._thread.submit(self._connect)
 
+    def workers(self) -> Workers | None:
+        """Return what the last pass had."""
+        return self._workers
+
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield receipts in order of completion; see the module for scans whose workers die.
 
         Raises:
             FeatrayError: Workers die whatever the scan: the cluster is to blame, and no scan is given up.
         """
+        from featray.engines.ray_metrics import Metrics  # imports ray
+
         self.connect()
-        some_came_through = False
+        some_came_through, metrics = False, Metrics(len(scans))
         for claim, some in self._claimed_windows(scans):
             window = {scan.scan_id: scan for scan in some}
             for receipt in self._window(window, stages, claim, stop, some_came_through):
                 some_came_through |= any(record.status == "ok" for record in receipt.records)
+                metrics.add(receipt, self._workers)
                 yield receipt
             if stop.is_set():
                 return
@@ -222,10 +230,9 @@ class RayEngine:
         import ray
 
         batch = 1 if alone else stages.batch_scans
-        cpus = ray.cluster_resources().get("CPU", 1)
         rows = [{"scan": scan.to_json()} for scan in scans]
         with _without_deprecations():
-            listed = ray.data.from_items(rows, override_num_blocks=_tasks(scans, cpus, batch, alone))
+            listed = ray.data.from_items(rows, override_num_blocks=_tasks(scans, _cpus(), batch, alone))
             extract = self._apart if self._run.actors.num_gpus else self._together
             return extract(listed, stages, memory, batch, alone).map_batches(
                 WriteBatch,
@@ -244,11 +251,13 @@ class RayEngine:
         helpers = max(1, int(actors.num_cpus))
         # The claim is a plan; what bounds a scan is what the config says, or the machine.
         how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers, ahead=2 * batch)
+        size = _cpu_pool(self._run, listed.num_blocks(), helpers * (memory or 0))
+        self._workers = Workers(size.first * helpers, size.first, _cpus())
         return listed.map_batches(
             DecodeAndExtractBatch,
             fn_constructor_args=[stages.load_extractor, how, batch],
             batch_size=None,
-            compute=_cpu_pool(self._run, listed.num_blocks(), helpers * (memory or 0), alone),
+            compute=_pool_of(size, alone),
             num_cpus=max(0.0, actors.num_cpus - WRITE_CPUS),  # actors fill the machine; writers must fit in
             memory=None if memory is None else helpers * memory,
             max_task_retries=max(self._limits.attempts - 1, int(alone)),
@@ -258,6 +267,9 @@ class RayEngine:
         """Decode in tasks, extract in actors that have GPUs."""
         actors, retries = self._run.actors, self._limits.attempts - 1
         how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers=1, ahead=1)
+        size = _gpu_pool(self._run)
+        left = (_cpus() - size.most * actors.num_cpus) / self._run.decode.num_cpus
+        self._workers = Workers(max(1, int(left)), size.most * _GPU_CALLS, _cpus(), has_gpus=True)
         decoded = listed.map_batches(
             DecodeBatch(how),
             batch_size=None,
@@ -269,7 +281,7 @@ class RayEngine:
             ExtractBatch,
             fn_constructor_args=[stages.load_extractor],
             batch_size=batch,
-            compute=_gpu_pool(self._run, alone),
+            compute=_pool_of(size, alone, calls=1 if alone else _GPU_CALLS),
             num_cpus=actors.num_cpus,
             num_gpus=actors.num_gpus,
             max_task_retries=max(retries, int(alone)),
@@ -350,6 +362,12 @@ def _by_memory(scans: Sequence[Scan], per_cpu: int, most: int) -> Iterator[tuple
         yield (min(per_cpu * 2**doublings, most) if doublings else None), classes[doublings]
 
 
+def _cpus() -> float:
+    import ray
+
+    return float(ray.cluster_resources().get("CPU", 1))
+
+
 def _nodes() -> list[dict[str, float]]:
     """Return what the nodes have that can decode."""
     import ray
@@ -404,8 +422,16 @@ def _without_deprecations() -> Iterator[None]:
         yield
 
 
-def _cpu_pool(run: RunConfig, tasks: int, memory: int, alone: bool) -> Any:
-    """Return the pool of actors that decode for themselves: as asked, or one for each CPU.
+class _PoolSize(NamedTuple):
+    """Actors: at least, to begin with, at most."""
+
+    least: int
+    first: int
+    most: int
+
+
+def _cpu_pool(run: RunConfig, tasks: int, memory: int) -> _PoolSize:
+    """Return the size of the pool of actors that decode for themselves: as asked, or one for each CPU.
 
     It starts as large as there is room and work for, since nothing else needs the CPUs.
     """
@@ -416,11 +442,14 @@ def _cpu_pool(run: RunConfig, tasks: int, memory: int, alone: bool) -> Any:
     )
     most = max(actors.min, fit if actors.max is None else actors.max)
     first = max(actors.min, min(fit, most, tasks))
-    return _pool_of(actors.min, first, most, alone)
+    return _PoolSize(actors.min, first, most)
 
 
-def _gpu_pool(run: RunConfig, alone: bool) -> Any:
-    """Return the pool of actors that have GPUs: as asked, or what leaves every node a CPU to decode with."""
+def _gpu_pool(run: RunConfig) -> _PoolSize:
+    """Return the size of the pool of actors that have GPUs.
+
+    It is as asked, or what leaves every node a CPU to decode with.
+    """
     actors, decode = run.actors, run.decode.num_cpus
     fit = sum(
         int(min(node.get("GPU", 0) / actors.num_gpus, (node["CPU"] - decode) / max(actors.num_cpus, 1e-3)))
@@ -428,16 +457,16 @@ def _gpu_pool(run: RunConfig, alone: bool) -> Any:
         if node["CPU"] > decode
     )
     most = max(actors.min, fit if actors.max is None else actors.max)
-    return _pool_of(actors.min, actors.min, most, alone, calls=1 if alone else _GPU_CALLS)
+    return _PoolSize(actors.min, actors.min, most)
 
 
-def _pool_of(least: int, first: int, most: int, alone: bool, calls: int = 1) -> Any:
+def _pool_of(size: _PoolSize, alone: bool, calls: int = 1) -> Any:
     import ray
 
     return ray.data.ActorPoolStrategy(
-        min_size=least,
-        max_size=most,
-        initial_size=first,
+        min_size=size.least,
+        max_size=size.most,
+        initial_size=size.first,
         max_tasks_in_flight_per_actor=1 if alone else None,  # else others die with it
         max_concurrent_calls_per_actor=calls,
         enable_true_multi_threading=calls > 1,

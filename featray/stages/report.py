@@ -23,15 +23,16 @@ import pyarrow.compute as pc
 
 from featray.dataset import RUNS, Dataset
 from featray.errors import ExitCode
-from featray.machine import usable_cores
+from featray.machine import Workers, usable_cores
 from featray.planning import Plan
-from featray.schema import Receipt, UnitsSeen
+from featray.schema import STAGE_TIMES, Receipt, UnitsSeen
 from featray.stages.list import Listing
 
 PACKAGES = ("featray", "keras", "tensorflow", "ray", "numpy", "pyarrow", "deltalake", "nibabel", "pydicom")
 FEW_ROWS = 2
 """With a single row, a unit that is 0 says nothing."""
-STAGE_TIMES = ("read_s", "decode_s", "preprocess_s", "infer_s")
+BUSY = 0.9
+"""Share of their time from which on workers count as always at work."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,16 @@ class Run:
 
 @dataclass
 class Tally:
-    """What a run has committed so far; sums only, for there may be a million scans."""
+    """What a run has committed so far; sums only, for there may be a million scans.
+
+    `seconds` is how long that took, from when the plan was made; `workers` is what there was to do it with.
+    """
 
     scans: int = 0
     removed: int = 0
     bytes_read: int = 0
+    seconds: float = 0.0
+    workers: Workers | None = None
     units: dict[str, UnitsTally] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_TIMES, 0.0))
 
@@ -132,6 +138,7 @@ class Summary:
         ignored: Files that are no scans, by suffix.
         seconds: Wall time of the command so far.
         stage_seconds: Sums over this run's scans.
+        verdict: In plain language, what this run was bound by; empty when nothing was decoded.
         bytes_read: By this run.
         dead_units: Of each layer that has some, how many units were 0 for every scan of this run.
         interrupted: Whether it was asked to stop.
@@ -155,6 +162,7 @@ class Summary:
     ignored: dict[str, int]
     seconds: float
     stage_seconds: dict[str, float] = field(default_factory=dict)
+    verdict: str = ""
     bytes_read: int = 0
     dead_units: dict[str, int] = field(default_factory=dict)
     interrupted: bool = False
@@ -223,11 +231,49 @@ def _summarise(
         ignored=listing.ignored,
         seconds=time.time() - run.started,
         stage_seconds=done.stage_seconds,
+        verdict=verdict(done),
         bytes_read=done.bytes_read,
         dead_units={layer: units.dead for layer, units in done.units.items() if units.dead},
         interrupted=unfinished,
         exit_code=_exit_code(found, status, missing, unfinished, run.max_failed_fraction),
     )
+
+
+def verdict(done: Tally) -> str:
+    """Return in plain language what a run was bound by, from how much of its workers' time was work.
+
+    Start-up, such as that of actors, is part of the time: short runs are bound by it.
+    """
+    found = done.stage_seconds
+    preparing = found["read_s"] + found["decode_s"] + found["preprocess_s"]
+    if done.workers is None or not done.seconds or not preparing:
+        return ""
+    decoding, calling = preparing / done.seconds, found["infer_s"] / done.seconds
+    at_work = (
+        f"on average {decoding:.1f} of {done.workers.decode} decode workers and {calling:.1f} of "
+        f"{done.workers.model} calls of the model were at work, on {done.workers.cores:g} cores"
+    )
+    return f"{_bound(done.workers, decoding, calling, found['read_s'] / preparing)}; {at_work}"
+
+
+def _bound(workers: Workers, decoding: float, calling: float, reading: float) -> str:
+    """Return what workers were bound by.
+
+    Args:
+        workers: At most.
+        decoding: Of them that decoded, on average.
+        calling: That were in the model.
+        reading: Share of reading in decoding.
+    """
+    on_cores = decoding + (0.0 if workers.has_gpus else calling)
+    if on_cores >= BUSY * workers.cores and workers.decode + workers.model > workers.cores:
+        return f"bound by the cores: {100 * decoding / on_cores:.0f} % of their time went into decoding"
+    if calling >= BUSY * workers.model:
+        return "bound by the model: more actors, or faster devices, would help"
+    if decoding >= BUSY * workers.decode:
+        what = "reading from the store" if reading > 0.5 else "decoding"
+        return f"bound by {what}: more decode workers would help"
+    return "bound by neither decoding nor the model: the rest went into start-up, or waiting"
 
 
 def _counts(column: pa.ChunkedArray) -> Counter[str]:
@@ -292,6 +338,8 @@ def _lines(summary: Summary) -> list[str]:
     if summary.done:
         times = ", ".join(f"{name[:-2]} {seconds:.1f} s" for name, seconds in summary.stage_seconds.items())
         lines.append(f"stage times, summed over scans: {times}")
+    if summary.verdict:
+        lines.append(summary.verdict)
     for layer, dead in summary.dead_units.items():
         lines.append(
             f"warning: {dead} units of layer {layer} were 0 for every scan of this run (dead_units_possible: "

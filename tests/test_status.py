@@ -1,0 +1,64 @@
+"""`featray status`: what is there, and how far the run is that is at work on it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from featray.cli import main
+from featray.dataset import Dataset
+from featray.lease import FOLDER
+from featray.schema import Receipt, Scan, ScanRecord
+from featray.stages.commit import Committer
+from featray.status import status
+from featray.storage import Store
+
+PROGRESS = {"total": 500, "done": 120, "failed": 2, "bytes_read": 60_000_000, "seconds": 20.0}
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Dataset:
+    return Dataset(Store(str(tmp_path / "out")))
+
+
+def hold(dataset: Dataset, progress: dict[str, Any]) -> None:
+    holder = {"run_id": "run-1", "host": "node-7", "machine": "m", "pid": 12, "since": "2026-11-26T22:00:00"}
+    holder |= {"heartbeat": time.time() - 5, "progress": progress}
+    dataset.store.write(f"{FOLDER}/run-1.json", json.dumps(holder).encode())
+
+
+def commit(dataset: Dataset) -> None:
+    records = [ScanRecord.of(Scan(name, f"/{name}", "nifti", (), "c"), "r", "run-1") for name in "ab"]
+    Committer(dataset, ("layer",), run_id="run-1").commit([Receipt((), tuple(records))])
+
+
+def test_a_run_at_work_says_how_far_it_is(dataset: Dataset) -> None:
+    commit(dataset)
+    hold(dataset, PROGRESS)
+    running, counts, *_ = status(dataset).text().splitlines()
+    assert running.startswith("running: run-1 on host node-7 (pid 12) since 2026-11-26T22:00:00; 5 s ago: ")
+    assert running.endswith("120/500 scans, 2 failed, 6.00 scans/s, 3 MB/s, ETA 63 s")
+    assert counts == "scans: 2 ok, 0 failed, 0 excluded"
+
+
+def test_one_that_has_committed_nothing_yet_is_shown_too(
+    dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hold(dataset, {})
+    assert main(["status", dataset.store.root]) == 0
+    text = capsys.readouterr().out
+    assert "since 2026-11-26T22:00:00, preparing\nnothing is committed yet\n" in text
+    assert main(["status", dataset.store.root, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (answer["ok"], answer["running"]["run_id"]) == (0, "run-1")
+
+
+def test_where_nothing_runs_nothing_is_said_of_it(dataset: Dataset) -> None:
+    commit(dataset)
+    found = status(dataset)
+    assert found.running is None
+    assert "running" not in found.text()

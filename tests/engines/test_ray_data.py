@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import re
 import threading
-import time
-import urllib.request
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,37 +90,6 @@ def test_a_pool_grows_under_load_and_no_further_than_there_are_gpus(tmp_path: Pa
     )
     assert sum(len(receipt.records) for receipt in receipts) == 40
     assert len(list(tmp_path.glob("loaded-*"))) == 2
-
-
-def test_a_run_is_counted_for_prometheus(tmp_path: Path) -> None:
-    _records(_stages(tmp_path), ["poison1", "s1", "s2"], attempts=1)
-    (node,) = ray.nodes()
-    place = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    wanted = {
-        'ray_featray_scans_total{status="ok"}',
-        'ray_featray_scans_total{status="failed"}',
-        'ray_featray_failures_total{reason="worker_crash"}',
-        'ray_featray_stage_seconds_total{stage="infer"}',
-        "ray_featray_waiting_scans{}",
-        'ray_featray_workers{kind="model"}',
-    }
-    until, seen = time.monotonic() + 60, dict[str, float]()
-    while not wanted <= seen.keys() and time.monotonic() < until:
-        time.sleep(0.5)
-        with urllib.request.urlopen(place, timeout=10) as answer:
-            seen = _metrics(answer.read().decode())
-    assert wanted <= seen.keys()
-    assert seen["ray_featray_waiting_scans{}"] == 0
-    assert seen['ray_featray_workers{kind="model"}'] >= 1
-
-
-def _metrics(text: str) -> dict[str, float]:
-    """Return featray's metrics by name and tags, without those that Ray adds."""
-    found: dict[str, float] = {}
-    for name, tags, value in re.findall(r"^(ray_featray_\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-        own = ",".join(re.findall(r'(?:status|reason|stage|kind)="[^"]*"', tags))
-        found[f"{name}{{{own}}}"] = found.get(f"{name}{{{own}}}", 0.0) + float(value)
-    return found
 
 
 def _scan(name: str) -> Scan:

@@ -1,0 +1,72 @@
+"""What Prometheus sees of a run on Ray; that Ray serves it takes `ray[default]`, which the tests do without."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from featray.engines import ray_metrics
+from featray.engines.ray_metrics import Metrics
+from featray.machine import Workers
+from featray.schema import Receipt, ScanRecord
+
+seen: dict[tuple[str, ...], float] = defaultdict(float)
+
+
+class Metric:
+    """A counter or gauge that writes down what it is told, as strict about it as Ray's."""
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...] = ()) -> None:
+        assert description
+        self._name, self._keys = name, tag_keys
+
+    def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
+        assert value > 0
+        seen[self._key(tags)] += value
+
+    def set(self, value: float, tags: dict[str, str] | None = None) -> None:
+        seen[self._key(tags)] = value
+
+    def _key(self, tags: dict[str, str] | None) -> tuple[str, ...]:
+        assert set(self._keys) == set(tags or {})
+        return self._name, *(tags or {}).values()
+
+
+@pytest.fixture
+def metrics(monkeypatch: pytest.MonkeyPatch) -> Metrics:
+    monkeypatch.setattr(ray_metrics, "Counter", Metric)
+    monkeypatch.setattr(ray_metrics, "Gauge", Metric)
+    seen.clear()
+    return Metrics(10)
+
+
+def record(name: str, status: str = "ok", reason: str | None = None) -> ScanRecord:
+    found = ScanRecord(name, f"/{name}", "nifti", "c", "r", "run", status=status, reason=reason)  # type: ignore[arg-type]
+    found.read_s, found.infer_s, found.bytes_read = 0.5, 2.0, 100
+    return found
+
+
+def test_scans_failures_seconds_and_bytes_are_counted(metrics: Metrics) -> None:
+    assert seen == {("featray_waiting_scans",): 10}
+    metrics.add(Receipt((), (record("a"), record("b"))), None)
+    metrics.add(Receipt((), (record("c", "failed", "truncated"),)), Workers(decode=4, model=2, cores=4))
+    assert seen == {
+        ("featray_scans", "ok"): 2,
+        ("featray_scans", "failed"): 1,
+        ("featray_failures", "truncated"): 1,
+        ("featray_stage_seconds", "read"): 1.5,
+        ("featray_stage_seconds", "infer"): 6.0,
+        ("featray_read_bytes",): 300,
+        ("featray_waiting_scans",): 7,
+        ("featray_workers", "decode"): 4,
+        ("featray_workers", "model"): 2,
+    }
+
+
+def test_nothing_of_a_scan_but_counts_is_shown(metrics: Metrics) -> None:
+    found = record("patient-name", "failed", "unreadable")
+    found.message = "secret words"
+    metrics.add(Receipt((), (found,)), None)
+    assert "patient" not in str(seen)
+    assert "secret" not in str(seen)

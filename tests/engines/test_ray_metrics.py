@@ -1,4 +1,4 @@
-"""What Prometheus sees of a run on Ray; that Ray serves it takes `ray[default]`, which the tests do without."""
+"""What Prometheus sees of a run on Ray; for Ray to serve it takes `ray[default]`, which tests do without."""
 
 from __future__ import annotations
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
 from typing import TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
 
+SPARE = 1
+"""Results that `mapped` may hold because an earlier one takes longer."""
 _PATIENCE_S = 5.0
 
 
@@ -48,22 +50,33 @@ def ahead(items: Generator[T], count: int = 1) -> Generator[T]:
 def mapped(work: Callable[[T], U], items: Iterable[T], at_once: int) -> Generator[U]:
     """Yield `work(item)` of each item in order, up to `at_once` of them under way in threads.
 
-    An item is asked for when there is a thread for it. Closed early, it waits a few seconds at most for what
-    is under way.
+    An item is asked for when there is a thread for it; with those whose results are held, up to
+    `at_once + SPARE` items are in use. Closed early, it waits a few seconds at most for what is under way.
     """
     if at_once == 1:
         yield from map(work, items)
         return
-    under_way: deque[Future[U]] = deque()
+    begun: deque[Future[U]] = deque()
     try:
         for item in items:
-            under_way.append(_begun(work, item))
-            if len(under_way) == at_once:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+            begun.append(_begun(work, item))
+            while len(busy := _unfinished(begun)) == at_once or len(begun) == at_once + SPARE:
+                wait(busy if len(busy) == at_once else [begun[0]], return_when=FIRST_COMPLETED)
+                yield from _taken_while_done(begun)
+            yield from _taken_while_done(begun)
+        while begun:
+            yield begun.popleft().result()
     finally:
-        wait(under_way, _PATIENCE_S)
+        wait(begun, _PATIENCE_S)
+
+
+def _taken_while_done(futures: deque[Future[U]]) -> Iterator[U]:
+    while futures and futures[0].done():
+        yield futures.popleft().result()
+
+
+def _unfinished(futures: Iterable[Future[U]]) -> list[Future[U]]:
+    return [future for future in futures if not future.done()]
 
 
 def _begun(work: Callable[[T], U], item: T) -> Future[U]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from featray.config import LimitsConfig
 from featray.engines import Stages
-from featray.engines.ahead import ahead, mapped
+from featray.engines.ahead import SPARE, ahead, mapped
 from featray.engines.attempts import Attempts
 from featray.engines.helpers import Helpers, end_early
 from featray.engines.memory import decode_memory
@@ -68,7 +68,7 @@ class InlineEngine:
 
     @property
     def _kept(self) -> int:
-        return self.threads.calls + AHEAD
+        return self.threads.calls + SPARE + AHEAD
 
     def workers(self) -> Workers:
         """Return what this machine gives."""

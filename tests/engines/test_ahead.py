@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Generator
 
 import pytest
 
-from featray.engines.ahead import ahead, mapped
+from featray.engines.ahead import SPARE, ahead, mapped
 
 
 def numbers(count: int) -> Generator[int]:
@@ -99,3 +100,26 @@ def test_an_error_of_the_work_comes_where_its_result_would() -> None:
     assert next(found) == 2
     with pytest.raises(ZeroDivisionError):
         next(found)
+
+
+def test_while_one_takes_long_the_next_ones_are_worked_on_and_as_many_held_as_promised() -> None:
+    slow_may_end = threading.Event()
+    begun: list[int] = []
+
+    def work(number: int) -> int:
+        begun.append(number)
+        if number == 0:
+            assert slow_may_end.wait(10)
+        return number
+
+    found: list[int] = []
+    reader = threading.Thread(target=lambda: found.extend(mapped(work, numbers(6), 2)))
+    reader.start()
+    until = time.monotonic() + 10
+    while len(begun) < 2 + SPARE and time.monotonic() < until:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(begun) == [0, 1, 2]
+    slow_may_end.set()
+    reader.join(10)
+    assert found == [0, 1, 2, 3, 4, 5]

@@ -21,8 +21,10 @@ from featray.config import LimitsConfig, load
 from featray.dataset import Dataset
 from featray.engines import Stages
 from featray.engines.inline import InlineEngine
+from featray.machine import usable_cores
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
+from featray.stages.extract import Extractor
 from featray.stages.write import write
 from featray.storage import Store
 
@@ -91,17 +93,39 @@ def test_several_scans_that_kill_their_helper_cost_no_other(stages: Stages) -> N
     assert sum(record.status == "ok" for record in records.values()) == 13
 
 
-def test_each_scan_keeps_its_own_tensor_through_shared_memory(stages: Stages) -> None:
+def late_corner(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+    time.sleep(0.01)  # decoding is far ahead when the values are looked at
+    return corner(batch, draws)
+
+
+@pytest.mark.parametrize("batch_scans", [1, 3])  # one alone is seen by the model where decoding put it
+@pytest.mark.parametrize("model", [corner, late_corner])
+def test_each_scan_keeps_its_own_tensor_through_shared_memory(
+    stages: Stages, model: Extractor, batch_scans: int
+) -> None:
     seen: dict[str, float] = {}
     names = [f"s{n}" for n in range(40)]
     with InlineEngine(2, LimitsConfig()) as engine:
         tables = []
-        watched = Stages(stages.decode, corner, stages.load_extractor, tables.append, 3, 5)  # type: ignore[arg-type]
+        watched = replace(stages, extractor=model, write=tables.append, batch_scans=batch_scans)
         list(engine.receipts(scans(*names), watched, threading.Event()))
     for table in tables:
         for row in table["features"].to_pylist():
             seen[row[0]["scan_id"]] = row[0]["feature"][0]
     assert seen == {f"s{n}": float(n) for n in range(40)}
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="with one core the model is called once at a time")
+def test_the_model_is_called_twice_at_once(stages: Stages) -> None:
+    together = threading.Barrier(2, timeout=30)
+
+    def paired(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+        together.wait()
+        return corner(batch, draws)
+
+    paired_stages = replace(stages, extractor=paired)
+    records = run(paired_stages, [f"s{n}" for n in range(12)])  # four batches
+    assert {record.status for record in records.values()} == {"ok"}
 
 
 def test_what_was_begun_before_the_model_was_there_is_done_once_and_in_the_name_of_the_run(

@@ -76,7 +76,7 @@ def test_what_is_worked_on_at_once_comes_in_order(at_once: int) -> None:
     assert list(mapped(str, numbers(10), at_once)) == [str(number) for number in range(10)]
 
 
-def test_as_many_are_worked_on_at_once_as_asked_and_no_more_is_taken() -> None:
+def test_as_many_are_worked_on_at_once_as_asked_and_few_more_are_taken() -> None:
     together = threading.Barrier(2, timeout=10)
     taken: list[int] = []
 
@@ -91,7 +91,7 @@ def test_as_many_are_worked_on_at_once_as_asked_and_no_more_is_taken() -> None:
 
     found = mapped(work, items(), 2)
     assert next(found) == 0
-    assert taken == [0, 1]
+    assert len(taken) in (2, 2 + SPARE)  # another one if the second was done first
     assert list(found) == [1, 2, 3]
 
 

@@ -93,7 +93,7 @@ def test_plan_counts_and_estimates_and_changes_nothing(
     states = ("new", "changed", "stale", "failed", "removed", "up_to_date")
     assert {state: plan[state] for state in states} == {**dict.fromkeys(states, 0), "new": 12}
     assert plan["todo"] == 12
-    assert plan["estimate"]["sampled"] == 3
+    assert plan["estimate"]["sampled"] == 6
     assert plan["estimate"]["scans_per_s"] > 0
     assert plan["estimate"]["output_bytes"] == 4 * (4 + 4 + 16 + 8) * 12
     assert not (tmp_path / "out").exists()

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from featray.answers import RESUME, answer, columns, plain, stop_on_signal
-from featray.engines.helpers import start_early
 from featray.errors import ConfigError, ExitCode, Reason
 
 if TYPE_CHECKING:
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 
 def run_extract(args: argparse.Namespace) -> int:
     """Run `featray extract`."""
-    start_early()
+    _start_early()
     from featray.pipeline import extract
 
     with stop_on_signal() as stop:
@@ -34,7 +33,7 @@ def run_extract(args: argparse.Namespace) -> int:
 
 def run_refresh(args: argparse.Namespace) -> int:
     """Run `featray refresh`."""
-    start_early()
+    _start_early()
     from featray.pipeline import refresh
 
     if args.reason and not args.retry_failed:
@@ -45,6 +44,12 @@ def run_refresh(args: argparse.Namespace) -> int:
     answer(args, summary, summary.text())
     _say_how_it_ended(summary)
     return int(summary.exit_code)
+
+
+def _start_early() -> None:
+    from featray.engines.helpers import start_early
+
+    start_early()
 
 
 def _say_how_it_ended(summary: Summary) -> None:

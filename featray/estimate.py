@@ -5,10 +5,10 @@ Changes nothing: the sample's features are thrown away.
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import psutil
@@ -17,6 +17,7 @@ from featray.checks import check
 from featray.config import ConfigInput
 from featray.dataset import Dataset
 from featray.engines import Stages
+from featray.engines.ahead import mapped
 from featray.machine import ModelThreads, usable_cores
 from featray.model.runtime import gpu_names
 from featray.pipeline import Job, Wanted, choose_engine
@@ -255,11 +256,11 @@ def _decode_seconds(decoded: Sequence[tuple[Scan, Decoded]], scans: Sequence[Sca
 def _model_seconds(stages: Stages, decoded: Sequence[Decoded], calls: int) -> float:
     """Return the model's wall seconds per scan when it is called as often at once as the engine does."""
     batch = [decoded[number % len(decoded)] for number in range(stages.batch_scans)]
+    run_model = functools.partial(extract, stages.extractor)
     took = []
     for _ in range(_MODEL_ROUNDS):
         start = time.perf_counter()
-        with ThreadPoolExecutor(calls) as pool:
-            list(pool.map(lambda scans: extract(stages.extractor, scans), [batch] * calls))
+        list(mapped(run_model, [batch] * calls, calls))
         took.append((time.perf_counter() - start) / (calls * len(batch)))
     return statistics.median(took)
 

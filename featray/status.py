@@ -69,9 +69,9 @@ def status(dataset: Dataset) -> Status:
         ConfigError: There is no featray output here.
     """
     now = running(dataset.store)
-    if now is not None and dataset.find() is None:  # it has not committed anything yet
+    snapshot = dataset.snapshot() if now is None else dataset.find()
+    if snapshot is None:  # the run has not committed anything yet
         return Status(0, 0, 0, {}, {}, (), {}, 0, now)
-    snapshot = dataset.snapshot()
     rows = snapshot.ledger(("status", "reason", "recipe")).to_pylist()
     counts = Counter(row["status"] for row in rows)
     return Status(

@@ -8,13 +8,13 @@ included.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from featray.ct.inflate import GZIP_MAGIC
 from featray.ct.volume import Volume
 from featray.dataset import Dataset
 from featray.engines import Stages
+from featray.engines.ahead import mapped
 from featray.errors import FeatrayError
 from featray.model import Extractor
 from featray.pipeline import Job
@@ -39,7 +40,6 @@ MAX_INPUT_BYTES = 2**30
 """Of model inputs kept in memory for the model's turn."""
 MODEL_BATCHES = 4
 
-Model = Callable[[Any], Any]
 Seconds = tuple[float, float]
 """CPU, wall."""
 
@@ -84,8 +84,7 @@ def measure(
             break
     if not decoded:
         raise FeatrayError("none of the sampled scans can be decoded; see `featray doctor`")
-    with ThreadPoolExecutor(calls) as pool:
-        _measure_model(tally, _calls(job.extractor, pool, calls), stages.batch_scans, decoded, calls)
+    _measure_model(tally, job.extractor, stages.batch_scans, decoded, calls)
     if not model_only:
         _measure_write(tally, stages, decoded)
     layers = [{"name": one.name, "path": one.path, "pool": one.pool} for one in job.extractor.layers]
@@ -194,23 +193,24 @@ def _raw_bytes(result: ReadResult) -> int:
     return int(values.nbytes)
 
 
-def _calls(model: Extractor, pool: ThreadPoolExecutor, calls: int) -> Model:
-    """Return the model called so often at once on the same inputs."""
-    return model if calls == 1 else lambda inputs: list(pool.map(model, [inputs] * calls))
-
-
-def _measure_model(tally: _Tally, model: Model, size: int, decoded: Sequence[Decoded], calls: int) -> None:
+def _measure_model(
+    tally: _Tally, model: Extractor, size: int, decoded: Sequence[Decoded], calls: int
+) -> None:
     batches = [decoded[at : at + size] for at in range(0, len(decoded), size)]
     whole = [batch for batch in batches if len(batch) == size] or batches
     for batch in whole[:MODEL_BATCHES]:
         tensors = [one.tensor for one in batch]
         if len({tensor.shape[1:] for tensor in tensors}) > 1:  # scans at their own sizes share no batch
             tensors = tensors[:1]
-        _time_model(tally, model, np.concatenate(tensors), scans=len(tensors) * calls)
+        inputs = [np.concatenate(tensors)] * calls
+        run_model = functools.partial(_run_model, model, inputs)
+        tally.time("model", {"bare": run_model}, scans=len(tensors) * calls)
 
 
-def _time_model(tally: _Tally, model: Model, inputs: Any, scans: int) -> None:
-    tally.time("model", {"bare": lambda: model(inputs)}, scans=scans)
+def _run_model(model: Extractor, inputs: Sequence[Any]) -> None:
+    """Call the model on all of them at once, as the inline engine does."""
+    for _ in mapped(model, inputs, len(inputs)):
+        pass
 
 
 def _measure_write(tally: _Tally, stages: Stages, decoded: Sequence[Decoded]) -> None:

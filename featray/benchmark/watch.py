@@ -157,7 +157,7 @@ class _Looks:
             self.resident = resident
             self.peak = max(self.peak, _sum(self._share, tree))
         if with_store:
-            _sum(self._look_at_store, tree)
+            self._look_at_store()
 
     def _look_at(self, process: psutil.Process) -> int:
         """Note the CPU seconds of a process; return the bytes it holds, shared ones included."""
@@ -174,10 +174,10 @@ class _Looks:
         self.peak_of[process.pid] = max(self.peak_of.get(process.pid, 0), used)
         return used
 
-    def _look_at_store(self, process: psutil.Process) -> int:
-        if self.names.get(process.pid) == "raylet":
-            self.store = max(self.store, _store_bytes(process.pid))
-        return 0
+    def _look_at_store(self) -> None:
+        for pid in [pid for pid, name in self.names.items() if name == "raylet"]:
+            with contextlib.suppress(FileNotFoundError):  # it has ended
+                self.store = max(self.store, _store_bytes(pid))
 
 
 def _sum(of: Callable[[psutil.Process], int], tree: Sequence[psutil.Process]) -> int:

@@ -1,7 +1,7 @@
 """Engine `inline`: helper processes decode, this process holds the model and writes. No Ray.
 
 Each scan is decoded by one of a few helpers, so a decoder that crashes or hangs takes only its own scan
-with it. Tensors come back through shared memory. The model has a thread of its own, so that it need not wait
+with it. Tensors come back through shared memory. The model has threads of its own, so that it need not wait
 for what was found to be written and committed. With no helpers everything happens in this thread, for a
 debugger.
 """

@@ -251,7 +251,7 @@ class RayEngine:
         helpers = max(1, int(actors.num_cpus))
         # The claim is a plan; what bounds a scan is what the config says, or the machine.
         how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers, ahead=2 * batch)
-        size = _cpu_pool(self._run, listed.num_blocks(), helpers * (memory or 0))
+        size = _cpu_pool_size(self._run, listed.num_blocks(), helpers * (memory or 0))
         self._workers = Workers(size.first * helpers, size.first, _cpus())
         return listed.map_batches(
             DecodeAndExtractBatch,
@@ -267,7 +267,7 @@ class RayEngine:
         """Decode in tasks, extract in actors that have GPUs."""
         actors, retries = self._run.actors, self._limits.attempts - 1
         how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers=1, ahead=1)
-        size = _gpu_pool(self._run)
+        size = _gpu_pool_size(self._run)
         left = (_cpus() - size.most * actors.num_cpus) / self._run.decode.num_cpus
         self._workers = Workers(max(1, int(left)), size.most * _GPU_CALLS, _cpus(), has_gpus=True)
         decoded = listed.map_batches(
@@ -430,7 +430,7 @@ class _PoolSize(NamedTuple):
     most: int
 
 
-def _cpu_pool(run: RunConfig, tasks: int, memory: int) -> _PoolSize:
+def _cpu_pool_size(run: RunConfig, tasks: int, memory: int) -> _PoolSize:
     """Return the size of the pool of actors that decode for themselves: as asked, or one for each CPU.
 
     It starts as large as there is room and work for, since nothing else needs the CPUs.
@@ -445,7 +445,7 @@ def _cpu_pool(run: RunConfig, tasks: int, memory: int) -> _PoolSize:
     return _PoolSize(actors.min, first, most)
 
 
-def _gpu_pool(run: RunConfig) -> _PoolSize:
+def _gpu_pool_size(run: RunConfig) -> _PoolSize:
     """Return the size of the pool of actors that have GPUs.
 
     It is as asked, or what leaves every node a CPU to decode with.

@@ -105,7 +105,7 @@ class Lease:
         """Return the other live holders; dead ones' files are deleted on the way."""
         found = []
         for name, holder in _holders(self._store):
-            if name == self._name:
+            if holder["run_id"] == self._run_id:  # not the name: a heartbeat that is being put has another
                 continue
             if _is_alive(self._store, name, holder):
                 found.append(holder)

@@ -174,6 +174,15 @@ def test_the_heart_goes_on_beating_after_the_store_was_away(
         first.check()
 
 
+def test_a_holder_does_not_take_its_own_heartbeat_for_another_run(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.0)  # a file that is being put is seen under another name
+    with Lease(store, "first") as own:
+        for _ in range(300):
+            own.check()
+
+
 def test_a_run_of_this_process_that_could_not_give_its_lease_back_holds_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -192,7 +192,10 @@ def _duration(seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    unit, name = next(
+        ((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB")
+    )
+    return f"{count / unit:.1f} {name}"
 
 
 def spread(scans: Sequence[Scan]) -> list[Scan]:

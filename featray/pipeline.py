@@ -36,6 +36,7 @@ from featray.lease import Lease
 from featray.machine import TENSORFLOWS_CHOICE, ModelThreads
 from featray.maintenance import new_run_id
 from featray.model import Extractor
+from featray.outage import unless_source_is_gone
 from featray.planning import Plan, make_plan
 from featray.progress import Progress
 from featray.recipe import recipe, recipe_id
@@ -201,7 +202,8 @@ def _receipts(
     if settled:
         yield Receipt((), tuple(ScanRecord.of(scan, job.run.recipe_id, job.run.run_id) for scan in settled))
     if readable:
-        yield from engine.receipts(readable, job.stages(dataset, len(readable)), stop)
+        receipts = engine.receipts(readable, job.stages(dataset, len(readable)), stop)
+        yield from unless_source_is_gone(receipts, readable, Decoder.of(job.config).reader)
 
 
 def _committed(receipts: Iterator[Receipt], commit: Callable[[Sequence[Receipt]], None]) -> Iterator[Receipt]:

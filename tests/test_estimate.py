@@ -1,7 +1,7 @@
-"""`featray plan` against the run that follows: the estimate holds whichever of decoding and the model decides.
+"""`featray plan` against the run that follows: it is near, whichever of decoding and the model decides.
 
-How close it comes on a quiet machine is measured and in the README. Here a factor is allowed that a busy machine,
-and the start of the run, do not use up, and that an estimate without the deciding stage would miss by far.
+How close it comes on a quiet machine is measured and in the README. Here a factor is allowed that a busy
+machine, and the start of the run, do not use up, and that an estimate without the deciding stage would miss.
 """
 
 from __future__ import annotations

@@ -83,6 +83,17 @@ class Reader:
         total = sum(len(data) for _, data in files)
         return ReadResult(content, mask, total, fetched - start, done - fetched)
 
+    def is_there(self, scan: Scan) -> bool:
+        """Return whether the store still has the scan's first file, and lets it be looked at."""
+        fs = self._fs(scan)
+        fs.invalidate_cache()
+        path = scan.archive or scan.files[0]
+        try:
+            _asked(path, lambda: fs.info(path))
+        except ScanError:
+            return False
+        return True
+
     def _decode(self, kind: str, files: Files) -> Volume | Samples:
         first = files[0][1]
         if kind == "npy":
@@ -114,9 +125,13 @@ class Reader:
         except ScanError as error:
             raise ScanError(error.reason, f"the mask: {error}") from None
 
-    def _files(self, scan: Scan) -> Files:
+    def _fs(self, scan: Scan) -> fsspec.AbstractFileSystem:
         # A manifest may name scans on another file system than its own.
         fs, _ = open_url(scan.uri if "://" in scan.uri else self.source.uri, self.source.storage_options)
+        return fs
+
+    def _files(self, scan: Scan) -> Files:
+        fs = self._fs(scan)
         if scan.archive:
             return _asked(scan.archive, lambda: self._archived(fs, scan))
         files = _fetch_all(fs, scan.files)

@@ -27,7 +27,7 @@ from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.storage import Store
 
-DECODE_S, WRITE_S, COMMIT_S = 0.06, 0.05, 0.15
+DECODE_S, WRITE_S, COMMIT_S = 0.15, 0.05, 0.15
 SCANS_PER_FILE = 3
 
 

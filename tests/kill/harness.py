@@ -147,19 +147,21 @@ def _kill(
     if round_.when != "any time":
         return True
     rng = random.Random(round_.id)
-    wait_until(lambda: has_begun() or process.poll() is not None, "the first commit")
-    time.sleep(rng.random() * WITHIN_S)
-    if round_.victim in ("driver", "group"):
-        met = process.poll() is None
-        if met:
-            os.killpg(process.pid, 9) if round_.victim == "group" else process.kill()
-        return met
     found: list[psutil.Process] = []
 
     def look() -> bool:
         found[:] = _victims(process.pid, round_, head)
         return bool(found) or process.poll() is not None
 
+    # Ray's decoders may be done, and gone, when the first commit comes.
+    first = look if (round_.engine, round_.victim) == ("ray", "decoder") else has_begun
+    wait_until(lambda: first() or process.poll() is not None, "the first commit")
+    time.sleep(rng.random() * WITHIN_S)
+    if round_.victim in ("driver", "group"):
+        met = process.poll() is None
+        if met:
+            os.killpg(process.pid, 9) if round_.victim == "group" else process.kill()
+        return met
     wait_until(look, f"a {round_.victim}")
     met = process.poll() is None
     if met:

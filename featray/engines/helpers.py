@@ -95,6 +95,10 @@ class Helpers:
         found, self._outcomes = self._outcomes, []
         return found
 
+    def are_up(self) -> bool:
+        """Return whether all hold their work, as far as is known from the last `wait`."""
+        return not any(helper.starting for helper in self._helpers)
+
     def close(self) -> None:
         """End all helpers at once."""
         for helper in self._helpers:

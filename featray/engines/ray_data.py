@@ -180,6 +180,8 @@ class RayEngine:
         # Ray alone would try a task for ever that it kills for lack of memory.
         os.environ.setdefault("RAY_task_oom_retries", str(self._limits.attempts - 1))
         os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # ours are handled; these are of Ray's own
+        # A local Ray starts workers at once; they import meanwhile what they will need.
+        os.environ.setdefault("RAY_preload_python_modules", "ray.data")
         import ray
 
         address = self._run.address or os.environ.get("RAY_ADDRESS")
@@ -193,6 +195,8 @@ class RayEngine:
                     **({} if address else _local()),
                 )
             self._started = True
+        import ray.data  # here, and not where the run waits for it
+
         _compare_claims(self._run, ray.cluster_resources(), grows=bool(address))
 
     def _claimed_windows(self, scans: Sequence[Scan]) -> Iterator[tuple[int | None, Sequence[Scan]]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +28,8 @@ from featray.stages.decode import Decoder
 from featray.stages.extract import Extractor, extract
 
 _NEVER = threading.Event()
+_HELPERS_FIRST_S = 5.0
+"""How long an actor's model waits for its helpers to come up."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Decoders:
     def batches(self, scans: Sequence[Scan], batch: int) -> Iterator[list[Decoded]]:
         """Yield lists of `batch` decoded scans; a list is valid until the next one is asked for."""
         return self._attempts.batches(scans, batch, _NEVER)
+
+    def are_up(self) -> bool:
+        """Return whether the helpers can decode, as far as is known from the last batch."""
+        return self._helpers.are_up()
 
     def close(self) -> None:
         """End the helpers at once."""
@@ -138,7 +145,14 @@ class DecodeAndExtractBatch:
         self._how, self._batch_scans = how, batch_scans
         self._decoders = Decoders(how)
         # In a thread, so that the first scans are decoded while TensorFlow is imported.
-        self._extractor: Future[Extractor] = ThreadPoolExecutor(1).submit(load_extractor)
+        self._extractor: Future[Extractor] = ThreadPoolExecutor(1).submit(self._loaded, load_extractor)
+
+    def _loaded(self, load_extractor: Callable[[], Extractor]) -> Extractor:
+        """Load the model once decoding has begun: both import for seconds, and this one can wait."""
+        until = time.monotonic() + _HELPERS_FIRST_S
+        while not self._decoders.are_up() and time.monotonic() < until:
+            time.sleep(0.02)
+        return load_extractor()
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """Return one row for each."""

@@ -38,7 +38,7 @@ SPACING_ZYX = Annotated[tuple[float, float, float], Field(min_length=3, max_leng
 class _Section(BaseModel):
     """Frozen and strict about names: an unknown key is an error, never ignored."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SourceConfig(_Section):

@@ -1,7 +1,7 @@
 """Read back inside Ray: an output and a layer in, a Ray Dataset over exactly one version's files out.
 
 The driver reads the log and chosen columns of `scans`; values are read by tasks, one file at a time.
-The only file that imports Ray beside `engines/ray_data.py`.
+The only file that imports Ray beside the engine's.
 """
 
 from __future__ import annotations

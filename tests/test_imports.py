@@ -34,6 +34,7 @@ def importers(package: str) -> set[str]:
 
 def test_ray_is_imported_by_the_engine_and_by_reading_back_with_it() -> None:
     assert importers("ray") == {
+        "engines/ray_cluster.py",
         "engines/ray_data.py",
         "engines/ray_metrics.py",
         "engines/ray_stages.py",

@@ -2,7 +2,8 @@
 
 An actor without a GPU decodes for itself: scans pass through one process and its helpers, as with engine
 `inline`, and Ray moves names in and features out. Beside GPUs decoding is tasks of its own, on any CPU of the
-cluster, so that as many as it takes keep a GPU busy. What runs in the workers is `engines.ray_stages`.
+cluster, so that as many as it takes keep a GPU busy. What runs in the workers is `engines.ray_stages`, how
+many of them there are `engines.ray_sizes`, and where, `engines.ray_cluster`.
 
 Decoding is done in helper processes (`engines.attempts`), so a scan that crashes or hangs
 there is settled inside its task and Ray sees nothing of it. What may still die is a worker as a whole: of
@@ -16,20 +17,17 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
-import os
 import queue
-import re
-import socket
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 from featray.config import LimitsConfig, RunConfig
-from featray.engines import Stages
+from featray.engines import Stages, ray_cluster
 from featray.engines.helpers import end_early
+from featray.engines.ray_sizes import PoolSize, cpu_pool_size, gpu_pool_size, memory_claims, task_count
 from featray.engines.ray_stages import (
     DecodeAndExtractBatch,
     DecodeBatch,
@@ -37,9 +35,8 @@ from featray.engines.ray_stages import (
     ExtractBatch,
     WriteBatch,
 )
-from featray.errors import ConfigError, FeatrayError, Reason
-from featray.machine import ModelThreads, Workers, usable_cores
-from featray.quiet import hold_back
+from featray.errors import FeatrayError, Reason
+from featray.machine import ModelThreads, Workers
 from featray.schema import Receipt, Scan
 from featray.stages.decode import Decoder
 
@@ -47,24 +44,12 @@ log = logging.getLogger(__name__)
 
 WRITE_CPUS = 0.001
 """What a writer claims: it is rare and short, and must never wait behind decoding."""
-_CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
 _LOOK_S = 0.2
-_KNOCK_S = 10.0
 _WINDOW = 20_000
 """Scans given to Ray at once: it holds all of them in the driver, some 5 kB each; but between two windows the
 actors start anew, which costs as much as some hundred tiny scans."""
-_BLOCK_BYTES = 256 * 2**20
-_BLOCK_SCANS = 512
-"""Scans share a task, for a task costs some 30 ms: up to so many bytes of files and so many scans."""
-_TASKS_PER_CPU = 8
-"""Tasks that the scans make at least, for each CPU, as long as each fills a batch: else some CPUs would be
-idle in the end."""
 _GPU_CALLS = 2
 """Batches that an actor with a GPU has at once: one is put together and sent there while one is computed."""
-_INFLATED = 5
-"""Bytes that decoding takes for each one of a file: compressed, inflated, and what is made of it."""
-_BASE_BYTES = 2**28
-"""What a helper takes before it has read anything."""
 _PASSES = ((True, False), (False, False), (False, True))
 """Strict, alone: see the module."""
 _SUSPECTS = 20
@@ -166,49 +151,15 @@ class RayEngine:
         yield _given_up(list(left.values()), stages, self._limits.attempts)
 
     def connect(self) -> None:
-        """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one.
-
-        Raises:
-            ConfigError: Nothing answers at the address, or a local Ray has not what a stage claims.
-        """
+        """Join the cluster, or start one, unless that has been done; raises as `ray_cluster.connect`."""
         self._connect() if self._connecting is None else self._connecting.result()
 
     def _connect(self) -> None:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
-        # A thread of Ray Data that outlives a stopped run would else start a cluster of its own.
-        os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-        # Ray alone would try a task for ever that it kills for lack of memory.
-        os.environ.setdefault("RAY_task_oom_retries", str(self._limits.attempts - 1))
-        os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # ours are handled; these are of Ray's own
-        # A local Ray starts workers at once; they import meanwhile what they will need.
-        os.environ.setdefault("RAY_preload_python_modules", "ray.data")
-        import ray
-
-        address = self._run.address or os.environ.get("RAY_ADDRESS")
-        _refuse_unreachable(address)
-        if not ray.is_initialized():
-            with hold_back(_CHATTER):
-                ray.init(
-                    address=address or "local",  # none: whatever else runs on this machine, not that
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    **({} if address else _local()),
-                )
-            self._started = True
-        import ray.data  # here, and not where the run waits for it
-
-        _compare_claims(self._run, ray.cluster_resources(), grows=bool(address))
+        self._started = ray_cluster.connect(self._run, self._limits)
 
     def _claimed_windows(self, scans: Sequence[Scan]) -> Iterator[tuple[int | None, Sequence[Scan]]]:
         """Yield the memory to claim for each worker that decodes, and scans to do with that claim."""
-        asked, nodes = self._run.decode.memory, _nodes()
-        if asked is not None or not nodes:  # no nodes: a cluster that is still to grow
-            groups = iter([(asked, scans)])
-        else:
-            per_cpu = min(int(node["memory"] / node["CPU"]) for node in nodes)
-            most = int(max(node["memory"] for node in nodes) / max(1, int(self._run.actors.num_cpus)))
-            groups = _by_memory(scans, per_cpu, most)
-        for claim, some in groups:
+        for claim, some in memory_claims(scans, self._run, ray_cluster.nodes()):
             for first in range(0, len(some), _WINDOW):
                 yield claim, some[first : first + _WINDOW]
 
@@ -236,7 +187,8 @@ class RayEngine:
         batch = 1 if alone else stages.batch_scans
         rows = [{"scan": scan.to_json()} for scan in scans]
         with _without_deprecations():
-            listed = ray.data.from_items(rows, override_num_blocks=_tasks(scans, _cpus(), batch, alone))
+            tasks = task_count(scans, ray_cluster.cpus(), batch, alone)
+            listed = ray.data.from_items(rows, override_num_blocks=tasks)
             extract = self._apart if self._run.actors.num_gpus else self._together
             return extract(listed, stages, memory, batch, alone).map_batches(
                 WriteBatch,
@@ -244,7 +196,7 @@ class RayEngine:
                 batch_size=1 if alone else stages.scans_per_file,
                 batch_format="pyarrow",
                 # Actors, for Ray ends idle processes of tasks, and a new one imports for seconds.
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(_nodes()))),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(ray_cluster.nodes()))),
                 num_cpus=WRITE_CPUS,
                 max_task_retries=self._limits.attempts - 1,
             )
@@ -255,8 +207,8 @@ class RayEngine:
         helpers = max(1, int(actors.num_cpus))
         # The claim is a plan; what bounds a scan is what the config says, or the machine.
         how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers, ahead=2 * batch)
-        size = _cpu_pool_size(self._run, listed.num_blocks(), helpers * (memory or 0))
-        self._workers = Workers(size.first * helpers, size.first, _cpus())
+        size = cpu_pool_size(self._run, ray_cluster.nodes(), listed.num_blocks(), helpers * (memory or 0))
+        self._workers = Workers(size.first * helpers, size.first, ray_cluster.cpus())
         return listed.map_batches(
             DecodeAndExtractBatch,
             fn_constructor_args=[stages.load_extractor, how, batch],
@@ -271,9 +223,9 @@ class RayEngine:
         """Decode in tasks, extract in actors that have GPUs."""
         actors, retries = self._run.actors, self._limits.attempts - 1
         how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers=1, ahead=1)
-        size = _gpu_pool_size(self._run)
-        left = (_cpus() - size.most * actors.num_cpus) / self._run.decode.num_cpus
-        self._workers = Workers(max(1, int(left)), size.most * _GPU_CALLS, _cpus(), has_gpus=True)
+        size = gpu_pool_size(self._run, ray_cluster.nodes())
+        left = (ray_cluster.cpus() - size.most * actors.num_cpus) / self._run.decode.num_cpus
+        self._workers = Workers(max(1, int(left)), size.most * _GPU_CALLS, ray_cluster.cpus(), has_gpus=True)
         decoded = listed.map_batches(
             DecodeBatch(how),
             batch_size=None,
@@ -338,48 +290,6 @@ def _broken(scans: int) -> FeatrayError:
     )
 
 
-def _tasks(scans: Sequence[Scan], cpus: float, batch: int, alone: bool) -> int:
-    """Return how many tasks the scans make; each fills a batch of the model where it can."""
-    if alone:
-        return len(scans)
-    by_size = math.ceil(sum(scan.size for scan in scans) / _BLOCK_BYTES)
-    by_count = math.ceil(len(scans) / _BLOCK_SCANS)
-    wanted = max(by_size, by_count, int(_TASKS_PER_CPU * cpus))
-    return min(wanted, math.ceil(len(scans) / batch))
-
-
-def _by_memory(scans: Sequence[Scan], per_cpu: int, most: int) -> Iterator[tuple[int | None, Sequence[Scan]]]:
-    """Yield scans of which one fits beside each CPU, without a claim; then larger ones, each with its like.
-
-    A claim keeps Ray from decoding more of them at once than there is memory for.
-
-    Args:
-        scans: As listed.
-        per_cpu: Bytes there are for each CPU.
-        most: Bytes that can be claimed at all.
-    """
-    classes: dict[int, list[Scan]] = {}
-    for scan in scans:
-        need = _BASE_BYTES + _INFLATED * scan.size
-        classes.setdefault(max(0, math.ceil(math.log2(need / per_cpu))), []).append(scan)
-    for doublings in sorted(classes):
-        yield (min(per_cpu * 2**doublings, most) if doublings else None), classes[doublings]
-
-
-def _cpus() -> float:
-    import ray
-
-    return float(ray.cluster_resources().get("CPU", 1))
-
-
-def _nodes() -> list[dict[str, float]]:
-    """Return what the nodes have that can decode."""
-    import ray
-
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [node for node in found if node.get("CPU") and node.get("memory")]
-
-
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
     """Raise what one of our stages has raised on purpose, without Ray's wrapping."""
@@ -426,45 +336,7 @@ def _without_deprecations() -> Iterator[None]:
         yield
 
 
-class _PoolSize(NamedTuple):
-    """Actors: at least, to begin with, at most."""
-
-    least: int
-    first: int
-    most: int
-
-
-def _cpu_pool_size(run: RunConfig, tasks: int, memory: int) -> _PoolSize:
-    """Return the size of the pool of actors that decode for themselves: as asked, or one for each CPU.
-
-    It starts as large as there is room and work for, since nothing else needs the CPUs.
-    """
-    actors = run.actors
-    fit = sum(
-        int(min(node["CPU"] / max(actors.num_cpus, 0.1), node["memory"] / max(memory, 1)))
-        for node in _nodes()
-    )
-    most = max(actors.min, fit if actors.max is None else actors.max)
-    first = max(actors.min, min(fit, most, tasks))
-    return _PoolSize(actors.min, first, most)
-
-
-def _gpu_pool_size(run: RunConfig) -> _PoolSize:
-    """Return the size of the pool of actors that have GPUs.
-
-    It is as asked, or what leaves every node a CPU to decode with.
-    """
-    actors, decode = run.actors, run.decode.num_cpus
-    fit = sum(
-        int(min(node.get("GPU", 0) / actors.num_gpus, (node["CPU"] - decode) / max(actors.num_cpus, 1e-3)))
-        for node in _nodes()
-        if node["CPU"] > decode
-    )
-    most = max(actors.min, fit if actors.max is None else actors.max)
-    return _PoolSize(actors.min, actors.min, most)
-
-
-def _pool_of(size: _PoolSize, alone: bool, calls: int = 1) -> Any:
+def _pool_of(size: PoolSize, alone: bool, calls: int = 1) -> Any:
     import ray
 
     return ray.data.ActorPoolStrategy(
@@ -493,42 +365,3 @@ def _configure(strict: bool) -> None:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     # Of no use to anybody when the one scan left is the one that kills its worker.
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")
-
-
-def _refuse_unreachable(address: str | None) -> None:
-    """Knock at HOST:PORT first: Ray itself would try for minutes."""
-    found = re.fullmatch(r"(?:ray://)?\[?([^\s\]]+)\]?:(\d+)", address or "")
-    if not found:
-        return
-    try:
-        socket.create_connection((found[1], int(found[2])), timeout=_KNOCK_S).close()
-    except OSError as error:
-        problem = f"run.address: nothing answers at {address} ({type(error).__name__})"
-        raise ConfigError(f"{problem}; is the cluster up, and the port that of its head?") from None
-
-
-def _local() -> dict[str, Any]:
-    """Return how to start a Ray on this machine: an actor and a decode task share a lone core."""
-    return {"include_dashboard": False, **({"num_cpus": 2} if usable_cores() < 2 else {})}
-
-
-def _compare_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:
-    """Refuse claims a local Ray can never meet: Ray would wait for ever. A cluster may still grow."""
-    pool = run.actors.min * run.actors.num_cpus
-    beside = run.decode.num_cpus if run.actors.num_gpus else 0
-    claims = {
-        "run.actors.num_cpus": (run.actors.num_cpus, "CPU"),
-        "run.actors.num_gpus": (run.actors.num_gpus, "GPU"),
-        "run.decode.num_cpus": (beside, "CPU"),
-        "run.decode.memory": (run.decode.memory or 0, "memory"),
-        "run.actors (min times num_cpus) beside run.decode": (pool + beside, "CPU"),
-    }
-    problems = [
-        f"{key}: {claim:g} is claimed, Ray has {resources.get(kind, 0):g} {kind}"
-        for key, (claim, kind) in claims.items()
-        if claim > resources.get(kind, 0)
-    ]
-    if problems and not grows:
-        raise ConfigError(problems)
-    for problem in problems:
-        log.warning("%s now; waiting for the cluster to grow", problem)

@@ -192,9 +192,7 @@ def _duration(seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    unit, name = next(
-        ((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if count >= unit), (1e3, "kB")
-    )
+    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB") if count >= 1e6 else (1e3, "kB")
     return f"{count / unit:.1f} {name}"
 
 

@@ -1,7 +1,7 @@
 """`featray plan` against the run that follows: it is near, whichever of decoding and the model decides.
 
 How close it comes on a quiet machine is measured and in the README. Here a factor is allowed that a busy
-machine, and the start of the run, do not use up, and that an estimate without the deciding stage would miss.
+machine, and the start of the run, do not use up.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import pytest
 import featray
 from featray.ct.phantom import make_collection
 
-FACTOR = 3.0
+FACTOR = 5.0
+"""Without the deciding stage an estimate would be wrong by ten and more."""
 FEW, MANY = 2, 60
 
 
@@ -39,7 +40,7 @@ def run_seconds(config: dict[str, Any]) -> float:
     ("shape_zyx", "input_zyx", "decides"),
     [
         pytest.param((96, 256, 256), (8, 32, 32), "decode_s", id="decoding_decides"),
-        pytest.param((8, 32, 32), (32, 160, 160), "infer_s", id="the_model_decides"),
+        pytest.param((8, 32, 32), (32, 192, 192), "infer_s", id="the_model_decides"),
     ],
 )
 def test_an_estimate_is_near_the_run_that_follows(

@@ -127,4 +127,5 @@ def _bullets(where: str, problems: list[str]) -> str:
     if not where and len(problems) == 1:
         return problems[0]
     plural = "problem" if len(problems) == 1 else "problems"
-    return f"{where}: {len(problems)} {plural}" + "".join(f"\n  - {line}" for line in problems)
+    prefix = f"{where}: " if where else ""
+    return f"{prefix}{len(problems)} {plural}" + "".join(f"\n  - {line}" for line in problems)

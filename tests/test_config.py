@@ -153,3 +153,8 @@ def test_every_key_has_a_docstring() -> None:
                 undocumented.append(f"{section.name}.{ast.unparse(key.target)}")
     assert seen == sections
     assert undocumented == []
+
+
+def test_problems_that_are_in_no_file_are_counted_without_one() -> None:
+    assert str(ConfigError(["one", "two"])) == "2 problems\n  - one\n  - two"
+    assert str(ConfigError(["one", "two"], "c.yaml")).startswith("c.yaml: 2 problems\n")

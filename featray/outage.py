@@ -28,6 +28,7 @@ def unless_source_is_gone(
     Raises:
         StorageError: It cannot be found. All receipts were yielded before; `storage` scans are tried again.
     """
+    by_id: dict[str, Scan] = {}
     fetched, in_a_row = "", 0
     for receipt in receipts:
         for record in receipt.records:
@@ -38,7 +39,8 @@ def unless_source_is_gone(
         yield receipt
         if in_a_row < IN_A_ROW or not fetched:
             continue
-        if not reader.is_there(next(scan for scan in scans if scan.scan_id == fetched)):
+        by_id = by_id or {scan.scan_id: scan for scan in scans}  # once, and only where it is needed
+        if not reader.is_there(by_id[fetched]):
             raise StorageError(
                 f"the source is gone: the last {in_a_row} scans could not be fetched, and one that was "
                 "fetched before cannot be found either. What was committed is kept; when the source is back, "

@@ -155,7 +155,7 @@ def _kill(
 
     # Ray's decoders may be done, and gone, when the first commit comes.
     first = look if (round_.engine, round_.victim) == ("ray", "decoder") else has_begun
-    wait_until(lambda: first() or process.poll() is not None, "the first commit")
+    wait_until(lambda: first() or process.poll() is not None, "the run to be at work")
     time.sleep(rng.random() * WITHIN_S)
     if round_.victim in ("driver", "group"):
         met = process.poll() is None

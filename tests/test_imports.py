@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +75,19 @@ def test_stages_import_each_other_only_where_decode_joins_two_and_the_report_nam
 def test_importing_featray_imports_neither_tensorflow_nor_ray(module: str) -> None:
     code = f"import sys, {module}; assert not {{'tensorflow', 'keras', 'ray'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_driver_imports_no_reader_and_no_pandas_before_scans_are_begun(config_of: Any) -> None:
+    code = (
+        "import sys\n"
+        "from featray import pipeline\n"
+        "def prepare(*_):\n"
+        "    sys.exit(str({'nibabel', 'pydicom', 'nrrd', 'pandas', 'tensorflow'} & set(sys.modules)))\n"
+        "pipeline.Job.prepare = prepare\n"
+        f"pipeline.extract({config_of()!r}, ['run.decode.workers=1'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
 
 
 def test_every_public_name_can_be_had() -> None:

@@ -6,7 +6,9 @@ the stages write down their times. What it does besides is what `featray extract
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
+import gc
 import json
 import logging
 import sys
@@ -30,6 +32,7 @@ from featray.stages.list import Listing
 
 def main() -> int:
     """Run and print; the exit code is the one of `featray extract`."""
+    atexit.register(gc.freeze)  # as the command line does
     logging.basicConfig(level=logging.ERROR, format="featray: %(message)s", stream=sys.stderr)
     asked = json.load(sys.stdin)
     _take_listed([Scan.from_json(text) for text in asked["scans"]])

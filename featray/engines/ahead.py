@@ -56,18 +56,18 @@ def mapped(work: Callable[[T], U], items: Iterable[T], at_once: int) -> Generato
     if at_once == 1:
         yield from map(work, items)
         return
-    begun: deque[Future[U]] = deque()
+    running: deque[Future[U]] = deque()
     try:
         for item in items:
-            begun.append(_begun(work, item))
-            while len(busy := _unfinished(begun)) == at_once or len(begun) == at_once + SPARE:
-                wait(busy if len(busy) == at_once else [begun[0]], return_when=FIRST_COMPLETED)
-                yield from _taken_while_done(begun)
-            yield from _taken_while_done(begun)
-        while begun:
-            yield begun.popleft().result()
+            running.append(begun(work, item))
+            while len(busy := _unfinished(running)) == at_once or len(running) == at_once + SPARE:
+                wait(busy if len(busy) == at_once else [running[0]], return_when=FIRST_COMPLETED)
+                yield from _taken_while_done(running)
+            yield from _taken_while_done(running)
+        while running:
+            yield running.popleft().result()
     finally:
-        wait(begun, _PATIENCE_S)
+        wait(running, _PATIENCE_S)
 
 
 def _taken_while_done(futures: deque[Future[U]]) -> Iterator[U]:
@@ -79,8 +79,8 @@ def _unfinished(futures: Iterable[Future[U]]) -> list[Future[U]]:
     return [future for future in futures if not future.done()]
 
 
-def _begun(work: Callable[[T], U], item: T) -> Future[U]:
-    """Return the result to be; the thread is no reason for this process to live on."""
+def begun(work: Callable[[T], U], item: T) -> Future[U]:
+    """Return what `work(item)` will be; its thread is no reason for this process to live on."""
     future: Future[U] = Future()
 
     def run() -> None:

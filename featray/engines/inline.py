@@ -40,13 +40,21 @@ class InlineEngine:
         workers: Helpers; None for one per core, 0 for none at all.
         limits: As configured.
         memory: Bytes decoding one scan may take in a helper; None for most of what the machine has.
+        threads: Of the model; None for what makes the most of this machine.
     """
 
     name = "inline"
 
-    def __init__(self, workers: int | None, limits: LimitsConfig, memory: int | None = None) -> None:
+    def __init__(
+        self,
+        workers: int | None,
+        limits: LimitsConfig,
+        memory: int | None = None,
+        threads: ModelThreads | None = None,
+    ) -> None:
         self._workers = usable_cores() if workers is None else workers
-        self.threads = ModelThreads.of_whole_machine() if self._workers else TENSORFLOWS_CHOICE
+        all_cores = ModelThreads.of_whole_machine() if self._workers else TENSORFLOWS_CHOICE
+        self.threads = threads or all_cores
         self._limits, self._memory = limits, memory
         self._helpers: Helpers | None = None
         self._attempts: Attempts | None = None

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,13 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
             ray.shutdown()
         raise
     return starts
+
+
+def is_to_start(run: RunConfig) -> bool:
+    """Return whether `connect` would start a local Ray: none is named, and this process is in none."""
+    ray = sys.modules.get("ray")
+    joined = ray is not None and ray.is_initialized()
+    return not (run.address or os.environ.get("RAY_ADDRESS") or joined)
 
 
 def cpus() -> float:

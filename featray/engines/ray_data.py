@@ -27,6 +27,7 @@ from typing import Any
 from featray.config import LimitsConfig, RunConfig
 from featray.engines import Stages, ray_cluster
 from featray.engines.helpers import end_early
+from featray.engines.meanwhile import Meanwhile
 from featray.engines.ray_sizes import PoolSize, cpu_pool_size, gpu_pool_size, memory_claims, task_count
 from featray.engines.ray_stages import (
     DecodeAndExtractBatch,
@@ -48,6 +49,8 @@ _LOOK_S = 0.2
 _WINDOW = 20_000
 """Scans given to Ray at once: it holds all of them in the driver, some 5 kB each; but between two windows the
 actors start anew, which costs as much as some hundred tiny scans."""
+_MEANWHILE_S = 2.0
+"""How long the pool waits for the scans that are seen to in this process: these use the cores as well."""
 _GPU_CALLS = 2
 """Batches that an actor with a GPU has at once: one is put together and sent there while one is computed."""
 _PASSES = ((True, False), (False, False), (False, True))
@@ -73,16 +76,18 @@ class RayEngine:
         self._started = False
         self._workers: Workers | None = None
         self._connecting: Future[None] | None = None
+        self._meanwhile = Meanwhile(limits, run.decode.memory, self.threads)
         # It lives as long as the cluster: Ray's processes end with the thread that has started them.
         self._thread = ThreadPoolExecutor(1, "featray-connect")
 
     def __enter__(self) -> RayEngine:
         """Connect to nothing yet: a run that finds nothing to do needs no cluster."""
-        end_early()
         return self
 
     def __exit__(self, *error: object) -> None:
         """Leave the cluster; one that this engine started ends."""
+        self._meanwhile.close()
+        end_early()
         if self._connecting is not None:
             self._connecting.exception()  # only waits: what it raised is told where the cluster is needed
         if self._started:
@@ -92,7 +97,9 @@ class RayEngine:
         self._thread.shutdown()
 
     def begin(self, scans: Sequence[Scan], decode: Decoder, batch_scans: int) -> None:
-        """Connect while this process loads the model."""
+        """Connect while this process loads the model; a few scans are begun where Ray must be started."""
+        if ray_cluster.is_to_start(self._run) and not self._run.actors.num_gpus:
+            self._meanwhile.begin(scans, decode, batch_scans)
         self._connecting = self._thread.submit(self._connect)
 
     def workers(self) -> Workers | None:
@@ -107,13 +114,27 @@ class RayEngine:
         """
         from featray.engines.ray_metrics import Metrics  # imports ray
 
+        others = self._meanwhile.start(scans, stages, stop)
         self.connect()
-        some_came_through, metrics = False, Metrics(len(scans))
+        metrics = Metrics(len(scans))
+        for receipt in self._with_meanwhile(self._on_ray(others, stages, stop), stop):
+            metrics.add(receipt, self._workers)
+            yield receipt
+
+    def _with_meanwhile(self, receipts: Iterator[Receipt], stop: threading.Event) -> Iterator[Receipt]:
+        """Yield the receipts, and in between those of the scans that are seen to in this process."""
+        yield from self._meanwhile.taken(_MEANWHILE_S)
+        for receipt in receipts:
+            yield from self._meanwhile.taken(0)
+            yield receipt
+        yield from self._meanwhile.taken(0 if stop.is_set() else None)
+
+    def _on_ray(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
+        some_came_through = False
         for claim, some in self._claimed_windows(scans):
             window = {scan.scan_id: scan for scan in some}
             for receipt in self._window(window, stages, claim, stop, some_came_through):
                 some_came_through |= any(record.status == "ok" for record in receipt.records)
-                metrics.add(receipt, self._workers)
                 yield receipt
             if stop.is_set():
                 return
@@ -155,6 +176,7 @@ class RayEngine:
         self._connect() if self._connecting is None else self._connecting.result()
 
     def _connect(self) -> None:
+        end_early()  # whoever wanted it has taken it
         self._started = ray_cluster.connect(self._run, self._limits)
 
     def _claimed_windows(self, scans: Sequence[Scan]) -> Iterator[tuple[int | None, Sequence[Scan]]]:

@@ -1,7 +1,8 @@
 """Read one scan: its files from the store in, one checked volume in HU, or an array's samples, out.
 
 Knows the formats only by name; what a header may lie about is the readers' business in `featray.ct` and
-`featray.npy`.
+`featray.npy`. A reader is imported with the first scan that needs it: their libraries take longer to import
+than all else that comes before the first scan, and the driver needs none of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from featray import retry
 from featray.config import PolicyConfig, SourceConfig
-from featray.ct import dicom, metaimage, nifti, nrrd
 from featray.ct.archive import MAX_ARCHIVE_BYTES, open_archive
 from featray.ct.stored import as_shifted_slices
 from featray.ct.volume import Volume
@@ -99,6 +99,8 @@ class Reader:
         if kind == "npy":
             return read_npy(first, rows=self.source.rows, max_values=self.max_voxels)
         if kind == "dicom":
+            from featray.ct import dicom
+
             return dicom.read_series(
                 files,
                 max_voxels=self.max_voxels,
@@ -156,9 +158,15 @@ def _read_single(kind: str, files: Files, max_voxels: int, volume: int | None, k
     """Return the volume of a format that has one file for each, or a NIfTI pair (header, image)."""
     data = [content for _, content in files]
     if kind == "nrrd":
+        from featray.ct import nrrd
+
         return nrrd.read_nrrd(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
     if kind == "mha":
+        from featray.ct import metaimage
+
         return metaimage.read_metaimage(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
+    from featray.ct import nifti
+
     if len(data) == 2:
         return nifti.read_nifti_pair(*data, max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)
     return nifti.read_nifti(data[0], max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)

@@ -229,7 +229,8 @@ def test_where_no_helpers_are_needed_it_ends(early: psutil.Process) -> None:
         assert not early.is_running()
     start_early()
     with RayEngine(RunConfig(), limits):
-        assert not started._early
+        pass  # nothing to do: not even the few scans that are seen to while Ray comes up
+    assert not started._early
 
 
 def test_it_ends_with_its_driver() -> None:

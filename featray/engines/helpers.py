@@ -66,6 +66,7 @@ class Helpers:
         self._timeout_s, self._memory = timeout_s, memory
         self._work: bytes | None = None
         self._dead_starts = 0
+        self._closed = False
         self._helpers = [self._start() for _ in range(count)]
         self._outcomes: list[Outcome] = []
 
@@ -100,11 +101,14 @@ class Helpers:
         return not any(helper.starting for helper in self._helpers)
 
     def close(self) -> None:
-        """End all helpers at once."""
+        """End all helpers at once; a thread that waits for one of them gets an error."""
+        self._closed = True
         for helper in self._helpers:
             helper.end()
 
     def _start(self) -> _Helper:
+        if self._closed:
+            raise FeatrayError("decoding was broken off")
         helper = _early.pop() if _early else _started()
         with contextlib.suppress(OSError):  # a dead helper is noticed when an outcome is waited for
             helper.connection.send_bytes(_BOUNDS + pickle.dumps((self._timeout_s, self._memory)))

@@ -22,6 +22,7 @@ from featray.stages.decode import Decoder
 _BATCHES = 2
 _SHARE = 8
 """At most one in so many scans is seen to here: Ray is what was asked for."""
+_PATIENCE_S = 5.0
 
 
 class Meanwhile:
@@ -72,7 +73,9 @@ class Meanwhile:
         return done.result()
 
     def close(self) -> None:
-        """End the helper."""
+        """End the helper, once what it is at is done or has taken a few seconds."""
+        if self._done is not None:
+            wait([self._done], _PATIENCE_S)
         if self._begun:
             self._engine.__exit__()
             self._begun = frozenset()

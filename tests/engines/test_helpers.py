@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,19 @@ def test_a_task_that_hangs_ends_as_timeout_and_costs_no_other_task(helpers: Help
     outcomes = _all(helpers, 7)
     assert [outcome.task for outcome in outcomes if outcome.error == "timeout"] == [(kind, 99)]
     assert sorted(outcome.result for outcome in outcomes if not outcome.error) == list(range(6))
+
+
+def test_closed_while_a_thread_waits_no_helper_is_started_anew(helpers: Helpers) -> None:
+    helpers.submit(("plain", 0))
+    helpers.submit(("hang", 1))
+    helpers.wait()  # so that they are up
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(helpers.wait)
+        time.sleep(0.2)  # for it to begin; if it has not, it finds the pipes closed
+        helpers.close()
+        with pytest.raises((FeatrayError, OSError)):
+            waiting.result(60)
+    assert not any("spawn_main" in " ".join(child.cmdline()) for child in psutil.Process().children())
 
 
 def test_helpers_killed_at_random_lose_no_task(helpers: Helpers) -> None:

@@ -16,8 +16,10 @@ import featray
 from featray.config import LimitsConfig, RunConfig, load
 from featray.dataset import Dataset
 from featray.engines import Stages, ray_cluster
+from featray.engines import meanwhile as meanwhile_module
 from featray.engines.meanwhile import Meanwhile
 from featray.engines.ray_data import RayEngine
+from featray.errors import FeatrayError
 from featray.machine import ModelThreads
 from featray.schema import Scan
 from featray.stages.decode import Decoder
@@ -89,6 +91,19 @@ def test_what_has_not_come_through_in_time_comes_later(stages: Stages) -> None:
     assert not meanwhile.taken(0.05)
     go_on.set()
     assert sum(len(receipt.records) for receipt in meanwhile.taken(60)) == 4
+
+
+def test_closed_before_they_are_through_no_helper_is_left(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meanwhile_module, "_PATIENCE_S", 0.1)
+    scans = [replace(SCANS[0], scan_id="hang"), *SCANS[1:]]
+    meanwhile = _begun(stages.decode, scans=scans)
+    meanwhile.start(scans, stages, threading.Event())
+    meanwhile.close()
+    assert not _helpers()
+    with pytest.raises((FeatrayError, OSError)):
+        meanwhile.taken(60)
 
 
 @pytest.mark.parametrize(

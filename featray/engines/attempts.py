@@ -59,6 +59,10 @@ class _Work:
     decode: Decoder
     attached: dict[str, mmap.mmap | None] = field(default_factory=dict)
 
+    def prepare(self) -> None:
+        """Make the helper ready before the first attempt."""
+        self.decode.prepare()
+
     def __call__(self, attempt: _Attempt) -> list[Decoded]:
         found = [self.decode(scan) for scan in attempt.scans]
         for decoded in found:

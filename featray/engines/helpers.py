@@ -16,6 +16,7 @@ import signal
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import popen_spawn_posix, spawn
 from multiprocessing.connection import Connection, wait
@@ -71,7 +72,10 @@ class Helpers:
         self._outcomes: list[Outcome] = []
 
     def use(self, work: bytes) -> None:
-        """Set what the helpers do with a task from now on: a pickled `work(task)`."""
+        """Set what the helpers do with a task from now on: a pickled `work(task)`.
+
+        If it has a method `prepare`, that is called first. A helper that cannot do so has not begun.
+        """
         self._work = work
         for helper in self._helpers:
             self._send_work(helper)
@@ -166,8 +170,8 @@ class Helpers:
         if self._dead_starts >= STARTS:
             raise FeatrayError(
                 f"decode processes die before they can begin ({STARTS} in a row, exit code {exit_code}); no "
-                "scan is to blame. Look at the memory that is left, and whether `import cv2` works in this "
-                "environment; then run again."
+                "scan is to blame. Look at the memory that is left, and whether `import featray.ct.readers` "
+                "works in this environment; then run again."
             )
 
 
@@ -202,7 +206,7 @@ def start_early() -> None:
     Importing what decodes takes about as long as all that comes before the first scan is due.
     """
     if not _early:
-        _early.append(_started(importing="featray.stages.decode"))
+        _early.append(_started(importing=("featray.stages.decode", "featray.ct.readers")))
 
 
 def end_early() -> None:
@@ -211,7 +215,7 @@ def end_early() -> None:
         _early.pop().end()
 
 
-def _started(importing: str | None = None) -> _Helper:
+def _started(importing: Sequence[str] = ()) -> _Helper:
     context = _SpawnWithoutMain()
     ours, theirs = context.Pipe()
     process = context.Process(target=_serve, args=(theirs, importing), name="featray-helper", daemon=True)
@@ -220,12 +224,12 @@ def _started(importing: str | None = None) -> _Helper:
     return _Helper(process, ours)
 
 
-def _serve(connection: Connection, importing: str | None) -> None:
+def _serve(connection: Connection, importing: Sequence[str]) -> None:
     """Run in the helper: take bounds and work first, then tasks, until the pipe closes.
 
     Args:
         connection: To the driver.
-        importing: Module to import meanwhile.
+        importing: Modules to import meanwhile.
     """
     # Ctrl-C reaches the whole process group; only the driver decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -235,8 +239,8 @@ def _serve(connection: Connection, importing: str | None) -> None:
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
     # Read ahead in a thread: were both ends to wait for the other to read, nothing would move.
     threading.Thread(target=_read_ahead, args=(connection, messages), daemon=True).start()
-    if importing:
-        importlib.import_module(importing)
+    for name in importing:
+        importlib.import_module(name)
     work, (timeout_s, memory) = None, (0.0, None)
     while True:
         message = messages.get()
@@ -246,6 +250,8 @@ def _serve(connection: Connection, importing: str | None) -> None:
             continue
         if message[:1] == _WORK:
             work = given
+            if hasattr(work, "prepare"):
+                work.prepare()
             connection.send(None)
             continue
         assert work is not None, "use comes before submit"

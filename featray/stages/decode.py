@@ -62,7 +62,7 @@ class Decoder:
 
     def __call__(self, scan: Scan) -> Decoded:
         """Return the scan's model input, or its record with the reason why there is none."""
-        _prepare_process()
+        self.prepare()
         scan = self._located(scan)
         record = ScanRecord.of(scan, self.recipe, self.run_id)
         if record.status != "ok":
@@ -77,6 +77,10 @@ class Decoder:
             return self._preprocess(record, scan, result)
         except ScanError as error:
             return _failed(record, "preprocess", _too_large(error) or error)
+
+    def prepare(self) -> None:
+        """Make this process ready, once; a library that is missing shows here, and is no scan's fault."""
+        _prepare_process()
 
     def failed(self, scan: Scan, reason: Reason, message: str, attempts: int) -> Decoded:
         """Return the outcome of a scan whose decoding could not even report one."""
@@ -225,8 +229,10 @@ def _without_tensor(record: ScanRecord) -> Decoded:
 
 @functools.cache
 def _prepare_process() -> None:
-    """Once per process: one OpenCV thread, for there is a process per core; keep large buffers."""
+    """Import the readers; one OpenCV thread, for there is a process per core; keep large buffers."""
     import cv2
+
+    import featray.ct.readers  # noqa: F401 - not when the first scan is read, where an error would be the scan's
 
     cv2.setNumThreads(1)
     keep_large_blocks()

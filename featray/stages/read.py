@@ -1,8 +1,7 @@
 """Read one scan: its files from the store in, one checked volume in HU, or an array's samples, out.
 
 Knows the formats only by name; what a header may lie about is the readers' business in `featray.ct` and
-`featray.npy`. A reader is imported with the first scan that needs it: their libraries take longer to import
-than all else that comes before the first scan, and the driver needs none of them.
+`featray.npy`. The readers are imported where scans are read: the driver needs none of them.
 """
 
 from __future__ import annotations
@@ -99,9 +98,9 @@ class Reader:
         if kind == "npy":
             return read_npy(first, rows=self.source.rows, max_values=self.max_voxels)
         if kind == "dicom":
-            from featray.ct import dicom
+            from featray.ct import readers
 
-            return dicom.read_series(
+            return readers.dicom.read_series(
                 files,
                 max_voxels=self.max_voxels,
                 dicom_tags=self.dicom_tags,
@@ -156,20 +155,15 @@ class Reader:
 
 def _read_single(kind: str, files: Files, max_voxels: int, volume: int | None, keep_shear: bool) -> Volume:
     """Return the volume of a format that has one file for each, or a NIfTI pair (header, image)."""
+    from featray.ct import readers
+
     data = [content for _, content in files]
     if kind == "nrrd":
-        from featray.ct import nrrd
-
-        return nrrd.read_nrrd(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
+        return readers.nrrd.read_nrrd(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
     if kind == "mha":
-        from featray.ct import metaimage
-
-        return metaimage.read_metaimage(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
-    from featray.ct import nifti
-
-    if len(data) == 2:
-        return nifti.read_nifti_pair(*data, max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)
-    return nifti.read_nifti(data[0], max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)
+        return readers.metaimage.read_metaimage(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
+    read = readers.nifti.read_nifti_pair if len(data) == 2 else readers.nifti.read_nifti
+    return read(*data, max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)
 
 
 def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> None:

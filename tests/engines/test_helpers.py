@@ -58,6 +58,16 @@ class Unloadable:
         return os._exit, (7,)
 
 
+class Unprepared:
+    """Work that lacks a library where it is to be done."""
+
+    def prepare(self) -> None:
+        raise ImportError("no library")
+
+    def __call__(self, task: Any) -> Any:
+        return task
+
+
 def _all(helpers: Helpers, count: int) -> list[Outcome]:
     outcomes: list[Outcome] = []
     while len(outcomes) < count:
@@ -188,11 +198,15 @@ def test_a_task_that_takes_more_memory_than_it_may_fails_and_the_next_one_does_n
         pool.close()
 
 
-def test_helpers_that_never_come_up_are_no_tasks_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["Unloadable", "Unprepared"])
+def test_helpers_that_never_come_up_are_no_tasks_fault(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
+    import test_helpers
+
     monkeypatch.setattr("featray.engines.helpers.STARTS", 2)
     pool = Helpers(1, timeout_s=60.0)
     try:
-        pool.use(pickle.dumps(Unloadable()))
+        pool.use(pickle.dumps(getattr(test_helpers, name)()))
         pool.submit("anything")
         with pytest.raises(FeatrayError, match="die before they can begin"):
             pool.wait()

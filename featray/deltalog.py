@@ -197,7 +197,7 @@ class TableLog:
     ) -> None:
         """Append commit `number`, on exactly the version this log was read at. Only the committer calls it.
 
-        An answer that was lost is asked for again: the entry is in the log, or it is not.
+        Where an answer was lost the log is asked: the entry is in it, or is written again.
 
         Raises:
             OutputBusyError: Somebody else has appended since; nothing of this was.
@@ -214,18 +214,29 @@ class TableLog:
             RemoveAction(file.path, data_change, now, file.size, file.partition_values) for file in remove
         ]
         entry = {"number": number, "run_id": run_id} | ({"owes": asdict(owes)} if owes else {})
+        properties = CommitProperties(
+            custom_metadata={APP: entry}, app_transactions=[Transaction(APP, number)]
+        )
+
+        def write() -> None:
+            try:
+                self._handle.create_write_transaction(
+                    actions,
+                    mode="append",
+                    schema=self._handle.schema(),
+                    partition_by=self.partition_by,
+                    commit_properties=properties,
+                )
+                return
+            except (CommitFailedError, DeltaError, OSError) as error:
+                failed = error
+            if not self._is_written(number, run_id, failed):
+                raise failed
+
         try:
-            self._handle.create_write_transaction(
-                actions,
-                mode="append",
-                schema=self._handle.schema(),
-                partition_by=self.partition_by,
-                commit_properties=CommitProperties(
-                    custom_metadata={APP: entry}, app_transactions=[Transaction(APP, number)]
-                ),
-            )
-        except (CommitFailedError, DeltaError, OSError) as error:
-            self._refuse_unless_written(number, run_id, error)
+            self._store.ask(write)  # again is safe: of one entry and its repetition the log takes one
+        except (DeltaError, OSError) as error:
+            raise StorageError(f"the commit to {self.table} failed ({type(error).__name__})") from None
         self._reload()
         if self.version != before + 1 or self.number != number:
             raise OutputBusyError(BUSY)
@@ -277,14 +288,19 @@ class TableLog:
         """Read what was appended since; only reads, so an answer that was cut short is asked for again."""
         self._store.ask(self._handle.update_incremental)
 
-    def _refuse_unless_written(self, number: int, run_id: str, error: Exception) -> None:
+    def _is_written(self, number: int, run_id: str, error: Exception) -> bool:
+        """Return whether the entry arrived, and only the answer did not.
+
+        Raises:
+            OutputBusyError: Somebody else's did.
+        """
         there = TableLog.open(self._store, self.table)
         entry = there._entry(number) if there else None
-        if there is not None and entry is not None and entry.get("run_id") == run_id:
-            return  # the entry arrived, only the answer did not
+        if entry is not None and entry.get("run_id") == run_id:
+            return True
         if isinstance(error, CommitFailedError) or (there is not None and there.number >= number):
-            raise OutputBusyError(BUSY) from None
-        raise StorageError(f"the commit to {self.table} failed ({type(error).__name__})") from None
+            raise OutputBusyError(BUSY)
+        return False
 
     def _entry(self, number: int) -> dict[str, Any] | None:
         """Return what commit `number` says of itself, if it is among the newest entries."""

@@ -77,7 +77,8 @@ _LIBRARIES = (
 )
 # deltalake has one class for all, and only its text, which holds the server's answer, tells them apart.
 _PASSING_TEXT = re.compile(
-    r"error sending request|response body error|operation timed out|\b(408|429|500|502|503|504) [A-Z]"
+    r"error sending request|connection error|response body error|operation timed out"
+    r"|\b(408|429|500|502|503|504) [A-Z]"
 )
 _DENIED_TEXT = re.compile(r"^Forbidden\b|\b40[13] [A-Z]|lacked the necessary privileges")
 

@@ -347,6 +347,40 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(
     assert values(dataset) == {"a": 1, "b": 2}
 
 
+@pytest.mark.parametrize("arrives", [False, True], ids=["it never arrives", "it arrives late"])
+def test_a_commit_whose_connection_broke_is_made_again_and_counts_once(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, arrives: bool
+) -> None:
+    from deltalake import DeltaTable
+
+    original, looked = DeltaTable.create_write_transaction, TableLog._is_written
+    calls, late = [], []
+
+    def broken_once(self: DeltaTable, *args: Any, **kwargs: Any) -> None:
+        calls.append(self)
+        if len(calls) == 1:
+            if arrives:
+                late.append(lambda: original(self, *args, **kwargs))
+            raise OSError("Error performing PUT: connection error: Connection reset by peer (os error 104)")
+        original(self, *args, **kwargs)
+
+    def then_it_arrives(self: TableLog, *args: Any) -> bool:
+        found = looked(self, *args)
+        while late:
+            late.pop()()
+        return found
+
+    committer = committer_of(dataset)
+    monkeypatch.setattr(DeltaTable, "create_write_transaction", broken_once)
+    monkeypatch.setattr(TableLog, "_is_written", then_it_arrives)
+    committer.commit([receipt(dataset, decoded("a", 1))])
+    monkeypatch.undo()
+    assert len(calls) == 3, "features twice, scans once"
+    committer.commit([receipt(dataset, decoded("b", 2))])
+    assert values(dataset) == {"a": 1, "b": 2}
+    assert dataset.snapshot().version == 2
+
+
 def test_a_commit_that_did_not_arrive_says_so_and_can_be_repeated(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import os
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -314,8 +313,9 @@ class Job:
 def choose_engine(config: Config, scans: int) -> Engine:
     """Return the engine asked for; `auto` takes Ray for many scans or a named cluster."""
     from featray.engines.inline import InlineEngine
+    from featray.engines.ray_cluster import named_address
 
-    address = config.run.address or os.environ.get("RAY_ADDRESS")
+    address = named_address(config.run)
     small = scans <= HANDFUL and not address
     name = config.run.engine
     if name == "auto":

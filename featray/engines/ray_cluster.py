@@ -37,7 +37,7 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     os.environ.setdefault("RAY_preload_python_modules", "ray.data")
     import ray
 
-    address = run.address or os.environ.get("RAY_ADDRESS")
+    address = named_address(run)
     _refuse_unreachable(address)
     starts = not ray.is_initialized()
     if starts:
@@ -63,7 +63,12 @@ def is_to_start(run: RunConfig) -> bool:
     """Return whether `connect` would start a local Ray: none is named, and this process is in none."""
     ray = sys.modules.get("ray")
     joined = ray is not None and ray.is_initialized()
-    return not (run.address or os.environ.get("RAY_ADDRESS") or joined)
+    return not (named_address(run) or joined)
+
+
+def named_address(run: RunConfig) -> str | None:
+    """Return where the cluster is, as configured or as the environment says; None where none is named."""
+    return run.address or os.environ.get("RAY_ADDRESS")
 
 
 def cpus() -> float:

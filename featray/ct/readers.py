@@ -1,5 +1,9 @@
-"""The readers of all formats; their libraries take 0.4 s to import, so only what reads scans imports this."""
+"""The readers of all formats; their libraries take 0.4 s to import, so only what reads scans imports this.
 
-from featray.ct import dicom, metaimage, nifti, nrrd
+What `dicom` imports for some files only is here as well: pydicom comes with nibabel anyway, and where it
+cannot be imported, that shows before a scan is read.
+"""
 
-__all__ = ["dicom", "metaimage", "nifti", "nrrd"]
+from featray.ct import dicom, dicom_compressed, dicom_frames, dicom_tags, metaimage, nifti, nrrd
+
+__all__ = ["dicom", "dicom_compressed", "dicom_frames", "dicom_tags", "metaimage", "nifti", "nrrd"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import featray
+from featray.ct import readers
 
 PACKAGE = Path(featray.__file__).parent
 
@@ -88,6 +89,12 @@ def test_the_driver_imports_no_reader_and_no_pandas_before_scans_are_begun(confi
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "set()"
+
+
+def test_what_may_be_missing_is_imported_before_a_scan_is_read() -> None:
+    users = importers("pydicom") | importers("nibabel") | importers("nrrd")
+    readers_of_scans = {Path(path).stem for path in users if path.startswith("ct/")} - {"phantom"}
+    assert readers_of_scans <= set(readers.__all__)
 
 
 def test_every_public_name_can_be_had() -> None:

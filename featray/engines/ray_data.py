@@ -18,6 +18,7 @@ import contextlib
 import gc
 import logging
 import queue
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,8 @@ _SUSPECTS = 20
 """More scans than this left, and none that came through the model: the cluster is broken, not the scans."""
 _INIT_DEATHS = 3
 """Times in a row that an actor may fail or die while it loads the model; each takes Ray some 20 s."""
+_RAYS_ADVICE = re.compile(r"\nFailed to .*", re.DOTALL)
+"""What Ray Data adds to an error's text: how to have it try again, in code."""
 _CANARY = "\0canary"
 """A scan that needs no reading, sent along with suspects: when it comes back, workers and model live."""
 
@@ -314,15 +317,17 @@ def _broken(scans: int) -> FeatrayError:
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """Raise what one of our stages has raised on purpose, without Ray's wrapping."""
+    """Raise what one of our stages has raised on purpose, without Ray's wrapping and advice."""
     from ray.exceptions import RayTaskError
 
     try:
         yield
     except RayTaskError as error:
-        if isinstance(error.cause, FeatrayError):
-            raise error.cause from None
-        raise
+        cause = error.cause
+        if not isinstance(cause, FeatrayError):
+            raise
+        cause.args = (_RAYS_ADVICE.sub("", str(cause)), *cause.args[1:])
+        raise cause from None
 
 
 @contextlib.contextmanager
@@ -379,6 +384,7 @@ def _configure(strict: bool) -> None:
     context.actor_init_max_retries = _INIT_DEATHS
     context.max_consecutive_actor_init_deaths = _INIT_DEATHS
     context.max_errored_blocks = 0 if strict else -1
+    context.raise_original_map_exception = True  # else what a stage raises on purpose is only a traceback
     context.wait_for_min_actors_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -20,8 +20,8 @@ from featray.config import Config, LimitsConfig, RunConfig, load
 from featray.dataset import FEATURES, Dataset
 from featray.engines import Stages, ray_cluster, ray_data, ray_sizes
 from featray.engines.ray_data import RayEngine
-from featray.errors import ConfigError, FeatrayError
-from featray.schema import Scan, ScanRecord
+from featray.errors import ConfigError, FeatrayError, StorageError
+from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.write import write
 from featray.storage import Store
 
@@ -153,6 +153,16 @@ def test_where_no_worker_can_live_no_scan_is_given_up(
     with pytest.raises(FeatrayError, match="the cluster is to blame"):
         _records(_stages(tmp_path), ["s0", "s1"])
     assert len(passes) == {"ActorDiedError": 1, "WorkerCrashedError": 3}[error]
+
+
+def _refusing(table: Any) -> Receipt:
+    raise StorageError(f"no room for {len(table)} scans")
+
+
+def test_what_a_worker_raises_on_purpose_arrives_as_it_was_raised(tmp_path: Path) -> None:
+    stages = replace(_stages(tmp_path), write=_refusing)
+    with pytest.raises(StorageError, match="^no room for 1 scans$"):
+        _records(stages, ["s0"])
 
 
 def test_windows_of_scans_are_seen_to_one_after_the_other(

@@ -33,6 +33,8 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     # Ray alone would try a task for ever that it kills for lack of memory.
     os.environ.setdefault("RAY_task_oom_retries", str(limits.attempts - 1))
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # ours are handled; these are of Ray's own
+    # What a local Ray would tell its makers about this machine is for its owner to allow.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # A local Ray starts workers at once; they import meanwhile what they will need.
     os.environ.setdefault("RAY_preload_python_modules", "ray.data")
     import ray

@@ -146,12 +146,10 @@ class Extractor:
         }
 
     def _run(self, whole: Batch) -> dict[str, Batch]:
-        import tensorflow as tf
-
         size = self._spec.batch_size
         chunks = (whole[start : start + size] for start in range(0, len(whole), size))
         with randomness.LOCK if self._sources else contextlib.nullcontext():
-            return _joined([self._extract(tf.constant(chunk)) for chunk in chunks])
+            return _joined([self._extract(inputs.as_tensor(chunk)) for chunk in chunks])
 
     def _run_drawn(self, whole: Batch, texts: Sequence[str]) -> dict[str, Batch]:
         rows = []

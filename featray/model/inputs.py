@@ -14,6 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from featray.batch import is_aligned
 from featray.errors import InputShapeError, ModelError
 from featray.model import runtime, trace
 
@@ -184,6 +185,20 @@ def as_inputs(batch: NDArray[Any], shape: Shape) -> Batch:
         maybe = " with or without the channel axis" if axis is not None else ""
         raise InputShapeError(f"expected float32 (n, {shown(shape)[1:]}{maybe}, got {batch.dtype} {given}")
     return np.ascontiguousarray(batch, np.float32)
+
+
+def as_tensor(batch: Batch) -> Any:
+    """Return a contiguous batch as a tensor in the same memory, which must not change while it is in use.
+
+    `tf.constant` copies it twice, into fresh pages: 12 ms for four volumes of (32, 256, 256). It is used
+    where memory cannot be shared: DLPack takes none that is read-only, TensorFlow ends the process over
+    memory that is not aligned.
+    """
+    import tensorflow as tf
+
+    if not (is_aligned(batch) and batch.flags.writeable):
+        return tf.constant(batch)
+    return tf.experimental.dlpack.from_dlpack(batch.__dlpack__())
 
 
 def channel_axis(shape: Shape) -> int | None:

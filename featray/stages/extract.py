@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from featray.batch import give_back, joined
 from featray.errors import InputShapeError, Reason, ScanError
 from featray.schema import EXTRACTED, EXTRACTED_ROW, Decoded
 
@@ -50,8 +51,7 @@ def _infer(extractor: Extractor, group: list[Decoded]) -> dict[str, Values]:
     """Return {scan_id: values}; when a batch fails, each scan is tried alone."""
     start = time.perf_counter()
     try:
-        batch = group[0].tensor if len(group) == 1 else np.concatenate([scan.tensor for scan in group])
-        found = extractor(batch, _draws(group))
+        found = _call(extractor, group)
     except Exception as error:  # whatever the user's model raises must cost only its own scan
         if len(group) > 1:
             return {key: value for scan in group for key, value in _infer(extractor, [scan]).items()}
@@ -61,6 +61,16 @@ def _infer(extractor: Extractor, group: list[Decoded]) -> dict[str, Values]:
         return {}
     seconds = (time.perf_counter() - start) / len(group)
     return dict(_split(found, group, seconds))
+
+
+def _call(extractor: Extractor, group: list[Decoded]) -> Values:
+    """Return what the extractor finds in the rows of all scans."""
+    if len(group) == 1:
+        return extractor(group[0].tensor, _draws(group))
+    rows, memory = joined([scan.tensor for scan in group])
+    found = extractor(rows, _draws(group))
+    give_back(memory, found.values())
+    return found
 
 
 def _draws(group: list[Decoded]) -> list[str]:

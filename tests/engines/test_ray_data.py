@@ -161,7 +161,7 @@ def _refusing(table: Any) -> Receipt:
 
 def test_what_a_worker_raises_on_purpose_arrives_as_it_was_raised(tmp_path: Path) -> None:
     stages = replace(_stages(tmp_path), write=_refusing)
-    with pytest.raises(StorageError, match="^no room for 1 scans$"):
+    with pytest.raises(StorageError, match=r"^no room for 1 scans$"):
         _records(stages, ["s0"])
 
 

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 
+from featray import batch
 from featray.errors import ConfigError, InputShapeError, ModelError
 from featray.model import Extractor, load
 
@@ -48,6 +49,33 @@ def test_four_layers_in_one_pass_equal_the_inner_activations(
     conv = _inner(encoder, "conv_2", volumes)
     np.testing.assert_allclose(got["conv2"], conv.mean(axis=(1, 2, 3)), rtol=1e-5, atol=1e-6)
     assert all(value.dtype == np.float32 and len(value) == 5 for value in got.values())
+
+
+@pytest.mark.parametrize("offset", [0, 4, 64], ids=["aligned", "not aligned", "aligned too little"])
+@pytest.mark.parametrize("writeable", [True, False], ids=["writeable", "read-only"])
+def test_a_batch_gives_the_same_wherever_it_lies_and_stays_as_it_is(
+    spec: Spec, volumes: np.ndarray, offset: int, writeable: bool
+) -> None:
+    memory = np.zeros(volumes.nbytes + 2 * batch.ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % batch.ALIGNMENT + offset
+    placed = memory[first : first + volumes.nbytes].view(np.float32).reshape(volumes.shape)
+    placed[:] = volumes
+    placed.flags.writeable = writeable
+    assert batch.is_aligned(placed) == (offset == 0)
+    extractor = Extractor(spec(*FOUR))
+    expected, got = extractor(volumes.copy()), extractor(placed)
+    for name, values in expected.items():
+        np.testing.assert_array_equal(got[name], values)
+    np.testing.assert_array_equal(placed, volumes)
+
+
+def test_features_of_an_aligned_batch_do_not_change_with_its_memory(spec: Spec, volumes: Any) -> None:
+    rows, memory = batch.joined([volumes[:2], volumes[2:]])
+    got = Extractor(spec({"layer": "conv_1", "pool": "none"}, "z_mean"))(rows)
+    before = {name: values.copy() for name, values in got.items()}
+    memory[:] = 0
+    for name, values in before.items():
+        np.testing.assert_array_equal(got[name], values)
 
 
 def test_pools_are_over_the_spatial_axes_and_none_keeps_the_map(

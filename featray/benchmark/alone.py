@@ -18,8 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
+from featray.batch import joined
 from featray.benchmark import floor
 from featray.config import Config, load
 from featray.ct.inflate import GZIP_MAGIC
@@ -202,7 +201,7 @@ def _measure_model(
         tensors = [one.tensor for one in batch]
         if len({tensor.shape[1:] for tensor in tensors}) > 1:  # scans at their own sizes share no batch
             tensors = tensors[:1]
-        inputs = [np.concatenate(tensors)] * calls
+        inputs = [joined(tensors)[0]] * calls  # where the model takes them as they are
         run_model = functools.partial(_run_model, model, inputs)
         tally.time("model", {"bare": run_model}, scans=len(tensors) * calls)
 

@@ -303,7 +303,7 @@ def test_arrays_are_not_made(tmp_path: Path, config_of: Any) -> None:
 
 @pytest.mark.slow
 def test_a_small_benchmark_measures_every_stage_and_one_engine_and_a_script(
-    config_of: Any, tmp_path: Path
+    config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "copied.py"
     script.write_text(SCRIPT)
@@ -316,8 +316,18 @@ def test_a_small_benchmark_measures_every_stage_and_one_engine_and_a_script(
         config,
         plan=Plan(rounds=1, few=2, many=12, engines=("inline",), beside={"zeros": script}),
         directory=out,
+        show=True,
     )
     assert not Path(config["output"]["uri"]).exists()
+    measured = [line.removeprefix("featray: ") for line in capsys.readouterr().err.splitlines()]
+    assert measured[1:] == [
+        "stages alone",
+        "engine inline, 2 scans",
+        "stages alone",
+        "engine inline, 12 scans",
+        "zeros, 2 scans",
+        "zeros, 12 scans",
+    ]
     found = json.loads((out / "benchmark.json").read_text())
     assert set(found["alone"]["cpu_s"]) == {"read", "decompress", "resize", "decode", "model", "write"}
     assert [one["name"] for one in found["ways"]] == ["inline", "zeros"]

@@ -164,10 +164,10 @@ class WayFigures:
 
 
 def alone_of(rounds: Sequence[Mapping[str, Any]], model_rounds: Sequence[Mapping[str, Any]]) -> Alone:
-    """Return the figures of stages alone from what `alone.py` printed in each round.
+    """Return the figures of stages alone from what `alone.py` printed each time.
 
     Args:
-        rounds: All stages, the model on one thread.
+        rounds: All stages, the model on one thread, before each run.
         model_rounds: The model alone on all cores, in any ways.
     """
     wall = {name: Spread.of(one["wall_s"][name] for one in rounds) for name in rounds[0]["wall_s"]}

@@ -118,7 +118,8 @@ class Report:
         sizes = f"{self.alone.bytes_read / _MB:.1f} MB as stored, {self.alone.bytes_raw / _MB:.1f} MB raw"
         return (
             f"{self.scans['distinct']} scans, {made}; on average {sizes}, {self.alone.patches:.3g} patches\n"
-            f"{self.cores} cores; medians of {self.rounds} rounds (smallest to largest)"
+            f"{self.cores} cores; medians (smallest to largest) of {self.rounds} rounds"
+            ", stages alone before each run"
         )
 
     def _ideal(self) -> str:

@@ -1,7 +1,8 @@
 """`featray benchmark`: config in, a `Report` out, with its table, JSON and plot on disk.
 
 Every measurement is a fresh process, so that start-up counts and nothing is left warm by another. Within a
-round they take turns; rounds are repeated. The config's own output is never touched.
+round they take turns, stages alone before each run; rounds are repeated. The config's own output is never
+touched.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ DIRECTORY = "featray-benchmark"
 
 MAX_ALONE = 24
 """Distinct scans that are measured alone, unless a batch is larger."""
-REPEATS = 3
+REPEATS = 2
+"""Of each stage, each time; that is often, for how fast a shared machine is changes within minutes."""
 
 _PACKAGES = ("featray", "tensorflow", "keras", "ray", "numpy", "deflate")
 _FINISHED = (ExitCode.OK, ExitCode.TOO_MANY_FAILED)
@@ -89,22 +91,21 @@ class _Bench:
         self._sample, self._plan, self._folder, self._show = sample, plan, folder, show
         self._few, self._many = plan.sizes(len(sample.scans))
         self._values = _for_measuring(sample.config, folder / "out")
+        self._stages: list[dict[str, Any]] = []
         self._layers: list[dict[str, str]] = []
         self._expected: compare.Features = {}
         self._differences: dict[str, tuple[Difference, ...]] = {}
 
     def report(self) -> Report:
         """Measure everything."""
-        alone_rounds, model_rounds, runs = [], [], []
+        model_rounds, runs = [], []
         for number in range(self._plan.rounds):
-            _say(self._show, f"round {number + 1} of {self._plan.rounds}: stages alone")
-            alone_rounds.append(self._alone(model_only=False, threads=ModelThreads(each=1)))
+            _say(self._show, f"round {number + 1} of {self._plan.rounds}")
             # Which of the two is faster depends on the model.
             model_rounds += [
                 self._alone(model_only=True, threads=threads)
                 for threads in (TENSORFLOWS_CHOICE, ModelThreads.of_whole_machine())
             ]
-            self._layers = alone_rounds[-1]["layers"]
             runs += list(self._round())
         names = dict.fromkeys(run.way for run in runs)
         return Report(
@@ -117,7 +118,7 @@ class _Bench:
                 "many": self._many,
             },
             listing_s=self._sample.listing_s,
-            alone=alone_of(alone_rounds, model_rounds),
+            alone=alone_of(self._stages, model_rounds),
             ways=tuple(way_of([run for run in runs if run.way == name]) for name in names),
             cores=usable_cores(),
             rounds=self._plan.rounds,
@@ -128,9 +129,11 @@ class _Bench:
 
     def _round(self) -> Iterator[RunFigures]:
         for engine in self._plan.engines:
+            self._measure_stages()
             yield self._engine(engine, self._few)
             if self._plan.beside and engine == self._plan.engines[0]:
                 self._expected = compare.features_of(self._folder / "out", self._layers)
+            self._measure_stages()
             yield self._engine(engine, self._many)
         for name, script in self._plan.beside.items():
             yield self._script(name, script, self._few)
@@ -158,6 +161,12 @@ class _Bench:
         for count in self._plan.growth:
             for engine in self._plan.engines:
                 yield self._engine(engine, count)
+
+    def _measure_stages(self) -> None:
+        """Measure each stage alone, so that the ideal is of the same minutes as the run that comes next."""
+        _say(self._show, "stages alone")
+        self._stages.append(self._alone(model_only=False, threads=ModelThreads(each=1)))
+        self._layers = self._stages[-1]["layers"]
 
     def _alone(self, *, model_only: bool, threads: ModelThreads) -> dict[str, Any]:
         # A whole batch at least: models are slower per input on a part of one.

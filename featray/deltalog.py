@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -241,20 +241,23 @@ class TableLog:
         if self.version != before + 1 or self.number != number:
             raise OutputBusyError(BUSY)
 
-    def add_columns(self, names: Iterable[str]) -> None:
-        """Add string columns that the table lacks."""
-        known = set(self.schema.names)
-        missing = [Field(name, PrimitiveType("string")) for name in names if name not in known]
-        if missing:
-            self._handle.alter.add_columns(missing)
-            self._reload()
+    def add_columns(self, names: Sequence[str]) -> None:
+        """Add string columns that the table lacks; raises as `create`."""
+
+        def missing() -> list[Field]:
+            known = set(self.schema.names)
+            return [Field(name, PrimitiveType("string")) for name in names if name not in known]
+
+        self._alter(lambda: not missing(), lambda: self._handle.alter.add_columns(missing()))
 
     def set_keep_days(self, days: float) -> None:
-        """Write down for how long superseded files are kept, if it is not so yet."""
+        """Write down for how long superseded files are kept, if it is not so yet; raises as `create`."""
         seconds = round(days * _DAY_S)
-        if seconds != round(self.keep_days * _DAY_S):
-            self._handle.alter.set_table_properties({_KEEP: f"interval {seconds} seconds"})
-            self._reload()
+        properties = {_KEEP: f"interval {seconds} seconds"}
+        self._alter(
+            lambda: seconds == round(self.keep_days * _DAY_S),
+            lambda: self._handle.alter.set_table_properties(properties),
+        )
 
     def superseded(self) -> set[str]:
         """Return paths that entries younger than `keep_days` took out: what older versions are read from."""
@@ -287,6 +290,25 @@ class TableLog:
     def _reload(self) -> None:
         """Read what was appended since; only reads, so an answer that was cut short is asked for again."""
         self._store.ask(self._handle.update_incremental)
+
+    def _alter(self, is_done: Callable[[], bool], change: Callable[[], None]) -> None:
+        """Change what the table says of itself; whether it has, where an answer was lost, the log tells."""
+        if is_done():
+            return
+
+        def write() -> None:
+            try:
+                change()
+            except (DeltaError, OSError):
+                self._handle.update_incremental()
+                if not is_done():
+                    raise
+
+        try:
+            self._store.ask(write)
+        except (DeltaError, OSError) as error:
+            raise StorageError(f"{self.table} cannot be changed ({type(error).__name__})") from None
+        self._reload()
 
     def _is_written(self, number: int, run_id: str, error: Exception) -> bool:
         """Return whether the entry arrived, and only the answer did not.

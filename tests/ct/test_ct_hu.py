@@ -35,6 +35,16 @@ def test_small_volumes_get_exact_percentiles(dtype: type) -> None:
     assert [found.minimum, found.p01, found.p50, found.p99, found.maximum] == exact.tolist()
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
+def test_a_volume_that_lies_turned_in_memory_has_the_same_statistics(dtype: type) -> None:
+    voxels = chest().astype(dtype)
+
+    turned = voxels[::-1, ::-1, ::-1].transpose(2, 0, 1)
+    turned.flags.writeable = False
+
+    assert hu.statistics(turned) == hu.statistics(voxels)
+
+
 def test_percentiles_lie_between_ranks_like_numpys() -> None:
     voxels = np.array([-3, 0, 1, 2, 10, 20, 30, 32000], np.int16).reshape(2, 2, 2)
 

@@ -17,7 +17,7 @@ import pytest
 from featray import deltalog
 from featray.dataset import FEATURES, SCANS, Dataset
 from featray.deltalog import TableLog
-from featray.errors import ConfigError, FeatrayError, OutputBusyError, Reason, ScanError
+from featray.errors import ConfigError, FeatrayError, OutputBusyError, Reason, ScanError, StorageError
 from featray.maintenance import vacuum
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages import commit as commit_module
@@ -379,6 +379,53 @@ def test_a_commit_whose_connection_broke_is_made_again_and_counts_once(
     committer.commit([receipt(dataset, decoded("b", 2))])
     assert values(dataset) == {"a": 1, "b": 2}
     assert dataset.snapshot().version == 2
+
+
+@pytest.mark.parametrize("arrives", [False, True], ids=["it never arrives", "only the answer is lost"])
+@pytest.mark.parametrize("method", ["add_columns", "set_table_properties"])
+def test_a_table_is_altered_once_though_the_connection_breaks(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, method: str, arrives: bool
+) -> None:
+    from deltalake.table import TableAlterer
+
+    original, calls = getattr(TableAlterer, method), []
+
+    def broken_once(self: TableAlterer, *args: Any) -> None:
+        calls.append(self)
+        if len(calls) > 1 or arrives:
+            original(self, *args)
+        if len(calls) == 1:
+            raise OSError("Error performing PUT: connection error: Connection reset by peer (os error 104)")
+
+    committer_of(dataset)
+    log = TableLog.open(dataset.store, SCANS)
+    assert log is not None
+    monkeypatch.setattr(TableAlterer, method, broken_once)
+    change = {
+        "add_columns": lambda: log.add_columns(["site"]),
+        "set_table_properties": lambda: log.set_keep_days(3),
+    }
+    change[method]()
+    assert len(calls) == (1 if arrives else 2)
+    assert log.version == 1
+    again = TableLog.open(dataset.store, SCANS)
+    assert again is not None
+    assert ("site" in again.schema.names, again.keep_days) == (
+        (True, 0) if method == "add_columns" else (False, 3)
+    )
+
+
+def test_a_table_that_cannot_be_altered_says_so(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deltalake.exceptions import DeltaError
+    from deltalake.table import TableAlterer
+
+    def broken(self: TableAlterer, *args: Any) -> None:
+        raise DeltaError("https://user:SECRET@host refused")
+
+    committer_of(dataset)
+    monkeypatch.setattr(TableAlterer, "set_table_properties", broken)
+    with pytest.raises(StorageError, match=r"^features cannot be changed \(DeltaError\)$"):
+        committer_of(dataset, keep_versions_days=1)
 
 
 def test_a_commit_that_did_not_arrive_says_so_and_can_be_repeated(

@@ -38,6 +38,8 @@ from featray.storage import Store, open_url
 MAX_INPUT_BYTES = 2**30
 """Of model inputs kept in memory for the model's turn."""
 MODEL_BATCHES = 4
+IN_A_ROW = 4
+"""Calls behind each that is under way at once: else the slowest of a few would be all that is timed."""
 
 Seconds = tuple[float, float]
 """CPU, wall."""
@@ -201,14 +203,14 @@ def _measure_model(
         tensors = [one.tensor for one in batch]
         if len({tensor.shape[1:] for tensor in tensors}) > 1:  # scans at their own sizes share no batch
             tensors = tensors[:1]
-        inputs = [joined(tensors)[0]] * calls  # where the model takes them as they are
-        run_model = functools.partial(_run_model, model, inputs)
-        tally.time("model", {"bare": run_model}, scans=len(tensors) * calls)
+        inputs = [joined(tensors)[0]] * (1 if calls == 1 else calls * IN_A_ROW)  # taken as they are
+        run_model = functools.partial(_run_model, model, inputs, calls)
+        tally.time("model", {"bare": run_model}, scans=len(tensors) * len(inputs))
 
 
-def _run_model(model: Extractor, inputs: Sequence[Any]) -> None:
-    """Call the model on all of them at once, as the inline engine does."""
-    for _ in mapped(model, inputs, len(inputs)):
+def _run_model(model: Extractor, inputs: Sequence[Any], calls: int) -> None:
+    """Call the model on each, on several at once, as the inline engine does."""
+    for _ in mapped(model, inputs, calls):
         pass
 
 

@@ -211,3 +211,19 @@ def test_claims_that_a_local_ray_can_never_meet_are_refused(actors: dict[str, An
     refused = contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"min times num_cpus")
     with refused:
         ray_cluster.compare_claims(run, {"CPU": 2.0, "GPU": 1.0}, grows=False)
+
+
+@pytest.mark.parametrize(("says", "tells"), [(None, False), ("1", True)])
+def test_a_ray_that_is_started_tells_its_makers_nothing_unless_its_owner_says_so(
+    monkeypatch: pytest.MonkeyPatch, says: str | None, tells: bool
+) -> None:
+    from ray._common.usage import usage_lib
+
+    told = []
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    if says:
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", says)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: told.append(usage_lib.usage_stats_enabled()))
+    assert ray_cluster.connect(RunConfig(), LimitsConfig())
+    assert told == [tells]

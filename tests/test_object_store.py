@@ -304,6 +304,8 @@ def race(config: dict[str, Any]) -> list[str]:
             return f"{featray.extract(config).ok} ok"
         except OutputBusyError:
             return "busy"
+        except FileNotFoundError:  # without a lease the other one sweeps what is not committed
+            return "swept"
 
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(drive, range(2)))

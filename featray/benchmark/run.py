@@ -92,7 +92,6 @@ class _Bench:
         self._few, self._many = plan.sizes(len(sample.scans))
         self._values = _for_measuring(sample.config, folder / "out")
         self._stages: list[dict[str, Any]] = []
-        self._layers: list[dict[str, str]] = []
         self._expected: compare.Features = {}
         self._differences: dict[str, tuple[Difference, ...]] = {}
 
@@ -132,7 +131,7 @@ class _Bench:
             self._measure_stages()
             yield self._engine(engine, self._few)
             if self._plan.beside and engine == self._plan.engines[0]:
-                self._expected = compare.features_of(self._folder / "out", self._layers)
+                self._expected = compare.features_of(self._folder / "out", self._layers())
             self._measure_stages()
             yield self._engine(engine, self._many)
         for name, script in self._plan.beside.items():
@@ -166,7 +165,11 @@ class _Bench:
         """Measure each stage alone, so that the ideal is of the same minutes as the run that comes next."""
         _say(self._show, "stages alone")
         self._stages.append(self._alone(model_only=False, threads=ModelThreads(each=1)))
-        self._layers = self._stages[-1]["layers"]
+
+    def _layers(self) -> list[dict[str, str]]:
+        """Return the layers that are measured, as the stages alone named them."""
+        layers: list[dict[str, str]] = self._stages[-1]["layers"]
+        return layers
 
     def _alone(self, *, model_only: bool, threads: ModelThreads) -> dict[str, Any]:
         # A whole batch at least: models are slower per input on a part of one.
@@ -203,7 +206,7 @@ class _Bench:
         out = self._folder / f"{name}.parquet"
         out.unlink(missing_ok=True)
         scans = self._sample.first(count)
-        given = compare.given(self._sample.config, scans, self._layers, out)
+        given = compare.given(self._sample.config, scans, self._layers(), out)
         seen = watch([sys.executable, str(script)], given, _environment({}))
         _output(seen, name, (ExitCode.OK,))
         if count == self._few:

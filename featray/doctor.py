@@ -23,8 +23,8 @@ from featray.config import Config, ConfigInput
 from featray.dataset import Dataset
 from featray.errors import ExitCode, FeatrayError
 from featray.estimate import spread
+from featray.hardware import usable_cores
 from featray.lease import refuse_if_held
-from featray.machine import usable_cores
 from featray.model import CutLayer, Extractor, check_invariance, list_layers
 from featray.pipeline import choose_engine
 from featray.recipe import recipe, recipe_id

@@ -18,7 +18,7 @@ from featray.config import ConfigInput
 from featray.dataset import Dataset
 from featray.engines import Stages
 from featray.engines.ahead import mapped
-from featray.machine import ModelThreads, usable_cores
+from featray.hardware import ModelThreads, usable_cores
 from featray.model.runtime import gpu_names
 from featray.pipeline import Job, Wanted, choose_engine
 from featray.planning import STATES, Plan

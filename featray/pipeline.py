@@ -32,8 +32,8 @@ from featray.config import Config, ConfigInput
 from featray.dataset import Dataset, Snapshot
 from featray.engines import Engine, Stages
 from featray.errors import ModelError
+from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
 from featray.lease import Lease
-from featray.machine import TENSORFLOWS_CHOICE, ModelThreads
 from featray.maintenance import new_run_id
 from featray.model import Extractor
 from featray.outage import unless_source_is_gone

@@ -17,7 +17,7 @@ from featray.cli import main
 from featray.config import SourceConfig
 from featray.dataset import Dataset
 from featray.estimate import Estimate
-from featray.machine import ModelThreads
+from featray.hardware import ModelThreads
 from featray.pipeline import Job
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer

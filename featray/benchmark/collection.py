@@ -18,7 +18,7 @@ from featray.checks import check_source
 from featray.config import Config
 from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
-from featray.machine import usable_cores
+from featray.hardware import usable_cores
 from featray.schema import Scan
 
 MATRIX = 512

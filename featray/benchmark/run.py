@@ -31,7 +31,7 @@ from featray.benchmark.report import Difference, Report
 from featray.benchmark.watch import Watched, watch
 from featray.config import Config, ConfigInput, load
 from featray.errors import ExitCode, FeatrayError
-from featray.machine import TENSORFLOWS_CHOICE, ModelThreads, usable_cores
+from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads, usable_cores
 
 DIRECTORY = "featray-benchmark"
 """In the working directory; where JSON and plot go unless told otherwise."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from featray.machine import ModelThreads, Workers
+from featray.hardware import ModelThreads, Workers
 
 if TYPE_CHECKING:  # helpers come through here, and must start fast
     import pyarrow as pa

@@ -22,7 +22,7 @@ from featray.engines.ahead import SPARE, ahead, mapped
 from featray.engines.attempts import Attempts
 from featray.engines.helpers import Helpers, end_early
 from featray.engines.memory import decode_memory
-from featray.machine import TENSORFLOWS_CHOICE, ModelThreads, Workers, usable_cores
+from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads, Workers, usable_cores
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.decode import Decoder
 from featray.stages.extract import extract

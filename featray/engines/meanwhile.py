@@ -15,7 +15,7 @@ from featray.config import LimitsConfig
 from featray.engines import Stages
 from featray.engines.ahead import begun
 from featray.engines.inline import InlineEngine
-from featray.machine import ModelThreads
+from featray.hardware import ModelThreads
 from featray.schema import Receipt, Scan
 from featray.stages.decode import Decoder
 

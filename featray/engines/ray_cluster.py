@@ -12,7 +12,7 @@ from typing import Any
 
 from featray.config import LimitsConfig, RunConfig
 from featray.errors import ConfigError
-from featray.machine import usable_cores
+from featray.hardware import usable_cores
 from featray.quiet import hold_back
 
 log = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ from featray.engines.ray_stages import (
     WriteBatch,
 )
 from featray.errors import FeatrayError, Reason
-from featray.machine import ModelThreads, Workers
+from featray.hardware import ModelThreads, Workers
 from featray.schema import Receipt, Scan
 from featray.stages.decode import Decoder
 

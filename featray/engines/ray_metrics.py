@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ray.util.metrics import Counter, Gauge
 
-from featray.machine import Workers
+from featray.hardware import Workers
 from featray.schema import STAGE_TIMES, Receipt
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from featray.config import ModelConfig
 from featray.errors import InputShapeError, ModelError
-from featray.machine import TENSORFLOWS_CHOICE, ModelThreads
+from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
 from featray.model import fetch, inputs, prepare, randomness, runtime, variation
 from featray.model.choose import Choice, Pool
 from featray.model.inputs import Batch, Shape

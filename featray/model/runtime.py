@@ -11,7 +11,7 @@ import re
 import sys
 
 from featray.errors import ModelError
-from featray.machine import TENSORFLOWS_CHOICE, ModelThreads
+from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
 from featray.quiet import hold_back
 
 log = logging.getLogger(__name__)

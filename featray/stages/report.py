@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from featray.dataset import RUNS, Dataset
 from featray.errors import ExitCode
-from featray.machine import Workers, usable_cores
+from featray.hardware import Workers, usable_cores
 from featray.planning import Plan
 from featray.schema import STAGE_TIMES, Receipt, UnitsSeen
 from featray.stages.list import Listing

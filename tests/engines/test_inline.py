@@ -21,7 +21,7 @@ from featray.config import LimitsConfig, load
 from featray.dataset import Dataset
 from featray.engines import Stages
 from featray.engines.inline import InlineEngine
-from featray.machine import usable_cores
+from featray.hardware import usable_cores
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.extract import Extractor

@@ -20,7 +20,7 @@ from featray.engines import meanwhile as meanwhile_module
 from featray.engines.meanwhile import Meanwhile
 from featray.engines.ray_data import RayEngine
 from featray.errors import FeatrayError
-from featray.machine import ModelThreads
+from featray.hardware import ModelThreads
 from featray.schema import Scan
 from featray.stages.decode import Decoder
 from featray.stages.write import write

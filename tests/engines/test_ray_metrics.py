@@ -8,7 +8,7 @@ import pytest
 
 from featray.engines import ray_metrics
 from featray.engines.ray_metrics import Metrics
-from featray.machine import Workers
+from featray.hardware import Workers
 from featray.schema import Receipt, ScanRecord
 
 seen: dict[tuple[str, ...], float] = defaultdict(float)

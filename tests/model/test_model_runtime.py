@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from featray.machine import ModelThreads
+from featray.hardware import ModelThreads
 from featray.model import runtime
 
 
@@ -19,7 +19,7 @@ def _run(program: str) -> subprocess.CompletedProcess[str]:
 def test_threads_are_set_and_the_start_is_quiet() -> None:
     done = _run(
         "import os, sys; os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
-        "from featray.machine import ModelThreads\n"
+        "from featray.hardware import ModelThreads\n"
         "from featray.model import runtime; runtime.configure(ModelThreads(1))\n"
         "import tensorflow as tf; tf.add(1, 2)\n"
         "assert tf.config.threading.get_intra_op_parallelism_threads() == 1\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from featray.machine import Workers
+from featray.hardware import Workers
 from featray.stages.report import Tally, verdict
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from featray.ct.formats.npy import onto_scale, read_npy
 from featray.errors import ScanError
-from featray.npy import onto_scale, read_npy
 
 
 def saved(array: Any, **options: Any) -> bytes:

@@ -21,7 +21,7 @@ from typing import Any
 from featray.batch import joined
 from featray.benchmark import floor
 from featray.config import Config, load
-from featray.ct.inflate import GZIP_MAGIC
+from featray.ct.formats.inflate import GZIP_MAGIC
 from featray.ct.volume import Volume
 from featray.dataset import Dataset
 from featray.engines import Stages

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.config import Config
+from featray.ct.formats.inflate import GZIP_MAGIC
 from featray.ct.geometry import reorient
-from featray.ct.inflate import GZIP_MAGIC
 from featray.ct.volume import Volume
 
 Way = Callable[[], Any]

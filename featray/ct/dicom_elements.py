@@ -13,7 +13,7 @@ import struct
 from dataclasses import dataclass
 from enum import Enum
 
-from featray.ct.inflate import inflate_raw
+from featray.ct.formats.inflate import inflate_raw
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 BIG_ENDIAN = "1.2.840.10008.1.2.2"

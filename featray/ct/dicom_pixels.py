@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from featray.ct.dicom_elements import BIG_ENDIAN, DEFLATED, Elements
 from featray.ct.dicom_headers import SliceHeader
-from featray.ct.inflate import MAX_RATIO
+from featray.ct.formats.inflate import MAX_RATIO
 from featray.errors import Reason, ScanError
 
 NATIVE = frozenset({"", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", DEFLATED, BIG_ENDIAN})

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from featray import npy
 from featray.config import PolicyConfig, SourceConfig, mask_url
 from featray.ct.dicom import SliceHeader
+from featray.ct.formats import npy
 from featray.listing.memory import ListingMemory
 from featray.schema import Scan
 from featray.storage import file_checksum, file_version, fingerprint, utf8

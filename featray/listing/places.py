@@ -18,7 +18,7 @@ import fsspec
 
 from featray import retry
 from featray.ct import dicom
-from featray.ct.archive import ZIP_SUFFIX
+from featray.ct.formats.zip_archive import ZIP_SUFFIX
 from featray.errors import Reason, ScanError
 from featray.listing.archives import found_in_archive
 from featray.listing.digests import by_bytes

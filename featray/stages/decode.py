@@ -16,12 +16,12 @@ import numpy as np
 
 from featray.config import Config, LimitsConfig, PolicyConfig, PreprocessConfig
 from featray.ct import hu, region, regrid
+from featray.ct.formats.npy import Samples, onto_scale
 from featray.ct.geometry import reorient
 from featray.ct.memory import keep_large_blocks
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 from featray.listing.row import locate
-from featray.npy import Samples, onto_scale
 from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord
 from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
 from featray.stages.read import Reader, ReadResult

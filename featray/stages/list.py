@@ -11,8 +11,9 @@ from importlib.metadata import version
 
 import fsspec
 
-from featray import manifest, npy, retry
+from featray import manifest, retry
 from featray.config import PolicyConfig, SourceConfig, mask_url
+from featray.ct.formats import npy
 from featray.duplicates import settle_duplicates, unique_ids
 from featray.errors import ConfigError
 from featray.listing.files import How

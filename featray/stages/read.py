@@ -1,7 +1,7 @@
 """Read one scan: its files from the store in, one checked volume in HU, or an array's samples, out.
 
 Knows the formats only by name; what a header may lie about is the readers' business in `featray.ct` and
-`featray.npy`. The readers are imported where scans are read: the driver needs none of them.
+`featray.ct.formats.npy`. The readers are imported where scans are read: the driver needs none of them.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from featray import retry
 from featray.config import PolicyConfig, SourceConfig
-from featray.ct.archive import MAX_ARCHIVE_BYTES, open_archive
-from featray.ct.stored import as_shifted_slices
+from featray.ct.formats.npy import Samples, read_npy
+from featray.ct.formats.voxel_data import as_shifted_slices
+from featray.ct.formats.zip_archive import MAX_ARCHIVE_BYTES, open_archive
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
-from featray.npy import Samples, read_npy
 from featray.schema import Scan
 from featray.storage import file_version, fingerprint, open_url
 

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 
-from featray.ct.archive import Archive, open_archive
+from featray.ct.formats.zip_archive import Archive, open_archive
 from featray.errors import Reason, ScanError
 
 MANY = 10**7

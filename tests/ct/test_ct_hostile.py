@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from featray.ct.metaimage import read_metaimage
-from featray.ct.nifti import read_nifti, read_nifti_pair
-from featray.ct.nrrd import read_nrrd
+from featray.ct.formats.metaimage import read_metaimage
+from featray.ct.formats.nifti import read_nifti, read_nifti_pair
+from featray.ct.formats.nrrd import read_nrrd
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 

@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from featray.ct import hu
-from featray.ct.nifti import read_nifti
+from featray.ct.formats.nifti import read_nifti
 
 
 def chest(shape: tuple[int, int, int] = (20, 64, 64)) -> NDArray[np.int16]:

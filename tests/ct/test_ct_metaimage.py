@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featray.ct.metaimage import read_metaimage
+from featray.ct.formats.metaimage import read_metaimage
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 

@@ -15,8 +15,8 @@ import pytest
 from numpy.typing import NDArray
 
 from featray.ct import geometry, regrid
-from featray.ct.nifti import read_nifti, read_nifti_pair
-from featray.ct.stored import as_shifted_slices
+from featray.ct.formats.nifti import read_nifti, read_nifti_pair
+from featray.ct.formats.voxel_data import as_shifted_slices
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featray.ct.nrrd import read_nrrd
+from featray.ct.formats.nrrd import read_nrrd
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -250,7 +250,7 @@ def test_sheared_axes_can_be_kept() -> None:
 
 
 def test_the_real_nrrd_equals_its_nifti_twin(shared_ct: Path) -> None:
-    from featray.ct.nifti import read_nifti
+    from featray.ct.formats.nifti import read_nifti
 
     ours = read((shared_ct / "twins/ct-64.nrrd").read_bytes())
     twin = read_nifti((shared_ct / "twins/ct-64.nii.gz").read_bytes(), max_voxels=MANY)

@@ -22,8 +22,8 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from featray.config import PreprocessConfig
 from featray.ct import dicom
+from featray.ct.formats.nifti import read_nifti
 from featray.ct.geometry import reorient
-from featray.ct.nifti import read_nifti
 from featray.ct.phantom import PhantomParameters, make_phantom
 from featray.ct.volume import Volume
 from featray.stages.preprocess import preprocess

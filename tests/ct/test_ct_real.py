@@ -10,7 +10,7 @@ import pytest
 
 from featray.ct import hu
 from featray.ct.dicom import Series, group_series, read_header, read_series
-from featray.ct.nifti import read_nifti
+from featray.ct.formats.nifti import read_nifti
 from featray.ct.volume import Volume
 from featray.errors import ScanError
 

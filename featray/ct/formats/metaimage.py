@@ -20,9 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featray.ct.formats.inflate import inflate_zlib
+from featray.ct.formats.voxel_data import (
+    Buffer,
+    Layout,
+    checked_layout,
+    geometry_warnings,
+    plain,
+    scaled_voxels,
+)
 from featray.ct.geometry import Affine
-from featray.ct.inflate import inflate_zlib
-from featray.ct.stored import Buffer, Layout, checked_layout, geometry_warnings, plain, scaled_voxels
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 
@@ -49,7 +56,7 @@ _Header = dict[str, str]
 def read_metaimage(data: bytes, *, max_voxels: int, keep_shear: bool = False) -> Volume:
     """Return the volume in a MetaImage file with its data inside.
 
-    Voxels, arguments and errors are those of `featray.ct.nifti.read_nifti`.
+    Voxels, arguments and errors are those of `featray.ct.formats.nifti.read_nifti`.
     """
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")

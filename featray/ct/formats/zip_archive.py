@@ -16,7 +16,7 @@ import zlib
 from itertools import pairwise
 from typing import BinaryIO
 
-from featray.ct.inflate import MAX_RATIO
+from featray.ct.formats.inflate import MAX_RATIO
 from featray.errors import Reason, ScanError
 
 ZIP_SUFFIX = ".zip"

@@ -30,9 +30,16 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from featray.ct import geometry
+from featray.ct.formats.inflate import GZIP_MAGIC, gunzip, gzip_head
+from featray.ct.formats.voxel_data import (
+    Buffer,
+    Layout,
+    checked_layout,
+    geometry_warnings,
+    plain,
+    scaled_voxels,
+)
 from featray.ct.geometry import Affine
-from featray.ct.inflate import GZIP_MAGIC, gunzip, gzip_head
-from featray.ct.stored import Buffer, Layout, checked_layout, geometry_warnings, plain, scaled_voxels
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 

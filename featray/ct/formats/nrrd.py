@@ -21,9 +21,16 @@ import nrrd
 import numpy as np
 from nrrd.errors import NRRDError
 
+from featray.ct.formats.inflate import gunzip
+from featray.ct.formats.voxel_data import (
+    Buffer,
+    Layout,
+    checked_layout,
+    geometry_warnings,
+    plain,
+    scaled_voxels,
+)
 from featray.ct.geometry import Affine
-from featray.ct.inflate import gunzip
-from featray.ct.stored import Buffer, Layout, checked_layout, geometry_warnings, plain, scaled_voxels
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 
@@ -55,7 +62,7 @@ _TYPES = {
 def read_nrrd(data: bytes, *, max_voxels: int, keep_shear: bool = False) -> Volume:
     """Return the volume in an NRRD file with attached data, raw or gzip.
 
-    Voxels, arguments and errors are those of `featray.ct.nifti.read_nifti`.
+    Voxels, arguments and errors are those of `featray.ct.formats.nifti.read_nifti`.
     """
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")

@@ -148,7 +148,7 @@ def refuse_to_empty(plan: Plan, limits: LimitsConfig, *, refresh: bool) -> None:
 def _problems_of_tags(config: Config) -> list[str]:
     if not config.privacy.dicom_tags:
         return []
-    from featray.ct.dicom_tags import unknown_keywords
+    from featray.ct.dicom.tags import unknown_keywords
 
     unknown = unknown_keywords(config.privacy.dicom_tags)
     return [f"privacy.dicom_tags: DICOM knows no keyword {keyword!r}" for keyword in unknown]

@@ -105,7 +105,7 @@ def _dicom_ways(folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def _read_series(folder: Path) -> Any:
-    from featray.ct.dicom import group_series, read_header, read_series
+    from featray.ct.dicom.read import group_series, read_header, read_series
 
     headers = []
     for path in sorted(folder.iterdir()):

@@ -108,7 +108,7 @@ def test_only_what_changed_is_read_again(
 def test_headers_of_unchanged_dicom_folders_are_not_read_again(
     config_of: Any, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featray.ct import dicom
+    from featray.ct.dicom import read as dicom
 
     config = config_of()
     assert config["source"]["uri"] == str(phantoms)

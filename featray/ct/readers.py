@@ -4,7 +4,7 @@ What `dicom` imports for some files only is here as well: pydicom comes with nib
 cannot be imported, that shows before a scan is read.
 """
 
-from featray.ct import dicom, dicom_compressed, dicom_frames, dicom_tags
+from featray.ct.dicom import read as dicom
 from featray.ct.formats import metaimage, nifti, nrrd
 
 __all__ = ["dicom", "dicom_compressed", "dicom_frames", "dicom_tags", "metaimage", "nifti", "nrrd"]

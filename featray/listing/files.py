@@ -10,7 +10,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from featray.config import PolicyConfig, SourceConfig, mask_url
-from featray.ct.dicom import SliceHeader
+from featray.ct.dicom.read import SliceHeader
 from featray.ct.formats import npy
 from featray.listing.memory import ListingMemory
 from featray.schema import Scan

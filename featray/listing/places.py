@@ -17,7 +17,7 @@ from typing import Any
 import fsspec
 
 from featray import retry
-from featray.ct import dicom
+from featray.ct.dicom import read as dicom
 from featray.ct.formats.zip_archive import ZIP_SUFFIX
 from featray.errors import Reason, ScanError
 from featray.listing.archives import found_in_archive

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from featray.config import mask_url
-from featray.ct import dicom
+from featray.ct.dicom import read as dicom
 from featray.errors import Reason
 from featray.listing.files import File, Found, How, Place, common_place, scan_of
 from featray.listing.memory import KnownGroup, KnownSeries, ListingMemory

@@ -14,7 +14,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import EnhancedCTImageStorage
 
-from featray.ct.dicom import Series, group_series, read_header, read_series
+from featray.ct.dicom.read import Series, group_series, read_header, read_series
 from featray.errors import Reason, ScanError
 
 SeriesOf = Callable[..., dict[str, Dataset]]

@@ -15,8 +15,8 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000, HTJ2KLossless, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless
 
-from featray.ct.dicom import read_series
-from featray.ct.dicom_codestream import BadStreamError, parse
+from featray.ct.dicom.codestream import BadStreamError, parse
+from featray.ct.dicom.read import read_series
 from featray.errors import Reason, ScanError
 
 Files = list[tuple[str, bytes]]

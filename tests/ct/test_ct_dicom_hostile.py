@@ -22,8 +22,8 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from featray.ct.dicom import group_series, read_header, read_series
-from featray.ct.dicom_elements import HEADER_LIMIT
+from featray.ct.dicom.elements import HEADER_LIMIT
+from featray.ct.dicom.read import group_series, read_header, read_series
 from featray.errors import Reason, ScanError
 
 Files = list[tuple[str, bytes]]

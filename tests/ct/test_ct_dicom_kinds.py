@@ -15,7 +15,7 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from featray.ct.dicom import group_series, read_header, read_series
+from featray.ct.dicom.read import group_series, read_header, read_series
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 

@@ -14,7 +14,7 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import DeflatedExplicitVRLittleEndian, EnhancedCTImageStorage, JPEG2000Lossless, RLELossless
 
-from featray.ct.dicom import read_series
+from featray.ct.dicom.read import read_series
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 

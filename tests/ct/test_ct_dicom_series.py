@@ -9,7 +9,7 @@ from itertools import permutations
 
 import pytest
 
-from featray.ct.dicom import Series, SliceHeader, group_series, read_header, unreadable_header
+from featray.ct.dicom.read import Series, SliceHeader, group_series, read_header, unreadable_header
 from featray.errors import Reason, ScanError
 
 CT, CAPTURE, RT_STRUCT = (f"1.2.840.10008.5.1.4.1.1.{tail}" for tail in ("2", "7", "481.3"))

@@ -21,7 +21,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from featray.config import PreprocessConfig
-from featray.ct import dicom
+from featray.ct.dicom import read as dicom
 from featray.ct.formats.nifti import read_nifti
 from featray.ct.geometry import reorient
 from featray.ct.phantom import PhantomParameters, make_phantom

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from featray.ct import hu
-from featray.ct.dicom import Series, group_series, read_header, read_series
+from featray.ct.dicom.read import Series, group_series, read_header, read_series
 from featray.ct.formats.nifti import read_nifti
 from featray.ct.volume import Volume
 from featray.errors import ScanError

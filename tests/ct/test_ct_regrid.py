@@ -14,7 +14,7 @@ import SimpleITK as sitk  # noqa: N813 - the name its users know
 from numpy.typing import NDArray
 
 from featray.ct import geometry
-from featray.ct.dicom import group_series, read_header, read_series
+from featray.ct.dicom.read import group_series, read_header, read_series
 from featray.ct.formats.voxel_data import as_shifted_slices
 from featray.ct.regrid import onto_axes, onto_axes_size, upright, upright_grid, upright_size
 from featray.ct.volume import Volume

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.ct import geometry
-from featray.ct.dicom_headers import SliceHeader
+from featray.ct.dicom.header import SliceHeader
 from featray.ct.regrid import upright_grid
 from featray.errors import Oddity, Reason, ScanError
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.ct.dicom_geometry import SAME_PLACE_MM, places_along_normal
-from featray.ct.dicom_headers import SliceHeader
+from featray.ct.dicom.header import SliceHeader
+from featray.ct.dicom.stack import SAME_PLACE_MM, places_along_normal
 
 _TELLING = (
     "temporal",

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-from featray.ct.dicom_elements import HEADER_LIMIT, Elements, End, text, walk
+from featray.ct.dicom.elements import HEADER_LIMIT, Elements, End, text, walk
 from featray.errors import Reason, ScanError
 
 _TAGS = {

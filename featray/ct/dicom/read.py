@@ -23,11 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.ct import geometry
-from featray.ct.dicom_elements import DEFLATED, HEADER_LIMIT, Elements
-from featray.ct.dicom_geometry import check_alike, same_places, stack
-from featray.ct.dicom_headers import SliceHeader, parse_slice, read_header, unreadable_header
-from featray.ct.dicom_pixels import check_format, check_size, stored_values
-from featray.ct.dicom_series import DICOM_SUFFIXES, Series, group_series
+from featray.ct.dicom.elements import DEFLATED, HEADER_LIMIT, Elements
+from featray.ct.dicom.group import DICOM_SUFFIXES, Series, group_series
+from featray.ct.dicom.header import SliceHeader, parse_slice, read_header, unreadable_header
+from featray.ct.dicom.pixels import check_format, check_size, stored_values
+from featray.ct.dicom.stack import check_alike, same_places, stack
 from featray.ct.rescale import LADDER, extremes, rescale, result_dtype
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
@@ -151,7 +151,7 @@ def _whole(header: SliceHeader, elements: Elements, data: bytes) -> tuple[SliceH
 def _frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
     if not header.functional_groups:
         return [header]
-    from featray.ct.dicom_frames import frame_headers  # imports pydicom
+    from featray.ct.dicom.multiframe import frame_headers  # imports pydicom
 
     return frame_headers(header, data)
 
@@ -203,6 +203,6 @@ def _voxels(images: list[_Image]) -> NDArray[Any]:
 def _tags(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
     if not keywords:
         return {}
-    from featray.ct.dicom_tags import named_values  # imports pydicom
+    from featray.ct.dicom.tags import named_values  # imports pydicom
 
     return named_values(data, keywords)

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.ct.dicom_elements import BIG_ENDIAN, DEFLATED, Elements
-from featray.ct.dicom_headers import SliceHeader
+from featray.ct.dicom.elements import BIG_ENDIAN, DEFLATED, Elements
+from featray.ct.dicom.header import SliceHeader
 from featray.ct.formats.inflate import MAX_RATIO
 from featray.errors import Reason, ScanError
 
@@ -90,7 +90,7 @@ def stored_values(header: SliceHeader, elements: Elements, frame: int = 0) -> ND
         raw = _native(header, elements, frame)
         values = _without_unused_bits(raw, header)
     else:
-        from featray.ct.dicom_compressed import decoded  # pydicom takes 0.3 s to import; most CT needs none
+        from featray.ct.dicom.decompress import decoded  # pydicom takes 0.3 s to import; most CT needs none
 
         raw = decoded(header, elements, frame)
         values = _within_bits(raw, header)

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 
-from featray.ct.dicom_codestream import BadStreamError, CodeStream, parse
-from featray.ct.dicom_elements import Elements, fragments
-from featray.ct.dicom_headers import SliceHeader
+from featray.ct.dicom.codestream import BadStreamError, CodeStream, parse
+from featray.ct.dicom.elements import Elements, fragments
+from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason, ScanError
 
 _RLE = "1.2.840.10008.1.2.5"

@@ -10,7 +10,7 @@ from typing import Any
 import pydicom
 from pydicom.config import disable_value_validation
 
-from featray.ct.dicom_headers import SliceHeader
+from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason, ScanError
 
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")

@@ -32,8 +32,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from featray.ct.dicom_apart import apart, volumes
-from featray.ct.dicom_headers import SliceHeader
+from featray.ct.dicom.header import SliceHeader
+from featray.ct.dicom.split import apart, volumes
 from featray.errors import Oddity, Reason
 
 SAME_DIRECTION = 1e-3

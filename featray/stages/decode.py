@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from featray.config import Config, LimitsConfig, PolicyConfig, PreprocessConfig
-from featray.ct import hu, region, regrid
+from featray.ct import hu_statistics, mask_crop, regrid
 from featray.ct.formats.npy import Samples, onto_scale
 from featray.ct.geometry import reorient
-from featray.ct.memory import keep_large_blocks
+from featray.ct.malloc import keep_large_blocks
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 from featray.listing.row import locate
@@ -142,7 +142,7 @@ class Decoder:
         if self.policy.oblique == "resample":
             self._check_regridded(regrid.onto_axes_size(volume))
             volume = regrid.onto_axes(volume, window)
-        return volume if mask is None else region.cut_to_mask(volume, mask, self.preprocess.margin)
+        return volume if mask is None else mask_crop.cut_to_mask(volume, mask, self.preprocess.margin)
 
     def _check_regridded(self, shape: tuple[int, ...]) -> None:
         if math.prod(shape) > self.limits.max_voxels:
@@ -162,11 +162,11 @@ def _describe(record: ScanRecord, result: ReadResult) -> None:
 
 
 def _describe_volume(record: ScanRecord, volume: Volume) -> None:
-    statistics = hu.statistics(volume.voxels_zyx)
+    statistics = hu_statistics.statistics(volume.voxels_zyx)
     record.hu_min, record.hu_max = statistics.minimum, statistics.maximum
     record.hu_p01, record.hu_p50, record.hu_p99 = statistics.p01, statistics.p50, statistics.p99
     record.warn(volume.warnings)
-    record.warn(hu.oddities(statistics))
+    record.warn(hu_statistics.oddities(statistics))
     record.shape = [int(n) for n in volume.voxels_zyx.shape]
     record.spacing = [float(mm) for mm in volume.spacing_zyx]
     record.orientation = volume.orientation

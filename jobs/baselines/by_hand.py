@@ -51,7 +51,7 @@ def main() -> None:
 def _decode(asked: common.Given, ring: Any, todo: Queue[Any], free: Queue[Any], ready: Queue[Any]) -> None:
     import cv2
 
-    from featray.ct.memory import keep_large_blocks
+    from featray.ct.malloc import keep_large_blocks
 
     cv2.setNumThreads(1)
     keep_large_blocks()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from featray.ct import hu
+from featray.ct import hu_statistics
 from featray.ct.dicom.read import Series, group_series, read_header, read_series
 from featray.ct.formats.nifti import read_nifti
 from featray.ct.volume import Volume
@@ -87,7 +87,7 @@ def test_every_item_of_the_collection_reads_as_measured(
 ) -> None:
     fact = facts[item]
     volume = read_item(shared_ct / item)
-    found = hu.statistics(volume.voxels_zyx)
+    found = hu_statistics.statistics(volume.voxels_zyx)
 
     assert list(volume.voxels_zyx.shape) == [int(n) for n in fact["shape_zyx"].split()]
     assert volume.spacing_zyx == pytest.approx([float(mm) for mm in fact["spacing_zyx"].split()], abs=1e-4)
@@ -96,7 +96,7 @@ def test_every_item_of_the_collection_reads_as_measured(
     percentiles = [float(fact[name]) for name in ("hu_p01", "hu_p50", "hu_p99")]
     assert [found.p01, found.p50, found.p99] == pytest.approx(percentiles, abs=1)
     assert ("qform_only" in volume.warnings) == ("nifti/STS" in item)
-    assert hu.oddities(found) == (("padding_value",) if "CRLM" in item else ())
+    assert hu_statistics.oddities(found) == (("padding_value",) if "CRLM" in item else ())
 
 
 def test_the_facts_have_no_item_that_is_not_tested(facts: dict[str, dict[str, str]]) -> None:
@@ -184,10 +184,10 @@ def test_a_slice_without_preamble_is_not_lost(shared_ct: Path) -> None:
 
 def test_an_eight_bit_file_with_slope_is_scaled_once_and_told(shared_ct: Path) -> None:
     volume = read_item(shared_ct / "odd/uint8-slope/STS_019_uint8.nii.gz")
-    found = hu.statistics(volume.voxels_zyx)
+    found = hu_statistics.statistics(volume.voxels_zyx)
 
     assert (found.minimum, found.maximum) == pytest.approx((0, 563.19), abs=0.01)
-    assert hu.oddities(found) == ("not_hu",)
+    assert hu_statistics.oddities(found) == ("not_hu",)
 
 
 def test_a_windowed_oblique_file_is_told_twice(shared_ct: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_windowed_oblique_file_is_told_twice(shared_ct: Path) -> None:
 
     assert volume.warnings == ("oblique",)
     assert volume.orientation == "RAS"
-    assert hu.oddities(hu.statistics(volume.voxels_zyx)) == ("not_hu",)
+    assert hu_statistics.oddities(hu_statistics.statistics(volume.voxels_zyx)) == ("not_hu",)
 
 
 def test_the_whole_tree_groups_as_its_folders_do(shared_ct: Path) -> None:

@@ -22,13 +22,13 @@ import yaml
 from numpy.typing import NDArray
 
 from featray.config import Config, load
-from featray.ct.phantom import make_collection
 from featray.errors import ConfigError, FeatrayError
 from featray.pipeline import extract
 from featray.schema import Scan
 from featray.stages.decode import Decoder
 from featray.stages.list import list_scans
 from featray.stages.report import Summary
+from featray.synthetic.phantom import make_collection
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ def demo_config(folder: Path) -> dict[str, Any]:
         "preprocess": {"window": [-1000, 1000], "scale": [0, 1], "size": list(INPUT_ZYX)},
         "model": {
             "uri": str(folder / "vae.keras"),
-            "custom_objects": ["featray.vae:Sampling"],
+            "custom_objects": ["featray.synthetic.vae:Sampling"],
             "layers": short,
         },
         "output": {"uri": str(folder / "out")},
@@ -122,7 +122,7 @@ def _train(config: Config, path: Path) -> None:
     from featray.model import runtime
 
     runtime.configure()
-    from featray.vae import train_vae
+    from featray.synthetic.vae import train_vae
 
     vae = train_vae(volumes, epochs=EPOCHS, seed=SEED)
     temporary = path.with_name(f"part-{path.name}")

@@ -106,12 +106,12 @@ def _config(workload: Workload, folder: Path) -> dict[str, Any]:
     from featray.model import runtime
 
     runtime.configure()  # keeps TensorFlow quiet
-    from featray.vae import build_encoder
+    from featray.synthetic.vae import build_encoder
 
     build_encoder(INPUT_ZYX).save(folder / "encoder.keras")
     model = {
         "uri": str(folder / "encoder.keras"),
-        "custom_objects": ["featray.vae:Sampling"],
+        "custom_objects": ["featray.synthetic.vae:Sampling"],
         "layers": LAYERS,
     }
     source = {"uri": "made by the benchmark", **workload.sections["source"]}

@@ -125,7 +125,7 @@ def _read_with_simpleitk(folder: Path) -> Any:
 
 
 def _prepare(folder: Path, shape: tuple[int, int, int]) -> None:
-    from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
+    from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
     phantom = make_phantom(1, shape, (1.25, 0.75, 0.75))
     (folder / "nifti").mkdir()

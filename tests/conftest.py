@@ -28,7 +28,7 @@ def shared_ct() -> Path:
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a collection of eleven small NIfTI phantoms and one DICOM series."""
-    from featray.ct.phantom import make_collection
+    from featray.synthetic.phantom import make_collection
 
     folder = tmp_path_factory.mktemp("phantoms")
     make_collection(folder, 12, shape_zyx=(16, 40, 48), seed=3)
@@ -38,7 +38,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def vae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a small VAE with random weights as a .keras file; its Sampling layer is custom."""
-    from featray.vae import build_vae
+    from featray.synthetic.vae import build_vae
 
     path = tmp_path_factory.mktemp("model") / "vae.keras"
     build_vae(INPUT_ZYX, filters=(4, 8), dense=16, latent=4, seed=1).save(path)
@@ -55,7 +55,7 @@ def config_of(vae_file: Path, phantoms: Path, tmp_path: Path) -> ConfigOf:
             "preprocess": {"size": list(INPUT_ZYX)},
             "model": {
                 "uri": str(vae_file),
-                "custom_objects": ["featray.vae:Sampling"],
+                "custom_objects": ["featray.synthetic.vae:Sampling"],
                 "layers": list(LAYERS),
             },
             "output": {"uri": str(tmp_path / "out")},

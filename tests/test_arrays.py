@@ -157,7 +157,7 @@ def test_c_inputs_of_two_lengths_go_through_one_model_with_either_engine(
 
 
 def encoder_of_the_3d_vae() -> Any:
-    from featray.vae import Sampling
+    from featray.synthetic.vae import Sampling
 
     volume = keras.Input((8, 32, 32, 1))
     x = volume
@@ -200,7 +200,7 @@ def tensor_of(config: dict[str, Any], scan_id: str) -> np.ndarray:
 
 def test_e_z_differs_from_call_to_call_and_z_mean_does_not(tmp_path: Path) -> None:
     encoder_of_the_3d_vae().save(tmp_path / "encoder.keras")
-    section = {"uri": str(tmp_path / "encoder.keras"), "custom_objects": ["featray.vae:Sampling"]}
+    section = {"uri": str(tmp_path / "encoder.keras"), "custom_objects": ["featray.synthetic.vae:Sampling"]}
     with pytest.raises(UsageError, match="take the layer that feeds it, such as z_mean"):
         featray.Extractor({**section, "layers": ["z"]})
     extractor = featray.Extractor({**section, "layers": ["z", "z_mean"], "allow_stochastic": True})

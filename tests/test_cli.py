@@ -112,7 +112,9 @@ def test_layers_lists_paths_shapes_and_flags(
     assert by_config["encoder/z_mean"]["class"] == "Dense"
     assert "stochastic" in by_config["encoder/z"]["flags"]
     assert "stochastic" not in by_config["encoder/z_mean"]["flags"]
-    assert main(["layers", str(vae_file), "--custom-objects", "featray.vae:Sampling", "--json"]) == 0
+    assert (
+        main(["layers", str(vae_file), "--custom-objects", "featray.synthetic.vae:Sampling", "--json"]) == 0
+    )
     assert {layer["path"] for layer in last_json(capsys.readouterr().out)["layers"]} == set(by_config)
 
 
@@ -277,7 +279,7 @@ def test_a_reader_that_leaves_early_is_no_error(vae_file: Path) -> None:
         "layers",
         str(vae_file),
         "--custom-objects",
-        "featray.vae:Sampling",
+        "featray.synthetic.vae:Sampling",
     ]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

@@ -35,8 +35,8 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with what the README's first real run starts from."""
     import keras
 
-    from featray.ct.phantom import make_collection
-    from featray.vae import build_encoder
+    from featray.synthetic.phantom import make_collection
+    from featray.synthetic.vae import build_encoder
 
     folder = tmp_path_factory.mktemp("first-run")
     make_collection(folder / "data" / "ct", 3, shape_zyx=(32, 64, 64), dicom=0)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import featray
-from featray.ct.phantom import make_collection
+from featray.synthetic.phantom import make_collection
 
 FACTOR = 5.0
 """Without the deciding stage an estimate would be wrong by ten and more."""
@@ -46,7 +46,7 @@ def run_seconds(config: dict[str, Any]) -> float:
 def test_an_estimate_is_near_the_run_that_follows(
     shape_zyx: tuple[int, int, int], input_zyx: tuple[int, int, int], decides: str, tmp_path: Path
 ) -> None:
-    from featray.vae import build_encoder
+    from featray.synthetic.vae import build_encoder
 
     model = tmp_path / "encoder.keras"
     build_encoder(input_zyx).save(model)
@@ -56,7 +56,11 @@ def test_an_estimate_is_near_the_run_that_follows(
         return {
             "source": {"uri": str(source if source.exists() else copies(source, count, shape_zyx))},
             "preprocess": {"size": list(input_zyx)},
-            "model": {"uri": str(model), "custom_objects": ["featray.vae:Sampling"], "layers": ["z_mean"]},
+            "model": {
+                "uri": str(model),
+                "custom_objects": ["featray.synthetic.vae:Sampling"],
+                "layers": ["z_mean"],
+            },
             "output": {"uri": str(tmp_path / name)},
             "run": {"engine": "inline"},
         }

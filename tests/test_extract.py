@@ -14,11 +14,11 @@ import pyarrow as pa
 import pytest
 
 import featray
-from featray.ct.phantom import make_phantom, write_nifti
 from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError, OutputBusyError
 from featray.lease import Lease
 from featray.storage import Store
+from featray.synthetic.phantom import make_phantom, write_nifti
 
 NAMES = ["encoder.conv_2", "encoder.pre_latent", "encoder.z_log_var", "encoder.z_mean"]
 
@@ -60,7 +60,7 @@ def test_the_values_are_those_of_the_full_model_on_the_same_input(config_of: Any
     import keras
     import nibabel
 
-    from featray.vae import Sampling
+    from featray.synthetic.vae import Sampling
 
     config = config_of(preprocess={"interpolation": "nearest"})
     featray.extract(config)

@@ -37,11 +37,11 @@ from numpy.typing import NDArray
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from featray.config import Config, load
-from featray.ct.phantom import Phantom, make_phantom, write_dicom_series, write_nifti
 from featray.errors import Oddity, Reason
 from featray.schema import Decoded
 from featray.stages.decode import Decoder
 from featray.stages.list import list_scans
+from featray.synthetic.phantom import Phantom, make_phantom, write_dicom_series, write_nifti
 
 EXAMPLES = int(os.environ.get("FEATRAY_FUZZ_EXAMPLES", "0"))
 SECONDS, PEAK_BYTES = 2.0, 64 * 2**20

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from featray.config import Config, load
-from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
 from featray.schema import Decoded
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing, list_scans
+from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
 SHAPE = (5, 16, 12)
 SECONDS = 5

@@ -23,9 +23,9 @@ import yaml
 from kill.harness import PATIENCE_S, Head, assert_same, finish, run_and_kill, values
 from kill.rounds import COMMANDS, DOZEN, ROUNDS, Round
 
-from featray.ct.phantom import make_collection
 from featray.dataset import Dataset
 from featray.storage import Store
+from featray.synthetic.phantom import make_collection
 
 SCANS_IN_ALL = 64
 """More than a file's worth and all that is in flight: a stop leaves some out."""
@@ -36,7 +36,7 @@ INPUT_ZYX = (8, 32, 32)
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return scans large enough that a run over them can be met in the middle."""
-    from featray.ct.phantom import make_collection
+    from featray.synthetic.phantom import make_collection
 
     folder = tmp_path_factory.mktemp("collection")
     make_collection(folder, SCANS_IN_ALL, shape_zyx=(64, 160, 160), seed=5, dicom=1)
@@ -46,7 +46,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def job(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return a config without output, of a model slow enough that commits do not come all at once."""
-    from featray.vae import build_encoder
+    from featray.synthetic.vae import build_encoder
 
     model = tmp_path_factory.mktemp("model") / "encoder.keras"
     build_encoder((32, 128, 128)).save(model)
@@ -55,7 +55,7 @@ def job(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "preprocess": {"size": [32, 128, 128]},
         "model": {
             "uri": str(model),
-            "custom_objects": ["featray.vae:Sampling"],
+            "custom_objects": ["featray.synthetic.vae:Sampling"],
             "layers": ["z_mean", "z_log_var", "pre_latent", "conv_2"],
         },
         "run": {"engine": "inline", "decode": {"workers": 1}},
@@ -207,7 +207,7 @@ def stages(vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             "preprocess": {"size": list(INPUT_ZYX)},
             "model": {
                 "uri": str(vae_file),
-                "custom_objects": ["featray.vae:Sampling"],
+                "custom_objects": ["featray.synthetic.vae:Sampling"],
                 "layers": ["encoder/z_mean", "encoder/conv_2"],
                 "batch_size": 2,
             },

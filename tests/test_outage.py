@@ -10,7 +10,6 @@ import pytest
 
 import featray
 from featray.config import PolicyConfig, SourceConfig
-from featray.ct.phantom import make_collection
 from featray.dataset import Dataset
 from featray.errors import Reason, StorageError
 from featray.outage import IN_A_ROW, unless_source_is_gone
@@ -19,6 +18,7 @@ from featray.stages.commit import Committer
 from featray.stages.read import Reader
 from featray.status import status
 from featray.storage import Store
+from featray.synthetic.phantom import make_collection
 
 NAMES = [f"{number:03}.nii" for number in range(100)]
 

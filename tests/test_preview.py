@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from featray import montage as pictures
 from featray.cli import main
 from featray.config import PreprocessConfig, load
-from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.ct.volume import Volume
 from featray.errors import ConfigError, UsageError
 from featray.montage import montage, spread
 from featray.preview import preview
 from featray.schema import ScanRecord
 from featray.stages.preprocess import preprocess
+from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
 SIZE = [8, 20, 24]
 CORNER = (slice(pictures._LINE + pictures._MARGIN, None), slice(pictures._MARGIN, None))

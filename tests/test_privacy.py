@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from featray.cli import main
-from featray.ct.phantom import make_phantom, write_dicom_series
+from featray.synthetic.phantom import make_phantom, write_dicom_series
 
 PLANTED = {
     "PatientName": "Quixote^Planted",
@@ -78,7 +78,7 @@ def test_no_planted_identifier_is_in_any_file_message_or_log(
         "preprocess": {"size": [8, 32, 32]},
         "model": {
             "uri": str(vae_file),
-            "custom_objects": ["featray.vae:Sampling"],
+            "custom_objects": ["featray.synthetic.vae:Sampling"],
             "layers": ["encoder/z_mean"],
         },
         "output": {"uri": str(tmp_path / "out")},

@@ -23,7 +23,7 @@ LAYERS = [
 
 @pytest.fixture(scope="module")
 def large_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from featray.vae import build_vae
+    from featray.synthetic.vae import build_vae
 
     path = tmp_path_factory.mktemp("model") / "vae.keras"
     build_vae().save(path)
@@ -35,7 +35,11 @@ def run(source: Path, vae: Path, output: Path, engine: str = "inline") -> dict[s
     summary = featray.extract(
         {
             "source": {"uri": str(source)},
-            "model": {"uri": str(vae), "custom_objects": ["featray.vae:Sampling"], "layers": LAYERS},
+            "model": {
+                "uri": str(vae),
+                "custom_objects": ["featray.synthetic.vae:Sampling"],
+                "layers": LAYERS,
+            },
             "output": {"uri": str(output)},
             "run": {"engine": engine},
             "limits": {"max_failed_fraction": 1},
@@ -103,7 +107,7 @@ def test_no_odd_case_becomes_a_silent_wrong_volume(shared_ct: Path, vae_file: Pa
             "preprocess": {"size": [8, 32, 32]},
             "model": {
                 "uri": str(vae_file),
-                "custom_objects": ["featray.vae:Sampling"],
+                "custom_objects": ["featray.synthetic.vae:Sampling"],
                 "layers": ["encoder/z_mean"],
             },
             "output": {"uri": str(tmp_path / "out")},

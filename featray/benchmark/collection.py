@@ -16,10 +16,10 @@ from pathlib import Path
 
 from featray.checks import check_source
 from featray.config import Config
-from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
 from featray.hardware import usable_cores
 from featray.schema import Scan
+from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
 MATRIX = 512
 SLICES = (40, 275)

@@ -71,7 +71,7 @@ def load_model(asked: Given) -> Any:
     """Return a Keras model with the asked-for layers as outputs, {name: values}."""
     import keras
 
-    from featray.vae import Sampling  # noqa: F401 - registers the layer for load_model
+    from featray.synthetic.vae import Sampling  # noqa: F401 - registers the layer for load_model
 
     whole = keras.models.load_model(asked["model"], compile=False)
     outputs = {one["name"]: _pooled(whole, one) for one in asked["layers"]}

@@ -24,9 +24,9 @@ from featray.config import PreprocessConfig
 from featray.ct.dicom import read as dicom
 from featray.ct.formats.nifti import read_nifti
 from featray.ct.geometry import reorient
-from featray.ct.phantom import PhantomParameters, make_phantom
 from featray.ct.volume import Volume
 from featray.stages.preprocess import preprocess
+from featray.synthetic.phantom import PhantomParameters, make_phantom
 
 sitk = pytest.importorskip("SimpleITK")
 

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813 - the name its users know
 from numpy.typing import NDArray
 
-from featray.ct.phantom import (
+from featray.synthetic.phantom import (
     LESION_HU,
     Phantom,
     PhantomParameters,

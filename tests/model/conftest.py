@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 SMALL = {"input_zyx": (8, 16, 16), "filters": (2, 3), "dense": 6, "latent": 4}
-SAMPLING = "featray.vae:Sampling"
+SAMPLING = "featray.synthetic.vae:Sampling"
 
 
 @pytest.fixture(scope="session")
 def small_vae() -> Any:
     """Return a nested functional VAE of input (8, 16, 16)."""
-    from featray import vae
+    from featray.synthetic import vae
 
     return vae.build_vae(**SMALL, seed=3)
 

@@ -68,7 +68,10 @@ def encoder(tmp_path: Path, code: Callable[[str, str], Path]) -> tuple[Any, Spec
     """Return a 3-D VAE encoder with a Conv2D side branch and outputs [z_mean, z_log_var, z]."""
     model = _object(code("seed.py", SEED), "build")()
     model.save(tmp_path / "encoder.keras")
-    return model, {"uri": str(tmp_path / "encoder.keras"), "custom_objects": ["featray.vae:Sampling"]}
+    return model, {
+        "uri": str(tmp_path / "encoder.keras"),
+        "custom_objects": ["featray.synthetic.vae:Sampling"],
+    }
 
 
 def _object(source: Path, name: str) -> Any:
@@ -174,7 +177,7 @@ def test_what_lies_behind_the_deepest_layer_costs_nothing_and_one_pass_costs_the
     def floating_point_operations(*layers: str) -> int:
         spec = {
             "uri": str(small_vae_file),
-            "custom_objects": ["featray.vae:Sampling"],
+            "custom_objects": ["featray.synthetic.vae:Sampling"],
             "layers": list(layers),
         }
         return _flops(Extractor({**spec, "allow_stochastic": True}))

@@ -371,7 +371,7 @@ def test_a_channels_first_model_takes_volumes_without_a_channel_axis(tmp_path: P
 def test_the_recipe_follows_weights_layers_and_pooling_but_not_order_or_batch_size(
     small_vae_file: Path, tmp_path: Path, spec: Spec
 ) -> None:
-    from featray import vae
+    from featray.synthetic import vae
 
     vae.build_vae((8, 16, 16), (2, 3), 6, 4, seed=4).save(tmp_path / "other.keras")
     recipe = Extractor(spec("z_mean", "conv_1")).recipe_part()
@@ -386,14 +386,14 @@ def test_an_unknown_key_in_the_model_section_is_a_config_error(spec: Spec) -> No
 
 
 def test_the_large_vae_is_cut_to_its_five_convolutions_and_equals_the_encoder(tmp_path: Path) -> None:
-    from featray import vae
+    from featray.synthetic import vae
 
     model = vae.build_vae()
     model.save(tmp_path / "vae.keras")
     layers = ["z_mean", "z_log_var", "pre_latent", "encoder/conv_4"]
     section = {
         "uri": str(tmp_path / "vae.keras"),
-        "custom_objects": ["featray.vae:Sampling"],
+        "custom_objects": ["featray.synthetic.vae:Sampling"],
         "layers": layers,
     }
     extractor = Extractor(section, input_zyx=(32, 256, 256))

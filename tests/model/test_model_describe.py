@@ -11,7 +11,7 @@ import pytest
 
 from featray.model import LayerInfo, list_layers
 
-SAMPLING = ("featray.vae:Sampling",)
+SAMPLING = ("featray.synthetic.vae:Sampling",)
 
 
 def _by_path(path: Path, **keys: Any) -> dict[str, LayerInfo]:
@@ -76,7 +76,7 @@ def test_relu_on_the_latent_is_flagged_and_relu_elsewhere_is_not(tmp_path: Path)
 def test_relu_on_whatever_feeds_the_sampling_is_flagged_whatever_its_name(
     tmp_path: Path, small_vae: Any
 ) -> None:
-    from featray.vae import Sampling
+    from featray.synthetic.vae import Sampling
 
     volume = keras.Input((4, 4, 4, 1))
     flat = keras.layers.Flatten(name="flat")(volume)
@@ -140,7 +140,7 @@ def test_heads_named_like_a_spread_are_flagged_sigma(tmp_path: Path, name: str, 
 
 
 def test_a_relu_layer_between_head_and_sampling_is_flagged(tmp_path: Path, small_vae: Any) -> None:
-    from featray.vae import Sampling
+    from featray.synthetic.vae import Sampling
 
     vector = keras.Input((6,))
     a, b = (keras.layers.ReLU(name=f"clip_{name}")(keras.layers.Dense(4, name=name)(vector)) for name in "ab")

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 from featray.errors import ModelError
 from featray.model import Extractor, list_layers
-from featray.vae import Sampling
+from featray.synthetic.vae import Sampling
 
 SHAPE = (4, 6, 6, 1)
 

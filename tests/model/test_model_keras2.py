@@ -60,7 +60,7 @@ def _vae(k2: Any) -> tuple[Any, Any]:
 def test_a_nested_vae_of_keras_2_gives_the_same_latent(k2: Any, saved: Any) -> None:
     vae, encoder = _vae(k2)
     vae.compile(loss="mse")
-    path, keys = saved(vae), {"custom_objects": ["featray.vae:Sampling"]}
+    path, keys = saved(vae), {"custom_objects": ["featray.synthetic.vae:Sampling"]}
     for at, name in enumerate(("z_mean", "z_log_var")):
         expected = encoder(X)[at].numpy()
         np.testing.assert_allclose(

@@ -61,9 +61,9 @@ def test_a_missing_class_is_named_with_its_layer_and_the_way_out(spec: Spec) -> 
 
 
 def test_a_class_that_happens_to_be_registered_still_has_to_be_asked_for(spec: Spec) -> None:
-    import featray.vae
+    import featray.synthetic.vae
 
-    assert keras.saving.get_registered_object("featray>Sampling") is featray.vae.Sampling
+    assert keras.saving.get_registered_object("featray>Sampling") is featray.synthetic.vae.Sampling
     with pytest.raises(ModelError, match="needs Sampling"):
         Extractor(spec("z_mean", custom_objects=[], trust=True))
 

@@ -19,7 +19,7 @@ def _blobs(count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_the_default_vae_takes_a_32_256_256_volume_down_to_one_slice() -> None:
-    from featray import vae
+    from featray.synthetic import vae
 
     encoder = vae.build_encoder()
     assert encoder.input_shape == (None, 32, 256, 256, 1)
@@ -29,14 +29,14 @@ def test_the_default_vae_takes_a_32_256_256_volume_down_to_one_slice() -> None:
 
 @pytest.mark.parametrize("size", [(8, 16, 16), (1, 16, 16), (6, 20, 14)])
 def test_the_decoder_gives_back_the_size_even_where_axes_cannot_be_halved(size: tuple[int, int, int]) -> None:
-    from featray import vae
+    from featray.synthetic import vae
 
     model = vae.build_vae(size, (2, 2, 2), 4, 3)
     assert model.output_shape == (None, *size, 1)
 
 
 def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
-    from featray import vae
+    from featray.synthetic import vae
 
     def weights(seed: int) -> list[Any]:
         return [weight.numpy() for weight in vae.build_vae((4, 4, 4), (2,), 3, 2, seed).trainable_weights]
@@ -46,7 +46,7 @@ def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
 
 
 def test_training_lowers_the_loss_and_the_latent_follows_what_varies() -> None:
-    from featray import vae
+    from featray.synthetic import vae
 
     volumes, radii = _blobs(16)
     losses: list[float] = []
@@ -61,7 +61,7 @@ def test_training_lowers_the_loss_and_the_latent_follows_what_varies() -> None:
 
 
 def test_volumes_of_another_rank_are_refused() -> None:
-    from featray import vae
+    from featray.synthetic import vae
 
     with pytest.raises(ValueError, match=r"expected volumes \(n, z, y, x\)"):
         vae.train_vae(np.zeros((4, 4, 4), np.float32))

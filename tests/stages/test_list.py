@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from featray.config import SourceConfig
-from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
 from featray.schema import Scan
 from featray.stages.list import list_scans
+from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
 SHAPE = (6, 16, 16)
 

@@ -16,12 +16,12 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from featray.config import load
-from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.listing import row, rows
 from featray.listing.scans import RowScans, listed
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing, list_scans
+from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
 SHAPE = (6, 16, 16)
 

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from featray.config import PolicyConfig, SourceConfig
-from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
 from featray.listing import archives, places
 from featray.schema import Scan
 from featray.stages.list import Listing, ListingMemory, list_scans
+from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
 SHAPE = (4, 8, 8)
 FOLDERS = ("", "a", "b", "a/c", "export/p0", "export/p1", "d-é")

@@ -14,10 +14,10 @@ import pytest
 
 from featray.checks import check_source
 from featray.config import Config, load
-from featray.ct.phantom import make_phantom, write_dicom_series, write_nifti
 from featray.errors import ConfigError
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
+from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
 SHAPE = (6, 16, 16)
 RAS_TO_LPS = np.diag([-1.0, -1, 1, 1])

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 
 from featray.config import PreprocessConfig
 from featray.ct.geometry import reorient
-from featray.ct.phantom import PhantomParameters, make_phantom
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 from featray.stages.preprocess import input_shape, preprocess, resampled_shape
+from featray.synthetic.phantom import PhantomParameters, make_phantom
 
 ALL_ORIENTATIONS = [
     "".join(letters) for axes in permutations(("LR", "PA", "SI")) for letters in product(*axes)

@@ -20,7 +20,7 @@ from featray.model import Extractor
 from featray.planning import Plan
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.stages.list import Listing, ListingMemory, list_scans
-from featray.storage import Store
+from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from featray.deltalog import LiveFile, Owed, TableLog
 from featray.errors import ConfigError, FeatrayError
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
-from featray.storage import Store
+from featray.storage.store import Store
 
 if TYPE_CHECKING:
     import pyarrow.dataset as pads

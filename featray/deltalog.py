@@ -22,7 +22,7 @@ from deltalake.transaction import AddAction, RemoveAction, Transaction
 
 from featray.errors import OutputBusyError, StorageError
 from featray.schema import DataFile
-from featray.storage import Store
+from featray.storage.store import Store
 
 APP = "featray"
 """Application id of every transaction; its version is the commit's number."""

@@ -31,7 +31,7 @@ from featray.recipe import recipe, recipe_id
 from featray.schema import Decoded
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
-from featray.storage import Store
+from featray.storage.store import Store
 
 Verdict = Literal["PASS", "WARN", "FAIL"]
 Found = Iterator[tuple[Verdict, str]]

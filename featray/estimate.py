@@ -24,7 +24,7 @@ from featray.pipeline import Job, Wanted, choose_engine
 from featray.planning import STATES, Plan
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
-from featray.storage import Store
+from featray.storage.store import Store
 
 SAMPLE = 6
 """Scans decoded for the estimate, from small to large."""

@@ -31,7 +31,7 @@ from featray.dataset import FEATURES, SCANS, Snapshot
 from featray.deltalog import LiveFile
 from featray.errors import ConfigError, StorageError
 from featray.selection import Output, at_one_version, intact, layer_called, open_output, recipes_told
-from featray.storage import Store
+from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from featray.errors import OutputBusyError, StorageError
-from featray.storage import Store
+from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 

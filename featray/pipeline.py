@@ -46,7 +46,7 @@ from featray.stages.decode import Decoder
 from featray.stages.list import Listing
 from featray.stages.report import Run, Summary, Tally, announce, report
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 

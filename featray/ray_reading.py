@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from featray import retry
 from featray.dataset import FEATURES, Snapshot
 from featray.features import FEATURE, Shapes, flat_values, matrix_of
 from featray.selection import (
@@ -29,6 +28,7 @@ from featray.selection import (
     select,
     sorted_ids,
 )
+from featray.storage import retry
 
 if TYPE_CHECKING:
     from ray.data import Dataset as RayDataset

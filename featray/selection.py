@@ -24,7 +24,7 @@ from featray.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.deltalog import LiveFile
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError
 from featray.features import FEATURE, KEYS
-from featray.storage import Store
+from featray.storage.store import Store
 
 Output = str | os.PathLike[str] | Dataset
 Result = TypeVar("Result")

@@ -27,7 +27,7 @@ from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 
 WIDTHS = {"z_mean": 32, "z_log_var": 32, "pre_latent": 256, "conv_5": 128}
 COLUMNS = ("commits", "scans", "commit_s", "open_s", "ledger_s", "log_files", "feature_files", "scan_files")

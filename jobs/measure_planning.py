@@ -69,7 +69,7 @@ def _plan_here(manifest: Path, output: Path) -> dict[str, Any]:
     from featray.dataset import Dataset
     from featray.planning import make_plan
     from featray.stages.list import list_scans
-    from featray.storage import Store
+    from featray.storage.store import Store
 
     times.append(time.perf_counter())
     listing = list_scans(SourceConfig(uri=str(manifest), id_column="case"))
@@ -104,7 +104,7 @@ def _write_ledger(manifest: Path, output: Path) -> None:
     from featray.schema import Receipt, ScanRecord
     from featray.stages.commit import Committer
     from featray.stages.list import list_scans
-    from featray.storage import Store
+    from featray.storage.store import Store
 
     scans = list_scans(SourceConfig(uri=str(manifest), id_column="case")).scans
     committer = Committer(Dataset(Store(str(output))), ("layer",), (), run_id="20260101T000000000-000000")

@@ -19,7 +19,7 @@ from keras import layers as kl
 import featray
 from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError, UsageError
-from featray.storage import Store
+from featray.storage.store import Store
 
 ConfigFor = Callable[..., dict[str, Any]]
 Rows = dict[tuple[str, int], np.ndarray]

@@ -19,7 +19,7 @@ from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 
 RUN = "20260101T000000-abcdef"
 

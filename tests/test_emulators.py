@@ -19,7 +19,7 @@ from servers import emulators
 import featray
 from featray.dataset import FEATURES, Dataset
 from featray.errors import ConfigError
-from featray.storage import Store
+from featray.storage.store import Store
 
 pytestmark = [
     pytest.mark.emulator,

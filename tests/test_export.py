@@ -27,7 +27,7 @@ from featray.schema import Decoded, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 
 RUN = "20260101T000000000-abcdef"
 ROWS = [("a", 0, [1.0, 2.0]), ("b", 0, [2.0, 3.0]), ("b", 1, [2.0, 3.0]), ("c", 0, [3.0, 4.0])]

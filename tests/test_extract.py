@@ -17,7 +17,7 @@ import featray
 from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError, OutputBusyError
 from featray.lease import Lease
-from featray.storage import Store
+from featray.storage.store import Store
 from featray.synthetic.phantom import make_phantom, write_nifti
 
 NAMES = ["encoder.conv_2", "encoder.pre_latent", "encoder.z_log_var", "encoder.z_mean"]

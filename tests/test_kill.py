@@ -24,7 +24,7 @@ from kill.harness import PATIENCE_S, Head, assert_same, finish, run_and_kill, va
 from kill.rounds import COMMANDS, DOZEN, ROUNDS, Round
 
 from featray.dataset import Dataset
-from featray.storage import Store
+from featray.storage.store import Store
 from featray.synthetic.phantom import make_collection
 
 SCANS_IN_ALL = 64

@@ -27,7 +27,7 @@ from featray.dataset import FEATURES, Dataset
 from featray.errors import OutputBusyError
 from featray.lease import Lease
 from featray.stages.list import list_scans
-from featray.storage import Store
+from featray.storage.store import Store
 
 Features = dict[tuple[str, str], list[float]]
 

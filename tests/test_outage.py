@@ -17,7 +17,7 @@ from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.read import Reader
 from featray.status import status
-from featray.storage import Store
+from featray.storage.store import Store
 from featray.synthetic.phantom import make_collection
 
 NAMES = [f"{number:03}.nii" for number in range(100)]

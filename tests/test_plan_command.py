@@ -22,7 +22,7 @@ from featray.pipeline import Job
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.list import list_scans
-from featray.storage import Store
+from featray.storage.store import Store
 
 NAMES = ("a", "b", "c", "d")
 

@@ -11,7 +11,7 @@ import pytest
 
 import featray
 from featray.dataset import FEATURES, SCANS, Dataset
-from featray.storage import Store
+from featray.storage.store import Store
 
 LAYERS = [
     "encoder/z_mean",

@@ -17,7 +17,7 @@ import featray
 from featray import checks, pipeline
 from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError
-from featray.storage import Store
+from featray.storage.store import Store
 
 
 def dataset_of(config: dict[str, Any]) -> Dataset:

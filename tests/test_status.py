@@ -15,7 +15,7 @@ from featray.lease import FOLDER
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.status import status
-from featray.storage import Store
+from featray.storage.store import Store
 
 PROGRESS = {"total": 500, "done": 120, "failed": 2, "bytes_read": 60_000_000, "seconds": 20.0}
 

@@ -29,13 +29,14 @@ from deltalake.exceptions import CommitFailedError
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
-from featray import retry, storage_options
 from featray.config import SourceConfig
 from featray.errors import ConfigError, ScanError, StorageError
 from featray.schema import Scan
 from featray.stages.list import list_scans
 from featray.stages.read import Reader
-from featray.storage import Store, open_url
+from featray.storage import options as storage_options
+from featray.storage import retry
+from featray.storage.store import Store, open_url
 
 URL = "http://user:PLANTED-SECRET@127.0.0.1:1/bucket"
 

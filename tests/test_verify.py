@@ -26,7 +26,7 @@ from featray.schema import DataFile, Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 from featray.verification import Kind, Verification, readback, verify
 from featray.verification.ledger import covered, join
 
@@ -569,7 +569,7 @@ def test_tables_of_different_moments_are_a_finding(dataset: Dataset) -> None:
 def held(dataset: Dataset) -> Any:
     """Let another process hold the output."""
     code = (
-        "import sys\nfrom featray.lease import Lease\nfrom featray.storage import Store\n"
+        "import sys\nfrom featray.lease import Lease\nfrom featray.storage.store import Store\n"
         "with Lease(Store(sys.argv[1]), 'other-run'):\n    print('held', flush=True)\n    sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, dataset.store.uri]

@@ -13,10 +13,10 @@ from dataclasses import replace
 
 import fsspec
 
-from featray import retry
 from featray.errors import Reason
 from featray.listing.files import THREADS, File, Found
-from featray.storage import fingerprint
+from featray.storage import retry
+from featray.storage.store import fingerprint
 
 _CHUNK_BYTES = 2**22
 

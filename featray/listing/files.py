@@ -14,7 +14,7 @@ from featray.ct.dicom.read import SliceHeader
 from featray.ct.formats import npy
 from featray.listing.memory import ListingMemory
 from featray.schema import Scan
-from featray.storage import file_checksum, file_version, fingerprint, utf8
+from featray.storage.store import file_checksum, file_version, fingerprint, utf8
 
 SUFFIXES = {
     "nifti": (".nii", ".nii.gz"),

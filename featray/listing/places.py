@@ -16,7 +16,6 @@ from typing import Any
 
 import fsspec
 
-from featray import retry
 from featray.ct.dicom import read as dicom
 from featray.ct.formats.zip_archive import ZIP_SUFFIX
 from featray.errors import Reason, ScanError
@@ -39,6 +38,7 @@ from featray.listing.files import (
 )
 from featray.listing.scans import Listing
 from featray.listing.series import series_in
+from featray.storage import retry
 
 
 def list_place(fs: fsspec.AbstractFileSystem, root: str, how: How) -> Listing:

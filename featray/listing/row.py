@@ -11,7 +11,6 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
-from featray import retry
 from featray.config import PolicyConfig, SourceConfig, mask_url
 from featray.errors import ConfigError, Reason, ScanError
 from featray.listing.digests import file_digest
@@ -19,7 +18,8 @@ from featray.listing.files import VOLUMES, How, kind_by_name
 from featray.listing.places import list_place
 from featray.manifest import ManifestRow
 from featray.schema import Scan
-from featray.storage import file_version, hash_of, open_url
+from featray.storage import retry
+from featray.storage.store import file_version, hash_of, open_url
 
 
 def scan_of_row(row: ManifestRow, how: How) -> Scan:

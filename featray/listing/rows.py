@@ -23,7 +23,7 @@ from featray.listing.row import scan_of_row, version_content, wanted_formats, wi
 from featray.listing.scans import TEXT, RowScans, point
 from featray.manifest import Manifest
 from featray.schema import Scan
-from featray.storage import open_url
+from featray.storage.store import open_url
 
 log = logging.getLogger(__name__)
 

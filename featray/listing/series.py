@@ -17,7 +17,7 @@ from featray.ct.dicom import read as dicom
 from featray.errors import Reason
 from featray.listing.files import File, Found, How, Place, common_place, scan_of
 from featray.listing.memory import KnownGroup, KnownSeries, ListingMemory
-from featray.storage import hash_of
+from featray.storage.store import hash_of
 
 _Folders = Mapping[str, list[File]]
 """Candidate files by the hash of their folder."""

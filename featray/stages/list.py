@@ -11,7 +11,7 @@ from importlib.metadata import version
 
 import fsspec
 
-from featray import manifest, retry
+from featray import manifest
 from featray.config import PolicyConfig, SourceConfig, mask_url
 from featray.ct.formats import npy
 from featray.duplicates import settle_duplicates, unique_ids
@@ -22,7 +22,8 @@ from featray.listing.places import has_wildcard, list_glob, list_place
 from featray.listing.rows import scans_of_manifest
 from featray.listing.scans import Listing
 from featray.manifest import read_manifest
-from featray.storage import hash_of, open_url
+from featray.storage import retry
+from featray.storage.store import hash_of, open_url
 
 __all__ = ["Listing", "ListingMemory", "list_scans"]
 

@@ -17,7 +17,6 @@ from typing import TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from featray import retry
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct.formats.npy import Samples, read_npy
 from featray.ct.formats.voxel_data import as_shifted_slices
@@ -25,7 +24,8 @@ from featray.ct.formats.zip_archive import MAX_ARCHIVE_BYTES, open_archive
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 from featray.schema import Scan
-from featray.storage import file_version, fingerprint, open_url
+from featray.storage import retry
+from featray.storage.store import file_version, fingerprint, open_url
 
 Files = list[tuple[str, bytes]]
 T = TypeVar("T")

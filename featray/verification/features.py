@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from featray.dataset import FEATURES
 from featray.deltalog import LiveFile
 from featray.schema import FEATURE_COLUMNS
-from featray.storage import Store
+from featray.storage.store import Store
 from featray.verification.findings import Fault, Kind
 from featray.verification.ledger import Ledger
 from featray.verification.readback import BrokenFileError, batches, check_schema, open_file, stats_faults

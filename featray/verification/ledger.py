@@ -19,7 +19,7 @@ from featray.dataset import SCANS
 from featray.deltalog import LiveFile
 from featray.errors import Oddity, Reason
 from featray.schema import SCAN_COLUMNS
-from featray.storage import Store
+from featray.storage.store import Store
 from featray.verification.findings import Fault, Kind
 from featray.verification.readback import BrokenFileError, check_schema, open_file, stats_faults
 

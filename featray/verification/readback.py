@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featray import retry
 from featray.dataset import written_by
 from featray.deltalog import LiveFile
 from featray.errors import StorageError
-from featray.storage import Store
+from featray.storage import retry
+from featray.storage.store import Store
 from featray.verification.findings import Fault, Kind
 
 THREADS = 6

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from featray.dataset import RUNS
-from featray.storage import Store
+from featray.storage.store import Store
 from featray.verification.ledger import Ledger
 
 LOOKS = 20

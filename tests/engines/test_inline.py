@@ -26,7 +26,7 @@ from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.extract import Extractor
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 
 
 class Poisoned(Decoder):

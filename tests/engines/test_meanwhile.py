@@ -24,7 +24,7 @@ from featray.hardware import ModelThreads
 from featray.schema import Scan
 from featray.stages.decode import Decoder
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 
 SCANS = [
     Scan(name, f"/{name}", "nifti", (f"/{name}",), "c") for name in ["poison0", *(f"s{n}" for n in range(31))]

@@ -23,7 +23,7 @@ from featray.engines.ray_data import RayEngine
 from featray.errors import ConfigError, FeatrayError, StorageError
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 
 MINIMAL = {"model": {"uri": "m.keras", "layers": ["sum"]}, "output": {"uri": "out"}}
 

@@ -27,7 +27,7 @@ import yaml
 import featray
 from featray.dataset import FEATURES, SCANS, Dataset
 from featray.lease import FOLDER
-from featray.storage import Store
+from featray.storage.store import Store
 from featray.verification import verify
 from kill.rounds import Round
 

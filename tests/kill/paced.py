@@ -25,7 +25,7 @@ from featray.deltalog import TableLog
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
-from featray.storage import Store
+from featray.storage.store import Store
 
 DECODE_S, WRITE_S, COMMIT_S = 0.15, 0.05, 0.15
 SCANS_PER_FILE = 3

@@ -24,7 +24,7 @@ from featray.stages import commit as commit_module
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
 from featray.stages.write import write
-from featray.storage import Store
+from featray.storage.store import Store
 
 RUN = "20260101T000000000-abcdef"
 LATER = "20260102T000000000-abcdef"

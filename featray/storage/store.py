@@ -1,6 +1,6 @@
 """The one place that touches storage: a folder on any fsspec file system, read and written whole.
 
-What a store cannot do for a moment is tried again until a deadline (`featray.retry`), and then is one clear
+What a store cannot do for a moment is tried again until a deadline (`featray.storage.retry`), and then is one clear
 error.
 """
 
@@ -19,9 +19,10 @@ import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from featray import retry, storage_options
 from featray.config import mask_url
 from featray.errors import ConfigError, StorageError
+from featray.storage import options as storage_options
+from featray.storage import retry
 
 _THREADS = 16
 """Requests that one action on many files may have under way; object stores answer in parallel."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from featray import retry
+from featray.storage import retry
 
 _CONNECT_S, _READ_S = 5, 15
 """Seconds without a connection, or without a byte on it, after which a server counts as hung."""

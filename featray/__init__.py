@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from featray.errors import FeatrayError
     from featray.estimate import plan
     from featray.exporting import export
-    from featray.features import Features
     from featray.maintenance import vacuum
     from featray.model import Extractor
     from featray.model import list_layers as layers
+    from featray.output.features import Features
+    from featray.output.read import read
+    from featray.output.read_ray import read_ray
     from featray.pipeline import extract, refresh
-    from featray.ray_reading import read_ray
-    from featray.reading import read
     from featray.stages.report import Summary
     from featray.verification import verify
 
@@ -41,7 +41,7 @@ __all__ = [
 _HOMES = {
     "Extractor": ("featray.model", "Extractor"),
     "FeatrayError": ("featray.errors", "FeatrayError"),
-    "Features": ("featray.features", "Features"),
+    "Features": ("featray.output.features", "Features"),
     "Summary": ("featray.stages.report", "Summary"),
     "export": ("featray.exporting", "export"),
     "extract": ("featray.pipeline", "extract"),
@@ -49,8 +49,8 @@ _HOMES = {
     "refresh": ("featray.pipeline", "refresh"),
     "vacuum": ("featray.maintenance", "vacuum"),
     "plan": ("featray.estimate", "plan"),
-    "read": ("featray.reading", "read"),
-    "read_ray": ("featray.ray_reading", "read_ray"),
+    "read": ("featray.output.read", "read"),
+    "read_ray": ("featray.output.read_ray", "read_ray"),
     "verify": ("featray.verification", "verify"),
 }
 

@@ -12,11 +12,11 @@ import pyarrow as pa
 
 from featray import config as configuration
 from featray.config import Config, ConfigInput, LimitsConfig
-from featray.dataset import RUNS
 from featray.errors import ConfigError, FeatrayError, ModelError, UsageError
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
-from featray.lease import refuse_if_held
 from featray.model import Extractor
+from featray.output.dataset import RUNS
+from featray.output.lease import refuse_if_held
 from featray.planning import Plan
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.stages.list import Listing, ListingMemory, list_scans

@@ -259,6 +259,6 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _dataset(args: argparse.Namespace) -> Any:
     """Return the output named on the command line, by its place or by the config that makes it."""
-    from featray.selection import open_output
+    from featray.output.query import open_output
 
     return open_output(args.output)

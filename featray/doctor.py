@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 from featray import config as configuration
 from featray.checks import check_source, load_extractor
 from featray.config import Config, ConfigInput
-from featray.dataset import Dataset
 from featray.errors import ExitCode, FeatrayError
 from featray.estimate import spread
 from featray.hardware import usable_cores
-from featray.lease import refuse_if_held
 from featray.model import CutLayer, Extractor, check_invariance, list_layers
+from featray.output.dataset import Dataset
+from featray.output.lease import refuse_if_held
 from featray.pipeline import choose_engine
 from featray.recipe import recipe, recipe_id
 from featray.schema import Decoded

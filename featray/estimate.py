@@ -15,11 +15,11 @@ import psutil
 
 from featray.checks import check
 from featray.config import ConfigInput
-from featray.dataset import Dataset
 from featray.engines import Stages
 from featray.engines.ahead import mapped
 from featray.hardware import ModelThreads, usable_cores
 from featray.model.runtime import gpu_names
+from featray.output.dataset import Dataset
 from featray.pipeline import Job, Wanted, choose_engine
 from featray.planning import STATES, Plan
 from featray.schema import Decoded, Scan

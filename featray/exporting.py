@@ -27,10 +27,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featray.config import mask_url
-from featray.dataset import FEATURES, SCANS, Snapshot
-from featray.deltalog import LiveFile
 from featray.errors import ConfigError, StorageError
-from featray.selection import Output, at_one_version, intact, layer_called, open_output, recipes_told
+from featray.output.dataset import FEATURES, SCANS, Snapshot
+from featray.output.delta_log import LiveFile
+from featray.output.query import Output, at_one_version, intact, layer_called, open_output, recipes_told
 from featray.storage.store import Store
 
 log = logging.getLogger(__name__)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from featray.dataset import Dataset
-from featray.lease import Lease
+from featray.output.dataset import Dataset
+from featray.output.lease import Lease
 from featray.stages.commit import Committer
 
 log = logging.getLogger(__name__)

@@ -29,14 +29,14 @@ from featray.checks import (
     remember,
 )
 from featray.config import Config, ConfigInput
-from featray.dataset import Dataset, Snapshot
 from featray.engines import Engine, Stages
 from featray.errors import ModelError
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
-from featray.lease import Lease
 from featray.maintenance import new_run_id
 from featray.model import Extractor
 from featray.outage import unless_source_is_gone
+from featray.output.dataset import Dataset, Snapshot
+from featray.output.lease import Lease
 from featray.planning import Plan, make_plan
 from featray.progress import Progress
 from featray.recipe import recipe, recipe_id

@@ -9,8 +9,8 @@ from typing import Any
 
 import pyarrow.dataset as pads
 
-from featray.dataset import FEATURES, SCANS, Dataset, Snapshot
-from featray.lease import running
+from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
+from featray.output.lease import running
 from featray.progress import line_of
 
 

@@ -66,7 +66,7 @@ def _plan_here(manifest: Path, output: Path) -> dict[str, Any]:
     """Plan as `featray refresh` does, but for the model, and return what each step took."""
     times = [time.perf_counter()]
     from featray.config import SourceConfig
-    from featray.dataset import Dataset
+    from featray.output.dataset import Dataset
     from featray.planning import make_plan
     from featray.stages.list import list_scans
     from featray.storage.store import Store
@@ -100,7 +100,7 @@ def _prepare(folder: Path, rows: int) -> None:
 def _write_ledger(manifest: Path, output: Path) -> None:
     """Commit every scan of the manifest as ok."""
     from featray.config import SourceConfig
-    from featray.dataset import Dataset
+    from featray.output.dataset import Dataset
     from featray.schema import Receipt, ScanRecord
     from featray.stages.commit import Committer
     from featray.stages.list import list_scans

@@ -17,8 +17,8 @@ import pytest
 from keras import layers as kl
 
 import featray
-from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError, UsageError
+from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.storage.store import Store
 
 ConfigFor = Callable[..., dict[str, Any]]

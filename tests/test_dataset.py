@@ -14,7 +14,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
 
-from featray.dataset import Dataset
+from featray.output.dataset import Dataset
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract

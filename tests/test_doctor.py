@@ -106,7 +106,7 @@ def test_features_of_another_recipe_in_the_output_are_told(config_of: Any) -> No
 
 
 def test_an_output_that_another_run_holds_is_told(config_of: Any) -> None:
-    from featray.lease import Lease
+    from featray.output.lease import Lease
     from featray.storage.store import Store
 
     config = config_of()

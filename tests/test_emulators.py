@@ -17,8 +17,8 @@ import pytest
 from servers import emulators
 
 import featray
-from featray.dataset import FEATURES, Dataset
 from featray.errors import ConfigError
+from featray.output.dataset import FEATURES, Dataset
 from featray.storage.store import Store
 
 pytestmark = [

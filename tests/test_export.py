@@ -21,8 +21,8 @@ import pytest
 import featray
 from featray import exporting
 from featray.cli import main
-from featray.dataset import SCANS, Dataset
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError
+from featray.output.dataset import SCANS, Dataset
 from featray.schema import Decoded, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract

@@ -14,9 +14,9 @@ import pyarrow as pa
 import pytest
 
 import featray
-from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError, OutputBusyError
-from featray.lease import Lease
+from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.output.lease import Lease
 from featray.storage.store import Store
 from featray.synthetic.phantom import make_phantom, write_nifti
 

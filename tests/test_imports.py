@@ -71,7 +71,14 @@ def test_stages_import_each_other_only_where_decode_joins_two_and_the_report_nam
 
 @pytest.mark.parametrize(
     "module",
-    ["featray", "featray.cli", "featray.config", "featray.pipeline", "featray.model", "featray.ray_reading"],
+    [
+        "featray",
+        "featray.cli",
+        "featray.config",
+        "featray.pipeline",
+        "featray.model",
+        "featray.output.read_ray",
+    ],
 )
 def test_importing_featray_imports_neither_tensorflow_nor_ray(module: str) -> None:
     code = f"import sys, {module}; assert not {{'tensorflow', 'keras', 'ray'}} & set(sys.modules)"

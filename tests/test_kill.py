@@ -23,7 +23,7 @@ import yaml
 from kill.harness import PATIENCE_S, Head, assert_same, finish, run_and_kill, values
 from kill.rounds import COMMANDS, DOZEN, ROUNDS, Round
 
-from featray.dataset import Dataset
+from featray.output.dataset import Dataset
 from featray.storage.store import Store
 from featray.synthetic.phantom import make_collection
 

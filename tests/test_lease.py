@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from featray import lease
 from featray.errors import OutputBusyError, StorageError
-from featray.lease import FOLDER, STALE_S, Lease, refuse_if_held, running
+from featray.output import lease
+from featray.output.lease import FOLDER, STALE_S, Lease, refuse_if_held, running
 from featray.storage.store import Store
 
 OTHER = f"{FOLDER}/other.json"
@@ -108,7 +108,7 @@ def test_the_same_hostname_and_pid_in_another_container_is_not_this_machine(stor
 def test_a_killed_process_gives_its_lease_back_at_once(store: Store) -> None:
     code = (
         "import os, signal, sys\n"
-        "from featray.lease import Lease\nfrom featray.storage.store import Store\n"
+        "from featray.output.lease import Lease\nfrom featray.storage.store import Store\n"
         "Lease(Store(sys.argv[1]), 'killed').__enter__()\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )

@@ -23,9 +23,9 @@ from servers.seaweedfs import KEY, READ_ONLY_KEY, READ_ONLY_SECRET, SECRET, Seaw
 import featray
 from featray.cli import main
 from featray.config import SourceConfig
-from featray.dataset import FEATURES, Dataset
 from featray.errors import OutputBusyError
-from featray.lease import Lease
+from featray.output.dataset import FEATURES, Dataset
+from featray.output.lease import Lease
 from featray.stages.list import list_scans
 from featray.storage.store import Store
 

@@ -10,9 +10,9 @@ import pytest
 
 import featray
 from featray.config import PolicyConfig, SourceConfig
-from featray.dataset import Dataset
 from featray.errors import Reason, StorageError
 from featray.outage import IN_A_ROW, unless_source_is_gone
+from featray.output.dataset import Dataset
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.read import Reader

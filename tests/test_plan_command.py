@@ -15,9 +15,9 @@ import yaml
 from featray import estimate
 from featray.cli import main
 from featray.config import SourceConfig
-from featray.dataset import Dataset
 from featray.estimate import Estimate
 from featray.hardware import ModelThreads
+from featray.output.dataset import Dataset
 from featray.pipeline import Job
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer

@@ -16,9 +16,9 @@ import pytest
 import yaml
 
 import featray
-from featray import features as features_module
-from featray.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.errors import ConfigError, FeatrayError, Reason, ScanError, UsageError
+from featray.output import features as features_module
+from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
@@ -362,7 +362,7 @@ def test_a_row_whose_width_is_not_its_shapes_is_refused(output: Output) -> None:
 
 
 def test_a_half_committed_scan_is_read_whole(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    from featray.deltalog import TableLog
+    from featray.output.delta_log import TableLog
 
     original = TableLog.append
 

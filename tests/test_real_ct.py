@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import featray
-from featray.dataset import FEATURES, SCANS, Dataset
+from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.storage.store import Store
 
 LAYERS = [

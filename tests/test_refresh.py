@@ -15,8 +15,8 @@ import pytest
 
 import featray
 from featray import checks, pipeline
-from featray.dataset import FEATURES, SCANS, Dataset
 from featray.errors import ConfigError
+from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.storage.store import Store
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from featray.cli import main
-from featray.dataset import Dataset
-from featray.lease import FOLDER
+from featray.output.dataset import Dataset
+from featray.output.lease import FOLDER
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.status import status

@@ -19,9 +19,9 @@ import pytest
 
 import featray
 from featray.cli import main
-from featray.dataset import FEATURES, SCANS, Dataset
-from featray.deltalog import LiveFile, TableLog
 from featray.errors import ConfigError, OutputBusyError, Reason, ScanError, StorageError
+from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.output.delta_log import LiveFile, TableLog
 from featray.schema import DataFile, Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
@@ -569,7 +569,7 @@ def test_tables_of_different_moments_are_a_finding(dataset: Dataset) -> None:
 def held(dataset: Dataset) -> Any:
     """Let another process hold the output."""
     code = (
-        "import sys\nfrom featray.lease import Lease\nfrom featray.storage.store import Store\n"
+        "import sys\nfrom featray.output.lease import Lease\nfrom featray.storage.store import Store\n"
         "with Lease(Store(sys.argv[1]), 'other-run'):\n    print('held', flush=True)\n    sys.stdin.read()"
     )
     command = [sys.executable, "-c", code, dataset.store.uri]

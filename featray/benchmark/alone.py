@@ -23,11 +23,11 @@ from featray.benchmark import floor
 from featray.config import Config, load
 from featray.ct.formats.inflate import GZIP_MAGIC
 from featray.ct.volume import Volume
-from featray.dataset import Dataset
 from featray.engines import Stages
 from featray.engines.ahead import mapped
 from featray.errors import FeatrayError
 from featray.model import Extractor
+from featray.output.dataset import Dataset
 from featray.pipeline import Job
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract

@@ -29,10 +29,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featray.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, paired, table_schema, written_by
-from featray.deltalog import LiveFile, Owed, TableLog, is_scratch
 from featray.errors import ConfigError, FeatrayError
-from featray.lease import FOLDER
+from featray.output.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, paired, table_schema, written_by
+from featray.output.delta_log import LiveFile, Owed, TableLog, is_scratch
+from featray.output.lease import FOLDER
 from featray.schema import DataFile, Receipt, ScanRecord
 
 log = logging.getLogger(__name__)

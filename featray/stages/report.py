@@ -21,9 +21,9 @@ import psutil
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.dataset import RUNS, Dataset
 from featray.errors import ExitCode
 from featray.hardware import Workers, usable_cores
+from featray.output.dataset import RUNS, Dataset
 from featray.planning import Plan
 from featray.schema import STAGE_TIMES, Receipt, UnitsSeen
 from featray.stages.list import Listing

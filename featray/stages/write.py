@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.dataset import FEATURES, Dataset
+from featray.output.dataset import FEATURES, Dataset
 from featray.schema import FEATURE_COLUMNS, Receipt, ScanRecord, UnitsSeen
 
 MAX_BYTES = 256 * 2**20

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featray.dataset import FEATURES, SCANS
-from featray.deltalog import LiveFile
+from featray.output.dataset import FEATURES, SCANS
+from featray.output.delta_log import LiveFile
 from featray.verification.features import FileRows, Rows, Shape
 from featray.verification.findings import Fault, Findings, Kind
 from featray.verification.ledger import Ledger, covered

@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.dataset import FEATURES, SCANS, Dataset, Snapshot
-from featray.deltalog import LiveFile
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
 from featray.maintenance import held
+from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
+from featray.output.delta_log import LiveFile
+from featray.output.query import Output, open_output
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
-from featray.selection import Output, open_output
 from featray.stages.commit import Committer
 from featray.verification.books import Books, LayerBooks
 from featray.verification.features import read_rows

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.dataset import FEATURES
-from featray.deltalog import LiveFile
+from featray.output.dataset import FEATURES
+from featray.output.delta_log import LiveFile
 from featray.schema import FEATURE_COLUMNS
 from featray.storage.store import Store
 from featray.verification.findings import Fault, Kind

@@ -13,7 +13,7 @@ from enum import StrEnum
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.dataset import FEATURES, SCANS
+from featray.output.dataset import FEATURES, SCANS
 
 EXAMPLES = 10
 """Scans and files that a finding names; it counts them all."""

@@ -15,9 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from featray.dataset import SCANS
-from featray.deltalog import LiveFile
 from featray.errors import Oddity, Reason
+from featray.output.dataset import SCANS
+from featray.output.delta_log import LiveFile
 from featray.schema import SCAN_COLUMNS
 from featray.storage.store import Store
 from featray.verification.findings import Fault, Kind

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featray.dataset import written_by
-from featray.deltalog import LiveFile
 from featray.errors import StorageError
+from featray.output.dataset import written_by
+from featray.output.delta_log import LiveFile
 from featray.storage import retry
 from featray.storage.store import Store
 from featray.verification.findings import Fault, Kind

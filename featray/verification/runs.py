@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from featray.dataset import RUNS
+from featray.output.dataset import RUNS
 from featray.storage.store import Store
 from featray.verification.ledger import Ledger
 

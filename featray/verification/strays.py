@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from featray.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, written_by
-from featray.deltalog import LOG, is_scratch
 from featray.errors import OutputBusyError
-from featray.lease import FOLDER, refuse_if_held
+from featray.output.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, written_by
+from featray.output.delta_log import LOG, is_scratch
+from featray.output.lease import FOLDER, refuse_if_held
 from featray.verification.findings import Fault, Findings, Kind
 
 

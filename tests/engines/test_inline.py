@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from featray.config import LimitsConfig, load
-from featray.dataset import Dataset
 from featray.engines import Stages
 from featray.engines.inline import InlineEngine
 from featray.hardware import usable_cores
+from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.extract import Extractor

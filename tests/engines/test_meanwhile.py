@@ -14,13 +14,13 @@ from kill import poison
 
 import featray
 from featray.config import LimitsConfig, RunConfig, load
-from featray.dataset import Dataset
 from featray.engines import Stages, ray_cluster
 from featray.engines import meanwhile as meanwhile_module
 from featray.engines.meanwhile import Meanwhile
 from featray.engines.ray_data import RayEngine
 from featray.errors import FeatrayError
 from featray.hardware import ModelThreads
+from featray.output.dataset import Dataset
 from featray.schema import Scan
 from featray.stages.decode import Decoder
 from featray.stages.write import write

@@ -17,10 +17,10 @@ from kill import poison
 
 import featray
 from featray.config import Config, LimitsConfig, RunConfig, load
-from featray.dataset import FEATURES, Dataset
 from featray.engines import Stages, ray_cluster, ray_data, ray_sizes
 from featray.engines.ray_data import RayEngine
 from featray.errors import ConfigError, FeatrayError, StorageError
+from featray.output.dataset import FEATURES, Dataset
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.write import write
 from featray.storage.store import Store

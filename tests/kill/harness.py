@@ -25,8 +25,8 @@ import psutil
 import yaml
 
 import featray
-from featray.dataset import FEATURES, SCANS, Dataset
-from featray.lease import FOLDER
+from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.output.lease import FOLDER
 from featray.storage.store import Store
 from featray.verification import verify
 from kill.rounds import Round

@@ -21,7 +21,7 @@ import pyarrow as pa
 
 import featray.stages.write
 from featray import pipeline
-from featray.deltalog import TableLog
+from featray.output.delta_log import TableLog
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder

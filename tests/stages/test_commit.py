@@ -14,11 +14,11 @@ import polars as pl
 import pyarrow.dataset as pads
 import pytest
 
-from featray import deltalog
-from featray.dataset import FEATURES, SCANS, Dataset
-from featray.deltalog import TableLog
 from featray.errors import ConfigError, FeatrayError, OutputBusyError, Reason, ScanError, StorageError
 from featray.maintenance import vacuum
+from featray.output import delta_log
+from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.output.delta_log import TableLog
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages import commit as commit_module
 from featray.stages.commit import Committer
@@ -316,7 +316,7 @@ def test_a_driver_that_lost_its_lease_commits_and_deletes_nothing(dataset: Datas
 def test_a_driver_that_slept_until_its_log_entries_were_trimmed_is_refused(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deltalog, "KEPT_ENTRIES", 10)
+    monkeypatch.setattr(delta_log, "KEPT_ENTRIES", 10)
     asleep = committer_of(dataset)
     awake = committer_of(dataset, LATER)
     for n in range(120):
@@ -527,7 +527,7 @@ def test_compaction_keeps_partitions_and_the_size_of_files(
 def test_the_ledger_stays_in_few_files_and_its_log_is_trimmed(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deltalog, "KEPT_ENTRIES", 50)
+    monkeypatch.setattr(delta_log, "KEPT_ENTRIES", 50)
     committer = committer_of(dataset)
     for n in range(305):
         committer.commit([failed(f"s{n:04}")])

@@ -20,10 +20,10 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from featray.config import load
-from featray.dataset import FEATURES, SCANS, Dataset, Snapshot
-from featray.deltalog import LiveFile
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError
-from featray.features import FEATURE, KEYS
+from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
+from featray.output.delta_log import LiveFile
+from featray.output.features import FEATURE, KEYS
 from featray.storage.store import Store
 
 Output = str | os.PathLike[str] | Dataset

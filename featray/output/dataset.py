@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featray.deltalog import LiveFile, Owed, TableLog
 from featray.errors import ConfigError, FeatrayError
+from featray.output.delta_log import LiveFile, Owed, TableLog
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.storage.store import Store
 

@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.dataset import FEATURES, Snapshot
-from featray.deltalog import LiveFile
 from featray.errors import FeatrayError
-from featray.features import (
+from featray.output.dataset import FEATURES, Snapshot
+from featray.output.delta_log import LiveFile
+from featray.output.features import (
     FEATURE,
     KEYS,
     Features,
@@ -32,7 +32,7 @@ from featray.features import (
     sorted_order,
     values_of,
 )
-from featray.selection import (
+from featray.output.query import (
     Output,
     Selection,
     at_one_version,

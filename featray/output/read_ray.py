@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from featray.dataset import FEATURES, Snapshot
-from featray.features import FEATURE, Shapes, flat_values, matrix_of
-from featray.selection import (
+from featray.output.dataset import FEATURES, Snapshot
+from featray.output.features import FEATURE, Shapes, flat_values, matrix_of
+from featray.output.query import (
     Output,
     Selection,
     at_one_version,

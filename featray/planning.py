@@ -24,8 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from featray.collection.listing import Listing
 from featray.errors import Reason, UsageError
-from featray.listing.scans import Listing
 from featray.schema import Scan
 
 log = logging.getLogger(__name__)

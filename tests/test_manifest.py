@@ -11,10 +11,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from featray import manifest
+from featray.collection import manifest
+from featray.collection.manifest import ManifestRow, read_manifest
 from featray.config import SourceConfig
 from featray.errors import ConfigError
-from featray.manifest import ManifestRow, read_manifest
 
 
 def rows(text: str | bytes, **more: str) -> list[ManifestRow]:

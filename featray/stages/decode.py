@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from featray.collection.manifest_row import locate
 from featray.config import Config, LimitsConfig, PolicyConfig, PreprocessConfig
 from featray.ct import hu_statistics, mask_crop, regrid
 from featray.ct.formats.npy import Samples, onto_scale
@@ -21,7 +22,6 @@ from featray.ct.geometry import reorient
 from featray.ct.malloc import keep_large_blocks
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
-from featray.listing.row import locate
 from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord
 from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
 from featray.stages.read import Reader, ReadResult

@@ -1,7 +1,7 @@
 """List the collection: config in, every scan that is there out, none of them read.
 
-A folder, a glob or a file is looked at in the store (`featray.listing.places`); a manifest's rows need not be
-(`featray.listing.rows`). Then copies are marked and ids made unique.
+A folder, a glob or a file is looked at in the store (`featray.collection.discover`); a manifest's rows need not be
+(`featray.collection.manifest_rows`). Then copies are marked and ids made unique.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from importlib.metadata import version
 
 import fsspec
 
-from featray import manifest
+from featray.collection import manifest
+from featray.collection.cache import ListingMemory
+from featray.collection.discover import has_wildcard, list_glob, list_place
+from featray.collection.duplicates import settle_duplicates, unique_ids
+from featray.collection.files import How
+from featray.collection.listing import Listing
+from featray.collection.manifest import read_manifest
+from featray.collection.manifest_rows import scans_of_manifest
 from featray.config import PolicyConfig, SourceConfig, mask_url
 from featray.ct.formats import npy
-from featray.duplicates import settle_duplicates, unique_ids
 from featray.errors import ConfigError
-from featray.listing.files import How
-from featray.listing.memory import ListingMemory
-from featray.listing.places import has_wildcard, list_glob, list_place
-from featray.listing.rows import scans_of_manifest
-from featray.listing.scans import Listing
-from featray.manifest import read_manifest
 from featray.storage import retry
 from featray.storage.store import hash_of, open_url
 

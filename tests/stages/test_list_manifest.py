@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from featray.collection.listing import RowScans, listed
 from featray.config import load
 from featray.listing import row, rows
-from featray.listing.scans import RowScans, listed
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing, list_scans

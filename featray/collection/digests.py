@@ -13,8 +13,8 @@ from dataclasses import replace
 
 import fsspec
 
+from featray.collection.files import THREADS, File, Found
 from featray.errors import Reason
-from featray.listing.files import THREADS, File, Found
 from featray.storage import retry
 from featray.storage.store import fingerprint
 

@@ -21,7 +21,7 @@ from featray.errors import Reason
 
 log = logging.getLogger(__name__)
 
-_STAMP = b"featray.listing"
+_STAMP = b"featray.collection"
 _SERIES = pa.struct(
     [
         ("files", pa.list_(pa.int32())),

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.listing.memory import ListingMemory
+from featray.collection.cache import ListingMemory
 from featray.schema import Scan
 
 TEXT = pa.large_string()

@@ -12,11 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from featray.collection.cache import KnownGroup, KnownSeries, ListingMemory
+from featray.collection.files import File, Found, How, Place, common_place, scan_of
 from featray.config import mask_url
 from featray.ct.dicom import read as dicom
 from featray.errors import Reason
-from featray.listing.files import File, Found, How, Place, common_place, scan_of
-from featray.listing.memory import KnownGroup, KnownSeries, ListingMemory
 from featray.storage.store import hash_of
 
 _Folders = Mapping[str, list[File]]

@@ -16,12 +16,9 @@ from typing import Any
 
 import fsspec
 
-from featray.ct.dicom import read as dicom
-from featray.ct.formats.zip_archive import ZIP_SUFFIX
-from featray.errors import Reason, ScanError
-from featray.listing.archives import found_in_archive
-from featray.listing.digests import by_bytes
-from featray.listing.files import (
+from featray.collection.dicom_series import series_in
+from featray.collection.digests import by_bytes
+from featray.collection.files import (
     PAIR,
     VOLUMES,
     File,
@@ -36,8 +33,11 @@ from featray.listing.files import (
     scan_of,
     suffix,
 )
-from featray.listing.scans import Listing
-from featray.listing.series import series_in
+from featray.collection.listing import Listing
+from featray.collection.zip_archives import found_in_archive
+from featray.ct.dicom import read as dicom
+from featray.ct.formats.zip_archive import ZIP_SUFFIX
+from featray.errors import Reason, ScanError
 from featray.storage import retry
 
 

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+from featray.collection.cache import ListingMemory
 from featray.config import PolicyConfig, SourceConfig, mask_url
 from featray.ct.dicom.read import SliceHeader
 from featray.ct.formats import npy
-from featray.listing.memory import ListingMemory
 from featray.schema import Scan
 from featray.storage.store import file_checksum, file_version, fingerprint, utf8
 

@@ -1,7 +1,7 @@
 """The rows of a manifest in, their scans out; the store is only asked about rows that give no version.
 
 Works on whole columns; only rows without a version, and those that share something with another, are looked
-at one by one (`featray.listing.row`).
+at one by one (`featray.collection.manifest_row`).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from featray.collection.duplicates import settle_duplicates, unique_ids
+from featray.collection.files import SUFFIXES, THREADS, How
+from featray.collection.listing import TEXT, RowScans, point
+from featray.collection.manifest import Manifest
+from featray.collection.manifest_row import scan_of_row, version_content, wanted_formats, with_region
 from featray.config import mask_url
-from featray.duplicates import settle_duplicates, unique_ids
-from featray.listing.files import SUFFIXES, THREADS, How
-from featray.listing.row import scan_of_row, version_content, wanted_formats, with_region
-from featray.listing.scans import TEXT, RowScans, point
-from featray.manifest import Manifest
 from featray.schema import Scan
 from featray.storage.store import open_url
 

@@ -11,12 +11,12 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
+from featray.collection.digests import file_digest
+from featray.collection.discover import list_place
+from featray.collection.files import VOLUMES, How, kind_by_name
+from featray.collection.manifest import ManifestRow
 from featray.config import PolicyConfig, SourceConfig, mask_url
 from featray.errors import ConfigError, Reason, ScanError
-from featray.listing.digests import file_digest
-from featray.listing.files import VOLUMES, How, kind_by_name
-from featray.listing.places import list_place
-from featray.manifest import ManifestRow
 from featray.schema import Scan
 from featray.storage import retry
 from featray.storage.store import file_version, hash_of, open_url

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import fsspec
 
+from featray.collection.files import File, Found, How, Place, is_visible, scan_of
 from featray.ct.dicom import read as dicom
 from featray.ct.formats.zip_archive import MAX_ARCHIVE_BYTES, Archive, open_archive
 from featray.errors import Reason, ScanError
-from featray.listing.files import File, Found, How, Place, is_visible, scan_of
 from featray.storage import retry
 
 _HEADER_BYTES = 2**18

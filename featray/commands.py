@@ -15,7 +15,7 @@ from featray.answers import RESUME, answer, columns, plain, stop_on_signal
 from featray.errors import ConfigError, ExitCode, Reason
 
 if TYPE_CHECKING:
-    from featray.model.describe import LayerInfo
+    from featray.model.list_layers import LayerInfo
     from featray.stages.report import Summary
 
 

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featray import batch
-from featray.batch import give_back, is_aligned, joined
+from featray.model import batch_buffers
+from featray.model.batch_buffers import give_back, is_aligned, joined
 from featray.schema import Decoded, ScanRecord
 from featray.stages.extract import extract
 
 
 @pytest.fixture(autouse=True)
 def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "_kept", [])
+    monkeypatch.setattr(batch_buffers, "_kept", [])
 
 
 def tensors(*rows: int, value: float = 0) -> list[np.ndarray]:
@@ -44,7 +44,7 @@ def test_a_larger_batch_gets_other_memory_and_the_small_one_is_let_go() -> None:
     give_back(memory, [])
     _, larger = joined(tensors(100))
     assert larger is not memory
-    assert not batch._kept
+    assert not batch_buffers._kept
 
 
 def test_batches_in_use_at_once_lie_apart() -> None:

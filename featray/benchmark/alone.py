@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from featray.batch import joined
 from featray.benchmark import floor
 from featray.config import Config, load
 from featray.ct.formats.inflate import GZIP_MAGIC
@@ -27,6 +26,7 @@ from featray.engines import Stages
 from featray.engines.ahead import mapped
 from featray.errors import FeatrayError
 from featray.model import Extractor
+from featray.model.batch_buffers import joined
 from featray.output.dataset import Dataset
 from featray.pipeline import Job
 from featray.schema import Decoded, Scan

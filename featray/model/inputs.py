@@ -14,9 +14,9 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.batch import is_aligned
 from featray.errors import InputShapeError, ModelError
 from featray.model import runtime, trace
+from featray.model.batch_buffers import is_aligned
 
 log = logging.getLogger(__name__)
 

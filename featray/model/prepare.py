@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from featray.config import ModelConfig, load_model_section
-from featray.model import choose, inputs, load, trace
-from featray.model.choose import Choice, Pool
+from featray.model import inputs, load, select_layers, trace
 from featray.model.inputs import Shape
 from featray.model.load import Loaded
 from featray.model.saved import Kind
+from featray.model.select_layers import Choice, Pool
 from featray.model.trace import Tap
 
 
@@ -67,7 +67,7 @@ def prepare(spec: ModelConfig, input_zyx: Shape | None, problems: list[str]) -> 
 def choices(spec: ModelConfig, prepared: Prepared, problems: list[str]) -> list[Choice]:
     """Return one choice per output of `spec.layers`; append to `problems` what cannot be had."""
     before = len(problems)
-    found = choose.choose(spec, prepared.taps, problems)
+    found = select_layers.choose(spec, prepared.taps, problems)
     if prepared.loaded.kind is Kind.SAVED_MODEL and len(problems) > before:
         problems.append(
             "a SavedModel holds only its exported endpoints, no inner layers to cut at: to have those, save "
@@ -105,7 +105,7 @@ def pooled(tensor: Any, pool: Pool, tap: Tap) -> Any:
         return value[:, tf.newaxis]
     axes = (
         list(range(2, value.shape.rank))
-        if choose.channels_first(tap)
+        if select_layers.channels_first(tap)
         else list(range(1, value.shape.rank - 1))
     )
     average, largest = tf.reduce_mean(value, axes), tf.reduce_max(value, axes)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from featray.errors import ModelError
-from featray.model import randomness, runtime
+from featray.model import runtime, seeding
 
 Fill = Callable[[Any], Any]
 
@@ -174,7 +174,7 @@ def _traced(
     import tensorflow as tf
 
     signature = tf.TensorSpec((None, *input_shape), tf.float32)
-    with _TRACING, randomness.reachable():
+    with _TRACING, seeding.reachable():
         traced = tf.function(function, autograph=False, jit_compile=jit_compile or None)
         return traced.get_concrete_function(signature)
 

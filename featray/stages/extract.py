@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featray.batch import give_back, joined
 from featray.errors import InputShapeError, Reason, ScanError
+from featray.model.batch_buffers import give_back, joined
 from featray.schema import EXTRACTED, EXTRACTED_ROW, Decoded
 
 Values = Mapping[str, NDArray[np.float32]]

@@ -10,9 +10,8 @@ import keras
 import numpy as np
 import pytest
 
-from featray import batch
 from featray.errors import ConfigError, InputShapeError, ModelError
-from featray.model import Extractor, load
+from featray.model import Extractor, batch_buffers, load
 
 Spec = Callable[..., dict[str, Any]]
 FOUR = (
@@ -56,12 +55,12 @@ def test_four_layers_in_one_pass_equal_the_inner_activations(
 def test_a_batch_gives_the_same_wherever_it_lies_and_stays_as_it_is(
     spec: Spec, volumes: np.ndarray, offset: int, writeable: bool
 ) -> None:
-    memory = np.zeros(volumes.nbytes + 2 * batch.ALIGNMENT, np.uint8)
-    first = -memory.ctypes.data % batch.ALIGNMENT + offset
+    memory = np.zeros(volumes.nbytes + 2 * batch_buffers.ALIGNMENT, np.uint8)
+    first = -memory.ctypes.data % batch_buffers.ALIGNMENT + offset
     placed = memory[first : first + volumes.nbytes].view(np.float32).reshape(volumes.shape)
     placed[:] = volumes
     placed.flags.writeable = writeable
-    assert batch.is_aligned(placed) == (offset == 0)
+    assert batch_buffers.is_aligned(placed) == (offset == 0)
     extractor = Extractor(spec(*FOUR))
     expected, got = extractor(volumes.copy()), extractor(placed)
     for name, values in expected.items():
@@ -72,7 +71,7 @@ def test_a_batch_gives_the_same_wherever_it_lies_and_stays_as_it_is(
 def test_features_that_are_the_input_do_not_change_with_its_memory(tmp_path: Path, volumes: Any) -> None:
     same = keras.layers.Identity(name="same")
     keras.Sequential([keras.Input((8, 16, 16, 1)), same]).save(tmp_path / "m.keras")
-    rows, memory = batch.joined([volumes[:2], volumes[2:]])
+    rows, memory = batch_buffers.joined([volumes[:2], volumes[2:]])
     layer = {"layer": "same", "pool": "none"}
     got = Extractor({"uri": str(tmp_path / "m.keras"), "layers": [layer], "batch_size": 8})(rows)
     memory[:] = 0
@@ -138,7 +137,7 @@ def test_a_batch_may_bring_its_channel_axis(spec: Spec, volumes: Any) -> None:
 @pytest.mark.parametrize("batch", [np.zeros((2, 8, 16, 8), "f4"), np.zeros((2, 8, 16, 16), "i2")])
 def test_a_batch_of_another_shape_or_of_integers_is_refused(spec: Spec, batch: Any) -> None:
     with pytest.raises(InputShapeError, match=r"expected float32 \(n, 8, 16, 16, 1\)"):
-        Extractor(spec("z_mean"))(batch)
+        Extractor(spec("z_mean"))(batch_buffers)
 
 
 def test_z_is_refused_with_the_advice_to_take_z_mean(spec: Spec) -> None:

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from featray.errors import ModelError
-from featray.model import choose, trace
+from featray.model import select_layers, trace
 
 SHAPE = (4, 4, 4, 1)
 
@@ -25,7 +25,7 @@ def _paths(model: Any, shape: tuple[int, ...] = SHAPE) -> list[str]:
 
 def _cut(model: Any, path: str, shape: tuple[int, ...] = SHAPE) -> Any:
     """Return the traced function that gives the value at `path`."""
-    (tap,) = choose.find(path, trace.survey(model, shape))
+    (tap,) = select_layers.find(path, trace.survey(model, shape))
     assert not tap.problem, tap.problem
     return trace.capture(model, [tap.key], shape, lambda found: found[tap.key])
 
@@ -118,7 +118,7 @@ def test_a_shared_layer_is_taken_call_by_call() -> None:
     once = shared(_volumes())
     np.testing.assert_allclose(_value(model, "shared#1"), once, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(_value(model, "shared#2"), shared(once * 2.0), rtol=1e-5, atol=1e-6)
-    assert len(choose.find("shared", trace.survey(model, SHAPE))) == 2
+    assert len(select_layers.find("shared", trace.survey(model, SHAPE))) == 2
 
 
 def test_layers_of_a_model_called_twice_are_numbered_by_the_call_of_the_model() -> None:

@@ -18,10 +18,10 @@ import numpy as np
 from featray.config import ModelConfig
 from featray.errors import InputShapeError, ModelError
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
-from featray.model import fetch, inputs, prepare, randomness, runtime, variation
-from featray.model.choose import Choice, Pool
+from featray.model import fetch, inputs, prepare, runtime, seeding, variation
 from featray.model.inputs import Batch, Shape
 from featray.model.prepare import Prepared
+from featray.model.select_layers import Choice, Pool
 
 # Calls that miss noise of one time in ten about twice in a thousand.
 _LONG_LOOK = 60
@@ -148,19 +148,19 @@ class Extractor:
     def _run(self, whole: Batch) -> dict[str, Batch]:
         size = self._spec.batch_size
         chunks = (whole[start : start + size] for start in range(0, len(whole), size))
-        with randomness.LOCK if self._sources else contextlib.nullcontext():
+        with seeding.LOCK if self._sources else contextlib.nullcontext():
             return _joined([self._extract(inputs.as_tensor(chunk)) for chunk in chunks])
 
     def _run_drawn(self, whole: Batch, texts: Sequence[str]) -> dict[str, Batch]:
         rows = []
         for at, text in enumerate(texts):
-            with randomness.following(self._sources, text):
+            with seeding.following(self._sources, text):
                 rows.append(self._run(whole[at : at + 1]))
         return _joined(rows)
 
     def _trace(self, choices: Sequence[Choice]) -> None:
         self._extract = prepare.computing(self._model, choices, self._spec.jit_compile)
-        self._sources = randomness.sources(self._extract)
+        self._sources = seeding.sources(self._extract)
 
     def _warm_up(self, choices: Sequence[Choice], problems: list[str]) -> list[CutLayer]:
         """Trace the cut model and run it on random input; note what varies and learn the true shapes."""
@@ -215,7 +215,7 @@ class Extractor:
 
         One that shows in the last call of the probe alone looks as if it followed the batch.
         """
-        random = randomness.may_vary(self._extract)
+        random = seeding.may_vary(self._extract)
         calm = [choice for choice, kind in kinds.items() if kind in ("", "batch") and choice.name in random]
         runs = [self._run(found.batch) for _ in range(_LONG_LOOK)] if calm else []
         return {
@@ -232,7 +232,7 @@ class Extractor:
         if not self.is_stochastic:
             return []
         one, other = self._run_drawn(batch, "ab"), self._run_drawn(batch[::-1], "ba")
-        beyond = randomness.beyond_reach(self._extract)
+        beyond = seeding.beyond_reach(self._extract)
         names = [
             choice.tap.path
             for choice in choices

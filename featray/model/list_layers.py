@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from featray.config import ModelConfig
-from featray.model import choose, prepare, runtime, variation
-from featray.model.choose import Choice, Pool
+from featray.model import prepare, runtime, select_layers, variation
 from featray.model.inputs import Shape
+from featray.model.select_layers import Choice, Pool
 from featray.model.trace import Tap
 
 _SPREAD = r"sigma|std|(log_?)?var(iance)?|log_?(sigma|std|sd)"
@@ -130,7 +130,7 @@ def _info(tap: Tap, found: _Found) -> LayerInfo:
         "sigma": any(_SPREAD_NAME.search(name) for name in _names(tap)),
     }
     pools = tuple(choice.pool for choice in found.chosen if choice.tap.key == tap.key)
-    used = pools or (choose.default_pool(tap),)
+    used = pools or (select_layers.default_pool(tap),)
     return LayerInfo(
         tap.path,
         type(tap.layer).__name__,
@@ -143,7 +143,7 @@ def _info(tap: Tap, found: _Found) -> LayerInfo:
 
 
 def _values(tap: Tap, seen: tuple[int, ...], pool: Pool) -> int:
-    channels = math.prod(seen[:1] if choose.channels_first(tap) else seen[-1:])
+    channels = math.prod(seen[:1] if select_layers.channels_first(tap) else seen[-1:])
     return {"none": math.prod(seen), "avg": channels, "max": channels, "avgmax": 2 * channels}[pool]
 
 

@@ -18,8 +18,9 @@ import numpy as np
 from featray.config import ModelConfig
 from featray.errors import InputShapeError, ModelError
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
-from featray.model import fetch, inputs, prepare, runtime, seeding, variation
+from featray.model import inputs, prepare, runtime, seeding, variation
 from featray.model.inputs import Batch, Shape
+from featray.model.loading import download
 from featray.model.prepare import Prepared
 from featray.model.select_layers import Choice, Pool
 
@@ -100,7 +101,7 @@ class Extractor:
         choices = prepare.choices(self._spec, self._model, problems)
         self.layers = tuple(self._warm_up(choices, problems)) if choices else ()
         if problems:
-            raise ModelError(problems, fetch.shown(self._spec.uri))
+            raise ModelError(problems, download.shown(self._spec.uri))
         self.input_shape = self._model.shape
         self.sha256, self.files = self._model.loaded.sha256, self._model.loaded.files
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}

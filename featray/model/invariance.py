@@ -14,8 +14,9 @@ import numpy as np
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model import fetch, inputs, prepare, runtime, trace, variation
+from featray.model import inputs, prepare, runtime, trace, variation
 from featray.model.inputs import Batch, Shape
+from featray.model.loading import download
 from featray.model.prepare import Prepared
 
 Rows = list[int | None]
@@ -92,7 +93,7 @@ def check_invariance(
     ready = prepare.prepare(checked, input_zyx, problems)
     choices = prepare.choices(checked, ready, problems)
     if problems:
-        raise ModelError(problems, fetch.shown(checked.uri))
+        raise ModelError(problems, download.shown(checked.uri))
     run = _callable(prepare.computing(ready, choices))
     batch = _samples(samples, run, ready)
     differences, sampling = _compare(run, batch, checked.batch_size)

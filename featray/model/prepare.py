@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from featray.config import ModelConfig, load_model_section
-from featray.model import inputs, load, select_layers, trace
+from featray.model import inputs, select_layers, trace
 from featray.model.inputs import Shape
-from featray.model.load import Loaded
-from featray.model.saved import Kind
+from featray.model.loading import load
+from featray.model.loading.load import Loaded
+from featray.model.loading.model_file import Kind
 from featray.model.select_layers import Choice, Pool
 from featray.model.trace import Tap
 

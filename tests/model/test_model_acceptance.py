@@ -75,7 +75,7 @@ def encoder(tmp_path: Path, code: Callable[[str, str], Path]) -> tuple[Any, Spec
 
 
 def _object(source: Path, name: str) -> Any:
-    from featray.model import load
+    from featray.model.loading import load
 
     found, _ = load._import_object(f"{source}:{name}", "builder", {})
     return found

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from featray.errors import ConfigError, InputShapeError, ModelError
-from featray.model import Extractor, batch_buffers, load
+from featray.model import Extractor, batch_buffers
+from featray.model.loading import load
 
 Spec = Callable[..., dict[str, Any]]
 FOUR = (

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from featray.errors import InputShapeError, ModelError
-from featray.model import Extractor, load
+from featray.model import Extractor
+from featray.model.loading import load
 
 SHAPE = (2, 2, 2, 1)
 NAMES = ["one", "two", "three", "four", "five"]

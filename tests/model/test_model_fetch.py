@@ -11,7 +11,7 @@ import fsspec
 import pytest
 
 from featray.errors import ModelError
-from featray.model import fetch
+from featray.model.loading import download as fetch
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from featray.errors import InputShapeError, ModelError
-from featray.model import Extractor, check_invariance, list_layers, load
+from featray.model import Extractor, check_invariance, list_layers
+from featray.model.loading import load
 
 SHAPE = (4, 4, 4, 1)
 CODE = """

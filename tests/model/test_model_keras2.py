@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from featray.errors import ModelError
-from featray.model import Extractor, keras2, list_layers
+from featray.model import Extractor, list_layers
+from featray.model.loading import keras2
 
 X = np.random.default_rng(0).random((2, 4, 4, 4, 1), np.float32)
 

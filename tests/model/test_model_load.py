@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from featray.errors import ModelError
-from featray.model import Extractor, load
+from featray.model import Extractor
+from featray.model.loading import load
 
 Spec = Callable[..., dict[str, Any]]
 Code = Callable[[str, str], Path]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from featray.errors import ModelError
-from featray.model.saved import Kind
+from featray.model.loading.model_file import Kind
 
 # What training leaves beside the weights; the random state of dropout and sampling is no weight either.
 _NOT_WEIGHTS = ("optimizer", "metrics", "compile_metrics", "_metrics")

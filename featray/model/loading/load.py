@@ -24,8 +24,9 @@ from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model import fetch, keras2, runtime, saved, weights
-from featray.model.saved import CustomEntry, Kind, Saved
+from featray.model import runtime
+from featray.model.loading import download, keras2, model_file, weights
+from featray.model.loading.model_file import CustomEntry, Kind, Saved
 
 _KERAS_MODULES = (
     "layers",
@@ -74,8 +75,8 @@ def load_model(spec: ModelConfig, input_shapes: Sequence[tuple[int | None, ...]]
         ModelError: The file is missing or damaged, custom code is missing or not allowed, or
             Keras cannot load it; all missing pieces are listed.
     """
-    file = fetch.local_file(spec.uri, spec.storage_options)
-    content = saved.open_saved(file.path)
+    file = download.local_file(spec.uri, spec.storage_options)
+    content = model_file.open_saved(file.path)
     files = {"model": file.sha256}
     objects = _custom_objects(spec, files)
     with _fresh_names():
@@ -177,7 +178,7 @@ def _from_file(spec: ModelConfig, path: Path, content: Saved, objects: dict[str,
         )
     if content.kind is Kind.ARCHIVE and keras2.is_old(content.keras_version):
         raise ModelError(_keras_failure(path, content, "its layout is that of Keras 2"))
-    needed = saved.custom_entries(content.config, _is_keras_name)
+    needed = model_file.custom_entries(content.config, _is_keras_name)
     known = {**_stand_ins(content), **_matched(needed, objects)}
     problems = _missing(needed, known, spec.trust)
     if problems:
@@ -203,10 +204,10 @@ def _from_saved_model(spec: ModelConfig, folder: Path) -> Any:
         )
     if problems:
         raise ModelError(problems, folder.name)
-    from featray.model import endpoints
+    from featray.model.loading import saved_model
 
     try:
-        return endpoints.open_endpoint(folder, spec.submodel)
+        return saved_model.open_endpoint(folder, spec.submodel)
     except ModelError:
         raise
     except Exception as error:  # TensorFlow's kinds, for files that are damaged or missing
@@ -365,7 +366,7 @@ def _stand_ins(content: Saved) -> dict[str, Any]:
     """Return layers for what only Keras 2 has, unless the file names functions that may do anything."""
     if not keras2.is_old(content.keras_version) or keras2.refused_functions(content.config):
         return {}
-    from featray.model import keras2_layers
+    from featray.model.loading import keras2_layers
 
     return keras2_layers.STAND_INS
 
@@ -396,7 +397,7 @@ def _import_object(text: str, key: str, storage_options: Mapping[str, Any]) -> t
 
 
 def _import_file(where: str, storage_options: Mapping[str, Any]) -> tuple[ModuleType, str]:
-    file = fetch.local_file(where, storage_options)
+    file = download.local_file(where, storage_options)
     unique = f"featray_custom_{file.path.stem}_{file.sha256[:16]}"
     if unique in sys.modules:
         return sys.modules[unique], file.sha256
@@ -416,7 +417,7 @@ def _import_file(where: str, storage_options: Mapping[str, Any]) -> tuple[Module
 def _import_module(where: str) -> tuple[ModuleType, str]:
     module = importlib.import_module(where)
     source = inspect.getsourcefile(module)
-    return module, fetch.sha256_of(Path(source)) if source else ""
+    return module, download.sha256_of(Path(source)) if source else ""
 
 
 def _keras_failure(path: Path, content: Saved, reason: str) -> str:

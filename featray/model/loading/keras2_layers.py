@@ -12,7 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from featray.model.keras2 import ELLIPSIS
+from featray.model.loading.keras2 import ELLIPSIS
 
 
 class TFOpLambda(keras.Operation):  # type: ignore[misc]  # Keras ships no types

@@ -15,8 +15,8 @@ import psutil
 
 from featray.checks import check
 from featray.config import ConfigInput
-from featray.engines import Stages
-from featray.engines.ahead import mapped
+from featray.engines.base import Stages
+from featray.engines.prefetch import mapped
 from featray.hardware import ModelThreads, usable_cores
 from featray.model.runtime import gpu_names
 from featray.output.dataset import Dataset

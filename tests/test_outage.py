@@ -10,8 +10,8 @@ import pytest
 
 import featray
 from featray.config import PolicyConfig, SourceConfig
+from featray.engines.source_outage import IN_A_ROW, unless_source_is_gone
 from featray.errors import Reason, StorageError
-from featray.outage import IN_A_ROW, unless_source_is_gone
 from featray.output.dataset import Dataset
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer

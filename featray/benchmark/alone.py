@@ -22,8 +22,8 @@ from featray.benchmark import floor
 from featray.config import Config, load
 from featray.ct.formats.inflate import GZIP_MAGIC
 from featray.ct.volume import Volume
-from featray.engines import Stages
-from featray.engines.ahead import mapped
+from featray.engines.base import Stages
+from featray.engines.prefetch import mapped
 from featray.errors import FeatrayError
 from featray.model import Extractor
 from featray.model.batch_buffers import joined

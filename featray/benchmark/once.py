@@ -23,7 +23,7 @@ if __name__ == "__main__":
 from featray import pipeline
 from featray.benchmark.probe import observed, observed_decoder
 from featray.config import Config, load
-from featray.engines import Stages
+from featray.engines.base import Stages
 from featray.errors import FeatrayError
 from featray.output.dataset import Dataset
 from featray.schema import Scan

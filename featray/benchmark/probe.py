@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from featray.engines import Stages
+from featray.engines.base import Stages
 from featray.stages.decode import Decoder
 
 STAGES = ("decode", "model", "write")

@@ -17,11 +17,11 @@ from collections.abc import Generator, Iterator, Sequence
 import pyarrow as pa
 
 from featray.config import LimitsConfig
-from featray.engines import Stages
-from featray.engines.ahead import SPARE, ahead, mapped
 from featray.engines.attempts import Attempts
+from featray.engines.base import Stages
 from featray.engines.helpers import Helpers, end_early
 from featray.engines.memory import decode_memory
+from featray.engines.prefetch import SPARE, ahead, mapped
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads, Workers, usable_cores
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.decode import Decoder

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
 from featray.config import LimitsConfig
-from featray.engines import Stages
-from featray.engines.ahead import begun
+from featray.engines.base import Stages
 from featray.engines.inline import InlineEngine
+from featray.engines.prefetch import begun
 from featray.hardware import ModelThreads
 from featray.schema import Receipt, Scan
 from featray.stages.decode import Decoder

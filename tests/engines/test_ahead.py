@@ -8,7 +8,7 @@ from collections.abc import Generator
 
 import pytest
 
-from featray.engines.ahead import SPARE, ahead, mapped
+from featray.engines.prefetch import SPARE, ahead, mapped
 
 
 def numbers(count: int) -> Generator[int]:

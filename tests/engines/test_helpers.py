@@ -263,7 +263,7 @@ def test_where_no_helpers_are_needed_it_ends(early: psutil.Process) -> None:
 
 def test_it_ends_with_its_driver() -> None:
     code = (
-        "from featray.engines import helpers; helpers.start_early()\n"
+        "from featray.engines.base import helpers; helpers.start_early()\n"
         "print(helpers._early[0].process.pid, flush=True)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from featray.config import LimitsConfig, load
-from featray.engines import Stages
+from featray.engines.base import Stages
 from featray.engines.inline import InlineEngine
 from featray.hardware import usable_cores
 from featray.output.dataset import Dataset

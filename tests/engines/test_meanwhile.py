@@ -14,8 +14,9 @@ from kill import poison
 
 import featray
 from featray.config import LimitsConfig, RunConfig, load
-from featray.engines import Stages, ray_cluster
 from featray.engines import meanwhile as meanwhile_module
+from featray.engines import ray_cluster
+from featray.engines.base import Stages
 from featray.engines.meanwhile import Meanwhile
 from featray.engines.ray_data import RayEngine
 from featray.errors import FeatrayError

@@ -17,7 +17,8 @@ from kill import poison
 
 import featray
 from featray.config import Config, LimitsConfig, RunConfig, load
-from featray.engines import Stages, ray_cluster, ray_data, ray_sizes
+from featray.engines import ray_cluster, ray_data, ray_sizes
+from featray.engines.base import Stages
 from featray.engines.ray_data import RayEngine
 from featray.errors import ConfigError, FeatrayError, StorageError
 from featray.output.dataset import FEATURES, Dataset

@@ -47,7 +47,7 @@ def run_refresh(args: argparse.Namespace) -> int:
 
 
 def _start_early() -> None:
-    from featray.engines.helpers import start_early
+    from featray.engines.decoding.process_pool import start_early
 
     start_early()
 

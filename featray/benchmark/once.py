@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from featray.engines.helpers import start_early
+from featray.engines.decoding.process_pool import start_early
 
 if __name__ == "__main__":
     start_early()  # as the command line does, before what takes long to import

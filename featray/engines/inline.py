@@ -17,10 +17,10 @@ from collections.abc import Generator, Iterator, Sequence
 import pyarrow as pa
 
 from featray.config import LimitsConfig
-from featray.engines.attempts import Attempts
 from featray.engines.base import Stages
-from featray.engines.helpers import Helpers, end_early
-from featray.engines.memory import decode_memory
+from featray.engines.decoding.memory_limit import decode_memory
+from featray.engines.decoding.process_pool import Helpers, end_early
+from featray.engines.decoding.scan_pool import Attempts
 from featray.engines.prefetch import SPARE, ahead, mapped
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads, Workers, usable_cores
 from featray.schema import Decoded, Receipt, Scan

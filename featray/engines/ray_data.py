@@ -28,7 +28,7 @@ from typing import Any
 from featray.config import LimitsConfig, RunConfig
 from featray.engines import ray_cluster
 from featray.engines.base import Stages
-from featray.engines.helpers import end_early
+from featray.engines.decoding.process_pool import end_early
 from featray.engines.meanwhile import Meanwhile
 from featray.engines.ray_sizes import PoolSize, cpu_pool_size, gpu_pool_size, memory_claims, task_count
 from featray.engines.ray_stages import (

@@ -20,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 
 from featray.config import LimitsConfig
-from featray.engines.attempts import Attempts
-from featray.engines.helpers import Helpers
-from featray.engines.memory import decode_memory
+from featray.engines.decoding.memory_limit import decode_memory
+from featray.engines.decoding.process_pool import Helpers
+from featray.engines.decoding.scan_pool import Attempts
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.extract import Extractor, extract

@@ -20,8 +20,8 @@ import psutil
 import pytest
 
 from featray.config import LimitsConfig, RunConfig
-from featray.engines import helpers as started
-from featray.engines.helpers import _GRACE_S, Helpers, Outcome, end_early, start_early
+from featray.engines.decoding import process_pool as started
+from featray.engines.decoding.process_pool import _GRACE_S, Helpers, Outcome, end_early, start_early
 from featray.engines.inline import InlineEngine
 from featray.engines.ray_data import RayEngine
 from featray.errors import FeatrayError
@@ -203,7 +203,7 @@ def test_helpers_that_never_come_up_are_no_tasks_fault(name: str, monkeypatch: p
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     import test_helpers
 
-    monkeypatch.setattr("featray.engines.helpers.STARTS", 2)
+    monkeypatch.setattr("featray.engines.decoding.process_pool.STARTS", 2)
     pool = Helpers(1, timeout_s=60.0)
     try:
         pool.use(pickle.dumps(getattr(test_helpers, name)()))

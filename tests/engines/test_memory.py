@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from featray.config import LimitsConfig, load
-from featray.engines.attempts import Attempts
-from featray.engines.helpers import Helpers
-from featray.engines.memory import bounded, decode_memory, usable_memory
+from featray.engines.decoding.memory_limit import bounded, decode_memory, usable_memory
+from featray.engines.decoding.process_pool import Helpers
+from featray.engines.decoding.scan_pool import Attempts
 from featray.errors import Reason
 from featray.schema import Decoded
 from featray.stages import decode as decode_module

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from featray.config import LimitsConfig
-from featray.engines.helpers import Helpers, Outcome
-from featray.engines.slots import attach, make_slots
+from featray.engines.decoding.process_pool import Helpers, Outcome
+from featray.engines.decoding.shared_memory import attach, make_slots
 from featray.errors import Reason
 from featray.schema import NO_TENSOR, Decoded, Scan
 from featray.stages.decode import Decoder

@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any
 
-from featray.engines.memory import bounded, go_first
+from featray.engines.decoding.memory_limit import bounded, go_first
 from featray.errors import FeatrayError
 
 START_S = 300.0

@@ -313,7 +313,7 @@ class Job:
 def choose_engine(config: Config, scans: int) -> Engine:
     """Return the engine asked for; `auto` takes Ray for many scans or a named cluster."""
     from featray.engines.inline import InlineEngine
-    from featray.engines.ray_cluster import named_address
+    from featray.engines.ray.cluster import named_address
 
     address = named_address(config.run)
     small = scans <= HANDFUL and not address
@@ -324,7 +324,7 @@ def choose_engine(config: Config, scans: int) -> Engine:
         log.info("engine %s, chosen for %s; set run.engine to choose yourself", name, why)
     if name == "inline":
         return InlineEngine(config.run.decode.workers, config.limits, config.run.decode.memory)
-    from featray.engines.ray_data import RayEngine
+    from featray.engines.ray.engine import RayEngine
 
     return RayEngine(config.run, config.limits)
 

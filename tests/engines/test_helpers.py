@@ -23,7 +23,7 @@ from featray.config import LimitsConfig, RunConfig
 from featray.engines.decoding import process_pool as started
 from featray.engines.decoding.process_pool import _GRACE_S, Helpers, Outcome, end_early, start_early
 from featray.engines.inline import InlineEngine
-from featray.engines.ray_data import RayEngine
+from featray.engines.ray.engine import RayEngine
 from featray.errors import FeatrayError
 
 

@@ -14,11 +14,11 @@ from kill import poison
 
 import featray
 from featray.config import LimitsConfig, RunConfig, load
-from featray.engines import meanwhile as meanwhile_module
-from featray.engines import ray_cluster
 from featray.engines.base import Stages
-from featray.engines.meanwhile import Meanwhile
-from featray.engines.ray_data import RayEngine
+from featray.engines.ray import cluster
+from featray.engines.ray import head_start as meanwhile_module
+from featray.engines.ray.engine import RayEngine
+from featray.engines.ray.head_start import Meanwhile
 from featray.errors import FeatrayError
 from featray.hardware import ModelThreads
 from featray.output.dataset import Dataset
@@ -116,10 +116,10 @@ def test_only_where_a_ray_is_to_be_started(
     run: dict[str, Any], environment: dict[str, str], starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setitem(ray_cluster.sys.modules, "ray", None)
+    monkeypatch.setitem(cluster.sys.modules, "ray", None)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert ray_cluster.is_to_start(RunConfig.model_validate(run)) == starts
+    assert cluster.is_to_start(RunConfig.model_validate(run)) == starts
 
 
 @pytest.mark.ray
@@ -127,8 +127,8 @@ def test_only_where_a_ray_is_to_be_started(
 def test_a_run_has_every_scan_once_wherever_it_was_seen_to(
     config_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert not ray_cluster.is_to_start(RunConfig()), "it has been joined already"
-    monkeypatch.setattr(ray_cluster, "is_to_start", lambda run: True)
+    assert not cluster.is_to_start(RunConfig()), "it has been joined already"
+    monkeypatch.setattr(cluster, "is_to_start", lambda run: True)
     here: list[str] = []
     taken = Meanwhile.taken
 
@@ -145,8 +145,8 @@ def test_a_run_has_every_scan_once_wherever_it_was_seen_to(
 
 
 def test_with_gpus_none_is_begun_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_cluster, "is_to_start", lambda run: True)
-    monkeypatch.setattr(ray_cluster, "connect", lambda run, limits: False)
+    monkeypatch.setattr(cluster, "is_to_start", lambda run: True)
+    monkeypatch.setattr(cluster, "connect", lambda run, limits: False)
     run = RunConfig.model_validate({"actors": {"num_gpus": 1}})
     with RayEngine(run, LimitsConfig()) as engine:
         engine.begin(SCANS, _decoder(), 2)

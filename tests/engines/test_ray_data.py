@@ -17,9 +17,10 @@ from kill import poison
 
 import featray
 from featray.config import Config, LimitsConfig, RunConfig, load
-from featray.engines import ray_cluster, ray_data, ray_sizes
 from featray.engines.base import Stages
-from featray.engines.ray_data import RayEngine
+from featray.engines.ray import cluster, sizing
+from featray.engines.ray import engine as ray_data
+from featray.engines.ray.engine import RayEngine
 from featray.errors import ConfigError, FeatrayError, StorageError
 from featray.output.dataset import FEATURES, Dataset
 from featray.schema import Receipt, Scan, ScanRecord
@@ -187,13 +188,13 @@ def test_windows_of_scans_are_seen_to_one_after_the_other(
 )
 def test_scans_share_a_task_when_they_are_small_or_many(sizes: list[int], tasks: int) -> None:
     scans = [replace(_scan(f"s{n}"), size=size) for n, size in enumerate(sizes)]
-    assert ray_sizes.task_count(scans, cpus=2, batch=4, alone=False) == tasks
+    assert sizing.task_count(scans, cpus=2, batch=4, alone=False) == tasks
 
 
 def test_large_scans_claim_memory_and_are_done_apart_from_the_others() -> None:
     sizes = {"small": 10 * 2**20, "large": 500 * 2**20, "huge": 3 * 2**30, "too huge": 100 * 2**30}
     scans = [replace(_scan(name), size=size) for name, size in sizes.items()]
-    groups = list(ray_sizes.by_memory(scans, per_cpu=2 * 2**30, most=20 * 2**30))
+    groups = list(sizing.by_memory(scans, per_cpu=2 * 2**30, most=20 * 2**30))
     assert [(claim and claim / 2**30, [scan.scan_id for scan in some]) for claim, some in groups] == [
         (None, ["small"]),
         (4, ["large"]),
@@ -211,7 +212,7 @@ def test_claims_that_a_local_ray_can_never_meet_are_refused(actors: dict[str, An
     run = RunConfig.model_validate({"actors": actors})
     refused = contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"min times num_cpus")
     with refused:
-        ray_cluster.compare_claims(run, {"CPU": 2.0, "GPU": 1.0}, grows=False)
+        cluster.compare_claims(run, {"CPU": 2.0, "GPU": 1.0}, grows=False)
 
 
 @pytest.mark.parametrize(("says", "tells"), [(None, False), ("1", True)])
@@ -226,5 +227,5 @@ def test_a_ray_that_is_started_tells_its_makers_nothing_unless_its_owner_says_so
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", says)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: told.append(usage_lib.usage_stats_enabled()))
-    assert ray_cluster.connect(RunConfig(), LimitsConfig())
+    assert cluster.connect(RunConfig(), LimitsConfig())
     assert told == [tells]

@@ -6,8 +6,8 @@ from collections import defaultdict
 
 import pytest
 
-from featray.engines import ray_metrics
-from featray.engines.ray_metrics import Metrics
+from featray.engines.ray import metrics as ray_metrics
+from featray.engines.ray.metrics import Metrics
 from featray.hardware import Workers
 from featray.schema import Receipt, ScanRecord
 

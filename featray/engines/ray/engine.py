@@ -26,18 +26,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from featray.config import LimitsConfig, RunConfig
-from featray.engines import ray_cluster
 from featray.engines.base import Stages
 from featray.engines.decoding.process_pool import end_early
-from featray.engines.meanwhile import Meanwhile
-from featray.engines.ray_sizes import PoolSize, cpu_pool_size, gpu_pool_size, memory_claims, task_count
-from featray.engines.ray_stages import (
-    DecodeAndExtractBatch,
-    DecodeBatch,
-    Decoding,
-    ExtractBatch,
-    WriteBatch,
-)
+from featray.engines.ray import cluster
+from featray.engines.ray.head_start import Meanwhile
+from featray.engines.ray.sizing import PoolSize, cpu_pool_size, gpu_pool_size, memory_claims, task_count
+from featray.engines.ray.workers import DecodeAndExtractBatch, DecodeBatch, Decoding, ExtractBatch, WriteBatch
 from featray.errors import FeatrayError, Reason
 from featray.hardware import ModelThreads, Workers
 from featray.schema import Receipt, Scan
@@ -102,7 +96,7 @@ class RayEngine:
 
     def begin(self, scans: Sequence[Scan], decode: Decoder, batch_scans: int) -> None:
         """Connect while this process loads the model; a few scans are begun where Ray must be started."""
-        if ray_cluster.is_to_start(self._run) and not self._run.actors.num_gpus:
+        if cluster.is_to_start(self._run) and not self._run.actors.num_gpus:
             self._meanwhile.begin(scans, decode, batch_scans)
         self._connecting = self._thread.submit(self._connect)
 
@@ -116,7 +110,7 @@ class RayEngine:
         Raises:
             FeatrayError: Workers die whatever the scan: the cluster is to blame, and no scan is given up.
         """
-        from featray.engines.ray_metrics import Metrics  # imports ray
+        from featray.engines.ray.metrics import Metrics  # imports ray
 
         others = self._meanwhile.start(scans, stages, stop)
         self.connect()
@@ -181,11 +175,11 @@ class RayEngine:
 
     def _connect(self) -> None:
         end_early()  # whoever wanted it has taken it
-        self._started = ray_cluster.connect(self._run, self._limits)
+        self._started = cluster.connect(self._run, self._limits)
 
     def _claimed_windows(self, scans: Sequence[Scan]) -> Iterator[tuple[int | None, Sequence[Scan]]]:
         """Yield the memory to claim for each worker that decodes, and scans to do with that claim."""
-        for claim, some in memory_claims(scans, self._run, ray_cluster.nodes()):
+        for claim, some in memory_claims(scans, self._run, cluster.nodes()):
             for first in range(0, len(some), _WINDOW):
                 yield claim, some[first : first + _WINDOW]
 
@@ -213,7 +207,7 @@ class RayEngine:
         batch = 1 if alone else stages.batch_scans
         rows = [{"scan": scan.to_json()} for scan in scans]
         with _without_deprecations():
-            tasks = task_count(scans, ray_cluster.cpus(), batch, alone)
+            tasks = task_count(scans, cluster.cpus(), batch, alone)
             listed = ray.data.from_items(rows, override_num_blocks=tasks)
             extract = self._apart if self._run.actors.num_gpus else self._together
             return extract(listed, stages, memory, batch, alone).map_batches(
@@ -222,7 +216,7 @@ class RayEngine:
                 batch_size=1 if alone else stages.scans_per_file,
                 batch_format="pyarrow",
                 # Actors, for Ray ends idle processes of tasks, and a new one imports for seconds.
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(ray_cluster.nodes()))),
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(cluster.nodes()))),
                 num_cpus=WRITE_CPUS,
                 max_task_retries=self._limits.attempts - 1,
             )
@@ -233,8 +227,8 @@ class RayEngine:
         helpers = max(1, int(actors.num_cpus))
         # The claim is a plan; what bounds a scan is what the config says, or the machine.
         how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers, ahead=2 * batch)
-        size = cpu_pool_size(self._run, ray_cluster.nodes(), listed.num_blocks(), helpers * (memory or 0))
-        self._workers = Workers(size.first * helpers, size.first, ray_cluster.cpus())
+        size = cpu_pool_size(self._run, cluster.nodes(), listed.num_blocks(), helpers * (memory or 0))
+        self._workers = Workers(size.first * helpers, size.first, cluster.cpus())
         return listed.map_batches(
             DecodeAndExtractBatch,
             fn_constructor_args=[stages.load_extractor, how, batch],
@@ -249,9 +243,9 @@ class RayEngine:
         """Decode in tasks, extract in actors that have GPUs."""
         actors, retries = self._run.actors, self._limits.attempts - 1
         how = Decoding(stages.decode, self._limits, self._run.decode.memory, helpers=1, ahead=1)
-        size = gpu_pool_size(self._run, ray_cluster.nodes())
-        left = (ray_cluster.cpus() - size.most * actors.num_cpus) / self._run.decode.num_cpus
-        self._workers = Workers(max(1, int(left)), size.most * _GPU_CALLS, ray_cluster.cpus(), has_gpus=True)
+        size = gpu_pool_size(self._run, cluster.nodes())
+        left = (cluster.cpus() - size.most * actors.num_cpus) / self._run.decode.num_cpus
+        self._workers = Workers(max(1, int(left)), size.most * _GPU_CALLS, cluster.cpus(), has_gpus=True)
         decoded = listed.map_batches(
             DecodeBatch(how),
             batch_size=None,

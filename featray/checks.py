@@ -17,9 +17,9 @@ from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
 from featray.model import Extractor
 from featray.output.dataset import RUNS
 from featray.output.lease import refuse_if_held
-from featray.planning import Plan
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.stages.list import Listing, ListingMemory, list_scans
+from featray.stages.plan import Plan
 from featray.storage.store import Store
 
 log = logging.getLogger(__name__)

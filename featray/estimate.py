@@ -21,9 +21,9 @@ from featray.hardware import ModelThreads, usable_cores
 from featray.model.runtime import gpu_names
 from featray.output.dataset import Dataset
 from featray.pipeline import Job, Wanted, choose_engine
-from featray.planning import STATES, Plan
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
+from featray.stages.plan import STATES, Plan
 from featray.storage.store import Store
 
 SAMPLE = 6

@@ -37,13 +37,13 @@ from featray.maintenance import new_run_id
 from featray.model import Extractor
 from featray.output.dataset import Dataset, Snapshot
 from featray.output.lease import Lease
-from featray.planning import Plan, make_plan
 from featray.progress import Progress
 from featray.recipe import recipe, recipe_id
 from featray.schema import SCAN_COLUMNS, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
+from featray.stages.plan import Plan, make_plan
 from featray.stages.report import Run, Summary, Tally, announce, report
 from featray.stages.write import write
 from featray.storage.store import Store

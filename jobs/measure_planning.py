@@ -67,8 +67,8 @@ def _plan_here(manifest: Path, output: Path) -> dict[str, Any]:
     times = [time.perf_counter()]
     from featray.config import SourceConfig
     from featray.output.dataset import Dataset
-    from featray.planning import make_plan
     from featray.stages.list import list_scans
+    from featray.stages.plan import make_plan
     from featray.storage.store import Store
 
     times.append(time.perf_counter())

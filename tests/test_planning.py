@@ -11,9 +11,9 @@ import pyarrow as pa
 import pytest
 
 from featray.errors import Reason, UsageError
-from featray.planning import STATES, Plan, make_plan
 from featray.schema import Scan
 from featray.stages.list import Listing
+from featray.stages.plan import STATES, Plan, make_plan
 
 COLUMNS = ("scan_id", "status", "reason", "content", "recipe")
 Row = tuple[str | None, ...]

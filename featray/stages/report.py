@@ -24,9 +24,9 @@ import pyarrow.compute as pc
 from featray.errors import ExitCode
 from featray.hardware import Workers, usable_cores
 from featray.output.dataset import RUNS, Dataset
-from featray.planning import Plan
 from featray.schema import STAGE_TIMES, Receipt, UnitsSeen
 from featray.stages.list import Listing
+from featray.stages.plan import Plan
 
 PACKAGES = ("featray", "keras", "tensorflow", "ray", "numpy", "pyarrow", "deltalake", "nibabel", "pydicom")
 FEW_ROWS = 2

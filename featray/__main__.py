@@ -1,5 +1,5 @@
 """`python -m featray` is `featray`."""
 
-from featray.cli import console
+from featray.cli.main import console
 
 console()

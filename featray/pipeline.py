@@ -37,7 +37,6 @@ from featray.maintenance import new_run_id
 from featray.model import Extractor
 from featray.output.dataset import Dataset, Snapshot
 from featray.output.lease import Lease
-from featray.progress import Progress
 from featray.recipe import recipe, recipe_id
 from featray.schema import SCAN_COLUMNS, Receipt, ScanRecord
 from featray.stages.commit import Committer
@@ -47,6 +46,7 @@ from featray.stages.plan import Plan, make_plan
 from featray.stages.report import Run, Summary, Tally, announce, report
 from featray.stages.write import write
 from featray.storage.store import Store
+from featray.terminal.progress import Progress
 
 log = logging.getLogger(__name__)
 

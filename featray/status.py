@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.output.lease import running
-from featray.progress import line_of
+from featray.terminal.progress import line_of
 
 
 @dataclass(frozen=True)

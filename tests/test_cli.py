@@ -36,7 +36,7 @@ def last_json(out: str) -> Any:
 )
 def test_help_imports_neither_tensorflow_nor_ray(command: list[str]) -> None:
     code = (
-        "import sys\nfrom featray.cli import main\n"
+        "import sys\nfrom featray.cli.main import main\n"
         "try:\n    main(sys.argv[1:])\nexcept SystemExit as end:\n    assert end.code == 0\n"
         "heavy = {'tensorflow', 'keras', 'ray', 'pyarrow', 'numpy', 'deltalake'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -99,7 +99,7 @@ def test_the_readmes_tree_names_every_file_of_the_package() -> None:
 
 
 def test_the_readmes_commands_are_those_of_the_command_line() -> None:
-    from featray.cli import _parser
+    from featray.cli.main import _parser
 
     usage = _parser().format_help()
     listed = set(re.findall(r"^\| `featray (\w+)", section("Commands"), re.MULTILINE))

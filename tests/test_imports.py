@@ -73,7 +73,7 @@ def test_stages_import_each_other_only_where_decode_joins_two_and_the_report_nam
     "module",
     [
         "featray",
-        "featray.cli",
+        "featray.cli.main",
         "featray.config",
         "featray.pipeline",
         "featray.model",

@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from featray import progress
-from featray.progress import Progress, line_of
 from featray.schema import ScanRecord
+from featray.terminal import progress
+from featray.terminal.progress import Progress, line_of
 
 
 def record(status: str, size: int) -> ScanRecord:

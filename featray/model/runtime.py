@@ -12,7 +12,7 @@ import sys
 
 from featray.errors import ModelError
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
-from featray.quiet import hold_back
+from featray.terminal.native_stderr import hold_back
 
 log = logging.getLogger(__name__)
 

@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> None:
     point = _Point(name, int(nth), group == "1")
     _slow_down(marker, int(nth) if name == "writer" else 0)
     _put_points(point)
-    from featray import cli
+    from featray.cli import main as cli
 
     sys.argv[1:] = command
     cli.console()

@@ -13,7 +13,7 @@ from typing import Any
 from featray.config import LimitsConfig, RunConfig
 from featray.errors import ConfigError
 from featray.hardware import usable_cores
-from featray.quiet import hold_back
+from featray.terminal.native_stderr import hold_back
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from featray.answers import RESUME, answer, columns, plain, stop_on_signal
 from featray.errors import ConfigError, ExitCode, Reason
+from featray.terminal.answer import RESUME, answer, columns, plain, stop_on_signal
 
 if TYPE_CHECKING:
     from featray.model.list_layers import LayerInfo

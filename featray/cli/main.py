@@ -14,9 +14,9 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from featray import commands as run
-from featray.answers import RESUME, complain
+from featray.cli import handlers as run
 from featray.errors import ExitCode, FeatrayError, Reason
+from featray.terminal.answer import RESUME, complain
 
 _REASONS = [str(reason) for reason in Reason]
 

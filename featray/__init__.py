@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from featray.commands.export import export
+    from featray.commands.plan import plan
+    from featray.commands.vacuum import vacuum
     from featray.errors import FeatrayError
-    from featray.estimate import plan
-    from featray.exporting import export
-    from featray.maintenance import vacuum
     from featray.model import Extractor
     from featray.model import list_layers as layers
     from featray.output.features import Features
@@ -43,12 +43,12 @@ _HOMES = {
     "FeatrayError": ("featray.errors", "FeatrayError"),
     "Features": ("featray.output.features", "Features"),
     "Summary": ("featray.stages.report", "Summary"),
-    "export": ("featray.exporting", "export"),
+    "export": ("featray.commands.export", "export"),
     "extract": ("featray.pipeline", "extract"),
     "layers": ("featray.model", "list_layers"),
     "refresh": ("featray.pipeline", "refresh"),
-    "vacuum": ("featray.maintenance", "vacuum"),
-    "plan": ("featray.estimate", "plan"),
+    "vacuum": ("featray.commands.vacuum", "vacuum"),
+    "plan": ("featray.commands.plan", "plan"),
     "read": ("featray.output.read", "read"),
     "read_ray": ("featray.output.read_ray", "read_ray"),
     "verify": ("featray.verification", "verify"),

@@ -28,12 +28,12 @@ from featray.checks import (
     refuse_to_empty,
     remember,
 )
+from featray.commands.vacuum import new_run_id
 from featray.config import Config, ConfigInput
 from featray.engines.base import Engine, Stages
 from featray.engines.source_outage import unless_source_is_gone
 from featray.errors import ModelError
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
-from featray.maintenance import new_run_id
 from featray.model import Extractor
 from featray.output.dataset import Dataset, Snapshot
 from featray.output.lease import Lease

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from featray.commands.demo import demo_config
 from featray.config import load
-from featray.demo import demo_config
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 
 REPOSITORY = Path(__file__).resolve().parent.parent

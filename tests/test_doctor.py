@@ -14,7 +14,7 @@ import yaml
 
 import featray
 from featray.cli import main
-from featray.doctor import Diagnosis, doctor
+from featray.commands.doctor import Diagnosis, doctor
 
 
 def verdicts(found: Diagnosis) -> dict[str, set[str]]:

@@ -19,8 +19,8 @@ import pyarrow.dataset as pads
 import pytest
 
 import featray
-from featray import exporting
 from featray.cli import main
+from featray.commands import export
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError
 from featray.output.dataset import SCANS, Dataset
 from featray.schema import Decoded, ScanRecord
@@ -162,15 +162,15 @@ def test_an_output_refreshed_meanwhile_is_exported_as_one_version(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overtaken: int
 ) -> None:
     values = iter(range(10, 10 + overtaken))
-    original = exporting._copy_local
+    original = export._copy_local
 
     def overtaking(path: str, to: str) -> None:
         original(path, to)
         if (value := next(values, None)) is not None:
             add(dataset, ("a", value, 1), ("c", value, 1))
 
-    monkeypatch.setattr(exporting, "_copy_local", overtaking)
-    monkeypatch.setattr(exporting, "_COPIES", 1)
+    monkeypatch.setattr(export, "_copy_local", overtaking)
+    monkeypatch.setattr(export, "_COPIES", 1)
     found = featray.export(dataset, tmp_path / "plain")
     last = 9.0 + overtaken
     expected = [("a", 0, [last, last + 1]), *ROWS[1:3], ("c", 0, [last, last + 1])]
@@ -183,7 +183,7 @@ def test_an_output_refreshed_meanwhile_is_exported_as_one_version(
 def test_a_killed_export_is_not_marked_and_the_same_call_goes_on(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, calls = exporting._copy_local, []
+    original, calls = export._copy_local, []
 
     def killed(path: str, to: str) -> None:
         calls.append(to)
@@ -193,14 +193,14 @@ def test_a_killed_export_is_not_marked_and_the_same_call_goes_on(
             raise KeyboardInterrupt
         original(path, to)
 
-    monkeypatch.setattr(exporting, "_copy_local", killed)
-    monkeypatch.setattr(exporting, "_COPIES", 1)
+    monkeypatch.setattr(export, "_copy_local", killed)
+    monkeypatch.setattr(export, "_COPIES", 1)
     with pytest.raises(KeyboardInterrupt):
         featray.export(dataset, tmp_path / "plain")
     left = files_below(tmp_path / "plain")
     assert "export.json" not in left
     assert "export.started.json" in left
-    monkeypatch.setattr(exporting, "_copy_local", original)
+    monkeypatch.setattr(export, "_copy_local", original)
     found = featray.export(dataset, tmp_path / "plain")
     whole = {name for name in left if name.startswith("features/") and name.endswith(".parquet")}
     assert len(whole) >= 2

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import featray
+from featray.commands.status import status
 from featray.config import PolicyConfig, SourceConfig
 from featray.engines.source_outage import IN_A_ROW, unless_source_is_gone
 from featray.errors import Reason, StorageError
@@ -16,7 +17,6 @@ from featray.output.dataset import Dataset
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.read import Reader
-from featray.status import status
 from featray.storage.store import Store
 from featray.synthetic.phantom import make_collection
 

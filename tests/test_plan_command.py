@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import yaml
 
-from featray import estimate
 from featray.cli import main
+from featray.commands import plan as estimate
+from featray.commands.plan import Estimate
 from featray.config import SourceConfig
-from featray.estimate import Estimate
 from featray.hardware import ModelThreads
 from featray.output.dataset import Dataset
 from featray.pipeline import Job

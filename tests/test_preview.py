@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featray import montage as pictures
 from featray.cli import main
+from featray.commands import montage as pictures
+from featray.commands.montage import montage, spread
+from featray.commands.preview import preview
 from featray.config import PreprocessConfig, load
 from featray.ct.volume import Volume
 from featray.errors import ConfigError, UsageError
-from featray.montage import montage, spread
-from featray.preview import preview
 from featray.schema import ScanRecord
 from featray.stages.preprocess import preprocess
 from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
@@ -110,7 +110,7 @@ def test_ids_that_differ_only_in_a_slash_get_files_of_their_own(
     "scan_id", ["../../up", "/root", "..", "a/../../b", "x" * 300, "ä/ö", "-rf", ".hidden"]
 )
 def test_no_id_leads_out_of_the_folder(scan_id: str) -> None:
-    from featray.preview import _stem
+    from featray.commands.preview import _stem
 
     stem = _stem(scan_id)
     assert Path(stem).name == stem
@@ -158,7 +158,7 @@ def test_no_model_is_loaded_and_neither_tensorflow_nor_ray_imported(
     config: dict[str, Any], tmp_path: Path
 ) -> None:
     code = (
-        "import json, sys; from featray.preview import preview; "
+        "import json, sys; from featray.commands.preview import preview; "
         "found = preview(json.loads(sys.argv[1]), scan='b/1.nii.gz', directory=sys.argv[2]); "
         "assert found.status == 'ok'; assert not {'tensorflow', 'keras', 'ray'} & set(sys.modules)"
     )
@@ -195,7 +195,7 @@ def test_the_command_answers_in_words_and_in_json_with_its_exit_codes(
 def test_the_voxels_of_the_input_are_measured_in_mm_along_its_own_axes(
     options: dict[str, Any], want: tuple[float, float, float]
 ) -> None:
-    from featray.preview import _voxel_mm
+    from featray.commands.preview import _voxel_mm
 
     # stored along z: right to left, 4 voxels of 2 mm; y: back to front, 8 of 0.5; x: up, 12 of 5 mm
     record = ScanRecord(

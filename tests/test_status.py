@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from featray.cli import main
+from featray.commands.status import status
 from featray.output.dataset import Dataset
 from featray.output.lease import FOLDER
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
-from featray.status import status
 from featray.storage.store import Store
 
 PROGRESS = {"total": 500, "done": 120, "failed": 2, "bytes_read": 60_000_000, "seconds": 20.0}

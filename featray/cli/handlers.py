@@ -61,7 +61,7 @@ def _say_how_it_ended(summary: Summary) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Run `featray plan`."""
-    from featray.estimate import plan, why
+    from featray.commands.plan import plan, why
 
     if args.why is not None:
         sentence = why(args.config, args.why, args.set)
@@ -74,7 +74,7 @@ def run_plan(args: argparse.Namespace) -> int:
 
 def run_preview(args: argparse.Namespace) -> int:
     """Run `featray preview`."""
-    from featray.preview import preview
+    from featray.commands.preview import preview
 
     found = preview(args.config, args.set, scan=args.scan, directory=args.out)
     answer(args, found, found.text())
@@ -85,7 +85,7 @@ def run_preview(args: argparse.Namespace) -> int:
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Run `featray doctor`."""
-    from featray.doctor import doctor
+    from featray.commands.doctor import doctor
 
     found = doctor(args.config, args.set)
     answer(args, {"checks": found.findings, "exit_code": found.exit_code}, found.text())
@@ -133,7 +133,7 @@ def _size(text: str | None) -> tuple[int | None, ...] | None:
 
 def run_status(args: argparse.Namespace) -> int:
     """Run `featray status`."""
-    from featray.status import status
+    from featray.commands.status import status
 
     found = status(_dataset(args))
     answer(args, found, found.text())
@@ -142,7 +142,7 @@ def run_status(args: argparse.Namespace) -> int:
 
 def run_failures(args: argparse.Namespace) -> int:
     """Run `featray failures`."""
-    from featray.status import failures
+    from featray.commands.status import failures
 
     rows = failures(_dataset(args), args.reason)
     lines = [
@@ -165,7 +165,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 def run_vacuum(args: argparse.Namespace) -> int:
     """Run `featray vacuum`."""
-    from featray.maintenance import vacuum
+    from featray.commands.vacuum import vacuum
 
     found = vacuum(_dataset(args))
     answer(args, found, found.text())
@@ -174,7 +174,7 @@ def run_vacuum(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Run `featray export`."""
-    from featray.exporting import export
+    from featray.commands.export import export
 
     found = export(
         _dataset(args),
@@ -208,7 +208,7 @@ def _options(text: str | None) -> dict[str, Any] | None:
 
 def run_demo(args: argparse.Namespace) -> int:
     """Run `featray demo`."""
-    from featray.demo import demo
+    from featray.commands.demo import demo
 
     with stop_on_signal() as stop:
         result = demo(args.directory, show=not args.quiet, stop=stop)

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from featray.commands.vacuum import held
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
-from featray.maintenance import held
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.output.delta_log import LiveFile
 from featray.output.query import Output, open_output

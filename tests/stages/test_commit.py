@@ -14,8 +14,8 @@ import polars as pl
 import pyarrow.dataset as pads
 import pytest
 
+from featray.commands.vacuum import vacuum
 from featray.errors import ConfigError, FeatrayError, OutputBusyError, Reason, ScanError, StorageError
-from featray.maintenance import vacuum
 from featray.output import delta_log
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.delta_log import TableLog

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.checks import check
+from featray.commands.montage import montage
 from featray.config import Config, ConfigInput, PreprocessConfig
 from featray.errors import ConfigError, ExitCode, Oddity, Reason, UsageError
-from featray.montage import montage
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.preprocess import input_spacing

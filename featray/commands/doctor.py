@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from featray import config as configuration
 from featray.checks import check_source, load_extractor
+from featray.commands.plan import spread
 from featray.config import Config, ConfigInput
 from featray.errors import ExitCode, FeatrayError
-from featray.estimate import spread
 from featray.hardware import usable_cores
 from featray.model import CutLayer, Extractor, check_invariance, list_layers
 from featray.output.dataset import Dataset

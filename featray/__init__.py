@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from featray.commands.export import export
     from featray.commands.plan import plan
     from featray.commands.vacuum import vacuum
+    from featray.commands.verify import verify
     from featray.errors import FeatrayError
     from featray.model import Extractor
     from featray.model import list_layers as layers
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from featray.output.read_ray import read_ray
     from featray.pipeline import extract, refresh
     from featray.stages.report import Summary
-    from featray.verification import verify
 
 __all__ = [
     "Extractor",
@@ -51,7 +51,7 @@ _HOMES = {
     "plan": ("featray.commands.plan", "plan"),
     "read": ("featray.output.read", "read"),
     "read_ray": ("featray.output.read_ray", "read_ray"),
-    "verify": ("featray.verification", "verify"),
+    "verify": ("featray.commands.verify", "verify"),
 }
 
 

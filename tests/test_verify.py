@@ -19,6 +19,8 @@ import pytest
 
 import featray
 from featray.cli import main
+from featray.commands.verify import Kind, Verification, verify
+from featray.commands.verify.read_scans import covered, join
 from featray.errors import ConfigError, OutputBusyError, Reason, ScanError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.delta_log import LiveFile, TableLog
@@ -27,8 +29,7 @@ from featray.stages.commit import Committer
 from featray.stages.extract import extract
 from featray.stages.write import write
 from featray.storage.store import Store
-from featray.verification import Kind, Verification, readback, verify
-from featray.verification.ledger import covered, join
+from featray.verification import readback
 
 RUN = "20260101T000000000-abcdef"
 LATER = "20260102T000000000-abcdef"

@@ -155,7 +155,7 @@ def run_failures(args: argparse.Namespace) -> int:
 
 def run_verify(args: argparse.Namespace) -> int:
     """Run `featray verify`."""
-    from featray.verification import verify
+    from featray.commands.verify import verify
 
     mend = {"repair": args.repair, "forget_damaged": args.forget_damaged}
     found = verify(_dataset(args), **mend, show=not args.quiet)

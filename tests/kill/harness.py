@@ -25,10 +25,10 @@ import psutil
 import yaml
 
 import featray
+from featray.commands.verify import verify
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.lease import FOLDER
 from featray.storage.store import Store
-from featray.verification import verify
 from kill.rounds import Round
 
 PATIENCE_S = 150.0

@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from featray.commands.verify.findings import Fault, Kind
 from featray.errors import StorageError
 from featray.output.dataset import written_by
 from featray.output.delta_log import LiveFile
 from featray.storage import retry
 from featray.storage.store import Store
-from featray.verification.findings import Fault, Kind
 
 THREADS = 6
 IN_FLIGHT_BYTES = 256 * 2**20

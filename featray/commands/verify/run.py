@@ -13,20 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featray.commands.vacuum import held
+from featray.commands.verify.data_file import in_threads, schema_problems
+from featray.commands.verify.findings import Fault, Finding, Findings, Kind
+from featray.commands.verify.orphans import look_for_strays
+from featray.commands.verify.read_features import read_rows
+from featray.commands.verify.read_scans import Ledger, join, read_part
+from featray.commands.verify.reconcile import Books, LayerBooks
+from featray.commands.verify.run_files import RecipeFacts, recipe_facts
+from featray.commands.verify.watch import Watch
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.output.delta_log import LiveFile
 from featray.output.query import Output, open_output
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.stages.commit import Committer
-from featray.verification.books import Books, LayerBooks
-from featray.verification.features import read_rows
-from featray.verification.findings import Fault, Finding, Findings, Kind
-from featray.verification.ledger import Ledger, join, read_part
-from featray.verification.readback import in_threads, schema_problems
-from featray.verification.runs import RecipeFacts, recipe_facts
-from featray.verification.strays import look_for_strays
-from featray.verification.watch import Watch
 
 LOOKS = 5
 """Times to begin again when a run has deleted superseded files before they were read."""

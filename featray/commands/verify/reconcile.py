@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from featray.commands.verify.findings import Fault, Findings, Kind
+from featray.commands.verify.read_features import FileRows, Rows, Shape
+from featray.commands.verify.read_scans import Ledger, covered
+from featray.commands.verify.run_files import RecipeFacts
 from featray.output.dataset import FEATURES, SCANS
 from featray.output.delta_log import LiveFile
-from featray.verification.features import FileRows, Rows, Shape
-from featray.verification.findings import Fault, Findings, Kind
-from featray.verification.ledger import Ledger, covered
-from featray.verification.runs import RecipeFacts
 
 _SEEN, _SEEN_OTHER = 1, 2
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from featray.commands.verify.read_scans import Ledger
 from featray.output.dataset import RUNS
 from featray.storage.store import Store
-from featray.verification.ledger import Ledger
 
 LOOKS = 20
 """Runs to ask about one recipe; a run that was killed has left no file."""

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from featray.commands.verify.data_file import BrokenFileError, batches, check_schema, open_file, stats_faults
+from featray.commands.verify.findings import Fault, Kind
+from featray.commands.verify.read_scans import Ledger
 from featray.output.dataset import FEATURES
 from featray.output.delta_log import LiveFile
 from featray.schema import FEATURE_COLUMNS
 from featray.storage.store import Store
-from featray.verification.findings import Fault, Kind
-from featray.verification.ledger import Ledger
-from featray.verification.readback import BrokenFileError, batches, check_schema, open_file, stats_faults
 
 Shape = tuple[int, ...]
 Rows = NDArray[np.int64]

@@ -6,7 +6,7 @@ at the rows themselves; `books` puts both tables side by side; `strays` looks fo
 
 from __future__ import annotations
 
-from featray.verification.check import Verification, verify
-from featray.verification.findings import Finding, Kind
+from featray.commands.verify.findings import Finding, Kind
+from featray.commands.verify.run import Verification, verify
 
 __all__ = ["Finding", "Kind", "Verification", "verify"]

@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from featray.commands.verify.data_file import BrokenFileError, check_schema, open_file, stats_faults
+from featray.commands.verify.findings import Fault, Kind
 from featray.errors import Oddity, Reason
 from featray.output.dataset import SCANS
 from featray.output.delta_log import LiveFile
 from featray.schema import SCAN_COLUMNS
 from featray.storage.store import Store
-from featray.verification.findings import Fault, Kind
-from featray.verification.readback import BrokenFileError, check_schema, open_file, stats_faults
 
 STATUSES = ("ok", "failed", "excluded")
 _ALWAYS = (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from featray.commands.verify.findings import Fault, Findings, Kind
 from featray.errors import OutputBusyError
 from featray.output.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, written_by
 from featray.output.delta_log import LOG, is_scratch
 from featray.output.lease import FOLDER, refuse_if_held
-from featray.verification.findings import Fault, Findings, Kind
 
 
 def look_for_strays(dataset: Dataset, snapshot: Snapshot, findings: Findings) -> list[str]:

@@ -70,8 +70,8 @@ def main() -> int:
 
 
 def _measure(args: argparse.Namespace, workload: Workload, folder: Path) -> int:
-    from featray.benchmark.plan import Plan
     from featray.benchmark.run import benchmark
+    from featray.benchmark.settings import Plan
     from featray.errors import FeatrayError
 
     config = _config(workload, folder)

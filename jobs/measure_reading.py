@@ -26,7 +26,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from featray.benchmark.floor import single_pass
+from featray.benchmark.lower_bounds import single_pass
 
 INPUT_ZYX = (32, 256, 256)
 WINDOW = (-1000.0, 1000.0)

@@ -16,20 +16,13 @@ import numpy as np
 import psutil
 import pytest
 
-from featray.benchmark import collection, floor, plot, probe
-from featray.benchmark.figures import (
-    Alone,
-    RunFigures,
-    Spread,
-    Stage,
-    WayFigures,
-    core_seconds,
-    way_of,
-)
-from featray.benchmark.plan import Plan
+from featray.benchmark import instrument, lower_bounds, plot
+from featray.benchmark import sample as collection
+from featray.benchmark.bottleneck import verdict
+from featray.benchmark.metrics import Alone, RunFigures, Spread, Stage, WayFigures, core_seconds, way_of
+from featray.benchmark.process_monitor import watch
 from featray.benchmark.run import benchmark
-from featray.benchmark.verdict import verdict
-from featray.benchmark.watch import watch
+from featray.benchmark.settings import Plan
 from featray.config import load
 from featray.errors import ConfigError, FeatrayError
 from featray.stages.decode import Decoder
@@ -163,24 +156,24 @@ def test_the_plot_is_a_picture_with_one_bar_for_each_way() -> None:
 
 
 def test_observed_stages_do_the_same_and_write_down_when(tmp_path: Path) -> None:
-    stage = pickle.loads(pickle.dumps(probe._Observed(_twice, "decode", str(tmp_path))))
+    stage = pickle.loads(pickle.dumps(instrument._Observed(_twice, "decode", str(tmp_path))))
     before = time.monotonic()
     assert [stage(3), stage(4)] == [6, 8]
     with pytest.raises(TypeError):
         stage(None)
-    (work,) = probe.noted(tmp_path).values()
+    (work,) = instrument.noted(tmp_path).values()
     assert (work.calls, work.at_once) == (3, 1)
     assert before <= work.first_s <= work.last_s <= time.monotonic()
 
 
 def test_processor_time_of_calls_that_overlap_counts_once() -> None:
     calls = [
-        probe._Call(1, start=0.0, end=2.0, cpu_start=0.0, cpu_end=3.0),
-        probe._Call(1, start=1.0, end=3.0, cpu_start=1.5, cpu_end=5.0),
-        probe._Call(1, start=4.0, end=5.0, cpu_start=5.5, cpu_end=6.0),
-        probe._Call(2, start=0.0, end=1.0, cpu_start=0.0, cpu_end=1.0),
+        instrument._Call(1, start=0.0, end=2.0, cpu_start=0.0, cpu_end=3.0),
+        instrument._Call(1, start=1.0, end=3.0, cpu_start=1.5, cpu_end=5.0),
+        instrument._Call(1, start=4.0, end=5.0, cpu_start=5.5, cpu_end=6.0),
+        instrument._Call(2, start=0.0, end=1.0, cpu_start=0.0, cpu_end=1.0),
     ]
-    together, apart = probe._summed(calls, shared=True), probe._summed(calls, shared=False)
+    together, apart = instrument._summed(calls, shared=True), instrument._summed(calls, shared=False)
     assert (together.cpu_s, apart.cpu_s) == (5.0 + 0.5 + 1.0, 3.0 + 3.5 + 0.5 + 1.0)
     assert (together.wall_s, together.at_once) == (6.0, 2)
 
@@ -254,7 +247,7 @@ def test_the_single_pass_resize_gives_what_the_pipeline_gives(
     scan = next(scan for scan in list_scans(config.source).scans if scan.format == "nifti")
     decoder = Decoder.of(config)
     volume, decoded = decoder.reader.read(scan).content, decoder(scan)
-    ways = floor.resizers(volume, config, decoded.tensor)  # type: ignore[arg-type]
+    ways = lower_bounds.resizers(volume, config, decoded.tensor)  # type: ignore[arg-type]
     assert list(ways) == ["single pass"]
     np.testing.assert_allclose(ways["single pass"](), decoded.tensor[0], atol=1e-4)
 
@@ -264,16 +257,16 @@ def test_the_single_pass_resize_is_not_taken_where_it_is_another_one(config_of: 
     scan = next(scan for scan in list_scans(config.source).scans if scan.format == "nifti")
     decoder = Decoder.of(config)
     volume = decoder.reader.read(scan).content
-    assert floor.resizers(volume, config, decoder(scan).tensor) == {}  # type: ignore[arg-type]
+    assert lower_bounds.resizers(volume, config, decoder(scan).tensor) == {}  # type: ignore[arg-type]
 
 
 def test_an_inflater_is_only_taken_where_it_gives_the_whole_file() -> None:
     import gzip
 
     one = gzip.compress(b"a" * 1000)
-    assert "deflate" in floor.inflaters(one)
-    assert floor.inflaters(one + gzip.compress(b"b" * 70)) == {}
-    assert floor.inflaters(b"plain") == {}
+    assert "deflate" in lower_bounds.inflaters(one)
+    assert lower_bounds.inflaters(one + gzip.compress(b"b" * 70)) == {}
+    assert lower_bounds.inflaters(b"plain") == {}
 
 
 @pytest.mark.parametrize(

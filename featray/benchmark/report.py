@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from featray.benchmark.figures import FLOORS, Alone, RunFigures, Spread, Stage, WayFigures, core_seconds
-from featray.benchmark.verdict import verdict
+from featray.benchmark.bottleneck import verdict
+from featray.benchmark.metrics import FLOORS, Alone, RunFigures, Spread, Stage, WayFigures, core_seconds
 
 _DONE_IN = {"read": "the store", "decode": "featray", "write": "featray"}
 _MB = 1e6

@@ -21,14 +21,15 @@ from typing import Any
 
 import psutil
 
-from featray.benchmark import collection, compare
-from featray.benchmark.collection import Sample
-from featray.benchmark.figures import RunFigures, Stage, WayFigures, alone_of, way_of
-from featray.benchmark.plan import Plan
+from featray.benchmark import sample as collection
+from featray.benchmark import scripts
+from featray.benchmark.instrument import Work, noted
+from featray.benchmark.metrics import RunFigures, Stage, WayFigures, alone_of, way_of
 from featray.benchmark.plot import plot
-from featray.benchmark.probe import Work, noted
+from featray.benchmark.process_monitor import Watched, watch
 from featray.benchmark.report import Difference, Report
-from featray.benchmark.watch import Watched, watch
+from featray.benchmark.sample import Sample
+from featray.benchmark.settings import Plan
 from featray.config import Config, ConfigInput, load
 from featray.errors import ExitCode, FeatrayError
 from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads, usable_cores
@@ -92,7 +93,7 @@ class _Bench:
         self._few, self._many = plan.sizes(len(sample.scans))
         self._values = _for_measuring(sample.config, folder / "out")
         self._stages: list[dict[str, Any]] = []
-        self._expected: compare.Features = {}
+        self._expected: scripts.Features = {}
         self._differences: dict[str, tuple[Difference, ...]] = {}
 
     def report(self) -> Report:
@@ -131,7 +132,7 @@ class _Bench:
             self._measure_stages()
             yield self._engine(engine, self._few)
             if self._plan.beside and engine == self._plan.engines[0]:
-                self._expected = compare.features_of(self._folder / "out", self._layers())
+                self._expected = scripts.features_of(self._folder / "out", self._layers())
             self._measure_stages()
             yield self._engine(engine, self._many)
         for name, script in self._plan.beside.items():
@@ -206,11 +207,11 @@ class _Bench:
         out = self._folder / f"{name}.parquet"
         out.unlink(missing_ok=True)
         scans = self._sample.first(count)
-        given = compare.given(self._sample.config, scans, self._layers(), out)
+        given = scripts.given(self._sample.config, scans, self._layers(), out)
         seen = watch([sys.executable, str(script)], given, _environment({}))
         _output(seen, name, (ExitCode.OK,))
         if count == self._few:
-            self._differences[name] = compare.differences(out, scans, self._expected)
+            self._differences[name] = scripts.differences(out, scans, self._expected)
         return _figures(name, count, seen, {})
 
 

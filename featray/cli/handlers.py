@@ -219,8 +219,8 @@ def run_demo(args: argparse.Namespace) -> int:
 
 def run_benchmark(args: argparse.Namespace) -> int:
     """Run `featray benchmark`."""
-    from featray.benchmark.plan import Plan
     from featray.benchmark.run import benchmark
+    from featray.benchmark.settings import Plan
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the measured processes too
     plan = Plan(

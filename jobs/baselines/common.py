@@ -18,7 +18,7 @@ Volume = NDArray[np.float32]
 
 
 def given() -> Given:
-    """Return the document from stdin; `featray/benchmark/compare.py` says what is in it."""
+    """Return the document from stdin; `featray/benchmark/scripts.py` says what is in it."""
     found: Given = json.load(sys.stdin)
     return found
 
@@ -51,7 +51,7 @@ def decode_fast(path: str, asked: Given) -> Volume:
     import deflate
     import nibabel
 
-    from featray.benchmark.floor import single_pass
+    from featray.benchmark.lower_bounds import single_pass
 
     data = Path(path).read_bytes()
     content = deflate.gzip_decompress(data, int.from_bytes(data[-4:], "little"))

@@ -21,7 +21,7 @@ if __name__ == "__main__":
     start_early()  # as the command line does, before what takes long to import
 
 from featray import pipeline
-from featray.benchmark.probe import observed, observed_decoder
+from featray.benchmark.instrument import observed, observed_decoder
 from featray.config import Config, load
 from featray.engines.base import Stages
 from featray.errors import FeatrayError

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from featray.benchmark import floor
+from featray.benchmark import lower_bounds
 from featray.config import Config, load
 from featray.ct.formats.inflate import GZIP_MAGIC
 from featray.ct.volume import Volume
@@ -169,11 +169,11 @@ def _decompressors(reader: Reader, scan: Scan) -> dict[str, Callable[[], Any]]:
     if scan.archive or "://" in scan.uri or not scan.files:  # without files: found where it is read
         return own
     if scan.format == "dicom":
-        return {**own, **floor.series_readers(scan.files)}
+        return {**own, **lower_bounds.series_readers(scan.files)}
     if scan.format == "nifti" and len(scan.files) == 1:
         (data,) = _fetch(reader, scan)
         plain = {"none": lambda: None} if data[:2] != GZIP_MAGIC else {}
-        return {**own, **plain, **floor.inflaters(data)}
+        return {**own, **plain, **lower_bounds.inflaters(data)}
     return own
 
 
@@ -185,7 +185,7 @@ def _measure_resize(tally: _Tally, config: Config, scan: Scan, result: ReadResul
         return
     steps, center = config.preprocess, scan.center_lps
     own = {"featray": lambda: preprocess(volume, steps, center_lps=center)}
-    tally.time("resize", {**own, **floor.resizers(volume, config, decoded.tensor)})
+    tally.time("resize", {**own, **lower_bounds.resizers(volume, config, decoded.tensor)})
 
 
 def _raw_bytes(result: ReadResult) -> int:

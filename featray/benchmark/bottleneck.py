@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featray.benchmark.figures import FLOORS, Alone, WayFigures, core_seconds
+from featray.benchmark.metrics import FLOORS, Alone, WayFigures, core_seconds
 
 BUSY = 0.9
 """Share of time from which on workers, or cores, count as always busy."""

@@ -8,7 +8,7 @@ Prints the summary; exits with featray's code, so a scheduler sees what happened
 
 import sys
 
-from featray.cli import main
+from featray.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["extract", "--set", "run.engine=ray", *sys.argv[1:]]))

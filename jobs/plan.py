@@ -7,7 +7,7 @@ Prints counts by state and an estimate from a sample; changes nothing.
 
 import sys
 
-from featray.cli import main
+from featray.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["plan", *sys.argv[1:]]))

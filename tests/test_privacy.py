@@ -12,7 +12,7 @@ import pydicom
 import pytest
 import yaml
 
-from featray.cli import main
+from featray.cli.main import main
 from featray.synthetic.phantom import make_phantom, write_dicom_series
 
 PLANTED = {

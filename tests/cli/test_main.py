@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from featray.cli import main
+from featray.cli.main import main
 
 ENTRY = [sys.executable, "-m", "featray"]
 

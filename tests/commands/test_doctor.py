@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 import featray
-from featray.cli import main
+from featray.cli.main import main
 from featray.commands.doctor import Diagnosis, doctor
 
 

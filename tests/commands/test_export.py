@@ -19,7 +19,7 @@ import pyarrow.dataset as pads
 import pytest
 
 import featray
-from featray.cli import main
+from featray.cli.main import main
 from featray.commands import export
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError
 from featray.output.dataset import SCANS, Dataset

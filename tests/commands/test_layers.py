@@ -11,7 +11,7 @@ import keras
 import pytest
 import yaml
 
-from featray.cli import main
+from featray.cli.main import main
 
 BUILDER = """
     import keras

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
-from featray.cli import main
+from featray.cli.main import main
 from featray.commands import plan as estimate
 from featray.commands.plan import Estimate
 from featray.config import SourceConfig

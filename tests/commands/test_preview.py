@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featray.cli import main
+from featray.cli.main import main
 from featray.commands import montage as pictures
 from featray.commands.montage import montage, spread
 from featray.commands.preview import preview

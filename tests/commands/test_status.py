@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from featray.cli import main
+from featray.cli.main import main
 from featray.commands.status import status
 from featray.output.dataset import Dataset
 from featray.output.lease import FOLDER

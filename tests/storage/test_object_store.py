@@ -21,7 +21,7 @@ from servers.fixtures import BUCKET
 from servers.seaweedfs import KEY, READ_ONLY_KEY, READ_ONLY_SECRET, SECRET, SeaweedFS
 
 import featray
-from featray.cli import main
+from featray.cli.main import main
 from featray.config import SourceConfig
 from featray.errors import OutputBusyError
 from featray.output.dataset import FEATURES, Dataset
@@ -194,7 +194,7 @@ def test_a_server_that_is_killed_and_comes_back_costs_time_only(
 _IMPATIENT = """
 import sys
 from featray import retry
-from featray.cli import main
+from featray.cli.main import main
 
 retry.OUTPUT_DEADLINE_S = retry.SOURCE_DEADLINE_S = 2.0
 sys.exit(main(["extract", sys.argv[1]]))

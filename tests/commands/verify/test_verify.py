@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import featray
-from featray.cli import main
+from featray.cli.main import main
 from featray.commands.verify import Kind, Verification, verify
 from featray.commands.verify.read_scans import covered, join
 from featray.errors import ConfigError, OutputBusyError, Reason, ScanError, StorageError

@@ -21,6 +21,7 @@ from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.stages.list import Listing, ListingMemory, list_scans
 from featray.stages.plan import Plan
 from featray.storage.store import Store
+from featray.storage.urls import mask_url
 
 log = logging.getLogger(__name__)
 
@@ -99,9 +100,7 @@ def look_at_output(store: Store) -> None:
     except FeatrayError:
         raise
     except Exception as error:  # every store has errors of its own, and their texts may hold credentials
-        problem = (
-            f"output.uri: {configuration.mask_url(store.uri)} cannot be reached ({type(error).__name__})"
-        )
+        problem = f"output.uri: {mask_url(store.uri)} cannot be reached ({type(error).__name__})"
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
 
 

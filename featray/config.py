@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
-from urllib.parse import urlsplit, urlunsplit
 
 import yaml
 from pydantic import (
@@ -28,6 +27,7 @@ from pydantic import (
 )
 
 from featray.errors import ConfigError
+from featray.storage.urls import mask_url
 
 Text = Annotated[str, Field(min_length=1)]
 SIZES_ZYX = Annotated[tuple[int, int, int], Field(min_length=3, max_length=3)]
@@ -398,15 +398,6 @@ def without_secrets(config: Config) -> dict[str, Any]:
         values[section]["storage_options"] = dict.fromkeys(options, "***")
         values[section]["uri"] = mask_url(values[section]["uri"])
     return values
-
-
-def mask_url(uri: str) -> str:
-    """Return `uri` without user, password, query and fragment, which may carry credentials."""
-    if "://" not in uri:
-        return uri
-    parts = urlsplit(uri)
-    host = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, host, parts.path, "", ""))
 
 
 def _as_dict(config: ConfigInput) -> dict[str, Any]:

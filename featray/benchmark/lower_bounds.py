@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featray.config import Config
 from featray.ct.formats.inflate import GZIP_MAGIC
-from featray.ct.geometry import reorient
+from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 
 Way = Callable[[], Any]

@@ -33,7 +33,8 @@ from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.preprocess import preprocess
 from featray.stages.read import Reader, ReadResult
-from featray.storage.store import Store, open_url
+from featray.storage.store import Store
+from featray.storage.urls import open_url
 
 MAX_INPUT_BYTES = 2**30
 """Of model inputs kept in memory for the model's turn."""

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 
 from featray.collection.cache import KnownGroup, KnownSeries, ListingMemory
 from featray.collection.files import File, Found, How, Place, common_place, scan_of
-from featray.config import mask_url
 from featray.ct.dicom import read as dicom
 from featray.errors import Reason
-from featray.storage.store import hash_of
+from featray.storage.urls import hash_of, mask_url
 
 _Folders = Mapping[str, list[File]]
 """Candidate files by the hash of their folder."""

@@ -16,7 +16,7 @@ import fsspec
 from featray.collection.files import THREADS, File, Found
 from featray.errors import Reason
 from featray.storage import retry
-from featray.storage.store import fingerprint
+from featray.storage.urls import fingerprint
 
 _CHUNK_BYTES = 2**22
 

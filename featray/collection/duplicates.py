@@ -17,7 +17,7 @@ from typing import BinaryIO
 from featray.config import PolicyConfig
 from featray.errors import Reason
 from featray.schema import Scan
-from featray.storage.store import open_url
+from featray.storage.urls import open_url
 
 SAMPLE_BYTES = 2**14
 """Read at the start, in the middle and at the end; a gzip file's end holds its checksum."""

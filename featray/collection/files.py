@@ -10,11 +10,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from featray.collection.cache import ListingMemory
-from featray.config import PolicyConfig, SourceConfig, mask_url
+from featray.config import PolicyConfig, SourceConfig
 from featray.ct.dicom.read import SliceHeader
 from featray.ct.formats import npy
 from featray.schema import Scan
-from featray.storage.store import file_checksum, file_version, fingerprint, utf8
+from featray.storage.urls import file_checksum, file_version, fingerprint, mask_url, utf8
 
 SUFFIXES = {
     "nifti": (".nii", ".nii.gz"),

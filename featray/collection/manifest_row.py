@@ -15,11 +15,11 @@ from featray.collection.digests import file_digest
 from featray.collection.discover import list_place
 from featray.collection.files import VOLUMES, How, kind_by_name
 from featray.collection.manifest import ManifestRow
-from featray.config import PolicyConfig, SourceConfig, mask_url
+from featray.config import PolicyConfig, SourceConfig
 from featray.errors import ConfigError, Reason, ScanError
 from featray.schema import Scan
 from featray.storage import retry
-from featray.storage.store import file_version, hash_of, open_url
+from featray.storage.urls import file_version, hash_of, mask_url, open_url
 
 
 def scan_of_row(row: ManifestRow, how: How) -> Scan:

@@ -21,9 +21,8 @@ from featray.collection.files import SUFFIXES, THREADS, How
 from featray.collection.listing import TEXT, RowScans, point
 from featray.collection.manifest import Manifest
 from featray.collection.manifest_row import scan_of_row, version_content, wanted_formats, with_region
-from featray.config import mask_url
 from featray.schema import Scan
-from featray.storage.store import open_url
+from featray.storage.urls import mask_url, open_url
 
 log = logging.getLogger(__name__)
 

@@ -26,12 +26,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featray.config import mask_url
 from featray.errors import ConfigError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Snapshot
 from featray.output.delta_log import LiveFile
 from featray.output.query import Output, at_one_version, intact, layer_called, open_output, recipes_told
 from featray.storage.store import Store
+from featray.storage.urls import mask_url
 
 log = logging.getLogger(__name__)
 

@@ -7,17 +7,12 @@ affine column i belongs to array axis 2 - i.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import permutations
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featray.errors import Oddity
-
-if TYPE_CHECKING:
-    from featray.ct.volume import Volume
 
 Affine = NDArray[np.float64]
 
@@ -104,36 +99,6 @@ def oddities(affine_lps: Affine) -> tuple[str, ...]:
         Oddity.ANISOTROPIC: max(spacing) / min(spacing) > ANISOTROPIC_RATIO,
     }
     return tuple(code.value for code, present in found.items() if present)
-
-
-def reorient(volume: Volume, orientation: str) -> Volume:
-    """Return the volume as a view whose x, y and z grow along `orientation`, e.g. `LPS`.
-
-    Only permutes and flips: no voxel value changes, and each voxel keeps its place in mm (the
-    affine follows). An oblique volume goes to the nearest axes and stays oblique.
-    """
-    have = orientation_letters(volume.affine_lps)
-    columns = [_column_of(have, letter) for letter in orientation]
-    flips = [have[column] != letter for column, letter in zip(columns, orientation, strict=True)]
-    voxels = volume.voxels_zyx.transpose([2 - column for column in reversed(columns)])
-    voxels = voxels[tuple(slice(None, None, -1 if flip else 1) for flip in reversed(flips))]
-    return replace(volume, voxels_zyx=voxels, affine_lps=_moved(volume, columns, flips))
-
-
-def _moved(volume: Volume, columns: list[int], flips: list[bool]) -> Affine:
-    affine = volume.affine_lps.copy()
-    affine[:, :3] = volume.affine_lps[:, columns]
-    for axis, (column, flip) in enumerate(zip(columns, flips, strict=True)):
-        if flip:
-            last = volume.voxels_zyx.shape[2 - column] - 1
-            affine[:, 3] += affine[:, axis] * last
-            affine[:, axis] *= -1
-    return affine
-
-
-def _column_of(letters: str, wanted: str) -> int:
-    pair = next(pair for pair in zip(POSITIVE, NEGATIVE, strict=True) if wanted in pair)
-    return next(column for column, letter in enumerate(letters) if letter in pair)
 
 
 def _directions(affine_lps: Affine) -> Affine:

@@ -1,10 +1,23 @@
-"""The readers of all formats; their libraries take 0.4 s to import, so only what reads scans imports this.
+"""The readers of all formats, imported together.
 
-What `dicom` imports for some files only is here as well: pydicom comes with nibabel anyway, and where it
-cannot be imported, that shows before a scan is read.
+Their libraries take 0.4 s to import, so only processes that read scans import this module. The modules that
+`read_series` needs for some files only are imported here as well: a library that cannot be imported then
+shows before a scan is read, and no scan is blamed for it.
 """
 
-from featray.ct.dicom import read as dicom
-from featray.ct.formats import metaimage, nifti, nrrd
+from featray.ct.dicom import decompress, multiframe, tags
+from featray.ct.dicom.read import read_series
+from featray.ct.formats.metaimage import read_metaimage
+from featray.ct.formats.nifti import read_nifti, read_nifti_pair
+from featray.ct.formats.nrrd import read_nrrd
 
-__all__ = ["dicom", "dicom_compressed", "dicom_frames", "dicom_tags", "metaimage", "nifti", "nrrd"]
+__all__ = [
+    "decompress",
+    "multiframe",
+    "read_metaimage",
+    "read_nifti",
+    "read_nifti_pair",
+    "read_nrrd",
+    "read_series",
+    "tags",
+]

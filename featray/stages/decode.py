@@ -18,8 +18,8 @@ from featray.collection.manifest_row import locate
 from featray.config import Config, LimitsConfig, PolicyConfig, PreprocessConfig
 from featray.ct import hu_statistics, mask_crop, regrid
 from featray.ct.formats.npy import Samples, onto_scale
-from featray.ct.geometry import reorient
 from featray.ct.malloc import keep_large_blocks
+from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 from featray.errors import Oddity, Reason, ScanError
 from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord

@@ -19,11 +19,11 @@ from featray.collection.files import How
 from featray.collection.listing import Listing
 from featray.collection.manifest import read_manifest
 from featray.collection.manifest_rows import scans_of_manifest
-from featray.config import PolicyConfig, SourceConfig, mask_url
+from featray.config import PolicyConfig, SourceConfig
 from featray.ct.formats import npy
 from featray.errors import ConfigError
 from featray.storage import retry
-from featray.storage.store import hash_of, open_url
+from featray.storage.urls import hash_of, mask_url, open_url
 
 __all__ = ["Listing", "ListingMemory", "list_scans"]
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from featray.config import PreprocessConfig
 from featray.ct import geometry
+from featray.ct.reorient import reorient
 from featray.ct.resample import clipped_copy, resize
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
@@ -71,7 +72,7 @@ def preprocess(
         ScanError: `Reason.PREPROCESS`; the volume cannot be brought to this form, or the point lies outside.
         ValueError: `out` has another shape, type or layout.
     """
-    turned = geometry.reorient(volume, config.orientation)
+    turned = reorient(volume, config.orientation)
     voxels = turned.voxels_zyx
     if voxels.dtype.kind not in "iufb":
         raise _refused(f"expected voxels that are real numbers, got {voxels.dtype}")

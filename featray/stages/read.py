@@ -25,7 +25,7 @@ from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 from featray.schema import Scan
 from featray.storage import retry
-from featray.storage.store import file_version, fingerprint, open_url
+from featray.storage.urls import file_version, fingerprint, open_url
 
 Files = list[tuple[str, bytes]]
 T = TypeVar("T")
@@ -100,7 +100,7 @@ class Reader:
         if kind == "dicom":
             from featray.ct import readers
 
-            return readers.dicom.read_series(
+            return readers.read_series(
                 files,
                 max_voxels=self.max_voxels,
                 dicom_tags=self.dicom_tags,
@@ -159,10 +159,10 @@ def _read_single(kind: str, files: Files, max_voxels: int, volume: int | None, k
 
     data = [content for _, content in files]
     if kind == "nrrd":
-        return readers.nrrd.read_nrrd(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
+        return readers.read_nrrd(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
     if kind == "mha":
-        return readers.metaimage.read_metaimage(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
-    read = readers.nifti.read_nifti_pair if len(data) == 2 else readers.nifti.read_nifti
+        return readers.read_metaimage(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
+    read = readers.read_nifti_pair if len(data) == 2 else readers.read_nifti
     return read(*data, max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)
 
 

@@ -7,22 +7,19 @@ error.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import posixpath
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
 
-import fsspec
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from featray.config import mask_url
 from featray.errors import ConfigError, StorageError
 from featray.storage import options as storage_options
 from featray.storage import retry
+from featray.storage.urls import _is_s3, mask_url, open_url
 
 _THREADS = 16
 """Requests that one action on many files may have under way; object stores answer in parallel."""
@@ -264,50 +261,6 @@ class Store:
         raise StorageError(f"output.uri: {place}: {problem} ({retry.kind_of(error)}). {_RESUME}") from None
 
 
-def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
-    """Return the file system of a URL and the path in it, without a trailing slash.
-
-    On S3 a hung server is noticed and errors that pass are tried again a few times, also where nobody else
-    does; what `options` say of that is left as it is.
-
-    Raises:
-        ConfigError: The URL's protocol is unknown or its package is not installed.
-    """
-    try:
-        fs, path = url_to_fs(uri, **storage_options.for_fsspec(uri, options or {}))
-    except (ValueError, ImportError) as error:
-        raise ConfigError(f"cannot open {mask_url(uri)}: {error}") from None
-    if _is_s3(fs):
-        fs.retries = 2  # each of them is three of botocore's; s3fs would make it five
-    return fs, path.rstrip("/") or path
-
-
-def file_version(info: dict[str, Any]) -> str:
-    """Return what a listing's entry says of a file's version: an etag or the like, else its time."""
-    version = file_checksum(info) or info.get("generation")
-    return str(version or info.get("mtime") or info.get("LastModified") or info.get("last_modified") or "")
-
-
-def file_checksum(info: dict[str, Any]) -> str:
-    """Return what in a listing's entry is equal for equal bytes; empty where the store has nothing such."""
-    return str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")
-
-
-def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
-    """Return a hash of (path, size, version) of all files; of a path the last part counts."""
-    return hash_of(f"{posixpath.basename(path)}\t{size}\t{version}" for path, size, version in files)
-
-
-def hash_of(texts: Iterable[str]) -> str:
-    """Return 32 hexadecimal digits for a set of texts, whatever their order."""
-    return hashlib.sha256("\n".join(sorted(texts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def utf8(text: str) -> str:
-    """Return a path as tables and terminals can hold it: bytes that are no UTF-8 are spelled out."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def _put_local(path: str, data: bytes) -> None:
     os.replace(_written_beside(path, data), path)
 
@@ -357,7 +310,3 @@ def _why_unwritable(error: Exception) -> str:
     if retry.is_transient(error):
         return "does not answer: check the endpoint in output.storage_options, or wait until it is up"
     return "cannot be reached: check output.uri and output.storage_options"
-
-
-def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
-    return "s3" in fs.protocol

@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from featray.ct import geometry
+from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 
 ALL_48 = [
@@ -54,7 +55,7 @@ def test_reorienting_keeps_every_voxel_at_its_place(orientation: str) -> None:
     voxels = np.arange(2 * 3 * 4, dtype=np.int16).reshape(2, 3, 4)
     volume = Volume(voxels, affine_of("ASR"))
 
-    turned = geometry.reorient(volume, orientation)
+    turned = reorient(volume, orientation)
 
     assert turned.orientation == orientation
     assert places(turned) == places(volume)
@@ -73,7 +74,7 @@ def places(volume: Volume) -> dict[int, tuple[float, ...]]:
 def test_reorienting_an_oblique_volume_keeps_places_too() -> None:
     volume = Volume(np.arange(24, dtype=np.int16).reshape(2, 3, 4), rotated(20))
 
-    assert places(geometry.reorient(volume, "RAI")) == places(volume)
+    assert places(reorient(volume, "RAI")) == places(volume)
 
 
 def test_spacing_is_given_along_z_y_x() -> None:

@@ -23,7 +23,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from featray.config import PreprocessConfig
 from featray.ct.dicom import read as dicom
 from featray.ct.formats.nifti import read_nifti
-from featray.ct.geometry import reorient
+from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 from featray.stages.preprocess import preprocess
 from featray.synthetic.phantom import PhantomParameters, make_phantom

@@ -17,6 +17,7 @@ from featray.ct import geometry
 from featray.ct.dicom.read import group_series, read_header, read_series
 from featray.ct.formats.voxel_data import as_shifted_slices
 from featray.ct.regrid import onto_axes, onto_axes_size, upright, upright_grid, upright_size
+from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -132,7 +133,7 @@ def test_a_tilted_scan_that_was_converted_with_a_sheared_affine_gives_the_same(t
         sheared[:3, 2] *= -1
         converted = Volume(slices.voxels_zyx[::-1], sheared)
     volumes = upright(as_shifted_slices(converted), WINDOW), upright(slices, WINDOW)
-    found, expected = (geometry.reorient(volume, "LPS") for volume in volumes)
+    found, expected = (reorient(volume, "LPS") for volume in volumes)
     np.testing.assert_allclose(found.affine_lps, expected.affine_lps, atol=1e-9)
     np.testing.assert_allclose(found.voxels_zyx, expected.voxels_zyx, atol=1e-2)
 

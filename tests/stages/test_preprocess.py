@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from featray.config import PreprocessConfig
-from featray.ct.geometry import reorient
+from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 from featray.stages.preprocess import input_shape, preprocess, resampled_shape

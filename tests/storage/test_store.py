@@ -36,7 +36,8 @@ from featray.stages.list import list_scans
 from featray.stages.read import Reader
 from featray.storage import options as storage_options
 from featray.storage import retry
-from featray.storage.store import Store, open_url
+from featray.storage.store import Store
+from featray.storage.urls import open_url
 
 URL = "http://user:PLANTED-SECRET@127.0.0.1:1/bucket"
 

@@ -19,8 +19,8 @@ import fsspec
 from filelock import FileLock
 from fsspec.core import url_to_fs
 
-from featray.config import mask_url
 from featray.errors import ModelError
+from featray.storage.urls import mask_url
 
 log = logging.getLogger(__name__)
 

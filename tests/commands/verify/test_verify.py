@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from featray.verification import readback
 
 import featray
 from featray.cli.main import main
@@ -29,7 +30,6 @@ from featray.stages.commit import Committer
 from featray.stages.extract import extract
 from featray.stages.write import write
 from featray.storage.store import Store
-from featray.verification import readback
 
 RUN = "20260101T000000000-abcdef"
 LATER = "20260102T000000000-abcdef"

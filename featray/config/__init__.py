@@ -1,0 +1,41 @@
+"""The configuration: its sections and keys, how a file becomes a checked `Config`, and the words for mistakes.
+
+Every package may import the sections. Nothing here opens storage, loads a model or knows a stage.
+"""
+
+from featray.config.load import ConfigInput, load, load_model_section, load_partly, name_of, without_secrets
+from featray.config.models import (
+    ActorsConfig,
+    Config,
+    DecodeConfig,
+    LayerConfig,
+    LimitsConfig,
+    ModelConfig,
+    OutputConfig,
+    PolicyConfig,
+    PreprocessConfig,
+    PrivacyConfig,
+    RunConfig,
+    SourceConfig,
+)
+
+__all__ = [
+    "ActorsConfig",
+    "Config",
+    "ConfigInput",
+    "DecodeConfig",
+    "LayerConfig",
+    "LimitsConfig",
+    "ModelConfig",
+    "OutputConfig",
+    "PolicyConfig",
+    "PreprocessConfig",
+    "PrivacyConfig",
+    "RunConfig",
+    "SourceConfig",
+    "load",
+    "load_model_section",
+    "load_partly",
+    "name_of",
+    "without_secrets",
+]

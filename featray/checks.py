@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from featray import config as configuration
 from featray.config import Config, ConfigInput, LimitsConfig
-from featray.errors import ConfigError, FeatrayError, ModelError, UsageError
-from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
+from featray.errors import ConfigError, FeatrayError, UsageError
+from featray.job import carried, load_extractor
 from featray.model import Extractor
 from featray.output.dataset import RUNS
 from featray.output.lease import refuse_if_held
@@ -73,23 +73,6 @@ def check_source(config: Config, memory: ListingMemory | None = None) -> Listing
     if problems:
         raise ConfigError(problems)
     return listing
-
-
-def load_extractor(config: Config, threads: ModelThreads = TENSORFLOWS_CHOICE) -> Extractor:
-    """Load the model for the inputs that preprocessing gives.
-
-    Raises:
-        ModelError: As `Extractor`; or it cannot take each scan at its own size, as asked.
-    """
-    asked = config.input_zyx
-    extractor = Extractor(config.model, input_zyx=asked, threads=threads)
-    is_volume = config.source.format != "npy"
-    if is_volume and asked and None in asked and None not in extractor.input_shape:
-        raise ModelError(
-            "preprocess.size: null keeps each scan's own size, but the model takes "
-            f"{extractor.input_shape} only (z, y, x, channel); give that size"
-        )
-    return extractor
 
 
 def look_at_output(store: Store) -> None:
@@ -181,9 +164,3 @@ def _problems_of_model(config: Config, size_is_sound: bool) -> list[str]:
     except UsageError as error:
         return error.problems
     return []
-
-
-def carried(config: Config, listing: Listing) -> list[str]:
-    """Return the names of further columns of `scans`: the manifest's and the asked-for DICOM tags."""
-    names = listing.carried
-    return [*names, *(tag for tag in config.privacy.dicom_tags if tag not in names)]

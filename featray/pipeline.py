@@ -6,78 +6,43 @@ ones, on helper processes or on Ray; this file alone knows their order.
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray import config as configuration
-from featray.checks import (
-    carried,
-    check,
-    load_extractor,
-    look_at_output,
-    refuse_other_recipe,
-    refuse_to_empty,
-    remember,
-)
-from featray.commands.vacuum import new_run_id
+from featray.checks import check, look_at_output, refuse_other_recipe, refuse_to_empty, remember
 from featray.config import Config, ConfigInput
-from featray.engines.base import Engine, Stages
+from featray.engines.base import Engine
 from featray.engines.source_outage import unless_source_is_gone
-from featray.errors import ModelError
-from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
-from featray.model import Extractor
+from featray.job import (
+    Job,
+    Wanted,
+    _batch_scans,
+    choose_engine,
+    early_decoder,
+)
 from featray.output.dataset import Dataset, Snapshot
 from featray.output.lease import Lease
-from featray.recipe import recipe, recipe_id
-from featray.schema import SCAN_COLUMNS, Receipt, ScanRecord
+from featray.schema import Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
-from featray.stages.plan import Plan, make_plan
-from featray.stages.report import Run, Summary, Tally, announce, report
-from featray.stages.write import write
+from featray.stages.plan import Plan
+from featray.stages.report import Summary, Tally, announce, report
 from featray.storage.store import Store
 from featray.terminal.progress import Progress
 
 log = logging.getLogger(__name__)
 
-HANDFUL = 100
-"""Scans up to which engine auto does without Ray when no cluster is named."""
 BEGUN = 1_000
 """Scans that an engine may start on while the model is loaded; it has room for fewer."""
-MIN_SCANS_PER_FILE = 8
-MAX_FILE_BYTES = 64 * 2**20
 COMMIT_SHARE = 20
 """After a commit nothing is committed for this many times as long as it took: commits cost 5 % at most."""
-PLANNED = ("scan_id", "status", "reason", "content", "recipe", "stage", "run_id")
-"""What planning reads of `scans`."""
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a command takes up beside new scans.
-
-    Attributes:
-        refresh: Changed scans and stale recipes; and scans that are no longer listed go.
-        retry: Reasons of failed scans to try again though nothing has changed; None for the passing ones.
-    """
-
-    refresh: bool = False
-    retry: Collection[str] | None = None
-
-    @property
-    def command(self) -> str:
-        """Name of the command that wants this."""
-        return "refresh" if self.refresh else "extract"
 
 
 def extract(
@@ -168,11 +133,6 @@ def _unmet(listing: Listing, stored: Snapshot | None) -> NDArray[np.int64]:
     return np.flatnonzero(~pc.is_in(ids, value_set=known).to_numpy())
 
 
-def early_decoder(config: Config) -> Decoder:
-    """Return the decoder of a run whose recipe is not known yet."""
-    return Decoder.of(config)
-
-
 def _bring_in_step(
     engine: Engine,
     plan: Plan,
@@ -236,117 +196,3 @@ def _committed(receipts: Iterator[Receipt], commit: Callable[[Sequence[Receipt]]
     if waiting:
         commit(waiting)
         yield from waiting
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run's config with the model loaded and the recipe known."""
-
-    config: Config
-    extractor: Extractor
-    run: Run
-    threads: ModelThreads
-
-    @classmethod
-    def prepare(
-        cls,
-        config: Config,
-        engine: str,
-        started: float,
-        command: str = "plan",
-        threads: ModelThreads = TENSORFLOWS_CHOICE,
-    ) -> Job:
-        """Load the model and fix the recipe."""
-        extractor = load_extractor(config, threads)
-        made = recipe(config, extractor.recipe_part())
-        run = Run(
-            run_id=new_run_id(),
-            command=command,
-            started=started,
-            engine=engine,
-            recipe_id=recipe_id(made),
-            recipe=made,
-            layers=tuple(layer.name for layer in extractor.layers),
-            model_sha256=extractor.files["model"],
-            config=configuration.without_secrets(config),
-            max_failed_fraction=config.limits.max_failed_fraction,
-        )
-        return cls(config, extractor, run, threads)
-
-    def plan(self, listing: Listing, stored: Snapshot | None, wanted: Wanted) -> Plan:
-        """Return what is left to do, given what is stored."""
-        ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.ledger(PLANNED)
-        return make_plan(listing, ledger, self.run.recipe_id, refresh=wanted.refresh, retry=wanted.retry)
-
-    def committer(self, dataset: Dataset, listing: Listing, lease: Lease) -> Committer:
-        """Open the output for this run's commits, and finish what a killed one left half done."""
-        output = self.config.output
-        return Committer(
-            dataset,
-            output.partition_by,
-            carried(self.config, listing),
-            run_id=self.run.run_id,
-            keep_versions_days=output.keep_versions_days,
-            still_ours=lease.check,
-        )
-
-    def stages(self, dataset: Dataset, scans: int) -> Stages:
-        """Return what the engine runs for that many scans."""
-        config, run = self.config, self.run
-        decoder = Decoder.of(config, run.recipe_id, run.run_id)
-        return Stages(
-            decode=decoder,
-            extractor=self.extractor,
-            load_extractor=functools.partial(_load_same, config, self.threads, self.extractor.sha256),
-            write=functools.partial(
-                write,
-                dataset=dataset,
-                partition_by=config.output.partition_by,
-                recipe=run.recipe_id,
-                run_id=run.run_id,
-            ),
-            batch_scans=_batch_scans(config),
-            scans_per_file=_scans_per_file(scans, sum(layer.values for layer in self.extractor.layers)),
-        )
-
-
-def choose_engine(config: Config, scans: int) -> Engine:
-    """Return the engine asked for; `auto` takes Ray for many scans or a named cluster."""
-    from featray.engines.inline import InlineEngine
-    from featray.engines.ray.cluster import named_address
-
-    address = named_address(config.run)
-    small = scans <= HANDFUL and not address
-    name = config.run.engine
-    if name == "auto":
-        name = "inline" if small else "ray"
-        why = f"{scans} scans and {'a' if address else 'no'} cluster address"
-        log.info("engine %s, chosen for %s; set run.engine to choose yourself", name, why)
-    if name == "inline":
-        return InlineEngine(config.run.decode.workers, config.limits, config.run.decode.memory)
-    from featray.engines.ray.engine import RayEngine
-
-    return RayEngine(config.run, config.limits)
-
-
-def _load_same(config: Config, threads: ModelThreads, sha256: str) -> Extractor:
-    """Load the model in another process, where it must be what the recipe was made from."""
-    extractor = load_extractor(config, threads)
-    if extractor.sha256 != sha256:
-        raise ModelError("the model or its code changed while the run was starting; start it again")
-    return extractor
-
-
-def _batch_scans(config: Config) -> int:
-    """Return how many scans the model is given at once; one that has patches fills its batches alone."""
-    has_patches = config.preprocess.fit == "patches" or config.source.rows
-    return 1 if has_patches else config.model.batch_size
-
-
-def _scans_per_file(scans: int, values: int) -> int:
-    """Return how many scans share a file, and are lost at most by a kill: the square root of all.
-
-    So a run has about as many commits as a file has scans; files are of at most 64 MB a layer.
-    """
-    wanted = max(MIN_SCANS_PER_FILE, math.isqrt(scans))
-    return max(1, min(wanted, MAX_FILE_BYTES // (4 * max(1, values))))

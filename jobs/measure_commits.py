@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.commands.vacuum import new_run_id
+from featray.job import new_run_id
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer

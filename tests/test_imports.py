@@ -88,10 +88,11 @@ def test_importing_featray_imports_neither_tensorflow_nor_ray(module: str) -> No
 def test_the_driver_imports_no_reader_and_no_pandas_before_scans_are_begun(config_of: Any) -> None:
     code = (
         "import sys\n"
+        "import featray.job\n"
         "from featray import pipeline\n"
         "def prepare(*_):\n"
         "    sys.exit(str({'nibabel', 'pydicom', 'nrrd', 'pandas', 'tensorflow'} & set(sys.modules)))\n"
-        "pipeline.Job.prepare = prepare\n"
+        "featray.job.Job.prepare = prepare\n"
         f"pipeline.extract({config_of()!r}, ['run.decode.workers=1'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

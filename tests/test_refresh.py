@@ -16,6 +16,7 @@ import pytest
 import featray
 from featray import checks, pipeline
 from featray.errors import ConfigError
+from featray.job import _scans_per_file
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.storage.store import Store
 
@@ -241,5 +242,5 @@ def test_the_run_folder_says_which_command_it_was(config: dict[str, Any]) -> Non
 
 
 def test_many_scans_give_files_and_commits_of_about_the_square_root_of_their_number() -> None:
-    assert [pipeline._scans_per_file(n, 32) for n in (5, 100, 10_000, 1_000_000)] == [8, 10, 100, 1000]
-    assert pipeline._scans_per_file(1_000_000, 2**22) == 4
+    assert [_scans_per_file(n, 32) for n in (5, 100, 10_000, 1_000_000)] == [8, 10, 100, 1000]
+    assert _scans_per_file(1_000_000, 2**22) == 4

@@ -25,6 +25,7 @@ from featray.benchmark.instrument import observed, observed_decoder
 from featray.config import Config, load
 from featray.engines.base import Stages
 from featray.errors import FeatrayError
+from featray.job import Job
 from featray.output.dataset import Dataset
 from featray.schema import Scan
 from featray.stages.list import Listing
@@ -57,14 +58,14 @@ def _take_listed(scans: list[Scan]) -> None:
 
 
 def _observe(folder: Path) -> None:
-    stages_of = pipeline.Job.stages
+    stages_of = Job.stages
 
-    def stages(job: pipeline.Job, dataset: Dataset, scans: int) -> Stages:
+    def stages(job: Job, dataset: Dataset, scans: int) -> Stages:
         return observed(stages_of(job, dataset, scans), folder)
 
-    early = pipeline.early_decoder
-    pipeline.early_decoder = lambda config: observed_decoder(early(config), folder)
-    pipeline.Job.stages = stages  # type: ignore[method-assign, assignment]  # it exists to be measured
+    early = pipeline.early_decoder  # type: ignore[attr-defined]
+    pipeline.early_decoder = lambda config: observed_decoder(early(config), folder)  # type: ignore[attr-defined]
+    Job.stages = stages  # type: ignore[method-assign, assignment]  # it exists to be measured
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ from featray.ct.volume import Volume
 from featray.engines.base import Stages
 from featray.engines.prefetch import mapped
 from featray.errors import FeatrayError
+from featray.job import Job
 from featray.model import Extractor
 from featray.model.batch_buffers import joined
 from featray.output.dataset import Dataset
-from featray.pipeline import Job
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.preprocess import preprocess

@@ -18,15 +18,15 @@ import psutil
 from numpy.typing import NDArray
 
 from featray import config as configuration
-from featray.checks import check_source, load_extractor
+from featray.checks import check_source
 from featray.commands.plan import spread
 from featray.config import Config, ConfigInput
 from featray.errors import ExitCode, FeatrayError
 from featray.hardware import usable_cores
+from featray.job import choose_engine, load_extractor
 from featray.model import CutLayer, Extractor, check_invariance, list_layers
 from featray.output.dataset import Dataset
 from featray.output.lease import refuse_if_held
-from featray.pipeline import choose_engine
 from featray.recipe import recipe, recipe_id
 from featray.schema import Decoded
 from featray.stages.decode import Decoder

@@ -18,9 +18,9 @@ from featray.config import ConfigInput
 from featray.engines.base import Stages
 from featray.engines.prefetch import mapped
 from featray.hardware import ModelThreads, usable_cores
+from featray.job import Job, Wanted, choose_engine
 from featray.model.runtime import gpu_names
 from featray.output.dataset import Dataset
-from featray.pipeline import Job, Wanted, choose_engine
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.plan import STATES, Plan

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
+from featray.job import new_run_id
 from featray.output.dataset import Dataset
 from featray.output.lease import Lease
 from featray.stages.commit import Committer
@@ -65,9 +64,3 @@ def held(dataset: Dataset) -> Iterator[Committer]:
     run_id = new_run_id()
     with Lease(dataset.store, run_id) as lease:
         yield Committer(dataset, partition_by, run_id=run_id, still_ours=lease.check)
-
-
-def new_run_id() -> str:
-    """Return an id that sorts by time and is unique."""
-    now = datetime.now(UTC)
-    return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{os.urandom(3).hex()}"

@@ -1,4 +1,4 @@
-"""The configuration: its sections and keys, how a file becomes a checked `Config`, and the words for mistakes.
+"""The configuration: its sections and keys, loading with checks, and the messages for mistakes.
 
 Every package may import the sections. Nothing here opens storage, loads a model or knows a stage.
 """

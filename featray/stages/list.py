@@ -1,7 +1,7 @@
 """List the collection: config in, every scan that is there out, none of them read.
 
-A folder, a glob or a file is looked at in the store (`featray.collection.discover`); a manifest's rows need not be
-(`featray.collection.manifest_rows`). Then copies are marked and ids made unique.
+Folders, globs and files are listed in the store (`featray.collection.discover`); rows of a manifest with a
+version are not (`featray.collection.manifest_rows`). Then copies are marked and ids made unique.
 """
 
 from __future__ import annotations

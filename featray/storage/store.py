@@ -1,7 +1,7 @@
 """The one place that touches storage: a folder on any fsspec file system, read and written whole.
 
-What a store cannot do for a moment is tried again until a deadline (`featray.storage.retry`), and then is one clear
-error.
+What a store cannot do for a moment is tried again until a deadline (`featray.storage.retry`), and
+then is one clear error.
 """
 
 from __future__ import annotations

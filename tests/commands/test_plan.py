@@ -17,8 +17,8 @@ from featray.commands import plan as estimate
 from featray.commands.plan import Estimate
 from featray.config import SourceConfig
 from featray.hardware import ModelThreads
+from featray.job import Job
 from featray.output.dataset import Dataset
-from featray.pipeline import Job
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.list import list_scans

@@ -1,1 +1,1 @@
-"""TODO."""
+"""Readers of single-file formats: NIfTI, NRRD, MetaImage, NumPy arrays, and zip archives that hold them."""

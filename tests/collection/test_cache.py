@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from featray.collection import discover, zip_archives
 from featray.config import PolicyConfig, SourceConfig
 from featray.errors import ConfigError
-from featray.listing import archives, places
 from featray.schema import Scan
 from featray.stages.list import Listing, ListingMemory, list_scans
 from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
@@ -43,7 +43,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that names every file whose header is read."""
     names: list[str] = []
-    for module, name in ((places, "_header"), (archives, "_archived_header")):
+    for module, name in ((discover, "_header"), (zip_archives, "_archived_header")):
         original: Callable[..., Any] = getattr(module, name)
 
         def counted(place: Any, file: Any, original: Callable[..., Any] = original) -> Any:
@@ -186,7 +186,7 @@ def test_only_what_changed_is_read_and_what_shares_a_series_with_it(
 
 def test_what_could_not_be_opened_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = series(tmp_path / "s", 0)
-    original = places.dicom.read_header
+    original = discover.dicom.read_header
 
     def failing(stream: Any, name: str) -> Any:
         if name.endswith(files[1].name):
@@ -194,7 +194,7 @@ def test_what_could_not_be_opened_is_not_remembered(tmp_path: Path, monkeypatch:
         return original(stream, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(places.dicom, "read_header", failing)
+        patch.setattr(discover.dicom, "read_header", failing)
         memory = ListingMemory()
         assert any(scan.reason == "storage" for scan in listed(tmp_path, memory).scans)
     memory = ListingMemory.from_bytes(memory.to_bytes())

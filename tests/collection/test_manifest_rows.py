@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from featray.collection import manifest_row, manifest_rows
 from featray.collection.listing import RowScans, listed
 from featray.config import load
-from featray.listing import row, rows
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing, list_scans
@@ -157,13 +157,13 @@ def test_rows_without_a_version_are_asked_about_several_at_once(
     for number in range(4):
         nifti(tmp_path / f"{number}.nii")
     meeting = threading.Barrier(4, timeout=20)
-    original = row.list_place
+    original = manifest_row.list_place
 
     def together(*args: Any) -> Any:
         meeting.wait()  # breaks if the rows are asked about one after the other
         return original(*args)
 
-    monkeypatch.setattr(row, "list_place", together)
+    monkeypatch.setattr(manifest_row, "list_place", together)
     path = manifest(tmp_path / "m.csv", "uri", *(f"{number}.nii" for number in range(4)))
     assert [scan.reason for scan in listing(path).scans] == [None] * 4
 
@@ -177,7 +177,7 @@ def test_a_store_that_refuses_while_looking_for_files_is_a_storage_failure(
         raise NoCredentialsError
 
     path = manifest(tmp_path / "m.csv", "uri,version", "folder,1")
-    monkeypatch.setattr(row, "list_place", refuse)
+    monkeypatch.setattr(manifest_row, "list_place", refuse)
     (one,) = decoded(path).values()
     assert (one.record.reason, one.record.stage) == ("storage", "list")
     assert "NoCredentialsError" in str(one.record.message)
@@ -246,7 +246,7 @@ def test_rows_taken_as_columns_give_the_scans_that_rows_one_by_one_give(
     pq.write_table(pa.Table.from_pylist(lines), tmp_path / "m.parquet")
     more: dict[str, Any] = {"id_column": "case", "center_frame": pick(["RAS", "LPS"])}
     fast = listing(tmp_path / "m.parquet", **more)
-    monkeypatch.setattr(rows, "_is_plain", lambda uris: pa.repeat(False, len(uris)).to_numpy(False))
+    monkeypatch.setattr(manifest_rows, "_is_plain", lambda uris: pa.repeat(False, len(uris)).to_numpy(False))
     slow = listing(tmp_path / "m.parquet", **more)
     assert list(fast.scans) == list(slow.scans)
     assert fast.table.equals(slow.table)
@@ -304,7 +304,7 @@ def test_content_by_bytes_follows_the_bytes_and_nothing_else(tmp_path: Path) -> 
 def test_a_file_whose_bytes_cannot_be_read_is_a_storage_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featray.listing import digests
+    from featray.collection import digests
 
     nifti(tmp_path / "x.nii")
 

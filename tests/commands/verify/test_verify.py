@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from featray.verification import readback
 
 import featray
 from featray.cli.main import main
-from featray.commands.verify import Kind, Verification, verify
+from featray.commands.verify import Kind, Verification, data_file, verify
 from featray.commands.verify.read_scans import covered, join
 from featray.errors import ConfigError, OutputBusyError, Reason, ScanError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Dataset
@@ -609,7 +608,7 @@ def test_a_run_that_replaces_files_while_they_are_read_is_no_fault(
         return read(self, name)
 
     monkeypatch.setattr(Store, "read", read_late)
-    monkeypatch.setattr(readback, "THREADS", 1)
+    monkeypatch.setattr(data_file, "THREADS", 1)
     found = verify(dataset)
     assert done
     assert found.findings == (), found.text()
@@ -630,7 +629,7 @@ def test_an_output_that_changes_all_the_time_is_busy(
         return read(self, name)
 
     monkeypatch.setattr(Store, "read", read_late)
-    monkeypatch.setattr(readback, "THREADS", 1)
+    monkeypatch.setattr(data_file, "THREADS", 1)
     with pytest.raises(OutputBusyError, match="faster than it can be read"):
         verify(dataset)
 

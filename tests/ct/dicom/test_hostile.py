@@ -106,7 +106,7 @@ def outcome(files: Files) -> str:
 
 def mutate_for(seconds: float, seed: int) -> dict[str, int]:
     """Run in a process of its own: anything but a volume or a ScanError ends it."""
-    sys.path.insert(0, str(Path(__file__).parent))
+    sys.path.insert(0, str(Path(__file__).parent.parent))
     from conftest import _series
 
     series = [smooth_series(_series, syntax) for syntax in SYNTAXES]

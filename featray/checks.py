@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 MEMORY = f"{RUNS}/listing.parquet"
 """What listing has found of DICOM folders, so that headers of unchanged ones are not read again."""
-FEW_REMOVED = 100
+ALWAYS_REMOVABLE = 100
 """Up to so many scans may go at once without `limits.max_removed_fraction` having a say."""
 
 
@@ -75,7 +75,7 @@ def check_source(config: Config, memory: ListingMemory | None = None) -> Listing
     return listing
 
 
-def look_at_output(store: Store) -> None:
+def check_output(store: Store) -> None:
     """Refuse an output that is held or cannot be used, before anything slow is done for nothing."""
     try:
         store.refuse_unwritable()
@@ -115,10 +115,10 @@ def refuse_other_recipe(plan: Plan, recipe: str, *, refresh: bool) -> None:
         )
 
 
-def refuse_to_empty(plan: Plan, limits: LimitsConfig, *, refresh: bool) -> None:
+def refuse_mass_removal(plan: Plan, limits: LimitsConfig, *, refresh: bool) -> None:
     """Stop a refresh that would drop most of the output: more likely the collection is not all there."""
     stored = sum(plan.counts.values()) - plan.counts["new"]
-    allowed = max(FEW_REMOVED, limits.max_removed_fraction * stored)
+    allowed = max(ALWAYS_REMOVABLE, limits.max_removed_fraction * stored)
     if refresh and len(plan.removed) > allowed:
         raise ConfigError(
             f"limits.max_removed_fraction: {len(plan.removed)} of {stored} stored scans are no longer in the "

@@ -50,7 +50,7 @@ class Reason(StrEnum):
     WORKER_CRASH = "worker_crash"
 
 
-class Oddity(StrEnum):
+class WarningCode(StrEnum):
     """What was odd about a scan but accepted; the `warnings` column holds these.
 
     Codes of `Reason` appear there too when the case was accepted.

@@ -20,17 +20,17 @@ class ModelThreads:
     calls: int = 1
 
     @classmethod
-    def of_whole_machine(cls) -> ModelThreads:
+    def for_whole_machine(cls) -> ModelThreads:
         """Return those of a process that has all cores: while one call waits, the other works.
 
         A thread that calls an operation takes part in it. Measured on two cores, with a 3-D encoder: two
         calls of one thread each are 5 to 8 % faster than one call of two threads.
         """
-        cores = usable_cores()
+        cores = count_usable_cores()
         return cls(each=max(1, cores - 1), calls=min(2, cores))
 
 
-TENSORFLOWS_CHOICE = ModelThreads()
+DEFAULT_THREADS = ModelThreads()
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,6 @@ class Workers:
     has_gpus: bool = False
 
 
-def usable_cores() -> int:
+def count_usable_cores() -> int:
     """Return the cores this process may run on, which a container or batch system may have limited."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -14,7 +14,7 @@ from featray import config as configuration
 from featray.config import Config
 from featray.engines.base import Engine, Stages
 from featray.errors import ModelError
-from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
+from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.model import Extractor
 from featray.output.dataset import Dataset, Snapshot
 from featray.output.lease import Lease
@@ -29,7 +29,7 @@ from featray.stages.write import write
 
 log = logging.getLogger(__name__)
 
-HANDFUL = 100
+INLINE_MAX_SCANS = 100
 """Scans up to which engine auto does without Ray when no cluster is named."""
 
 
@@ -44,7 +44,7 @@ PLANNED = ("scan_id", "status", "reason", "content", "recipe", "stage", "run_id"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class RunScope:
     """What a command takes up beside new scans.
 
     Attributes:
@@ -82,7 +82,7 @@ class Job:
         engine: str,
         started: float,
         command: str = "plan",
-        threads: ModelThreads = TENSORFLOWS_CHOICE,
+        threads: ModelThreads = DEFAULT_THREADS,
     ) -> Job:
         """Load the model and fix the recipe."""
         extractor = load_extractor(config, threads)
@@ -101,7 +101,7 @@ class Job:
         )
         return cls(config, extractor, run, threads)
 
-    def plan(self, listing: Listing, stored: Snapshot | None, wanted: Wanted) -> Plan:
+    def plan(self, listing: Listing, stored: Snapshot | None, wanted: RunScope) -> Plan:
         """Return what is left to do, given what is stored."""
         ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.ledger(PLANNED)
         return make_plan(listing, ledger, self.run.recipe_id, refresh=wanted.refresh, retry=wanted.retry)
@@ -144,7 +144,7 @@ def choose_engine(config: Config, scans: int) -> Engine:
     from featray.engines.ray.cluster import named_address
 
     address = named_address(config.run)
-    small = scans <= HANDFUL and not address
+    small = scans <= INLINE_MAX_SCANS and not address
     name = config.run.engine
     if name == "auto":
         name = "inline" if small else "ray"
@@ -180,7 +180,7 @@ def _scans_per_file(scans: int, values: int) -> int:
     return max(1, min(wanted, MAX_FILE_BYTES // (4 * max(1, values))))
 
 
-def load_extractor(config: Config, threads: ModelThreads = TENSORFLOWS_CHOICE) -> Extractor:
+def load_extractor(config: Config, threads: ModelThreads = DEFAULT_THREADS) -> Extractor:
     """Load the model for the inputs that preprocessing gives.
 
     Raises:

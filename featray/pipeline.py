@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.checks import check, look_at_output, refuse_other_recipe, refuse_to_empty, remember
+from featray.checks import check, check_output, refuse_mass_removal, refuse_other_recipe, remember
 from featray.config import Config, ConfigInput
 from featray.engines.base import Engine
-from featray.engines.source_outage import unless_source_is_gone
+from featray.engines.source_outage import stop_when_source_is_gone
 from featray.job import (
     Job,
-    Wanted,
+    RunScope,
     _batch_scans,
     choose_engine,
     early_decoder,
@@ -33,13 +33,13 @@ from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
 from featray.stages.plan import Plan
-from featray.stages.report import Summary, Tally, announce, report
+from featray.stages.report import RunTotals, Summary, announce, report
 from featray.storage.store import Store
 from featray.terminal.progress import Progress
 
 log = logging.getLogger(__name__)
 
-BEGUN = 1_000
+PREFETCH_LIMIT = 1_000
 """Scans that an engine may start on while the model is loaded; it has room for fewer."""
 COMMIT_SHARE = 20
 """After a commit nothing is committed for this many times as long as it took: commits cost 5 % at most."""
@@ -68,7 +68,7 @@ def extract(
         OutputBusyError: Another run holds the output.
         StorageError: The output's store does not answer; what was committed is kept.
     """
-    return _run(config, overrides, Wanted(), show, stop or threading.Event())
+    return _run(config, overrides, RunScope(), show, stop or threading.Event())
 
 
 def refresh(
@@ -90,16 +90,16 @@ def refresh(
         show: Whether to report progress.
         stop: Set it to stop cleanly.
     """
-    return _run(config, overrides, Wanted(refresh=True, retry=retry), show, stop or threading.Event())
+    return _run(config, overrides, RunScope(refresh=True, retry=retry), show, stop or threading.Event())
 
 
 def _run(
-    config: ConfigInput, overrides: list[str] | None, wanted: Wanted, show: bool, stop: threading.Event
+    config: ConfigInput, overrides: list[str] | None, wanted: RunScope, show: bool, stop: threading.Event
 ) -> Summary:
     started = time.time()
     config, listing = check(config, overrides)
     dataset = Dataset(Store(config.output.uri, config.output.storage_options))
-    look_at_output(dataset.store)
+    check_output(dataset.store)
     with choose_engine(config, len(listing.scans)) as engine:
         _begin(engine, config, listing, dataset)
         job = Job.prepare(config, engine.name, started, wanted.command, engine.threads)
@@ -107,7 +107,7 @@ def _run(
             committer = job.committer(dataset, listing, lease)
             plan = job.plan(listing, committer.snapshot(), wanted)
             refuse_other_recipe(plan, job.run.recipe_id, refresh=wanted.refresh)
-            refuse_to_empty(plan, config.limits, refresh=wanted.refresh)
+            refuse_mass_removal(plan, config.limits, refresh=wanted.refresh)
             committer.sweep()
             remember(listing, dataset.store)
             gone = plan.removed if wanted.refresh else ()
@@ -119,7 +119,7 @@ def _run(
 
 def _begin(engine: Engine, config: Config, listing: Listing, dataset: Dataset) -> None:
     """Let the engine start on scans that no run has met yet: they are due whatever the model is."""
-    due = _unmet(listing, dataset.find())[:BEGUN]
+    due = _unmet(listing, dataset.find())[:PREFETCH_LIMIT]
     if scans := [scan for scan in listing.take(due) if scan.reason is None]:
         engine.begin(scans, early_decoder(config), _batch_scans(config))
 
@@ -141,9 +141,9 @@ def _bring_in_step(
     committer: Committer,
     progress: Progress,
     stop: threading.Event,
-) -> Tally:
+) -> RunTotals:
     """Extract and commit what is to do, drop what is gone, tidy up; return what was committed."""
-    dataset, done = committer.dataset, Tally()
+    dataset, done = committer.dataset, RunTotals()
     if not plan.todo and not gone:
         return done
     announce(job.run, dataset)
@@ -170,7 +170,7 @@ def _receipts(
         yield Receipt((), tuple(ScanRecord.of(scan, job.run.recipe_id, job.run.run_id) for scan in settled))
     if readable:
         receipts = engine.receipts(readable, job.stages(dataset, len(readable)), stop)
-        yield from unless_source_is_gone(receipts, readable, Decoder.of(job.config).reader)
+        yield from stop_when_source_is_gone(receipts, readable, Decoder.of(job.config).reader)
 
 
 def _committed(receipts: Iterator[Receipt], commit: Callable[[Sequence[Receipt]], None]) -> Iterator[Receipt]:

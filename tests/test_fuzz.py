@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 from pydicom.uid import DeflatedExplicitVRLittleEndian, RLELossless
 
 from featray.config import Config, load
-from featray.errors import Oddity, Reason
+from featray.errors import Reason, WarningCode
 from featray.schema import Decoded
 from featray.stages.decode import Decoder
 from featray.stages.list import list_scans
@@ -235,7 +235,7 @@ def one_geometry(header_file: Path, decoded: Decoded) -> bool:
     """
     header: Any = decoded_header(header_file)
     codes = int(header["qform_code"]), int(header["sform_code"])
-    return set(codes) <= set(range(6)) and Oddity.SFORM_QFORM_DIFFER not in decoded.record.warnings
+    return set(codes) <= set(range(6)) and WarningCode.SFORM_QFORM_DIFFER not in decoded.record.warnings
 
 
 def decoded_header(path: Path) -> Any:

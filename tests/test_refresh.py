@@ -185,7 +185,7 @@ def test_failed_scans_are_tried_again_only_when_asked_or_changed(
 def test_a_refresh_that_would_drop_most_of_the_output_is_refused_before_anything_changes(
     config: dict[str, Any], collection: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks, "FEW_REMOVED", 2)
+    monkeypatch.setattr(checks, "ALWAYS_REMOVABLE", 2)
     featray.extract(config)
     for name in "abcd":
         (collection / f"{name}.nii.gz").unlink()

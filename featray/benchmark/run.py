@@ -32,7 +32,7 @@ from featray.benchmark.sample import Sample
 from featray.benchmark.settings import Plan
 from featray.config import Config, ConfigInput, load
 from featray.errors import ExitCode, FeatrayError
-from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads, usable_cores
+from featray.hardware import DEFAULT_THREADS, ModelThreads, count_usable_cores
 
 DIRECTORY = "featray-benchmark"
 """In the working directory; where JSON and plot go unless told otherwise."""
@@ -104,7 +104,7 @@ class _Bench:
             # Which of the two is faster depends on the model.
             model_rounds += [
                 self._alone(model_only=True, threads=threads)
-                for threads in (TENSORFLOWS_CHOICE, ModelThreads.of_whole_machine())
+                for threads in (DEFAULT_THREADS, ModelThreads.for_whole_machine())
             ]
             runs += list(self._round())
         names = dict.fromkeys(run.way for run in runs)
@@ -120,7 +120,7 @@ class _Bench:
             listing_s=self._sample.listing_s,
             alone=alone_of(self._stages, model_rounds),
             ways=tuple(way_of([run for run in runs if run.way == name]) for name in names),
-            cores=usable_cores(),
+            cores=count_usable_cores(),
             rounds=self._plan.rounds,
             scaling=dict(self._scaling()),
             growth=tuple(self._growth()),
@@ -289,7 +289,7 @@ def _roles(seen: Watched, work: Mapping[str, Work]) -> dict[int, str]:
 def _machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
-        "cores": usable_cores(),
+        "cores": count_usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "versions": {name: version(name) for name in _PACKAGES},
     }

@@ -17,7 +17,7 @@ from pathlib import Path
 from featray.checks import check_source
 from featray.config import Config
 from featray.errors import ConfigError
-from featray.hardware import usable_cores
+from featray.hardware import count_usable_cores
 from featray.schema import Scan
 from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
@@ -84,7 +84,7 @@ def made_for(config: Config, count: int, folder: Path) -> Sample:
             f"--make: makes NIfTI files or DICOM series, source.format is {kind}; measure your own collection"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(usable_cores()) as pool:  # noise and gzip let go of the interpreter
+    with ThreadPoolExecutor(count_usable_cores()) as pool:  # noise and gzip let go of the interpreter
         ids = set(pool.map(lambda number: _make(kind, number, folder), range(count)))
     source = config.source.model_copy(
         update={"uri": str(folder), "format": kind, "id_column": None, "storage_options": {}, "volume": None}

@@ -22,7 +22,7 @@ from featray.checks import check_source
 from featray.commands.plan import spread
 from featray.config import Config, ConfigInput
 from featray.errors import ExitCode, FeatrayError
-from featray.hardware import usable_cores
+from featray.hardware import count_usable_cores
 from featray.job import choose_engine, load_extractor
 from featray.model import CutLayer, Extractor, check_invariance, list_layers
 from featray.output.dataset import Dataset
@@ -212,7 +212,7 @@ class _Patient:
             return
         largest = max(2 * math.prod(one.record.shape or ()) for one in self._decoded)
         workers = self._config.run.decode.workers
-        count = usable_cores() if workers is None else workers
+        count = count_usable_cores() if workers is None else workers
         one = _RAW_COPIES * largest + max(decoded.tensor.nbytes for decoded in self._decoded) + 0.3e9
         needed, there = count * one + psutil.Process().memory_info().rss, psutil.virtual_memory().available
         text = f"about {needed / 1e9:.1f} GB for {count} decoders and the model, {there / 1e9:.1f} GB free"
@@ -232,7 +232,7 @@ class _Patient:
         elif asked:
             yield "WARN", f"run.actors.num_gpus is {asked:g}, but TensorFlow sees no GPU on this machine"
         else:
-            yield "PASS", f"no GPU on this machine; the model runs on {usable_cores()} cores"
+            yield "PASS", f"no GPU on this machine; the model runs on {count_usable_cores()} cores"
 
     def engine(self) -> Found:
         engine = choose_engine(self._config, len(self._listing.scans))

@@ -17,8 +17,8 @@ from featray.checks import check
 from featray.config import ConfigInput
 from featray.engines.base import Stages
 from featray.engines.prefetch import mapped
-from featray.hardware import ModelThreads, usable_cores
-from featray.job import Job, Wanted, choose_engine
+from featray.hardware import ModelThreads, count_usable_cores
+from featray.job import Job, RunScope, choose_engine
 from featray.model.runtime import gpu_names
 from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
@@ -149,9 +149,9 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
     engine = choose_engine(checked, len(listing.scans))
     job = Job.prepare(checked, engine.name, started, threads=engine.threads)
     stored = dataset.find()
-    found = job.plan(listing, stored, Wanted())
+    found = job.plan(listing, stored, RunScope())
     wanted = (
-        found if found.todo or not found.refresh_todo else job.plan(listing, stored, Wanted(refresh=True))
+        found if found.todo or not found.refresh_todo else job.plan(listing, stored, RunScope(refresh=True))
     )
     return PlanReport(
         found=len(listing.scans),
@@ -184,7 +184,7 @@ def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -
     checked, listing = check(config, overrides)
     dataset = Dataset(Store(checked.output.uri, checked.output.storage_options))
     job = Job.prepare(checked, choose_engine(checked, len(listing.scans)).name, started)
-    return job.plan(listing, dataset.find(), Wanted()).why(scan_id)
+    return job.plan(listing, dataset.find(), RunScope()).why(scan_id)
 
 
 def _duration(seconds: float) -> str:
@@ -271,7 +271,7 @@ def _rate(decode_s: float, infer_s: float, threads: ModelThreads) -> float:
 
     With a GPU the model takes none of decoding's cores, and the slower of the two decides.
     """
-    cores = usable_cores()
+    cores = count_usable_cores()
     if gpu_names():
         return min(cores / decode_s, 1 / infer_s)
     model_cores = cores if threads.each is None else min(cores, threads.each + threads.calls - 1)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from featray.checks import check
 from featray.commands.montage import montage
 from featray.config import Config, ConfigInput, PreprocessConfig
-from featray.errors import ConfigError, ExitCode, Oddity, Reason, UsageError
+from featray.errors import ConfigError, ExitCode, Reason, UsageError, WarningCode
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 from featray.stages.preprocess import input_spacing
@@ -217,9 +217,9 @@ def _described(decoded: Decoded) -> Preview:
 
 def _is_regridded(scan: Scan, record: ScanRecord, config: Config) -> bool:
     """Return whether the model input was made from another grid than the scan's own."""
-    codes = {Reason.GANTRY_TILT, Oddity.RESAMPLED_STEPS}
+    codes = {Reason.GANTRY_TILT, WarningCode.RESAMPLED_STEPS}
     if config.policy.oblique == "resample":
-        codes.add(Oddity.OBLIQUE)
+        codes.add(WarningCode.OBLIQUE)
     return bool(scan.mask) or not codes.isdisjoint(record.warnings)
 
 

@@ -12,7 +12,7 @@ from itertools import permutations
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.errors import Oddity
+from featray.errors import WarningCode
 
 Affine = NDArray[np.float64]
 
@@ -95,8 +95,8 @@ def oddities(affine_lps: Affine) -> tuple[str, ...]:
     """Return the warning codes that an accepted geometry earns: `oblique`, `anisotropic`."""
     spacing = spacing_zyx(affine_lps)
     found = {
-        Oddity.OBLIQUE: is_oblique(affine_lps),
-        Oddity.ANISOTROPIC: max(spacing) / min(spacing) > ANISOTROPIC_RATIO,
+        WarningCode.OBLIQUE: is_oblique(affine_lps),
+        WarningCode.ANISOTROPIC: max(spacing) / min(spacing) > ANISOTROPIC_RATIO,
     }
     return tuple(code.value for code, present in found.items() if present)
 

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.errors import Oddity
+from featray.errors import WarningCode
 
 EXACT_VOXELS = 12_000_000
 """Up to here percentiles of int16 use every voxel; also below 2**24, where calcHist's float32 is exact."""
@@ -112,9 +112,9 @@ def oddities(found: HuStatistics) -> tuple[str, ...]:
     histogram = _Histogram(found)
     codes = []
     if any(check(histogram) for check in _CHECKS):
-        codes.append(Oddity.NOT_HU.value)
+        codes.append(WarningCode.NOT_HU.value)
     if found.minimum < AIR_HU[0] and histogram.share_at(found.minimum) >= 1e-3:
-        codes.append(Oddity.PADDING_VALUE.value)
+        codes.append(WarningCode.PADDING_VALUE.value)
     return tuple(codes)
 
 

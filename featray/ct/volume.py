@@ -21,7 +21,7 @@ class Volume:
         affine_lps: 4x4; maps a voxel index (x, y, z, 1) to millimetres in LPS.
         slope: Rescale slope that was applied (1 when the file has none).
         intercept: Rescale intercept that was applied (0 when the file has none).
-        warnings: Codes of `Oddity` or `Reason` for what was odd but accepted.
+        warnings: Codes of `WarningCode` or `Reason` for what was odd but accepted.
         tags: Header values asked for by name (`privacy.dicom_tags`), never filled otherwise.
         slice_origins_lps: (n, 3) LPS mm of the first voxel of each slice, where slices lie shifted
             sideways or unevenly and the caller allowed it; else None. Then `affine_lps` is that of the

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # helpers come through here, and must start fast
 
     from featray.schema import Receipt, Scan
     from featray.stages.decode import Decoder
-    from featray.stages.extract import Extractor
+    from featray.stages.extract import LayerExtractor
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Stages:
     """
 
     decode: Decoder
-    extractor: Extractor
-    load_extractor: Callable[[], Extractor]
+    extractor: LayerExtractor
+    load_extractor: Callable[[], LayerExtractor]
     write: Callable[[pa.Table], Receipt]
     batch_scans: int
     scans_per_file: int

@@ -22,7 +22,7 @@ from featray.engines.decoding.memory_limit import decode_memory
 from featray.engines.decoding.process_pool import Helpers, end_early
 from featray.engines.decoding.scan_pool import Attempts
 from featray.engines.prefetch import SPARE, ahead, mapped
-from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads, Workers, usable_cores
+from featray.hardware import DEFAULT_THREADS, ModelThreads, Workers, count_usable_cores
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.decode import Decoder
 from featray.stages.extract import extract
@@ -52,8 +52,8 @@ class InlineEngine:
         memory: int | None = None,
         threads: ModelThreads | None = None,
     ) -> None:
-        self._workers = usable_cores() if workers is None else workers
-        all_cores = ModelThreads.of_whole_machine() if self._workers else TENSORFLOWS_CHOICE
+        self._workers = count_usable_cores() if workers is None else workers
+        all_cores = ModelThreads.for_whole_machine() if self._workers else DEFAULT_THREADS
         self.threads = threads or all_cores
         self._limits, self._memory = limits, memory
         self._helpers: Helpers | None = None
@@ -80,7 +80,7 @@ class InlineEngine:
 
     def workers(self) -> Workers:
         """Return what this machine gives."""
-        return Workers(decode=max(1, self._workers), model=self.threads.calls, cores=usable_cores())
+        return Workers(decode=max(1, self._workers), model=self.threads.calls, cores=count_usable_cores())
 
     def connect(self) -> None:
         """Do nothing: there is nothing to join."""

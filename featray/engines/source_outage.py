@@ -12,7 +12,7 @@ IN_A_ROW = 20
 """Scans that cannot be fetched one after the other, upon which one that could be is looked for again."""
 
 
-def unless_source_is_gone(
+def stop_when_source_is_gone(
     receipts: Iterator[Receipt], scans: Sequence[Scan], reader: Reader
 ) -> Iterator[Receipt]:
     """Yield receipts, as long as what was fetched earlier in this run can still be found.

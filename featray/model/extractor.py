@@ -17,7 +17,7 @@ import numpy as np
 
 from featray.config import ModelConfig
 from featray.errors import InputShapeError, ModelError
-from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
+from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.model import inputs, prepare, runtime, seeding, variation
 from featray.model.inputs import Batch, Shape
 from featray.model.loading import download
@@ -74,7 +74,7 @@ class Extractor:
         spec: ModelConfig | Mapping[str, Any],
         *,
         input_zyx: Shape | None = None,
-        threads: ModelThreads = TENSORFLOWS_CHOICE,
+        threads: ModelThreads = DEFAULT_THREADS,
     ) -> None:
         """Load, resolve and check everything, then trace and warm up.
 

@@ -11,7 +11,7 @@ import re
 import sys
 
 from featray.errors import ModelError
-from featray.hardware import TENSORFLOWS_CHOICE, ModelThreads
+from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.terminal.native_stderr import hold_back
 
 log = logging.getLogger(__name__)
@@ -26,7 +26,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _STACK = re.compile(r"Graph execution error:|Detected at node | *File \".*\", line \d+|<stack traces unable")
 
 
-def configure(threads: ModelThreads = TENSORFLOWS_CHOICE, gpu: bool = True) -> None:
+def configure(threads: ModelThreads = DEFAULT_THREADS, gpu: bool = True) -> None:
     """Import TensorFlow quietly and set what can only be set before its first operation.
 
     Args:

@@ -21,7 +21,7 @@ from featray.ct.formats.npy import Samples, onto_scale
 from featray.ct.malloc import keep_large_blocks
 from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
-from featray.errors import Oddity, Reason, ScanError
+from featray.errors import Reason, ScanError, WarningCode
 from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord
 from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
 from featray.stages.read import Reader, ReadResult
@@ -112,7 +112,7 @@ class Decoder:
             raise ScanError(Reason.UNREADABLE, f"the reader raised {type(error).__name__}") from None
 
     def _refuse_by_policy(self, record: ScanRecord) -> None:
-        if self.policy.not_hu == "refuse" and Oddity.NOT_HU in record.warnings:
+        if self.policy.not_hu == "refuse" and WarningCode.NOT_HU in record.warnings:
             message = "the values do not look like HU (policy.not_hu: refuse); look at `featray preview`"
             raise ScanError(Reason.NOT_CT, message)
 

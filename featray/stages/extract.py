@@ -19,13 +19,13 @@ from featray.model.batch_buffers import give_back, joined
 from featray.schema import EXTRACTED, EXTRACTED_ROW, Decoded
 
 Values = Mapping[str, NDArray[np.float32]]
-Extractor = Callable[[NDArray[np.float32], Sequence[str]], Values]
+LayerExtractor = Callable[[NDArray[np.float32], Sequence[str]], Values]
 
 MAX_VALUES = 2**31 - 1
 """Of one scan, over all layers and patches: what one Arrow list holds."""
 
 
-def extract(extractor: Extractor, decoded: Sequence[Decoded]) -> pa.Table:
+def extract(extractor: LayerExtractor, decoded: Sequence[Decoded]) -> pa.Table:
     """Return one row per scan: its record, and its features of all layers and patches.
 
     Args:
@@ -47,7 +47,7 @@ def _same_shape(decoded: Iterable[Decoded]) -> list[list[Decoded]]:
     return list(groups.values())
 
 
-def _infer(extractor: Extractor, group: list[Decoded]) -> dict[str, Values]:
+def _infer(extractor: LayerExtractor, group: list[Decoded]) -> dict[str, Values]:
     """Return {scan_id: values}; when a batch fails, each scan is tried alone."""
     start = time.perf_counter()
     try:
@@ -63,7 +63,7 @@ def _infer(extractor: Extractor, group: list[Decoded]) -> dict[str, Values]:
     return dict(_split(found, group, seconds))
 
 
-def _call(extractor: Extractor, group: list[Decoded]) -> Values:
+def _call(extractor: LayerExtractor, group: list[Decoded]) -> Values:
     """Return what the extractor finds in the rows of all scans."""
     if len(group) == 1:
         return extractor(group[0].tensor, _draws(group))

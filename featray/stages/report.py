@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featray.errors import ExitCode
-from featray.hardware import Workers, usable_cores
+from featray.hardware import Workers, count_usable_cores
 from featray.output.dataset import RUNS, Dataset
 from featray.schema import STAGE_TIMES, Receipt, UnitsSeen
 from featray.stages.list import Listing
@@ -65,7 +65,7 @@ class Run:
 
 
 @dataclass
-class Tally:
+class RunTotals:
     """What a run has committed so far; sums only, for there may be a million scans.
 
     `seconds` is how long that took, from when the plan was made; `workers` is what there was to do it with.
@@ -76,7 +76,7 @@ class Tally:
     bytes_read: int = 0
     seconds: float = 0.0
     workers: Workers | None = None
-    units: dict[str, UnitsTally] = field(default_factory=dict)
+    units: dict[str, UnitTotals] = field(default_factory=dict)
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_TIMES, 0.0))
 
     @property
@@ -92,11 +92,11 @@ class Tally:
         for name in STAGE_TIMES:
             self.stage_seconds[name] += sum(getattr(record, name) for record in records)
         for seen in receipt.units:
-            self.units.setdefault(seen.layer, UnitsTally()).add(seen)
+            self.units.setdefault(seen.layer, UnitTotals()).add(seen)
 
 
 @dataclass
-class UnitsTally:
+class UnitTotals:
     """Which units of one layer were anything but 0 so far; `active` has one bit per unit."""
 
     width: int = 0
@@ -183,7 +183,7 @@ def report(
     dataset: Dataset,
     listing: Listing,
     plan: Plan,
-    done: Tally,
+    done: RunTotals,
     *,
     interrupted: bool,
 ) -> Summary:
@@ -205,7 +205,7 @@ def report(
 
 
 def _summarise(
-    run: Run, ledger: pa.Table, listing: Listing, plan: Plan, done: Tally, interrupted: bool
+    run: Run, ledger: pa.Table, listing: Listing, plan: Plan, done: RunTotals, interrupted: bool
 ) -> Summary:
     listed = listing.scan_ids
     wide = listed.type  # offsets of 64 bits: a million ids may be more than 2 GB
@@ -239,7 +239,7 @@ def _summarise(
     )
 
 
-def verdict(done: Tally) -> str:
+def verdict(done: RunTotals) -> str:
     """Return in plain language what a run was bound by, from how much of its workers' time was work.
 
     Start-up, such as that of actors, is part of the time: short runs are bound by it.
@@ -310,7 +310,7 @@ def _versions() -> dict[str, str]:
 def _machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
-        "cpus": usable_cores(),
+        "cpus": count_usable_cores(),
         "memory_bytes": psutil.virtual_memory().total,
         "peak_driver_bytes": _peak(resource.RUSAGE_SELF),
         "peak_largest_child_bytes": _peak(resource.RUSAGE_CHILDREN),

@@ -138,7 +138,7 @@ def test_decoding_is_estimated_by_size_where_sizes_are_known() -> None:
 def test_the_rate_is_what_the_cores_allow(
     monkeypatch: pytest.MonkeyPatch, threads: ModelThreads, gpus: list[str], rate: float
 ) -> None:
-    monkeypatch.setattr(estimate, "usable_cores", lambda: 2)
+    monkeypatch.setattr(estimate, "count_usable_cores", lambda: 2)
     monkeypatch.setattr(estimate, "gpu_names", lambda: gpus)
     assert estimate._rate(0.5, 0.25, threads) == pytest.approx(rate)
 

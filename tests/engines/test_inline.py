@@ -20,7 +20,7 @@ import pytest
 from featray.config import LimitsConfig, load
 from featray.engines.base import Stages
 from featray.engines.inline import InlineEngine
-from featray.hardware import usable_cores
+from featray.hardware import count_usable_cores
 from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
@@ -115,7 +115,7 @@ def test_each_scan_keeps_its_own_tensor_through_shared_memory(
     assert seen == {f"s{n}": float(n) for n in range(40)}
 
 
-@pytest.mark.skipif(usable_cores() < 2, reason="with one core the model is called once at a time")
+@pytest.mark.skipif(count_usable_cores() < 2, reason="with one core the model is called once at a time")
 def test_the_model_is_called_twice_at_once(stages: Stages) -> None:
     together = threading.Barrier(2, timeout=30)
 

@@ -11,7 +11,7 @@ import pytest
 import featray
 from featray.commands.status import status
 from featray.config import PolicyConfig, SourceConfig
-from featray.engines.source_outage import IN_A_ROW, unless_source_is_gone
+from featray.engines.source_outage import IN_A_ROW, stop_when_source_is_gone
 from featray.errors import Reason, StorageError
 from featray.output.dataset import Dataset
 from featray.schema import Receipt, Scan, ScanRecord
@@ -64,12 +64,12 @@ def test_a_run_ends_when_what_was_fetched_before_is_gone_too(
     seen: list[Receipt] = []
     coming = receipts(scans, 5, lambda: source.rename(tmp_path / "away"))
     with pytest.raises(StorageError, match=r"the last 20 scans .* run the same command again"):
-        seen.extend(unless_source_is_gone(coming, scans, reader))
+        seen.extend(stop_when_source_is_gone(coming, scans, reader))
     assert len(seen) == 5 + IN_A_ROW, "what was done before must be committed"
 
 
 def test_unreadable_scans_stop_nothing_while_the_source_is_there(reader: Reader, scans: list[Scan]) -> None:
-    found = list(unless_source_is_gone(receipts(scans, 5), scans, reader))
+    found = list(stop_when_source_is_gone(receipts(scans, 5), scans, reader))
     assert len(found) == len(scans)
 
 
@@ -77,7 +77,7 @@ def test_a_run_that_never_fetched_anything_goes_on(
     reader: Reader, scans: list[Scan], source: Path, tmp_path: Path
 ) -> None:
     source.rename(tmp_path / "away")
-    assert len(list(unless_source_is_gone(receipts(scans, 0), scans, reader))) == len(scans)
+    assert len(list(stop_when_source_is_gone(receipts(scans, 0), scans, reader))) == len(scans)
 
 
 def test_other_failures_are_no_outage(
@@ -85,7 +85,7 @@ def test_other_failures_are_no_outage(
 ) -> None:
     source.rename(tmp_path / "away")
     failed = [receipt_of(scan, Reason.TRUNCATED) for scan in scans]
-    assert len(list(unless_source_is_gone(iter(failed), scans, reader))) == len(scans)
+    assert len(list(stop_when_source_is_gone(iter(failed), scans, reader))) == len(scans)
 
 
 def test_a_run_goes_on_where_it_was_when_the_source_is_back(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from featray.hardware import Workers
-from featray.stages.report import Tally, verdict
+from featray.stages.report import RunTotals, verdict
 
 
-def tally(read_s: float, decode_s: float, infer_s: float, workers: Workers) -> Tally:
+def tally(read_s: float, decode_s: float, infer_s: float, workers: Workers) -> RunTotals:
     """Return what a run of ten seconds did."""
     seconds = {"read_s": read_s, "decode_s": decode_s, "preprocess_s": 0.0, "infer_s": infer_s}
-    return Tally(scans=5, seconds=10.0, workers=workers, stage_seconds=seconds)
+    return RunTotals(scans=5, seconds=10.0, workers=workers, stage_seconds=seconds)
 
 
 INLINE, GPUS = Workers(2, 2, 2), Workers(8, 2, 9, has_gpus=True)
@@ -28,7 +28,7 @@ INLINE, GPUS = Workers(2, 2, 2), Workers(8, 2, 9, has_gpus=True)
         (tally(1, 4, 5, INLINE), "bound by neither"),
     ],
 )
-def test_a_run_says_what_it_was_bound_by(done: Tally, words: str) -> None:
+def test_a_run_says_what_it_was_bound_by(done: RunTotals, words: str) -> None:
     assert verdict(done).startswith(words)
 
 
@@ -40,4 +40,4 @@ def test_it_says_how_much_of_its_workers_was_at_work() -> None:
 
 
 def test_a_run_that_decoded_nothing_says_nothing() -> None:
-    assert verdict(Tally()) == ""
+    assert verdict(RunTotals()) == ""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from featray.commands.verify.data_file import BrokenFileError, check_schema, open_file, stats_faults
 from featray.commands.verify.findings import Fault, Kind
-from featray.errors import Oddity, Reason
+from featray.errors import Reason, WarningCode
 from featray.output.dataset import SCANS
 from featray.output.delta_log import LiveFile
 from featray.schema import SCAN_COLUMNS
@@ -31,7 +31,7 @@ _ALWAYS = (
 """Columns that have a value in every row."""
 _NEEDED = ("scan_id", "status", "recipe", "run_id", "patches")
 _REASONS = pa.array([str(reason) for reason in Reason])
-_WARNINGS = pa.array([str(code) for code in (*Reason, *Oddity)])
+_WARNINGS = pa.array([str(code) for code in (*Reason, *WarningCode)])
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ import numpy as np
 
 from featray.ct.dicom.header import SliceHeader
 from featray.ct.dicom.split import apart, volumes
-from featray.errors import Oddity, Reason
+from featray.errors import Reason, WarningCode
 
 SAME_DIRECTION = 1e-3
 """Direction cosines closer than this are one orientation; writers round to 4 to 6 digits."""
@@ -168,7 +168,7 @@ def _scans(members: list[SliceHeader], others: frozenset[str]) -> list[Series]:
     localizers = [why for why in excluded if slices and why[0] is Reason.NOT_A_VOLUME]
     for why in localizers:
         del excluded[why]
-    warnings = (Oddity.LOCALIZER_REMOVED.value,) if localizers else ()
+    warnings = (WarningCode.LOCALIZER_REMOVED.value,) if localizers else ()
     kinds = apart(slices, "modality") if others else [slices]
     stacks = [
         found for kind in kinds for copy in _copies(kind) for found in _stacks(copy, warnings + _other(copy))
@@ -234,7 +234,7 @@ def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[Series
     others = [stack for stack in others if stack not in damaged]
     localizers = [stack for stack in others if _is_localizer(stack, main)]
     copies = [stack for stack in others if _is_copy(stack, main)]
-    dropped = {Oddity.LOCALIZER_REMOVED.value: localizers, Reason.DUPLICATE_SLICES.value: copies}
+    dropped = {WarningCode.LOCALIZER_REMOVED.value: localizers, Reason.DUPLICATE_SLICES.value: copies}
     warnings = tuple(dict.fromkeys([*warnings, *(code for code, found in dropped.items() if found)]))
     kept = [main] + [stack for stack in others if stack not in localizers and stack not in copies]
     found = [entry for stack in kept for entry in _entries(stack, warnings)]

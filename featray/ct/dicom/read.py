@@ -30,7 +30,7 @@ from featray.ct.dicom.pixels import check_format, check_size, stored_values
 from featray.ct.dicom.stack import check_alike, same_places, stack
 from featray.ct.rescale import LADDER, extremes, rescale, result_dtype
 from featray.ct.volume import Volume
-from featray.errors import Oddity, Reason, ScanError
+from featray.errors import Reason, ScanError, WarningCode
 
 __all__ = [
     "DICOM_SUFFIXES",
@@ -81,7 +81,7 @@ def read_series(
     )
     images = [images[place] for place in stacked.order]
     if any(image.header.rescale_type not in _HU_TYPES for image in images):
-        warnings += (Oddity.NOT_HU.value,)
+        warnings += (WarningCode.NOT_HU.value,)
     return Volume(
         _voxels(images),
         stacked.affine_lps,

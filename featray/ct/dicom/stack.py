@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from featray.ct import geometry
 from featray.ct.dicom.header import SliceHeader
 from featray.ct.regrid import upright_grid
-from featray.errors import Oddity, Reason, ScanError
+from featray.errors import Reason, ScanError, WarningCode
 
 SAME_PLACE_MM = 0.01
 """Slices closer than this lie at one position."""
@@ -76,7 +76,7 @@ def stack(
     affine = _affine(slices[0], positions)
     if not tilted and not uneven:
         return Stack(order, affine)
-    found = {Reason.GANTRY_TILT.value: tilted, Oddity.RESAMPLED_STEPS.value: uneven}
+    found = {Reason.GANTRY_TILT.value: tilted, WarningCode.RESAMPLED_STEPS.value: uneven}
     warnings = tuple(code for code, present in found.items() if present)
     return Stack(order, upright_grid(affine, positions), positions, warnings)
 

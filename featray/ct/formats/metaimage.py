@@ -31,7 +31,7 @@ from featray.ct.formats.voxel_data import (
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
-from featray.errors import Oddity, Reason, ScanError
+from featray.errors import Reason, ScanError, WarningCode
 
 MAX_HEADER_BYTES = 2**16
 """Text before the data; real ones have 15 lines."""
@@ -134,7 +134,7 @@ def _affine(header: _Header) -> tuple[Affine, tuple[str, ...]]:
     if spacing[:3].min() <= 0 or np.abs(np.linalg.norm(affine[:3, :3], axis=0) - 1).max() > 1e-3:
         raise ScanError(Reason.UNREADABLE, "spacing is not above 0, or the matrix holds no unit vectors")
     affine[:, :3] *= spacing[:3]
-    return affine, () if matrix_key is not None else (Oddity.ORIENTATION_UNKNOWN.value,)
+    return affine, () if matrix_key is not None else (WarningCode.ORIENTATION_UNKNOWN.value,)
 
 
 def _content(data: memoryview, header: _Header, layout: Layout) -> Buffer:

@@ -41,7 +41,7 @@ from featray.ct.formats.voxel_data import (
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
-from featray.errors import Oddity, Reason, ScanError
+from featray.errors import Reason, ScanError, WarningCode
 
 MAX_EXTENSION_BYTES = 2**26
 """Header extensions before the voxels; real ones are a few kB."""
@@ -198,14 +198,14 @@ def _chosen_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tup
     if sform is None and qform is None:
         if any(coded):
             raise ScanError(Reason.UNREADABLE, "neither sform nor qform holds a usable affine")
-        return np.diag([*_pixdim_mm(header), 1.0]), (Oddity.ORIENTATION_UNKNOWN.value,)
+        return np.diag([*_pixdim_mm(header), 1.0]), (WarningCode.ORIENTATION_UNKNOWN.value,)
     if sform is None:
         assert qform is not None
-        code = Oddity.SFORM_QFORM_DIFFER if coded[0] else Oddity.QFORM_ONLY
+        code = WarningCode.SFORM_QFORM_DIFFER if coded[0] else WarningCode.QFORM_ONLY
         return qform, (code.value,)
     differ = coded[1] and (qform is None or _differ(sform, qform, shape_zyx))
     differ = differ or _spacing_differs(header, sform, shape_zyx)
-    return sform, (Oddity.SFORM_QFORM_DIFFER.value,) if differ else ()
+    return sform, (WarningCode.SFORM_QFORM_DIFFER.value,) if differ else ()
 
 
 def _sform(header: Any) -> Affine | None:

@@ -32,7 +32,7 @@ from featray.ct.formats.voxel_data import (
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
-from featray.errors import Oddity, Reason, ScanError
+from featray.errors import Reason, ScanError, WarningCode
 
 MAX_HEADER_BYTES = 2**22
 """Text before the data; with a whole DICOM header as key/value pairs it is some 100 kB."""
@@ -159,7 +159,7 @@ def _affine(header: Mapping[str, Any]) -> tuple[Affine, tuple[str, ...]]:
     affine[:3, 3] = _vectors([header.get("space origin", np.zeros(3))], 1)[0]
     affine[:3] *= _mm_per_unit(header)
     if to_lps is None:
-        return affine, (Oddity.ORIENTATION_UNKNOWN.value,)
+        return affine, (WarningCode.ORIENTATION_UNKNOWN.value,)
     affine[:3] *= np.array(to_lps)[:, None]
     return affine, ()
 

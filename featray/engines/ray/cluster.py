@@ -12,7 +12,7 @@ from typing import Any
 
 from featray.config import LimitsConfig, RunConfig
 from featray.errors import ConfigError
-from featray.hardware import usable_cores
+from featray.hardware import count_usable_cores
 from featray.terminal.native_stderr import hold_back
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ def _refuse_unreachable(address: str | None) -> None:
 
 def _local() -> dict[str, Any]:
     """Return how to start a Ray on this machine: an actor and a decode task share a lone core."""
-    return {"include_dashboard": False, **({"num_cpus": 2} if usable_cores() < 2 else {})}
+    return {"include_dashboard": False, **({"num_cpus": 2} if count_usable_cores() < 2 else {})}
 
 
 def compare_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:

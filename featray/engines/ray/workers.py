@@ -25,7 +25,7 @@ from featray.engines.decoding.process_pool import Helpers
 from featray.engines.decoding.scan_pool import Attempts
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.decode import Decoder
-from featray.stages.extract import Extractor, extract
+from featray.stages.extract import LayerExtractor, extract
 
 _NEVER = threading.Event()
 _HELPERS_FIRST_S = 5.0
@@ -124,7 +124,7 @@ def _ended_on_error(decoders: Decoders) -> Iterator[Decoders]:
 class ExtractBatch:
     """Rows of model inputs → rows of features; holds the model."""
 
-    def __init__(self, load_extractor: Callable[[], Extractor]) -> None:
+    def __init__(self, load_extractor: Callable[[], LayerExtractor]) -> None:
         self._extractor = load_extractor()
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
@@ -141,13 +141,13 @@ class ExtractBatch:
 class DecodeAndExtractBatch:
     """Rows of listed scans → rows of features; holds the model, and helpers that decode ahead of it."""
 
-    def __init__(self, load_extractor: Callable[[], Extractor], how: Decoding, batch_scans: int) -> None:
+    def __init__(self, load_extractor: Callable[[], LayerExtractor], how: Decoding, batch_scans: int) -> None:
         self._how, self._batch_scans = how, batch_scans
         self._decoders = Decoders(how)
         # In a thread, so that the first scans are decoded while TensorFlow is imported.
-        self._extractor: Future[Extractor] = ThreadPoolExecutor(1).submit(self._loaded, load_extractor)
+        self._extractor: Future[LayerExtractor] = ThreadPoolExecutor(1).submit(self._loaded, load_extractor)
 
-    def _loaded(self, load_extractor: Callable[[], Extractor]) -> Extractor:
+    def _loaded(self, load_extractor: Callable[[], LayerExtractor]) -> LayerExtractor:
         """Load the model once decoding has begun: both import for seconds, and this one can wait."""
         until = time.monotonic() + _HELPERS_FIRST_S
         while not self._decoders.are_up() and time.monotonic() < until:

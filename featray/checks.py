@@ -130,9 +130,9 @@ def refuse_mass_removal(plan: Plan, limits: LimitsConfig, *, refresh: bool) -> N
 def _problems_of_tags(config: Config) -> list[str]:
     if not config.privacy.dicom_tags:
         return []
-    from featray.ct.dicom.tags import unknown_keywords
+    from featray.ct.dicom.tags import find_unknown_keywords
 
-    unknown = unknown_keywords(config.privacy.dicom_tags)
+    unknown = find_unknown_keywords(config.privacy.dicom_tags)
     return [f"privacy.dicom_tags: DICOM knows no keyword {keyword!r}" for keyword in unknown]
 
 

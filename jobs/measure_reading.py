@@ -105,13 +105,15 @@ def _dicom_ways(folder: Path) -> dict[str, Callable[[], Any]]:
 
 
 def _read_series(folder: Path) -> Any:
-    from featray.ct.dicom.read import group_series, read_header, read_series
+    from featray.ct.dicom.group import group_into_scans
+    from featray.ct.dicom.header import read_header
+    from featray.ct.dicom.read import read_series
 
     headers = []
     for path in sorted(folder.iterdir()):
         with path.open("rb") as file:
             headers.append(read_header(file, path.name))
-    (series,) = group_series(headers)
+    (series,) = group_into_scans(headers)
     files = [(name, (folder / name).read_bytes()) for name in series.files]
     return read_series(files, max_voxels=10**10)
 

@@ -109,14 +109,14 @@ def test_only_what_changed_is_read_again(
 def test_headers_of_unchanged_dicom_folders_are_not_read_again(
     config_of: Any, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from featray.ct.dicom import read as dicom
+    from featray.collection import discover
 
     config = config_of()
     assert config["source"]["uri"] == str(phantoms)
     featray.extract(config)
-    opened, original = [], dicom.read_header
+    opened, original = [], discover.read_header
     monkeypatch.setattr(
-        dicom, "read_header", lambda stream, name: opened.append(name) or original(stream, name)
+        discover, "read_header", lambda stream, name: opened.append(name) or original(stream, name)
     )
     before = tree_of(config)
     assert featray.refresh(config).done == 0

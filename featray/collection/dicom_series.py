@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 
 from featray.collection.cache import KnownGroup, KnownSeries, ListingMemory
 from featray.collection.files import File, Found, How, Place, common_place, scan_of
-from featray.ct.dicom import read as dicom
+from featray.ct.dicom.group import group_into_scans
+from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason
 from featray.storage.urls import hash_of, mask_url
 
@@ -61,7 +62,7 @@ def _recalled(place: Place, files: Sequence[File], how: How, memory: ListingMemo
     key = _hash(f"{mask_url(how.source.uri)}\n{place.archive}")
     trusted = [group for group in memory.recall(key) if _is_unchanged(group, folders)]
     unread = folders.keys() - {folder for group in trusted for folder in group.folders}
-    headers: list[dicom.SliceHeader] = []
+    headers: list[SliceHeader] = []
     while unread:
         headers += _headers(place, [file for folder in sorted(unread) for file in folders[folder]])
         uids = {_uid(header.series_uid) for header in headers if header.series_uid}
@@ -74,20 +75,20 @@ def _recalled(place: Place, files: Sequence[File], how: How, memory: ListingMemo
     return sorted(series, key=lambda one: one.names)
 
 
-def _headers(place: Place, files: Sequence[File]) -> list[dicom.SliceHeader]:
+def _headers(place: Place, files: Sequence[File]) -> list[SliceHeader]:
     with ThreadPoolExecutor(place.threads) as pool:  # object stores answer in parallel
         return list(pool.map(place.header, files))
 
 
-def _series_of(headers: Sequence[dicom.SliceHeader], how: How) -> list[_Series]:
-    groups = dicom.group_series(headers, accept_other_modalities=how.policy.not_ct == "warn")
+def _series_of(headers: Sequence[SliceHeader], how: How) -> list[_Series]:
+    groups = group_into_scans(headers, accept_other_modalities=how.policy.not_ct == "warn")
     return [
         _Series(
             group.files,
             KnownSeries(
                 files=None,
-                uid=_uid(group.uid),
-                own=hashlib.sha256(f"{group.uid}\n{min(group.files)}".encode()).hexdigest()[:8],
+                uid=_uid(group.series_uid),
+                own=hashlib.sha256(f"{group.series_uid}\n{min(group.files)}".encode()).hexdigest()[:8],
                 reason=group.reason,
                 excluded=group.excluded,
                 message=group.message,
@@ -118,7 +119,7 @@ def _candidates(names: Iterable[str], folders: _Folders) -> tuple[str, ...]:
 
 
 def _to_remember(
-    series: Sequence[_Series], headers: Sequence[dicom.SliceHeader], folders: _Folders
+    series: Sequence[_Series], headers: Sequence[SliceHeader], folders: _Folders
 ) -> Iterator[KnownGroup]:
     """Yield the groups of folders that share series, with their series; not what may pass by itself."""
     uids: dict[str, set[str]] = defaultdict(set)

@@ -35,7 +35,7 @@ from featray.collection.files import (
 )
 from featray.collection.listing import Listing
 from featray.collection.zip_archives import found_in_archive
-from featray.ct.dicom import read as dicom
+from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_header
 from featray.ct.formats.zip_archive import ZIP_SUFFIX
 from featray.errors import Reason, ScanError
 from featray.storage import retry
@@ -142,15 +142,15 @@ def _half_of_a_pair(file: File, place: Place, how: How) -> Found:
     return Found(replace(scan, reason=Reason.UNREADABLE, message=message), (file,))
 
 
-def _header(fs: fsspec.AbstractFileSystem, file: File) -> dicom.SliceHeader:
+def _header(fs: fsspec.AbstractFileSystem, file: File) -> SliceHeader:
     """Return a file's DICOM header; it says itself when the file is none, or cannot be opened."""
 
-    def read() -> dicom.SliceHeader:
+    def read() -> SliceHeader:
         with fs.open(file.path, "rb", block_size=2**16) as stream:
-            return dicom.read_header(stream, file.name)
+            return read_header(stream, file.name)
 
     try:
         return retry.retried(read, retry.SOURCE_DEADLINE_S)
     except OSError as error:
         problem = ScanError(Reason.STORAGE, f"could not be opened ({retry.kind_of(error)})")
-        return dicom.unreadable_header(file.name, problem)
+        return make_unreadable_header(file.name, problem)

@@ -11,7 +11,7 @@ from typing import Any
 
 from featray.collection.cache import ListingMemory
 from featray.config import PolicyConfig, SourceConfig
-from featray.ct.dicom.read import SliceHeader
+from featray.ct.dicom.header import SliceHeader
 from featray.ct.formats import npy
 from featray.schema import Scan
 from featray.storage.urls import file_checksum, file_version, fingerprint, mask_url, utf8

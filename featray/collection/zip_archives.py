@@ -10,7 +10,8 @@ from dataclasses import replace
 import fsspec
 
 from featray.collection.files import File, Found, How, Place, is_visible, scan_of
-from featray.ct.dicom import read as dicom
+from featray.ct.dicom.elements import MAX_HEADER_BYTES
+from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_header
 from featray.ct.formats.zip_archive import MAX_ARCHIVE_BYTES, Archive, open_archive
 from featray.errors import Reason, ScanError
 from featray.storage import retry
@@ -61,12 +62,12 @@ def _failed(file: File, error: ScanError, how: How) -> Found:
     return Found(replace(scan, reason=error.reason, message=str(error)), (file,))
 
 
-def _archived_header(archive: Archive, file: File) -> dicom.SliceHeader:
+def _archived_header(archive: Archive, file: File) -> SliceHeader:
     """Return a member's DICOM header; more of it is only inflated where its head does not do."""
     try:
-        header = dicom.read_header(io.BytesIO(archive.head(file.path, _HEADER_BYTES)), file.name)
+        header = read_header(io.BytesIO(archive.head(file.path, _HEADER_BYTES)), file.name)
         if header.problem is not Reason.TRUNCATED or file.size <= _HEADER_BYTES:
             return header
-        return dicom.read_header(io.BytesIO(archive.head(file.path, dicom.HEADER_LIMIT)), file.name)
+        return read_header(io.BytesIO(archive.head(file.path, MAX_HEADER_BYTES)), file.name)
     except ScanError as error:
-        return dicom.unreadable_header(file.name, error)
+        return make_unreadable_header(file.name, error)

@@ -186,7 +186,7 @@ def test_only_what_changed_is_read_and_what_shares_a_series_with_it(
 
 def test_what_could_not_be_opened_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = series(tmp_path / "s", 0)
-    original = discover.dicom.read_header
+    original = discover.read_header
 
     def failing(stream: Any, name: str) -> Any:
         if name.endswith(files[1].name):
@@ -194,7 +194,7 @@ def test_what_could_not_be_opened_is_not_remembered(tmp_path: Path, monkeypatch:
         return original(stream, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(discover.dicom, "read_header", failing)
+        patch.setattr(discover, "read_header", failing)
         memory = ListingMemory()
         assert any(scan.reason == "storage" for scan in listed(tmp_path, memory).scans)
     memory = ListingMemory.from_bytes(memory.to_bytes())

@@ -21,7 +21,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from featray.config import PreprocessConfig
-from featray.ct.dicom import read as dicom
+from featray.ct.dicom.read import read_series
 from featray.ct.formats.nifti import read_nifti
 from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
@@ -184,7 +184,7 @@ def test_half_of_all_orientations_can_be_written_as_dicom() -> None:
 def test_a_dicom_lesion_is_at_its_place_for_every_plane_and_file_order(stored: str, backwards: bool) -> None:
     files = dicom_files(stored)[:: -1 if backwards else 1]
 
-    volume = dicom.read_series(files, max_voxels=1000)
+    volume = read_series(files, max_voxels=1000)
 
     assert place_mm(volume, brightest(volume)) == pytest.approx(LESION_MM, abs=1e-3)
     for wanted in WANTED:
@@ -204,7 +204,7 @@ def test_dicom_agrees_with_simpleitk_that_reads_the_same_files(stored: str, tmp_
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
     theirs = sitk.DICOMOrient(reader.Execute(), "LPS")
 
-    ours = reorient(dicom.read_series(files, max_voxels=1000), "LPS")
+    ours = reorient(read_series(files, max_voxels=1000), "LPS")
 
     assert np.array_equal(ours.voxels_zyx, sitk.GetArrayViewFromImage(theirs))
     assert ours.affine_lps[:3, 3] == pytest.approx(theirs.GetOrigin(), abs=1e-3)

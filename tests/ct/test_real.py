@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from featray.ct import hu_statistics
-from featray.ct.dicom.read import Series, group_series, read_header, read_series
+from featray.ct.dicom.group import DicomScan, group_into_scans
+from featray.ct.dicom.header import read_header
+from featray.ct.dicom.read import read_series
 from featray.ct.formats.nifti import read_nifti
 from featray.ct.volume import Volume
 from featray.errors import ScanError
@@ -45,15 +47,15 @@ ODD: dict[str, dict[str, set[str]]] = {
 """Case → beginning of an entry's first file → outcomes that are acceptable there (cases.csv)."""
 
 
-def grouped(folder: Path) -> list[Series]:
+def grouped(folder: Path) -> list[DicomScan]:
     headers = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
             headers.append(read_header(file, path.relative_to(folder).as_posix()))
-    return group_series(headers)
+    return group_into_scans(headers)
 
 
-def read_entry(folder: Path, series: Series) -> Volume:
+def read_entry(folder: Path, series: DicomScan) -> Volume:
     files = [(name, (folder / name).read_bytes()) for name in series.files]
     return read_series(files, max_voxels=LIMIT)
 
@@ -65,7 +67,7 @@ def read_item(path: Path) -> Volume:
     return read_entry(path, series)
 
 
-def outcome(folder: Path, series: Series) -> str:
+def outcome(folder: Path, series: DicomScan) -> str:
     if series.reason:
         return series.reason.value
     try:

@@ -14,7 +14,9 @@ import SimpleITK as sitk  # noqa: N813 - the name its users know
 from numpy.typing import NDArray
 
 from featray.ct import geometry
-from featray.ct.dicom.read import group_series, read_header, read_series
+from featray.ct.dicom.group import group_into_scans
+from featray.ct.dicom.header import read_header
+from featray.ct.dicom.read import read_series
 from featray.ct.formats.voxel_data import as_shifted_slices
 from featray.ct.regrid import onto_axes, onto_axes_size, upright, upright_grid, upright_size
 from featray.ct.reorient import reorient
@@ -228,7 +230,7 @@ def test_every_kind_of_voxel_is_taken(dtype: str) -> None:
 def test_the_tilted_head_is_read_whole_when_both_may_be_resampled(shared_ct: Path) -> None:
     folder = shared_ct / "odd" / "gantry-tilt-variable-step"
     files = [(path.name, path.read_bytes()) for path in sorted(folder.iterdir())]
-    (series,) = group_series([read_header(io.BytesIO(data), name) for name, data in files])
+    (series,) = group_into_scans([read_header(io.BytesIO(data), name) for name, data in files])
     files = [file for file in files if file[0] in series.files]
 
     for only in ({"resample_tilt": True}, {"resample_steps": True}):

@@ -21,7 +21,7 @@ BIG_ENDIAN = "1.2.840.10008.1.2.2"
 PIXEL_DATA = 0x7FE00010
 TRANSFER_SYNTAX = 0x00020010
 
-HEADER_LIMIT = 2**25
+MAX_HEADER_BYTES = 2**25
 """Bytes before the pixels; headers have some kB, those of large multi-frame files some MB."""
 
 _UNDEFINED = 0xFFFFFFFF
@@ -72,7 +72,7 @@ class Elements:
     pixel_length: int | None = None
 
 
-def walk(data: bytes, wanted: frozenset[int], most: int = HEADER_LIMIT) -> Elements:
+def walk(data: bytes, wanted: frozenset[int], most: int = MAX_HEADER_BYTES) -> Elements:
     """Return the wanted top-level elements of a DICOM file, up to its pixel data.
 
     `data` may be the beginning of a file: then `End.CUT` says that more is needed. A deflated data

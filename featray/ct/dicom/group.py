@@ -63,12 +63,12 @@ _UNFINISHED = re.compile(r"\.(part|partial|tmp|filepart|crdownload|download)$")
 
 
 @dataclass(frozen=True)
-class Series:
+class DicomScan:
     """One scan as found: its files and, if it is not to be read, why.
 
     Attributes:
         files: Names of the headers given, sorted; what `read_series` needs if `reason` is None.
-        uid: SeriesInstanceUID, empty if the files have none.
+        series_uid: SeriesInstanceUID, empty if the files have none.
         reason: None for a scan to read.
         excluded: True if left out by rule, false if failed; only with a reason.
         message: The reason in words, for people.
@@ -76,14 +76,16 @@ class Series:
     """
 
     files: tuple[str, ...]
-    uid: str
+    series_uid: str
     reason: Reason | None = None
     excluded: bool = False
     message: str = ""
     warnings: tuple[str, ...] = ()
 
 
-def group_series(headers: Sequence[SliceHeader], *, accept_other_modalities: bool = False) -> list[Series]:
+def group_into_scans(
+    headers: Sequence[SliceHeader], *, accept_other_modalities: bool = False
+) -> list[DicomScan]:
     """Return the scans among the files of one folder or one whole collection, by first file name.
 
     Every header ends in exactly one entry, except what rules 1 and 5 drop, and damaged files that may
@@ -155,7 +157,7 @@ def _code(text: str) -> str:
     return text if text in _NAMED else "not CT"
 
 
-def _scans(members: list[SliceHeader], others: frozenset[str]) -> list[Series]:
+def _scans(members: list[SliceHeader], others: frozenset[str]) -> list[DicomScan]:
     """Return the entries of one SeriesInstanceUID."""
     excluded: dict[tuple[Reason, str], list[SliceHeader]] = defaultdict(list)
     slices = []
@@ -180,13 +182,13 @@ def _other(slices: list[SliceHeader]) -> tuple[str, ...]:
     return (Reason.NOT_CT.value,) if any(s.modality in _OTHER_MODALITIES for s in slices) else ()
 
 
-def _left_out(excluded: dict[tuple[Reason, str], list[SliceHeader]]) -> list[Series]:
+def _left_out(excluded: dict[tuple[Reason, str], list[SliceHeader]]) -> list[DicomScan]:
     """Return one entry for all that a UID holds beside slices; the commonest reason speaks."""
     if not excluded:
         return []
     reason, message = max(excluded, key=lambda why: len(excluded[why]))
     headers = [header for found in excluded.values() for header in found]
-    return [Series(_names(headers), headers[0].series_uid, reason, True, message)]
+    return [DicomScan(_names(headers), headers[0].series_uid, reason, True, message)]
 
 
 def _copies(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
@@ -216,7 +218,7 @@ def _marks(slices: list[SliceHeader]) -> set[object]:
     return uids | places
 
 
-def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[Series]:
+def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
     """Return one entry per orientation, matrix and kind.
 
     Damaged files fail them all. Slices without a place go with the largest stack, where reading
@@ -228,7 +230,7 @@ def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[Series
     stacks = sorted(_alike(placed), key=len, reverse=True) or [[]]
     main, others = stacks[0] + unplaced, stacks[1:]
     if not main:
-        return [_with_broken(Series((), broken[0].series_uid), broken)]
+        return [_with_broken(DicomScan((), broken[0].series_uid), broken)]
     damaged = [stack for stack in others if _is_in_line(stack, main)]
     main = main + [header for stack in damaged for header in stack]
     others = [stack for stack in others if stack not in damaged]
@@ -241,12 +243,12 @@ def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[Series
     return [_with_broken(entry, broken) for entry in found + [_multiframe_copy(stack) for stack in copies]]
 
 
-def _entries(stack: list[SliceHeader], warnings: tuple[str, ...]) -> list[Series]:
+def _entries(stack: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
     """Return one entry for each volume of a stack."""
     parts = volumes(stack)
     if len(parts) > 1:
         warnings = tuple(dict.fromkeys([*warnings, Reason.DUPLICATE_SLICES.value]))
-    return [Series(_names(part), part[0].series_uid, warnings=warnings) for part in parts]
+    return [DicomScan(_names(part), part[0].series_uid, warnings=warnings) for part in parts]
 
 
 def _has_place(header: SliceHeader) -> bool:
@@ -304,18 +306,18 @@ def _is_copy(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
     return frames > 1 and frames == len(main) and first.frames == 1 and same_matrix
 
 
-def _multiframe_copy(stack: list[SliceHeader]) -> Series:
+def _multiframe_copy(stack: list[SliceHeader]) -> DicomScan:
     message = "a multi-frame copy of the single frames with the same SeriesInstanceUID; those are read"
-    return Series(_names(stack), stack[0].series_uid, Reason.DUPLICATE_SLICES, True, message)
+    return DicomScan(_names(stack), stack[0].series_uid, Reason.DUPLICATE_SLICES, True, message)
 
 
-def _with_broken(series: Series, broken: list[SliceHeader]) -> Series:
+def _with_broken(series: DicomScan, broken: list[SliceHeader]) -> DicomScan:
     for header in broken:
         series = _failed(series, header)
     return series
 
 
-def _failed(series: Series, header: SliceHeader) -> Series:
+def _failed(series: DicomScan, header: SliceHeader) -> DicomScan:
     """Return the series with a damaged file in it; left out by rule it stays left out."""
     files = tuple(sorted({*series.files, header.name}))
     if series.reason:
@@ -326,7 +328,7 @@ def _failed(series: Series, header: SliceHeader) -> Series:
     return replace(series, files=files, reason=header.problem, message=message)
 
 
-def _with_strays(series: list[Series], strays: list[SliceHeader]) -> list[Series]:
+def _with_strays(series: list[DicomScan], strays: list[SliceHeader]) -> list[DicomScan]:
     """Return the series with the damaged files whose UID is unknown where they belong."""
     owners: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
     for index, found in enumerate(series):
@@ -338,7 +340,7 @@ def _with_strays(series: list[Series], strays: list[SliceHeader]) -> list[Series
         for index in neighbours:
             series[index] = _failed(series[index], header)
         if not neighbours and _claims_dicom(header):
-            own.append(_failed(Series((header.name,), ""), header))
+            own.append(_failed(DicomScan((header.name,), ""), header))
     return series + own
 
 

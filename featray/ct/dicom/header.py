@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-from featray.ct.dicom.elements import HEADER_LIMIT, Elements, End, text, walk
+from featray.ct.dicom.elements import MAX_HEADER_BYTES, Elements, End, text, walk
 from featray.errors import Reason, ScanError
 
 _TAGS = {
@@ -58,7 +58,7 @@ _PLAIN_TEXTS = (
 )
 _WANTED = frozenset(_TAGS.values())
 _DIRECTORY = "1.2.840.10008.1.3.10"
-_READ_SIZES = (2**15, 2**18, 2**21, HEADER_LIMIT)
+_READ_SIZES = (2**15, 2**18, 2**21, MAX_HEADER_BYTES)
 
 _WHY = {
     End.CUT: (Reason.TRUNCATED, "an element runs past the end of the file (cut, or a damaged length)"),
@@ -180,12 +180,12 @@ def read_header(file: BinaryIO, name: str) -> SliceHeader:
     return slice_header(elements, name, data[128:132] == b"DICM")
 
 
-def unreadable_header(name: str, error: ScanError) -> SliceHeader:
+def make_unreadable_header(name: str, error: ScanError) -> SliceHeader:
     """Return the header of a file that could not even be opened, for grouping to place."""
     return SliceHeader(name, error.reason, str(error), is_dicom=False)
 
 
-def parse_slice(data: bytes, name: str, most: int = HEADER_LIMIT) -> tuple[SliceHeader, Elements]:
+def parse_slice(data: bytes, name: str, most: int = MAX_HEADER_BYTES) -> tuple[SliceHeader, Elements]:
     """Return header and elements of a whole file in memory; `most` as in `walk`.
 
     Raises:

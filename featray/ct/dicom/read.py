@@ -1,6 +1,6 @@
 """The files of one DICOM series in memory in, a checked Volume out; knows no paths and no storage.
 
-Header, grouping and reading: `read_header` for each file found, `group_series` for all of them,
+Header, grouping and reading: `read_header` for each file found, `group_into_scans` for all of them,
 `read_series` for the bytes of one entry's files. Every check is made here again from the bytes
 read, because the files may have changed since they were listed. Decisions:
 
@@ -23,25 +23,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.ct import geometry
-from featray.ct.dicom.elements import DEFLATED, HEADER_LIMIT, Elements
-from featray.ct.dicom.group import DICOM_SUFFIXES, Series, group_series
-from featray.ct.dicom.header import SliceHeader, parse_slice, read_header, unreadable_header
+from featray.ct.dicom.elements import DEFLATED, Elements
+from featray.ct.dicom.header import SliceHeader, parse_slice
 from featray.ct.dicom.pixels import check_format, check_size, stored_values
 from featray.ct.dicom.stack import check_alike, same_places, stack
 from featray.ct.rescale import LADDER, extremes, rescale, result_dtype
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError, WarningCode
-
-__all__ = [
-    "DICOM_SUFFIXES",
-    "HEADER_LIMIT",
-    "Series",
-    "SliceHeader",
-    "group_series",
-    "read_header",
-    "read_series",
-    "unreadable_header",
-]
 
 _FAR = 1e30
 """Scaled values beyond it would come near infinity in float32."""

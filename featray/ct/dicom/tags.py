@@ -24,7 +24,7 @@ def named_values(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
     Raises:
         ScanError: `unreadable` if pydicom cannot parse them.
     """
-    unknown = unknown_keywords(keywords)
+    unknown = find_unknown_keywords(keywords)
     known = [keyword for keyword in keywords if keyword not in unknown]
     if not known:
         return {}
@@ -40,7 +40,7 @@ def named_values(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
         ) from None
 
 
-def unknown_keywords(keywords: Sequence[str]) -> list[str]:
+def find_unknown_keywords(keywords: Sequence[str]) -> list[str]:
     """Return the keywords that DICOM does not know, such as misspelt ones."""
     return [keyword for keyword in keywords if tag_for_keyword(keyword) is None]
 

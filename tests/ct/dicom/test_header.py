@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from featray.ct.dicom.elements import End, fragments, text, walk
-from featray.ct.dicom.read import SliceHeader, read_header
+from featray.ct.dicom.header import SliceHeader, read_header
 from featray.errors import Reason
 
 KEYWORDS = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns", "BitsStored"]

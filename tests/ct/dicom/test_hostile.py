@@ -22,8 +22,10 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
-from featray.ct.dicom.elements import HEADER_LIMIT
-from featray.ct.dicom.read import group_series, read_header, read_series
+from featray.ct.dicom.elements import MAX_HEADER_BYTES
+from featray.ct.dicom.group import group_into_scans
+from featray.ct.dicom.header import read_header
+from featray.ct.dicom.read import read_series
 from featray.errors import Reason, ScanError
 
 Files = list[tuple[str, bytes]]
@@ -94,7 +96,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
 
 
 def outcome(files: Files) -> str:
-    group_series([read_header(io.BytesIO(data), name) for name, data in files])
+    group_into_scans([read_header(io.BytesIO(data), name) for name, data in files])
     try:
         volume = read_series(files, max_voxels=10**6)
     except ScanError as refused:
@@ -196,7 +198,7 @@ def test_a_deflated_bomb_is_inflated_no_further_than_its_header_claims(
     tracemalloc.start()
 
     refusal([("001.dcm", data)])
-    assert tracemalloc.get_traced_memory()[1] < 2.5 * HEADER_LIMIT
+    assert tracemalloc.get_traced_memory()[1] < 2.5 * MAX_HEADER_BYTES
     tracemalloc.stop()
 
 
@@ -241,7 +243,9 @@ TEXT_TAGS = [
 
 def messages(files: Files) -> set[str]:
     """What grouping and reading say of the files."""
-    said = {found.message for found in group_series([read_header(io.BytesIO(d), name) for name, d in files])}
+    said = {
+        found.message for found in group_into_scans([read_header(io.BytesIO(d), name) for name, d in files])
+    }
     try:
         read_series(files, max_voxels=10**6, dicom_tags=["Manufacturer"])
     except ScanError as refused:

@@ -15,7 +15,9 @@ from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from featray.ct.dicom.read import group_series, read_header, read_series
+from featray.ct.dicom.group import group_into_scans
+from featray.ct.dicom.header import read_header
+from featray.ct.dicom.read import read_series
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -28,7 +30,7 @@ EXPECTED = np.arange(120).reshape(5, 6, 4) - 1024
 
 
 def grouped_and_read(files: Files) -> Volume:
-    (series,) = group_series([read_header(io.BytesIO(data), name) for name, data in files])
+    (series,) = group_into_scans([read_header(io.BytesIO(data), name) for name, data in files])
     assert series.reason is None
     contents = dict(files)
     return read_series([(name, contents[name]) for name in series.files], max_voxels=10**6)
@@ -178,7 +180,7 @@ def test_a_slice_of_another_series_in_the_folder_is_an_entry_of_its_own(
     stray = ("stray", file_bytes(series_of(1, uid="9.9")["001.dcm"]))
     files = [*written(series_of(), file_bytes), stray]
 
-    found = group_series([read_header(io.BytesIO(data), name) for name, data in files])
+    found = group_into_scans([read_header(io.BytesIO(data), name) for name, data in files])
 
     assert sorted(len(series.files) for series in found) == [1, 5]
 

@@ -14,7 +14,9 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import EnhancedCTImageStorage
 
-from featray.ct.dicom.read import Series, group_series, read_header, read_series
+from featray.ct.dicom.group import DicomScan, group_into_scans
+from featray.ct.dicom.header import read_header
+from featray.ct.dicom.read import read_series
 from featray.errors import Reason, ScanError
 
 SeriesOf = Callable[..., dict[str, Dataset]]
@@ -22,7 +24,7 @@ ToBytes = Callable[[Dataset], bytes]
 MR, PET = "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128"
 
 
-def shown(found: Iterable[Series]) -> list[tuple[int, str | None]]:
+def shown(found: Iterable[DicomScan]) -> list[tuple[int, str | None]]:
     return [(len(series.files), series.reason.value if series.reason else None) for series in found]
 
 
@@ -36,13 +38,13 @@ def outcomes(file_bytes: ToBytes) -> Callable[..., list[tuple[int, str]]]:
             for letter, folder in zip("abcdef", folders, strict=False)
             for name, dataset in folder.items()
         }
-        found = group_series([read_header(io.BytesIO(data), name) for name, data in files.items()])
+        found = group_into_scans([read_header(io.BytesIO(data), name) for name, data in files.items()])
         return [(len(series.files), outcome(series, files)) for series in found]
 
     return run
 
 
-def outcome(series: Series, files: dict[str, bytes]) -> str:
+def outcome(series: DicomScan, files: dict[str, bytes]) -> str:
     if series.reason:
         return ("excluded " if series.excluded else "") + series.reason.value
     try:
@@ -182,7 +184,7 @@ def test_a_damaged_file_in_a_split_series_fails_every_part(
     ]
     lost = replace(headers[0], name="3", problem=Reason.TRUNCATED, message="cut", position=None)
 
-    assert shown(group_series([*headers, lost])) == [(6, "truncated"), (6, "truncated")]
+    assert shown(group_into_scans([*headers, lost])) == [(6, "truncated"), (6, "truncated")]
 
 
 @pytest.mark.parametrize("tags", [{"Rows": 5}, {"ImageOrientationPatient": [0, 1, 0, 0, 0, 1]}])
@@ -205,8 +207,8 @@ def test_other_modalities_are_scans_only_where_they_are_accepted(
     files = {name: file_bytes(dataset) for name, dataset in slices.items()}
     headers = [read_header(io.BytesIO(data), name) for name, data in files.items()]
 
-    (left_out,) = group_series(headers)
-    (taken,) = group_series(headers, accept_other_modalities=True)
+    (left_out,) = group_into_scans(headers)
+    (taken,) = group_into_scans(headers, accept_other_modalities=True)
 
     assert (left_out.reason, left_out.excluded) == (Reason.NOT_CT, True)
     assert (taken.reason, taken.warnings) == (None, ("not_ct",))
@@ -226,7 +228,7 @@ def test_accepting_mr_leaves_reports_out_and_ct_without_a_warning(
         for name, dataset in folder.items()
     ]
 
-    found = group_series(headers, accept_other_modalities=True)
+    found = group_into_scans(headers, accept_other_modalities=True)
 
     assert shown(found) == [(5, None), (1, "not_ct")]
     assert found[0].warnings == ()

@@ -21,7 +21,7 @@ from featray.errors import Reason
 
 log = logging.getLogger(__name__)
 
-_STAMP = b"featray.collection"
+_STAMP = b"featray.listing"  # a key in stored files, which must not follow the name of this package
 _SERIES = pa.struct(
     [
         ("files", pa.list_(pa.int32())),

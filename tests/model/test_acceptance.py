@@ -25,7 +25,7 @@ DENSE = """
 """
 SEED = """
     import keras
-    from featray.vae import Sampling
+    from featray.synthetic.vae import Sampling
     def build():
         volume = keras.Input((8, 32, 32, 1))
         x = volume
@@ -75,9 +75,9 @@ def encoder(tmp_path: Path, code: Callable[[str, str], Path]) -> tuple[Any, Spec
 
 
 def _object(source: Path, name: str) -> Any:
-    from featray.model.loading import load
+    from featray.model.loading.custom_code import import_object
 
-    found, _ = load._import_object(f"{source}:{name}", "builder", {})
+    found, _ = import_object(f"{source}:{name}", config_key="builder", storage_options={})
     return found
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from featray.errors import ConfigError, InputShapeError, ModelError
 from featray.model import Extractor, batch_buffers
-from featray.model.loading import load
+from featray.model.loading.custom_code import import_object
 
 Spec = Callable[..., dict[str, Any]]
 FOUR = (
@@ -165,7 +165,7 @@ def test_noise_with_a_fixed_seed_is_stochastic_too_as_it_depends_on_the_place_in
                 return x + keras.random.normal(keras.ops.shape(x), seed=5)
         """,
     )
-    noisy, _ = load._import_object(f"{source}:Noisy", "custom_objects", {})
+    noisy, _ = import_object(f"{source}:Noisy", config_key="custom_objects", storage_options={})
     keras.Sequential([keras.Input((2, 2, 2, 1)), noisy(name="noisy")]).save(tmp_path / "m.keras")
     with pytest.raises(ModelError, match="'noisy' gives other values"):
         Extractor(
@@ -292,7 +292,7 @@ def test_a_model_that_cannot_run_on_this_machine_is_refused_with_the_reason(
                     return tf.identity(x)
         """,
     )
-    fails, _ = load._import_object(f"{source}:Fails", "custom_objects", {})
+    fails, _ = import_object(f"{source}:Fails", config_key="custom_objects", storage_options={})
     keras.Sequential([keras.Input((2, 2, 2, 1)), fails(name="fails")]).save(tmp_path / "m.keras")
     section = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Fails"], "layers": ["fails"]}
     with pytest.raises(ModelError, match=r"fails on inputs of shape \(2, 2, 2, 1\) .*no kernel here"):

@@ -12,7 +12,7 @@ import pytest
 
 from featray.errors import InputShapeError, ModelError
 from featray.model import Extractor, check_invariance, list_layers
-from featray.model.loading import load
+from featray.model.loading.custom_code import import_object
 
 SHAPE = (4, 4, 4, 1)
 CODE = """
@@ -39,7 +39,7 @@ def mixing(tmp_path: Path, code: Callable[[str, str], Path]) -> Make:
 
     def make(name: str) -> dict[str, Any]:
         source = code("mixing.py", CODE)
-        own, _ = load._import_object(f"{source}:{name}", "custom_objects", {})
+        own, _ = import_object(f"{source}:{name}", config_key="custom_objects", storage_options={})
         model = own() if issubclass(own, keras.Model) else _chain(own(name="whiten"))
         model(np.zeros((1, *SHAPE), np.float32))
         model.save(tmp_path / "m.keras")

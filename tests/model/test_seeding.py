@@ -14,7 +14,7 @@ import pytest
 
 from featray.errors import InputShapeError, ModelError
 from featray.model import Extractor
-from featray.model.loading import load
+from featray.model.loading.custom_code import import_object
 
 SHAPE = (2, 2, 2, 1)
 NAMES = ["one", "two", "three", "four", "five"]
@@ -61,7 +61,7 @@ def noisy(tmp_path: Path, code: Callable[[str, str], Path]) -> Callable[[str], d
 
     def make(noise: str) -> dict[str, Any]:
         source = code("noisy.py", HEAD.format(noise=noise))
-        layer, _ = load._import_object(f"{source}:Noisy", "custom_objects", {})
+        layer, _ = import_object(f"{source}:Noisy", config_key="custom_objects", storage_options={})
         chain = [keras.layers.Conv3D(2, 1, name="clean"), layer(name="noisy")]
         keras.Sequential([keras.Input(SHAPE), *chain]).save(tmp_path / "m.keras")
         return {

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
-import importlib.util
-import inspect
 import json
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
 from featray.model import runtime
 from featray.model.loading import download, keras2, model_file, weights
+from featray.model.loading.custom_code import import_object
 from featray.model.loading.model_file import CustomEntry, Kind, Saved
 
 _KERAS_MODULES = (
@@ -241,7 +237,7 @@ def _from_builder(
     files: dict[str, str],
 ) -> Any:
     assert spec.builder is not None
-    build, digest = _import_object(spec.builder, "builder", spec.storage_options)
+    build, digest = import_object(spec.builder, config_key="builder", storage_options=spec.storage_options)
     files[f"builder {Path(spec.builder).name}"] = digest
     name = spec.builder.rpartition(":")[2]
     try:
@@ -313,8 +309,8 @@ def _custom_objects(spec: ModelConfig, files: dict[str, str]) -> dict[str, Any]:
     problems = []
     for text in spec.custom_objects:
         try:
-            found, files[f"custom {Path(text).name}"] = _import_object(
-                text, "custom_objects", spec.storage_options
+            found, files[f"custom {Path(text).name}"] = import_object(
+                text, config_key="custom_objects", storage_options=spec.storage_options
             )
         except ModelError as error:
             problems += error.problems
@@ -375,49 +371,6 @@ def _is_keras_name(name: str) -> bool:
     import keras
 
     return name in _INTERNAL_NAMES or any(hasattr(getattr(keras, module), name) for module in _KERAS_MODULES)
-
-
-def _import_object(text: str, key: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:
-    """Return the object that `file.py:NAME` or `package.module:NAME` names and its file's sha256."""
-    where, colon, name = text.rpartition(":")
-    if not colon or not where or not name:
-        raise ModelError(f"{key}: {text!r} is neither file.py:NAME nor package.module:NAME")
-    shown = f"{Path(where).name}:{name}"
-    try:
-        module, digest = (
-            _import_file(where, storage_options) if where.endswith(".py") else _import_module(where)
-        )
-    except ModelError as error:
-        raise ModelError([f"{key}: {line}" for line in error.problems]) from error
-    except Exception as error:  # importing runs user code
-        raise ModelError(f"{key}: {shown} cannot be imported ({runtime.brief(error)})") from error
-    if not hasattr(module, name):
-        raise ModelError(f"{key}: {shown}: the file has no {name}")
-    return getattr(module, name), digest
-
-
-def _import_file(where: str, storage_options: Mapping[str, Any]) -> tuple[ModuleType, str]:
-    file = download.local_file(where, storage_options)
-    unique = f"featray_custom_{file.path.stem}_{file.sha256[:16]}"
-    if unique in sys.modules:
-        return sys.modules[unique], file.sha256
-    description = importlib.util.spec_from_file_location(unique, file.path)
-    assert description is not None
-    assert description.loader is not None
-    module = importlib.util.module_from_spec(description)
-    sys.modules[unique] = module
-    try:
-        description.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[unique]
-        raise
-    return module, file.sha256
-
-
-def _import_module(where: str) -> tuple[ModuleType, str]:
-    module = importlib.import_module(where)
-    source = inspect.getsourcefile(module)
-    return module, download.sha256_of(Path(source)) if source else ""
 
 
 def _keras_failure(path: Path, content: Saved, reason: str) -> str:

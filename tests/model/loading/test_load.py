@@ -15,7 +15,7 @@ import pytest
 
 from featray.errors import ModelError
 from featray.model import Extractor
-from featray.model.loading import load
+from featray.model.loading.custom_code import import_object
 
 Spec = Callable[..., dict[str, Any]]
 Code = Callable[[str, str], Path]
@@ -197,7 +197,7 @@ def test_layers_saved_without_weights_are_refused_and_not_filled_at_random(
                 self.built = True
         """,
     )
-    late, _ = load._import_object(f"{source}:Late", "custom_objects", {})
+    late, _ = import_object(f"{source}:Late", config_key="custom_objects", storage_options={})
     model = late()
     model.build((None, 2, 2, 2, 1))
     model.save(tmp_path / "m.keras")
@@ -219,7 +219,7 @@ def test_a_subclassed_model_loads_with_its_class(tmp_path: Path, code: Code, vol
                 return self.conv(x)
         """,
     )
-    sub, _ = load._import_object(f"{source}:Sub", "custom_objects", {})
+    sub, _ = import_object(f"{source}:Sub", config_key="custom_objects", storage_options={})
     model = sub()
     expected = np.asarray(model(volumes[..., None])).mean((1, 2, 3))
     model.save(tmp_path / "m.keras")
@@ -285,7 +285,7 @@ def two_heads(code: Code) -> Callable[..., Any]:
                 return keras.Model(volume, [keras.layers.Dense(2, name=name)(x) for name in {heads}])
             """,
         )
-        build, _ = load._import_object(f"{source}:build", "builder", {})
+        build, _ = import_object(f"{source}:build", config_key="builder", storage_options={})
         return build(), f"{source}:build"
 
     return make
@@ -425,7 +425,7 @@ def test_a_model_without_declared_input_takes_volumes_or_images_as_it_can(
     tmp_path: Path, code: Code, name: str, size: tuple[int, ...], shape: tuple[int, ...]
 ) -> None:
     source = code("images.py", IMAGES)
-    own, _ = load._import_object(f"{source}:{name}", "builder", {})
+    own, _ = import_object(f"{source}:{name}", config_key="builder", storage_options={})
     model, x = own(), np.random.default_rng(0).random((2, *shape), np.float32)
     expected = np.asarray(model(x))
     model.save_weights(tmp_path / "m.weights.h5")
@@ -437,7 +437,7 @@ def test_a_model_without_declared_input_takes_volumes_or_images_as_it_can(
 
 def test_a_loaded_model_that_does_not_say_its_input_is_tried_too(tmp_path: Path, code: Code) -> None:
     source = code("images.py", IMAGES)
-    own, _ = load._import_object(f"{source}:Unsaid", "custom_objects", {})
+    own, _ = import_object(f"{source}:Unsaid", config_key="custom_objects", storage_options={})
     model, x = own(), np.random.default_rng(0).random((2, 8, 6, 3), np.float32)
     expected = np.asarray(model(x))
     model.save_weights(tmp_path / "m.weights.h5")

@@ -86,7 +86,7 @@ def _receipt(dataset: Dataset, scan_ids: Sequence[str]) -> Receipt:
     return write(extract(_random_layers, decoded), dataset, ("layer",), "recipe", "run")
 
 
-def _random_layers(batch: NDArray[np.float32], draws: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+def _random_layers(batch: NDArray[np.float32], seeds: Sequence[str]) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng()
     return {layer: rng.standard_normal((len(batch), width), np.float32) for layer, width in WIDTHS.items()}
 

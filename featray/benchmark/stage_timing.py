@@ -27,7 +27,7 @@ from featray.engines.prefetch import mapped
 from featray.errors import FeatrayError
 from featray.job import Job
 from featray.model import Extractor
-from featray.model.batch_buffers import joined
+from featray.model.batch_buffers import concatenate_rows
 from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
@@ -204,7 +204,7 @@ def _measure_model(
         tensors = [one.tensor for one in batch]
         if len({tensor.shape[1:] for tensor in tensors}) > 1:  # scans at their own sizes share no batch
             tensors = tensors[:1]
-        inputs = [joined(tensors)[0]] * (1 if calls == 1 else calls * IN_A_ROW)  # taken as they are
+        inputs = [concatenate_rows(tensors)[0]] * (1 if calls == 1 else calls * IN_A_ROW)  # taken as they are
         run_model = functools.partial(_run_model, model, inputs, calls)
         tally.time("model", {"bare": run_model}, scans=len(tensors) * len(inputs))
 

@@ -24,7 +24,7 @@ from featray.config import Config, ConfigInput
 from featray.errors import ExitCode, FeatrayError
 from featray.hardware import count_usable_cores
 from featray.job import choose_engine, load_extractor
-from featray.model import CutLayer, Extractor, check_invariance, list_layers
+from featray.model import Extractor, OutputLayer, check_invariance, list_layers
 from featray.output.dataset import Dataset
 from featray.output.lease import refuse_if_held
 from featray.recipe import recipe, recipe_id
@@ -178,7 +178,7 @@ class _Patient:
         same = [one for one in samples if one.shape == samples[0].shape]
         batch: NDArray[np.float32] | None = np.concatenate(same) if same else None
         found = check_invariance(self._config.model, self._config.input_zyx, batch)
-        yield ("FAIL" if found.problems else "PASS"), found.text()
+        yield ("FAIL" if found.problems else "PASS"), found.to_text()
 
     def output(self) -> Found:
         config = self._config
@@ -222,9 +222,9 @@ class _Patient:
             yield "WARN", f"{text}; lower run.decode.workers or limits.max_voxels"
 
     def accelerators(self) -> Found:
-        from featray.model.runtime import gpu_names
+        from featray.model.runtime import list_gpu_names
 
-        asked, there = self._config.run.actors.num_gpus, gpu_names()
+        asked, there = self._config.run.actors.num_gpus, list_gpu_names()
         if there:
             yield "PASS", f"TensorFlow sees {', '.join(there)} on this machine"
             if not asked:
@@ -245,7 +245,7 @@ def _kinds(listing: Listing) -> Sequence[str]:
     return sorted({scan.format for scan in listing.scans})
 
 
-def _shape(layer: CutLayer) -> str:
+def _shape(layer: OutputLayer) -> str:
     return "x".join("any" if size is None else str(size) for size in layer.shape) or "1"
 
 

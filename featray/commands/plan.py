@@ -19,7 +19,7 @@ from featray.engines.base import Stages
 from featray.engines.prefetch import mapped
 from featray.hardware import ModelThreads, count_usable_cores
 from featray.job import Job, RunScope, choose_engine
-from featray.model.runtime import gpu_names
+from featray.model.runtime import list_gpu_names
 from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
@@ -272,7 +272,7 @@ def _rate(decode_s: float, infer_s: float, threads: ModelThreads) -> float:
     With a GPU the model takes none of decoding's cores, and the slower of the two decides.
     """
     cores = count_usable_cores()
-    if gpu_names():
+    if list_gpu_names():
         return min(cores / decode_s, 1 / infer_s)
     model_cores = cores if threads.each is None else min(cores, threads.each + threads.calls - 1)
     return cores / (decode_s + model_cores * infer_s)

@@ -4,8 +4,8 @@ In: a `ModelConfig` and float32 batches. Out: one float32 array per chosen layer
 of scans, Ray or tables; importing it does not import TensorFlow.
 """
 
-from featray.model.extractor import CutLayer, Extractor
+from featray.model.extractor import Extractor, OutputLayer
 from featray.model.invariance import InvarianceReport, check_invariance
 from featray.model.list_layers import LayerInfo, list_layers
 
-__all__ = ["CutLayer", "Extractor", "InvarianceReport", "LayerInfo", "check_invariance", "list_layers"]
+__all__ = ["Extractor", "InvarianceReport", "LayerInfo", "OutputLayer", "check_invariance", "list_layers"]

@@ -21,8 +21,8 @@ _kept: list[NDArray[np.uint8]] = []
 """Memory of earlier batches that none is in: as much as was in use at once."""
 
 
-def joined(tensors: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Return the rows of all tensors in one array, and the memory it lies in, for `give_back`."""
+def concatenate_rows(tensors: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Return the rows of all tensors in one array, and the memory it lies in, for `release_buffer`."""
     shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
     size = 4 * math.prod(shape)
     memory = _memory(size + ALIGNMENT)
@@ -31,7 +31,7 @@ def joined(tensors: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32],
     return np.concatenate(tensors, out=rows), memory
 
 
-def give_back(memory: NDArray[np.uint8], results: Iterable[NDArray[Any]]) -> None:
+def release_buffer(memory: NDArray[np.uint8], results: Iterable[NDArray[Any]]) -> None:
     """Keep the memory for a later batch, unless results lie in it."""
     if not any(np.may_share_memory(memory, result) for result in results):
         _kept.append(memory)

@@ -29,7 +29,7 @@ _LONG_LOOK = 60
 
 
 @dataclass(frozen=True)
-class CutLayer:
+class OutputLayer:
     """One output of the cut model.
 
     Attributes:
@@ -62,7 +62,7 @@ class Extractor:
             its draw, see `__call__`.
     """
 
-    layers: tuple[CutLayer, ...]
+    layers: tuple[OutputLayer, ...]
     input_shape: Shape
     sha256: str
     files: dict[str, str]
@@ -107,13 +107,13 @@ class Extractor:
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
         self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in self._model.taps})
 
-    def __call__(self, batch: Batch, draws: Sequence[str] | None = None) -> dict[str, Batch]:
+    def __call__(self, batch: Batch, seeds: Sequence[str] | None = None) -> dict[str, Batch]:
         """Return {output name: float32 (n, *shape)} for any n, in model batches of the config's size.
 
         Args:
             batch: float32 (n, *input_shape), or without the axis of a single channel: volumes come as
                 (n, z, y, x); already windowed and scaled as the model expects.
-            draws: One text per row. Where outputs sample, the values of a row then follow from the
+            seeds: One text per row. Where outputs sample, the values of a row then follow from the
                 row and its text alone: rows are run one by one. null draws anew at each call.
 
         Raises:
@@ -121,16 +121,16 @@ class Extractor:
                 one draw per row.
         """
         whole = inputs.as_inputs(batch, self._model.shape)
-        if draws is not None and len(draws) != len(whole):
-            raise InputShapeError(f"expected one draw per row: {len(whole)}, got {len(draws)}")
+        if seeds is not None and len(seeds) != len(whole):
+            raise InputShapeError(f"expected one seed per row: {len(whole)}, got {len(seeds)}")
         if not len(whole):
             return {
                 layer.name: np.empty((0, *(size or 0 for size in layer.shape)), np.float32)
                 for layer in self.layers
             }
-        if draws is None or not self.is_stochastic:
+        if seeds is None or not self.is_stochastic:
             return self._run(whole)
-        return self._run_drawn(whole, draws)
+        return self._run_drawn(whole, seeds)
 
     def recipe_part(self) -> dict[str, Any]:
         """Return what of the model decides the values, JSON-ready; layer order does not matter."""
@@ -163,7 +163,7 @@ class Extractor:
         self._extract = prepare.computing(self._model, choices, self._spec.jit_compile)
         self._sources = seeding.sources(self._extract)
 
-    def _warm_up(self, choices: Sequence[Choice], problems: list[str]) -> list[CutLayer]:
+    def _warm_up(self, choices: Sequence[Choice], problems: list[str]) -> list[OutputLayer]:
         """Trace the cut model and run it on random input; note what varies and learn the true shapes."""
         self._trace(choices)
         try:
@@ -180,11 +180,11 @@ class Extractor:
         problems += odd
         return [self._described(choice, found.twin[choice.name].shape[1:]) for choice in choices]
 
-    def _described(self, choice: Choice, seen: tuple[int, ...]) -> CutLayer:
+    def _described(self, choice: Choice, seen: tuple[int, ...]) -> OutputLayer:
         traced = tuple(self._extract.structured_outputs[choice.name].shape)[1:]
         shape = traced if None in self._model.shape else seen
         kind = type(choice.tap.layer).__name__
-        return CutLayer(choice.name, choice.tap.path, choice.pool, shape, math.prod(seen), kind)
+        return OutputLayer(choice.name, choice.tap.path, choice.pool, shape, math.prod(seen), kind)
 
     def _oddity(self, choice: Choice, kind: str) -> str:
         """Return why an output cannot be had as it stands; empty when it can."""

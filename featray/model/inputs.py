@@ -230,7 +230,7 @@ def probe(run: Callable[[Batch], Result], shape: Shape, model: Any) -> Probe[Res
     half = {layer.compute_dtype for layer in model._flatten_layers()} & {"float16", "bfloat16"}
     hint = f"; the model computes in {min(half)}: try model.compute: float32" if half else ""
     where = f"{model.name!r} fails on inputs of shape {shown(shape)}"
-    raise ModelError(f"{where} ({runtime.brief(failure)}){hint}") from failure
+    raise ModelError(f"{where} ({runtime.summarize_error(failure)}){hint}") from failure
 
 
 def shown(shape: Shape) -> str:

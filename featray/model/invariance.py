@@ -54,7 +54,7 @@ class InvarianceReport:
             if value > variation.SAME
         ]
 
-    def text(self) -> str:
+    def to_text(self) -> str:
         """Return the findings and what to do, as one sentence."""
         if self.problems:
             return (

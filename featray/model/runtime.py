@@ -46,7 +46,7 @@ def configure(threads: ModelThreads = DEFAULT_THREADS, gpu: bool = True) -> None
         _grow_gpu_memory()
 
 
-def gpu_names() -> list[str]:
+def list_gpu_names() -> list[str]:
     """Return the GPUs that TensorFlow sees on this machine."""
     configure()
     import tensorflow as tf
@@ -57,7 +57,7 @@ def gpu_names() -> list[str]:
     return [str(found.get("device_name", "a GPU without a name")) for found in details]
 
 
-def brief(error: BaseException) -> str:
+def summarize_error(error: BaseException) -> str:
     """Return kind and first words of an error, without colours, stack and line breaks."""
     lines = [line for line in _COLOUR.sub("", str(error)).splitlines() if not _STACK.match(line)]
     text = " ".join(" ".join(lines).split())

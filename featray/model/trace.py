@@ -319,5 +319,5 @@ def _untraceable(model: Any, input_shape: Sequence[int | None], error: Exception
     inner = f"; to call a part of it instead set model.submodel to one of: {children}" if children else ""
     return (
         f"{model.name!r} cannot be called on an input of shape {list(input_shape)} "
-        f"({runtime.brief(error)}){inner}"
+        f"({runtime.summarize_error(error)}){inner}"
     )

@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from featray.errors import InputShapeError, Reason, ScanError
-from featray.model.batch_buffers import give_back, joined
+from featray.model.batch_buffers import concatenate_rows, release_buffer
 from featray.schema import EXTRACTED, EXTRACTED_ROW, Decoded
 
 Values = Mapping[str, NDArray[np.float32]]
@@ -66,14 +66,14 @@ def _infer(extractor: LayerExtractor, group: list[Decoded]) -> dict[str, Values]
 def _call(extractor: LayerExtractor, group: list[Decoded]) -> Values:
     """Return what the extractor finds in the rows of all scans."""
     if len(group) == 1:
-        return extractor(group[0].tensor, _draws(group))
-    rows, memory = joined([scan.tensor for scan in group])
-    found = extractor(rows, _draws(group))
-    give_back(memory, found.values())
+        return extractor(group[0].tensor, _make_seeds(group))
+    rows, memory = concatenate_rows([scan.tensor for scan in group])
+    found = extractor(rows, _make_seeds(group))
+    release_buffer(memory, found.values())
     return found
 
 
-def _draws(group: list[Decoded]) -> list[str]:
+def _make_seeds(group: list[Decoded]) -> list[str]:
     """Return what seeds each row's draw: its scan, patch and recipe alone, so that a retry agrees."""
     records = [scan.record for scan in group for _ in scan.tensor]
     patches = [patch for scan in group for patch in range(len(scan.tensor))]

@@ -115,9 +115,9 @@ def test_an_output_that_another_run_holds_is_told(config_of: Any) -> None:
 
 
 def test_gpus_that_are_asked_for_but_not_there_are_a_warning(config_of: Any) -> None:
-    from featray.model.runtime import gpu_names
+    from featray.model.runtime import list_gpu_names
 
-    if gpu_names():
+    if list_gpu_names():
         pytest.skip("this machine has a GPU")
     config = config_of()
     config["run"]["actors"] = {"num_gpus": 0.5}

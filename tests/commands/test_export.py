@@ -33,7 +33,7 @@ RUN = "20260101T000000000-abcdef"
 ROWS = [("a", 0, [1.0, 2.0]), ("b", 0, [2.0, 3.0]), ("b", 1, [2.0, 3.0]), ("c", 0, [3.0, 4.0])]
 
 
-def layers_of(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+def layers_of(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     """Stand in for a model: two layers whose values say which input they came from."""
     first = batch[:, 0, 0, 0]
     return {

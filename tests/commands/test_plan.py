@@ -139,14 +139,14 @@ def test_the_rate_is_what_the_cores_allow(
     monkeypatch: pytest.MonkeyPatch, threads: ModelThreads, gpus: list[str], rate: float
 ) -> None:
     monkeypatch.setattr(estimate, "count_usable_cores", lambda: 2)
-    monkeypatch.setattr(estimate, "gpu_names", lambda: gpus)
+    monkeypatch.setattr(estimate, "list_gpu_names", lambda: gpus)
     assert estimate._rate(0.5, 0.25, threads) == pytest.approx(rate)
 
 
 def test_the_model_is_timed_as_the_engine_calls_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
 
-    def slow(batch: Any, draws: Any) -> dict[str, Any]:
+    def slow(batch: Any, seeds: Any) -> dict[str, Any]:
         rows.append(len(batch))
         time.sleep(0.1)
         return {"z": batch[:, 0, 0, :1]}

@@ -49,7 +49,7 @@ def scans(*names: str) -> list[Scan]:
     return [Scan(name, f"/{name}", "nifti", (f"/{name}",), "c") for name in names]
 
 
-def corner(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+def corner(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     return {"corner": batch[:, 0, 0, :1].copy()}
 
 
@@ -93,9 +93,9 @@ def test_several_scans_that_kill_their_helper_cost_no_other(stages: Stages) -> N
     assert sum(record.status == "ok" for record in records.values()) == 13
 
 
-def late_corner(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+def late_corner(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     time.sleep(0.01)  # decoding is far ahead when the values are looked at
-    return corner(batch, draws)
+    return corner(batch, seeds)
 
 
 @pytest.mark.parametrize("batch_scans", [1, 3])  # one alone is seen by the model where decoding put it
@@ -119,9 +119,9 @@ def test_each_scan_keeps_its_own_tensor_through_shared_memory(
 def test_the_model_is_called_twice_at_once(stages: Stages) -> None:
     together = threading.Barrier(2, timeout=30)
 
-    def paired(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+    def paired(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
         together.wait()
-        return corner(batch, draws)
+        return corner(batch, seeds)
 
     paired_stages = replace(stages, extractor=paired)
     records = run(paired_stages, [f"s{n}" for n in range(12)])  # four batches

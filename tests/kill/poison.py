@@ -41,7 +41,7 @@ class Numbered(Decoder):
         return Decoded(record, np.full(shape, value, np.float32), np.zeros((1, 3), np.int32))
 
 
-def summing(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+def summing(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     """Stand in for a model; one that a negative sum kills."""
     sums = batch.reshape(len(batch), -1).sum(axis=1, keepdims=True)
     if (sums < 0).any():
@@ -58,8 +58,8 @@ def load_slow(folder: str) -> object:
     """Return a slow model, and leave a mark in the folder for each process that holds one."""
     (Path(folder) / f"loaded-{os.getpid()}").touch()
 
-    def model(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+    def model(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
         time.sleep(0.2)
-        return summing(batch, draws)
+        return summing(batch, seeds)
 
     return model

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from featray.model import batch_buffers
-from featray.model.batch_buffers import give_back, is_aligned, joined
+from featray.model.batch_buffers import concatenate_rows, is_aligned, release_buffer
 from featray.schema import Decoded, ScanRecord
 from featray.stages.extract import extract
 
@@ -23,7 +23,7 @@ def tensors(*rows: int, value: float = 0) -> list[np.ndarray]:
 
 
 def test_the_rows_of_all_tensors_are_joined_in_aligned_memory() -> None:
-    rows, memory = joined(tensors(1, 3, 2))
+    rows, memory = concatenate_rows(tensors(1, 3, 2))
     np.testing.assert_array_equal(rows, np.concatenate(tensors(1, 3, 2)))
     assert rows.dtype == np.float32
     assert is_aligned(rows)
@@ -32,30 +32,30 @@ def test_the_rows_of_all_tensors_are_joined_in_aligned_memory() -> None:
 
 
 def test_memory_is_used_again_for_a_batch_of_the_same_or_a_smaller_size() -> None:
-    _, memory = joined(tensors(4, 4))
-    give_back(memory, [np.zeros(3)])
-    rows, again = joined(tensors(3, value=7))
+    _, memory = concatenate_rows(tensors(4, 4))
+    release_buffer(memory, [np.zeros(3)])
+    rows, again = concatenate_rows(tensors(3, value=7))
     assert again is memory
     np.testing.assert_array_equal(rows, tensors(3, value=7)[0])
 
 
 def test_a_larger_batch_gets_other_memory_and_the_small_one_is_let_go() -> None:
-    _, memory = joined(tensors(1))
-    give_back(memory, [])
-    _, larger = joined(tensors(100))
+    _, memory = concatenate_rows(tensors(1))
+    release_buffer(memory, [])
+    _, larger = concatenate_rows(tensors(100))
     assert larger is not memory
     assert not batch_buffers._kept
 
 
 def test_batches_in_use_at_once_lie_apart() -> None:
-    (first, _), (second, _) = joined(tensors(2, value=1)), joined(tensors(2, value=2))
+    (first, _), (second, _) = concatenate_rows(tensors(2, value=1)), concatenate_rows(tensors(2, value=2))
     assert not np.shares_memory(first, second)
 
 
 def test_memory_that_results_lie_in_is_not_used_again() -> None:
-    rows, memory = joined(tensors(2, value=1))
-    give_back(memory, [rows[1:]])
-    joined(tensors(2, value=9))
+    rows, memory = concatenate_rows(tensors(2, value=1))
+    release_buffer(memory, [rows[1:]])
+    concatenate_rows(tensors(2, value=9))
     np.testing.assert_array_equal(rows, 1)
 
 
@@ -68,7 +68,7 @@ def test_features_that_are_the_models_input_stay_when_the_next_batch_comes() -> 
             for record, tensor in zip(found, tensors(1, 1, value=value), strict=True)
         ]
 
-    def the_input(rows: np.ndarray, draws: Any) -> dict[str, np.ndarray]:
+    def the_input(rows: np.ndarray, seeds: Any) -> dict[str, np.ndarray]:
         return {"input": rows}
 
     first = extract(the_input, scans(1))

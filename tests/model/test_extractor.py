@@ -72,7 +72,7 @@ def test_a_batch_gives_the_same_wherever_it_lies_and_stays_as_it_is(
 def test_features_that_are_the_input_do_not_change_with_its_memory(tmp_path: Path, volumes: Any) -> None:
     same = keras.layers.Identity(name="same")
     keras.Sequential([keras.Input((8, 16, 16, 1)), same]).save(tmp_path / "m.keras")
-    rows, memory = batch_buffers.joined([volumes[:2], volumes[2:]])
+    rows, memory = batch_buffers.concatenate_rows([volumes[:2], volumes[2:]])
     layer = {"layer": "same", "pool": "none"}
     got = Extractor({"uri": str(tmp_path / "m.keras"), "layers": [layer], "batch_size": 8})(rows)
     memory[:] = 0
@@ -138,7 +138,7 @@ def test_a_batch_may_bring_its_channel_axis(spec: Spec, volumes: Any) -> None:
 @pytest.mark.parametrize("batch", [np.zeros((2, 8, 16, 8), "f4"), np.zeros((2, 8, 16, 16), "i2")])
 def test_a_batch_of_another_shape_or_of_integers_is_refused(spec: Spec, batch: Any) -> None:
     with pytest.raises(InputShapeError, match=r"expected float32 \(n, 8, 16, 16, 1\)"):
-        Extractor(spec("z_mean"))(batch_buffers)
+        Extractor(spec("z_mean"))(batch)
 
 
 def test_z_is_refused_with_the_advice_to_take_z_mean(spec: Spec) -> None:

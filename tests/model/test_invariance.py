@@ -67,7 +67,7 @@ def test_the_first_layer_that_looks_at_the_batch_is_named(mixing: Make, name: st
     assert report.differences["head"] > 1e-3
     (problem,) = report.problems
     assert problem.startswith("head differs by")
-    assert f"first seen at layer {layer} ({report.class_name})" in report.text()
+    assert f"first seen at layer {layer} ({report.class_name})" in report.to_text()
 
 
 def test_it_is_refused_at_extraction_with_the_layer_and_the_ways_out_even_when_noise_is_allowed(
@@ -85,7 +85,7 @@ def test_one_by_one_such_a_model_has_definite_values(mixing: Make) -> None:
     np.testing.assert_allclose(one, other[::-1], rtol=1e-5)
     report = check_invariance(section)
     assert not report.problems
-    assert "alone" in report.text()
+    assert "alone" in report.to_text()
 
 
 def test_the_flag_of_such_layers_is_not_that_of_noise(mixing: Make) -> None:
@@ -103,7 +103,7 @@ def test_a_sound_model_passes_on_given_samples_and_sampling_is_told_apart(
     assert report.samples == ("z",)
     assert set(report.differences) == {"z_mean", "conv_1"}
     assert not report.problems
-    assert "batches of 1, 2 and 4" in report.text()
+    assert "batches of 1, 2 and 4" in report.to_text()
 
 
 def test_one_sample_is_enough_to_see_it(mixing: Make) -> None:

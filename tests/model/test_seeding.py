@@ -165,5 +165,5 @@ def test_numbers_drawn_in_python_are_refused_as_every_worker_would_draw_others(n
 
 
 def test_there_must_be_one_draw_per_row(spec: Callable[..., dict[str, Any]], volumes: Any) -> None:
-    with pytest.raises(InputShapeError, match="expected one draw per row: 5, got 2"):
+    with pytest.raises(InputShapeError, match="expected one seed per row: 5, got 2"):
         Extractor(spec("z_mean"))(volumes, ["a", "b"])

@@ -33,7 +33,7 @@ def decoded(scan_id: str, value: float, patches: int = 1) -> Decoded:
     return Decoded(record(scan_id), tensor, np.zeros((patches, 3), np.int32))
 
 
-def layers_of(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+def layers_of(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     """Stand in for a model: two layers whose values say which input they came from."""
     first = batch[:, 0, 0, 0]
     return {"z_mean": np.stack([first, first + 1], axis=1), "map": np.tile(first[:, None, None], (1, 2, 3))}
@@ -126,10 +126,10 @@ def test_a_layer_that_is_not_finite_fails_its_scan_alone(dataset: Dataset) -> No
 
 
 def test_a_scan_the_model_cannot_take_costs_its_batch_neighbours_nothing() -> None:
-    def picky(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+    def picky(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
         if (batch == 7).any():
             raise ValueError("no sevens")
-        return layers_of(batch, draws)
+        return layers_of(batch, seeds)
 
     table = extract(picky, [decoded("a", 1), decoded("seven", 7), decoded("c", 3)])
     records = [ScanRecord.from_json(text) for text in table["record"].to_pylist()]

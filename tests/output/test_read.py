@@ -28,7 +28,7 @@ from featray.storage.store import Store
 RUN = "20260101T000000000-abcdef"
 
 
-def layers_of(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+def layers_of(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     """Stand in for a model: values say which input they came from, `native` has the input's own shape."""
     first = batch[:, 0, 0, 0]
     counted = first[:, None, None] + np.arange(6, dtype=np.float32).reshape(2, 3)

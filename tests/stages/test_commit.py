@@ -34,7 +34,7 @@ class Killed(BaseException):
     """Stands in for SIGKILL: nothing may catch it, and nothing after it happens."""
 
 
-def layers_of(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+def layers_of(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     """Stand in for a model: two layers whose values say which input they came from."""
     first = batch[:, 0, 0, 0]
     return {"z_mean": np.stack([first, first + 1], axis=1), "map": np.tile(first[:, None, None], (1, 2, 3))}

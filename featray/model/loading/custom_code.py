@@ -63,7 +63,7 @@ def import_object(reference: str, *, config_key: str, storage_options: Mapping[s
         raise ModelError([f"{config_key}: {line}" for line in error.problems]) from error
     except Exception as error:  # an import runs user code, which may raise anything
         raise ModelError(
-            f"{config_key}: {short_reference} cannot be imported ({runtime.brief(error)})"
+            f"{config_key}: {short_reference} cannot be imported ({runtime.summarize_error(error)})"
         ) from error
     if not hasattr(module, name):
         raise ModelError(f"{config_key}: {short_reference}: the file has no {name}")

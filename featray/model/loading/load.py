@@ -397,4 +397,4 @@ def _release(version: str) -> tuple[int, ...]:
 
 def _short(error: Exception, path: Path) -> str:
     """Return a brief error that names the file but not its folder."""
-    return runtime.brief(error).replace(str(path), path.name).replace(str(path.parent), "")
+    return runtime.summarize_error(error).replace(str(path), path.name).replace(str(path.parent), "")

@@ -46,7 +46,7 @@ def decoded(scan_id: str, value: float, patches: int = 1, **more: str) -> Decode
     return Decoded(record(scan_id, **more), tensor, np.zeros((patches, 3), np.int32))
 
 
-def layers_of(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+def layers_of(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     """Stand in for a model: two layers whose values say which input they came from."""
     first = batch[:, 0, 0, 0]
     return {"z_mean": np.stack([first, first + 1], axis=1), "map": np.tile(first[:, None, None], (1, 2, 3))}
@@ -415,7 +415,7 @@ def test_shapes_may_differ_only_where_inputs_do(dataset: Dataset) -> None:
 
 
 def test_two_recipes_side_by_side_are_in_order_each_with_its_layers(dataset: Dataset) -> None:
-    def one_layer(batch: np.ndarray, draws: Sequence[str]) -> dict[str, np.ndarray]:
+    def one_layer(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
         return {"other": batch[:, 0, 0]}
 
     scan = decoded("f", 1, recipe="r1", run_id=LATER)

@@ -82,11 +82,11 @@ def test_noise_of_an_export_is_refused_or_follows_draws(exported: Path, x: np.nd
         Extractor(_section(exported, "z", "z_mean", allow_stochastic=True, batch_size=size))
         for size in (2, 3)
     )
-    draws = list("abcde")
+    seeds = list("abcde")
     np.testing.assert_allclose(
-        one(x, draws)["z"], other(x[::-1], draws[::-1])["z"][::-1], rtol=1e-5, atol=1e-6
+        one(x, seeds)["z"], other(x[::-1], seeds[::-1])["z"][::-1], rtol=1e-5, atol=1e-6
     )
-    assert np.abs(one(x, draws)["z"] - one(x, list("fghij"))["z"]).max() > 1e-3
+    assert np.abs(one(x, seeds)["z"] - one(x, list("fghij"))["z"]).max() > 1e-3
 
 
 def test_an_inner_layer_is_refused_saying_what_can_be_had_and_what_to_save(exported: Path) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -207,3 +208,19 @@ def new_run_id() -> str:
     """Return an id that sorts by time and is unique."""
     now = datetime.now(UTC)
     return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{os.urandom(3).hex()}"
+
+
+@contextlib.contextmanager
+def lock_output(dataset: Dataset) -> Iterator[Committer]:
+    """Yield a committer of an existing output, and hold the lease of the output until the `with` block ends.
+
+    For commands that change an output without a config, such as `featray vacuum`.
+
+    Raises:
+        ConfigError: There is no featray output here.
+        OutputBusyError: A run holds the output.
+    """
+    partition_by = dataset.snapshot().partition_by
+    run_id = new_run_id()
+    with Lease(dataset.store, run_id) as lease:
+        yield Committer(dataset, partition_by, run_id=run_id, still_ours=lease.check)

@@ -88,7 +88,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     from featray.commands.doctor import doctor
 
     found = doctor(args.config, args.set)
-    answer(args, {"checks": found.findings, "exit_code": found.exit_code}, found.text())
+    answer(args, {"checks": found.results, "exit_code": found.exit_code}, found.text())
     return found.exit_code
 
 

@@ -208,3 +208,10 @@ def listed(scans: Sequence[Scan]) -> pa.Table:
 def point(millimetres: list[float]) -> tuple[float, ...] | None:
     """Return one row of `centers_lps` as a point; None for NaN."""
     return None if math.isnan(millimetres[0]) else tuple(millimetres)
+
+
+def sample_by_size(scans: Sequence[Scan], count: int) -> list[Scan]:
+    """Return up to `count` of the scans, spread evenly over their sizes, from small to large."""
+    by_size = sorted(scans, key=lambda scan: scan.size)
+    step = max(1, len(by_size) / count)
+    return [by_size[int((index + 0.5) * step)] for index in range(min(count, len(by_size)))]

@@ -1,4 +1,4 @@
-"""`featray doctor`: what speaks against a run, looked at before it: one line per finding, with what to do.
+"""`featray doctor`: what speaks against a run, looked at before it: one line per result, with what to do.
 
 Tries the real things (three sample scans, the model on them, a file in the output that it takes away
 again) and changes nothing.
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from featray import config as configuration
 from featray.checks import check_source
-from featray.commands.plan import spread
+from featray.collection.listing import sample_by_size
 from featray.config import Config, ConfigInput
 from featray.errors import ExitCode, FeatrayError
 from featray.hardware import count_usable_cores
@@ -36,6 +36,8 @@ from featray.storage.store import Store
 Verdict = Literal["PASS", "WARN", "FAIL"]
 Found = Iterator[tuple[Verdict, str]]
 
+SAMPLE_SCANS = 6
+"""Scans that the check `scans` decodes, from small to large."""
 _PROBE = ".featray-doctor"
 _FLAGS = {
     "sigma": "says how sure the model is, not where the scan lies; to compare scans take the mean",
@@ -47,7 +49,7 @@ _RAW_COPIES = 2.5
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckResult:
     """One line: what was looked at, the verdict, and for WARN and FAIL what to do."""
 
     check: str
@@ -56,35 +58,35 @@ class Finding:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """Every finding, in the order of a run."""
+class DoctorResult:
+    """Every result, in the order of a run."""
 
-    findings: tuple[Finding, ...]
+    results: tuple[CheckResult, ...]
 
     @property
     def exit_code(self) -> int:
         """Exit code of the command: that of a config that cannot be run, if anything failed."""
-        failed = any(finding.status == "FAIL" for finding in self.findings)
+        failed = any(result.status == "FAIL" for result in self.results)
         return ExitCode.USAGE if failed else ExitCode.OK
 
     def text(self) -> str:
-        """Return the findings for a person."""
-        lines = [f"{found.status}  {found.check:<12} {found.message}" for found in self.findings]
+        """Return the results for a person."""
+        lines = [f"{found.status}  {found.check:<12} {found.message}" for found in self.results]
         counts = {
-            status: sum(found.status == status for found in self.findings)
+            status: sum(found.status == status for found in self.results)
             for status in ("PASS", "WARN", "FAIL")
         }
         return "\n".join([*lines, ", ".join(f"{count} {status}" for status, count in counts.items())])
 
 
-def doctor(config: ConfigInput, overrides: list[str] | None = None) -> Diagnosis:
+def doctor(config: ConfigInput, overrides: list[str] | None = None) -> DoctorResult:
     """Return what was found about config, source, output, model, layers, memory and accelerators."""
     checked, problems = configuration.load_partly(config, overrides)
-    findings = [Finding("config", "FAIL", problem) for problem in problems]
+    results = [CheckResult("config", "FAIL", problem) for problem in problems]
     if checked is None:
-        return Diagnosis(tuple(findings))
+        return DoctorResult(tuple(results))
     if not problems:
-        findings.append(Finding("config", "PASS", f"{configuration.name_of(config)} has no unknown keys"))
+        results.append(CheckResult("config", "PASS", f"{configuration.name_of(config)} has no unknown keys"))
     patient = _Patient(checked)
     steps: dict[str, Callable[[], Found]] = {
         "source": patient.source,
@@ -98,23 +100,23 @@ def doctor(config: ConfigInput, overrides: list[str] | None = None) -> Diagnosis
         "engine": patient.engine,
     }
     for name, look in steps.items():
-        said = {finding.message for finding in findings}
-        findings += [found for found in _findings(name, look) if found.message not in said]
-    return Diagnosis(tuple(findings))
+        said = {result.message for result in results}
+        results += [found for found in _run_check(name, look) if found.message not in said]
+    return DoctorResult(tuple(results))
 
 
-def _findings(name: str, look: Callable[[], Found]) -> list[Finding]:
-    """Return what one look found; an error it ends with is a finding as well."""
-    findings: list[Finding] = []
+def _run_check(name: str, look: Callable[[], Found]) -> list[CheckResult]:
+    """Return what one look found; an error it ends with is a result as well."""
+    results: list[CheckResult] = []
     try:
-        findings += [Finding(name, verdict, message) for verdict, message in look()]
+        results += [CheckResult(name, verdict, message) for verdict, message in look()]
     except FeatrayError as error:
         problems = getattr(error, "problems", None) or [str(error)]
-        findings += [Finding(name, "FAIL", problem) for problem in problems]
+        results += [CheckResult(name, "FAIL", problem) for problem in problems]
     except Exception as error:  # every store has errors of its own, and their texts may hold credentials
         message = f"{type(error).__name__}; check storage_options, credentials and endpoint"
-        findings.append(Finding(name, "FAIL", message))
-    return findings
+        results.append(CheckResult(name, "FAIL", message))
+    return results
 
 
 class _Patient:
@@ -140,7 +142,10 @@ class _Patient:
     def scans(self) -> Found:
         config = self._config
         decoder = Decoder.of(config)
-        sample = [decoder(scan) for scan in spread([s for s in self._listing.scans if s.reason is None])]
+        sample = [
+            decoder(scan)
+            for scan in sample_by_size([s for s in self._listing.scans if s.reason is None], SAMPLE_SCANS)
+        ]
         self._decoded = [one for one in sample if one.record.status == "ok"]
         for one in sample:
             record = one.record

@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 from featray.errors import ConfigError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Snapshot
 from featray.output.delta_log import LiveFile
+from featray.output.layer_totals import LayerTotals, sum_by_layer
 from featray.output.query import Output, at_one_version, intact, layer_called, open_output, recipes_told
 from featray.storage.store import Store
 from featray.storage.urls import mask_url
@@ -46,24 +47,7 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True)
-class ExportedLayer:
-    """One layer of an export.
-
-    Attributes:
-        layer: Its name.
-        rows: Scans x patches.
-        files: Number of files.
-        size_bytes: Their size.
-    """
-
-    layer: str
-    rows: int
-    files: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Export:
+class ExportResult:
     """What an export holds; but for `copied` and `seconds` also the content of its marker.
 
     Attributes:
@@ -85,7 +69,7 @@ class Export:
     versions: dict[str, int]
     recipes: dict[str, int]
     scans: dict[str, int]
-    layers: tuple[ExportedLayer, ...]
+    layers: tuple[LayerTotals, ...]
     files: dict[str, int]
     copied: int
     seconds: float
@@ -114,7 +98,7 @@ def export(
     layers: Sequence[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     directory_options: Mapping[str, Any] | None = None,
-) -> Export:
+) -> ExportResult:
     """Copy one version to a plain folder that any reader of Parquet can take as it is.
 
     A call that was killed is continued by the same call. A version that is superseded and deleted while it
@@ -139,7 +123,7 @@ def export(
     dataset = open_output(output, storage_options)
     target = _target(dataset.store, os.fspath(directory), directory_options)
 
-    def once(snapshot: Snapshot) -> Export:
+    def once(snapshot: Snapshot) -> ExportResult:
         return _export(snapshot, target, layers, start)
 
     return at_one_version(dataset, version, once)
@@ -167,7 +151,7 @@ def _real(store: Store) -> str:
     return os.path.realpath(store.root) if store.is_local else store.root
 
 
-def _export(snapshot: Snapshot, target: Store, layers: Sequence[str], start: float) -> Export:
+def _export(snapshot: Snapshot, target: Store, layers: Sequence[str], start: float) -> ExportResult:
     files = _files(snapshot, layers)
     sizes = {name: file.size for name, file in files.items() if name.startswith(f"{FEATURES}/")}
     there = _begin(target, snapshot, files, sizes)
@@ -281,29 +265,23 @@ def _described(
     sizes: Mapping[str, int],
     copied: int,
     seconds: float,
-) -> Export:
+) -> ExportResult:
     ledger = snapshot.ledger(("status", "recipe")).to_pylist()
-    layers: dict[str, list[LiveFile]] = {}
-    for file in (file for name, file in files.items() if name.startswith(f"{FEATURES}/")):
-        layers.setdefault(str(file.partition_values["layer"]), []).append(file)
-    return Export(
+    return ExportResult(
         directory=mask_url(target.uri),
         output=mask_url(snapshot.store.uri),
         version=snapshot.version,
         versions=snapshot.versions,
         recipes=dict(Counter(row["recipe"] for row in ledger if row["status"] == "ok").most_common()),
         scans=dict(Counter(row["status"] for row in ledger).most_common()),
-        layers=tuple(
-            ExportedLayer(layer, sum(f.rows for f in found), len(found), sum(f.size for f in found))
-            for layer, found in sorted(layers.items())
-        ),
+        layers=sum_by_layer(file for name, file in files.items() if name.startswith(f"{FEATURES}/")),
         files=dict(sorted(sizes.items())),
         copied=copied,
         seconds=seconds,
     )
 
 
-def _finish(target: Store, made: Export) -> None:
+def _finish(target: Store, made: ExportResult) -> None:
     """Look whether all is there and nothing else, then say so.
 
     Raises:

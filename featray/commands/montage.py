@@ -1,4 +1,4 @@
-"""A picture of a model input: float tensor in, one grey image out; knows no files, no config and no scan.
+"""A picture of a model input: float tensor in, one gray image out; knows no files, no config and no scan.
 
 Each panel shows the tensor's own rows and columns, in the proportions its voxels have in the patient, with
 the patient's directions at the edges. Slices along z are as `imshow` draws them; in the two planes through
@@ -25,7 +25,7 @@ PANEL = 224
 """Pixels of a panel's longer side."""
 
 _MARGIN, _LINE, _COLUMNS = 18, 20, 6
-_BLACK, _BACKGROUND, _GREY, _WHITE = 0, 48, 160, 255
+_BLACK, _BACKGROUND, _GRAY, _WHITE = 0, 48, 160, 255
 _OPPOSITE = dict(zip("LRPASI", "RLAPIS", strict=True))
 _PLANES = {"S": "axial", "I": "axial", "P": "coronal", "A": "coronal", "L": "sagittal", "R": "sagittal"}
 
@@ -54,7 +54,7 @@ def montage(
     tensor: _Values,
     origins: NDArray[np.int32],
     *,
-    grey: tuple[float, float],
+    gray: tuple[float, float],
     caption: Sequence[str],
     voxel_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
     orientation: str | None = None,
@@ -66,15 +66,15 @@ def montage(
             one, the middle slices of several. (z, y, x, channel): the first channel. (y, x): images.
             (values,): curves.
         origins: (n, 3); (z, y, x) of each patch, for the titles of several.
-        grey: Values shown as black and as white; beyond them all is black or white.
+        gray: Values shown as black and as white; beyond them all is black or white.
         caption: Lines above the panels; wrapped, and only ASCII of them is shown.
         voxel_mm: Millimetres (z, y, x) between voxels of a sample (z, y, x).
         orientation: Directions in which its x, y and z grow, e.g. `LPS`; None knows none.
     """
     sample: _Values = tensor[..., 0] if tensor.ndim == 5 else tensor
-    panels = list(_panels(sample, origins, voxel_mm, orientation or "", grey))
+    panels = list(_panels(sample, origins, voxel_mm, orientation or "", gray))
     columns = min(_COLUMNS, max(3, len(panels)))
-    cells = [_cell(panel, grey) for panel in panels]
+    cells = [_cell(panel, gray) for panel in panels]
     cells += [np.full_like(cells[0], _BACKGROUND)] * (-len(cells) % columns)
     rows = [np.hstack(cells[start : start + columns]) for start in range(0, len(cells), columns)]
     return np.vstack([_caption(caption, rows[0].shape[1]), *rows])
@@ -85,12 +85,12 @@ def _panels(
     origins: NDArray[np.int32],
     voxel_mm: tuple[float, float, float],
     orientation: str,
-    grey: tuple[float, float],
+    gray: tuple[float, float],
 ) -> Iterator[Panel]:
     if tensor.ndim == 4 and len(tensor) == 1:
         yield from _planes(tensor[0], voxel_mm, orientation)
         return
-    for index in spread(len(tensor), PATCHES):
+    for index in spread_indices(len(tensor), PATCHES):
         values: _Values = np.asarray(tensor[index])
         title = f"patch {index}"
         if values.ndim == 3:
@@ -98,11 +98,11 @@ def _panels(
             title += f": z={z} y={y} x={x}" if origins.any() else ""
             yield _plane(values, 0, len(values) // 2, voxel_mm, orientation, title)
         else:
-            yield Panel(title, values if values.ndim == 2 else _curve(values, grey))
+            yield Panel(title, values if values.ndim == 2 else _curve(values, gray))
 
 
 def _planes(volume: _Values, voxel_mm: tuple[float, float, float], orientation: str) -> Iterator[Panel]:
-    for z in spread(len(volume), SLICES):
+    for z in spread_indices(len(volume), SLICES):
         yield _plane(volume, 0, z, voxel_mm, orientation)
     for axis in (1, 2):
         yield _plane(volume, axis, volume.shape[axis] // 2, voxel_mm, orientation)
@@ -131,15 +131,15 @@ def _plane(
     return Panel(title, values, (voxel_mm[row_axis], voxel_mm[column_axis]), edges)
 
 
-def spread(count: int, most: int) -> list[int]:
+def spread_indices(count: int, most: int) -> list[int]:
     """Return up to `most` of the indices below `count`, evenly from the first to the last."""
     if count <= most:
         return list(range(count))
     return [round(place * (count - 1) / (most - 1)) for place in range(most)]
 
 
-def _curve(values: _Values, grey: tuple[float, float]) -> _Values:
-    """Return a drawing of the values from left to right, high ones above, in the two shades of `grey`."""
+def _curve(values: _Values, gray: tuple[float, float]) -> _Values:
+    """Return a drawing of the values from left to right, high ones above, in the two shades of `gray`."""
     height, width = PANEL // 2, PANEL
     low, high = float(values.min()), float(values.max())
     heights = (values - low) / ((high - low) or 1.0)
@@ -147,12 +147,12 @@ def _curve(values: _Values, grey: tuple[float, float]) -> _Values:
     points = np.stack([x, (height - 1) * (1 - heights)], axis=1).round().astype(np.int32)
     drawing = np.zeros((height, width), np.uint8)
     cv2.polylines(drawing, [points], False, 1)
-    return np.where(drawing > 0, np.float32(grey[1]), np.float32(grey[0]))
+    return np.where(drawing > 0, np.float32(gray[1]), np.float32(gray[0]))
 
 
-def _cell(panel: Panel, grey: tuple[float, float]) -> _Image:
+def _cell(panel: Panel, gray: tuple[float, float]) -> _Image:
     """Return a panel with its title and letters, all cells of one size."""
-    picture = _shades(_fitted(panel), grey)
+    picture = _shades(_fitted(panel), gray)
     rows, columns = picture.shape
     side = PANEL + 2 * _MARGIN
     cell = np.full((side + _LINE, side), _BACKGROUND, np.uint8)
@@ -163,7 +163,7 @@ def _cell(panel: Panel, grey: tuple[float, float]) -> _Image:
     places = [(left - 14, middle_y), (left + columns + 4, middle_y)]
     places += [(middle_x, top - 4), (middle_x, top + rows + 14)]
     for letter, place in zip(panel.edges, places, strict=False):
-        _put(cell, letter, place, _GREY)
+        _put(cell, letter, place, _GRAY)
     return cell
 
 
@@ -175,8 +175,8 @@ def _fitted(panel: Panel) -> _Values:
     return fitted
 
 
-def _shades(values: _Values, grey: tuple[float, float]) -> _Image:
-    black, white = grey
+def _shades(values: _Values, gray: tuple[float, float]) -> _Image:
+    black, white = gray
     share = (values - black) / ((white - black) or 1.0)
     shades: _Image = np.clip(share * _WHITE, _BLACK, _WHITE).round().astype(np.uint8)
     return shades

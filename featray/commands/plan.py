@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import psutil
 
 from featray.checks import check
+from featray.collection.listing import sample_by_size
 from featray.config import ConfigInput
 from featray.engines.base import Stages
 from featray.engines.prefetch import mapped
@@ -26,12 +27,12 @@ from featray.stages.extract import extract
 from featray.stages.plan import STATES, Plan
 from featray.storage.store import Store
 
-SAMPLE = 6
+SAMPLE_SCANS = 6
 """Scans decoded for the estimate, from small to large."""
-SAMPLE_S = 20.0
+SAMPLE_SECONDS = 20.0
 """After so long no further one is decoded."""
 _MODEL_ROUNDS = 3
-_LOOKED_AT = 5000
+_MAX_CANDIDATES = 5000
 """Scans among which those are chosen; every so many, if there are more to do."""
 
 
@@ -59,7 +60,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class PlanReport:
+class PlanResult:
     """What `extract` and `refresh` would find and do.
 
     Attributes:
@@ -132,7 +133,7 @@ class PlanReport:
         ]
 
 
-def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bool = False) -> PlanReport:
+def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bool = False) -> PlanResult:
     """Return what `extract` and `refresh` would find and do; writes nothing.
 
     Args:
@@ -153,7 +154,7 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
     wanted = (
         found if found.todo or not found.refresh_todo else job.plan(listing, stored, RunScope(refresh=True))
     )
-    return PlanReport(
+    return PlanResult(
         found=len(listing.scans),
         **found.counts,
         todo=len(found.todo),
@@ -196,21 +197,14 @@ def _size(count: int) -> str:
     return f"{count / unit:.1f} {name}"
 
 
-def spread(scans: Sequence[Scan]) -> list[Scan]:
-    """Return up to SAMPLE scans spread over the sizes."""
-    by_size = sorted(scans, key=lambda scan: scan.size)
-    step = max(1, len(by_size) / SAMPLE)
-    return [by_size[int((index + 0.5) * step)] for index in range(min(SAMPLE, len(by_size)))]
-
-
 def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     if not plan.todo:
         return Estimate()
-    some = plan.todo[:: -(-len(plan.todo) // _LOOKED_AT)]
+    some = plan.todo[:: -(-len(plan.todo) // _MAX_CANDIDATES)]
     readable = [scan for scan in some if scan.reason is None]
     count = len(readable) * len(plan.todo) // len(some)
     stages = job.stages(dataset, count)
-    decoded = _decoded(stages, spread(readable))
+    decoded = _decoded(stages, sample_by_size(readable, SAMPLE_SCANS))
     good = [one for _, one in decoded if one.record.status == "ok"]
     if not good:
         return Estimate()
@@ -234,7 +228,7 @@ def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
 def _decoded(stages: Stages, scans: Sequence[Scan]) -> list[tuple[Scan, Decoded]]:
     """Decode scans, as many as there is time for; the first one twice, for the first time is start-up."""
     found: list[tuple[Scan, Decoded]] = []
-    until = time.monotonic() + SAMPLE_S
+    until = time.monotonic() + SAMPLE_SECONDS
     for scan in scans:
         if not found:
             stages.decode(scan)

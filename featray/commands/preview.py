@@ -38,7 +38,7 @@ _AXES = {"L": 0, "R": 0, "P": 1, "A": 1, "S": 2, "I": 2}
 
 
 @dataclass(frozen=True)
-class Preview:
+class PreviewResult:
     """One scan as the network would see it, or why it would not.
 
     Attributes:
@@ -123,7 +123,7 @@ def preview(
     *,
     scan: str | None = None,
     directory: str | Path = DIRECTORY,
-) -> Preview:
+) -> PreviewResult:
     """Write the picture and the tensor of one scan.
 
     Args:
@@ -153,8 +153,8 @@ def preview(
     picture = montage(
         decoded.tensor,
         decoded.origins,
-        grey=_grey(found, checked.preprocess),
-        caption=[*found.facts(), _grey_fact(found, checked.preprocess)],
+        gray=_gray(found, checked.preprocess),
+        caption=[*found.facts(), _gray_fact(found, checked.preprocess)],
         voxel_mm=found.voxel_mm or (1.0, 1.0, 1.0),
         orientation=found.orientation,
     )
@@ -189,9 +189,9 @@ def _why(failed: tuple[Scan, Decoded]) -> tuple[str, str]:
     return scan.scan_id, str(decoded.record.reason)
 
 
-def _described(decoded: Decoded) -> Preview:
+def _described(decoded: Decoded) -> PreviewResult:
     record, tensor = decoded.record, decoded.tensor
-    found = Preview(
+    found = PreviewResult(
         scan_id=record.scan_id,
         status=record.status,
         reason=record.reason,
@@ -232,22 +232,22 @@ def _voxel_mm(record: ScanRecord, config: Config) -> tuple[float, float, float]:
     return input_spacing(config.preprocess, *own)
 
 
-def _grey(found: Preview, config: PreprocessConfig) -> tuple[float, float]:
+def _gray(found: PreviewResult, config: PreprocessConfig) -> tuple[float, float]:
     """Return the values of black and white: the ends of the scale, or what there is without a window."""
     if config.window is None:
         return found.minimum or 0.0, found.maximum or 0.0
     return min(config.scale), max(config.scale)
 
 
-def _grey_fact(found: Preview, config: PreprocessConfig) -> str:
-    black, white = _grey(found, config)
+def _gray_fact(found: PreviewResult, config: PreprocessConfig) -> str:
+    black, white = _gray(found, config)
     window = f"; window {_numbers(config.window)}" if config.window else "; no window"
-    return f"grey: {black:.4g} is black, {white:.4g} is white{window}"
+    return f"gray: {black:.4g} is black, {white:.4g} is white{window}"
 
 
 def _written(
-    found: Preview, picture: NDArray[np.uint8], tensor: NDArray[np.float32], directory: Path
-) -> Preview:
+    found: PreviewResult, picture: NDArray[np.uint8], tensor: NDArray[np.float32], directory: Path
+) -> PreviewResult:
     stem = _stem(found.scan_id)
     paths = directory / f"{stem}.png", directory / f"{stem}.npy"
     png, npy = cv2.imencode(".png", picture)[1], io.BytesIO()

@@ -3,29 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.dataset as pads
 
-from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
+from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.output.layer_totals import LayerTotals, sum_by_layer
 from featray.output.lease import running
 from featray.terminal.progress import line_of
 
 
 @dataclass(frozen=True)
-class LayerStatus:
-    """One layer of the current version: rows (scans x patches), files and their bytes."""
-
-    layer: str
-    rows: int
-    files: int
-    size_bytes: int
-
-
-@dataclass(frozen=True)
-class Status:
+class StatusResult:
     """What is there: scans by status and reason, `ok` scans by recipe id, layers, table versions, commits.
 
     `running` is what the run that holds the output says of itself, as `lease.running`; its counts are of
@@ -37,7 +28,7 @@ class Status:
     excluded: int
     reasons: dict[str, int]
     recipes: dict[str, int]
-    layers: tuple[LayerStatus, ...]
+    layers: tuple[LayerTotals, ...]
     version: dict[str, int]
     commit: int
     running: dict[str, Any] | None = None
@@ -62,7 +53,7 @@ class Status:
         return "\n".join(lines)
 
 
-def status(dataset: Dataset) -> Status:
+def status(dataset: Dataset) -> StatusResult:
     """Return what an output holds, and how far the run is that is at work on it.
 
     Raises:
@@ -71,16 +62,16 @@ def status(dataset: Dataset) -> Status:
     now = running(dataset.store)
     snapshot = dataset.snapshot() if now is None else dataset.find()
     if snapshot is None:  # the run has not committed anything yet
-        return Status(0, 0, 0, {}, {}, (), {}, 0, now)
+        return StatusResult(0, 0, 0, {}, {}, (), {}, 0, now)
     rows = snapshot.ledger(("status", "reason", "recipe")).to_pylist()
     counts = Counter(row["status"] for row in rows)
-    return Status(
+    return StatusResult(
         ok=counts["ok"],
         failed=counts["failed"],
         excluded=counts["excluded"],
         reasons=dict(Counter(row["reason"] for row in rows if row["status"] != "ok").most_common()),
         recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
-        layers=tuple(_layers(snapshot)),
+        layers=sum_by_layer(snapshot.files(FEATURES)),
         version=snapshot.versions,
         commit=snapshot.number,
         running=now,
@@ -109,13 +100,3 @@ def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]
         where = where & (pads.field("reason") == reason)
     rows: list[dict[str, Any]] = dataset.read(SCANS, columns, where).to_pylist()
     return sorted(rows, key=lambda row: (row["reason"], row["scan_id"]))
-
-
-def _layers(snapshot: Snapshot) -> list[LayerStatus]:
-    files = defaultdict(list)
-    for file in snapshot.files(FEATURES):
-        files[str(file.partition_values["layer"])].append(file)
-    return [
-        LayerStatus(layer, sum(f.rows for f in found), len(found), sum(f.size for f in found))
-        for layer, found in sorted(files.items())
-    ]

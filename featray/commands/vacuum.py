@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from featray.job import new_run_id
+from featray.job import lock_output
 from featray.output.dataset import Dataset
-from featray.output.lease import Lease
-from featray.stages.commit import Committer
 
 log = logging.getLogger(__name__)
 
@@ -19,7 +15,7 @@ VACUUM_AT = 2
 
 
 @dataclass(frozen=True)
-class Vacuumed:
+class VacuumResult:
     """What `featray vacuum` did.
 
     Attributes:
@@ -45,22 +41,13 @@ class Vacuumed:
         )
 
 
-def vacuum(dataset: Dataset) -> Vacuumed:
+def vacuum(dataset: Dataset) -> VacuumResult:
     """Delete superseded files past `keep_versions_days` and orphans, merge small files, trim the logs.
 
     Raises:
         ConfigError: There is no featray output here.
         OutputBusyError: A run holds the output.
     """
-    with held(dataset) as committer:
+    with lock_output(dataset) as committer:
         merged = committer.compact(VACUUM_AT)
-        return Vacuumed(len(committer.sweep()), merged, committer.trim(), committer.recovered)
-
-
-@contextlib.contextmanager
-def held(dataset: Dataset) -> Iterator[Committer]:
-    """Yield a committer for an output that exists, and hold the output meanwhile; raises as `vacuum`."""
-    partition_by = dataset.snapshot().partition_by
-    run_id = new_run_id()
-    with Lease(dataset.store, run_id) as lease:
-        yield Committer(dataset, partition_by, run_id=run_id, still_ours=lease.check)
+        return VacuumResult(len(committer.sweep()), merged, committer.trim(), committer.recovered)

@@ -14,18 +14,18 @@ import yaml
 
 import featray
 from featray.cli.main import main
-from featray.commands.doctor import Diagnosis, doctor
+from featray.commands.doctor import DoctorResult, doctor
 
 
-def verdicts(found: Diagnosis) -> dict[str, set[str]]:
+def verdicts(found: DoctorResult) -> dict[str, set[str]]:
     checks: dict[str, set[str]] = {}
-    for finding in found.findings:
-        checks.setdefault(finding.check, set()).add(finding.status)
+    for result in found.results:
+        checks.setdefault(result.check, set()).add(result.status)
     return checks
 
 
-def messages(found: Diagnosis, check: str, status: str) -> str:
-    return "\n".join(one.message for one in found.findings if (one.check, one.status) == (check, status))
+def messages(found: DoctorResult, check: str, status: str) -> str:
+    return "\n".join(one.message for one in found.results if (one.check, one.status) == (check, status))
 
 
 def test_a_config_that_can_run_passes_everywhere_and_nothing_is_written(

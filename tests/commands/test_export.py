@@ -211,10 +211,10 @@ def test_a_killed_export_is_not_marked_and_the_same_call_goes_on(
 
 def test_an_export_killed_for_real_is_finished_by_the_same_command(dataset: Dataset, tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from featray import exporting; from featray.cli.main import main\n"
-        "original = exporting._copy_local\n"
+        "import os, sys, time; from featray.commands import export; from featray.cli.main import main\n"
+        "original = export._copy_local\n"
         "def slow(path, to): original(path, to); os.write(1, b'one\\n'); time.sleep(60)\n"
-        "exporting._copy_local = slow\n"
+        "export._copy_local = slow\n"
         "main(sys.argv[1:])"
     )
     command = ["export", dataset.store.root, str(tmp_path / "plain")]

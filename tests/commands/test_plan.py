@@ -158,7 +158,7 @@ def test_the_model_is_timed_as_the_engine_calls_it(monkeypatch: pytest.MonkeyPat
 
 
 def test_sampling_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "SAMPLE_S", 0.0)
+    monkeypatch.setattr(estimate, "SAMPLE_SECONDS", 0.0)
     scan, decoded = timed(1, 0.1)
     stages = SimpleNamespace(decode=lambda scan: decoded)
     assert estimate._decoded(stages, [scan] * 3) == [(scan, decoded)]  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from featray.cli.main import main
 from featray.commands import montage as pictures
-from featray.commands.montage import montage, spread
+from featray.commands.montage import montage, spread_indices
 from featray.commands.preview import preview
 from featray.config import PreprocessConfig, load
 from featray.ct.volume import Volume
@@ -232,11 +232,11 @@ def test_planes_hold_the_tensors_own_rows_and_columns_with_z_upwards() -> None:
     assert [panel.proportions for panel in panels[1:]] == [(2, 1), (3, 1), (3, 2)]
 
 
-def test_greys_run_over_the_scale_and_proportions_are_those_of_the_patient() -> None:
+def test_grays_run_over_the_scale_and_proportions_are_those_of_the_patient() -> None:
     tensor = np.zeros((1, 1, 2, 2), np.float32)
     tensor[..., 1] = [0.5, 2]
     picture = montage(
-        tensor, np.zeros((1, 3), np.int32), grey=(0, 1), caption=["a"], voxel_mm=(1, 0.5, 1), orientation=None
+        tensor, np.zeros((1, 3), np.int32), gray=(0, 1), caption=["a"], voxel_mm=(1, 0.5, 1), orientation=None
     )
     panel = picture[caption_rows(picture, 1) + pictures._LINE + pictures._MARGIN :, pictures._MARGIN :]
     upper, lower = pictures.PANEL // 4 + 10, 3 * pictures.PANEL // 4 - 10  # rows are half as high as wide
@@ -265,8 +265,8 @@ def test_greys_run_over_the_scale_and_proportions_are_those_of_the_patient() -> 
 @pytest.mark.parametrize("constant", [False, True])
 def test_every_rank_of_tensor_gives_a_picture(shape: tuple[int, ...], panels: int, constant: bool) -> None:
     tensor = np.random.default_rng(0).random(shape, np.float32) * (not constant)
-    grey = (float(tensor.min()), float(tensor.max()))
-    picture = montage(tensor, np.zeros((shape[0], 3), np.int32), grey=grey, caption=["ü" * 400])
+    gray = (float(tensor.min()), float(tensor.max()))
+    picture = montage(tensor, np.zeros((shape[0], 3), np.int32), gray=gray, caption=["ü" * 400])
     columns = min(6, max(3, panels))
     assert picture.dtype == np.uint8
     assert picture.shape[1] == columns * (pictures.PANEL + 2 * pictures._MARGIN)
@@ -280,5 +280,5 @@ def test_patches_are_titled_with_their_origins() -> None:
 
 
 def test_indices_are_spread_from_the_first_to_the_last() -> None:
-    assert spread(3, 5) == [0, 1, 2]
-    assert spread(9, 3) == [0, 4, 8]
+    assert spread_indices(3, 5) == [0, 1, 2]
+    assert spread_indices(9, 3) == [0, 4, 8]

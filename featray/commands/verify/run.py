@@ -12,7 +12,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.commands.vacuum import held
 from featray.commands.verify.data_file import in_threads, schema_problems
 from featray.commands.verify.findings import Fault, Finding, Findings, Kind
 from featray.commands.verify.orphans import look_for_strays
@@ -22,6 +21,7 @@ from featray.commands.verify.reconcile import Books, LayerBooks
 from featray.commands.verify.run_files import RecipeFacts, recipe_facts
 from featray.commands.verify.watch import Watch
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
+from featray.job import lock_output
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.output.delta_log import LiveFile
 from featray.output.query import Output, open_output
@@ -117,7 +117,7 @@ def verify(
 def _mend(dataset: Dataset, forget_damaged: bool, show: bool) -> list[str]:
     """Mend what can be; return in words what was done."""
     mended = []
-    with held(dataset) as committer:
+    with lock_output(dataset) as committer:
         if committer.recovered:
             mended.append("finished a commit that a run was killed in")
         if forget_damaged:

@@ -258,15 +258,15 @@ class Decoded:
 
 @dataclass(frozen=True)
 class DataFile:
-    """One Parquet file that a worker wrote and nobody sees until it is committed.
+    """One Parquet file of a table: committed, or written by a worker and not committed yet.
 
     Attributes:
-        path: Below the table's folder.
-        size: Bytes.
-        partition_values: As in the path, unescaped; None where the scan has no value.
+        path: Path relative to the table's folder.
+        size: Size in bytes.
+        partition_values: Partition column → value, not escaped; None if the scans have no value.
         rows: Number of rows.
-        min_id: Smallest scan_id in it.
-        max_id: Largest scan_id in it.
+        min_id: Smallest scan_id in the file.
+        max_id: Largest scan_id in the file.
     """
 
     path: str

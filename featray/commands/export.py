@@ -28,9 +28,9 @@ import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Snapshot
-from featray.output.delta_log import LiveFile
 from featray.output.layer_totals import LayerTotals, sum_by_layer
 from featray.output.query import Output, at_one_version, intact, layer_called, open_output, recipes_told
+from featray.schema import DataFile
 from featray.storage.store import Store
 from featray.storage.urls import mask_url
 
@@ -164,7 +164,7 @@ def _export(snapshot: Snapshot, target: Store, layers: Sequence[str], start: flo
     return made
 
 
-def _files(snapshot: Snapshot, layers: Sequence[str]) -> dict[str, LiveFile]:
+def _files(snapshot: Snapshot, layers: Sequence[str]) -> dict[str, DataFile]:
     """Return {path below either folder: file} of what is to be exported."""
     features = snapshot.files(FEATURES)
     if layers:
@@ -195,7 +195,7 @@ def _begin(target: Store, snapshot: Snapshot, files: Iterable[str], sizes: Mappi
     return there
 
 
-def _copied(snapshot: Snapshot, target: Store, files: Mapping[str, LiveFile]) -> dict[str, int]:
+def _copied(snapshot: Snapshot, target: Store, files: Mapping[str, DataFile]) -> dict[str, int]:
     """Copy files, a few at once; return their sizes in the folder.
 
     Raises:
@@ -235,7 +235,7 @@ def _copy_local(path: str, to: str) -> None:
     os.replace(temporary, to)
 
 
-def _copy_scans(snapshot: Snapshot, target: Store, name: str, file: LiveFile) -> int:
+def _copy_scans(snapshot: Snapshot, target: Store, name: str, file: DataFile) -> int:
     """Copy one file of `scans`, with all columns that the table has by now."""
     data = _checked(snapshot.store.read(name), name, file.size)
     schema = snapshot.schema(SCANS)
@@ -261,7 +261,7 @@ def _checked(data: bytes, name: str, size: int) -> bytes:
 def _described(
     snapshot: Snapshot,
     target: Store,
-    files: Mapping[str, LiveFile],
+    files: Mapping[str, DataFile],
     sizes: Mapping[str, int],
     copied: int,
     seconds: float,

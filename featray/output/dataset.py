@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, FeatrayError
-from featray.output.delta_log import LiveFile, Owed, TableLog
+from featray.output.delta_log import Owed, TableLog
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.storage.store import Store
 
@@ -85,20 +85,20 @@ class Snapshot:
         """Return the Arrow schema of a whole table, partition columns included."""
         return self._logs[table].schema
 
-    def files(self, table: str) -> list[LiveFile]:
+    def files(self, table: str) -> list[DataFile]:
         """Return the files that hold the table's rows."""
         files = self._logs[table].files()
         if self.owed is None or self.owed.table != table:
             return files
         gone = {file.path for file in self.owed.remove}
-        return [file for file in files if file.path not in gone] + [LiveFile.of(f) for f in self.owed.add]
+        return [file for file in files if file.path not in gone] + list(self.owed.add)
 
     def superseded(self, table: str) -> set[str]:
         """Return paths of files that older versions within `keep_days` are read from."""
         return self._logs[table].superseded() if self.keep_days else set()
 
     def fragments(
-        self, table: str, files: Sequence[LiveFile] | None = None
+        self, table: str, files: Sequence[DataFile] | None = None
     ) -> list[pads.ParquetFileFragment]:
         """Return files (all by default) as pyarrow fragments that know their partition values."""
         schema, filesystem = self.schema(table), self.filesystem()
@@ -110,7 +110,7 @@ class Snapshot:
         table: str,
         columns: Sequence[str] | None = None,
         where: pads.Expression | None = None,
-        files: Sequence[LiveFile] | None = None,
+        files: Sequence[DataFile] | None = None,
     ) -> pa.Table:
         """Return rows of a table, or of some of its files; partition columns are among the columns.
 
@@ -141,7 +141,7 @@ class Snapshot:
         return pafs.PyFileSystem(pafs.FSSpecHandler(self.store.fs))
 
     def _fragment(
-        self, table: str, file: LiveFile, schema: pa.Schema, filesystem: pafs.FileSystem
+        self, table: str, file: DataFile, schema: pa.Schema, filesystem: pafs.FileSystem
     ) -> pads.ParquetFileFragment:
         import pyarrow.dataset as pads
 

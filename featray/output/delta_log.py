@@ -43,32 +43,6 @@ _DAY_S = 24 * 3600
 
 
 @dataclass(frozen=True)
-class LiveFile:
-    """One Parquet file that a version of a table holds.
-
-    Attributes:
-        path: Below the table's folder.
-        size: Bytes.
-        rows: Number of rows.
-        min_id: Smallest scan_id in it.
-        max_id: Largest scan_id in it.
-        partition_values: Column → value; None where the scan has none.
-    """
-
-    path: str
-    size: int
-    rows: int
-    min_id: str
-    max_id: str
-    partition_values: dict[str, str | None]
-
-    @classmethod
-    def of(cls, file: DataFile) -> LiveFile:
-        """Return a written file as a version will hold it."""
-        return cls(file.path, file.size, file.rows, file.min_id, file.max_id, dict(file.partition_values))
-
-
-@dataclass(frozen=True)
 class Owed:
     """What a commit still owes the table that it writes second.
 
@@ -81,7 +55,7 @@ class Owed:
 
     table: str
     add: tuple[DataFile, ...]
-    remove: tuple[LiveFile, ...]
+    remove: tuple[DataFile, ...]
     data_change: bool = True
 
 
@@ -170,7 +144,7 @@ class TableLog:
             int(count) * {"day": _DAY_S, "hour": 3600, "minute": 60, "second": 1}[unit.rstrip("s")] / _DAY_S
         )
 
-    def files(self) -> list[LiveFile]:
+    def files(self) -> list[DataFile]:
         """Return the files that hold the table's rows."""
         actions = pa.table(self._handle.get_add_actions(flatten=True)).to_pylist()
         return [_live_file(row) for row in actions]
@@ -182,13 +156,13 @@ class TableLog:
         if not owed:
             return None
         add = tuple(DataFile(**file) for file in owed["add"])
-        remove = tuple(LiveFile(**file) for file in owed["remove"])
+        remove = tuple(DataFile(**file) for file in owed["remove"])
         return Owed(owed["table"], add, remove, owed["data_change"])
 
     def append(
         self,
         add: Sequence[DataFile],
-        remove: Sequence[LiveFile],
+        remove: Sequence[DataFile],
         number: int,
         run_id: str,
         *,
@@ -357,9 +331,9 @@ def _json(table: str, version: int) -> str:
     return f"{table}/{LOG}/{version:020}.json"
 
 
-def _live_file(row: dict[str, Any]) -> LiveFile:
+def _live_file(row: dict[str, Any]) -> DataFile:
     prefix = "partition."
-    return LiveFile(
+    return DataFile(
         path=unquote(row["path"]),  # the log holds the path URL-encoded once more
         size=row["size_bytes"],
         rows=row["num_records"],

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from featray.output.delta_log import LiveFile
+from featray.schema import DataFile
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,13 @@ class LayerTotals:
     size_bytes: int
 
 
-def sum_by_layer(files: Iterable[LiveFile]) -> tuple[LayerTotals, ...]:
+def sum_by_layer(files: Iterable[DataFile]) -> tuple[LayerTotals, ...]:
     """Return the totals of each layer, sorted by name.
 
     Args:
         files: Data files of the table `features`; each belongs to the layer of its partition.
     """
-    by_layer: defaultdict[str, list[LiveFile]] = defaultdict(list)
+    by_layer: defaultdict[str, list[DataFile]] = defaultdict(list)
     for file in files:
         by_layer[str(file.partition_values["layer"])].append(file)
     return tuple(

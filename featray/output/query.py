@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 from featray.config import load
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
-from featray.output.delta_log import LiveFile
 from featray.output.features import FEATURE, KEYS
+from featray.schema import DataFile
 from featray.storage.store import Store
 
 Output = str | os.PathLike[str] | Dataset
@@ -50,13 +50,13 @@ class Selection:
 
     snapshot: Snapshot
     layer: str
-    files: tuple[LiveFile, ...]
+    files: tuple[DataFile, ...]
     columns: tuple[str, ...]
     joined: Mapping[str, str]
     scan_ids: pa.Array | None
     recipe: str | None
 
-    def rows(self, file: LiveFile, columns: Sequence[str]) -> pa.Table:
+    def rows(self, file: DataFile, columns: Sequence[str]) -> pa.Table:
         """Return all rows of one file.
 
         Raises:
@@ -68,7 +68,7 @@ class Selection:
         schema = self.snapshot.schema(FEATURES)
         return self.snapshot.store.ask(lambda: rows_of(fragment, schema, columns, None, file.rows))
 
-    def values(self, file: LiveFile, at_once: int) -> Iterator[pa.ListArray]:
+    def values(self, file: DataFile, at_once: int) -> Iterator[pa.ListArray]:
         """Yield the values of all rows of one file, some rows at a time.
 
         Args:
@@ -187,7 +187,7 @@ def select(
     )
 
 
-def layer_called(layer: str, files: Iterable[LiveFile]) -> str:
+def layer_called(layer: str, files: Iterable[DataFile]) -> str:
     """Return the layer's name in the output.
 
     Raises:
@@ -305,7 +305,7 @@ def sorted_ids(scan_ids: Iterable[str]) -> pa.Array:
     return unique.take(pc.sort_indices(unique))
 
 
-def _may_hold(file: LiveFile, ordered_ids: Sequence[str]) -> bool:
+def _may_hold(file: DataFile, ordered_ids: Sequence[str]) -> bool:
     at = bisect.bisect_left(ordered_ids, file.min_id)
     return at < len(ordered_ids) and ordered_ids[at] <= file.max_id
 

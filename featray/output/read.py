@@ -17,7 +17,6 @@ import pyarrow.compute as pc
 
 from featray.errors import FeatrayError
 from featray.output.dataset import FEATURES, Snapshot
-from featray.output.delta_log import LiveFile
 from featray.output.features import (
     FEATURE,
     KEYS,
@@ -42,6 +41,7 @@ from featray.output.query import (
     select,
     sorted_ids,
 )
+from featray.schema import DataFile
 
 _READERS = 8
 """Files whose small columns are read at once: on an object store, waiting is most of it."""
@@ -187,7 +187,7 @@ def _filled(selection: Selection, places: Sequence[Indices], shapes: Shapes) -> 
     """
     values, store = empty_values(shapes), selection.snapshot.store
 
-    def fill(file: LiveFile, places: Indices) -> None:
+    def fill(file: DataFile, places: Indices) -> None:
         wanted = places >= 0
         if wanted.any():
             at_once = max(1, _CHUNK_VALUES // max(1, int(shapes.lengths[places[wanted]].max())))

@@ -31,7 +31,7 @@ import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, FeatrayError
 from featray.output.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, paired, table_schema, written_by
-from featray.output.delta_log import LiveFile, Owed, TableLog, is_scratch
+from featray.output.delta_log import Owed, TableLog, is_scratch
 from featray.output.lease import FOLDER
 from featray.schema import DataFile, Receipt, ScanRecord
 
@@ -60,7 +60,7 @@ class _Change:
     """Files that one table gains and loses."""
 
     add: tuple[DataFile, ...] = ()
-    remove: tuple[LiveFile, ...] = ()
+    remove: tuple[DataFile, ...] = ()
 
 
 class Committer:
@@ -171,7 +171,7 @@ class Committer:
 
     def compact(self, at_least: int = COMPACT_AT) -> int:
         """Merge small files of `features` where a partition has many; return how many fewer there are."""
-        groups: dict[tuple[tuple[str, str | None], ...], list[LiveFile]] = defaultdict(list)
+        groups: dict[tuple[tuple[str, str | None], ...], list[DataFile]] = defaultdict(list)
         for file in self._logs[FEATURES].files():
             if file.size < FILE_BYTES // 2:
                 groups[tuple(file.partition_values.items())].append(file)
@@ -292,8 +292,8 @@ class Committer:
         return _Change(add, (*gone, *(old for old, _ in rewritten)))
 
     def _rewritten(
-        self, table: str, file: LiveFile, scan_ids: pa.Array
-    ) -> tuple[LiveFile, DataFile | None] | None:
+        self, table: str, file: DataFile, scan_ids: pa.Array
+    ) -> tuple[DataFile, DataFile | None] | None:
         """Put a file's rows of other scans; return both files, or None where it holds none of these scans."""
         stored = self._opened(table, file)
         kept = pc.invert(pc.is_in(stored.read(["scan_id"])["scan_id"], scan_ids))
@@ -302,7 +302,7 @@ class Committer:
         rows = stored.read().filter(kept)
         return file, self.dataset.put(table, file.partition_values, rows, self._run_id) if len(rows) else None
 
-    def _merged(self, partition: Mapping[str, str | None], files: Sequence[LiveFile]) -> Iterator[DataFile]:
+    def _merged(self, partition: Mapping[str, str | None], files: Sequence[DataFile]) -> Iterator[DataFile]:
         """Put the rows of many files into few; yield those."""
         tables: list[pa.Table] = []
         size = unpacked = 0
@@ -320,10 +320,10 @@ class Committer:
         rows = pa.concat_tables(tables).sort_by([("scan_id", "ascending"), ("patch", "ascending")])
         return self.dataset.put(FEATURES, partition, rows, self._run_id)
 
-    def _read(self, table: str, file: LiveFile) -> pa.Table:
+    def _read(self, table: str, file: DataFile) -> pa.Table:
         return self._opened(table, file).read()
 
-    def _opened(self, table: str, file: LiveFile) -> pq.ParquetFile:
+    def _opened(self, table: str, file: DataFile) -> pq.ParquetFile:
         """Fetch a file whole: of those that are rewritten all is needed, and they are of bounded size."""
         try:
             return pq.ParquetFile(pa.BufferReader(self.dataset.store.read(f"{table}/{file.path}")))
@@ -342,7 +342,7 @@ def _in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_
             yield from pool.map(work, some)
 
 
-def _may_hold(file: LiveFile, ordered_ids: Sequence[str]) -> bool:
+def _may_hold(file: DataFile, ordered_ids: Sequence[str]) -> bool:
     """Whether one of the ids, which are sorted, lies between the smallest and the largest of the file."""
     at = bisect.bisect_left(ordered_ids, file.min_id)
     return at < len(ordered_ids) and ordered_ids[at] <= file.max_id

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from featray.commands.verify.findings import Fault, Kind
 from featray.errors import StorageError
 from featray.output.dataset import written_by
-from featray.output.delta_log import LiveFile
+from featray.schema import DataFile
 from featray.storage import retry
 from featray.storage.store import Store
 
@@ -41,7 +41,7 @@ class BrokenFileError(Exception):
         self.fault = Fault(kind, detail=detail, broken=kind is not Kind.NO_ACCESS)
 
 
-def open_file(store: Store, table: str, file: LiveFile) -> pq.ParquetFile:
+def open_file(store: Store, table: str, file: DataFile) -> pq.ParquetFile:
     """Return a file that is all there.
 
     Raises:
@@ -61,7 +61,7 @@ def open_file(store: Store, table: str, file: LiveFile) -> pq.ParquetFile:
         raise BrokenFileError(Kind.UNREADABLE_FILE, f"{file.path}: {type(error).__name__}") from None
 
 
-def batches(parquet: pq.ParquetFile, file: LiveFile) -> Iterator[pa.RecordBatch]:
+def batches(parquet: pq.ParquetFile, file: DataFile) -> Iterator[pa.RecordBatch]:
     """Yield the rows, about BATCH_BYTES at once; raises as `open_file`."""
     rows = max(1, parquet.metadata.num_rows)
     groups = (parquet.metadata.row_group(number) for number in range(parquet.metadata.num_row_groups))
@@ -72,7 +72,7 @@ def batches(parquet: pq.ParquetFile, file: LiveFile) -> Iterator[pa.RecordBatch]
         raise BrokenFileError(Kind.UNREADABLE_FILE, f"{file.path}: {type(error).__name__}") from None
 
 
-def check_schema(found: pa.Schema, fixed: pa.Schema, table: pa.Schema, file: LiveFile) -> None:
+def check_schema(found: pa.Schema, fixed: pa.Schema, table: pa.Schema, file: DataFile) -> None:
     """Check the columns inside a file.
 
     Args:
@@ -104,7 +104,7 @@ def schema_problems(found: pa.Schema, fixed: pa.Schema) -> list[str]:
     ]
 
 
-def stats_faults(file: LiveFile, ids: pa.Array) -> list[Fault]:
+def stats_faults(file: DataFile, ids: pa.Array) -> list[Fault]:
     """Return where the log's words about a file's rows are wrong.
 
     Args:
@@ -123,11 +123,11 @@ def stats_faults(file: LiveFile, ids: pa.Array) -> list[Fault]:
 
 
 def in_threads(
-    work: Callable[[LiveFile], _Result], files: Sequence[LiveFile]
-) -> Iterator[tuple[LiveFile, _Result]]:
+    work: Callable[[DataFile], _Result], files: Sequence[DataFile]
+) -> Iterator[tuple[DataFile, _Result]]:
     """Yield each file with what `work` makes of it, in order, a few at a time."""
     with ThreadPoolExecutor(THREADS, "featray-verify") as pool:
-        flying: deque[tuple[LiveFile, Future[_Result]]] = deque()
+        flying: deque[tuple[DataFile, Future[_Result]]] = deque()
         try:
             for file in files:
                 while flying and sum(f.size for f, _ in flying) + file.size > IN_FLIGHT_BYTES:
@@ -142,7 +142,7 @@ def in_threads(
                 future.cancel()
 
 
-def _landed(flying: deque[tuple[LiveFile, Future[_Result]]]) -> tuple[LiveFile, _Result]:
+def _landed(flying: deque[tuple[DataFile, Future[_Result]]]) -> tuple[DataFile, _Result]:
     file, future = flying.popleft()
     return file, future.result()
 

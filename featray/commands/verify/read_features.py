@@ -17,8 +17,7 @@ from featray.commands.verify.data_file import BrokenFileError, batches, check_sc
 from featray.commands.verify.findings import Fault, Kind
 from featray.commands.verify.read_scans import Ledger
 from featray.output.dataset import FEATURES
-from featray.output.delta_log import LiveFile
-from featray.schema import FEATURE_COLUMNS
+from featray.schema import FEATURE_COLUMNS, DataFile
 from featray.storage.store import Store
 
 Shape = tuple[int, ...]
@@ -66,7 +65,7 @@ class _Batches:
     faults: list[Fault] = field(default_factory=list)
 
 
-def read_rows(store: Store, schema: pa.Schema, ledger: Ledger, file: LiveFile, *, shapes: bool) -> FileRows:
+def read_rows(store: Store, schema: pa.Schema, ledger: Ledger, file: DataFile, *, shapes: bool) -> FileRows:
     """Read one file of `features` back.
 
     Args:
@@ -94,7 +93,7 @@ def read_rows(store: Store, schema: pa.Schema, ledger: Ledger, file: LiveFile, *
     return _file_rows(found)
 
 
-def _add(found: _Batches, batch: pa.RecordBatch, ledger: Ledger, file: LiveFile, shapes: bool) -> None:
+def _add(found: _Batches, batch: pa.RecordBatch, ledger: Ledger, file: DataFile, shapes: bool) -> None:
     found.ids.append(batch["scan_id"])
     is_null = _null_rows(batch)
     if is_null.any():
@@ -189,7 +188,7 @@ def _value_faults(batch: pa.RecordBatch) -> Iterator[Fault]:
     yield Fault(Kind.NOT_FINITE, ids, f"{ids[0].as_py()}: {np.count_nonzero(~is_finite)} values in its file")
 
 
-def _misplaced(scan: Rows, ledger: Ledger, file: LiveFile, ids: pa.Array) -> Iterator[Fault]:
+def _misplaced(scan: Rows, ledger: Ledger, file: DataFile, ids: pa.Array) -> Iterator[Fault]:
     """Yield where the folder, the log and the ledger say other things of the partition."""
     folders = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
     read = {key: None if value == _NULL_PARTITION else unquote(value) for key, value in folders.items()}

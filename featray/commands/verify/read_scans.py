@@ -19,8 +19,7 @@ from featray.commands.verify.data_file import BrokenFileError, check_schema, ope
 from featray.commands.verify.findings import Fault, Kind
 from featray.errors import Reason, WarningCode
 from featray.output.dataset import SCANS
-from featray.output.delta_log import LiveFile
-from featray.schema import SCAN_COLUMNS
+from featray.schema import SCAN_COLUMNS, DataFile
 from featray.storage.store import Store
 
 STATUSES = ("ok", "failed", "excluded")
@@ -105,7 +104,7 @@ class Ledger:
         return self.ids.take(pa.array(np.unique(rows[rows >= 0])))
 
 
-def read_part(store: Store, schema: pa.Schema, further: Sequence[str], file: LiveFile) -> LedgerPart:
+def read_part(store: Store, schema: pa.Schema, further: Sequence[str], file: DataFile) -> LedgerPart:
     """Read one file of `scans` back.
 
     Args:
@@ -159,7 +158,7 @@ def join(parts: Sequence[pa.Table], further: Sequence[str]) -> tuple[Ledger, lis
     ), faults
 
 
-def covered(ids: pa.Array, files: Sequence[LiveFile]) -> NDArray[np.bool_]:
+def covered(ids: pa.Array, files: Sequence[DataFile]) -> NDArray[np.bool_]:
     """Return whether each id may be in one of the files, going by the first and last ids that the log names.
 
     Args:
@@ -206,14 +205,14 @@ def _type(name: str) -> pa.DataType:
     return SCAN_COLUMNS.field(name).type if name in SCAN_COLUMNS.names else pa.string()
 
 
-def _read(parquet: pq.ParquetFile, file: LiveFile) -> pa.Table:
+def _read(parquet: pq.ParquetFile, file: DataFile) -> pa.Table:
     try:
         return parquet.read(use_threads=False)
     except (pa.ArrowException, OSError) as error:
         raise BrokenFileError(Kind.UNREADABLE_FILE, f"{file.path}: {type(error).__name__}") from None
 
 
-def _nulls(rows: pa.Table, file: LiveFile) -> list[Fault]:
+def _nulls(rows: pa.Table, file: DataFile) -> list[Fault]:
     faults = []
     for name in _ALWAYS:
         if not rows[name].null_count:

@@ -19,7 +19,7 @@ from featray.commands.verify.read_features import FileRows, Rows, Shape
 from featray.commands.verify.read_scans import Ledger, covered
 from featray.commands.verify.run_files import RecipeFacts
 from featray.output.dataset import FEATURES, SCANS
-from featray.output.delta_log import LiveFile
+from featray.schema import DataFile
 
 _SEEN, _SEEN_OTHER = 1, 2
 
@@ -146,7 +146,7 @@ class Books:
     def close(
         self,
         books: LayerBooks,
-        broken: Sequence[tuple[LiveFile, Fault]],
+        broken: Sequence[tuple[DataFile, Fault]],
         facts: Mapping[int, RecipeFacts],
         findings: Findings,
     ) -> None:
@@ -173,7 +173,7 @@ class Books:
         left = books.of_recipes_with_layer(scan, facts) & ~explained[scan]
         self.missing[books.layer] = scan[left], first[left]
 
-    def settle(self, broken_scans: Iterable[tuple[LiveFile, Fault]], findings: Findings) -> None:
+    def settle(self, broken_scans: Iterable[tuple[DataFile, Fault]], findings: Findings) -> None:
         """Report what only all layers together can tell.
 
         Args:
@@ -194,7 +194,7 @@ class Books:
                 findings.add(Fault(Kind.MISSING_PATCH, ids, detail), FEATURES, layer)
         self._settle_unknown(_by_kind(broken_scans), findings)
 
-    def _settle_unknown(self, broken_scans: Mapping[Kind, list[LiveFile]], findings: Findings) -> None:
+    def _settle_unknown(self, broken_scans: Mapping[Kind, list[DataFile]], findings: Findings) -> None:
         for layer, unsorted in self.unknown.items():
             ids = unsorted.cast(pa.large_string()).sort()
             left = np.ones(len(ids), bool)
@@ -208,8 +208,8 @@ class Books:
                 findings.add(Fault(Kind.FEATURES_WITHOUT_LEDGER, names, detail), FEATURES, layer)
 
 
-def _by_kind(broken: Iterable[tuple[LiveFile, Fault]]) -> dict[Kind, list[LiveFile]]:
-    files: dict[Kind, list[LiveFile]] = defaultdict(list)
+def _by_kind(broken: Iterable[tuple[DataFile, Fault]]) -> dict[Kind, list[DataFile]]:
+    files: dict[Kind, list[DataFile]] = defaultdict(list)
     for file, fault in broken:
         files[fault.kind].append(file)
     return files

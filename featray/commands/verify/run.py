@@ -23,9 +23,8 @@ from featray.commands.verify.watch import Watch
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
 from featray.job import lock_output
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
-from featray.output.delta_log import LiveFile
 from featray.output.query import Output, open_output
-from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
+from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.stages.commit import Committer
 
 LOOKS = 5
@@ -35,7 +34,7 @@ _OWED = (
     "down its second half"
 )
 
-_Broken = list[tuple[LiveFile, Fault]]
+_Broken = list[tuple[DataFile, Fault]]
 
 
 @dataclass(frozen=True)
@@ -206,16 +205,16 @@ class _Reading:
             self.findings.add(fault, SCANS)
         return ledger, broken
 
-    def _layers(self, facts: dict[int, RecipeFacts]) -> dict[str, list[LiveFile]]:
+    def _layers(self, facts: dict[int, RecipeFacts]) -> dict[str, list[DataFile]]:
         """Return the files of each layer, also of those that a run promised and that have none."""
-        files: dict[str, list[LiveFile]] = defaultdict(list)
+        files: dict[str, list[DataFile]] = defaultdict(list)
         for file in self.files[FEATURES]:
             files[file.partition_values.get("layer") or ""].append(file)
         promised = {layer for told in facts.values() for layer in told.layers}
         return {layer: files.get(layer, []) for layer in sorted({*files, *promised})}
 
     def _layer(
-        self, layer: str, files: list[LiveFile], all_books: Books, facts: dict[int, RecipeFacts]
+        self, layer: str, files: list[DataFile], all_books: Books, facts: dict[int, RecipeFacts]
     ) -> int:
         """Read one layer and enter it; return its rows."""
         ledger = all_books.ledger
@@ -238,7 +237,7 @@ class _Reading:
         all_books.close(books, broken, facts, self.findings)
         return rows
 
-    def _note(self, faults: list[Fault], table: str, layer: str | None, file: LiveFile) -> None:
+    def _note(self, faults: list[Fault], table: str, layer: str | None, file: DataFile) -> None:
         for fault in faults:
             self.findings.add(fault, table, layer, file.path)
 

@@ -23,7 +23,7 @@ from featray.commands.verify import Kind, Verification, data_file, verify
 from featray.commands.verify.read_scans import covered, join
 from featray.errors import ConfigError, OutputBusyError, Reason, ScanError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Dataset
-from featray.output.delta_log import LiveFile, TableLog
+from featray.output.delta_log import TableLog
 from featray.schema import DataFile, Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
@@ -91,7 +91,7 @@ def write_run(dataset: Dataset, size: list[int] | None, layers: Sequence[str] = 
     dataset.store.write(f"runs/{RUN}/run.json", json.dumps(run).encode())
 
 
-def the_file(dataset: Dataset, table: str, scan_id: str, layer: str | None = None) -> LiveFile:
+def the_file(dataset: Dataset, table: str, scan_id: str, layer: str | None = None) -> DataFile:
     """Return the file that holds a scan (of a layer)."""
     snapshot = dataset.snapshot()
     (found,) = (
@@ -103,7 +103,7 @@ def the_file(dataset: Dataset, table: str, scan_id: str, layer: str | None = Non
     return found
 
 
-def log_change(dataset: Dataset, table: str, add: Sequence[DataFile], remove: Sequence[LiveFile]) -> None:
+def log_change(dataset: Dataset, table: str, add: Sequence[DataFile], remove: Sequence[DataFile]) -> None:
     """Make the log say something, in a commit as any other."""
     for name in (FEATURES, SCANS):
         log = TableLog.open(dataset.store, name)
@@ -353,7 +353,7 @@ def test_ids_are_found_and_ranges_covered_as_a_plain_search_would() -> None:
     ids, files = pa.array(texts, pa.large_string()), []
     for _ in range(6):
         first, last = sorted(f"{number:b}" for number in rng.integers(1, 400, 2))
-        files.append(LiveFile("", 0, 0, first, last, {}))
+        files.append(DataFile("", 0, {}, 0, first, last))
     expected = [any(f.min_id <= text <= f.max_id for f in files[:3]) for text in texts]
     assert covered(ids, files[:3]).tolist() == expected
     assert not covered(ids, []).any()

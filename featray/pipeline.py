@@ -34,7 +34,6 @@ from featray.stages.decode import Decoder
 from featray.stages.list import Listing
 from featray.stages.plan import Plan
 from featray.stages.report import RunTotals, Summary, announce, report
-from featray.storage.store import Store
 from featray.terminal.progress import Progress
 
 log = logging.getLogger(__name__)
@@ -98,7 +97,7 @@ def _run(
 ) -> Summary:
     started = time.time()
     config, listing = check(config, overrides)
-    dataset = Dataset(Store(config.output.uri, config.output.storage_options))
+    dataset = Dataset.open(config.output)
     check_output(dataset.store)
     with choose_engine(config, len(listing.scans)) as engine:
         _begin(engine, config, listing, dataset)

@@ -33,7 +33,6 @@ from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.preprocess import preprocess
 from featray.stages.read import Reader, ReadResult
-from featray.storage.store import Store
 from featray.storage.urls import open_url
 
 MAX_INPUT_BYTES = 2**30
@@ -71,7 +70,7 @@ def measure(
         FeatrayError: No scan can be decoded, or as `Job.prepare`.
     """
     job = Job.prepare(config, "inline", time.time())
-    stages = job.stages(Dataset(Store(config.output.uri, config.output.storage_options)), len(scans))
+    stages = job.stages(Dataset.open(config.output), len(scans))
     tally = _Tally(repeats)
     decoded: list[Decoded] = []
     for scan in scans:

@@ -25,7 +25,6 @@ from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.plan import STATES, Plan
-from featray.storage.store import Store
 
 SAMPLE_SCANS = 6
 """Scans decoded for the estimate, from small to large."""
@@ -146,7 +145,7 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
     """
     started = time.time()
     checked, listing = check(config, overrides)
-    dataset = Dataset(Store(checked.output.uri, checked.output.storage_options))
+    dataset = Dataset.open(checked.output)
     engine = choose_engine(checked, len(listing.scans))
     job = Job.prepare(checked, engine.name, started, threads=engine.threads)
     stored = dataset.find()
@@ -183,7 +182,7 @@ def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -
     """
     started = time.time()
     checked, listing = check(config, overrides)
-    dataset = Dataset(Store(checked.output.uri, checked.output.storage_options))
+    dataset = Dataset.open(checked.output)
     job = Job.prepare(checked, choose_engine(checked, len(listing.scans)).name, started)
     return job.plan(listing, dataset.find(), RunScope()).why(scan_id)
 

@@ -8,6 +8,7 @@ process at exit, and a scheduler looks at the exit code.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,8 @@ from featray.storage.store import Store
 if TYPE_CHECKING:
     import pyarrow.dataset as pads
     import pyarrow.fs as pafs
+
+    from featray.config import OutputConfig
 
 FEATURES = "features"
 SCANS = "scans"
@@ -164,6 +167,15 @@ class Dataset:
     def __init__(self, store: Store) -> None:
         self.store = store
 
+    @classmethod
+    def open(cls, config: OutputConfig) -> Dataset:
+        """Return the output that the section `output` of a configuration names; it need not exist yet.
+
+        Raises:
+            ConfigError: The protocol of the URL is unknown or its package is not installed.
+        """
+        return cls(Store(config.uri, config.storage_options))
+
     def find(self, version: int | None = None) -> Snapshot | None:
         """Return the newest commit, or the one that made `version` of `features`; None if there is none.
 
@@ -253,6 +265,12 @@ def written_by(name: str) -> str | None:
     """Return the id of the run that wrote a data file of this name; None for a file that no run writes."""
     found = _DATA_FILE.search(name)
     return found["run_id"] if found else None
+
+
+def can_contain_any(file: DataFile, sorted_ids: Sequence[str]) -> bool:
+    """Return whether one of the ids lies between the smallest and the largest scan_id of the file."""
+    position = bisect.bisect_left(sorted_ids, file.min_id)
+    return position < len(sorted_ids) and sorted_ids[position] <= file.max_id
 
 
 def table_schema(table: str, carried: Sequence[str], partition_by: Sequence[str]) -> pa.Schema:

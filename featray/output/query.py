@@ -5,7 +5,6 @@ Everything that reads an output back starts here: `reading`, `ray_reading` and `
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import difflib
 import os
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 
 from featray.config import load
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError
-from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
+from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot, can_contain_any
 from featray.output.features import FEATURE, KEYS
 from featray.schema import DataFile
 from featray.storage.store import Store
@@ -114,8 +113,10 @@ def open_output(
     place = os.fspath(output)
     options = None if storage_options is None else dict(storage_options)
     if place.endswith((".yaml", ".yml")):
-        named = load(place).output
-        place, options = named.uri, named.storage_options if options is None else options
+        config = load(place).output
+        return Dataset.open(
+            config if options is None else config.model_copy(update={"storage_options": options})
+        )
     return Dataset(Store(place, options))
 
 
@@ -171,7 +172,7 @@ def select(
     wanted = [file for file in files if file.partition_values["layer"] == name]
     if scan_ids is not None:
         ordered = scan_ids.to_pylist()
-        wanted = [file for file in wanted if _may_hold(file, ordered)]
+        wanted = [file for file in wanted if can_contain_any(file, ordered)]
     return Selection(
         snapshot,
         name,
@@ -303,11 +304,6 @@ def sorted_ids(scan_ids: Iterable[str]) -> pa.Array:
         raise UsageError("scan_ids: expected texts, as the column scan_id holds them") from None
     unique = pc.unique(given.drop_null())
     return unique.take(pc.sort_indices(unique))
-
-
-def _may_hold(file: DataFile, ordered_ids: Sequence[str]) -> bool:
-    at = bisect.bisect_left(ordered_ids, file.min_id)
-    return at < len(ordered_ids) and ordered_ids[at] <= file.max_id
 
 
 def _refuse_unknown(argument: str, asked: Iterable[str], known: Sequence[str]) -> None:

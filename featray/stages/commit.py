@@ -15,7 +15,6 @@ until then `Dataset.snapshot` shows the commit whole.
 
 from __future__ import annotations
 
-import bisect
 import functools
 import itertools
 import logging
@@ -30,9 +29,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, FeatrayError
-from featray.output.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, paired, table_schema, written_by
-from featray.output.delta_log import Owed, TableLog, is_scratch
-from featray.output.lease import FOLDER
+from featray.output.dataset import (
+    FEATURES,
+    SCANS,
+    Dataset,
+    Snapshot,
+    can_contain_any,
+    paired,
+    table_schema,
+)
+from featray.output.delta_log import Owed, TableLog
+from featray.output.orphans import find_orphans, list_output_files
 from featray.schema import DataFile, Receipt, ScanRecord
 
 log = logging.getLogger(__name__)
@@ -158,14 +165,9 @@ class Committer:
         of a run in flight looks the same. Files that no run has written are left alone.
         """
         self._still_ours()
-        store, snapshot = self.dataset.store, self.snapshot()
-        orphans = [name for name in store.names(RUNS) if name.endswith(".tmp") and FOLDER not in name]
-        for table in self._logs:
-            known = {file.path for file in snapshot.files(table)} | snapshot.superseded(table)
-            for name in store.names(table):
-                is_ours = written_by(name) is not None or is_scratch(name)
-                if is_ours and name.removeprefix(f"{table}/") not in known:
-                    orphans.append(name)
+        store = self.dataset.store
+        by_folder = find_orphans(list_output_files(store), self.snapshot())
+        orphans = [name for names in by_folder.values() for name in names]
         store.delete(orphans)
         return orphans
 
@@ -284,7 +286,7 @@ class Committer:
         wanted, ordered = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
         files = self._logs[table].files()
         gone = [file for file in files if file.path in broken]
-        maybe = [file for file in files if file.path not in broken and _may_hold(file, ordered)]
+        maybe = [file for file in files if file.path not in broken and can_contain_any(file, ordered)]
         rewritten = [
             pair for pair in _in_threads(lambda file: self._rewritten(table, file, wanted), maybe) if pair
         ]
@@ -340,12 +342,6 @@ def _in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_
         waiting = iter(items)
         while some := list(itertools.islice(waiting, _THREADS)):
             yield from pool.map(work, some)
-
-
-def _may_hold(file: DataFile, ordered_ids: Sequence[str]) -> bool:
-    """Whether one of the ids, which are sorted, lies between the smallest and the largest of the file."""
-    at = bisect.bisect_left(ordered_ids, file.min_id)
-    return at < len(ordered_ids) and ordered_ids[at] <= file.max_id
 
 
 def _created(dataset: Dataset, table: str, carried: Sequence[str], partition_by: Sequence[str]) -> TableLog:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 from featray.commands.verify.findings import Fault, Findings, Kind
 from featray.errors import OutputBusyError
 from featray.output.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, written_by
-from featray.output.delta_log import LOG, is_scratch
-from featray.output.lease import FOLDER, refuse_if_held
+from featray.output.delta_log import LOG
+from featray.output.lease import refuse_if_held
+from featray.output.orphans import find_orphans, list_output_files
 
 
 def look_for_strays(dataset: Dataset, snapshot: Snapshot, findings: Findings) -> list[str]:
@@ -16,20 +17,15 @@ def look_for_strays(dataset: Dataset, snapshot: Snapshot, findings: Findings) ->
 
     The store is listed first and the newest commit read last: what a run commits or begins meanwhile is none.
     """
-    listed = {table: dataset.store.names(table) for table in (FEATURES, SCANS)}
-    scratch = [name for name in dataset.store.names(RUNS) if name.endswith(".tmp") and FOLDER not in name]
-    notes = _foreign(listed, snapshot, findings)
+    listed = list_output_files(dataset.store)
+    notes = _foreign({table: listed[table] for table in (FEATURES, SCANS)}, snapshot, findings)
     try:
         refuse_if_held(dataset.store)
     except OutputBusyError as error:
         return [*notes, f"orphans were not looked for, files of a run at work look the same: {error}"]
-    newest = dataset.snapshot()
-    for table, names in listed.items():
-        known = {file.path for version in (snapshot, newest) for file in version.files(table)}
-        known |= newest.superseded(table)
-        ours = [name for name in names if written_by(name) is not None or is_scratch(name)]
-        _orphans(dataset, table, [n for n in ours if n.removeprefix(f"{table}/") not in known], findings)
-    _orphans(dataset, RUNS, scratch, findings)
+    orphans = find_orphans(listed, dataset.snapshot(), snapshot)
+    for folder in (FEATURES, SCANS, RUNS):
+        _orphans(dataset, folder, orphans[folder], findings)
     return notes
 
 

@@ -1,8 +1,8 @@
-"""One row of a manifest in, its scan out; the store is asked about it only if the row gives no version.
+"""One row of a manifest in, its scan out. The store is asked about the scan only if the row gives no version.
 
-With a version, and a name that tells the format, the scan is complete. Other names (a DICOM folder, an
-archive) are left open: the format is "auto", there are no files, and `locate` finds them where the scan is
-read.
+A row with a version and a file name that tells the format gives a complete scan. Other names (a DICOM folder,
+an archive) are left open: the format is "auto" and there are no files. `find_files` finds them later, in the
+process that reads the scan.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def scan_of_row(row: ManifestRow, how: How) -> Scan:
     )
 
 
-def locate(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:
+def find_files(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:
     """Return a scan that listing left open with its files; one that cannot be found has the reason why.
 
     Args:

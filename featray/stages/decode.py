@@ -10,11 +10,10 @@ import functools
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
-from featray.collection.manifest_row import locate
 from featray.config import Config, LimitsConfig, PolicyConfig, PreprocessConfig
 from featray.ct import hu_statistics, mask_crop, regrid
 from featray.ct.formats.npy import Samples, onto_scale
@@ -23,6 +22,7 @@ from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError, WarningCode
 from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord
+from featray.stages.locate import locate
 from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
 from featray.stages.read import Reader, ReadResult
 
@@ -63,7 +63,7 @@ class Decoder:
     def __call__(self, scan: Scan) -> Decoded:
         """Return the scan's model input, or its record with the reason why there is none."""
         self.prepare()
-        scan = self._located(scan)
+        scan = locate(scan, self.reader.source, self.policy)
         record = ScanRecord.of(scan, self.recipe, self.run_id)
         if record.status != "ok":
             return _without_tensor(record)
@@ -92,15 +92,6 @@ class Decoder:
         """Return the outcome of a scan that an engine gave up for taking too long."""
         message = f"no result after {self.limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
         return self.failed(scan, Reason.TIMEOUT, message, attempts)
-
-    def _located(self, scan: Scan) -> Scan:
-        """Return the scan with its files; what cannot be found has a reason, as from listing."""
-        try:
-            return locate(scan, self.reader.source, self.policy)
-        except Exception as error:  # as in reading: one scan, not the run
-            log.debug("unexpected error while looking for files", exc_info=True)
-            message = f"looking for its files raised {type(error).__name__}"
-            return replace(scan, reason=Reason.UNREADABLE, message=message)
 
     def _read(self, scan: Scan) -> ReadResult:
         try:

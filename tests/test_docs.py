@@ -39,7 +39,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from featray.synthetic.vae import build_encoder
 
     folder = tmp_path_factory.mktemp("first-run")
-    make_collection(folder / "data" / "ct", 3, shape_zyx=(32, 64, 64), dicom=0)
+    make_collection(folder / "data" / "ct", 3, shape_zyx=(32, 64, 64), dicom_count=0)
     (folder / "models").mkdir()
     build_encoder().save(folder / "models" / "vae.keras")
     shutil.copy(REPOSITORY / "featray" / "vae.py", folder / "models" / "sampling.py")

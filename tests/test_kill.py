@@ -39,7 +39,7 @@ def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from featray.synthetic.phantom import make_collection
 
     folder = tmp_path_factory.mktemp("collection")
-    make_collection(folder, SCANS_IN_ALL, shape_zyx=(64, 160, 160), seed=5, dicom=1)
+    make_collection(folder, SCANS_IN_ALL, shape_zyx=(64, 160, 160), seed=5, dicom_count=1)
     return folder
 
 
@@ -201,7 +201,7 @@ def stages(vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     found = {}
     for command in COMMANDS:
         folder = tmp_path_factory.mktemp(command)
-        make_collection(folder / "ct", 30, shape_zyx=(16, 40, 48), seed=11, dicom=1)
+        make_collection(folder / "ct", 30, shape_zyx=(16, 40, 48), seed=11, dicom_count=1)
         config: dict[str, Any] = {
             "source": {"uri": str(folder / "ct")},
             "preprocess": {"size": list(INPUT_ZYX)},

@@ -35,7 +35,7 @@ def found_in_archive(
         with fs.open(file.path, "rb") as stream:
             archive = open_archive(stream, max_bytes=MAX_ARCHIVE_BYTES)
             members = [
-                File(name, name, archive.size(name), archive.version(name), archive.version(name))
+                File(name, name, archive.get_size(name), archive.get_version(name), archive.get_version(name))
                 for name in archive.names
                 if is_visible(name)
             ]
@@ -65,9 +65,9 @@ def _failed(file: File, error: ScanError, how: How) -> Found:
 def _archived_header(archive: Archive, file: File) -> SliceHeader:
     """Return a member's DICOM header; more of it is only inflated where its head does not do."""
     try:
-        header = read_header(io.BytesIO(archive.head(file.path, _HEADER_BYTES)), file.name)
+        header = read_header(io.BytesIO(archive.read_head(file.path, _HEADER_BYTES)), file.name)
         if header.problem is not Reason.TRUNCATED or file.size <= _HEADER_BYTES:
             return header
-        return read_header(io.BytesIO(archive.head(file.path, MAX_HEADER_BYTES)), file.name)
+        return read_header(io.BytesIO(archive.read_head(file.path, MAX_HEADER_BYTES)), file.name)
     except ScanError as error:
         return make_unreadable_header(file.name, error)

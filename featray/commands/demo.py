@@ -122,9 +122,10 @@ def _train(config: Config, path: Path) -> None:
     from featray.model import runtime
 
     runtime.configure()
-    from featray.synthetic.vae import train_vae
+    from featray.synthetic.vae import build_vae, train_vae
 
-    vae = train_vae(volumes, epochs=EPOCHS, seed=SEED)
+    vae = build_vae(INPUT_ZYX, filters=(4, 8, 16), dense=32, latent=8, seed=SEED)
+    train_vae(vae, volumes, epochs=EPOCHS, seed=SEED)
     temporary = path.with_name(f"part-{path.name}")
     vae.save(temporary)
     temporary.replace(path)

@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.ct.resample import resize
+from featray.ct.resample import Kernel, resize
 
 SLICES = 12
 PATCHES = 24
@@ -171,7 +171,7 @@ def _fitted(panel: Panel) -> _Values:
     """Return the values at the size of a panel: voxels become blocks, or are averaged."""
     sides = [count * unit for count, unit in zip(panel.values.shape, panel.proportions, strict=True)]
     rows, columns = (max(1, round(PANEL * side / max(sides))) for side in sides)
-    fitted: _Values = resize(panel.values[np.newaxis], (1, rows, columns), interpolation="area")[0]
+    fitted: _Values = resize(panel.values[np.newaxis], (1, rows, columns), kernel=Kernel("area"))[0]
     return fitted
 
 

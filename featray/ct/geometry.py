@@ -35,24 +35,24 @@ MAX_ORIGIN_MM = 1e6
 """A first voxel a kilometre from the scanner is no place in a patient."""
 
 
-def ras_to_lps(affine_ras: Affine) -> Affine:
+def convert_ras_to_lps(affine_ras: Affine) -> Affine:
     """Return the affine with millimetres in LPS instead of RAS (NIfTI), or the other way round."""
     return affine_ras * [[-1.0], [-1.0], [1.0], [1.0]]
 
 
-def spacing_zyx(affine_lps: Affine) -> tuple[float, float, float]:
+def compute_spacing_zyx(affine_lps: Affine) -> tuple[float, float, float]:
     """Return mm between voxel centres along array axes z, y and x: the lengths of the columns."""
     x, y, z = np.linalg.norm(affine_lps[:3, :3], axis=0)
     return float(z), float(y), float(x)
 
 
-def indices_xyz(affine_lps: Affine, points_lps: NDArray[np.float64]) -> NDArray[np.float64]:
+def compute_indices_xyz(affine_lps: Affine, points_lps: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return voxel indices (x, y, z), with fractions to a millionth, of points (n, 3) in mm."""
     moved = points_lps - affine_lps[:3, 3]
     return np.asarray(np.round(np.linalg.solve(affine_lps[:3, :3], moved.T).T, 6))
 
 
-def orientation_letters(affine_lps: Affine) -> str:
+def compute_orientation(affine_lps: Affine) -> str:
     """Return the patient directions in which x, y and z grow, e.g. `LPS`; nearest axes if oblique."""
     directions = _directions(affine_lps)
     return "".join(
@@ -75,12 +75,12 @@ def is_sheared(affine_lps: Affine, degrees: float = SHEAR_DEGREES) -> bool:
     return bool(np.abs(between).max() > np.sin(np.radians(degrees)))
 
 
-def problem(affine_lps: Affine) -> str | None:
+def find_affine_problem(affine_lps: Affine) -> str | None:
     """Return what makes an affine unusable (not finite, flat, absurd spacing or origin), or None."""
     if not np.isfinite(affine_lps).all():
         return "the affine holds values that are not finite"
     with np.errstate(all="ignore"):  # lengths beyond float64 are infinite, which is the answer
-        spacing = spacing_zyx(affine_lps)
+        spacing = compute_spacing_zyx(affine_lps)
     if not MIN_SPACING_MM <= min(spacing) <= max(spacing) <= MAX_SPACING_MM:
         text = ", ".join(f"{mm:g}" for mm in spacing)
         return f"spacing (z, y, x) is {text} mm, expected {MIN_SPACING_MM:g} to {MAX_SPACING_MM:g}"
@@ -91,9 +91,9 @@ def problem(affine_lps: Affine) -> str | None:
     return None
 
 
-def oddities(affine_lps: Affine) -> tuple[str, ...]:
+def find_geometry_warnings(affine_lps: Affine) -> tuple[str, ...]:
     """Return the warning codes that an accepted geometry earns: `oblique`, `anisotropic`."""
-    spacing = spacing_zyx(affine_lps)
+    spacing = compute_spacing_zyx(affine_lps)
     found = {
         WarningCode.OBLIQUE: is_oblique(affine_lps),
         WarningCode.ANISOTROPIC: max(spacing) / min(spacing) > ANISOTROPIC_RATIO,

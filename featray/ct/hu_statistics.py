@@ -18,7 +18,7 @@ from featray.errors import WarningCode
 EXACT_VOXELS = 12_000_000
 """Up to here percentiles of int16 use every voxel; also below 2**24, where calcHist's float32 is exact."""
 
-LATTICE_VOXELS = 2_000_000
+SAMPLE_VOXELS = 2_000_000
 """Above it, at least this many voxels, in whole rows at one regular distance."""
 
 PERCENTILES = (1.0, 50.0, 99.0)
@@ -43,7 +43,7 @@ _SPIKE_NEIGHBOURS = 20
 class HuStatistics:
     """Range and percentiles of a volume, in the units of its voxels (HU if all is well).
 
-    `counts` says how many voxels of `lattice` round to -32768, -32767 … 32767; values beyond are
+    `counts` says how many voxels of `sample_rows` round to -32768, -32767 … 32767; values beyond are
     counted at the ends.
     """
 
@@ -55,15 +55,15 @@ class HuStatistics:
     counts: NDArray[np.int64] = field(repr=False, compare=False)
 
 
-def statistics(voxels_zyx: NDArray[Any]) -> HuStatistics:
+def compute_statistics(voxels_zyx: NDArray[Any]) -> HuStatistics:
     """Return minimum, maximum and the 1st, 50th and 99th percentile.
 
     Minimum and maximum are exact. Percentiles (linear between the two nearest ranks, as
-    `numpy.percentile`) are exact for int16 up to `EXACT_VOXELS`; else they are those of `lattice`.
+    `numpy.percentile`) are exact for int16 up to `EXACT_VOXELS`; else they are those of `sample_rows`.
     """
     ends = [cv2.minMaxLoc(plane)[:2] for plane in voxels_zyx]  # both in one pass
     minimum, maximum = min(low for low, _ in ends), max(high for _, high in ends)
-    sample = lattice(voxels_zyx)
+    sample = sample_rows(voxels_zyx)
     counts = _counts(sample)
     if voxels_zyx.dtype != np.int16:
         ordered = np.sort(sample, axis=None)  # faster than np.partition at six ranks
@@ -79,21 +79,21 @@ def statistics(voxels_zyx: NDArray[Any]) -> HuStatistics:
     return HuStatistics(minimum, p01, p50, p99, maximum, counts)
 
 
-def lattice(voxels_zyx: NDArray[Any]) -> NDArray[Any]:
-    """Return about `LATTICE_VOXELS` voxels (all, if fewer) as contiguous rows (n, x).
+def sample_rows(voxels_zyx: NDArray[Any]) -> NDArray[Any]:
+    """Return about `SAMPLE_VOXELS` voxels (all, if fewer) as contiguous rows (n, x).
 
     Rows lie at one regular distance through the whole volume, at other places in each slice, so
     every region counts by its volume.
     """
     slices, rows, _ = voxels_zyx.shape
-    step = max(1, voxels_zyx.size // LATTICE_VOXELS)
+    step = max(1, voxels_zyx.size // SAMPLE_VOXELS)
     if step > 1 and rows % step == 0:
         step -= 1  # else each slice would be met at the same rows
     z, y = np.divmod(np.arange(0, slices * rows, step), rows)
     return np.ascontiguousarray(voxels_zyx[z, y])
 
 
-def oddities(found: HuStatistics) -> tuple[str, ...]:
+def find_hu_warnings(found: HuStatistics) -> tuple[str, ...]:
     """Return `not_hu` and `padding_value` where the histogram speaks for it.
 
     `not_hu`, one of

@@ -15,7 +15,7 @@ _ROUNDING = 1e-3
 """Part of a voxel by which two headers of one grid may differ."""
 
 
-def cut_to_mask(volume: Volume, mask: Volume, margin_mm: float) -> Volume:
+def crop_to_mask(volume: Volume, mask: Volume, margin_mm: float) -> Volume:
     """Return the box of voxels that holds every voxel of the mask above 0, and `margin_mm` on each side.
 
     The mask may lie on another grid: its box, from outer edge to outer edge, is carried over by both
@@ -25,7 +25,7 @@ def cut_to_mask(volume: Volume, mask: Volume, margin_mm: float) -> Volume:
         ScanError: `preprocess`; the mask is empty, or lies outside of the volume.
     """
     corners = _corners_lps(mask)
-    indices = geometry.indices_xyz(volume.affine_lps, corners)
+    indices = geometry.compute_indices_xyz(volume.affine_lps, corners)
     margin = margin_mm / np.array(volume.spacing_zyx[::-1])
     shape = np.array(volume.voxels_zyx.shape[::-1])
     # Edges lie half a voxel outside of the centres of the first and the last voxel.

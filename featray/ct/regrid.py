@@ -3,7 +3,7 @@
 Two steps that a policy may ask for, before anything else looks at the geometry:
 
     upright     slices that shift sideways (tilted gantry) or lie unevenly, onto an even, rectangular grid
-    onto_axes   an oblique volume onto the axes of the patient
+    resample_to_axes   an oblique volume onto the axes of the patient
 
 Both are linear between true positions. Values are clipped to the window first: interpolating across
 metal or padding and clipping afterwards gives other numbers. Outside of the source lies the fill value,
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.geometry import Affine
-from featray.ct.resample import clipped_copy
+from featray.ct.resample import copy_clipped
 from featray.ct.volume import Volume
 
 Window = tuple[float, float] | None
@@ -31,7 +31,7 @@ _NEGLIGIBLE = 1e-3
 """Part of a voxel that a source may stick out of its grid: rounding in headers."""
 
 
-def upright_grid(sheared_lps: Affine, origins_lps: NDArray[np.float64]) -> Affine:
+def make_upright_grid(sheared_lps: Affine, origins_lps: NDArray[np.float64]) -> Affine:
     """Return the affine of the even grid for slices at `origins_lps`, (n, 3) in order along the normal.
 
     x and y grow as in `sheared_lps`, the third axis along their normal. The first and the last slice lie
@@ -45,21 +45,21 @@ def upright_grid(sheared_lps: Affine, origins_lps: NDArray[np.float64]) -> Affin
     way = along[-1] - along[0]
     affine[:3, 2] = normal * way / max(1, round(way / np.median(np.diff(along))))
     affine[:3, 3] = origins_lps[0]
-    sideways = geometry.indices_xyz(affine, origins_lps)[:, :2].min(axis=0)
+    sideways = geometry.compute_indices_xyz(affine, origins_lps)[:, :2].min(axis=0)
     affine[:3, 3] += affine[:3, :2] @ sideways
     return affine
 
 
-def upright_size(volume: Volume) -> tuple[int, int, int]:
-    """Return the voxels (z, y, x) of `upright`; the volume's own if it needs none."""
+def compute_upright_size(volume: Volume) -> tuple[int, int, int]:
+    """Return the voxels (z, y, x) of `resample_upright`; the volume's own if it needs none."""
     slices, rows, columns = volume.voxels_zyx.shape
     if volume.slice_origins_lps is None:
         return slices, rows, columns
-    x, y, z = geometry.indices_xyz(volume.affine_lps, volume.slice_origins_lps).max(axis=0)
+    x, y, z = geometry.compute_indices_xyz(volume.affine_lps, volume.slice_origins_lps).max(axis=0)
     return round(z) + 1, rows + math.ceil(y - _NEGLIGIBLE), columns + math.ceil(x - _NEGLIGIBLE)
 
 
-def upright(volume: Volume, window: Window) -> Volume:
+def resample_upright(volume: Volume, window: Window) -> Volume:
     """Return the volume with its slices moved to where `slice_origins_lps` say, on its `affine_lps`.
 
     Each slice is shifted in plane by its distance to the grid, then slices are blended along the normal.
@@ -68,23 +68,23 @@ def upright(volume: Volume, window: Window) -> Volume:
     """
     if volume.slice_origins_lps is None:
         return volume
-    places = geometry.indices_xyz(volume.affine_lps, volume.slice_origins_lps)
-    out = np.empty(upright_size(volume), np.float32)
+    places = geometry.compute_indices_xyz(volume.affine_lps, volume.slice_origins_lps)
+    out = np.empty(compute_upright_size(volume), np.float32)
     slices = _Slices(volume.voxels_zyx, places, window, out.shape[1:])
     for z, plane in enumerate(out):
         _blend(slices, places[:, 2], z, plane)
     return replace(volume, voxels_zyx=out, slice_origins_lps=None)
 
 
-def onto_axes_size(volume: Volume) -> tuple[int, int, int]:
-    """Return the voxels (z, y, x) of `onto_axes`; the volume's own if it needs none."""
+def compute_axes_size(volume: Volume) -> tuple[int, int, int]:
+    """Return the voxels (z, y, x) of `resample_to_axes`; the volume's own if it needs none."""
     if not geometry.is_oblique(volume.affine_lps):
         z, y, x = volume.voxels_zyx.shape
         return z, y, x
     return _axes_grid(volume)[1]
 
 
-def onto_axes(volume: Volume, window: Window) -> Volume:
+def resample_to_axes(volume: Volume, window: Window) -> Volume:
     """Return an oblique volume on the axes of the patient: same orientation letters, same spacing.
 
     The grid holds the box around all voxel centres, in its middle. Trilinear; float32, clipped to the
@@ -114,13 +114,13 @@ def _axes_grid(volume: Volume) -> tuple[Affine, tuple[int, int, int]]:
     last_xyz = np.array(volume.voxels_zyx.shape[::-1]) - 1
     corners = np.indices((2, 2, 2)).reshape(3, -1).T * last_xyz
     turned = np.eye(4)
-    spacing_xyz = geometry.spacing_zyx(volume.affine_lps)[::-1]
-    for column, letter in enumerate(geometry.orientation_letters(volume.affine_lps)):
+    spacing_xyz = geometry.compute_spacing_zyx(volume.affine_lps)[::-1]
+    for column, letter in enumerate(geometry.compute_orientation(volume.affine_lps)):
         axis, sign = _axis(letter)
         turned[:, column] = 0
         turned[axis, column] = sign * spacing_xyz[column]
     corners_mm = corners @ volume.affine_lps[:3, :3].T + volume.affine_lps[:3, 3]
-    places = geometry.indices_xyz(turned, corners_mm)
+    places = geometry.compute_indices_xyz(turned, corners_mm)
     extent = np.ptp(places, axis=0)
     count = np.ceil(extent - _NEGLIGIBLE).astype(int) + 1
     turned[:3, 3] = turned[:3, :3] @ (places.min(axis=0) - (count - 1 - extent) / 2)
@@ -147,7 +147,7 @@ def _clipped(voxels: NDArray[Any], window: Window) -> NDArray[Any]:
         low, high = (int(min(max(bound, limits.min), limits.max)) for bound in window)
         clipped: NDArray[Any] = np.clip(voxels, low, high)
         return clipped
-    return clipped_copy(voxels, window, np.empty(voxels.shape, np.float32))
+    return copy_clipped(voxels, window, np.empty(voxels.shape, np.float32))
 
 
 class _Slices:
@@ -171,7 +171,7 @@ class _Slices:
         return self._made[k]
 
     def _make(self, k: int) -> NDArray[np.float32]:
-        plane = clipped_copy(self._voxels[k], self._window, np.empty(self._voxels.shape[1:], np.float32))
+        plane = copy_clipped(self._voxels[k], self._window, np.empty(self._voxels.shape[1:], np.float32))
         x, y, _ = self._places[k]
         wide = _shifted(plane.T, x, self._shape[1], self._fill).T
         return _shifted(wide, y, self._shape[0], self._fill)

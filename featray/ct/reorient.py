@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from featray.ct.geometry import NEGATIVE, POSITIVE, Affine, orientation_letters
+from featray.ct.geometry import NEGATIVE, POSITIVE, Affine, compute_orientation
 from featray.ct.volume import Volume
 
 
@@ -14,7 +14,7 @@ def reorient(volume: Volume, orientation: str) -> Volume:
     Only permutes and flips: no voxel value changes, and each voxel keeps its place in mm (the
     affine follows). An oblique volume goes to the nearest axes and stays oblique.
     """
-    have = orientation_letters(volume.affine_lps)
+    have = compute_orientation(volume.affine_lps)
     columns = [_column_of(have, letter) for letter in orientation]
     flips = [have[column] != letter for column, letter in zip(columns, orientation, strict=True)]
     voxels = volume.voxels_zyx.transpose([2 - column for column in reversed(columns)])

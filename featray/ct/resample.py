@@ -26,6 +26,7 @@ m = 1 the one position is the first voxel, as in torch and scipy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import cv2
@@ -33,6 +34,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 Interpolation = Literal["linear", "area", "nearest", "cubic"]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How the value of an output voxel follows from the source voxels around it.
+
+    The module docstring gives the formula and the reference of each combination.
+
+    Attributes:
+        interpolation: Name of the kernel.
+        align_corners: True maps the centers of the corner voxels onto each other. False maps the outer edges
+            of the two grids onto each other (half-pixel centers).
+    """
+
+    interpolation: Interpolation = "linear"
+    align_corners: bool = field(default=False, kw_only=True)
+
+
+LINEAR = Kernel()
+
 
 _Taps = tuple[NDArray[np.intp], NDArray[np.float64]]
 """Source indices and weights, both (m, k): out[o] is the sum of weights[o, k] * source[indices[o, k]]."""
@@ -48,8 +69,7 @@ def resize(
     voxels_zyx: NDArray[np.generic],
     size_zyx: tuple[int, int, int],
     *,
-    interpolation: Interpolation = "linear",
-    align_corners: bool = False,
+    kernel: Kernel = LINEAR,
     clip: tuple[float, float] | None = None,
     out: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
@@ -59,8 +79,7 @@ def resize(
         voxels_zyx: Integer or real values, at least one voxel along each axis; any strides, either byte
             order, may be read-only.
         size_zyx: Voxels of the result.
-        interpolation: The kernel; the module docstring has its formula and reference.
-        align_corners: Corner voxels onto corner voxels instead of half-pixel centres.
+        kernel: Interpolation and alignment of the corners.
         clip: Lower and upper bound applied to the source voxels, before any interpolation.
         out: C-contiguous float32 of `size_zyx` that receives the result (and is returned).
 
@@ -73,9 +92,9 @@ def resize(
     _check(voxels_zyx, size_zyx)
     result = np.empty(size_zyx, np.float32) if out is None else _checked_out(out, size_zyx)
     if voxels_zyx.shape == result.shape:
-        return clipped_copy(voxels_zyx, clip, result)  # every kernel is the identity at equal size
-    indices, weights = _taps(voxels_zyx.shape[0], size_zyx[0], interpolation, align_corners)
-    resize_plane = _plane_resizer(voxels_zyx.shape[1:], size_zyx[1:], interpolation, align_corners)
+        return copy_clipped(voxels_zyx, clip, result)  # every kernel is the identity at equal size
+    indices, weights = _taps(voxels_zyx.shape[0], size_zyx[0], kernel)
+    resize_plane = _plane_resizer(voxels_zyx.shape[1:], size_zyx[1:], kernel)
     slices = _Slices(voxels_zyx, clip)
     for z, plane in enumerate(result):
         used = np.flatnonzero(weights[z])
@@ -83,7 +102,7 @@ def resize(
     return result
 
 
-def clipped_copy(
+def copy_clipped(
     voxels_zyx: NDArray[np.generic], clip: tuple[float, float] | None, out: NDArray[np.float32]
 ) -> NDArray[np.float32]:
     """Copy voxels into `out` of the same shape as float32, clipped to the bounds if there are any."""
@@ -147,7 +166,7 @@ class _Slices:
         elif buffer.dtype == np.int16:
             np.clip(self._view[index], int(self._clip[0]), int(self._clip[1]), out=buffer)
         else:
-            clipped_copy(self._view[index], self._clip, buffer)
+            copy_clipped(self._view[index], self._clip, buffer)
         return buffer
 
     def _add(
@@ -179,14 +198,12 @@ def _stays_int16(dtype: np.dtype[np.generic], clip: tuple[float, float] | None) 
     return clip is None or all(bound == int(bound) and -32768 <= bound <= 32767 for bound in clip)
 
 
-def _plane_resizer(
-    shape_yx: tuple[int, ...], size_yx: tuple[int, ...], interpolation: Interpolation, align_corners: bool
-) -> _PlaneResizer:
+def _plane_resizer(shape_yx: tuple[int, ...], size_yx: tuple[int, ...], kernel: Kernel) -> _PlaneResizer:
     """Return what resizes one plane (y, x) into another."""
-    if interpolation == "linear" and not align_corners:
+    if kernel == LINEAR:
         return _linear_half_pixel
-    taps_y = _taps(shape_yx[0], size_yx[0], interpolation, align_corners)
-    taps_x = _taps(shape_yx[1], size_yx[1], interpolation, align_corners)
+    taps_y = _taps(shape_yx[0], size_yx[0], kernel)
+    taps_x = _taps(shape_yx[1], size_yx[1], kernel)
 
     def gather(plane: _Plane, out: _Plane) -> None:
         columns = cv2.transpose(_gather_rows(plane, taps_y))
@@ -210,17 +227,17 @@ def _gather_rows(plane: NDArray[Any], taps: _Taps) -> _Plane:
     return result
 
 
-def _taps(n: int, m: int, interpolation: Interpolation, align_corners: bool) -> _Taps:
+def _taps(n: int, m: int, kernel: Kernel) -> _Taps:
     """Return indices and weights from n voxels to m along one axis."""
-    if interpolation == "nearest":
-        return _nearest_taps(n, m, align_corners)
-    if interpolation == "area":
+    if kernel.interpolation == "nearest":
+        return _nearest_taps(n, m, align_corners=kernel.align_corners)
+    if kernel.interpolation == "area":
         return _area_taps(n, m)
-    positions = _positions(n, m, align_corners)
-    return _linear_taps(n, positions) if interpolation == "linear" else _cubic_taps(n, positions)
+    positions = _positions(n, m, align_corners=kernel.align_corners)
+    return _linear_taps(n, positions) if kernel.interpolation == "linear" else _cubic_taps(n, positions)
 
 
-def _positions(n: int, m: int, align_corners: bool) -> NDArray[np.float64]:
+def _positions(n: int, m: int, *, align_corners: bool) -> NDArray[np.float64]:
     """Return where the m output voxels lie, in source voxels."""
     o = np.arange(m, dtype=np.float64)
     if align_corners:
@@ -247,7 +264,7 @@ def _cubic_taps(n: int, positions: NDArray[np.float64]) -> _Taps:
     return indices, np.where(distance <= 1, near, far)
 
 
-def _nearest_taps(n: int, m: int, align_corners: bool) -> _Taps:
+def _nearest_taps(n: int, m: int, *, align_corners: bool) -> _Taps:
     # Whole-number arithmetic, so that a position exactly between two voxels never depends on rounding.
     o = np.arange(m, dtype=np.intp)
     if not align_corners:

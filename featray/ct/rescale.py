@@ -10,31 +10,31 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-LADDER = (np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.float32))
+VOLUME_DTYPES = (np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.float32))
 """The dtypes a volume may have, narrow to wide."""
 
 
-def extremes(stored: NDArray[Any]) -> tuple[float, float]:
+def find_extremes(stored: NDArray[Any]) -> tuple[float, float]:
     """Return minimum and maximum as Python numbers; NaN, if there is one, is both."""
     with np.errstate(invalid="ignore"):
         return stored.min().item(), stored.max().item()
 
 
-def result_dtype(
+def choose_dtype(
     stored: np.dtype[Any], low: float, high: float, slope: float, intercept: float
 ) -> np.dtype[Any]:
-    """Return the narrowest of `LADDER` for values between `low` and `high` after scaling.
+    """Return the narrowest of `VOLUME_DTYPES` for values between `low` and `high` after scaling.
 
     An integer type needs whole numbers throughout. Slope and intercept must fit it too: then
     wrap-around in between is harmless, because the result fits.
     """
     numbers = (low * slope + intercept, high * slope + intercept, slope, intercept)
     whole = stored.kind in "iu" and all(float(number).is_integer() for number in numbers)
-    for dtype in LADDER[:-1]:
+    for dtype in VOLUME_DTYPES[:-1]:
         limits = np.iinfo(dtype)
         if whole and all(limits.min <= number <= limits.max for number in numbers):
             return dtype
-    return LADDER[-1]
+    return VOLUME_DTYPES[-1]
 
 
 def rescale(

@@ -25,7 +25,7 @@ class Volume:
         tags: Header values asked for by name (`privacy.dicom_tags`), never filled otherwise.
         slice_origins_lps: (n, 3) LPS mm of the first voxel of each slice, where slices lie shifted
             sideways or unevenly and the caller allowed it; else None. Then `affine_lps` is that of the
-            upright, even grid to come and does not place the voxels: `regrid.upright` must follow
+            upright, even grid to come and does not place the voxels: `regrid.resample_upright` must follow
             before anything else looks at the geometry.
     """
 
@@ -40,9 +40,9 @@ class Volume:
     @property
     def spacing_zyx(self) -> tuple[float, float, float]:
         """Millimetres between voxel centres along z, y and x."""
-        return geometry.spacing_zyx(self.affine_lps)
+        return geometry.compute_spacing_zyx(self.affine_lps)
 
     @property
     def orientation(self) -> str:
         """Three letters: the patient direction in which x, y and z grow, e.g. `LPS`."""
-        return geometry.orientation_letters(self.affine_lps)
+        return geometry.compute_orientation(self.affine_lps)

@@ -16,7 +16,7 @@ import numpy as np
 
 from featray.config import Config, LimitsConfig, PolicyConfig, PreprocessConfig
 from featray.ct import hu_statistics, mask_crop, regrid
-from featray.ct.formats.npy import Samples, onto_scale
+from featray.ct.formats.npy import Samples, apply_window
 from featray.ct.malloc import keep_large_blocks
 from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
@@ -128,12 +128,12 @@ class Decoder:
     def _region(self, volume: Volume, mask: Volume | None) -> Volume:
         """Return the volume on an even, rectangular grid, as far as policy asks, cut to its mask."""
         window = self.preprocess.window
-        self._check_regridded(regrid.upright_size(volume))
-        volume = regrid.upright(volume, window)
+        self._check_regridded(regrid.compute_upright_size(volume))
+        volume = regrid.resample_upright(volume, window)
         if self.policy.oblique == "resample":
-            self._check_regridded(regrid.onto_axes_size(volume))
-            volume = regrid.onto_axes(volume, window)
-        return volume if mask is None else mask_crop.cut_to_mask(volume, mask, self.preprocess.margin)
+            self._check_regridded(regrid.compute_axes_size(volume))
+            volume = regrid.resample_to_axes(volume, window)
+        return volume if mask is None else mask_crop.crop_to_mask(volume, mask, self.preprocess.margin)
 
     def _check_regridded(self, shape: tuple[int, ...]) -> None:
         if math.prod(shape) > self.limits.max_voxels:
@@ -153,11 +153,11 @@ def _describe(record: ScanRecord, result: ReadResult) -> None:
 
 
 def _describe_volume(record: ScanRecord, volume: Volume) -> None:
-    statistics = hu_statistics.statistics(volume.voxels_zyx)
+    statistics = hu_statistics.compute_statistics(volume.voxels_zyx)
     record.hu_min, record.hu_max = statistics.minimum, statistics.maximum
     record.hu_p01, record.hu_p50, record.hu_p99 = statistics.p01, statistics.p50, statistics.p99
     record.warn(volume.warnings)
-    record.warn(hu_statistics.oddities(statistics))
+    record.warn(hu_statistics.find_hu_warnings(statistics))
     record.shape = [int(n) for n in volume.voxels_zyx.shape]
     record.spacing = [float(mm) for mm in volume.spacing_zyx]
     record.orientation = volume.orientation
@@ -170,7 +170,7 @@ def _samples_input(samples: Samples, config: PreprocessConfig) -> ModelInput:
     values = samples.values
     if config.size is None:
         origins = np.zeros((len(values), 3), np.int32)
-        return ModelInput(onto_scale(values, config.window, config.scale), origins)
+        return ModelInput(apply_window(values, config.window, config.scale), origins)
     if values.ndim != 4:
         shape = values.shape[1:]
         message = f"preprocess.size is for arrays (z, y, x), this one has shape {shape}; leave size out"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from featray.config import PreprocessConfig
 from featray.ct import geometry
 from featray.ct.reorient import reorient
-from featray.ct.resample import clipped_copy, resize
+from featray.ct.resample import Kernel, copy_clipped, resize
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -178,7 +178,7 @@ def _spaced_index(
 ) -> list[float]:
     """Return the index (z, y, x), with fractions, of a point in the volume after the spacing step."""
     shape = turned.voxels_zyx.shape
-    index = geometry.indices_xyz(turned.affine_lps, np.array([point_lps]))[0, ::-1].tolist()
+    index = geometry.compute_indices_xyz(turned.affine_lps, np.array([point_lps]))[0, ::-1].tolist()
     if any(not -0.5 <= at <= count - 0.5 for at, count in zip(index, shape, strict=True)):
         raise _refused("the point to centre on lies outside of the scan; is source.center_frame right?")
     return [
@@ -223,8 +223,7 @@ def _resize(
     resize(
         voxels,
         _size(out),
-        interpolation=config.interpolation,
-        align_corners=config.align_corners,
+        kernel=Kernel(config.interpolation, align_corners=config.align_corners),
         clip=clip,
         out=out,
     )
@@ -274,7 +273,7 @@ def _cut(
     piece = voxels[source]
     if piece.shape != out.shape:
         out.fill(padding)
-    clipped_copy(piece, clip, out[target])
+    copy_clipped(piece, clip, out[target])
 
 
 def _map_onto_scale(tensor: NDArray[np.float32], config: PreprocessConfig) -> None:

@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct.formats.npy import Samples, read_npy
-from featray.ct.formats.voxel_data import as_shifted_slices
+from featray.ct.formats.voxel_data import convert_to_shifted_slices
 from featray.ct.formats.zip_archive import MAX_ARCHIVE_BYTES, open_archive
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
@@ -109,7 +109,7 @@ class Reader:
             )
         shear = self.policy.gantry_tilt == "resample"
         volume = _read_single(kind, files, self.max_voxels, self.source.volume, shear)
-        return as_shifted_slices(volume)
+        return convert_to_shifted_slices(volume)
 
     def _mask(self, uri: str) -> Volume | None:
         """Return the mask at `uri`, if there is one; where it lies counts, its axes may be anything."""
@@ -149,7 +149,7 @@ class Reader:
                 if name not in archive.names:
                     raise ScanError(Reason.STORAGE, _CHANGED)
                 files.append((posixpath.basename(name), archive.read(name, limit)))
-                limit -= archive.size(name)
+                limit -= archive.get_size(name)
         return files
 
 
@@ -163,7 +163,7 @@ def _read_single(kind: str, files: Files, max_voxels: int, volume: int | None, k
     if kind == "mha":
         return readers.read_metaimage(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
     read = readers.read_nifti_pair if len(data) == 2 else readers.read_nifti
-    return read(*data, max_voxels=max_voxels, volume=volume, keep_shear=keep_shear)
+    return read(*data, max_voxels=max_voxels, volume_index=volume, keep_shear=keep_shear)
 
 
 def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> None:

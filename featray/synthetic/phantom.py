@@ -170,14 +170,12 @@ def make_collection(
     count: int,
     *,
     shape_zyx: _Shape = (48, 96, 96),
-    spacing_zyx: _Spacing | None = None,
     seed: int = 0,
-    dicom: int = 1,
-    compresslevel: int = 1,
+    dicom_count: int = 1,
 ) -> Path:
     """Write `count` phantoms and their truth; return the path of the labels.
 
-    FOLDER/nifti/phantom_000.nii.gz …   all but the last `dicom` scans
+    FOLDER/nifti/phantom_000.nii.gz …   all but the last `dicom_count` scans
     FOLDER/dicom/phantom_023/IM0001.dcm …   the last ones, a folder each
     FOLDER/labels.csv   scan_id (the path below FOLDER) and one column for each of `PhantomParameters`
 
@@ -187,11 +185,11 @@ def make_collection(
     (root / "nifti").mkdir(parents=True, exist_ok=True)
     rows = []
     for index in range(count):
-        phantom = make_phantom([seed, index], shape_zyx, spacing_zyx)
+        phantom = make_phantom([seed, index], shape_zyx)
         name = f"phantom_{index:03d}"
-        if index < count - dicom:
+        if index < count - dicom_count:
             scan_id = f"nifti/{name}.nii.gz"
-            write_nifti(phantom, root / scan_id, compresslevel)
+            write_nifti(phantom, root / scan_id)
         else:
             scan_id = f"dicom/{name}"
             write_dicom_series(phantom, root / scan_id, name=f"{name}-{seed}")

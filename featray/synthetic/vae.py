@@ -17,6 +17,9 @@ from numpy.typing import NDArray
 
 SizeZYX = tuple[int, int, int]
 
+BATCH_SIZE = 4
+LEARNING_RATE = 1e-3
+
 
 @keras.saving.register_keras_serializable(package="featray")
 class Sampling(keras.layers.Layer):  # type: ignore[misc]  # Keras ships no types
@@ -85,48 +88,42 @@ def build_encoder(
 
 
 def train_vae(
+    vae: Any,
     volumes: NDArray[np.float32],
     *,
-    filters: tuple[int, ...] = (4, 8, 16),
-    dense: int = 32,
-    latent: int = 8,
     epochs: int = 30,
-    batch_size: int = 4,
-    learning_rate: float = 1e-3,
-    kl_weight: float = 1.0,
     seed: int = 0,
     on_epoch: Callable[[int, float], None] | None = None,
-) -> Any:
-    """Return a `vae` trained on `volumes` with the negative evidence lower bound.
+) -> None:
+    """Train a model of `build_vae` in place, with the Adam optimizer and the negative evidence lower bound.
 
-    The loss per volume is the squared error summed over voxels, over 2 · 0.1² (Gaussian
-    likelihood with a spread of 0.1), plus `kl_weight` times the divergence of the latent from N(0, 1).
+    The loss of a volume is its squared error, summed over the voxels and divided by 2 · 0.1² (a Gaussian
+    likelihood with a standard deviation of 0.1), plus the Kullback-Leibler divergence of the latent
+    distribution from N(0, 1). The weight of the divergence grows linearly to 1 over the first third of the
+    epochs, because the full weight from the start would make the latent ignore the input.
 
     Args:
+        vae: The model to train; its input size is (z, y, x) of `volumes`.
         volumes: float32 (n, z, y, x), values in [0, 1].
-        filters: Of the encoder's blocks; the decoder mirrors them.
-        dense: Width of the layer before the latent.
-        latent: Width of z_mean and z_log_var.
-        epochs: Passes over all volumes.
-        batch_size: Volumes per step.
-        learning_rate: Of Adam.
-        kl_weight: Weight of the divergence.
-        seed: Of weights, noise and order; equal seeds give equal results up to rounding.
-        on_epoch: Called with the epoch (from 1) and its mean loss.
+        epochs: Number of passes over all volumes.
+        seed: Seed of the order of the volumes. Equal seeds here and in `build_vae` give equal weights up to
+            rounding.
+        on_epoch: Called after each epoch with its number (from 1) and its mean loss.
+
+    Raises:
+        ValueError: `volumes` does not have four axes, or holds no volume.
     """
-    vae = build_vae(_size(volumes), filters, dense, latent, seed)
+    _check_volumes(volumes)
     _start_at_mean(vae, float(volumes.mean()))
-    step = _training_step(vae, keras.optimizers.Adam(learning_rate))
+    step = _training_step(vae, keras.optimizers.Adam(LEARNING_RATE))
     order = np.random.default_rng(seed)
     for epoch in range(1, epochs + 1):
         shuffled = volumes[order.permutation(len(volumes)), ..., np.newaxis]
-        batches = [shuffled[at : at + batch_size] for at in range(0, len(shuffled), batch_size)]
-        # The divergence comes in over the first third: in full from the start it empties the latent.
-        weight = tf.constant(kl_weight * min(1.0, 3 * epoch / epochs), tf.float32)
+        batches = [shuffled[at : at + BATCH_SIZE] for at in range(0, len(shuffled), BATCH_SIZE)]
+        weight = tf.constant(min(1.0, 3 * epoch / epochs), tf.float32)
         losses = [float(step(tf.constant(batch, tf.float32), weight)) for batch in batches]
         if on_epoch:
             on_epoch(epoch, float(np.mean(losses)))
-    return vae
 
 
 def _start_at_mean(vae: Any, mean: float) -> None:
@@ -195,7 +192,6 @@ def _initial(seed: int) -> Callable[[], Any]:
     return lambda: keras.initializers.GlorotUniform(seed=next(numbers))
 
 
-def _size(volumes: NDArray[np.float32]) -> SizeZYX:
+def _check_volumes(volumes: NDArray[np.float32]) -> None:
     if volumes.ndim != 4 or not len(volumes):
         raise ValueError(f"expected volumes (n, z, y, x) with n > 0, got {volumes.shape}")
-    return volumes.shape[1], volumes.shape[2], volumes.shape[3]

@@ -23,7 +23,7 @@ FEW, MANY = 2, 60
 
 def copies(folder: Path, count: int, shape_zyx: tuple[int, int, int]) -> Path:
     """Make a collection of one phantom and its copies, each under a name of its own."""
-    make_collection(folder, 1, shape_zyx=shape_zyx, seed=2, dicom=0)
+    make_collection(folder, 1, shape_zyx=shape_zyx, seed=2, dicom_count=0)
     (first,) = folder.rglob("*.nii.gz")
     for number in range(1, count):
         shutil.copy(first, first.with_name(f"copy_{number:03}.nii.gz"))

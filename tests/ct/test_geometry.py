@@ -47,7 +47,7 @@ def rotated(degrees: float) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("orientation", ALL_48)
 def test_letters_name_the_directions_the_affine_was_built_from(orientation: str) -> None:
-    assert geometry.orientation_letters(affine_of(orientation)) == orientation
+    assert geometry.compute_orientation(affine_of(orientation)) == orientation
 
 
 @pytest.mark.parametrize("orientation", ALL_48)
@@ -78,12 +78,14 @@ def test_reorienting_an_oblique_volume_keeps_places_too() -> None:
 
 
 def test_spacing_is_given_along_z_y_x() -> None:
-    assert geometry.spacing_zyx(affine_of("ASR", (0.5, 1.0, 2.0))) == (2.0, 1.0, 0.5)
+    assert geometry.compute_spacing_zyx(affine_of("ASR", (0.5, 1.0, 2.0))) == (2.0, 1.0, 0.5)
 
 
 def test_ras_and_lps_differ_in_the_sign_of_x_and_y() -> None:
-    assert geometry.orientation_letters(geometry.ras_to_lps(np.eye(4))) == "RAS"
-    assert (geometry.ras_to_lps(geometry.ras_to_lps(affine_of("SPL"))) == affine_of("SPL")).all()
+    assert geometry.compute_orientation(geometry.convert_ras_to_lps(np.eye(4))) == "RAS"
+    assert (
+        geometry.convert_ras_to_lps(geometry.convert_ras_to_lps(affine_of("SPL"))) == affine_of("SPL")
+    ).all()
 
 
 @pytest.mark.parametrize(("degrees", "oblique"), [(0.0, False), (0.4, False), (0.6, True), (44.0, True)])
@@ -101,7 +103,7 @@ def test_shear_begins_at_a_tenth_of_a_degree(degrees: float, sheared: bool) -> N
 
 
 def test_letters_stay_distinct_at_45_degrees() -> None:
-    assert sorted(geometry.orientation_letters(rotated(45.0))) == ["L", "P", "S"]
+    assert sorted(geometry.compute_orientation(rotated(45.0))) == ["L", "P", "S"]
 
 
 @pytest.mark.parametrize(
@@ -117,11 +119,11 @@ def test_letters_stay_distinct_at_45_degrees() -> None:
 )
 def test_unusable_affines_are_named(damage) -> None:  # type: ignore[no-untyped-def]
     affine = affine_of("LPS")
-    assert geometry.problem(affine) is None
+    assert geometry.find_affine_problem(affine) is None
     damage(affine)
-    assert geometry.problem(affine)
+    assert geometry.find_affine_problem(affine)
 
 
 def test_ten_times_the_spacing_is_anisotropic_and_seven_times_is_not() -> None:
-    assert geometry.oddities(affine_of("LPS", (0.7, 0.7, 7.1))) == ("anisotropic",)
-    assert geometry.oddities(affine_of("LPS", (0.7, 0.7, 5.0))) == ()
+    assert geometry.find_geometry_warnings(affine_of("LPS", (0.7, 0.7, 7.1))) == ("anisotropic",)
+    assert geometry.find_geometry_warnings(affine_of("LPS", (0.7, 0.7, 5.0))) == ()

@@ -22,14 +22,14 @@ def chest(shape: tuple[int, int, int] = (20, 64, 64)) -> NDArray[np.int16]:
 
 
 def verdict(voxels: NDArray[np.generic]) -> tuple[str, ...]:
-    return hu_statistics.oddities(hu_statistics.statistics(voxels))
+    return hu_statistics.find_hu_warnings(hu_statistics.compute_statistics(voxels))
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
 def test_small_volumes_get_exact_percentiles(dtype: type) -> None:
     voxels = chest().astype(dtype)
 
-    found = hu_statistics.statistics(voxels)
+    found = hu_statistics.compute_statistics(voxels)
 
     exact = np.percentile(voxels, [0, 1, 50, 99, 100])
     assert [found.minimum, found.p01, found.p50, found.p99, found.maximum] == exact.tolist()
@@ -42,13 +42,13 @@ def test_a_volume_that_lies_turned_in_memory_has_the_same_statistics(dtype: type
     turned = voxels[::-1, ::-1, ::-1].transpose(2, 0, 1)
     turned.flags.writeable = False
 
-    assert hu_statistics.statistics(turned) == hu_statistics.statistics(voxels)
+    assert hu_statistics.compute_statistics(turned) == hu_statistics.compute_statistics(voxels)
 
 
 def test_percentiles_lie_between_ranks_like_numpys() -> None:
     voxels = np.array([-3, 0, 1, 2, 10, 20, 30, 32000], np.int16).reshape(2, 2, 2)
 
-    found = hu_statistics.statistics(voxels)
+    found = hu_statistics.compute_statistics(voxels)
 
     assert [found.p01, found.p50, found.p99] == pytest.approx(np.percentile(voxels, [1, 50, 99]))
 
@@ -56,7 +56,7 @@ def test_percentiles_lie_between_ranks_like_numpys() -> None:
 def test_both_ends_of_int16_are_counted() -> None:
     voxels = np.array([-32768, -1, 0, 32767] * 4, np.int16).reshape(4, 2, 2)
 
-    found = hu_statistics.statistics(voxels)
+    found = hu_statistics.compute_statistics(voxels)
 
     assert (found.minimum, found.p01, found.maximum) == (-32768, -32768, 32767)
 
@@ -66,29 +66,29 @@ def test_large_volumes_keep_exact_extremes_and_close_percentiles(monkeypatch: py
     voxels[17, 3, 5], voxels[18, 3, 5] = -1500, 3000
     exact = np.percentile(voxels, [1, 50, 99])
     monkeypatch.setattr(hu_statistics, "EXACT_VOXELS", 100_000)
-    monkeypatch.setattr(hu_statistics, "LATTICE_VOXELS", 50_000)
+    monkeypatch.setattr(hu_statistics, "SAMPLE_VOXELS", 50_000)
 
-    found = hu_statistics.statistics(voxels)
+    found = hu_statistics.compute_statistics(voxels)
 
     assert (found.minimum, found.maximum) == (-1500, 3000)
     assert [found.p01, found.p50, found.p99] == pytest.approx(exact, abs=25)
 
 
 def test_the_lattice_meets_every_slice_at_different_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hu_statistics, "LATTICE_VOXELS", 64 * 64 * 20 // 16)
+    monkeypatch.setattr(hu_statistics, "SAMPLE_VOXELS", 64 * 64 * 20 // 16)
     rows = np.broadcast_to(np.arange(64)[None, :, None], (20, 64, 64))
     slices = np.broadcast_to(np.arange(20)[:, None, None], (20, 64, 64))
 
-    assert set(np.unique(hu_statistics.lattice(slices))) == set(range(20))
-    assert len(np.unique(hu_statistics.lattice(rows))) == 64
+    assert set(np.unique(hu_statistics.sample_rows(slices))) == set(range(20))
+    assert len(np.unique(hu_statistics.sample_rows(rows))) == 64
 
 
 def test_large_float_volumes_get_their_percentiles_from_the_lattice(monkeypatch: pytest.MonkeyPatch) -> None:
     voxels = chest((40, 128, 128)).astype(np.float32)
     exact = np.percentile(voxels, [1, 50, 99])
-    monkeypatch.setattr(hu_statistics, "LATTICE_VOXELS", 50_000)
+    monkeypatch.setattr(hu_statistics, "SAMPLE_VOXELS", 50_000)
 
-    found = hu_statistics.statistics(voxels)
+    found = hu_statistics.compute_statistics(voxels)
 
     assert found.counts.sum() < voxels.size / 8
     assert [found.p01, found.p50, found.p99] == pytest.approx(exact, abs=25)

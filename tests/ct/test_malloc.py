@@ -10,7 +10,7 @@ import pytest
 
 COUNT_FAULTS = """
 import resource, sys
-from featray.ct.memory import keep_large_blocks
+from featray.ct.malloc import keep_large_blocks
 
 def fill():
     block = bytearray(64 << 20)

@@ -89,7 +89,7 @@ def test_every_item_of_the_collection_reads_as_measured(
 ) -> None:
     fact = facts[item]
     volume = read_item(shared_ct / item)
-    found = hu_statistics.statistics(volume.voxels_zyx)
+    found = hu_statistics.compute_statistics(volume.voxels_zyx)
 
     assert list(volume.voxels_zyx.shape) == [int(n) for n in fact["shape_zyx"].split()]
     assert volume.spacing_zyx == pytest.approx([float(mm) for mm in fact["spacing_zyx"].split()], abs=1e-4)
@@ -98,7 +98,7 @@ def test_every_item_of_the_collection_reads_as_measured(
     percentiles = [float(fact[name]) for name in ("hu_p01", "hu_p50", "hu_p99")]
     assert [found.p01, found.p50, found.p99] == pytest.approx(percentiles, abs=1)
     assert ("qform_only" in volume.warnings) == ("nifti/STS" in item)
-    assert hu_statistics.oddities(found) == (("padding_value",) if "CRLM" in item else ())
+    assert hu_statistics.find_hu_warnings(found) == (("padding_value",) if "CRLM" in item else ())
 
 
 def test_the_facts_have_no_item_that_is_not_tested(facts: dict[str, dict[str, str]]) -> None:
@@ -186,10 +186,10 @@ def test_a_slice_without_preamble_is_not_lost(shared_ct: Path) -> None:
 
 def test_an_eight_bit_file_with_slope_is_scaled_once_and_told(shared_ct: Path) -> None:
     volume = read_item(shared_ct / "odd/uint8-slope/STS_019_uint8.nii.gz")
-    found = hu_statistics.statistics(volume.voxels_zyx)
+    found = hu_statistics.compute_statistics(volume.voxels_zyx)
 
     assert (found.minimum, found.maximum) == pytest.approx((0, 563.19), abs=0.01)
-    assert hu_statistics.oddities(found) == ("not_hu",)
+    assert hu_statistics.find_hu_warnings(found) == ("not_hu",)
 
 
 def test_a_windowed_oblique_file_is_told_twice(shared_ct: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_windowed_oblique_file_is_told_twice(shared_ct: Path) -> None:
 
     assert volume.warnings == ("oblique",)
     assert volume.orientation == "RAS"
-    assert hu_statistics.oddities(hu_statistics.statistics(volume.voxels_zyx)) == ("not_hu",)
+    assert hu_statistics.find_hu_warnings(hu_statistics.compute_statistics(volume.voxels_zyx)) == ("not_hu",)
 
 
 def test_the_whole_tree_groups_as_its_folders_do(shared_ct: Path) -> None:

@@ -17,8 +17,14 @@ from featray.ct import geometry
 from featray.ct.dicom.group import group_into_scans
 from featray.ct.dicom.header import read_header
 from featray.ct.dicom.read import read_series
-from featray.ct.formats.voxel_data import as_shifted_slices
-from featray.ct.regrid import onto_axes, onto_axes_size, upright, upright_grid, upright_size
+from featray.ct.formats.voxel_data import convert_to_shifted_slices
+from featray.ct.regrid import (
+    compute_axes_size,
+    compute_upright_size,
+    make_upright_grid,
+    resample_to_axes,
+    resample_upright,
+)
 from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
@@ -71,7 +77,7 @@ def tilted(degrees: float, table_mm: Sequence[float]) -> Volume:
     sheared = np.eye(4)
     sheared[:3, :2] = axes[:, :2]
     sheared[:3, 2] = (origins[-1] - origins[0]) / (len(origins) - 1)
-    grid = upright_grid(sheared, origins)
+    grid = make_upright_grid(sheared, origins)
     return Volume(np.stack(slices), grid, slice_origins_lps=origins)
 
 
@@ -86,7 +92,11 @@ def inside(volume: Volume) -> NDArray[np.bool_]:
     """Where the result is made of source voxels alone, by resampling a volume of ones."""
     ones = np.ones(volume.voxels_zyx.shape, np.float32)
     marked = replace(volume, voxels_zyx=ones)
-    made = upright(marked, (0, 1)) if volume.slice_origins_lps is not None else onto_axes(marked, (0, 1))
+    made = (
+        resample_upright(marked, (0, 1))
+        if volume.slice_origins_lps is not None
+        else resample_to_axes(marked, (0, 1))
+    )
     return np.asarray(made.voxels_zyx > 0.9999)
 
 
@@ -94,7 +104,7 @@ def inside(volume: Volume) -> NDArray[np.bool_]:
 @pytest.mark.parametrize("table", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_a_lesion_stays_where_it_is_in_mm(degrees: float, table: list[float]) -> None:
     scan = tilted(degrees, table)
-    result = upright(scan, WINDOW)
+    result = resample_upright(scan, WINDOW)
 
     assert np.abs(lesion_mm(result) - LESION).max() < 0.5 * min(result.spacing_zyx)
     assert not geometry.is_sheared(result.affine_lps)
@@ -104,7 +114,7 @@ def test_a_lesion_stays_where_it_is_in_mm(degrees: float, table: list[float]) ->
 @pytest.mark.parametrize("degrees", [20, -20])
 def test_an_upright_volume_is_what_simpleitk_sees_on_its_grid(degrees: float) -> None:
     scan = tilted(degrees, UNEVEN)
-    result = upright(scan, WINDOW)
+    result = resample_upright(scan, WINDOW)
     difference = np.abs(result.voxels_zyx - seen_on(result.affine_lps, result.voxels_zyx.shape))
 
     assert inside(scan).mean() > 0.5
@@ -115,7 +125,7 @@ def test_an_upright_volume_is_what_simpleitk_sees_on_its_grid(degrees: float) ->
 def test_first_and_last_slice_lie_on_the_grid_and_none_is_cut() -> None:
     scan = tilted(20, UNEVEN)
     scan = replace(scan, voxels_zyx=np.random.default_rng(0).integers(0, 100, scan.voxels_zyx.shape))
-    result = upright(scan, (0, 100))  # with a fill of 0 a shift keeps the sum
+    result = resample_upright(scan, (0, 100))  # with a fill of 0 a shift keeps the sum
 
     for place in (0, -1):
         sums = [volume.voxels_zyx[place].sum() for volume in (scan, result)]
@@ -134,7 +144,7 @@ def test_a_tilted_scan_that_was_converted_with_a_sheared_affine_gives_the_same(t
         sheared[:3, 3] += (len(slices.voxels_zyx) - 1) * sheared[:3, 2]
         sheared[:3, 2] *= -1
         converted = Volume(slices.voxels_zyx[::-1], sheared)
-    volumes = upright(as_shifted_slices(converted), WINDOW), upright(slices, WINDOW)
+    volumes = resample_upright(convert_to_shifted_slices(converted), WINDOW), resample_upright(slices, WINDOW)
     found, expected = (reorient(volume, "LPS") for volume in volumes)
     np.testing.assert_allclose(found.affine_lps, expected.affine_lps, atol=1e-9)
     np.testing.assert_allclose(found.voxels_zyx, expected.voxels_zyx, atol=1e-2)
@@ -145,9 +155,9 @@ def test_uneven_slices_of_a_linear_ramp_give_the_ramp() -> None:
     voxels = np.broadcast_to((10 * heights)[:, None, None], (6, 3, 4)).astype(np.int16)
     sheared = np.diag([1.0, 1, heights[-1] / 5, 1])
     origins = np.array([[0, 0, height] for height in heights])
-    scan = Volume(voxels, upright_grid(sheared, origins), slice_origins_lps=origins)
+    scan = Volume(voxels, make_upright_grid(sheared, origins), slice_origins_lps=origins)
 
-    result = upright(scan, None)
+    result = resample_upright(scan, None)
 
     assert result.spacing_zyx == pytest.approx((1.6, 1, 1))
     assert result.voxels_zyx[:, 1, 2] == pytest.approx([0, 16, 32, 48, 64, 80])
@@ -157,9 +167,9 @@ def test_uneven_slices_of_a_linear_ramp_give_the_ramp() -> None:
 def test_values_are_clipped_before_they_are_blended() -> None:
     voxels = np.stack([np.full((2, 2), value, np.int16) for value in (0, 3000, 0)])
     origins = np.array([[0, 0, 0], [0, 0, 1], [0, 0, 3.0]])
-    scan = Volume(voxels, upright_grid(np.diag([1, 1, 1.5, 1]), origins), slice_origins_lps=origins)
+    scan = Volume(voxels, make_upright_grid(np.diag([1, 1, 1.5, 1]), origins), slice_origins_lps=origins)
 
-    assert upright(scan, WINDOW).voxels_zyx[:, 0, 0] == pytest.approx([0, 750, 0])
+    assert resample_upright(scan, WINDOW).voxels_zyx[:, 0, 0] == pytest.approx([0, 750, 0])
 
 
 @pytest.mark.parametrize(("window", "fill"), [(WINDOW, -1000), (None, 7)])
@@ -167,9 +177,9 @@ def test_what_no_slice_covers_has_the_lower_bound_or_the_minimum(window: Any, fi
     origins = np.array([[0, 0, 0], [4, 0, 2], [8, 0, 4.0]])
     voxels = np.full((3, 2, 5), 7, np.int16)
     voxels[1, 1, 1] = 9
-    scan = Volume(voxels, upright_grid(np.diag([1.0, 1, 1, 1]), origins), slice_origins_lps=origins)
+    scan = Volume(voxels, make_upright_grid(np.diag([1.0, 1, 1, 1]), origins), slice_origins_lps=origins)
 
-    result = upright(scan, window).voxels_zyx
+    result = resample_upright(scan, window).voxels_zyx
 
     assert result.shape == (3, 2, 13)
     assert result[0].tolist() == [[7] * 5 + [fill] * 8] * 2
@@ -183,7 +193,7 @@ def test_an_oblique_volume_goes_onto_the_axes_with_its_lesion_in_place(axis: int
     affine[:3, 3] = LESION - affine[:3, :3] @ [35, 30, 20]
     scan = Volume(seen_on(affine, (42, 62, 72)), affine)
 
-    result = onto_axes(scan, WINDOW)
+    result = resample_to_axes(scan, WINDOW)
 
     assert result.orientation == scan.orientation
     assert result.spacing_zyx == pytest.approx(scan.spacing_zyx)
@@ -197,7 +207,7 @@ def test_the_grid_on_the_axes_holds_every_corner() -> None:
     affine = np.eye(4)
     affine[:3, :3] = turned(20) @ turned(-12, 2)
     scan = Volume(np.zeros((8, 9, 10), np.int16), affine)
-    size, result = onto_axes_size(scan), onto_axes(scan, None)
+    size, result = compute_axes_size(scan), resample_to_axes(scan, None)
 
     corners = np.indices((2, 2, 2)).reshape(3, -1).T * (9, 8, 7)
     places = np.c_[corners, np.ones(8)] @ affine.T @ np.linalg.inv(result.affine_lps).T
@@ -209,9 +219,9 @@ def test_the_grid_on_the_axes_holds_every_corner() -> None:
 def test_what_is_upright_already_is_left_alone() -> None:
     scan = Volume(np.zeros((2, 3, 4), np.int16), np.eye(4))
 
-    assert upright(scan, WINDOW) is scan
-    assert onto_axes(scan, WINDOW) is scan
-    assert upright_size(scan) == onto_axes_size(scan) == (2, 3, 4)
+    assert resample_upright(scan, WINDOW) is scan
+    assert resample_to_axes(scan, WINDOW) is scan
+    assert compute_upright_size(scan) == compute_axes_size(scan) == (2, 3, 4)
 
 
 @pytest.mark.parametrize("dtype", [">i2", "u1", "i4", "f4"])
@@ -219,12 +229,12 @@ def test_every_kind_of_voxel_is_taken(dtype: str) -> None:
     scan = tilted(10, EVEN)
     values = np.clip(scan.voxels_zyx, 0, 200).astype(dtype)
 
-    result = upright(replace(scan, voxels_zyx=values), (0, 200)).voxels_zyx
+    result = resample_upright(replace(scan, voxels_zyx=values), (0, 200)).voxels_zyx
 
     assert result.max() <= 200
-    assert np.abs(result - upright(scan, (0, 200)).voxels_zyx).max() <= 1
+    assert np.abs(result - resample_upright(scan, (0, 200)).voxels_zyx).max() <= 1
     oblique = replace(scan, voxels_zyx=values, slice_origins_lps=None)
-    assert 190 < onto_axes(oblique, (0.0, 200.5)).voxels_zyx.max() <= 200
+    assert 190 < resample_to_axes(oblique, (0.0, 200.5)).voxels_zyx.max() <= 200
 
 
 def test_the_tilted_head_is_read_whole_when_both_may_be_resampled(shared_ct: Path) -> None:
@@ -238,11 +248,11 @@ def test_the_tilted_head_is_read_whole_when_both_may_be_resampled(shared_ct: Pat
             read_series(files, max_voxels=10**9, **only)
         assert refused.value.reason in (Reason.GANTRY_TILT, Reason.IRREGULAR_SPACING)
     scan = read_series(files, max_voxels=10**9, resample_tilt=True, resample_steps=True)
-    result = upright(scan, WINDOW)
+    result = resample_upright(scan, WINDOW)
 
     assert {"gantry_tilt", "resampled_steps"} <= set(scan.warnings)
     assert scan.voxels_zyx.shape == (28, 512, 512)
-    assert result.voxels_zyx.shape == upright_size(scan)
+    assert result.voxels_zyx.shape == compute_upright_size(scan)
     slices, step = len(result.voxels_zyx), result.spacing_zyx[0]
     assert (slices - 1) * step == pytest.approx(144.1, abs=0.1)
     assert step == pytest.approx(4.0, abs=0.02)

@@ -13,7 +13,7 @@ import SimpleITK as sitk  # noqa: N813 - the name its users know
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from featray.ct.resample import Interpolation, resize
+from featray.ct.resample import Interpolation, Kernel, resize
 
 KERNELS: tuple[Interpolation, ...] = ("linear", "area", "nearest", "cubic")
 SHAPE = (7, 12, 15)
@@ -48,27 +48,27 @@ def test_linear_repeats_the_edge_voxel_outside_the_outer_centres() -> None:
 
 
 def test_linear_with_corners_puts_the_end_voxels_on_the_end_voxels() -> None:
-    assert along_z(column(0, 10), 5, align_corners=True) == [0, 2.5, 5, 7.5, 10]
+    assert along_z(column(0, 10), 5, kernel=Kernel(align_corners=True)) == [0, 2.5, 5, 7.5, 10]
 
 
 def test_nearest_takes_the_voxel_that_holds_the_centre() -> None:
     # torch "nearest-exact"; the older "nearest" and OpenCV INTER_NEAREST give 0, 1, 3
-    assert along_z(column(0, 1, 2, 3, 4), 3, interpolation="nearest") == [0, 2, 4]
+    assert along_z(column(0, 1, 2, 3, 4), 3, kernel=Kernel("nearest")) == [0, 2, 4]
 
 
 def test_area_counts_a_voxel_by_the_fraction_covered() -> None:
     # 3 voxels to 2: each output covers one and a half
-    assert along_z(column(0, 30, 90), 2, interpolation="area") == pytest.approx([10, 70])
+    assert along_z(column(0, 30, 90), 2, kernel=Kernel("area")) == pytest.approx([10, 70])
 
 
 def test_cubic_overshoots_beside_a_step() -> None:
-    values = along_z(column(0, 0, 100, 100), 8, interpolation="cubic")
+    values = along_z(column(0, 0, 100, 100), 8, kernel=Kernel("cubic"))
     assert min(values) < 0
     assert max(values) > 100
 
 
 def test_corners_with_one_output_voxel_take_the_first_voxel() -> None:
-    assert along_z(column(7, 8, 9), 1, align_corners=True) == [7]
+    assert along_z(column(7, 8, 9), 1, kernel=Kernel(align_corners=True)) == [7]
 
 
 # The torch references below restate ATen's UpSample.h in float64, one output voxel at a time.
@@ -149,7 +149,7 @@ def test_a_kernel_gives_what_its_formula_says(
     corners: bool,
     formula: Callable[..., Row],
 ) -> None:
-    got = resize(volume, size, interpolation=kernel, align_corners=corners)
+    got = resize(volume, size, kernel=Kernel(kernel, align_corners=corners))
     np.testing.assert_allclose(got, by_hand(volume, size, formula, corners), rtol=0, atol=TOLERANCE_HU)
 
 
@@ -160,7 +160,7 @@ def test_kernels_with_corners_equal_scipy_zoom(
 ) -> None:
     factors = [m / n for m, n in zip(size, SHAPE, strict=True)]
     want = ndimage.zoom(volume.astype(np.float64), factors, order=order, mode="nearest")
-    got = resize(volume, size, interpolation=kernel, align_corners=True)
+    got = resize(volume, size, kernel=Kernel(kernel, align_corners=True))
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE_HU)
 
 
@@ -197,7 +197,7 @@ def test_linear_equals_simpleitk_wherever_the_centre_lies_between_voxel_centres(
 def test_kernels_in_plane_equal_opencv(
     volume: NDArray[np.int16], kernel: Interpolation, flag: int, size_yx: tuple[int, int]
 ) -> None:
-    got = resize(volume, (SHAPE[0], *size_yx), interpolation=kernel)
+    got = resize(volume, (SHAPE[0], *size_yx), kernel=Kernel(kernel))
     want = [cv2.resize(plane.astype(np.float32), size_yx[::-1], interpolation=flag) for plane in volume]
     np.testing.assert_allclose(got, want, rtol=0, atol=TOLERANCE_HU)
 
@@ -205,7 +205,7 @@ def test_kernels_in_plane_equal_opencv(
 def test_area_is_the_mean_of_blocks_where_the_size_divides(volume: NDArray[np.int16]) -> None:
     blocks = volume[:6].reshape(2, 3, 3, 4, 5, 3).mean(axis=(1, 3, 5))
     np.testing.assert_allclose(
-        resize(volume[:6], (2, 3, 5), interpolation="area"), blocks, rtol=0, atol=TOLERANCE_HU
+        resize(volume[:6], (2, 3, 5), kernel=Kernel("area")), blocks, rtol=0, atol=TOLERANCE_HU
     )
 
 
@@ -214,7 +214,7 @@ def test_area_is_the_mean_of_blocks_where_the_size_divides(volume: NDArray[np.in
 def test_every_kernel_is_a_copy_at_equal_size(
     volume: NDArray[np.int16], kernel: Interpolation, corners: bool
 ) -> None:
-    got = resize(volume, SHAPE, interpolation=kernel, align_corners=corners)
+    got = resize(volume, SHAPE, kernel=Kernel(kernel, align_corners=corners))
     np.testing.assert_array_equal(got, volume)
 
 
@@ -224,7 +224,7 @@ def test_an_axis_of_equal_size_is_left_as_it_is(
     volume: NDArray[np.int16], kernel: Interpolation, corners: bool
 ) -> None:
     constant_in_plane = np.broadcast_to(volume[:, :1, :1], SHAPE)
-    got = resize(constant_in_plane, (SHAPE[0], 5, 6), interpolation=kernel, align_corners=corners)
+    got = resize(constant_in_plane, (SHAPE[0], 5, 6), kernel=Kernel(kernel, align_corners=corners))
     np.testing.assert_allclose(got[:, 2, 3], volume[:, 0, 0], rtol=0, atol=TOLERANCE_HU)
 
 
@@ -248,8 +248,8 @@ def test_the_stored_type_changes_no_bit_of_the_result(
 ) -> None:
     stored = volume.astype(dtype)
     stored.flags.writeable = False
-    want = resize(volume, (3, 5, 6), interpolation=kernel, clip=(-1000, 1000))
-    np.testing.assert_array_equal(resize(stored, (3, 5, 6), interpolation=kernel, clip=(-1000, 1000)), want)
+    want = resize(volume, (3, 5, 6), kernel=Kernel(kernel), clip=(-1000, 1000))
+    np.testing.assert_array_equal(resize(stored, (3, 5, 6), kernel=Kernel(kernel), clip=(-1000, 1000)), want)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -261,7 +261,7 @@ def test_the_stored_axis_order_and_direction_change_no_bit_of_the_result(
     stored = np.ascontiguousarray(volume[:, ::step, ::step].transpose(order))
     view = stored.transpose(np.argsort(order))[:, ::step, ::step]
     np.testing.assert_array_equal(
-        resize(view, (3, 5, 6), interpolation=kernel), resize(volume, (3, 5, 6), interpolation=kernel)
+        resize(view, (3, 5, 6), kernel=Kernel(kernel)), resize(volume, (3, 5, 6), kernel=Kernel(kernel))
     )
 
 
@@ -282,8 +282,8 @@ def test_the_source_is_left_unchanged(volume: NDArray[np.int16]) -> None:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_result_is_written_into_out(volume: NDArray[np.int16], kernel: Interpolation) -> None:
     out = np.full((3, 5, 6), np.nan, np.float32)
-    assert resize(volume, (3, 5, 6), interpolation=kernel, out=out) is out
-    np.testing.assert_array_equal(out, resize(volume, (3, 5, 6), interpolation=kernel))
+    assert resize(volume, (3, 5, 6), kernel=Kernel(kernel), out=out) is out
+    np.testing.assert_array_equal(out, resize(volume, (3, 5, 6), kernel=Kernel(kernel)))
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_a_run_goes_on_where_it_was_when_the_source_is_back(
     config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, away = tmp_path / "ct", tmp_path / "away"
-    make_collection(source, 70, shape_zyx=(8, 16, 16), seed=4, dicom=0)
+    make_collection(source, 70, shape_zyx=(8, 16, 16), seed=4, dicom_count=0)
     config = config_of()
     config["source"] = {"uri": str(source)}
     commit = Committer.commit

@@ -50,9 +50,8 @@ def test_training_lowers_the_loss_and_the_latent_follows_what_varies() -> None:
 
     volumes, radii = _blobs(16)
     losses: list[float] = []
-    model = vae.train_vae(
-        volumes, filters=(2, 4), dense=16, latent=2, epochs=60, on_epoch=lambda _, loss: losses.append(loss)
-    )
+    model = vae.build_vae(SHAPE, filters=(2, 4), dense=16, latent=2)
+    vae.train_vae(model, volumes, epochs=60, on_epoch=lambda _, loss: losses.append(loss))
     mean = np.asarray(model.get_layer("encoder")(volumes[..., None], training=False)[0])
     assert losses[-1] < 0.5 * losses[0]
     design = np.column_stack([mean, np.ones(len(mean))])
@@ -64,4 +63,4 @@ def test_volumes_of_another_rank_are_refused() -> None:
     from featray.synthetic import vae
 
     with pytest.raises(ValueError, match=r"expected volumes \(n, z, y, x\)"):
-        vae.train_vae(np.zeros((4, 4, 4), np.float32))
+        vae.train_vae(vae.build_vae((4, 4, 4), (2,), 3, 2), np.zeros((4, 4, 4), np.float32))

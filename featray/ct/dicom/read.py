@@ -27,7 +27,7 @@ from featray.ct.dicom.elements import DEFLATED, Elements
 from featray.ct.dicom.header import SliceHeader, parse_slice
 from featray.ct.dicom.pixels import check_format, check_size, stored_values
 from featray.ct.dicom.stack import check_alike, same_places, stack
-from featray.ct.rescale import LADDER, extremes, rescale, result_dtype
+from featray.ct.rescale import VOLUME_DTYPES, choose_dtype, find_extremes, rescale
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError, WarningCode
 
@@ -54,7 +54,7 @@ def read_series(
 
     With `resample_tilt` or `resample_steps` slices that shift sideways or lie unevenly are accepted with
     the warning `gantry_tilt` or `resampled_steps`. The volume then holds them as they are, with their
-    places in `slice_origins_lps`, and `regrid.upright` must follow.
+    places in `slice_origins_lps`, and `regrid.resample_upright` must follow.
 
     Raises:
         ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume`,
@@ -74,7 +74,7 @@ def read_series(
         _voxels(images),
         stacked.affine_lps,
         *_scaling(images[0].header),
-        warnings + stacked.warnings + geometry.oddities(stacked.affine_lps),
+        warnings + stacked.warnings + geometry.find_geometry_warnings(stacked.affine_lps),
         _tags(images[0].data, dicom_tags),
         stacked.origins_lps,
     )
@@ -170,16 +170,16 @@ def _scaling(header: SliceHeader) -> tuple[float, float]:
 def _voxels(images: list[_Image]) -> NDArray[Any]:
     """Return the scaled slices as one array (z, y, x), widened when a slice does not fit it."""
     first = images[0].header
-    voxels: NDArray[Any] = np.empty((len(images), first.rows, first.columns), LADDER[0])
+    voxels: NDArray[Any] = np.empty((len(images), first.rows, first.columns), VOLUME_DTYPES[0])
     ends = []
     for place, image in enumerate(images):
         stored = image.values()
         slope, intercept = _scaling(image.header)
-        low, high = extremes(stored)
+        low, high = find_extremes(stored)
         if max(abs(slope), abs(intercept), abs(low * slope), abs(high * slope)) > _FAR:
             raise ScanError(Reason.NON_FINITE, f"{image.header.base}: scaled values beyond {_FAR:g}")
-        needed = result_dtype(stored.dtype, low, high, slope, intercept)
-        if LADDER.index(needed) > LADDER.index(voxels.dtype):
+        needed = choose_dtype(stored.dtype, low, high, slope, intercept)
+        if VOLUME_DTYPES.index(needed) > VOLUME_DTYPES.index(voxels.dtype):
             voxels = voxels.astype(needed)
         rescale(stored, slope, intercept, voxels.dtype, out=voxels[place])
         ends += [low * slope + intercept, high * slope + intercept]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.dicom.header import SliceHeader
-from featray.ct.regrid import upright_grid
+from featray.ct.regrid import make_upright_grid
 from featray.errors import Reason, ScanError, WarningCode
 
 SAME_PLACE_MM = 0.01
@@ -78,7 +78,7 @@ def stack(
         return Stack(order, affine)
     found = {Reason.GANTRY_TILT.value: tilted, WarningCode.RESAMPLED_STEPS.value: uneven}
     warnings = tuple(code for code, present in found.items() if present)
-    return Stack(order, upright_grid(affine, positions), positions, warnings)
+    return Stack(order, make_upright_grid(affine, positions), positions, warnings)
 
 
 def same_places(slices: Sequence[SliceHeader]) -> list[list[int]]:
@@ -228,7 +228,7 @@ def _affine(header: SliceHeader, positions: NDArray[np.float64]) -> geometry.Aff
     affine[:3, 1] = column / np.linalg.norm(column) * between_rows
     affine[:3, 2] = (positions[-1] - positions[0]) / (len(positions) - 1)
     affine[:3, 3] = positions[0]
-    wrong = geometry.problem(affine)
+    wrong = geometry.find_affine_problem(affine)
     if wrong:
         raise ScanError(Reason.UNREADABLE, wrong)
     return affine

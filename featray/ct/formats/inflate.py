@@ -28,7 +28,7 @@ _LIBDEFLATE_LIMIT = 2**32
 Buffer = bytes | memoryview
 
 
-def gzip_head(data: bytes, count: int) -> bytes:
+def inflate_gzip_head(data: bytes, count: int) -> bytes:
     """Return the first `count` inflated bytes, or fewer if the stream ends or is cut before.
 
     Raises:
@@ -37,7 +37,7 @@ def gzip_head(data: bytes, count: int) -> bytes:
     return bytes(_inflate_members(data, count)[0])
 
 
-def gunzip(data: Buffer, expected: int, most: int) -> bytearray:
+def inflate_gzip(data: Buffer, expected: int, most: int) -> bytearray:
     """Return the inflated bytes of all gzip members: at least `expected`, at most `most`.
 
     Checksums are always verified. Bytes after the last member that are not gzip are ignored, as
@@ -55,7 +55,7 @@ def gunzip(data: Buffer, expected: int, most: int) -> bytearray:
 
 
 def inflate_zlib(data: Buffer, expected: int, most: int) -> bytearray:
-    """Return the inflated bytes of one zlib stream, otherwise as `gunzip`."""
+    """Return the inflated bytes of one zlib stream, otherwise as `inflate_gzip`."""
     _check_claim(data, expected)
     whole = _at_once(deflate.zlib_decompress, data, expected)
     if whole is not None:

@@ -24,10 +24,10 @@ from featray.ct.formats.inflate import inflate_zlib
 from featray.ct.formats.voxel_data import (
     Buffer,
     Layout,
-    checked_layout,
-    geometry_warnings,
+    check_geometry,
+    check_layout,
+    decode_voxels,
     plain,
-    scaled_voxels,
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
@@ -62,10 +62,10 @@ def read_metaimage(data: bytes, *, max_voxels: int, keep_shear: bool = False) ->
         raise ScanError(Reason.EMPTY, "the file has no bytes")
     header, start = _header(data)
     _check_supported(header)
-    layout = checked_layout(_layout(header), max_voxels)
+    layout = check_layout(_layout(header), max_voxels)
     affine, warnings = _affine(header)
-    warnings += geometry_warnings(affine, keep_shear=keep_shear)
-    voxels = scaled_voxels(_content(memoryview(data)[start:], header, layout), layout)
+    warnings += check_geometry(affine, keep_shear=keep_shear)
+    voxels = decode_voxels(_content(memoryview(data)[start:], header, layout), layout)
     return Volume(voxels, affine, warnings=warnings)
 
 

@@ -30,14 +30,14 @@ import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
 from featray.ct import geometry
-from featray.ct.formats.inflate import GZIP_MAGIC, gunzip, gzip_head
+from featray.ct.formats.inflate import GZIP_MAGIC, inflate_gzip, inflate_gzip_head
 from featray.ct.formats.voxel_data import (
     Buffer,
     Layout,
-    checked_layout,
-    geometry_warnings,
+    check_geometry,
+    check_layout,
+    decode_voxels,
     plain,
-    scaled_voxels,
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
@@ -54,7 +54,7 @@ _MM_PER_UNIT = {1: 1e3, 3: 1e-3}
 
 
 def read_nifti(
-    data: bytes, *, max_voxels: int, volume: int | None = None, keep_shear: bool = False
+    data: bytes, *, max_voxels: int, volume_index: int | None = None, keep_shear: bool = False
 ) -> Volume:
     """Return the volume in a NIfTI-1 or NIfTI-2 file, plain or gzipped.
 
@@ -66,10 +66,11 @@ def read_nifti(
     Args:
         data: The whole file.
         max_voxels: More are refused, all volumes of the file counted.
-        volume: Which volume to take, from 0, of a file that holds several (warning
+        volume_index: Which volume to take, from 0, of a file that holds several (warning
             `not_a_volume`); None refuses such files. A file with one volume has no choice.
         keep_shear: Return sheared axes, with their true affine and the warning `gantry_tilt`, instead
-            of refusing them; `stored.as_shifted_slices` makes of them what `regrid.upright` takes.
+            of refusing them; `voxel_data.convert_to_shifted_slices` prepares such a volume for
+            `regrid.resample_upright`.
 
     Raises:
         ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume`,
@@ -77,39 +78,39 @@ def read_nifti(
     """
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")
-    header = _header(gzip_head(data, 540) if data[:2] == GZIP_MAGIC else data[:540])
+    header = _header(inflate_gzip_head(data, 540) if data[:2] == GZIP_MAGIC else data[:540])
     if not _is_single(header):
         raise ScanError(Reason.UNSUPPORTED, "the header of a pair, its voxels are in an .img file beside it")
-    return _read(header, data, max_voxels, volume, keep_shear)
+    return _read(header, data, max_voxels, volume_index, keep_shear)
 
 
 def read_nifti_pair(
-    header: bytes, image: bytes, *, max_voxels: int, volume: int | None = None, keep_shear: bool = False
+    header: bytes, image: bytes, *, max_voxels: int, volume_index: int | None = None, keep_shear: bool = False
 ) -> Volume:
     """Return the volume of a .hdr and an .img file, each plain or gzipped; otherwise as `read_nifti`."""
     for name, data in ((".hdr", header), (".img", image)):
         if not data:
             raise ScanError(Reason.EMPTY, f"the {name} file has no bytes")
     if header[:2] == GZIP_MAGIC:
-        header = bytes(gunzip(header, min(_HEADERS), MAX_EXTENSION_BYTES))
+        header = bytes(inflate_gzip(header, min(_HEADERS), MAX_EXTENSION_BYTES))
     parsed = _header(header[:540])
     if _is_single(parsed):
         raise ScanError(
             Reason.UNREADABLE, "the .hdr file says that it holds the voxels itself; rename it to .nii"
         )
-    return _read(parsed, image, max_voxels, volume, keep_shear)
+    return _read(parsed, image, max_voxels, volume_index, keep_shear)
 
 
 def _read(header: Any, data: bytes, max_voxels: int, volume: int | None, keep_shear: bool) -> Volume:
     """Return the volume whose voxels are in `data`, behind vox_offset."""
-    layout = checked_layout(_layout(header, volume), max_voxels)
+    layout = check_layout(_layout(header, volume), max_voxels)
     affine_ras, warnings = _chosen_affine(header, layout.shape_zyx)
-    affine = geometry.ras_to_lps(affine_ras)
-    warnings += geometry_warnings(affine, keep_shear=keep_shear)
+    affine = geometry.convert_ras_to_lps(affine_ras)
+    warnings += check_geometry(affine, keep_shear=keep_shear)
     if layout.volumes > 1:
         warnings += (Reason.NOT_A_VOLUME.value,)
     slope, intercept = _scaling(header)
-    voxels = scaled_voxels(_content(data, layout), layout, slope, intercept)
+    voxels = decode_voxels(_content(data, layout), layout, slope, intercept)
     return Volume(voxels, affine, slope, intercept, warnings)
 
 
@@ -187,7 +188,7 @@ def _choice(volumes: int, volume: int | None) -> int:
 
 def _content(data: bytes, layout: Layout) -> Buffer:
     if data[:2] == GZIP_MAGIC:
-        return gunzip(data, layout.least, layout.most)
+        return inflate_gzip(data, layout.least, layout.most)
     return plain(data, layout)
 
 
@@ -213,7 +214,7 @@ def _sform(header: Any) -> Affine | None:
         return None
     with np.errstate(all="ignore"):  # what is not finite is found below
         affine = _in_mm(header, header.get_sform())
-    return None if geometry.problem(affine) else affine
+    return None if geometry.find_affine_problem(affine) else affine
 
 
 def _qform(header: Any) -> Affine | None:
@@ -226,7 +227,7 @@ def _qform(header: Any) -> Affine | None:
             affine = _in_mm(header, header.get_qform())
     except (ValueError, HeaderDataError):
         return None  # not a rotation, or negative spacing
-    return None if geometry.problem(affine) else affine
+    return None if geometry.find_affine_problem(affine) else affine
 
 
 def _in_mm(header: Any, affine: Affine) -> Affine:

@@ -59,7 +59,7 @@ def read_npy(data: bytes, *, rows: bool, max_values: int) -> Samples:
     return Samples(values if rows else values[np.newaxis], shape)
 
 
-def onto_scale(
+def apply_window(
     values: NDArray[np.float32], window: tuple[float, float] | None, scale: tuple[float, float]
 ) -> NDArray[np.float32]:
     """Return the values clipped to `window` and mapped linearly onto `scale`; as they are if it is null."""

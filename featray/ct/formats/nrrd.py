@@ -21,14 +21,14 @@ import nrrd
 import numpy as np
 from nrrd.errors import NRRDError
 
-from featray.ct.formats.inflate import gunzip
+from featray.ct.formats.inflate import inflate_gzip
 from featray.ct.formats.voxel_data import (
     Buffer,
     Layout,
-    checked_layout,
-    geometry_warnings,
+    check_geometry,
+    check_layout,
+    decode_voxels,
     plain,
-    scaled_voxels,
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
@@ -67,10 +67,10 @@ def read_nrrd(data: bytes, *, max_voxels: int, keep_shear: bool = False) -> Volu
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")
     header, start = _header(data)
-    layout = checked_layout(_layout(header), max_voxels)
+    layout = check_layout(_layout(header), max_voxels)
     affine, warnings = _affine(header)
-    warnings += geometry_warnings(affine, keep_shear=keep_shear)
-    voxels = scaled_voxels(_content(memoryview(data)[start:], header, layout), layout)
+    warnings += check_geometry(affine, keep_shear=keep_shear)
+    voxels = decode_voxels(_content(memoryview(data)[start:], header, layout), layout)
     return Volume(voxels, affine, warnings=warnings)
 
 
@@ -192,7 +192,7 @@ def _mm_per_unit(header: Mapping[str, Any]) -> float:
 def _content(data: memoryview, header: Mapping[str, Any], layout: Layout) -> Buffer:
     encoding = header["encoding"].lower()
     if encoding in ("gzip", "gz"):
-        return gunzip(data, layout.least, layout.most)
+        return inflate_gzip(data, layout.least, layout.most)
     if encoding != "raw":
         raise ScanError(Reason.UNSUPPORTED, f"NRRD encoding {encoding!r:.40}, expected raw or gzip")
     return plain(data, layout)

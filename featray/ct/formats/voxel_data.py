@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.geometry import Affine
-from featray.ct.regrid import upright_grid
-from featray.ct.rescale import extremes, rescale, result_dtype
+from featray.ct.regrid import make_upright_grid
+from featray.ct.rescale import choose_dtype, find_extremes, rescale
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -61,7 +61,7 @@ class Layout:
         return self.dtype.itemsize * math.prod(self.shape_zyx)
 
 
-def checked_layout(layout: Layout, max_voxels: int) -> Layout:
+def check_layout(layout: Layout, max_voxels: int) -> Layout:
     """Return a layout that is worth reading.
 
     Raises:
@@ -101,7 +101,7 @@ def plain(data: Buffer, layout: Layout) -> Buffer:
     return data
 
 
-def scaled_voxels(
+def decode_voxels(
     content: Buffer, layout: Layout, slope: float = 1.0, intercept: float = 0.0
 ) -> NDArray[Any]:
     """Return the volume to take, axes (z, y, x), as int16, int32 or float32 in native byte order.
@@ -116,11 +116,11 @@ def scaled_voxels(
     _refuse_constant(stored)
     if stored.dtype == np.int16 and (slope, intercept) == (1, 0):  # as most CT: nothing else can be wrong
         return stored.copy() if layout.volumes > 1 else stored
-    low, high = extremes(stored)
+    low, high = find_extremes(stored)
     ends = (low * slope + intercept, high * slope + intercept)
     if not max(abs(ends[0]), abs(ends[1])) <= float(np.finfo(np.float32).max):
         raise ScanError(Reason.NON_FINITE, "voxels are NaN, infinite or beyond float32")
-    voxels = rescale(stored, slope, intercept, result_dtype(stored.dtype, low, high, slope, intercept))
+    voxels = rescale(stored, slope, intercept, choose_dtype(stored.dtype, low, high, slope, intercept))
     return voxels.copy() if voxels is stored and layout.volumes > 1 else voxels
 
 
@@ -130,28 +130,28 @@ def _refuse_constant(stored: NDArray[Any]) -> None:
         raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is stored as {first:g}")
 
 
-def geometry_warnings(affine_lps: Affine, *, keep_shear: bool) -> tuple[str, ...]:
+def check_geometry(affine_lps: Affine, *, keep_shear: bool) -> tuple[str, ...]:
     """Return the warning codes of a geometry that can be used.
 
     Raises:
         ScanError: `unreadable` for an unusable affine; `gantry_tilt` for sheared axes, unless
             `keep_shear` makes that a warning.
     """
-    wrong = geometry.problem(affine_lps)
+    wrong = geometry.find_affine_problem(affine_lps)
     if wrong:
         raise ScanError(Reason.UNREADABLE, wrong)
     if not geometry.is_sheared(affine_lps):
-        return geometry.oddities(affine_lps)
+        return geometry.find_geometry_warnings(affine_lps)
     if not keep_shear:
         raise ScanError(
             Reason.GANTRY_TILT,
             "the voxel axes are not at right angles (tilted gantry?); set policy.gantry_tilt to resample",
         )
-    return (Reason.GANTRY_TILT.value, *geometry.oddities(affine_lps))
+    return (Reason.GANTRY_TILT.value, *geometry.find_geometry_warnings(affine_lps))
 
 
-def as_shifted_slices(volume: Volume) -> Volume:
-    """Return a sheared volume as `regrid.upright` takes it: slices that lie shifted sideways.
+def convert_to_shifted_slices(volume: Volume) -> Volume:
+    """Return a sheared volume as `regrid.resample_upright` takes it: slices that lie shifted sideways.
 
     Slices are planes along two axes at right angles, those of the file if they are. Voxels are a view.
     A volume that is not sheared is returned as it is.
@@ -170,7 +170,7 @@ def as_shifted_slices(volume: Volume) -> Volume:
         raise ScanError(Reason.GANTRY_TILT, "no two voxel axes are at right angles: no gantry does that")
     voxels = volume.voxels_zyx.transpose([2 - axis for axis in reversed(order)])
     origins = affine[:3, 3] + np.arange(len(voxels))[:, None] * affine[:3, 2]
-    grid = upright_grid(affine, origins)
+    grid = make_upright_grid(affine, origins)
     return replace(volume, voxels_zyx=voxels, affine_lps=grid, slice_origins_lps=origins)
 
 

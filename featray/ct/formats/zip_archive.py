@@ -47,11 +47,11 @@ class Archive:
         self._members = {info.filename: info for info in file.infolist() if _is_file(info)}
         self.names = tuple(sorted(self._members))
 
-    def size(self, name: str) -> int:
+    def get_size(self, name: str) -> int:
         """Return the inflated bytes a member claims; `read` gives exactly these, or raises."""
         return self._members[name].file_size
 
-    def version(self, name: str) -> str:
+    def get_version(self, name: str) -> str:
         """Return what changes with a member's content: its checksum and size."""
         info = self._members[name]
         return f"{info.CRC:08x}-{info.file_size}"
@@ -73,7 +73,7 @@ class Archive:
             )
         return data
 
-    def head(self, name: str, count: int) -> bytes:
+    def read_head(self, name: str, count: int) -> bytes:
         """Return the first `count` bytes of a member, or fewer if it is shorter; no checksum protects them.
 
         Raises:

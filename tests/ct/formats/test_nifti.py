@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry, regrid
 from featray.ct.formats.nifti import read_nifti, read_nifti_pair
-from featray.ct.formats.voxel_data import as_shifted_slices
+from featray.ct.formats.voxel_data import convert_to_shifted_slices
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 
@@ -276,7 +276,7 @@ def test_metres_that_call_themselves_nothing_are_refused() -> None:
 
 
 def test_a_trailing_axis_of_one_is_dropped() -> None:
-    volume = read_nifti(nifti(STORED_XYZ[..., None, None]), max_voxels=MANY, volume=7)
+    volume = read_nifti(nifti(STORED_XYZ[..., None, None]), max_voxels=MANY, volume_index=7)
 
     assert volume.voxels_zyx.shape == (4, 5, 6)
     assert volume.warnings == ()
@@ -288,7 +288,7 @@ SERIES_XYZT = np.stack([STORED_XYZ, STORED_XYZ + 1000, -STORED_XYZ], axis=-1)
 @pytest.mark.parametrize("pack", [bytes, gzip.compress])
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_one_volume_of_a_series_can_be_chosen_and_is_told(pack: Callable[[bytes], bytes], index: int) -> None:
-    volume = read_nifti(pack(nifti(SERIES_XYZT)), max_voxels=MANY, volume=index)
+    volume = read_nifti(pack(nifti(SERIES_XYZT)), max_voxels=MANY, volume_index=index)
 
     assert (volume.voxels_zyx == SERIES_XYZT[..., index].T).all()
     assert volume.warnings == ("not_a_volume",)
@@ -299,19 +299,19 @@ def test_one_volume_of_a_series_can_be_chosen_and_is_told(pack: Callable[[bytes]
 def test_a_series_without_a_choice_among_its_volumes_is_refused(index: int | None) -> None:
     data = nifti(SERIES_XYZT)
 
-    assert reason_of(lambda: read_nifti(data, max_voxels=MANY, volume=index)) == Reason.NOT_A_VOLUME
+    assert reason_of(lambda: read_nifti(data, max_voxels=MANY, volume_index=index)) == Reason.NOT_A_VOLUME
 
 
 def test_voxels_of_several_values_are_refused_whatever_is_chosen() -> None:
     data = nifti(SERIES_XYZT[:, :, :, None])
 
-    assert reason_of(lambda: read_nifti(data, max_voxels=MANY, volume=0)) == Reason.NOT_A_VOLUME
+    assert reason_of(lambda: read_nifti(data, max_voxels=MANY, volume_index=0)) == Reason.NOT_A_VOLUME
 
 
 def test_the_limit_counts_all_volumes_of_a_series() -> None:
     data = nifti(SERIES_XYZT)
 
-    assert reason_of(lambda: read_nifti(data, max_voxels=359, volume=0)) == Reason.TOO_LARGE
+    assert reason_of(lambda: read_nifti(data, max_voxels=359, volume_index=0)) == Reason.TOO_LARGE
 
 
 def test_sheared_axes_can_be_kept_for_someone_who_resamples_them() -> None:
@@ -342,7 +342,7 @@ def test_a_tilted_file_can_be_put_upright_whichever_axis_its_slices_run_along(
     data = nifti(ball(affine, shape_zyx).T, affine=np.diag([-1, -1, 1, 1]) @ affine, sform_code=1)
     volume = read_nifti(data, max_voxels=MANY, keep_shear=True)
 
-    upright = regrid.upright(as_shifted_slices(volume), None)
+    upright = regrid.resample_upright(convert_to_shifted_slices(volume), None)
 
     assert not geometry.is_sheared(upright.affine_lps)
     expected = ball(upright.affine_lps, upright.voxels_zyx.shape)
@@ -355,13 +355,13 @@ def test_a_file_sheared_along_all_axes_stays_refused() -> None:
     affine = np.array([[1, 0.3, 0.3, 0], [0, 1, 0.3, 0], [0, 0, 1, 0], [0, 0, 0, 1]], float)
     volume = read_nifti(nifti(affine=affine, sform_code=1), max_voxels=MANY, keep_shear=True)
 
-    assert reason_of(lambda: as_shifted_slices(volume)) == Reason.GANTRY_TILT
+    assert reason_of(lambda: convert_to_shifted_slices(volume)) == Reason.GANTRY_TILT
 
 
 def test_a_volume_without_shear_has_no_shifted_slices() -> None:
     volume = read(nifti())
 
-    assert as_shifted_slices(volume) is volume
+    assert convert_to_shifted_slices(volume) is volume
 
 
 def pair(kind: type = nib.Nifti1Pair, stored: NDArray[Any] = STORED_XYZ) -> tuple[bytes, bytes]:
@@ -384,7 +384,7 @@ def test_a_pair_is_read_like_a_single_file(kind: type, pack_header: Any, pack_im
 
 
 def test_one_volume_of_a_pair_can_be_chosen() -> None:
-    volume = read_nifti_pair(*pair(stored=SERIES_XYZT), max_voxels=MANY, volume=1)
+    volume = read_nifti_pair(*pair(stored=SERIES_XYZT), max_voxels=MANY, volume_index=1)
 
     assert (volume.voxels_zyx == STORED_XYZ.T + 1000).all()
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from featray.ct.formats.npy import onto_scale, read_npy
+from featray.ct.formats.npy import apply_window, read_npy
 from featray.errors import ScanError
 
 
@@ -92,5 +92,5 @@ def test_the_limit_holds_before_anything_is_allocated() -> None:
 
 def test_the_window_is_clipped_and_mapped_onto_the_scale() -> None:
     values = np.array([-2000.0, -1000, 0, 1000, 5000], np.float32)
-    assert onto_scale(values, (-1000, 1000), (-1, 1)).tolist() == [-1, -1, 0, 1, 1]
-    assert onto_scale(values, None, (0, 1)) is values
+    assert apply_window(values, (-1000, 1000), (-1, 1)).tolist() == [-1, -1, 0, 1, 1]
+    assert apply_window(values, None, (0, 1)) is values

@@ -52,15 +52,15 @@ def test_members_come_out_as_they_went_in(method: int) -> None:
 
     assert archive.names == ("a/1.dcm", "b/2.dcm")
     assert archive.read("b/2.dcm", MANY) == SCAN
-    assert archive.head("b/2.dcm", 5) == SCAN[:5]
-    assert (archive.size("b/2.dcm"), archive.size("a/1.dcm")) == (len(SCAN), 1)
+    assert archive.read_head("b/2.dcm", 5) == SCAN[:5]
+    assert (archive.get_size("b/2.dcm"), archive.get_size("a/1.dcm")) == (len(SCAN), 1)
 
 
 def test_the_version_of_a_member_changes_with_its_content() -> None:
     first, second = opened(packed({"a": b"one"})), opened(packed({"a": b"two"}))
 
-    assert first.version("a") != second.version("a")
-    assert first.version("a") == opened(packed({"a": b"one", "b": b""})).version("a")
+    assert first.get_version("a") != second.get_version("a")
+    assert first.get_version("a") == opened(packed({"a": b"one", "b": b""})).get_version("a")
 
 
 def test_folders_and_what_macos_adds_are_no_members() -> None:

@@ -148,7 +148,7 @@ def _bring_in_step(
     announce(job.run, dataset)
     with progress:
         for receipt in _committed(_receipts(engine, plan, job, dataset, stop), committer.commit):
-            progress.add(receipt.records)
+            progress.add_records(receipt.records)
             done.add(receipt)
         done.seconds, done.workers = progress.state()["seconds"], engine.workers()
     if not stop.is_set():

@@ -12,7 +12,7 @@ import pyarrow.dataset as pads
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.layer_totals import LayerTotals, sum_by_layer
 from featray.output.lease import running
-from featray.terminal.progress import line_of
+from featray.terminal.progress import format_scans
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _running_line(holder: dict[str, Any]) -> str:
     if not holder.get("progress"):
         return f"{who}, preparing"
     ago = max(0.0, time.time() - holder["heartbeat"])
-    return f"{who}; {ago:.0f} s ago: {line_of(holder['progress'])}"
+    return f"{who}; {ago:.0f} s ago: {format_scans(holder['progress'])}"
 
 
 def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]]:

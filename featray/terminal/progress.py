@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, one plain line every ten seconds elsewhere."""
+"""Show progress on stderr: a bar on a terminal, otherwise one plain line every ten seconds."""
 
 from __future__ import annotations
 
@@ -6,25 +6,28 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from featray.schema import ScanRecord
 
-LINE_S = 10.0
+LINE_INTERVAL_S = 10.0
 
 
 class Progress:
-    """Count committed scans while the `with` block lasts.
+    """Count finished work while the `with` block lasts.
+
+    Call it from one thread. The plain lines are printed by a thread of its own.
 
     Args:
-        total: Scans to do.
-        show: False keeps silent.
+        total: Number of scans, or of bytes, to process.
+        unit: What `total` counts. A run counts `scan`; a command that reads files counts `B` (bytes).
+        show: False prints nothing; the state is counted all the same.
     """
 
-    def __init__(self, total: int, *, show: bool) -> None:
-        self._total, self._show = total, show
+    def __init__(self, total: int, *, show: bool, unit: Literal["scan", "B"] = "scan") -> None:
+        self._total, self._unit, self._show = total, unit, show
         self._done = self._failed = self._bytes = 0
         self._start = time.monotonic()
         self._stop = threading.Event()
@@ -32,33 +35,43 @@ class Progress:
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Progress:
-        """Begin to show."""
+        """Show the bar, or start the thread that prints lines."""
         if self._show and sys.stderr.isatty():
-            self._bar = tqdm(total=self._total, unit="scan", dynamic_ncols=True)
+            self._bar = tqdm(
+                total=self._total, unit=self._unit, unit_scale=self._unit == "B", dynamic_ncols=True
+            )
         elif self._show:
             self._thread = threading.Thread(target=self._print_lines, name="featray-progress", daemon=True)
             self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        """End the bar, or the lines."""
+        """Close the bar, or stop the thread that prints lines."""
         self._stop.set()
         if self._bar is not None:
             self._bar.close()
         if self._thread is not None:
             self._thread.join()
 
-    def add(self, records: Sequence[ScanRecord]) -> None:
-        """Count scans that are committed."""
+    def add_records(self, records: Sequence[ScanRecord]) -> None:
+        """Count committed scans, how many of them failed, and the bytes that were read for them."""
         self._done += len(records)
         self._failed += sum(record.status == "failed" for record in records)
         self._bytes += sum(record.bytes_read for record in records)
         if self._bar is not None:
-            self._bar.set_postfix_str(f"{self._failed} failed, {self._megabytes_s():.0f} MB/s", refresh=False)
+            megabytes_s = self._bytes / 1e6 / max(time.monotonic() - self._start, 1e-9)
+            self._bar.set_postfix_str(f"{self._failed} failed, {megabytes_s:.0f} MB/s", refresh=False)
             self._bar.update(len(records))
 
+    def add_bytes(self, size: int) -> None:
+        """Count the bytes of a file that was read."""
+        self._done += size
+        self._bytes += size
+        if self._bar is not None:
+            self._bar.update(size)
+
     def state(self) -> dict[str, Any]:
-        """Return the state, JSON-ready, as `line_of` takes it."""
+        """Return the state as `format_scans` and `format_bytes` expect it; every value fits into JSON."""
         return {
             "total": self._total,
             "done": self._done,
@@ -67,24 +80,39 @@ class Progress:
             "seconds": time.monotonic() - self._start,
         }
 
-    def _megabytes_s(self) -> float:
-        return self._bytes / 1e6 / max(time.monotonic() - self._start, 1e-9)
-
     def _print_lines(self) -> None:
-        while not self._stop.wait(LINE_S):
-            print(f"featray: {line_of(self.state())}", file=sys.stderr, flush=True)
+        format_line = format_bytes if self._unit == "B" else format_scans
+        while not self._stop.wait(LINE_INTERVAL_S):
+            print(f"featray: {format_line(self.state())}", file=sys.stderr, flush=True)
 
 
-def line_of(state: Mapping[str, Any]) -> str:
-    """Return how far a run is as one plain line.
+def format_scans(state: Mapping[str, Any]) -> str:
+    """Return the progress of a run as one line.
 
     Args:
-        state: Scans in `total`, `done`, and of these `failed`; `bytes_read` by then, in so many `seconds`.
+        state: `total`, `done` and `failed` (scans), `bytes_read`, and `seconds` since the start.
     """
-    total, done, seconds = state["total"], state["done"], max(state["seconds"], 1e-9)
-    rate = done / seconds
-    eta = f"{(total - done) / rate:.0f} s" if rate else "unknown"
+    seconds = max(state["seconds"], 1e-9)
     return (
-        f"{done}/{total} scans, {state['failed']} failed, {rate:.2f} scans/s, "
-        f"{state['bytes_read'] / 1e6 / seconds:.0f} MB/s, ETA {eta}"
+        f"{state['done']}/{state['total']} scans, {state['failed']} failed, "
+        f"{state['done'] / seconds:.2f} scans/s, {state['bytes_read'] / 1e6 / seconds:.0f} MB/s, "
+        f"ETA {_format_eta(state)}"
     )
+
+
+def format_bytes(state: Mapping[str, Any]) -> str:
+    """Return the progress of reading files as one line.
+
+    Args:
+        state: `total` and `done` (bytes), and `seconds` since the start.
+    """
+    done, rate = state["done"], state["done"] / max(state["seconds"], 1e-9)
+    return (
+        f"read {done / 1e6:.0f} of {state['total'] / 1e6:.0f} MB, {rate / 1e6:.0f} MB/s, "
+        f"ETA {_format_eta(state)}"
+    )
+
+
+def _format_eta(state: Mapping[str, Any]) -> str:
+    rate = state["done"] / max(state["seconds"], 1e-9)
+    return f"{(state['total'] - state['done']) / rate:.0f} s" if rate else "unknown"

@@ -19,13 +19,13 @@ from featray.commands.verify.read_features import read_rows
 from featray.commands.verify.read_scans import Ledger, join, read_part
 from featray.commands.verify.reconcile import Books, LayerBooks
 from featray.commands.verify.run_files import RecipeFacts, recipe_facts
-from featray.commands.verify.watch import Watch
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
 from featray.job import lock_output
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.output.query import Output, open_output
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.stages.commit import Committer
+from featray.terminal.progress import Progress
 
 LOOKS = 5
 """Times to begin again when a run has deleted superseded files before they were read."""
@@ -169,7 +169,7 @@ class _Reading:
         self.dataset, self.snapshot, self.findings = dataset, snapshot, Findings()
         self.files = {table: snapshot.files(table) for table in (SCANS, FEATURES)}
         size = sum(file.size for files in self.files.values() for file in files)
-        self.watch = Watch(size, show=show)
+        self.progress = Progress(size, show=show, unit="B")
 
     def run(self) -> Verification:
         """Read everything; return the verdict."""
@@ -177,7 +177,7 @@ class _Reading:
             problems = schema_problems(self.snapshot.schema(table), fixed)
             if problems:
                 self.findings.add(Fault(Kind.WRONG_SCHEMA, detail="; ".join(problems)), table)
-        with self.watch:
+        with self.progress:
             ledger, broken_scans = self._ledger()
             facts = recipe_facts(self.dataset.store, ledger)
             books, rows = Books(ledger), {}
@@ -193,7 +193,7 @@ class _Reading:
         work = functools.partial(read_part, self.dataset.store, schema, further)
         parts, broken = [], []
         for file, part in in_threads(work, self.files[SCANS]):
-            self.watch.add(file.size)
+            self.progress.add_bytes(file.size)
             self._note(part.faults, SCANS, None, file)
             if part.rows is None:
                 broken += [(file, fault) for fault in part.faults]
@@ -224,7 +224,7 @@ class _Reading:
         work = functools.partial(read_rows, self.dataset.store, schema, ledger, shapes=shapes)
         unknown, broken, rows = [], [], 0
         for file, found in in_threads(work, files):
-            self.watch.add(file.size)
+            self.progress.add_bytes(file.size)
             self._note(found.faults, FEATURES, layer, file)
             if found.is_broken:
                 broken += [(file, fault) for fault in found.faults]

@@ -12,6 +12,7 @@ FeatrayError                what `except featray.FeatrayError` catches
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import IntEnum, StrEnum
 
 
@@ -121,6 +122,22 @@ class ScanError(FeatrayError):
     def __reduce__(self) -> tuple[type[ScanError], tuple[Reason, str]]:
         """Pickle with both arguments; the default would drop `reason` between processes."""
         return type(self), (self.reason, str(self))
+
+
+def find_similar_names(
+    name: str, known: Iterable[str], *, limit: int = 1, min_ratio: float = 0.5
+) -> list[str]:
+    """Return the known names that are spelled most like `name`, for an error message. The best one is first.
+
+    Args:
+        name: The unknown name.
+        known: Names that would have been accepted. Comparing more than about 10,000 names takes seconds.
+        limit: Largest number of names to return.
+        min_ratio: Smallest similarity, from 0 to 1, as `difflib.SequenceMatcher.ratio` defines it.
+    """
+    import difflib  # only needed after a mistake
+
+    return difflib.get_close_matches(name, list(known), n=limit, cutoff=min_ratio)
 
 
 def _bullets(where: str, problems: list[str]) -> str:

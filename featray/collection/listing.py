@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from featray.collection.cache import ListingMemory
+from featray.errors import find_similar_names
 from featray.schema import Scan
 
 TEXT = pa.large_string()
@@ -183,6 +184,20 @@ class Listing:
         if isinstance(self.scans, RowScans):
             return self.scans.has_centers
         return any(scan.center_lps for scan in self.scans)
+
+    def find_similar_ids(self, scan_id: str) -> list[str]:
+        """Return up to five ids of the collection that an error message can suggest for an unknown id.
+
+        Ids that contain the unknown id are preferred to ids that are spelled like it. Without either, the
+        first three ids are examples.
+        """
+        ids = self.scan_ids
+        if containing := ids.filter(pc.match_substring(ids, scan_id)).slice(0, 5).to_pylist():
+            return list(containing)
+        # Only 10,000 ids around the unknown one in sort order: comparing a million would take minutes.
+        position = int(pc.sum(pc.less(ids, pa.scalar(scan_id, TEXT))).as_py() or 0)
+        neighbors = ids.slice(max(0, position - 5000), 10_000).to_pylist()
+        return find_similar_names(scan_id, neighbors, limit=5) or ids.slice(0, 3).to_pylist()
 
     def take(self, places: NDArray[np.int64]) -> Sequence[Scan]:
         """Return the scans at those places."""

@@ -6,7 +6,6 @@ the output, and records nothing.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import re
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.checks import check
+from featray.collection.listing import Listing
 from featray.commands.montage import montage
 from featray.config import Config, ConfigInput, PreprocessConfig
 from featray.errors import ConfigError, ExitCode, Reason, UsageError, WarningCode
@@ -140,7 +140,7 @@ def preview(
             be written.
     """
     checked, listing = check(config, overrides)
-    wanted = listing.scans if scan is None else [_named(listing.scans, scan)]
+    wanted = listing.scans if scan is None else [_named(listing, scan)]
     used, decoded, skipped = _first_usable(wanted, Decoder.of(checked, run_id="preview"))
     found = replace(_described(decoded), skipped=skipped)
     if found.status != "ok":
@@ -161,14 +161,12 @@ def preview(
     return _written(found, picture, decoded.tensor, Path(directory))
 
 
-def _named(scans: Sequence[Scan], scan_id: str) -> Scan:
-    for scan in scans:
+def _named(listing: Listing, scan_id: str) -> Scan:
+    for scan in listing.scans:
         if scan.scan_id == scan_id:
             return scan
-    ids = [scan.scan_id for scan in scans]
-    near = list(islice((known for known in ids if scan_id in known), 5))
-    near = near or difflib.get_close_matches(scan_id, ids[:10_000], n=5, cutoff=0.5) or ids[:3]
-    raise UsageError(f"--scan: no scan has the id {scan_id!r}; near it: {', '.join(near)}")
+    near = ", ".join(listing.find_similar_ids(scan_id))
+    raise UsageError(f"--scan: no scan has the id {scan_id!r}; near it: {near}")
 
 
 def _first_usable(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
@@ -12,6 +11,7 @@ from pydantic import (
 )
 
 from featray.config.models import Config
+from featray.errors import find_similar_names
 
 
 def _sentences(found: Sequence[Any]) -> list[str]:
@@ -39,7 +39,7 @@ def _sentence(item: Any) -> str:
 
 
 def _nearest(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = find_similar_names(name, known)
     return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(known)}"
 
 

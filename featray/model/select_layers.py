@@ -6,14 +6,13 @@ near matches. Knows names only, not Keras.
 
 from __future__ import annotations
 
-import difflib
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from featray.config import LayerConfig, ModelConfig
-from featray.errors import ModelError
+from featray.errors import ModelError, find_similar_names
 from featray.model.trace import Tap
 
 Pool = Literal["none", "avg", "max", "avgmax"]
@@ -134,8 +133,9 @@ def _is_glob(text: str) -> bool:
 def _near(text: str, taps: list[Tap]) -> str:
     paths = list(dict.fromkeys(tap.path for tap in taps if not tap.problem))
     ends = {path.rpartition("/")[2]: path for path in reversed(paths)}
-    close = difflib.get_close_matches(text, paths, n=3, cutoff=0.6)
-    close += [ends[end] for end in difflib.get_close_matches(text.rpartition("/")[2], ends, n=3, cutoff=0.6)]
+    close = find_similar_names(text, paths, limit=3, min_ratio=0.6)
+    close_ends = find_similar_names(text.rpartition("/")[2], ends, limit=3, min_ratio=0.6)
+    close += [ends[end] for end in close_ends]
     if close:
         return f"; did you mean {', '.join(list(dict.fromkeys(close))[:3])}?"
     around = text.rpartition("/")[0]

@@ -6,7 +6,6 @@ Everything that reads an output back starts here: `reading`, `ray_reading` and `
 from __future__ import annotations
 
 import contextlib
-import difflib
 import os
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
 from featray.config import load
-from featray.errors import ConfigError, FeatrayError, StorageError, UsageError
+from featray.errors import ConfigError, FeatrayError, StorageError, UsageError, find_similar_names
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot, can_contain_any
 from featray.output.features import FEATURE, KEYS
 from featray.schema import DataFile
@@ -317,7 +316,7 @@ def _refuse_unknown(argument: str, asked: Iterable[str], known: Sequence[str]) -
 
 
 def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = find_similar_names(name, known)
     meant = f"; did you mean {close[0]!r}?" if close else "."
     some = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
     return f"{meant} There are: {some}" if known else "; it has none at all"

@@ -16,7 +16,6 @@ import functools
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
 import numpy as np
@@ -244,7 +243,8 @@ class _Reasons:
         if row >= 0:
             return self._of_unlisted(scan_id)["why"]
         raise UsageError(
-            f"--why: no scan has the id {scan_id!r}, listed or stored; near it: {self._near(scan_id)}"
+            f"--why: no scan has the id {scan_id!r}, listed or stored; near it: "
+            f"{', '.join(self.listing.find_similar_ids(scan_id))}"
         )
 
     def explain(self) -> Iterator[dict[str, str]]:
@@ -272,16 +272,6 @@ class _Reasons:
         if state != "removed":
             why = "what holds it cannot be looked into now (storage); what is stored is kept"
         return {"scan_id": scan_id, "state": state, "why": f"{state.replace('_', ' ')}: {why}"}
-
-    def _near(self, scan_id: str) -> str:
-        """Return known ids that look like it, as a text."""
-        ids = self.listing.scan_ids
-        near = ids.filter(pc.match_substring(ids, scan_id)).slice(0, 5).to_pylist()
-        # Close matches are looked for around its place in the alphabet: a million ids would take minutes.
-        place = int(pc.sum(pc.less(ids, pa.scalar(scan_id, pa.large_string()))).as_py() or 0)
-        around = ids.slice(max(0, place - 5000), 10_000).to_pylist()
-        near = near or get_close_matches(scan_id, around, n=5, cutoff=0.5) or ids.slice(0, 3).to_pylist()
-        return ", ".join(near)
 
     def _new(self, scan: dict[str, Any], row: dict[str, Any], turned: bool) -> str:
         return "listed, and never taken up"

@@ -16,7 +16,7 @@ from featray.errors import ConfigError, FeatrayError, UsageError
 from featray.job import carried, load_extractor
 from featray.model import Extractor
 from featray.output.dataset import RUNS
-from featray.output.lease import refuse_if_held
+from featray.output.lease import raise_if_locked
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.stages.list import Listing, ListingMemory, list_scans
 from featray.stages.plan import Plan
@@ -78,8 +78,8 @@ def check_source(config: Config, memory: ListingMemory | None = None) -> Listing
 def check_output(store: Store) -> None:
     """Refuse an output that is held or cannot be used, before anything slow is done for nothing."""
     try:
-        store.refuse_unwritable()
-        refuse_if_held(store)
+        store.check_writable()
+        raise_if_locked(store)
     except FeatrayError:
         raise
     except Exception as error:  # every store has errors of its own, and their texts may hold credentials

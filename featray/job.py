@@ -104,7 +104,7 @@ class Job:
 
     def plan(self, listing: Listing, stored: Snapshot | None, wanted: RunScope) -> Plan:
         """Return what is left to do, given what is stored."""
-        ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.ledger(PLANNED)
+        ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.read_scans(PLANNED)
         return make_plan(listing, ledger, self.run.recipe_id, refresh=wanted.refresh, retry=wanted.retry)
 
     def committer(self, dataset: Dataset, listing: Listing, lease: Lease) -> Committer:
@@ -116,7 +116,7 @@ class Job:
             carried(self.config, listing),
             run_id=self.run.run_id,
             keep_versions_days=output.keep_versions_days,
-            still_ours=lease.check,
+            check_lease=lease.check,
         )
 
     def stages(self, dataset: Dataset, scans: int) -> Stages:
@@ -220,7 +220,7 @@ def lock_output(dataset: Dataset) -> Iterator[Committer]:
         ConfigError: There is no featray output here.
         OutputBusyError: A run holds the output.
     """
-    partition_by = dataset.snapshot().partition_by
+    partition_by = dataset.open_snapshot().partition_by
     run_id = new_run_id()
     with Lease(dataset.store, run_id) as lease:
-        yield Committer(dataset, partition_by, run_id=run_id, still_ours=lease.check)
+        yield Committer(dataset, partition_by, run_id=run_id, check_lease=lease.check)

@@ -107,18 +107,18 @@ def _run(
             plan = job.plan(listing, committer.snapshot(), wanted)
             refuse_other_recipe(plan, job.run.recipe_id, refresh=wanted.refresh)
             refuse_mass_removal(plan, config.limits, refresh=wanted.refresh)
-            committer.sweep()
+            committer.delete_orphans()
             remember(listing, dataset.store)
             gone = plan.removed if wanted.refresh else ()
             progress = Progress(len(plan.todo), show=show)
-            lease.tell(progress.state)
+            lease.set_progress_source(progress.state)
             done = _bring_in_step(engine, plan, gone, job, committer, progress, stop)
             return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
 
 
 def _begin(engine: Engine, config: Config, listing: Listing, dataset: Dataset) -> None:
     """Let the engine start on scans that no run has met yet: they are due whatever the model is."""
-    due = _unmet(listing, dataset.find())[:PREFETCH_LIMIT]
+    due = _unmet(listing, dataset.find_snapshot())[:PREFETCH_LIMIT]
     if scans := [scan for scan in listing.take(due) if scan.reason is None]:
         engine.begin(scans, early_decoder(config), _batch_scans(config))
 
@@ -128,7 +128,7 @@ def _unmet(listing: Listing, stored: Snapshot | None) -> NDArray[np.int64]:
     if stored is None:  # without columns: for the first of them pyarrow imports pandas, 0.2 s
         return np.arange(len(listing.scans))
     ids = listing.scan_ids  # columns: a million known scans are looked at in no time
-    known = stored.ledger(("scan_id",))["scan_id"].cast(ids.type).combine_chunks()
+    known = stored.read_scans(("scan_id",))["scan_id"].cast(ids.type).combine_chunks()
     return np.flatnonzero(~pc.is_in(ids, value_set=known).to_numpy())
 
 
@@ -152,10 +152,10 @@ def _bring_in_step(
             done.add(receipt)
         done.seconds, done.workers = progress.state()["seconds"], engine.workers()
     if not stop.is_set():
-        committer.forget(gone)
+        committer.delete_scans(gone)
         done.removed = len(gone)
         committer.compact()
-    committer.sweep()
+    committer.delete_orphans()
     return done
 
 

@@ -46,7 +46,7 @@ def main() -> None:
         start = time.perf_counter()
         committer.compact()
         compact_s = time.perf_counter() - start
-        committer.sweep()
+        committer.delete_orphans()
         rows.append(_figures(dataset, [compact_s], args.commits + len(refreshed) + len(WIDTHS)))
     print("the last two: after a refresh of one scan in a hundred; after compaction (commit_s: all of it)")
     print(json.dumps(rows))
@@ -93,12 +93,12 @@ def _random_layers(batch: NDArray[np.float32], seeds: Sequence[str]) -> dict[str
 
 def _figures(dataset: Dataset, seconds: Sequence[float], commits: int) -> dict[str, Any]:
     start = time.perf_counter()
-    snapshot = dataset.snapshot()
+    snapshot = dataset.open_snapshot()
     files = {table: len(snapshot.files(table)) for table in (FEATURES, SCANS)}
     opened = time.perf_counter()
-    scans = len(snapshot.ledger())
+    scans = len(snapshot.read_scans())
     read = time.perf_counter()
-    logs = [name for table in (FEATURES, SCANS) for name in dataset.store.names(f"{table}/_delta_log")]
+    logs = [name for table in (FEATURES, SCANS) for name in dataset.store.list_files(f"{table}/_delta_log")]
     values = (commits, scans, statistics.median(seconds), opened - start, read - opened, len(logs))
     row = dict(zip(COLUMNS, (*values, files[FEATURES], files[SCANS]), strict=True))
     print(

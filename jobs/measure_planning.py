@@ -74,7 +74,7 @@ def _plan_here(manifest: Path, output: Path) -> dict[str, Any]:
     times.append(time.perf_counter())
     listing = list_scans(SourceConfig(uri=str(manifest), id_column="case"))
     times.append(time.perf_counter())
-    ledger = Dataset(Store(str(output))).ledger()
+    ledger = Dataset(Store(str(output))).read_scans()
     times.append(time.perf_counter())
     plan = make_plan(listing, ledger, RECIPE, refresh=True)
     times.append(time.perf_counter())

@@ -334,4 +334,4 @@ def test_a_large_file_of_rows_becomes_several_parquet_files_of_bounded_size(
     config = arrays({**dense[1], "layers": ["code"], "batch_size": 64}, source={"rows": True})
     assert featray.extract(config).ok == 6
     assert len(features(config, "code")) == 300
-    assert len(Dataset(Store(config["output"]["uri"])).snapshot().files(FEATURES)) > 1
+    assert len(Dataset(Store(config["output"]["uri"])).open_snapshot().files(FEATURES)) > 1

@@ -124,7 +124,7 @@ def test_ctrl_c_once_commits_what_is_finished_and_says_how_to_resume(
     assert process.returncode == 130, err
     assert "run the same command again to resume" in err
     assert "Traceback" not in err
-    done = len(dataset_of(config).ledger())
+    done = len(dataset_of(config).read_scans())
     assert 0 < done < SCANS_IN_ALL
     run_to_the_end(config)
     assert_same(config, undisturbed)
@@ -264,7 +264,7 @@ def test_whoever_is_killed_and_whenever_the_next_start_ends_as_if_nothing_had_ha
         assert_same(config, stage.expected)
     elif kill_round.victim != "raylet":
         assert not ended.met or ended.returncode == -signal.SIGKILL, ended.stderr
-    if dataset_of(config).find() is not None:
+    if dataset_of(config).find_snapshot() is not None:
         values(dataset_of(config))  # what a reader sees meanwhile is whole commits
     summary = finish(config, kill_round.command)
     assert_same(config, stage.expected)

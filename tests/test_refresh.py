@@ -226,10 +226,10 @@ def test_what_is_finished_when_the_engine_fails_is_committed_first() -> None:
 def test_versions_are_kept_for_readers_when_asked(config: dict[str, Any], collection: Path) -> None:
     config["output"]["keep_versions_days"] = 1
     featray.extract(config)
-    before, version = values_of(config), dataset_of(config).snapshot().version
+    before, version = values_of(config), dataset_of(config).open_snapshot().version
     (collection / "a.nii.gz").unlink()
     featray.refresh(config)
-    earlier = dataset_of(config).snapshot(version)
+    earlier = dataset_of(config).open_snapshot(version)
     rows = earlier.read(FEATURES, ("scan_id",), pads.field("layer") == "encoder.z_mean")
     assert sorted(rows["scan_id"].to_pylist()) == sorted(before)
     assert "a.nii.gz" not in values_of(config)

@@ -17,7 +17,7 @@ from featray.collection.files import File, Found, How, Place, common_place, scan
 from featray.ct.dicom.group import group_into_scans
 from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason
-from featray.storage.urls import hash_of, mask_url
+from featray.storage.urls import hash_texts, mask_url
 
 _Folders = Mapping[str, list[File]]
 """Candidate files by the hash of their folder."""
@@ -105,7 +105,7 @@ def _is_unchanged(group: KnownGroup, folders: _Folders) -> bool:
 
 
 def _fingerprint(names: Iterable[str], folders: _Folders) -> str:
-    return hash_of(f"{file.name}\t{file.size}\t{file.version}" for name in names for file in folders[name])
+    return hash_texts(f"{file.name}\t{file.size}\t{file.version}" for name in names for file in folders[name])
 
 
 def _series_from(group: KnownGroup, folders: _Folders) -> Iterator[_Series]:
@@ -198,4 +198,4 @@ def _folder(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    return hash_of([text])
+    return hash_texts([text])

@@ -16,7 +16,7 @@ import fsspec
 from featray.collection.files import THREADS, File, Found
 from featray.errors import Reason
 from featray.storage import retry
-from featray.storage.urls import fingerprint
+from featray.storage.urls import fingerprint_files
 
 _CHUNK_BYTES = 2**22
 
@@ -43,7 +43,7 @@ def file_digest(fs: fsspec.AbstractFileSystem, path: str) -> str:
                 digest.update(chunk)
         return digest.hexdigest()
 
-    return retry.retried(read, retry.SOURCE_DEADLINE_S)
+    return retry.run_with_retries(read, retry.SOURCE_DEADLINE_S)
 
 
 def _digest(fs: fsspec.AbstractFileSystem, file: File) -> str | OSError:
@@ -58,11 +58,13 @@ def _with_digests(one: Found, digests: dict[File, str | OSError]) -> Found:
     for file in one.members:
         digest = digests[file]
         if isinstance(digest, OSError):
-            message = f"a file could not be read for its fingerprint ({retry.kind_of(digest)}); run again"
+            message = (
+                f"a file could not be read for its fingerprint ({retry.describe_error(digest)}); run again"
+            )
             return replace(
                 one, scan=replace(one.scan, reason=Reason.STORAGE, message=message, excluded=False)
             )
         texts.append((file.path, file.size, digest))
-    content = fingerprint(texts)
+    content = fingerprint_files(texts)
     checksum = texts[0][2] if len(texts) == 1 else ""
     return replace(one, scan=replace(one.scan, content=content, checksum=checksum))

@@ -91,7 +91,7 @@ def _found_below(fs: fsspec.AbstractFileSystem, root: str) -> tuple[str, dict[st
 
 
 def _asked(act: Callable[[], Any]) -> Any:
-    return retry.retried(act, retry.START_DEADLINE_S)
+    return retry.run_with_retries(act, retry.START_DEADLINE_S)
 
 
 def _list_files(fs: fsspec.AbstractFileSystem, base: str, files: list[File], how: How) -> Listing:
@@ -150,7 +150,7 @@ def _header(fs: fsspec.AbstractFileSystem, file: File) -> SliceHeader:
             return read_header(stream, file.name)
 
     try:
-        return retry.retried(read, retry.SOURCE_DEADLINE_S)
+        return retry.run_with_retries(read, retry.SOURCE_DEADLINE_S)
     except OSError as error:
-        problem = ScanError(Reason.STORAGE, f"could not be opened ({retry.kind_of(error)})")
+        problem = ScanError(Reason.STORAGE, f"could not be opened ({retry.describe_error(error)})")
         return make_unreadable_header(file.name, problem)

@@ -14,7 +14,7 @@ from featray.config import PolicyConfig, SourceConfig
 from featray.ct.dicom.header import SliceHeader
 from featray.ct.formats import npy
 from featray.schema import Scan
-from featray.storage.urls import file_checksum, file_version, fingerprint, mask_url, utf8
+from featray.storage.urls import escape_invalid_utf8, file_checksum, file_version, fingerprint_files, mask_url
 
 SUFFIXES = {
     "nifti": (".nii", ".nii.gz"),
@@ -100,13 +100,13 @@ class How:
     def shown_uri(self, path: str) -> str:
         """Return the location to show: the source's own protocol, no credentials."""
         protocol, separator, _ = mask_url(self.source.uri).partition("://")
-        return f"{protocol}://{utf8(path)}" if separator else utf8(path)
+        return f"{protocol}://{escape_invalid_utf8(path)}" if separator else escape_invalid_utf8(path)
 
 
 def scan_of(files: Sequence[File], scan_id: str, kind: str, place: Place, how: How) -> Scan:
     """Return the scan that some files of a place make."""
     paths = [file.path for file in files]
-    listed = fingerprint((file.path, file.size, file.version) for file in files)
+    listed = fingerprint_files((file.path, file.size, file.version) for file in files)
     return Scan(
         scan_id=scan_id,
         uri=how.shown_uri(place.archive or common_place(paths)),
@@ -123,7 +123,9 @@ def scan_of(files: Sequence[File], scan_id: str, kind: str, place: Place, how: H
 def file_of(path: str, info: dict[str, Any], base: str) -> File:
     """Return a file from its entry in a listing; `base` is the root's path."""
     name = path[len(base) :].lstrip("/") if path.startswith(base) else posixpath.basename(path)
-    return File(path, utf8(name), int(info.get("size") or 0), file_version(info), file_checksum(info))
+    return File(
+        path, escape_invalid_utf8(name), int(info.get("size") or 0), file_version(info), file_checksum(info)
+    )
 
 
 def half(name: str) -> str:

@@ -19,7 +19,7 @@ from featray.config import PolicyConfig, SourceConfig
 from featray.errors import ConfigError, Reason, ScanError
 from featray.schema import Scan
 from featray.storage import retry
-from featray.storage.urls import file_version, hash_of, mask_url, open_url
+from featray.storage.urls import file_version, hash_texts, mask_url, open_url
 
 
 def scan_of_row(row: ManifestRow, how: How) -> Scan:
@@ -70,7 +70,7 @@ def find_files(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:
     except ScanError as error:
         return replace(scan, reason=error.reason, message=str(error))
     except Exception as error:  # every store has errors of its own; here they cost one scan, not the run
-        if not retry.is_of_store(error):
+        if not retry.is_store_error(error):
             raise
         return replace(scan, reason=Reason.STORAGE, message=_unreadable("place", error))
     return replace(_in_place_of(scan, found), content=scan.content, listed="")
@@ -85,7 +85,7 @@ def with_region(content: str, mask: str, center_lps: tuple[float, ...] | None, m
     """Return the content of the part of a scan that a row asks for."""
     if not mask and not center_lps:
         return content
-    return hash_of([content, f"mask {mask} {mask_version}", f"center {center_lps}"])
+    return hash_texts([content, f"mask {mask} {mask_version}", f"center {center_lps}"])
 
 
 def wanted_formats(how: How) -> set[str]:
@@ -152,7 +152,7 @@ def _version_of(uri: str, source: SourceConfig) -> str:
     try:
         if source.fingerprint == "bytes":
             return file_digest(fs, path)
-        info = retry.retried(lambda: fs.info(path), retry.SOURCE_DEADLINE_S)
+        info = retry.run_with_retries(lambda: fs.info(path), retry.SOURCE_DEADLINE_S)
     except Exception as error:  # every store has errors of its own
         if not _concerns_this_place(error):
             raise
@@ -161,7 +161,7 @@ def _version_of(uri: str, source: SourceConfig) -> str:
 
 
 def _unreadable(what: str, error: Exception) -> str:
-    return f"the manifest names a {what} that cannot be read ({retry.kind_of(error)})"
+    return f"the manifest names a {what} that cannot be read ({retry.describe_error(error)})"
 
 
 def _concerns_this_place(error: Exception) -> bool:

@@ -43,11 +43,11 @@ def found_in_archive(
             return found_in(Place(members, "", header, threads=1, archive=file.path), how)
 
     try:
-        found = retry.retried(look, retry.SOURCE_DEADLINE_S)
+        found = retry.run_with_retries(look, retry.SOURCE_DEADLINE_S)
     except ScanError as error:
         return [_failed(file, error, how)]
     except OSError as error:
-        problem = f"the archive could not be opened ({retry.kind_of(error)})"
+        problem = f"the archive could not be opened ({retry.describe_error(error)})"
         return [_failed(file, ScanError(Reason.STORAGE, problem), how)]
     inside = [f"{file.name}/{one.scan.scan_id}" if len(found) > 1 else file.name for one in found]
     return [

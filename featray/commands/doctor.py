@@ -26,7 +26,7 @@ from featray.hardware import count_usable_cores
 from featray.job import choose_engine, load_extractor
 from featray.model import Extractor, OutputLayer, check_invariance, list_layers
 from featray.output.dataset import Dataset
-from featray.output.lease import refuse_if_held
+from featray.output.lease import raise_if_locked
 from featray.recipe import recipe, recipe_id
 from featray.schema import Decoded
 from featray.stages.decode import Decoder
@@ -188,11 +188,11 @@ class _Patient:
     def output(self) -> Found:
         config = self._config
         store = Store(config.output.uri, config.output.storage_options)
-        store.refuse_unwritable()
-        refuse_if_held(store)
+        store.check_writable()
+        raise_if_locked(store)
         if not store.is_local:
             yield _try_writing(store)
-        rows = Dataset(store).ledger(("status", "recipe")).to_pylist()
+        rows = Dataset(store).read_scans(("status", "recipe")).to_pylist()
         stored = {row["recipe"] for row in rows if row["status"] == "ok"}
         yield "PASS", f"can be written; {len(rows)} scans are there"
         if self._extractor is not None:

@@ -29,7 +29,14 @@ import pyarrow.parquet as pq
 from featray.errors import ConfigError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Snapshot
 from featray.output.layer_totals import LayerTotals, sum_by_layer
-from featray.output.query import Output, at_one_version, intact, layer_called, open_output, recipes_told
+from featray.output.query import (
+    Output,
+    find_layer,
+    format_recipes,
+    open_output,
+    read_one_version,
+    translate_arrow_errors,
+)
 from featray.schema import DataFile
 from featray.storage.store import Store
 from featray.storage.urls import mask_url
@@ -85,7 +92,7 @@ class ExportResult:
         if len(self.recipes) > 1:
             lines.append(
                 f"it has values of {len(self.recipes)} recipes, which must not be compared: "
-                f"{recipes_told(self.recipes)}. Filter by the column recipe, or export after the refresh"
+                f"{format_recipes(self.recipes)}. Filter by the column recipe, or export after the refresh"
             )
         return "\n".join(lines)
 
@@ -126,7 +133,7 @@ def export(
     def once(snapshot: Snapshot) -> ExportResult:
         return _export(snapshot, target, layers, start)
 
-    return at_one_version(dataset, version, once)
+    return read_one_version(dataset, version, once)
 
 
 def _target(source: Store, place: str, options: Mapping[str, Any] | None) -> Store:
@@ -168,7 +175,7 @@ def _files(snapshot: Snapshot, layers: Sequence[str]) -> dict[str, DataFile]:
     """Return {path below either folder: file} of what is to be exported."""
     features = snapshot.files(FEATURES)
     if layers:
-        wanted = {layer_called(layer, features) for layer in layers}
+        wanted = {find_layer(layer, features) for layer in layers}
         features = [file for file in features if file.partition_values["layer"] in wanted]
     named = {f"{FEATURES}/{file.path}": file for file in features}
     return named | {f"{SCANS}/{file.path}": file for file in snapshot.files(SCANS)}
@@ -180,7 +187,7 @@ def _begin(target: Store, snapshot: Snapshot, files: Iterable[str], sizes: Mappi
     Raises:
         ConfigError: It holds what is not of an export under way.
     """
-    found = target.sizes()
+    found = target.list_file_sizes()
     if MARKER in found:
         raise ConfigError(f"{target!r} holds a whole export ({MARKER} says of what); name another folder")
     begun = set(json.loads(target.read(STARTED))["files"]) if STARTED in found else set()
@@ -220,7 +227,7 @@ def _copy(source: Store, target: Store, name: str, size: int) -> int:
     if source.is_local and target.is_local:
         _copy_local(source.path(name), target.path(name))
     elif source.fs is target.fs and not source.is_local:
-        source.ask(lambda: source.fs.cp_file(source.path(name), target.path(name)))
+        source.run_operation(lambda: source.fs.cp_file(source.path(name), target.path(name)))
     else:
         target.write(name, _checked(source.read(name), name, size))
     return size
@@ -239,7 +246,7 @@ def _copy_scans(snapshot: Snapshot, target: Store, name: str, file: DataFile) ->
     """Copy one file of `scans`, with all columns that the table has by now."""
     data = _checked(snapshot.store.read(name), name, file.size)
     schema = snapshot.schema(SCANS)
-    with intact(name):
+    with translate_arrow_errors(name):
         parquet = pq.ParquetFile(pa.BufferReader(data))
         if parquet.schema_arrow.names != schema.names:
             whole = pa.concat_tables([schema.empty_table(), parquet.read()], promote_options="default")
@@ -266,7 +273,7 @@ def _described(
     copied: int,
     seconds: float,
 ) -> ExportResult:
-    ledger = snapshot.ledger(("status", "recipe")).to_pylist()
+    ledger = snapshot.read_scans(("status", "recipe")).to_pylist()
     return ExportResult(
         directory=mask_url(target.uri),
         output=mask_url(snapshot.store.uri),
@@ -287,7 +294,7 @@ def _finish(target: Store, made: ExportResult) -> None:
     Raises:
         StorageError: It is not.
     """
-    found = target.sizes()
+    found = target.list_file_sizes()
     found.pop(STARTED, None)
     if found != made.files:
         wrong = sorted(

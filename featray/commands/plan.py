@@ -148,7 +148,7 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
     dataset = Dataset.open(checked.output)
     engine = choose_engine(checked, len(listing.scans))
     job = Job.prepare(checked, engine.name, started, threads=engine.threads)
-    stored = dataset.find()
+    stored = dataset.find_snapshot()
     found = job.plan(listing, stored, RunScope())
     wanted = (
         found if found.todo or not found.refresh_todo else job.plan(listing, stored, RunScope(refresh=True))
@@ -184,7 +184,7 @@ def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -
     checked, listing = check(config, overrides)
     dataset = Dataset.open(checked.output)
     job = Job.prepare(checked, choose_engine(checked, len(listing.scans)).name, started)
-    return job.plan(listing, dataset.find(), RunScope()).why(scan_id)
+    return job.plan(listing, dataset.find_snapshot(), RunScope()).why(scan_id)
 
 
 def _duration(seconds: float) -> str:

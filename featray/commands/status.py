@@ -11,7 +11,7 @@ import pyarrow.dataset as pads
 
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.layer_totals import LayerTotals, sum_by_layer
-from featray.output.lease import running
+from featray.output.lease import read_live_lease
 from featray.terminal.progress import format_scans
 
 
@@ -19,8 +19,8 @@ from featray.terminal.progress import format_scans
 class StatusResult:
     """What is there: scans by status and reason, `ok` scans by recipe id, layers, table versions, commits.
 
-    `running` is what the run that holds the output says of itself, as `lease.running`; its counts are of
-    scans that are committed, as of its last heartbeat.
+    `running` is what the run that holds the output says of itself, as `lease.read_live_lease`; its counts are
+    of scans that are committed, as of its last heartbeat.
     """
 
     ok: int
@@ -59,11 +59,11 @@ def status(dataset: Dataset) -> StatusResult:
     Raises:
         ConfigError: There is no featray output here.
     """
-    now = running(dataset.store)
-    snapshot = dataset.snapshot() if now is None else dataset.find()
+    now = read_live_lease(dataset.store)
+    snapshot = dataset.open_snapshot() if now is None else dataset.find_snapshot()
     if snapshot is None:  # the run has not committed anything yet
         return StatusResult(0, 0, 0, {}, {}, (), {}, 0, now)
-    rows = snapshot.ledger(("status", "reason", "recipe")).to_pylist()
+    rows = snapshot.read_scans(("status", "reason", "recipe")).to_pylist()
     counts = Counter(row["status"] for row in rows)
     return StatusResult(
         ok=counts["ok"],
@@ -73,7 +73,7 @@ def status(dataset: Dataset) -> StatusResult:
         recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
         layers=sum_by_layer(snapshot.files(FEATURES)),
         version=snapshot.versions,
-        commit=snapshot.number,
+        commit=snapshot.commit_number,
         running=now,
     )
 

@@ -50,4 +50,4 @@ def vacuum(dataset: Dataset) -> VacuumResult:
     """
     with lock_output(dataset) as committer:
         merged = committer.compact(VACUUM_AT)
-        return VacuumResult(len(committer.sweep()), merged, committer.trim(), committer.recovered)
+        return VacuumResult(len(committer.delete_orphans()), merged, committer.trim(), committer.recovered)

@@ -1,9 +1,9 @@
-"""The output as readers see it: two Delta tables over Parquet, `features` and `scans`, as of one commit.
+"""The output as readers see it: the tables `features` and `scans` as of one commit.
 
-A `Snapshot` is that: both tables' files, in agreement. `Dataset` opens one, and puts data files beside the
-tables that nobody sees until `stages.commit`, alone, makes them part of a table.
-Parquet is read with pyarrow over fsspec, never through deltalake's own readers: those can abort the
-process at exit, and a scheduler looks at the exit code.
+A `Snapshot` is one commit of both tables. A `Dataset` opens snapshots, and writes data files that no reader
+sees until `featray.stages.commit` commits them. Only that module changes the tables. Parquet files are read
+with pyarrow through fsspec, never with deltalake's own readers. These can abort the process at exit, and then
+a scheduler takes a finished job for a failed one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, FeatrayError
-from featray.output.delta_log import Owed, TableLog
+from featray.output.delta_log import PendingCommit, TableLog
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.storage.store import Store
 
@@ -33,45 +33,51 @@ if TYPE_CHECKING:
 FEATURES = "features"
 SCANS = "scans"
 RUNS = "runs"
-LEDGER = ("scan_id", "status", "reason", "content", "recipe")
+PLANNING_COLUMNS = ("scan_id", "status", "reason", "content", "recipe")
 """Columns of `scans` that planning needs."""
+TABLES_APART = (
+    "`features` and `scans` are more than one commit apart. Perhaps one of the folders was copied, restored "
+    "or changed by another program. Restore both folders to the same point in time."
+)
 
-_LOOKS = 20
-"""Times to look again when a run commits while the two tables are being opened."""
-_DATA_FILE = re.compile(
-    r"(?:^|/)part-(?P<run_id>[^/]+)-[0-9a-f]{16}\.parquet(?P<scratch>\.[0-9a-f]{32}\.tmp)?$"
+_MAX_OPEN_ATTEMPTS = 20
+"""Most attempts to open both tables at the same commit while a run commits."""
+_DATA_FILE_NAME = re.compile(
+    r"(?:^|/)part-(?P<run_id>[^/]+)-[0-9a-f]{16}\.parquet(?P<temporary>\.[0-9a-f]{32}\.tmp)?$"
 )
 
 
 class Snapshot:
-    """Both tables as of one commit: what `scans` says of a scan is what `features` holds.
+    """Both tables as of one commit, so that each scan in `scans` has its features in `features`.
 
-    A commit that a kill cut between the two tables counts as done here, for nothing that it needs is missing;
-    the next run writes down its second half.
+    If a run was killed between the two halves of a commit, the snapshot includes the whole commit, because
+    the first half records the second. The next run appends the second half to the log.
 
     Args:
         store: The output folder.
         features: Log of `features`.
-        scans: Log of `scans` at the same commit, but for `owed`.
-        owed: What one of the tables still lacks.
+        scans: Log of `scans`, at the same commit except for `pending`.
+        pending: The half of the commit that one of the logs lacks; None if both logs are complete.
     """
 
-    def __init__(self, store: Store, features: TableLog, scans: TableLog, owed: Owed | None) -> None:
-        self.store, self._logs, self.owed = store, {FEATURES: features, SCANS: scans}, owed
+    def __init__(
+        self, store: Store, features: TableLog, scans: TableLog, pending: PendingCommit | None
+    ) -> None:
+        self.store, self._logs, self.pending = store, {FEATURES: features, SCANS: scans}, pending
 
     @property
     def version(self) -> int:
-        """Version of `features`: what `--version` names."""
+        """Version of `features`, which is also the version of the output (`--version`)."""
         return self._logs[FEATURES].version
 
     @property
-    def number(self) -> int:
+    def commit_number(self) -> int:
         """Number of the newest commit; 0 for an empty output."""
-        return max(log.number for log in self._logs.values())
+        return max(log.commit_number for log in self._logs.values())
 
     @property
     def versions(self) -> dict[str, int]:
-        """Version of each table."""
+        """Table → its version."""
         return {name: log.version for name, log in self._logs.items()}
 
     @property
@@ -80,33 +86,34 @@ class Snapshot:
         return self._logs[FEATURES].partition_by
 
     @property
-    def keep_days(self) -> float:
-        """Days that the output keeps superseded files (`output.keep_versions_days`)."""
-        return self._logs[FEATURES].keep_days
+    def retention_days(self) -> float:
+        """Days for which the output keeps superseded files (`output.keep_versions_days`)."""
+        return self._logs[FEATURES].retention_days
 
     def schema(self, table: str) -> pa.Schema:
-        """Return the Arrow schema of a whole table, partition columns included."""
+        """Return the Arrow schema of a whole table, including the partition columns."""
         return self._logs[table].schema
 
     def files(self, table: str) -> list[DataFile]:
         """Return the files that hold the table's rows."""
         files = self._logs[table].files()
-        if self.owed is None or self.owed.table != table:
+        if self.pending is None or self.pending.table != table:
             return files
-        gone = {file.path for file in self.owed.remove}
-        return [file for file in files if file.path not in gone] + list(self.owed.add)
+        change = self.pending.change
+        removed = {file.path for file in change.remove}
+        return [*(file for file in files if file.path not in removed), *change.add]
 
-    def superseded(self, table: str) -> set[str]:
-        """Return paths of files that older versions within `keep_days` are read from."""
-        return self._logs[table].superseded() if self.keep_days else set()
+    def list_superseded(self, table: str) -> set[str]:
+        """Return the paths of files that older, still retained versions of a table need."""
+        return self._logs[table].list_superseded() if self.retention_days else set()
 
-    def fragments(
+    def make_fragments(
         self, table: str, files: Sequence[DataFile] | None = None
     ) -> list[pads.ParquetFileFragment]:
-        """Return files (all by default) as pyarrow fragments that know their partition values."""
-        schema, filesystem = self.schema(table), self.filesystem()
-        chosen = self.files(table) if files is None else files
-        return [self._fragment(table, file, schema, filesystem) for file in chosen]
+        """Return files of a table (default: all) as pyarrow fragments that know their partition values."""
+        schema, filesystem = self.schema(table), self.make_filesystem()
+        selected = self.files(table) if files is None else files
+        return [self._make_fragment(table, file, schema, filesystem) for file in selected]
 
     def read(
         self,
@@ -115,35 +122,40 @@ class Snapshot:
         where: pads.Expression | None = None,
         files: Sequence[DataFile] | None = None,
     ) -> pa.Table:
-        """Return rows of a table, or of some of its files; partition columns are among the columns.
+        """Return rows of a table.
+
+        Args:
+            table: Name of the table.
+            columns: Names of the columns to read, which may be partition columns; None for all.
+            where: Filter; None for all rows.
+            files: Files to read; None for all files of the table.
 
         Raises:
-            FileNotFoundError: A file has been deleted since, as superseded files are.
+            FileNotFoundError: A file has been deleted since, because a later commit superseded it.
             StorageError: The store does not answer.
         """
-        import pyarrow.dataset as pads  # with it comes pandas: not before it is needed
+        import pyarrow.dataset as pads  # this imports pandas, so it is done late
 
-        fragments = self.fragments(table, files)
-        found = pads.FileSystemDataset(
-            fragments, self.schema(table), pads.ParquetFileFormat(), self.filesystem()
+        fragments = self.make_fragments(table, files)
+        rows = pads.FileSystemDataset(
+            fragments, self.schema(table), pads.ParquetFileFormat(), self.make_filesystem()
         )
-        return self.store.ask(
-            lambda: found.to_table(columns=list(columns) if columns else None, filter=where)
-        )
+        names = list(columns) if columns else None
+        return self.store.run_operation(lambda: rows.to_table(columns=names, filter=where))
 
-    def ledger(self, columns: Sequence[str] = LEDGER) -> pa.Table:
-        """Return chosen columns of `scans`."""
+    def read_scans(self, columns: Sequence[str] = PLANNING_COLUMNS) -> pa.Table:
+        """Return columns of all rows of `scans`; raises as `read`."""
         return self.read(SCANS, columns)
 
-    def filesystem(self) -> pafs.FileSystem:
-        """Return the store as pyarrow sees it."""
+    def make_filesystem(self) -> pafs.FileSystem:
+        """Return the store as a pyarrow file system."""
         import pyarrow.fs as pafs
 
         if self.store.is_local:
             return pafs.LocalFileSystem()
         return pafs.PyFileSystem(pafs.FSSpecHandler(self.store.fs))
 
-    def _fragment(
+    def _make_fragment(
         self, table: str, file: DataFile, schema: pa.Schema, filesystem: pafs.FileSystem
     ) -> pads.ParquetFileFragment:
         import pyarrow.dataset as pads
@@ -158,7 +170,7 @@ class Snapshot:
 
 
 class Dataset:
-    """The two tables below one output folder.
+    """The two tables in one output folder.
 
     Args:
         store: The output folder; it need not exist yet.
@@ -176,110 +188,137 @@ class Dataset:
         """
         return cls(Store(config.uri, config.storage_options))
 
-    def find(self, version: int | None = None) -> Snapshot | None:
-        """Return the newest commit, or the one that made `version` of `features`; None if there is none.
+    def find_snapshot(self, version: int | None = None) -> Snapshot | None:
+        """Return the snapshot at a version of `features` (default: the newest), or None if there is none.
 
         Raises:
             StorageError: The store does not answer.
-            FeatrayError: The tables are more than one commit apart, which no run leaves behind.
+            FeatrayError: The tables are more than one commit apart, which no run causes.
         """
-        self.store.fs.invalidate_cache()  # a listing from before would hide what other processes have written
-        for _ in range(_LOOKS):
+        self.store.fs.invalidate_cache()  # a cached listing would hide files that other processes wrote
+        for _ in range(_MAX_OPEN_ATTEMPTS):
             features = TableLog.open(self.store, FEATURES, version)
             scans = TableLog.open(self.store, SCANS)
             if features is None or scans is None:
                 return None
-            if version is not None and scans.number > features.number:
-                scans = self._earlier(scans, features.number)
-            found = scans and paired(self.store, features, scans)
-            if found:
-                return found
+            if version is not None and scans.commit_number > features.commit_number:
+                scans = self._open_scans_at(scans, features.commit_number)
+            snapshot = scans and pair_logs(self.store, features, scans)
+            if snapshot:
+                return snapshot
         if version is not None:
             return None
-        raise FeatrayError(
-            f"{self.store!r}: `features` and `scans` are more than one commit apart; was one of the folders "
-            "copied, restored or changed by another program? Bring back both from one moment."
-        )
+        raise FeatrayError(f"{self.store!r}: {TABLES_APART}")
 
-    def snapshot(self, version: int | None = None) -> Snapshot:
-        """Return what `find` finds.
+    def open_snapshot(self, version: int | None = None) -> Snapshot:
+        """Return the snapshot at a version of `features` (default: the newest).
 
         Raises:
-            ConfigError: There is no output here, or no such version any more.
+            ConfigError: There is no output here, or the version does not exist or is not retained any more.
             StorageError: The store does not answer.
+            FeatrayError: The tables are more than one commit apart.
         """
-        found = self.find(version)
-        if found is not None:
-            return found
-        if version is not None and (newest := self.find()) is not None:
+        snapshot = self.find_snapshot(version)
+        if snapshot is not None:
+            return snapshot
+        if version is not None and (newest := self.find_snapshot()) is not None:
             raise ConfigError(
-                f"{self.store!r} has no version {version} (any more); the newest is {newest.version}, and "
-                f"superseded versions are kept for {newest.keep_days:g} days (output.keep_versions_days)"
+                f"{self.store!r} has no version {version} (any more); the newest is {newest.version}. "
+                f"Superseded versions are kept for {newest.retention_days:g} days "
+                "(output.keep_versions_days)."
             )
-        raise ConfigError(f"{self.store!r} holds no features and scans tables; is this a featray output?")
+        raise ConfigError(f"{self.store!r} has no features and scans tables; is this a featray output?")
 
     def read(
         self, table: str, columns: Sequence[str] | None = None, where: pads.Expression | None = None
     ) -> pa.Table:
-        """Return rows of a table's newest version; raises as `snapshot`."""
-        return self.snapshot().read(table, columns, where)
+        """Return rows of a table's newest version; takes arguments as `Snapshot.read`.
 
-    def ledger(self, columns: Sequence[str] = LEDGER) -> pa.Table:
-        """Return chosen columns of `scans`; no rows when nothing was ever committed."""
-        found = self.find()
-        return SCAN_COLUMNS.empty_table().select(list(columns)) if found is None else found.ledger(columns)
+        Raises:
+            ConfigError: There is no output here.
+            StorageError: The store does not answer.
+        """
+        return self.open_snapshot().read(table, columns, where)
 
-    def put(self, table: str, partition: Mapping[str, str | None], rows: pa.Table, run_id: str) -> DataFile:
-        """Write rows as one Parquet file below the table's folder; nobody sees it until committed.
+    def read_scans(self, columns: Sequence[str] = PLANNING_COLUMNS) -> pa.Table:
+        """Return columns of all rows of `scans`; a table without rows if nothing was ever committed."""
+        snapshot = self.find_snapshot()
+        if snapshot is None:
+            return SCAN_COLUMNS.empty_table().select(list(columns))
+        return snapshot.read_scans(columns)
 
-        The name holds the run and a hash of the content, so a retried worker writes the same file
-        again instead of leaving a second one.
+    def write_file(
+        self, table: str, partition: Mapping[str, str | None], rows: pa.Table, run_id: str
+    ) -> DataFile:
+        """Write rows to one Parquet file in the table's folder. Readers do not see it until it is committed.
+
+        The name consists of the run and a hash of the content. So a worker that is retried writes the same
+        file again instead of a second one.
+
+        Args:
+            table: Name of the table.
+            partition: Partition column → value of all rows.
+            rows: At least one row, without the partition columns.
+            run_id: The run that writes.
+
+        Raises:
+            StorageError: The store does not answer, or no space is left.
         """
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, compression="zstd", use_dictionary=["recipe", "run_id"])
         data = sink.getvalue().to_pybytes()
-        folder = "".join(f"{key}={_hive(value)}/" for key, value in partition.items())
+        folder = "".join(f"{key}={_escape_hive_value(value)}/" for key, value in partition.items())
         path = f"{folder}part-{run_id}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
         self.store.write(f"{table}/{path}", data)
         ids = rows["scan_id"]
         return DataFile(path, len(data), dict(partition), len(rows), pc.min(ids).as_py(), pc.max(ids).as_py())
 
-    def _earlier(self, scans: TableLog, number: int) -> TableLog | None:
-        """Return the log of `scans` at commit `number`: a few entries are no commits, so guess and go on."""
-        at: TableLog | None = scans
-        while at is not None and at.number > number:
-            at = TableLog.open(self.store, SCANS, max(0, at.version - (at.number - number)))
-        return at
+    def _open_scans_at(self, scans: TableLog, number: int) -> TableLog | None:
+        """Return the log of `scans` at commit `number`.
+
+        A version is not exactly a commit, because changes of columns and properties are versions too. So step
+        back by the difference of the commit numbers until the number is reached or passed.
+        """
+        log: TableLog | None = scans
+        while log is not None and log.commit_number > number:
+            log = TableLog.open(self.store, SCANS, max(0, log.version - (log.commit_number - number)))
+        return log
 
 
-def paired(store: Store, features: TableLog, scans: TableLog) -> Snapshot | None:
-    """Return both tables as of one commit, or None when a run was committing while they were opened."""
-    if features.number == scans.number:
+def pair_logs(store: Store, features: TableLog, scans: TableLog) -> Snapshot | None:
+    """Return both tables as of one commit.
+
+    Returns:
+        None if the logs are at different commits and the newer one does not record the other's missing half.
+        This happens when a run commits while the logs are opened.
+    """
+    if features.commit_number == scans.commit_number:
         return Snapshot(store, features, scans, None)
-    first, second = (features, scans) if features.number > scans.number else (scans, features)
-    owed = first.owes() if first.number == second.number + 1 else None
-    return None if owed is None else Snapshot(store, features, scans, owed)
+    ahead, behind = (features, scans) if features.commit_number > scans.commit_number else (scans, features)
+    is_next = ahead.commit_number == behind.commit_number + 1
+    pending = ahead.read_pending_commit() if is_next else None
+    return None if pending is None else Snapshot(store, features, scans, pending)
 
 
-def written_by(name: str) -> str | None:
-    """Return the id of the run that wrote a data file of this name; None for a file that no run writes."""
-    found = _DATA_FILE.search(name)
-    return found["run_id"] if found else None
+def parse_run_id(name: str) -> str | None:
+    """Return the id of the run that wrote a data file; None if runs do not give files such a name."""
+    match = _DATA_FILE_NAME.search(name)
+    return match["run_id"] if match else None
 
 
 def can_contain_any(file: DataFile, sorted_ids: Sequence[str]) -> bool:
-    """Return whether one of the ids lies between the smallest and the largest scan_id of the file."""
+    """Return whether one of the ids lies between the smallest and the largest scan_id of a file."""
     position = bisect.bisect_left(sorted_ids, file.min_id)
     return position < len(sorted_ids) and sorted_ids[position] <= file.max_id
 
 
-def table_schema(table: str, carried: Sequence[str], partition_by: Sequence[str]) -> pa.Schema:
-    """Return the Arrow schema of a whole table, partition columns included."""
+def make_table_schema(table: str, extra_columns: Sequence[str], partition_by: Sequence[str]) -> pa.Schema:
+    """Return the schema of a whole table: the fixed columns, then partition and extra columns as strings."""
     fixed = FEATURE_COLUMNS if table == FEATURES else SCAN_COLUMNS
-    further = [name for name in (*partition_by, *carried) if name not in fixed.names]
+    further = [name for name in (*partition_by, *extra_columns) if name not in fixed.names]
     return pa.schema([*fixed, *((name, pa.string()) for name in dict.fromkeys(further))])
 
 
-def _hive(value: str | None) -> str:
-    """Return a partition value as its folder's name, as Hive and every reader of it spell it."""
+def _escape_hive_value(value: str | None) -> str:
+    """Return a partition value as Hive writes it in the name of a folder."""
     return "__HIVE_DEFAULT_PARTITION__" if value is None else quote(value, safe="")

@@ -1,7 +1,15 @@
-"""One table's Delta log: what a version holds, and the one way to append to it. Alone imports deltalake.
+"""The Delta log of one table: read the files of a version, and append commits. Alone imports deltalake.
 
-An output's two tables move in lockstep: commit n is one entry in each log, under application id `featray`
-and number n, which a log accepts only once. The entry that is written first names what it owes the other.
+A commit number counts the commits of an output. Commit n is one log entry in each of the two tables, both
+with the application transaction (`featray`, n). These are the promises about one entry:
+
+- Atomic: Delta creates the file of an entry only if no file of that name exists. Readers see all of an entry
+  or nothing of it.
+- Once: a log refuses a second entry with the transaction number n. So an append whose answer was lost can be
+  repeated, and of two drivers that both try to append commit n, one gets `OutputBusyError`.
+- Complete: a commit writes its two entries one after the other. The first entry holds in `owes` the files
+  that the second entry will add and remove (`PendingCommit`). If the driver is killed between the two
+  entries, readers take the missing half from there, and the next run appends it.
 """
 
 from __future__ import annotations
@@ -9,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -25,47 +33,78 @@ from featray.schema import DataFile
 from featray.storage.store import Store
 
 APP = "featray"
-"""Application id of every transaction; its version is the commit's number."""
-KEPT_ENTRIES = 200
-"""Log entries that always stay, so that a driver that was asleep is refused rather than not noticed."""
+"""Application id of every transaction; the transaction's version is the commit number."""
+MIN_LOG_ENTRIES = 200
+"""Newest log entries that `trim` never deletes. A driver that was suspended meanwhile can then still detect
+that another driver has committed."""
 LOG = "_delta_log"
+"""Folder of the log, relative to the table's folder."""
 
-_KEEP = "delta.deletedFileRetentionDuration"
+_RETENTION_PROPERTY = "delta.deletedFileRetentionDuration"
 _CONFIGURATION = {
     "delta.dataSkippingStatsColumns": "scan_id",
-    "delta.enableExpiredLogCleanup": "false",  # `trim` does that, by count as well as by age
-    _KEEP: "interval 0 seconds",
+    "delta.enableExpiredLogCleanup": "false",  # `trim` cleans up, by number of entries as well as by age
+    _RETENTION_PROPERTY: "interval 0 seconds",
 }
-_ENTRY = re.compile(rf"{LOG}/(\d{{20}})(\.json|\.checkpoint\.parquet)$")
-_SEEN = 10
-"""Entries to look through for a commit; only changes of columns and properties come between two."""
+_ENTRY_NAME = re.compile(rf"{LOG}/(\d{{20}})(\.json|\.checkpoint\.parquet)$")
+_TEMPORARY_NAME = re.compile(r"/_commit_[^/]*\.tmp$|#\d+$")
+_MAX_ENTRIES_SEARCHED = 10
+"""Newest entries that are searched for a commit. Only changes of columns and table properties, which are no
+commits, come between two commits."""
 _DAY_S = 24 * 3600
+_UNIT_S = {"day": _DAY_S, "hour": 3600, "minute": 60, "second": 1}
+_BUSY = (
+    "another run has changed this output since this run planned its work; nothing of this batch was "
+    "committed. Run the command again when the other run has ended."
+)
 
 
 @dataclass(frozen=True)
-class Owed:
-    """What a commit still owes the table that it writes second.
+class FileChange:
+    """Files that one commit adds to a table and removes from it.
 
     Attributes:
-        table: Name of that table.
-        add: Files to add.
-        remove: Files to take out.
-        data_change: Whether rows change, or only move to other files.
+        add: Files to add; they must exist in the store.
+        remove: Files to remove from the table. They are not deleted from the store.
+        data_change: False if the same rows only move to other files.
     """
 
-    table: str
-    add: tuple[DataFile, ...]
-    remove: tuple[DataFile, ...]
+    add: tuple[DataFile, ...] = ()
+    remove: tuple[DataFile, ...] = ()
     data_change: bool = True
 
 
+@dataclass(frozen=True)
+class PendingCommit:
+    """The half of a commit that is written second, as the entry that is written first records it.
+
+    Attributes:
+        table: Name of the table that is written second.
+        change: Files that the commit adds to that table and removes from it.
+    """
+
+    table: str
+    change: FileChange
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the value of `owes` in a log entry."""
+        return {"table": self.table, **asdict(self.change)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PendingCommit:
+        """Return the pending commit that `to_json` returned as JSON."""
+        add = tuple(DataFile(**file) for file in values["add"])
+        remove = tuple(DataFile(**file) for file in values["remove"])
+        return cls(values["table"], FileChange(add, remove, values["data_change"]))
+
+
 class TableLog:
-    """The log of one table at the version it was opened at, or has appended since.
+    """The log of one table, at the version at which it was opened or that it appended last.
 
     Args:
         store: The output folder.
-        table: Name of the table, which is its folder.
-        handle: As opened.
+        table: Name of the table, which is also the name of its folder.
+        handle: The open Delta table.
     """
 
     def __init__(self, store: Store, table: str, handle: DeltaTable) -> None:
@@ -73,47 +112,50 @@ class TableLog:
 
     @classmethod
     def open(cls, store: Store, table: str, version: int | None = None) -> TableLog | None:
-        """Return the log at a version (the newest by default), None when there is none.
+        """Return the log at a version (default: the newest), or None if there is no such table or version.
 
         Raises:
             StorageError: The store does not answer.
         """
-        place, options = store.delta_uri(table), store.delta_options(patient=True)
+        uri, options = store.delta_uri(table), store.delta_options(with_retries=True)
         try:
-            handle = store.ask(lambda: DeltaTable(place, version=version, storage_options=options))
+            handle = store.run_operation(lambda: DeltaTable(uri, version=version, storage_options=options))
             return cls(store, table, handle)
         except TableNotFoundError:
             return None
         except (DeltaError, OSError) as error:
             if version is not None:
-                return None  # trimmed, or never there
+                return None  # the version was trimmed or has never existed
             raise StorageError(f"the log of {table} cannot be read ({type(error).__name__})") from None
 
     @classmethod
     def create(cls, store: Store, table: str, schema: pa.Schema, partition_by: Sequence[str]) -> TableLog:
-        """Make an empty table, or open the one that another run, or an attempt whose answer was lost, made.
+        """Create an empty table, or open it if it already exists.
+
+        It may exist because another run created it, or because an earlier attempt succeeded and only the
+        store's answer was lost.
 
         Raises:
             StorageError: The store does not answer.
         """
 
-        def make() -> DeltaTable:
+        def create_table() -> DeltaTable:
             return DeltaTable.create(
                 store.delta_uri(table),
                 Schema.from_arrow(schema),
                 partition_by=list(partition_by),
                 mode="error",
-                storage_options=store.delta_options(patient=True),
+                storage_options=store.delta_options(with_retries=True),
                 configuration=_CONFIGURATION,
             )
 
         try:
-            return cls(store, table, store.ask(make))
+            return cls(store, table, store.run_operation(create_table))
         except DeltaError as error:
-            there = cls.open(store, table)
-            if there is None:
-                raise StorageError(f"{table} cannot be made ({type(error).__name__})") from None
-            return there
+            existing = cls.open(store, table)
+            if existing is None:
+                raise StorageError(f"{table} cannot be created ({type(error).__name__})") from None
+            return existing
 
     @property
     def version(self) -> int:
@@ -121,156 +163,163 @@ class TableLog:
         return int(self._handle.version())
 
     @property
-    def number(self) -> int:
+    def commit_number(self) -> int:
         """Number of the last commit; 0 before the first."""
         return self._handle.transaction_version(APP) or 0
 
     @property
     def schema(self) -> pa.Schema:
-        """Arrow schema of the whole table, partition columns included."""
+        """Arrow schema of the whole table, including the partition columns."""
         return pa.schema(self._handle.schema().to_arrow())
 
     @property
     def partition_by(self) -> list[str]:
-        """Partition columns."""
+        """Names of the partition columns."""
         return list(self._handle.metadata().partition_columns)
 
     @property
-    def keep_days(self) -> float:
-        """Days that superseded files are kept (`output.keep_versions_days`)."""
-        text = self._handle.metadata().configuration.get(_KEEP, "interval 0 seconds")
+    def retention_days(self) -> float:
+        """Days for which superseded files are kept (`output.keep_versions_days`)."""
+        text = self._handle.metadata().configuration.get(_RETENTION_PROPERTY, "interval 0 seconds")
         _, count, unit = text.split()
-        return (
-            int(count) * {"day": _DAY_S, "hour": 3600, "minute": 60, "second": 1}[unit.rstrip("s")] / _DAY_S
-        )
+        return int(count) * _UNIT_S[unit.rstrip("s")] / _DAY_S
 
     def files(self) -> list[DataFile]:
         """Return the files that hold the table's rows."""
         actions = pa.table(self._handle.get_add_actions(flatten=True)).to_pylist()
-        return [_live_file(row) for row in actions]
+        return [_make_data_file(row) for row in actions]
 
-    def owes(self) -> Owed | None:
-        """Return what the last commit said that it owes the other table; None if it was the second half."""
-        entry = self._entry(self.number)
-        owed = (entry or {}).get("owes")
-        if not owed:
-            return None
-        add = tuple(DataFile(**file) for file in owed["add"])
-        remove = tuple(DataFile(**file) for file in owed["remove"])
-        return Owed(owed["table"], add, remove, owed["data_change"])
+    def read_pending_commit(self) -> PendingCommit | None:
+        """Return the other table's half of the last commit; None if this table's half was written second."""
+        owes = (self._read_entry(self.commit_number) or {}).get("owes")
+        return PendingCommit.from_json(owes) if owes else None
 
     def append(
-        self,
-        add: Sequence[DataFile],
-        remove: Sequence[DataFile],
-        number: int,
-        run_id: str,
-        *,
-        owes: Owed | None = None,
-        data_change: bool = True,
+        self, change: FileChange, number: int, run_id: str, *, pending: PendingCommit | None = None
     ) -> None:
-        """Append commit `number`, on exactly the version this log was read at. Only the committer calls it.
+        """Append this table's half of commit `number`, directly after the version of this log.
 
-        Where an answer was lost the log is asked: the entry is in it, or is written again.
+        If the store's answer is lost, the log is read to find out whether the entry was written. If it was
+        not, it is written again. Only `featray.stages.commit` calls this.
+
+        Args:
+            change: Files to add and to remove.
+            number: Number of the commit.
+            run_id: The run that commits.
+            pending: The other table's half if that is still to be written; None if this is the second half.
 
         Raises:
-            OutputBusyError: Somebody else has appended since; nothing of this was.
+            OutputBusyError: Another driver has appended since; nothing was appended here.
             StorageError: The store does not answer; nothing was appended.
         """
         before = self.version
-        if (
-            self._store.size(_json(self.table, before)) is None
-        ):  # trimmed: far behind, and a create would pass
-            raise OutputBusyError(BUSY)
-        now = int(time.time() * 1000)
-        actions: list[AddAction | RemoveAction] = [_add_action(file, now, data_change) for file in add]
-        actions += [
-            RemoveAction(file.path, data_change, now, file.size, file.partition_values) for file in remove
-        ]
-        entry = {"number": number, "run_id": run_id} | ({"owes": asdict(owes)} if owes else {})
-        properties = CommitProperties(
-            custom_metadata={APP: entry}, app_transactions=[Transaction(APP, number)]
-        )
-
-        def write() -> None:
-            try:
-                self._handle.create_write_transaction(
-                    actions,
-                    mode="append",
-                    schema=self._handle.schema(),
-                    partition_by=self.partition_by,
-                    commit_properties=properties,
-                )
-                return
-            except (CommitFailedError, DeltaError, OSError) as error:
-                failed = error
-            if not self._is_written(number, run_id, failed):
-                raise failed
-
+        if self._store.get_size(_entry_name(self.table, before)) is None:
+            # The entry was trimmed, so many have followed. Delta would still create an entry after it.
+            raise OutputBusyError(_BUSY)
+        entry = {"number": number, "run_id": run_id} | ({"owes": pending.to_json()} if pending else {})
+        actions = _make_actions(change)
         try:
-            self._store.ask(write)  # again is safe: of one entry and its repetition the log takes one
+            # This may be repeated: the log accepts an entry with this number only once.
+            self._store.run_operation(lambda: self._write_entry(actions, entry))
         except (DeltaError, OSError) as error:
             raise StorageError(f"the commit to {self.table} failed ({type(error).__name__})") from None
         self._reload()
-        if self.version != before + 1 or self.number != number:
-            raise OutputBusyError(BUSY)
+        if self.version != before + 1 or self.commit_number != number:
+            raise OutputBusyError(_BUSY)
 
     def add_columns(self, names: Sequence[str]) -> None:
-        """Add string columns that the table lacks; raises as `create`."""
+        """Add string columns that the table lacks.
 
-        def missing() -> list[Field]:
+        Raises:
+            StorageError: The store does not answer.
+        """
+
+        def list_missing() -> list[Field]:
             known = set(self.schema.names)
             return [Field(name, PrimitiveType("string")) for name in names if name not in known]
 
-        self._alter(lambda: not missing(), lambda: self._handle.alter.add_columns(missing()))
+        self._alter_table(lambda: not list_missing(), lambda: self._handle.alter.add_columns(list_missing()))
 
-    def set_keep_days(self, days: float) -> None:
-        """Write down for how long superseded files are kept, if it is not so yet; raises as `create`."""
+    def set_retention_days(self, days: float) -> None:
+        """Store in the table how long superseded files are kept, unless it already says so.
+
+        Raises:
+            StorageError: The store does not answer.
+        """
         seconds = round(days * _DAY_S)
-        properties = {_KEEP: f"interval {seconds} seconds"}
-        self._alter(
-            lambda: seconds == round(self.keep_days * _DAY_S),
+        properties = {_RETENTION_PROPERTY: f"interval {seconds} seconds"}
+        self._alter_table(
+            lambda: seconds == round(self.retention_days * _DAY_S),
             lambda: self._handle.alter.set_table_properties(properties),
         )
 
-    def superseded(self) -> set[str]:
-        """Return paths that entries younger than `keep_days` took out: what older versions are read from."""
-        cutoff = (time.time() - self.keep_days * _DAY_S) * 1000
+    def list_superseded(self) -> set[str]:
+        """Return the paths of files that older, still retained versions need.
+
+        These are the files that entries younger than `retention_days` removed.
+        """
+        cutoff_ms = self._retention_cutoff_ms()
         return {
             unquote(action["remove"]["path"])
-            for version in self._json_versions()
-            for action in self._actions(version)
-            if "remove" in action and action["remove"]["deletionTimestamp"] >= cutoff
+            for version in self._list_entry_versions()
+            for action in self._read_actions(version)
+            if "remove" in action and action["remove"]["deletionTimestamp"] >= cutoff_ms
         }
 
     def trim(self) -> list[str]:
-        """Delete log entries that no version that can still be read needs; return their names.
+        """Delete log entries that no retained version needs; return their names.
 
-        All before the newest checkpoint that is older than `keep_days` and than `KEPT_ENTRIES` entries.
+        Entries are deleted if they are older than a checkpoint that is itself older than `retention_days` and
+        is followed by at least `MIN_LOG_ENTRIES` entries.
         """
-        names = self._store.names(f"{self.table}/{LOG}")
-        found = [(match[1], match[2], name) for name in names if (match := _ENTRY.search(name))]
-        cutoff = (time.time() - self.keep_days * _DAY_S) * 1000
-        checkpoints = sorted(int(version) for version, kind, _ in found if kind != ".json")
-        old = [
+        names = self._store.list_files(f"{self.table}/{LOG}")
+        entries = [(match[1], match[2], name) for name in names if (match := _ENTRY_NAME.search(name))]
+        cutoff_ms = self._retention_cutoff_ms()
+        checkpoints = sorted(int(version) for version, suffix, _ in entries if suffix != ".json")
+        expired = [
             version
             for version in checkpoints
-            if version <= self.version - KEPT_ENTRIES and self._timestamp(version) <= cutoff
+            if version <= self.version - MIN_LOG_ENTRIES and self._read_timestamp_ms(version) <= cutoff_ms
         ]
-        gone = [name for version, _, name in found if old and int(version) < old[-1]]
-        self._store.delete(gone)
-        return gone
+        deleted = [name for version, _, name in entries if expired and int(version) < expired[-1]]
+        self._store.delete(deleted)
+        return deleted
+
+    def _retention_cutoff_ms(self) -> float:
+        """Return the time before which entries are no longer retained, in milliseconds since the epoch."""
+        return (time.time() - self.retention_days * _DAY_S) * 1000
 
     def _reload(self) -> None:
-        """Read what was appended since; only reads, so an answer that was cut short is asked for again."""
-        self._store.ask(self._handle.update_incremental)
+        """Read the entries that were appended since; retried, because it only reads."""
+        self._store.run_operation(self._handle.update_incremental)
 
-    def _alter(self, is_done: Callable[[], bool], change: Callable[[], None]) -> None:
-        """Change what the table says of itself; whether it has, where an answer was lost, the log tells."""
+    def _write_entry(self, actions: list[AddAction | RemoveAction], entry: dict[str, Any]) -> None:
+        """Write one log entry; return normally also if it arrived and only the store's answer was lost."""
+        try:
+            self._handle.create_write_transaction(
+                actions,
+                mode="append",
+                schema=self._handle.schema(),
+                partition_by=self.partition_by,
+                commit_properties=CommitProperties(
+                    custom_metadata={APP: entry}, app_transactions=[Transaction(APP, entry["number"])]
+                ),
+            )
+            return
+        except (CommitFailedError, DeltaError, OSError) as error:
+            failure = error
+        if not self._is_entry_written(entry["number"], entry["run_id"], failure):
+            raise failure
+
+    def _alter_table(self, is_done: Callable[[], bool], change: Callable[[], None]) -> None:
+        """Change columns or properties of the table, unless that is done.
+
+        If the change fails, the log is read: perhaps the change was made and only the answer was lost.
+        """
         if is_done():
             return
 
-        def write() -> None:
+        def change_once() -> None:
             try:
                 change()
             except (DeltaError, OSError):
@@ -279,62 +328,63 @@ class TableLog:
                     raise
 
         try:
-            self._store.ask(write)
+            self._store.run_operation(change_once)
         except (DeltaError, OSError) as error:
             raise StorageError(f"{self.table} cannot be changed ({type(error).__name__})") from None
         self._reload()
 
-    def _is_written(self, number: int, run_id: str, error: Exception) -> bool:
-        """Return whether the entry arrived, and only the answer did not.
+    def _is_entry_written(self, number: int, run_id: str, error: Exception) -> bool:
+        """Return whether commit `number` of this run is in the log although writing it raised `error`.
 
         Raises:
-            OutputBusyError: Somebody else's did.
+            OutputBusyError: Another run's entry is there instead.
         """
-        there = TableLog.open(self._store, self.table)
-        entry = there._entry(number) if there else None
+        newest = TableLog.open(self._store, self.table)
+        entry = newest._read_entry(number) if newest else None
         if entry is not None and entry.get("run_id") == run_id:
             return True
-        if isinstance(error, CommitFailedError) or (there is not None and there.number >= number):
-            raise OutputBusyError(BUSY)
+        if isinstance(error, CommitFailedError) or (newest is not None and newest.commit_number >= number):
+            raise OutputBusyError(_BUSY)
         return False
 
-    def _entry(self, number: int) -> dict[str, Any] | None:
-        """Return what commit `number` says of itself, if it is among the newest entries."""
-        for version in range(self.version, max(-1, self.version - _SEEN), -1):
-            for action in self._actions(version):
-                own: dict[str, Any] = action.get("commitInfo", {}).get(APP) or {}
-                if own.get("number") == number:
-                    return own
+    def _read_entry(self, number: int) -> dict[str, Any] | None:
+        """Return what the log entry of a commit records under `featray`; None if the commit is too old."""
+        for version in range(self.version, max(-1, self.version - _MAX_ENTRIES_SEARCHED), -1):
+            for action in self._read_actions(version):
+                entry: dict[str, Any] = action.get("commitInfo", {}).get(APP) or {}
+                if entry.get("number") == number:
+                    return entry
         return None
 
-    def _json_versions(self) -> list[int]:
-        found = (_ENTRY.search(name) for name in self._store.names(f"{self.table}/{LOG}"))
-        return sorted(int(match[1]) for match in found if match and match[2] == ".json")
+    def _list_entry_versions(self) -> list[int]:
+        names = self._store.list_files(f"{self.table}/{LOG}")
+        matches = (_ENTRY_NAME.search(name) for name in names)
+        return sorted(int(match[1]) for match in matches if match and match[2] == ".json")
 
-    def _actions(self, version: int) -> list[dict[str, Any]]:
-        return [
-            json.loads(line) for line in self._store.read(_json(self.table, version)).splitlines() if line
-        ]
+    def _read_actions(self, version: int) -> list[dict[str, Any]]:
+        lines = self._store.read(_entry_name(self.table, version)).splitlines()
+        return [json.loads(line) for line in lines if line]
 
-    def _timestamp(self, version: int) -> float:
-        """Return when an entry was written, in milliseconds; an entry without that is as new as can be."""
-        infos = (action.get("commitInfo") for action in self._actions(version))
+    def _read_timestamp_ms(self, version: int) -> float:
+        """Return when an entry was written; infinity if it does not say, so that it never counts as old."""
+        infos = (action.get("commitInfo") for action in self._read_actions(version))
         return next((float(info["timestamp"]) for info in infos if info), float("inf"))
 
 
-def is_scratch(name: str) -> bool:
-    """Whether a file in a log's folder is one that a killed writer was still about to rename."""
-    return f"/{LOG}/" in name and bool(re.search(r"/_commit_[^/]*\.tmp$|#\d+$", name))
+def is_temporary_log_file(name: str) -> bool:
+    """Return whether a file is a temporary file that a killed writer left in the folder of a log."""
+    return f"/{LOG}/" in name and bool(_TEMPORARY_NAME.search(name))
 
 
-def _json(table: str, version: int) -> str:
+def _entry_name(table: str, version: int) -> str:
     return f"{table}/{LOG}/{version:020}.json"
 
 
-def _live_file(row: dict[str, Any]) -> DataFile:
+def _make_data_file(row: dict[str, Any]) -> DataFile:
+    """Return the data file of one row of deltalake's flattened add actions."""
     prefix = "partition."
     return DataFile(
-        path=unquote(row["path"]),  # the log holds the path URL-encoded once more
+        path=unquote(row["path"]),  # the log URL-encodes the path once more
         size=row["size_bytes"],
         rows=row["num_records"],
         min_id=row["min.scan_id"],
@@ -343,7 +393,17 @@ def _live_file(row: dict[str, Any]) -> DataFile:
     )
 
 
-def _add_action(file: DataFile, now: int, data_change: bool) -> AddAction:
+def _make_actions(change: FileChange) -> list[AddAction | RemoveAction]:
+    now_ms = int(time.time() * 1000)
+    adds = [_make_add_action(file, now_ms, data_change=change.data_change) for file in change.add]
+    removes = [
+        RemoveAction(file.path, change.data_change, now_ms, file.size, file.partition_values)
+        for file in change.remove
+    ]
+    return [*adds, *removes]
+
+
+def _make_add_action(file: DataFile, now_ms: int, *, data_change: bool) -> AddAction:
     stats = {
         "numRecords": file.rows,
         "nullCount": {"scan_id": 0},
@@ -354,13 +414,7 @@ def _add_action(file: DataFile, now: int, data_change: bool) -> AddAction:
         path=file.path,
         size=file.size,
         partition_values=file.partition_values,
-        modification_time=now,
+        modification_time=now_ms,
         data_change=data_change,
         stats=json.dumps(stats),
     )
-
-
-BUSY = (
-    "another run has changed this output since this run planned its work; nothing of this batch was "
-    "committed. Start again when the other run has ended."
-)

@@ -28,7 +28,7 @@ from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-FOLDER = "runs/lease"
+LEASE_FOLDER = "runs/lease"
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 """A lease without a heartbeat for this long belongs to a run that is dead."""
@@ -47,7 +47,7 @@ class Lease:
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
-        self._store, self._run_id, self._name = store, run_id, f"{FOLDER}/{run_id}.json"
+        self._store, self._run_id, self._name = store, run_id, f"{LEASE_FOLDER}/{run_id}.json"
         self._own = {"run_id": run_id, "host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
         self._own |= {"machine": _machine(), "started": psutil.Process().create_time()}
         self._progress: Callable[[], dict[str, Any]] = dict
@@ -57,7 +57,7 @@ class Lease:
     def __enter__(self) -> Lease:
         """Take the lease, over dead runs' if need be."""
         for _ in range(_TRIES):
-            refuse_if_held(self._store)
+            raise_if_locked(self._store)
             _held_here.add(self._run_id)
             self._store.write(self._name, self._content())
             others = self._others()
@@ -83,8 +83,8 @@ class Lease:
                 raise
             log.warning("the lease could not be given back; it is void in %.0f s", STALE_S)
 
-    def tell(self, progress: Callable[[], dict[str, Any]]) -> None:
-        """Write with each heartbeat what this returns, JSON-ready: how far the run is, for `running`."""
+    def set_progress_source(self, progress: Callable[[], dict[str, Any]]) -> None:
+        """Write what `progress` returns (plain JSON data) to the lease file with each heartbeat."""
         self._progress = progress
 
     def check(self) -> None:
@@ -94,7 +94,7 @@ class Lease:
             OutputBusyError: Another run took it over, for this one was not heard of for too long.
         """
         others = self._others()
-        if others or self._store.size(self._name) is None:
+        if others or self._store.get_size(self._name) is None:
             who = f"; run {others[0]['run_id']} on host {others[0]['host']} did" if others else ""
             raise OutputBusyError(
                 f"this run was not heard of for {STALE_S:.0f} s, and its output was taken over{who}. What it "
@@ -116,7 +116,7 @@ class Lease:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             try:
-                if self._store.size(self._name) is None:
+                if self._store.get_size(self._name) is None:
                     return  # taken over; the next commit says so
                 self._store.write(self._name, self._content())
             except Exception as error:  # each store has errors of its own; the next beat tries again
@@ -126,16 +126,17 @@ class Lease:
         return json.dumps({**self._own, "heartbeat": time.time(), "progress": self._progress()}).encode()
 
 
-def running(store: Store) -> dict[str, Any] | None:
+def read_live_lease(store: Store) -> dict[str, Any] | None:
     """Return what the live run that holds the output says of itself; None if there is none.
 
-    Keys: run_id, host, pid, since; heartbeat, seconds since the epoch; progress, as `Lease.tell` was told.
-    By this machine's clock, where the run is on another: this is to know, not to decide by.
+    Keys: run_id, host, pid, since; heartbeat, seconds since the epoch; progress, as
+    `Lease.set_progress_source` was told. By this machine's clock, where the run is on another: this is to
+    know, not to decide by.
     """
     return next((holder for _, holder in _holders(store) if _looks_alive(holder)), None)
 
 
-def refuse_if_held(store: Store) -> None:
+def raise_if_locked(store: Store) -> None:
     """Look whether another run holds the output, before anything slow is done for nothing.
 
     Raises:
@@ -147,7 +148,7 @@ def refuse_if_held(store: Store) -> None:
 
 
 def _holders(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name in store.names(FOLDER):
+    for name in store.list_files(LEASE_FOLDER):
         holder = _read(store, name)
         if holder is not None:
             yield name, holder

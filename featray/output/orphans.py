@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from featray.output.dataset import FEATURES, RUNS, SCANS, Snapshot, written_by
-from featray.output.delta_log import is_scratch
-from featray.output.lease import FOLDER
+from featray.output.dataset import FEATURES, RUNS, SCANS, Snapshot, parse_run_id
+from featray.output.delta_log import is_temporary_log_file
+from featray.output.lease import LEASE_FOLDER
 from featray.storage.store import Store
 
 
 def list_output_files(store: Store) -> dict[str, list[str]]:
     """Return the names of all files of an output by folder (runs, features, scans), from fresh listings."""
-    return {folder: store.names(folder) for folder in (RUNS, FEATURES, SCANS)}
+    return {folder: store.list_files(folder) for folder in (RUNS, FEATURES, SCANS)}
 
 
 def find_orphans(
@@ -35,7 +35,7 @@ def find_orphans(
     """
     orphans = {RUNS: [name for name in files[RUNS] if _is_unfinished_run_file(name)]}
     for table in (FEATURES, SCANS):
-        referenced = {file.path for file in newest.files(table)} | newest.superseded(table)
+        referenced = {file.path for file in newest.files(table)} | newest.list_superseded(table)
         if earlier is not None:
             referenced |= {file.path for file in earlier.files(table)}
         orphans[table] = [
@@ -47,9 +47,9 @@ def find_orphans(
 
 
 def _is_written_by_run(name: str) -> bool:
-    return written_by(name) is not None or is_scratch(name)
+    return parse_run_id(name) is not None or is_temporary_log_file(name)
 
 
 def _is_unfinished_run_file(name: str) -> bool:
     """Return whether a file below `runs` is one that a killed writer did not rename; lease files are not."""
-    return name.endswith(".tmp") and FOLDER not in name
+    return name.endswith(".tmp") and LEASE_FOLDER not in name

@@ -62,9 +62,11 @@ class Selection:
             FeatrayError: It is damaged.
             StorageError: The store does not answer.
         """
-        (fragment,) = self.snapshot.fragments(FEATURES, [file])
+        (fragment,) = self.snapshot.make_fragments(FEATURES, [file])
         schema = self.snapshot.schema(FEATURES)
-        return self.snapshot.store.ask(lambda: rows_of(fragment, schema, columns, None, file.rows))
+        return self.snapshot.store.run_operation(
+            lambda: read_file_rows(fragment, schema, columns, None, file.rows)
+        )
 
     def values(self, file: DataFile, at_once: int) -> Iterator[pa.ListArray]:
         """Yield the values of all rows of one file, some rows at a time.
@@ -77,23 +79,27 @@ class Selection:
             FileNotFoundError: It has been deleted since.
             FeatrayError: It is damaged.
         """
-        (fragment,) = self.snapshot.fragments(FEATURES, [file])
-        with intact(file.path), fragment.open() as source, pq.ParquetFile(source, pre_buffer=True) as parquet:
+        (fragment,) = self.snapshot.make_fragments(FEATURES, [file])
+        with (
+            translate_arrow_errors(file.path),
+            fragment.open() as source,
+            pq.ParquetFile(source, pre_buffer=True) as parquet,
+        ):
             for batch in parquet.iter_batches(at_once, columns=[FEATURE]):
                 yield batch.column(FEATURE)
 
     def scans(self) -> pa.Table:
         """Return the wanted columns of the wanted scans, named as in the answer; raises as `rows`."""
-        return self.ledger(list(self.joined)).rename_columns(["scan_id", *self.joined.values()])
+        return self.read_scans(list(self.joined)).rename_columns(["scan_id", *self.joined.values()])
 
-    def ledger(self, columns: Sequence[str], where: pads.Expression | None = None) -> pa.Table:
+    def read_scans(self, columns: Sequence[str], where: pads.Expression | None = None) -> pa.Table:
         """Return scan_id and columns of `scans` for the wanted scans; raises as `rows`."""
 
         def read() -> pa.Table:
-            with intact("a file of scans"):
+            with translate_arrow_errors("a file of scans"):
                 return self.snapshot.read(SCANS, ["scan_id", *columns], where)
 
-        rows = self.snapshot.store.ask(read)
+        rows = self.snapshot.store.run_operation(read)
         if self.scan_ids is None:
             return rows
         return rows.filter(pc.is_in(rows["scan_id"], value_set=self.scan_ids))
@@ -119,7 +125,7 @@ def open_output(
     return Dataset(Store(place, options))
 
 
-def at_one_version(dataset: Dataset, version: int | None, work: Callable[[Snapshot], Result]) -> Result:
+def read_one_version(dataset: Dataset, version: int | None, work: Callable[[Snapshot], Result]) -> Result:
     """Return what `work` makes of a version; of a newer one when its files were deleted under its hands.
 
     Raises:
@@ -129,18 +135,18 @@ def at_one_version(dataset: Dataset, version: int | None, work: Callable[[Snapsh
     """
     for _ in range(TRIES):
         dataset.store.fs.invalidate_cache()  # else a file newer than an earlier listing seems to be missing
-        snapshot = dataset.snapshot(version)
+        snapshot = dataset.open_snapshot(version)
         try:
             return work(snapshot)
         except FileNotFoundError as error:
-            newest, gone = dataset.snapshot(), f"a file of version {snapshot.version} is missing"
+            newest, gone = dataset.open_snapshot(), f"a file of version {snapshot.version} is missing"
             if newest.versions == snapshot.versions:
                 raise FeatrayError(
                     f"{dataset.store!r}: {gone}; `featray verify` says which, and how to mend it"
                 ) from error
             if version is not None:
                 raise ConfigError(
-                    f"{gone}: superseded files are kept for {snapshot.keep_days:g} days "
+                    f"{gone}: superseded files are kept for {snapshot.retention_days:g} days "
                     "(output.keep_versions_days). Leave the version out to have the newest"
                 ) from error
     raise StorageError(
@@ -163,7 +169,7 @@ def select(
         UsageError: No such layer or column.
     """
     files = snapshot.files(FEATURES)
-    name = layer_called(layer, files)
+    name = find_layer(layer, files)
     schema, ledger = snapshot.schema(FEATURES), snapshot.schema(SCANS)
     asked = schema.names if columns is None else columns
     _refuse_unknown("columns", asked, schema.names)
@@ -187,7 +193,7 @@ def select(
     )
 
 
-def layer_called(layer: str, files: Iterable[DataFile]) -> str:
+def find_layer(layer: str, files: Iterable[DataFile]) -> str:
     """Return the layer's name in the output.
 
     Raises:
@@ -200,7 +206,7 @@ def layer_called(layer: str, files: Iterable[DataFile]) -> str:
     raise UsageError(f"this output has no layer {layer!r}{_nearest(layer.replace('/', '.'), known)}")
 
 
-def rows_of(
+def read_file_rows(
     fragment: pads.ParquetFileFragment,
     schema: pa.Schema,
     columns: Sequence[str],
@@ -220,12 +226,12 @@ def rows_of(
         FileNotFoundError: It has been deleted since.
         FeatrayError: It is damaged.
     """
-    with intact(fragment.path):
+    with translate_arrow_errors(fragment.path):
         return fragment.to_table(schema=schema, columns=list(columns), filter=where, batch_size=max(1, rows))
 
 
 @contextlib.contextmanager
-def intact(path: str) -> Iterator[None]:
+def translate_arrow_errors(path: str) -> Iterator[None]:
     """Tell in the `with` block what Arrow says of a Parquet file that it cannot decode.
 
     Args:
@@ -245,7 +251,7 @@ def intact(path: str) -> Iterator[None]:
         ) from None
 
 
-def joined(rows: pa.Table, scans: pa.Table) -> pa.Table:
+def join_scans(rows: pa.Table, scans: pa.Table) -> pa.Table:
     """Return rows with the columns of their scans; Arrow's own joins refuse columns of lists.
 
     Args:
@@ -258,7 +264,7 @@ def joined(rows: pa.Table, scans: pa.Table) -> pa.Table:
     return rows
 
 
-def only_recipe(counts: Mapping[str, int], asked: str | None, layer: str) -> str | None:
+def resolve_recipe(counts: Mapping[str, int], asked: str | None, layer: str) -> str | None:
     """Return the recipe of what is to be read, None when there is nothing.
 
     Args:
@@ -272,23 +278,23 @@ def only_recipe(counts: Mapping[str, int], asked: str | None, layer: str) -> str
     if asked is None and len(counts) > 1:
         raise UsageError(
             f"layer {layer}: values of {len(counts)} recipes, which must not be compared: "
-            f"{recipes_told(counts)}. Give recipe= to have one of them, or wait until the refresh that "
+            f"{format_recipes(counts)}. Give recipe= to have one of them, or wait until the refresh that "
             "replaces the older one has ended"
         )
     if asked is not None and counts and asked not in counts:
         raise UsageError(
             f"layer {layer}: no row of recipe {asked!r} among the wanted scans; there are "
-            f"{recipes_told(counts)}"
+            f"{format_recipes(counts)}"
         )
     return (asked or next(iter(counts))) if counts else None
 
 
-def recipes_told(counts: Mapping[str, int]) -> str:
+def format_recipes(counts: Mapping[str, int]) -> str:
     """Return recipes and their numbers of scans for a message."""
     return ", ".join(f"{name} ({count} scans)" for name, count in counts.items())
 
 
-def sorted_ids(scan_ids: Iterable[str]) -> pa.Array:
+def sort_scan_ids(scan_ids: Iterable[str]) -> pa.Array:
     """Return ids, of any kind of list, column or set, each once and sorted.
 
     Raises:

@@ -34,12 +34,12 @@ from featray.output.features import (
 from featray.output.query import (
     Output,
     Selection,
-    at_one_version,
-    joined,
-    only_recipe,
+    join_scans,
     open_output,
+    read_one_version,
+    resolve_recipe,
     select,
-    sorted_ids,
+    sort_scan_ids,
 )
 from featray.schema import DataFile
 
@@ -85,12 +85,12 @@ def read(
         StorageError: The store does not answer, or refreshes kept outrunning this reader.
     """
     dataset = open_output(output, storage_options)
-    ids = None if scan_ids is None else sorted_ids(scan_ids)
+    ids = None if scan_ids is None else sort_scan_ids(scan_ids)
 
     def once(snapshot: Snapshot) -> Features:
         return _load(select(snapshot, layer, ids, columns, scans, recipe))
 
-    return at_one_version(dataset, version, once)
+    return read_one_version(dataset, version, once)
 
 
 def _load(selection: Selection) -> Features:
@@ -110,7 +110,7 @@ def _load(selection: Selection) -> Features:
     missing = _missing(selection.scan_ids, rows["scan_id"])
     table = rows.select(selection.columns)
     if selection.joined:
-        table = joined(table, selection.scans())
+        table = join_scans(table, selection.scans())
     version = selection.snapshot.version
     return Features(selection.layer, version, recipe, table, missing, values=values, shapes=shapes)
 
@@ -137,7 +137,7 @@ def _kept(selection: Selection, rows: pa.Table) -> tuple[Flags | None, str | Non
     if selection.scan_ids is not None:
         kept = pc.is_in(rows["scan_id"], value_set=selection.scan_ids).to_numpy()
         wanted = wanted.filter(pa.array(kept))
-    recipe = only_recipe(_recipes(wanted), selection.recipe, selection.layer)
+    recipe = resolve_recipe(_recipes(wanted), selection.recipe, selection.layer)
     if selection.recipe is not None:
         of_recipe = pc.equal(rows["recipe"], selection.recipe).to_numpy()
         kept = of_recipe if kept is None else of_recipe & kept
@@ -192,7 +192,7 @@ def _filled(selection: Selection, places: Sequence[Indices], shapes: Shapes) -> 
         if wanted.any():
             at_once = max(1, _CHUNK_VALUES // max(1, int(shapes.lengths[places[wanted]].max())))
             # Tried again after an error that passes, it puts the same numbers to the same places.
-            store.ask(lambda: _fill(values, shapes, places, selection.values(file, at_once)))
+            store.run_operation(lambda: _fill(values, shapes, places, selection.values(file, at_once)))
 
     largest = max((file.size for file in selection.files), default=1)
     with ThreadPoolExecutor(min(_READERS, max(1, _IN_HAND_BYTES // largest))) as pool:

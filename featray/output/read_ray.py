@@ -20,13 +20,13 @@ from featray.output.features import FEATURE, Shapes, flat_values, matrix_of
 from featray.output.query import (
     Output,
     Selection,
-    at_one_version,
-    joined,
-    only_recipe,
+    join_scans,
     open_output,
-    rows_of,
+    read_file_rows,
+    read_one_version,
+    resolve_recipe,
     select,
-    sorted_ids,
+    sort_scan_ids,
 )
 from featray.storage import retry
 
@@ -75,20 +75,20 @@ def read_ray(
         StorageError: The store does not answer.
     """
     dataset = open_output(output, storage_options)
-    ids = None if scan_ids is None else sorted_ids(scan_ids)
+    ids = None if scan_ids is None else sort_scan_ids(scan_ids)
 
     def once(snapshot: Snapshot) -> RayDataset:
         return _lazily(select(snapshot, layer, ids, columns, scans, recipe))
 
-    return at_one_version(dataset, version, once)
+    return read_one_version(dataset, version, once)
 
 
 def _lazily(selection: Selection) -> RayDataset:
     import ray
 
-    only_recipe(_recipes(selection), selection.recipe, selection.layer)
+    resolve_recipe(_recipes(selection), selection.recipe, selection.layer)
     schema = selection.snapshot.schema(FEATURES)
-    fragments = selection.snapshot.fragments(FEATURES, selection.files)
+    fragments = selection.snapshot.make_fragments(FEATURES, selection.files)
     files = [
         {"fragment": pickle.dumps(fragment), "rows": file.rows}
         for fragment, file in zip(fragments, selection.files, strict=True)
@@ -119,7 +119,7 @@ def _where(selection: Selection) -> pads.Expression | None:
 
 def _recipes(selection: Selection) -> dict[str, int]:
     """Return recipe id → wanted scans that have features, from the ledger: no file of values is opened."""
-    rows = selection.ledger(["recipe"], pads.field("status") == "ok")
+    rows = selection.read_scans(["recipe"], pads.field("status") == "ok")
     return dict(Counter(rows["recipe"].to_pylist()).most_common())
 
 
@@ -145,11 +145,11 @@ def _read_files(
     needed = list(dict.fromkeys((*columns, "shape")))
     for file in files.to_pylist():
         fragment = pickle.loads(file["fragment"])
-        act = partial(rows_of, fragment, schema, needed, where, file["rows"])
-        rows = retry.retried(act, retry.OUTPUT_DEADLINE_S)
+        act = partial(read_file_rows, fragment, schema, needed, where, file["rows"])
+        rows = retry.run_with_retries(act, retry.OUTPUT_DEADLINE_S)
         answer = _with_tensors(rows).select(columns)
         if len(answer):
-            yield answer if scans is None else joined(answer, ray.get(scans))
+            yield answer if scans is None else join_scans(answer, ray.get(scans))
 
 
 def _with_tensors(rows: pa.Table) -> pa.Table:

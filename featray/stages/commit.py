@@ -1,16 +1,30 @@
-"""The one committer: receipts in, one visible step of both tables out. Runs on the driver only.
+"""Commit: receipts of written files in, the next version of both tables out. Runs in the driver only.
 
-Commit n, in this order, so that a kill at any point loses and doubles nothing:
+The tables `features` and `scans` change together. Commit n consists of one entry in the log of each table.
+This is the order of its steps:
 
-1. new rows of `scans`, and files that lose or move rows, are written to files that nobody references yet;
-2. one table gets entry n of its log, which adds and removes files of all layers at once and names what the
-   other table's entry n will hold;
-3. the other table gets its entry n;
-4. what was superseded is deleted, unless versions are kept.
+1. New rows of `scans`, and the remaining rows of files that lose some of their rows, are written to new
+   files. No version of a table refers to these files yet, so readers do not see them.
+2. Entry n is appended to the log of the first table. It adds and removes files of all layers in one step, and
+   it also records what entry n of the second table will contain.
+3. Entry n is appended to the log of the second table.
+4. The superseded files are deleted, unless the output retains older versions (`output.keep_versions_days`).
 
-Where rows are added, `features` goes first; where some only go, `scans` does: so at no moment does
-`scans` promise rows that are not there. A kill between 2 and 3 is mended at the next start (`recover`);
-until then `Dataset.snapshot` shows the commit whole.
+Which table is first: `features` if the commit adds features, `scans` if it only removes features. So at no
+moment does `scans` list a scan as ok whose features are not in `features`, even for programs that read each
+table's log by itself.
+
+Promises:
+
+- Atomic: readers through `Dataset` see a commit in both tables or in none.
+- Killed before step 2 has succeeded: the commit did not happen. Its files are orphans.
+- Killed between step 2 and step 3: the commit counts as done. `Dataset.open_snapshot` takes the second half
+  from the entry of the first table. The next `Committer` appends the missing entry before it does anything
+  else.
+- Killed in step 4: the commit is done. Superseded files that still exist are orphans.
+- Orphans never become visible. `Committer.delete_orphans` deletes them; every run calls it at its start.
+- Two drivers: a log accepts entry n only once, directly after the version that the driver opened. If another
+  driver has committed since, the commit fails with `OutputBusyError` and nothing of it is visible.
 """
 
 from __future__ import annotations
@@ -21,7 +35,6 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import TypeVar
 
 import pyarrow as pa
@@ -32,13 +45,14 @@ from featray.errors import ConfigError, FeatrayError
 from featray.output.dataset import (
     FEATURES,
     SCANS,
+    TABLES_APART,
     Dataset,
     Snapshot,
     can_contain_any,
-    paired,
-    table_schema,
+    make_table_schema,
+    pair_logs,
 )
-from featray.output.delta_log import Owed, TableLog
+from featray.output.delta_log import FileChange, PendingCommit, TableLog
 from featray.output.orphans import find_orphans, list_output_files
 from featray.schema import DataFile, Receipt, ScanRecord
 
@@ -47,311 +61,333 @@ log = logging.getLogger(__name__)
 _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
-LEDGER_ROWS = 32_768
-"""Rows up to which files of `scans` are merged; a changed scan rewrites the file that it is in."""
-FILE_BYTES = 64 * 2**20
-"""Size that files of `features` are compacted to; those above half of it are left as they are."""
-MERGED_BYTES = 256 * 2**20
-"""Values that are merged into one file at most, uncompressed: they are in memory meanwhile."""
-COMPACT_AT = 32
-"""Small files of one partition that make compaction worth its while after a run."""
-_FORGET_AT_ONCE = 20_000
-_TRIM_EVERY = 100
+MAX_MERGED_SCAN_ROWS = 32_768
+"""Most rows of a merged file of `scans`. A changed scan rewrites the whole file that holds its row."""
+TARGET_FILE_BYTES = 64 * 2**20
+"""Size to which files of `features` are merged; files larger than half of it are not merged."""
+MAX_MERGE_BYTES = 256 * 2**20
+"""Most uncompressed bytes that are merged into one file; they are in memory at the same time."""
+MIN_FILES_TO_COMPACT = 32
+"""Number of small files in one partition from which `compact` merges them."""
+_MAX_SCANS_PER_DELETION = 20_000
+_TRIM_INTERVAL = 100
+"""Commits between two calls of `trim`."""
 _THREADS = 4
-"""Files that are read at once, and so are in memory."""
-_OTHER = {FEATURES: SCANS, SCANS: FEATURES}
-
-
-@dataclass(frozen=True)
-class _Change:
-    """Files that one table gains and loses."""
-
-    add: tuple[DataFile, ...] = ()
-    remove: tuple[DataFile, ...] = ()
+"""Files that are read at the same time, and so are in memory."""
+_OTHER_TABLE = {FEATURES: SCANS, SCANS: FEATURES}
 
 
 class Committer:
-    """Commits to one output, on the table versions it opened, finishing first what a killed run began.
-
-    A second driver that commits in between makes the next commit here fail: every commit carries
-    the next number of the same application id, which a log accepts only once.
+    """Commits to one output. Opening it first finishes a commit in which an earlier run was killed.
 
     Args:
-        dataset: The output.
+        dataset: The output; its tables are created if they do not exist.
         partition_by: Partition columns of `features`, `layer` first.
-        carried: Further columns of `scans` (manifest columns, asked-for DICOM tags).
+        extra_columns: Columns of `scans` in addition to the fixed ones (manifest columns, DICOM tags).
         run_id: The run that commits.
-        keep_versions_days: As configured; None leaves it as it is.
-        still_ours: Raises OutputBusyError when the output's lease has been lost.
+        keep_versions_days: Days for which superseded files are kept; None leaves the output's setting
+            unchanged.
+        check_lease: Called before each change; raises OutputBusyError if this run has lost the output's
+            lease.
+
+    Attributes:
+        recovered: Whether opening it finished a commit in which an earlier run was killed.
 
     Raises:
-        ConfigError: The output is partitioned otherwise.
+        ConfigError: The output has other partition columns.
+        FeatrayError: The tables are more than one commit apart.
+        StorageError: The store does not answer.
     """
 
     def __init__(
         self,
         dataset: Dataset,
         partition_by: Sequence[str],
-        carried: Sequence[str] = (),
+        extra_columns: Sequence[str] = (),
         *,
         run_id: str,
         keep_versions_days: float | None = None,
-        still_ours: Callable[[], None] = lambda: None,
+        check_lease: Callable[[], None] = lambda: None,
     ) -> None:
-        self.dataset, self._run_id, self._still_ours = dataset, run_id, still_ours
+        self.dataset, self._run_id, self._check_lease = dataset, run_id, check_lease
         store = dataset.store
         features = TableLog.open(store, FEATURES)
-        _refuse_other_partitions(features, partition_by)
+        _check_partitions(features, partition_by)
         self._logs = {
-            FEATURES: features or _created(dataset, FEATURES, (), partition_by),
-            SCANS: TableLog.open(store, SCANS) or _created(dataset, SCANS, carried, ()),
+            FEATURES: features or _create_table(dataset, FEATURES, (), partition_by),
+            SCANS: TableLog.open(store, SCANS) or _create_table(dataset, SCANS, extra_columns, ()),
         }
-        self.recovered = self._recover()
-        self._logs[SCANS].add_columns(carried)
+        self.recovered = self._finish_interrupted_commit()
+        self._logs[SCANS].add_columns(extra_columns)
         if keep_versions_days is not None:
             for table_log in self._logs.values():
-                table_log.set_keep_days(keep_versions_days)
+                table_log.set_retention_days(keep_versions_days)
 
     def snapshot(self) -> Snapshot:
-        """Return both tables as of the last commit, which is what the next one is planned on."""
+        """Return both tables as of the last commit; the next commit follows it."""
         return Snapshot(self.dataset.store, self._logs[FEATURES], self._logs[SCANS], None)
 
     def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Make the receipts' features and scan rows visible, in place of older rows of the same scans.
+        """Commit the features and scan rows of receipts; they replace older rows of the same scans.
 
         Raises:
-            OutputBusyError: Another driver committed since this one opened the tables.
-            FileNotFoundError: A worker's file is missing or has another size; nothing was committed.
+            OutputBusyError: Another driver has committed since this one opened the tables.
+            FileNotFoundError: A file in a receipt is missing or has another size; nothing was committed.
             StorageError: The store does not answer.
         """
         files = [file for receipt in receipts for file in receipt.files]
         records = [record for receipt in receipts for record in receipt.records]
-        self._verify(files)
+        self._check_files_exist(files)
         failed = [record for record in records if record.status != "ok" and self._has_features(record)]
-        if failed:  # their features go, and the ledger must say so first
+        if failed:  # a commit of its own: it only removes features, so `scans` comes first
             ids = {record.scan_id for record in failed}
-            ledger = self._ledger(failed, ids)
-            self._apply({FEATURES: self._without(FEATURES, ids), SCANS: ledger}, first=SCANS)
-            self._remember(failed)
+            scans = self._replace_scan_rows(failed, ids)
+            self._write_commit({FEATURES: self._remove_rows(FEATURES, ids), SCANS: scans}, first=SCANS)
+            self._update_stored(failed)
         others = [record for record in records if record not in failed] if failed else records
         if others:
             replaced = {record.scan_id for record in others if self._has_features(record)}
             stored = {record.scan_id for record in others if record.scan_id in self._stored}
-            features = self._without(FEATURES, replaced)
-            change = _Change((*files, *features.add), features.remove)
-            self._apply({FEATURES: change, SCANS: self._ledger(others, stored)}, first=FEATURES)
-            self._remember(others)
+            removal = self._remove_rows(FEATURES, replaced)
+            features = FileChange((*files, *removal.add), removal.remove)
+            scans = self._replace_scan_rows(others, stored)
+            self._write_commit({FEATURES: features, SCANS: scans}, first=FEATURES)
+            self._update_stored(others)
 
-    def forget(self, scan_ids: Collection[str], broken: Mapping[str, Collection[str]] | None = None) -> None:
-        """Take scans out of both tables.
+    def delete_scans(
+        self, scan_ids: Collection[str], broken: Mapping[str, Collection[str]] | None = None
+    ) -> None:
+        """Remove all rows of scans from both tables.
 
         Args:
-            scan_ids: Ids, known or not.
-            broken: By table, paths of files that cannot be read and leave it whole.
+            scan_ids: Ids; ids that the output does not hold are ignored.
+            broken: Table → paths of files that cannot be read; they are removed from the table as a whole.
         """
-        ordered, bad = sorted(scan_ids), dict(broken or {})
-        for first in range(0, max(1, len(ordered)), _FORGET_AT_ONCE):
-            ids = set(ordered[first : first + _FORGET_AT_ONCE])
-            changes = {table: self._without(table, ids, bad.get(table, ())) for table in self._logs}
+        sorted_ids, unreadable = sorted(scan_ids), dict(broken or {})
+        for first in range(0, max(1, len(sorted_ids)), _MAX_SCANS_PER_DELETION):
+            ids = set(sorted_ids[first : first + _MAX_SCANS_PER_DELETION])
+            changes = {
+                table: self._remove_rows(table, ids, unreadable.get(table, ())) for table in self._logs
+            }
             if any(change.remove for change in changes.values()):
-                self._apply(changes, first=SCANS)
-            bad = {}
+                self._write_commit(changes, first=SCANS)
+            unreadable = {}
         self.__dict__.pop("_stored", None)
 
-    def sweep(self) -> list[str]:
-        """Delete data files of ended runs that no version refers to; return their names.
+    def delete_orphans(self) -> list[str]:
+        """Delete files that runs have written and that no retained version refers to; return their names.
 
-        Only the holder of the output's lease may call this, and not while its own workers write: a file
-        of a run in flight looks the same. Files that no run has written are left alone.
+        Call this only while holding the output's lease and while no worker of this run writes: a file that is
+        not committed yet looks the same as an orphan. Files that no run has written are left alone.
         """
-        self._still_ours()
+        self._check_lease()
         store = self.dataset.store
         by_folder = find_orphans(list_output_files(store), self.snapshot())
         orphans = [name for names in by_folder.values() for name in names]
         store.delete(orphans)
         return orphans
 
-    def compact(self, at_least: int = COMPACT_AT) -> int:
-        """Merge small files of `features` where a partition has many; return how many fewer there are."""
-        groups: dict[tuple[tuple[str, str | None], ...], list[DataFile]] = defaultdict(list)
+    def compact(self, at_least: int = MIN_FILES_TO_COMPACT) -> int:
+        """Merge small files of `features`; return by how many the number of files went down.
+
+        Args:
+            at_least: Number of small files in a partition from which they are merged.
+        """
+        small_files: dict[tuple[tuple[str, str | None], ...], list[DataFile]] = defaultdict(list)
         for file in self._logs[FEATURES].files():
-            if file.size < FILE_BYTES // 2:
-                groups[tuple(file.partition_values.items())].append(file)
-        fewer = 0
-        for partition, small in groups.items():
-            if len(small) < at_least:
+            if file.size < TARGET_FILE_BYTES // 2:
+                small_files[tuple(file.partition_values.items())].append(file)
+        saved = 0
+        for partition, files in small_files.items():
+            if len(files) < at_least:
                 continue
-            merged = tuple(self._merged(dict(partition), sorted(small, key=lambda file: file.min_id)))
-            if len(merged) < len(small):
-                change = _Change(merged, tuple(small))
-                self._apply({FEATURES: change, SCANS: _Change()}, first=FEATURES, data_change=False)
-                fewer += len(small) - len(merged)
-        return fewer
+            merged = tuple(self._merge_files(dict(partition), sorted(files, key=lambda file: file.min_id)))
+            if len(merged) < len(files):
+                features = FileChange(merged, tuple(files), data_change=False)
+                self._write_commit({FEATURES: features, SCANS: FileChange(data_change=False)}, first=FEATURES)
+                saved += len(files) - len(merged)
+        return saved
 
     def trim(self) -> int:
-        """Delete log entries that no readable version needs; return how many."""
+        """Delete log entries that no retained version needs; return their number."""
         return sum(len(table_log.trim()) for table_log in self._logs.values())
 
     @functools.cached_property
     def _stored(self) -> dict[str, bool]:
-        """Ids that the ledger holds, and whether they have features."""
-        rows = self.snapshot().ledger(("scan_id", "status"))
+        """Id of each scan in `scans` → whether the scan has features."""
+        rows = self.snapshot().read_scans(("scan_id", "status"))
         has_features = pc.equal(rows["status"], "ok").to_pylist()
         return dict(zip(rows["scan_id"].to_pylist(), has_features, strict=True))
 
     def _has_features(self, record: ScanRecord) -> bool:
         return self._stored.get(record.scan_id, False)
 
-    def _remember(self, records: Iterable[ScanRecord]) -> None:
+    def _update_stored(self, records: Iterable[ScanRecord]) -> None:
         self._stored.update((record.scan_id, record.status == "ok") for record in records)
 
-    def _recover(self) -> bool:
-        """Write the second half of a commit that a kill cut; return whether there was one."""
-        found = paired(self.dataset.store, self._logs[FEATURES], self._logs[SCANS])
-        if found is None:
-            raise FeatrayError(
-                "`features` and `scans` are more than one commit apart; was one of the folders copied, "
-                "restored or changed by another program? Bring back both from one moment."
-            )
-        if found.owed is None:
+    def _finish_interrupted_commit(self) -> bool:
+        """Append the second half of a commit in which a run was killed; return whether there was one."""
+        snapshot = pair_logs(self.dataset.store, self._logs[FEATURES], self._logs[SCANS])
+        if snapshot is None:
+            raise FeatrayError(f"{self.dataset.store!r}: {TABLES_APART}")
+        pending = snapshot.pending
+        if pending is None:
             return False
-        owed, number = found.owed, self._logs[_OTHER[found.owed.table]].number
-        self._logs[owed.table].append(
-            owed.add, owed.remove, number, self._run_id, data_change=owed.data_change
-        )
-        log.info("finished a commit that an earlier run was killed in")
+        number = self._logs[_OTHER_TABLE[pending.table]].commit_number
+        self._logs[pending.table].append(pending.change, number, self._run_id)
+        log.info("finished a commit in which an earlier run was killed")
         return True
 
-    def _verify(self, files: Iterable[DataFile]) -> None:
-        # The log would accept a missing file, and every reader would fail from then on.
-        def size(file: DataFile) -> tuple[DataFile, int | None]:
-            return file, self.dataset.store.size(f"{FEATURES}/{file.path}")
+    def _check_files_exist(self, files: Iterable[DataFile]) -> None:
+        """Check files before the commit: the log would accept a missing file, and then every reader fails."""
 
-        for file, found in _in_threads(size, files):
-            if found != file.size:
+        def get_size(file: DataFile) -> tuple[DataFile, int | None]:
+            return file, self.dataset.store.get_size(f"{FEATURES}/{file.path}")
+
+        for file, size in _map_in_threads(get_size, files):
+            if size != file.size:
+                actual = "the file does not exist" if size is None else f"it has {size} bytes"
                 raise FileNotFoundError(
-                    f"{file.path}: expected {file.size} bytes, found {found}; nothing was committed. "
-                    "Do all workers see the same output folder?"
+                    f"{file.path}: expected {file.size} bytes, but {actual}; nothing was committed. "
+                    "Check that all workers see the same output folder."
                 )
 
-    def _apply(self, changes: Mapping[str, _Change], *, first: str, data_change: bool = True) -> None:
-        """Write entry n of both logs, then delete what it superseded."""
-        self._still_ours()
-        second, number = _OTHER[first], self._logs[first].number + 1
-        owed = Owed(second, changes[second].add, changes[second].remove, data_change)
-        for table, owes in ((first, owed), (second, None)):
-            self._logs[table].append(
-                changes[table].add,
-                changes[table].remove,
-                number,
-                self._run_id,
-                owes=owes,
-                data_change=data_change,
-            )
-        if not self._logs[FEATURES].keep_days:
-            self._delete(changes)
-        if number % _TRIM_EVERY == 0:
+    def _write_commit(self, changes: Mapping[str, FileChange], *, first: str) -> None:
+        """Append the next entry to both logs, `first` before the other, then delete superseded files."""
+        self._check_lease()
+        second, number = _OTHER_TABLE[first], self._logs[first].commit_number + 1
+        pending = PendingCommit(second, changes[second])
+        self._logs[first].append(changes[first], number, self._run_id, pending=pending)
+        self._logs[second].append(changes[second], number, self._run_id)
+        if not self._logs[FEATURES].retention_days:
+            self._delete_superseded(changes)
+        if number % _TRIM_INTERVAL == 0:
             self.trim()
 
-    def _delete(self, changes: Mapping[str, _Change]) -> None:
-        """Delete superseded files; what a kill leaves of them is an orphan for the next `sweep`."""
+    def _delete_superseded(self, changes: Mapping[str, FileChange]) -> None:
+        """Delete the files that a commit removed. If the driver is killed here, the rest are orphans."""
         self.dataset.store.delete(
             [f"{table}/{file.path}" for table, change in changes.items() for file in change.remove]
         )
 
-    def _ledger(self, records: Sequence[ScanRecord], replaced: Collection[str]) -> _Change:
-        """Return the change of `scans`: fresh rows, merged with files that are no larger than they are.
+    def _replace_scan_rows(self, records: Sequence[ScanRecord], replaced: Collection[str]) -> FileChange:
+        """Write new rows of `scans` to one file, and return the change that adds it.
 
-        So there are few files after any number of commits, and a row moves about log2(commits) times.
+        The new file also takes in existing files, smallest first, as long as the next one has no more rows
+        than the new file has so far. So the number of files stays small after any number of commits, and a
+        row is rewritten about log2(commits) times.
+
+        Args:
+            records: The new rows.
+            replaced: Ids of these scans that already have a row, which is removed.
         """
-        without = self._without(SCANS, replaced)
+        removal = self._remove_rows(SCANS, replaced)
         schema = self._logs[SCANS].schema
         tables = [pa.Table.from_pylist([record.to_row() for record in records], schema=schema)]
-        gone, merged, rows = {file.path for file in without.remove}, [], len(records)
-        left = [file for file in self._logs[SCANS].files() if file.path not in gone]
-        for file in sorted(left, key=lambda file: file.rows):
-            if file.rows > rows or rows + file.rows > LEDGER_ROWS:
+        rewritten, merged, row_count = {file.path for file in removal.remove}, [], len(records)
+        untouched = [file for file in self._logs[SCANS].files() if file.path not in rewritten]
+        for file in sorted(untouched, key=lambda file: file.rows):
+            if file.rows > row_count or row_count + file.rows > MAX_MERGED_SCAN_ROWS:
                 break
-            tables.append(self._read(SCANS, file))
+            tables.append(self._read_file(SCANS, file))
             merged.append(file)
-            rows += file.rows
-        fresh = pa.concat_tables(tables, promote_options="default").select(schema.names).sort_by("scan_id")
-        written = self.dataset.put(SCANS, {}, fresh, self._run_id)
-        return _Change((written, *without.add), (*without.remove, *merged))
+            row_count += file.rows
+        rows = pa.concat_tables(tables, promote_options="default").select(schema.names).sort_by("scan_id")
+        written = self.dataset.write_file(SCANS, {}, rows, self._run_id)
+        return FileChange((written, *removal.add), (*removal.remove, *merged))
 
-    def _without(self, table: str, scan_ids: Collection[str], broken: Collection[str] = ()) -> _Change:
-        """Return the change that takes scans, and whole broken files, out of a table."""
+    def _remove_rows(self, table: str, scan_ids: Collection[str], broken: Collection[str] = ()) -> FileChange:
+        """Write the remaining rows of each file that holds one of the scans; return the change of files.
+
+        Args:
+            table: Name of the table.
+            scan_ids: Scans whose rows are removed.
+            broken: Paths of unreadable files, which are removed as a whole.
+        """
         if not scan_ids and not broken:
-            return _Change()
-        wanted, ordered = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
+            return FileChange()
+        id_array, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
         files = self._logs[table].files()
-        gone = [file for file in files if file.path in broken]
-        maybe = [file for file in files if file.path not in broken and can_contain_any(file, ordered)]
-        rewritten = [
-            pair for pair in _in_threads(lambda file: self._rewritten(table, file, wanted), maybe) if pair
-        ]
-        add = tuple(new for _, new in rewritten if new)
-        return _Change(add, (*gone, *(old for old, _ in rewritten)))
+        unreadable = [file for file in files if file.path in broken]
+        candidates = [file for file in files if file.path not in broken and can_contain_any(file, sorted_ids)]
+        results = _map_in_threads(lambda file: self._rewrite_file(table, file, id_array), candidates)
+        rewritten = [result for result in results if result]
+        add = tuple(new_file for _, new_file in rewritten if new_file)
+        return FileChange(add, (*unreadable, *(old_file for old_file, _ in rewritten)))
 
-    def _rewritten(
+    def _rewrite_file(
         self, table: str, file: DataFile, scan_ids: pa.Array
     ) -> tuple[DataFile, DataFile | None] | None:
-        """Put a file's rows of other scans; return both files, or None where it holds none of these scans."""
-        stored = self._opened(table, file)
-        kept = pc.invert(pc.is_in(stored.read(["scan_id"])["scan_id"], scan_ids))
-        if pc.all(kept).as_py():
-            return None
-        rows = stored.read().filter(kept)
-        return file, self.dataset.put(table, file.partition_values, rows, self._run_id) if len(rows) else None
+        """Write a file's rows of other scans to a new file.
 
-    def _merged(self, partition: Mapping[str, str | None], files: Sequence[DataFile]) -> Iterator[DataFile]:
-        """Put the rows of many files into few; yield those."""
+        Returns:
+            The old file and the new one, which is None if no row remains; None if the file holds none of the
+            scans.
+        """
+        parquet = self._open_file(table, file)
+        is_other = pc.invert(pc.is_in(parquet.read(["scan_id"])["scan_id"], scan_ids))
+        if pc.all(is_other).as_py():
+            return None
+        rows = parquet.read().filter(is_other)
+        if not len(rows):
+            return file, None
+        return file, self.dataset.write_file(table, file.partition_values, rows, self._run_id)
+
+    def _merge_files(
+        self, partition: Mapping[str, str | None], files: Sequence[DataFile]
+    ) -> Iterator[DataFile]:
+        """Write the rows of many files of one partition to a few larger files; yield these."""
         tables: list[pa.Table] = []
-        size = unpacked = 0
-        for file, rows in _in_threads(lambda file: (file, self._read(FEATURES, file)), files):
-            is_full = size + file.size > FILE_BYTES or unpacked + rows.nbytes > MERGED_BYTES
+        size = uncompressed_size = 0
+        for file, rows in _map_in_threads(lambda file: (file, self._read_file(FEATURES, file)), files):
+            is_full = (
+                size + file.size > TARGET_FILE_BYTES or uncompressed_size + rows.nbytes > MAX_MERGE_BYTES
+            )
             if tables and is_full:
-                yield self._put_sorted(partition, tables)
-                tables, size, unpacked = [], 0, 0
+                yield self._write_sorted(partition, tables)
+                tables, size, uncompressed_size = [], 0, 0
             tables.append(rows)
             size += file.size
-            unpacked += rows.nbytes
-        yield self._put_sorted(partition, tables)
+            uncompressed_size += rows.nbytes
+        yield self._write_sorted(partition, tables)
 
-    def _put_sorted(self, partition: Mapping[str, str | None], tables: list[pa.Table]) -> DataFile:
+    def _write_sorted(self, partition: Mapping[str, str | None], tables: list[pa.Table]) -> DataFile:
         rows = pa.concat_tables(tables).sort_by([("scan_id", "ascending"), ("patch", "ascending")])
-        return self.dataset.put(FEATURES, partition, rows, self._run_id)
+        return self.dataset.write_file(FEATURES, partition, rows, self._run_id)
 
-    def _read(self, table: str, file: DataFile) -> pa.Table:
-        return self._opened(table, file).read()
+    def _read_file(self, table: str, file: DataFile) -> pa.Table:
+        return self._open_file(table, file).read()
 
-    def _opened(self, table: str, file: DataFile) -> pq.ParquetFile:
-        """Fetch a file whole: of those that are rewritten all is needed, and they are of bounded size."""
+    def _open_file(self, table: str, file: DataFile) -> pq.ParquetFile:
+        """Read a whole file into memory: a rewrite needs all of it, and the size of files is limited."""
         try:
             return pq.ParquetFile(pa.BufferReader(self.dataset.store.read(f"{table}/{file.path}")))
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise FeatrayError(
-                f"{table}/{file.path} is damaged ({type(error).__name__}); nothing was committed. `featray "
-                "verify` says what is wrong with the output, and how to mend it."
+                f"{table}/{file.path} is missing or damaged ({type(error).__name__}); nothing was committed. "
+                "Run `featray verify` on the output: it reports every problem and how to repair it."
             ) from None
 
 
-def _in_threads(work: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-    """Yield what `work` returns, in order, a few at a time: object stores answer in parallel."""
+def _map_in_threads(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
+    """Yield the results of `function` in order. A few calls run at once: object stores answer in parallel."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        waiting = iter(items)
-        while some := list(itertools.islice(waiting, _THREADS)):
-            yield from pool.map(work, some)
+        iterator = iter(items)
+        while batch := list(itertools.islice(iterator, _THREADS)):
+            yield from pool.map(function, batch)
 
 
-def _created(dataset: Dataset, table: str, carried: Sequence[str], partition_by: Sequence[str]) -> TableLog:
-    return TableLog.create(dataset.store, table, table_schema(table, carried, partition_by), partition_by)
+def _create_table(
+    dataset: Dataset, table: str, extra_columns: Sequence[str], partition_by: Sequence[str]
+) -> TableLog:
+    schema = make_table_schema(table, extra_columns, partition_by)
+    return TableLog.create(dataset.store, table, schema, partition_by)
 
 
-def _refuse_other_partitions(features: TableLog | None, partition_by: Sequence[str]) -> None:
-    there = features.partition_by if features else list(partition_by)
-    if there != list(partition_by):
+def _check_partitions(features: TableLog | None, partition_by: Sequence[str]) -> None:
+    existing = features.partition_by if features else list(partition_by)
+    if existing != list(partition_by):
         raise ConfigError(
-            f"output.partition_by: the output is partitioned by {there}, not by {list(partition_by)}; "
+            f"output.partition_by: the output is partitioned by {existing}, not by {list(partition_by)}; "
             "choose another output.uri or the same columns"
         )

@@ -23,7 +23,7 @@ from featray.config import PolicyConfig, SourceConfig
 from featray.ct.formats import npy
 from featray.errors import ConfigError
 from featray.storage import retry
-from featray.storage.urls import hash_of, mask_url, open_url
+from featray.storage.urls import hash_texts, mask_url, open_url
 
 __all__ = ["Listing", "ListingMemory", "list_scans"]
 
@@ -47,10 +47,10 @@ def list_scans(
     """
     how = How(source, policy or PolicyConfig(), memory)
     if memory is not None:
-        memory.begin(hash_of([version("featray"), f"grouping {_GROUPING}", f"not_ct {how.policy.not_ct}"]))
+        memory.begin(hash_texts([version("featray"), f"grouping {_GROUPING}", f"not_ct {how.policy.not_ct}"]))
     fs, root = open_url(source.uri, source.storage_options)
     try:
-        listing = retry.retried(lambda: _list(fs, root, how), retry.START_DEADLINE_S)
+        listing = retry.run_with_retries(lambda: _list(fs, root, how), retry.START_DEADLINE_S)
     except ConfigError:
         raise
     except FileNotFoundError:

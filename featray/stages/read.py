@@ -25,7 +25,7 @@ from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 from featray.schema import Scan
 from featray.storage import retry
-from featray.storage.urls import file_version, fingerprint, open_url
+from featray.storage.urls import file_version, fingerprint_files, open_url
 
 Files = list[tuple[str, bytes]]
 T = TypeVar("T")
@@ -177,7 +177,9 @@ def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> 
     if same and (len(files) == 1 or isinstance(fs, LocalFileSystem)):
         fs.invalidate_cache()
         there = [(path, _asked(path, functools.partial(fs.info, path))) for path, _ in files]
-        same = scan.listed == fingerprint((path, info["size"], file_version(info)) for path, info in there)
+        same = scan.listed == fingerprint_files(
+            (path, info["size"], file_version(info)) for path, info in there
+        )
     if not same:
         raise ScanError(Reason.STORAGE, _CHANGED)
 
@@ -203,9 +205,9 @@ def _fetch(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
 def _asked(path: str, act: Callable[[], T]) -> T:
     """Return what `act` asks the store about `path`, trying again while that may help."""
     try:
-        return retry.retried(act, retry.SOURCE_DEADLINE_S)
+        return retry.run_with_retries(act, retry.SOURCE_DEADLINE_S)
     except Exception as error:  # every store has errors of its own
-        if not retry.is_of_store(error):
+        if not retry.is_store_error(error):
             raise
         raise _unfetched(path, error) from None
 
@@ -214,7 +216,7 @@ def _unfetched(path: str, error: Exception) -> ScanError:
     name = posixpath.basename(path)
     if retry.is_missing(error):
         return ScanError(Reason.STORAGE, f"{name} is gone since it was listed")
-    kind = retry.kind_of(error)
+    kind = retry.describe_error(error)
     if retry.is_denied(error):
         return ScanError(Reason.STORAGE, f"no permission to read {name} ({kind})")
     if retry.is_transient(error):

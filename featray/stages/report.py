@@ -197,7 +197,7 @@ def report(
         done: What this run committed.
         interrupted: Whether the run was asked to stop before it was done.
     """
-    ledger = dataset.ledger(("scan_id", "status", "reason"))
+    ledger = dataset.read_scans(("scan_id", "status", "reason"))
     summary = _summarise(run, ledger, listing, plan, done, interrupted)
     if done.changed:
         _write_folder(run, summary, dataset)

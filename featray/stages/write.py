@@ -41,7 +41,9 @@ def write(
         rows = features.append_column("recipe", pa.repeat(recipe, len(features)))
         rows = rows.append_column("run_id", pa.repeat(run_id, len(rows)))
         files = tuple(
-            dataset.put(FEATURES, partition, rows.select(FEATURE_COLUMNS.names).cast(FEATURE_COLUMNS), run_id)
+            dataset.write_file(
+                FEATURES, partition, rows.select(FEATURE_COLUMNS.names).cast(FEATURE_COLUMNS), run_id
+            )
             for partition, rows in _partitions(rows, records, partition_by)
         )
         units = tuple(_units_seen(features))

@@ -18,7 +18,7 @@ _DELTA_S = 20
 """Of a whole request to the Delta log, its body included: entries and checkpoints are a few MB at most."""
 
 
-def for_fsspec(uri: str, options: dict[str, Any]) -> dict[str, Any]:
+def make_fsspec_options(uri: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return the options to open `uri` with: on S3 a hung server is noticed. `options` win."""
     if uri.partition("://")[0] not in ("s3", "s3a"):
         return options
@@ -30,7 +30,7 @@ def for_fsspec(uri: str, options: dict[str, Any]) -> dict[str, Any]:
     return {**options, "config_kwargs": {**ours, **(options.get("config_kwargs") or {})}}
 
 
-def for_delta(uri: str, options: dict[str, Any], *, patient: bool = False) -> dict[str, str]:
+def make_delta_options(uri: str, options: dict[str, Any], *, with_retries: bool = False) -> dict[str, str]:
     """Return fsspec's options in deltalake's words.
 
     No credentials for protocols whose words are not known here; deltalake then looks at the environment only.
@@ -38,12 +38,12 @@ def for_delta(uri: str, options: dict[str, Any], *, patient: bool = False) -> di
     Args:
         uri: Where the options lead to.
         options: As given to fsspec.
-        patient: Also let deltalake try each request for `retry.OUTPUT_DEADLINE_S`. Other programs that take
-            the rest of the options do not know these.
+        with_retries: Also let deltalake try each request for `retry.OUTPUT_DEADLINE_S`. Other programs that
+            take the rest of the options do not know these.
     """
     translate = _TRANSLATIONS.get(uri.partition("://")[0])
     found = {} if translate is None else translate(options)
-    return found | _patience() if patient else found
+    return found | _make_retry_options() if with_retries else found
 
 
 def delta_uri(uri: str) -> str:
@@ -52,8 +52,8 @@ def delta_uri(uri: str) -> str:
     return f"{_PROTOCOLS.get(protocol, protocol)}://{place}"
 
 
-def _patience() -> dict[str, str]:
-    """Return how long deltalake tries each request: by time, as `retry.retried` does, not by count."""
+def _make_retry_options() -> dict[str, str]:
+    """Return options that let deltalake retry each request until a deadline, as `run_with_retries` does."""
     return {
         "connect_timeout": f"{_CONNECT_S}s",
         "timeout": f"{_DELTA_S}s",

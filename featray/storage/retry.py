@@ -85,7 +85,7 @@ _DENIED_TEXT = re.compile(r"^Forbidden\b|\b40[13] [A-Z]|lacked the necessary pri
 T = TypeVar("T")
 
 
-def retried(act: Callable[[], T], deadline_s: float) -> T:
+def run_with_retries(act: Callable[[], T], deadline_s: float) -> T:
     """Return what `act` returns, calling it again while it raises errors that pass by themselves.
 
     Waits longer from time to time, never the same for two callers. `act` must be safe to repeat: an error
@@ -109,14 +109,16 @@ def retried(act: Callable[[], T], deadline_s: float) -> T:
                 raise
             level = logging.WARNING if waited > _OUTAGE_S else logging.INFO
             left = deadline_s - waited
-            log.log(level, "a store does not answer (%s); trying for %.0f s more", kind_of(error), left)
+            log.log(
+                level, "a store does not answer (%s); trying for %.0f s more", describe_error(error), left
+            )
         time.sleep(pause)
         wait = min(LONGEST_WAIT_S, 2 * wait)
 
 
 def is_transient(error: BaseException) -> bool:
     """Return whether an error passes by itself: no connection, no answer in time, 5xx, throttling."""
-    if not is_of_store(error) or is_missing(error) or isinstance(error, PermissionError | FileExistsError):
+    if not is_store_error(error) or is_missing(error) or isinstance(error, PermissionError | FileExistsError):
         return False
     for one in _chain(error):
         if _names(one) & _LASTING:
@@ -144,17 +146,17 @@ def is_missing(error: BaseException) -> bool:
     return isinstance(error, FileNotFoundError | NotADirectoryError) or _first_status(error) == 404
 
 
-def is_taken(error: BaseException) -> bool:
+def is_name_taken(error: BaseException) -> bool:
     """Return whether a file was to be created whose name is taken."""
     return isinstance(error, FileExistsError) or _first_status(error) == 412
 
 
-def is_of_store(error: BaseException) -> bool:
+def is_store_error(error: BaseException) -> bool:
     """Return whether an error comes from a store or a file system, not from a mistake in the program."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES
 
 
-def kind_of(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return a short name of an error that holds nothing of its text."""
     for one in _chain(error):
         status = _status(one)
@@ -171,7 +173,7 @@ def kind_of(error: BaseException) -> str:
     return type(error).__name__
 
 
-def is_full(error: BaseException) -> bool:
+def is_out_of_space(error: BaseException) -> bool:
     """Return whether a disk or a quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 

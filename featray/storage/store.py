@@ -19,7 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from featray.errors import ConfigError, StorageError
 from featray.storage import options as storage_options
 from featray.storage import retry
-from featray.storage.urls import _is_s3, mask_url, open_url
+from featray.storage.urls import is_s3, mask_url, open_url
 
 _THREADS = 16
 """Requests that one action on many files may have under way; object stores answer in parallel."""
@@ -59,7 +59,7 @@ class Store:
         """Return the path of `name` as the file system knows it."""
         return f"{self.root}/{name}" if name else self.root
 
-    def ask(self, act: Callable[[], T]) -> T:
+    def run_operation(self, act: Callable[[], T]) -> T:
         """Return what `act` returns; it asks this store, and is asked again while errors pass by themselves.
 
         Args:
@@ -70,20 +70,20 @@ class Store:
             FileNotFoundError: There is no such file.
         """
         try:
-            return retry.retried(act, retry.OUTPUT_DEADLINE_S)
+            return retry.run_with_retries(act, retry.OUTPUT_DEADLINE_S)
         except Exception as error:  # every store has errors of its own
             self._raise_as_ours(error)
 
     def read(self, name: str) -> bytes:
-        """Return a whole file; raises as `ask`."""
-        data: bytes = self.ask(lambda: self.fs.cat_file(self.path(name)))
+        """Return a whole file; raises as `run_operation`."""
+        data: bytes = self.run_operation(lambda: self.fs.cat_file(self.path(name)))
         return data
 
     def write(self, name: str, data: bytes) -> None:
         """Put a whole file in one step: readers see all of it or nothing, also after a kill.
 
         Raises:
-            StorageError: As `ask`; or there is no such bucket, or no space left.
+            StorageError: As `run_operation`; or there is no such bucket, or no space left.
         """
         put = _put_local if self.is_local else self.fs.pipe_file
         self._put(lambda: put(self.path(name), data))
@@ -107,16 +107,16 @@ class Store:
             try:
                 self._create(name, data, mark)
             except Exception as error:
-                if not retry.is_taken(error):
+                if not retry.is_name_taken(error):
                     raise
-                if _is_s3(self.fs):
+                if is_s3(self.fs):
                     return self._is_marked(name, mark)
                 return attempts > 1 and self._holds(name, data)
             return True
 
         return self._put(attempt)
 
-    def refuse_unwritable(self) -> None:
+    def check_writable(self) -> None:
         """Check that files can be put here: locally by looking, elsewhere by putting one and deleting it.
 
         Raises:
@@ -127,42 +127,46 @@ class Store:
             self._refuse_unwritable_local()
             return
         try:
-            retry.retried(self._probe, retry.START_DEADLINE_S)
+            retry.run_with_retries(self._probe, retry.START_DEADLINE_S)
         except Exception as error:  # every store has errors of its own
-            if not retry.is_of_store(error):
+            if not retry.is_store_error(error):
                 raise
             problem = _why_unwritable(error)
             raise ConfigError(
-                f"output.uri: {mask_url(self.uri)} {problem} ({retry.kind_of(error)})"
+                f"output.uri: {mask_url(self.uri)} {problem} ({retry.describe_error(error)})"
             ) from None
 
-    def size(self, name: str) -> int | None:
-        """Return a file's size in bytes, or None when there is no such file; raises as `ask`."""
+    def get_size(self, name: str) -> int | None:
+        """Return a file's size in bytes, or None when there is no such file; raises as `run_operation`."""
         try:
-            found: int = self.ask(lambda: self._fresh_info(name))["size"]
+            found: int = self.run_operation(lambda: self._fresh_info(name))["size"]
         except FileNotFoundError:
             return None
         return found
 
-    def sizes(self, prefix: str = "") -> dict[str, int]:
+    def list_file_sizes(self, prefix: str = "") -> dict[str, int]:
         """Return {name relative to this folder: bytes} of every file below `prefix`, from one fresh listing.
 
-        Empty when `prefix` does not exist. Raises as `ask`.
+        Empty when `prefix` does not exist. Raises as `run_operation`.
         """
         try:
-            found = self.ask(lambda: self._fresh_listing(prefix))
+            found = self.run_operation(lambda: self._fresh_listing(prefix))
         except FileNotFoundError:
             return {}
         # An empty folder may be listed as itself for a while after its last file has gone.
         files = {path: info["size"] for path, info in found.items() if info["type"] != "directory"}
         return {path[len(self.root) + 1 :]: size for path, size in files.items()}
 
-    def names(self, prefix: str = "") -> list[str]:
+    def list_files(self, prefix: str = "") -> list[str]:
         """Return every file below `prefix`, relative to this folder; none when it does not exist."""
-        return list(self.sizes(prefix))
+        return list(self.list_file_sizes(prefix))
 
     def delete(self, names: list[str]) -> None:
-        """Delete files; one that is gone already is no error. Raises as `ask`, after trying every file."""
+        """Delete files; a file that does not exist is no error.
+
+        Raises:
+            StorageError: A file could not be deleted.
+        """
         if self.is_local or len(names) < 2:
             for name in names:
                 self._delete_one(name)
@@ -178,19 +182,20 @@ class Store:
             return self.path(table)
         return f"{storage_options.delta_uri(self.uri)}/{table}"
 
-    def delta_options(self, *, patient: bool = False) -> dict[str, str]:
+    def delta_options(self, *, with_retries: bool = False) -> dict[str, str]:
         """Return this store's options in deltalake's words, which polars understands too.
 
         Args:
-            patient: For deltalake alone: each request is tried as long as `ask` would, not for two seconds.
+            with_retries: For deltalake alone: each request is tried as long as `run_operation` would, not for
+                two seconds.
         """
         if self.is_local:
             return {}
-        return storage_options.for_delta(self.uri, self.options, patient=patient)
+        return storage_options.make_delta_options(self.uri, self.options, with_retries=with_retries)
 
     def _put(self, act: Callable[[], T]) -> T:
         try:
-            return self.ask(act)
+            return self.run_operation(act)
         except FileNotFoundError:
             if self.is_local:
                 raise
@@ -199,7 +204,7 @@ class Store:
 
     def _delete_one(self, name: str) -> None:
         try:
-            self.ask(lambda: self.fs.rm_file(self.path(name)))
+            self.run_operation(lambda: self.fs.rm_file(self.path(name)))
         except FileNotFoundError:
             return
 
@@ -215,7 +220,7 @@ class Store:
         return found
 
     def _create(self, name: str, data: bytes, mark: str) -> None:
-        more = {"Metadata": {_MARK: mark}} if _is_s3(self.fs) else {}
+        more = {"Metadata": {_MARK: mark}} if is_s3(self.fs) else {}
         self.fs.pipe_file(self.path(name), data, mode="create", **more)
 
     def _is_marked(self, name: str, mark: str) -> bool:
@@ -246,19 +251,21 @@ class Store:
             if self.is_local:
                 raise error
             raise FileNotFoundError(f"no such file in {mask_url(self.uri)}") from None
-        if retry.is_full(error):
+        if retry.is_out_of_space(error):
             problem = "no space is left; make room"
         elif retry.is_transient(error):
             problem = f"did not answer for {retry.OUTPUT_DEADLINE_S:g} s"
         elif retry.is_denied(error):
             remote = "refuses these credentials or lacks a permission; have they expired?"
             problem = "no permission" if self.is_local else remote
-        elif not self.is_local and retry.is_of_store(error):
+        elif not self.is_local and retry.is_store_error(error):
             problem = "cannot do what was asked"
         else:
             raise error
         place = mask_url(self.uri)
-        raise StorageError(f"output.uri: {place}: {problem} ({retry.kind_of(error)}). {_RESUME}") from None
+        raise StorageError(
+            f"output.uri: {place}: {problem} ({retry.describe_error(error)}). {_RESUME}"
+        ) from None
 
 
 def _put_local(path: str, data: bytes) -> None:

@@ -25,10 +25,10 @@ def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.Ab
         ConfigError: The URL's protocol is unknown or its package is not installed.
     """
     try:
-        fs, path = url_to_fs(uri, **storage_options.for_fsspec(uri, options or {}))
+        fs, path = url_to_fs(uri, **storage_options.make_fsspec_options(uri, options or {}))
     except (ValueError, ImportError) as error:
         raise ConfigError(f"cannot open {mask_url(uri)}: {error}") from None
-    if _is_s3(fs):
+    if is_s3(fs):
         fs.retries = 2  # each of them is three of botocore's; s3fs would make it five
     return fs, path.rstrip("/") or path
 
@@ -44,22 +44,23 @@ def file_checksum(info: dict[str, Any]) -> str:
     return str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")
 
 
-def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
+def fingerprint_files(files: Iterable[tuple[str, int, str]]) -> str:
     """Return a hash of (path, size, version) of all files; of a path the last part counts."""
-    return hash_of(f"{posixpath.basename(path)}\t{size}\t{version}" for path, size, version in files)
+    return hash_texts(f"{posixpath.basename(path)}\t{size}\t{version}" for path, size, version in files)
 
 
-def hash_of(texts: Iterable[str]) -> str:
+def hash_texts(texts: Iterable[str]) -> str:
     """Return 32 hexadecimal digits for a set of texts, whatever their order."""
     return hashlib.sha256("\n".join(sorted(texts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def utf8(text: str) -> str:
+def escape_invalid_utf8(text: str) -> str:
     """Return a path as tables and terminals can hold it: bytes that are no UTF-8 are spelled out."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+def is_s3(fs: fsspec.AbstractFileSystem) -> bool:
+    """Return whether a file system is an S3 store."""
     return "s3" in fs.protocol
 
 

@@ -59,7 +59,7 @@ def add(
         made.append(Decoded(record, tensor, np.zeros((patches, 3), np.int32)))
     receipt = write(extract(layers_of, made), dataset, partition_by, recipe, RUN)
     Committer(dataset, partition_by, carried, run_id=RUN, keep_versions_days=keep_days).commit([receipt])
-    return dataset.snapshot().version
+    return dataset.open_snapshot().version
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_every_reader_takes_the_folder_as_it_is_and_all_agree(dataset: Dataset, 
 def test_the_files_are_the_outputs_own_and_nothing_is_beside_them(dataset: Dataset, tmp_path: Path) -> None:
     featray.export(dataset, tmp_path / "plain")
     names = set(files_below(tmp_path / "plain"))
-    snapshot = dataset.snapshot()
+    snapshot = dataset.open_snapshot()
     own = {f"{table}/{file.path}" for table in ("features", "scans") for file in snapshot.files(table)}
     assert names == {*own, "export.json"}
     for name in own:
@@ -116,7 +116,7 @@ def test_the_files_are_the_outputs_own_and_nothing_is_beside_them(dataset: Datas
 def test_the_marker_says_what_the_folder_holds(dataset: Dataset, tmp_path: Path) -> None:
     found = featray.export(dataset, tmp_path / "plain")
     marker = json.loads((tmp_path / "plain" / "export.json").read_text())
-    snapshot = dataset.snapshot()
+    snapshot = dataset.open_snapshot()
     assert (marker["version"], marker["versions"]) == (snapshot.version, snapshot.versions)
     assert marker["recipes"] == {"r0": 3}
     assert marker["scans"] == {"ok": 3}
@@ -148,7 +148,7 @@ def test_an_older_version_is_exported_while_the_output_keeps_it(dataset: Dataset
 
 
 def test_a_version_whose_files_are_gone_is_told(dataset: Dataset, tmp_path: Path) -> None:
-    before = dataset.snapshot().version
+    before = dataset.open_snapshot().version
     add(dataset, ("a", 7, 1))
     with pytest.raises(ConfigError, match=r"kept for 0 days .*Leave the version out"):
         featray.export(dataset, tmp_path / "plain", before)
@@ -175,7 +175,7 @@ def test_an_output_refreshed_meanwhile_is_exported_as_one_version(
     last = 9.0 + overtaken
     expected = [("a", 0, [last, last + 1]), *ROWS[1:3], ("c", 0, [last, last + 1])]
     assert exported(tmp_path / "plain") == expected
-    assert found.version == dataset.snapshot().version
+    assert found.version == dataset.open_snapshot().version
     assert sorted(pd.read_parquet(tmp_path / "plain/scans")["scan_id"]) == ["a", "b", "c"]
     assert set(files_below(tmp_path / "plain")) == {*found.files, "export.json"}
 
@@ -263,7 +263,7 @@ def test_files_of_scans_that_lack_a_later_column_get_it(tmp_path: Path) -> None:
     dataset = Dataset(Store(str(tmp_path / "out")))
     add(dataset, *((f"a{number}", 1, 1) for number in range(4)))
     add(dataset, ("b", 2, 1), carried=["site"])
-    assert len(dataset.snapshot().files(SCANS)) == 2
+    assert len(dataset.open_snapshot().files(SCANS)) == 2
     featray.export(dataset, tmp_path / "plain")
     expected = {**{f"a{number}": None for number in range(4)}, "b": "site b"}
     scans = pl.read_parquet(f"{tmp_path}/plain/scans/*.parquet")
@@ -283,7 +283,7 @@ def test_further_partition_columns_are_further_folders(tmp_path: Path) -> None:
 
 
 def test_a_damaged_file_is_no_whole_export(dataset: Dataset, tmp_path: Path) -> None:
-    file = Path(dataset.store.root) / "features" / dataset.snapshot().files("features")[0].path
+    file = Path(dataset.store.root) / "features" / dataset.open_snapshot().files("features")[0].path
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(StorageError, match=r"1 files: features/layer=.*featray verify"):
         featray.export(dataset, tmp_path / "plain")
@@ -326,7 +326,7 @@ def test_within_one_object_store_nothing_secret_is_written_and_nothing_moves_thr
         watched.setattr(Store, "read", _only_scans(Store.read))
         featray.export(remote, f"{s3_folder}/plain")
     there = Store(f"{s3_folder}/plain", s3_options)
-    sizes, local_sizes = there.sizes(), files_below(tmp_path / "plain")
+    sizes, local_sizes = there.list_file_sizes(), files_below(tmp_path / "plain")
     del sizes["export.json"], local_sizes["export.json"]
     assert sizes == local_sizes
     local = Dataset(Store(str(tmp_path / "out")))
@@ -357,7 +357,7 @@ def test_the_command_answers_by_json_and_says_what_is_wrong(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = dataset.store.root
-    version = str(dataset.snapshot().version)
+    version = str(dataset.open_snapshot().version)
     command = ["export", place, str(tmp_path / "plain"), "--version", version, "--layer", "z_mean", "--json"]
     assert main(command) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])

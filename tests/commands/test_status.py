@@ -12,7 +12,7 @@ import pytest
 from featray.cli.main import main
 from featray.commands.status import status
 from featray.output.dataset import Dataset
-from featray.output.lease import FOLDER
+from featray.output.lease import LEASE_FOLDER
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.storage.store import Store
@@ -28,7 +28,7 @@ def dataset(tmp_path: Path) -> Dataset:
 def hold(dataset: Dataset, progress: dict[str, Any]) -> None:
     holder = {"run_id": "run-1", "host": "node-7", "machine": "m", "pid": 12, "since": "2026-11-26T22:00:00"}
     holder |= {"heartbeat": time.time() - 5, "progress": progress}
-    dataset.store.write(f"{FOLDER}/run-1.json", json.dumps(holder).encode())
+    dataset.store.write(f"{LEASE_FOLDER}/run-1.json", json.dumps(holder).encode())
 
 
 def commit(dataset: Dataset) -> None:

@@ -27,7 +27,7 @@ import yaml
 import featray
 from featray.commands.verify import verify
 from featray.output.dataset import FEATURES, SCANS, Dataset
-from featray.output.lease import FOLDER
+from featray.output.lease import LEASE_FOLDER
 from featray.storage.store import Store
 from kill.rounds import Round
 
@@ -212,7 +212,7 @@ def finish(config: Path, command: str) -> Any:
 
 def values(dataset: Dataset) -> Values:
     """Return all features; no row is there twice, and the ledger promises exactly these."""
-    snapshot = dataset.snapshot()
+    snapshot = dataset.open_snapshot()
     rows = snapshot.read(FEATURES, ("scan_id", "layer", "patch", "feature")).to_pylist()
     found = {(row["scan_id"], row["layer"], row["patch"]): row["feature"] for row in rows}
     assert len(found) == len(rows), "a row is there twice"
@@ -238,9 +238,9 @@ def assert_same(config: Path, expected: Values) -> None:
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
     for table in (FEATURES, SCANS):  # a plain reader of the folder sees the table and nothing else
-        on_disk = {name for name in dataset.store.names(table) if "/_delta_log/" not in name}
-        assert on_disk == {f"{table}/{file.path}" for file in dataset.snapshot().files(table)}
-    assert list(dataset.store.names(FOLDER)) == [], "a lease is left"
+        on_disk = {name for name in dataset.store.list_files(table) if "/_delta_log/" not in name}
+        assert on_disk == {f"{table}/{file.path}" for file in dataset.open_snapshot().files(table)}
+    assert list(dataset.store.list_files(LEASE_FOLDER)) == [], "a lease is left"
     assert verify(dataset).text().endswith("everything is in order")
 
 

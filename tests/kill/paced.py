@@ -99,9 +99,9 @@ def _slow_down(marker: str, nth: int) -> None:
 def _put_points(point: _Point) -> None:
     committer, table_log, store = Committer, TableLog, Store
     _before(committer, "commit", lambda: (time.sleep(COMMIT_S), point.pass_by("after files")))
-    _before(committer, "_apply", lambda: point.pass_by("before commit"))
-    _before(committer, "_delete", lambda: point.pass_by("after commit"))
-    _before(committer, "sweep", lambda: point.pass_by("before sweep"))
+    _before(committer, "_write_commit", lambda: point.pass_by("before commit"))
+    _before(committer, "_delete_superseded", lambda: point.pass_by("after commit"))
+    _before(committer, "delete_orphans", lambda: point.pass_by("before sweep"))
     _at_second_table(table_log, point)
     _amid_deletes(store, point)
 
@@ -117,13 +117,13 @@ def _before(kind: Any, name: str, step: Callable[[], object]) -> None:
 
 
 def _at_second_table(table_log: Any, point: _Point) -> None:
-    """The entry that owes nothing is the second of the two that make a commit."""
+    """The entry without a pending commit is the second of the two that make a commit."""
     original = table_log.append
 
-    def append(self: Any, *args: Any, owes: Any = None, **kwargs: Any) -> None:
-        if owes is None:
+    def append(self: Any, *args: Any, pending: Any = None, **kwargs: Any) -> None:
+        if pending is None:
             point.pass_by("between tables")
-        original(self, *args, owes=owes, **kwargs)
+        original(self, *args, pending=pending, **kwargs)
 
     table_log.append = append
 

@@ -99,7 +99,7 @@ def test_features_hold_the_contracts_columns_with_their_types(committed: Path) -
 
 def test_a_retried_writer_writes_the_same_file_again(dataset: Dataset) -> None:
     assert receipt(dataset, decoded("a", 1)).files == receipt(dataset, decoded("a", 1)).files
-    assert len(dataset.store.names("features")) == 2
+    assert len(dataset.store.list_files("features")) == 2
 
 
 def test_further_partition_columns_come_from_the_scans(dataset: Dataset) -> None:
@@ -137,5 +137,5 @@ def test_a_scan_the_model_cannot_take_costs_its_batch_neighbours_nothing() -> No
 
 
 def test_an_empty_output_has_an_empty_ledger(dataset: Dataset) -> None:
-    assert len(dataset.ledger()) == 0
-    assert isinstance(dataset.ledger(), pa.Table)
+    assert len(dataset.read_scans()) == 0
+    assert isinstance(dataset.read_scans(), pa.Table)

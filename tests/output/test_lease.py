@@ -16,10 +16,10 @@ import pytest
 
 from featray.errors import OutputBusyError, StorageError
 from featray.output import lease
-from featray.output.lease import FOLDER, STALE_S, Lease, refuse_if_held, running
+from featray.output.lease import LEASE_FOLDER, STALE_S, Lease, raise_if_locked, read_live_lease
 from featray.storage.store import Store
 
-OTHER = f"{FOLDER}/other.json"
+OTHER = f"{LEASE_FOLDER}/other.json"
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def plant(store: Store, **changes: Any) -> None:
 
 
 def held(store: Store) -> list[str]:
-    return store.names(FOLDER)
+    return store.list_files(LEASE_FOLDER)
 
 
 def test_a_second_run_is_refused_with_who_holds_the_output(store: Store) -> None:
@@ -56,7 +56,7 @@ def test_a_second_run_is_refused_with_who_holds_the_output(store: Store) -> None
 def test_the_lease_is_given_back_also_after_an_error(store: Store) -> None:
     def fail() -> None:
         with Lease(store, "first"):
-            assert held(store) == [f"{FOLDER}/first.json"]
+            assert held(store) == [f"{LEASE_FOLDER}/first.json"]
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
@@ -76,7 +76,7 @@ def test_a_lease_of_another_host_holds_while_its_heart_beats(store: Store) -> No
 def test_a_lease_without_heartbeat_is_taken_over(store: Store) -> None:
     plant(store, heartbeat=time.time() - STALE_S - 1)
     with Lease(store, "second"):
-        assert held(store) == [f"{FOLDER}/second.json"]
+        assert held(store) == [f"{LEASE_FOLDER}/second.json"]
 
 
 def test_a_lease_that_only_looks_stale_because_clocks_differ_holds(store: Store) -> None:
@@ -93,7 +93,7 @@ def test_a_lease_that_only_looks_stale_because_clocks_differ_holds(store: Store)
     thread.start()
     try:
         with pytest.raises(OutputBusyError):
-            refuse_if_held(store)
+            raise_if_locked(store)
     finally:
         stop.set()
         thread.join()
@@ -102,7 +102,7 @@ def test_a_lease_that_only_looks_stale_because_clocks_differ_holds(store: Store)
 def test_the_same_hostname_and_pid_in_another_container_is_not_this_machine(store: Store) -> None:
     plant(store, host=socket.gethostname(), pid=2**22 + 1)
     with pytest.raises(OutputBusyError):
-        refuse_if_held(store)
+        raise_if_locked(store)
 
 
 def test_a_killed_process_gives_its_lease_back_at_once(store: Store) -> None:
@@ -113,9 +113,9 @@ def test_a_killed_process_gives_its_lease_back_at_once(store: Store) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, store.uri], check=False)
-    assert held(store) == [f"{FOLDER}/killed.json"]
+    assert held(store) == [f"{LEASE_FOLDER}/killed.json"]
     with Lease(store, "second"):
-        assert held(store) == [f"{FOLDER}/second.json"]
+        assert held(store) == [f"{LEASE_FOLDER}/second.json"]
 
 
 def test_of_many_that_start_at_one_moment_at_most_one_holds_the_output(store: Store) -> None:
@@ -152,7 +152,7 @@ def test_a_run_whose_lease_was_taken_over_is_told_and_does_not_put_it_back(
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
     with Lease(store, "first") as first:
         first.check()
-        store.delete([f"{FOLDER}/first.json"])
+        store.delete([f"{LEASE_FOLDER}/first.json"])
         plant(store)
         time.sleep(0.2)
         with pytest.raises(OutputBusyError, match="taken over; run other on host elsewhere"):
@@ -168,9 +168,9 @@ def test_the_heart_goes_on_beating_after_the_store_was_away(
         with monkeypatch.context() as patch:
             patch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(OSError("away")))
             time.sleep(0.1)
-        before = store.read(f"{FOLDER}/first.json")
+        before = store.read(f"{LEASE_FOLDER}/first.json")
         time.sleep(0.2)
-        assert store.read(f"{FOLDER}/first.json") != before
+        assert store.read(f"{LEASE_FOLDER}/first.json") != before
         first.check()
 
 
@@ -194,28 +194,28 @@ def test_a_run_of_this_process_that_could_not_give_its_lease_back_holds_nothing(
         patch.setattr(Store, "delete", away)
         with pytest.raises(StorageError):
             first.__exit__(None, None, None)
-    assert held(store) == [f"{FOLDER}/first.json"]
+    assert held(store) == [f"{LEASE_FOLDER}/first.json"]
     with Lease(store, "second"):
-        assert held(store) == [f"{FOLDER}/second.json"]
+        assert held(store) == [f"{LEASE_FOLDER}/second.json"]
 
 
 def test_how_far_its_holder_is_can_be_read_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
-    assert running(store) is None
+    assert read_live_lease(store) is None
     with Lease(store, "first") as held_lease:
-        found = running(store)
+        found = read_live_lease(store)
         assert found is not None
         assert (found["run_id"], found["pid"], found["progress"]) == ("first", os.getpid(), {})
-        held_lease.tell(lambda: {"done": 3})
+        held_lease.set_progress_source(lambda: {"done": 3})
         until = time.monotonic() + 10
         while found["progress"] != {"done": 3} and time.monotonic() < until:
-            found = running(store) or found
+            found = read_live_lease(store) or found
     assert found["progress"] == {"done": 3}
-    assert running(store) is None
+    assert read_live_lease(store) is None
 
 
 def test_a_holder_elsewhere_is_running_as_long_as_its_heart_beats(store: Store) -> None:
     plant(store)
-    assert running(store) is not None
+    assert read_live_lease(store) is not None
     plant(store, heartbeat=time.time() - 2 * STALE_S)
-    assert running(store) is None
+    assert read_live_lease(store) is None

@@ -65,7 +65,7 @@ class Output:
         kept = self._keep_days
         committer = Committer(self.dataset, partition_by, ["site"], run_id=RUN, keep_versions_days=kept)
         committer.commit([receipt])
-        return self.dataset.snapshot().version
+        return self.dataset.open_snapshot().version
 
 
 @pytest.fixture
@@ -92,8 +92,8 @@ def test_ids_array_and_table_are_of_the_same_rows_in_order_of_scan_and_patch(out
     assert found.array[3].tolist() == [[3, 4, 5], [6, 7, 8]]
     assert found.table["patch"].to_pylist() == [0, 0, 1, 0]
     assert found.table["feature"].to_pylist() == [row.ravel().tolist() for row in found.array]
-    assert set(found.table.column_names) == {*output.dataset.snapshot().schema(FEATURES).names}
-    assert (found.version, found.recipe, found.layer) == (output.dataset.snapshot().version, "r0", "map")
+    assert set(found.table.column_names) == {*output.dataset.open_snapshot().schema(FEATURES).names}
+    assert (found.version, found.recipe, found.layer) == (output.dataset.open_snapshot().version, "r0", "map")
     assert (len(found), found.missing) == (4, [])
 
 
@@ -164,13 +164,13 @@ def test_only_wanted_scans_are_read_and_only_from_files_that_may_hold_them(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
-    original = Snapshot.fragments
+    original = Snapshot.make_fragments
 
     def watched(self: Snapshot, table: str, files: Any = None) -> Any:
         opened.extend(file.path for file in files or () if table == FEATURES)
         return original(self, table, files)
 
-    monkeypatch.setattr(Snapshot, "fragments", watched)
+    monkeypatch.setattr(Snapshot, "make_fragments", watched)
     found = featray.read(output.uri, "map", scan_ids=["c", "x", "a"])
     assert found.scan_ids.tolist() == ["a", "c"]
     assert found.array[:, 0, 0].tolist() == [1, 3]
@@ -286,7 +286,7 @@ def test_a_version_asked_for_stays_what_it_was(tmp_path: Path) -> None:
 
 
 def test_a_version_whose_files_are_gone_is_told(output: Output) -> None:
-    before = output.dataset.snapshot().version
+    before = output.dataset.open_snapshot().version
     output.add(decoded("a", 7))
     with pytest.raises(ConfigError, match=r"kept for 0 days .*Leave the version out"):
         featray.read(output.uri, "map", before)
@@ -296,17 +296,17 @@ def test_a_version_superseded_while_it_is_read_is_given_up_for_the_newest(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([10, 11, 12])
-    original = Dataset.snapshot
+    original = Dataset.open_snapshot
 
     def overtaken(self: Dataset, version: int | None = None) -> Snapshot:
         found = original(self, version)
         with monkeypatch.context() as undisturbed:
-            undisturbed.setattr(Dataset, "snapshot", original)
+            undisturbed.setattr(Dataset, "open_snapshot", original)
             if (value := next(values, None)) is not None:
                 output.add(decoded("a", value))
         return found
 
-    monkeypatch.setattr(Dataset, "snapshot", overtaken)
+    monkeypatch.setattr(Dataset, "open_snapshot", overtaken)
     found = featray.read(output.uri, "one")
     assert found.array.tolist() == [12, 2, 2, 3]
 
@@ -334,7 +334,7 @@ def test_every_read_beside_a_refresh_shows_one_commit(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_missing_or_damaged_is_told_with_what_to_do(output: Output) -> None:
-    (path,) = [file.path for file in output.dataset.snapshot().files(FEATURES) if "map" in file.path][:1]
+    (path,) = [file.path for file in output.dataset.open_snapshot().files(FEATURES) if "map" in file.path][:1]
     file = Path(output.uri) / FEATURES / path
     content = file.read_bytes()
     for broken in (content[:-20], content[:40] + b"\xff" * 200 + content[240:]):
@@ -348,12 +348,12 @@ def test_a_file_that_is_missing_or_damaged_is_told_with_what_to_do(output: Outpu
 
 
 def test_a_row_whose_width_is_not_its_shapes_is_refused(output: Output) -> None:
-    snapshot = output.dataset.snapshot()
+    snapshot = output.dataset.open_snapshot()
     rows = snapshot.read(FEATURES, None, pads.field("layer") == "map")
     short = pa.array([[1.0]] * len(rows), rows.schema.field("feature").type)
     rows = rows.set_column(rows.schema.get_field_index("feature"), "feature", short).drop_columns(["layer"])
     rows = rows.set_column(0, "scan_id", pa.array([f"w{row}" for row in range(len(rows))]))
-    file = output.dataset.put(FEATURES, {"layer": "map"}, rows, RUN)
+    file = output.dataset.write_file(FEATURES, {"layer": "map"}, rows, RUN)
     output.commit(Receipt((file,), (decoded("w0", 0).record,)))
     with pytest.raises(FeatrayError, match="another number of values than its shape says"):
         featray.read(output.uri, "map")

@@ -65,17 +65,17 @@ def values(dataset: Dataset) -> dict[str, float]:
 
 
 def statuses(dataset: Dataset) -> dict[str, str]:
-    rows = dataset.ledger(("scan_id", "status")).to_pylist()
+    rows = dataset.read_scans(("scan_id", "status")).to_pylist()
     assert len({row["scan_id"] for row in rows}) == len(rows), "a scan is there twice"
     return {row["scan_id"]: row["status"] for row in rows}
 
 
 def on_disk(dataset: Dataset, table: str = FEATURES) -> set[str]:
-    return {name for name in dataset.store.names(table) if "/_delta_log/" not in name}
+    return {name for name in dataset.store.list_files(table) if "/_delta_log/" not in name}
 
 
 def live(dataset: Dataset, table: str = FEATURES) -> set[str]:
-    return {f"{table}/{file.path}" for file in dataset.snapshot().files(table)}
+    return {f"{table}/{file.path}" for file in dataset.open_snapshot().files(table)}
 
 
 def assert_in_order(dataset: Dataset) -> None:
@@ -126,7 +126,7 @@ def test_a_failed_scan_that_is_ok_now_has_one_row(dataset: Dataset) -> None:
 def test_forgotten_scans_are_in_neither_table(dataset: Dataset) -> None:
     committer = committer_of(dataset)
     committer.commit([receipt(dataset, decoded("a", 1), decoded("b", 2)), failed("c")])
-    committer.forget(["a", "c", "never-there"])
+    committer.delete_scans(["a", "c", "never-there"])
     assert values(dataset) == {"b": 2}
     assert statuses(dataset) == {"b": "ok"}
     assert_in_order(dataset)
@@ -137,7 +137,7 @@ def test_forgotten_scans_are_in_neither_table(dataset: Dataset) -> None:
 def test_forgetting_every_scan_leaves_empty_tables(dataset: Dataset) -> None:
     committer = committer_of(dataset)
     committer.commit([receipt(dataset, decoded("a", 1), decoded("b", 2))])
-    committer.forget(["a", "b"])
+    committer.delete_scans(["a", "b"])
     assert (values(dataset), statuses(dataset)) == ({}, {})
     assert_in_order(dataset)
 
@@ -161,7 +161,7 @@ def test_a_missing_file_stops_the_commit_before_anything_is_visible(dataset: Dat
     dataset.store.delete([f"features/{lost.files[0].path}"])
     with pytest.raises(FileNotFoundError, match="nothing was committed"):
         committer.commit([lost])
-    assert len(dataset.ledger()) == 0
+    assert len(dataset.read_scans()) == 0
 
 
 def test_a_damaged_file_in_the_way_names_the_command_that_mends(dataset: Dataset) -> None:
@@ -200,7 +200,7 @@ def steps_until_killed(work: Callable[[], None], monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(TableLog, "append", step(step(TableLog.append, True), False))
         patch.setattr(Store, "delete", step(Store.delete, True))
-        patch.setattr(Dataset, "put", step(Dataset.put, False))
+        patch.setattr(Dataset, "write_file", step(Dataset.write_file, False))
         try:
             work()
         except Killed:
@@ -215,7 +215,7 @@ CHANGES: dict[str, Callable[[Committer, Dataset], None]] = {
     "mixed": lambda c, d: c.commit(
         [failed("a"), receipt(d, decoded("b", 5), decoded("new", 6)), failed("y")]
     ),
-    "forgotten": lambda c, d: c.forget(["a", "x"]),
+    "forgotten": lambda c, d: c.delete_scans(["a", "x"]),
     "compacted": lambda c, d: c.compact(2) and None,
 }
 
@@ -235,7 +235,7 @@ def test_a_kill_at_any_step_of_any_change_leaves_both_tables_in_agreement(
         assert seen[0].keys() == {scan for scan, status in seen[1].items() if status == "ok"}
         after = committer_of(dataset, LATER)
         assert (values(dataset), statuses(dataset)) == seen, "mending changed what readers see"
-        after.sweep()
+        after.delete_orphans()
         assert_in_order(dataset)
         if not killed:
             assert kill_at > 3
@@ -258,7 +258,7 @@ def test_readers_of_the_log_alone_never_see_an_ok_scan_without_its_rows(
     monkeypatch.setattr(TableLog, "append", watched)
     committer.commit([receipt(dataset, decoded("a", 1), decoded("b", 2))])
     committer.commit([failed("a"), receipt(dataset, decoded("b", 3), decoded("c", 4))])
-    committer.forget(["b"])
+    committer.delete_scans(["b"])
     assert moments == [True] * 8
 
 
@@ -270,7 +270,7 @@ def test_files_of_a_killed_writer_are_invisible_and_go_at_the_next_start(dataset
     dataset.store.write(f"runs/{RUN}/run.json.{'0' * 32}.tmp", b"half")
     dataset.store.write("features/_delta_log/_commit_1234.json.tmp", b"half")
     assert "lost" not in values(dataset)
-    assert len(committer_of(dataset, LATER).sweep()) == 5
+    assert len(committer_of(dataset, LATER).delete_orphans()) == 5
     assert_in_order(dataset)
 
 
@@ -280,8 +280,8 @@ def test_files_that_no_run_writes_are_left_alone(dataset: Dataset) -> None:
     foreign = ["features/notes.txt", "features/layer=map/mine.parquet", "scans/part-mine.parquet"]
     for name in foreign:
         dataset.store.write(name, b"mine")
-    assert committer.sweep() == []
-    assert all(dataset.store.size(name) == 4 for name in foreign)
+    assert committer.delete_orphans() == []
+    assert all(dataset.store.get_size(name) == 4 for name in foreign)
 
 
 # Two drivers
@@ -299,15 +299,19 @@ def test_a_second_driver_that_planned_on_the_same_version_cannot_commit(dataset:
 def test_a_driver_that_lost_its_lease_commits_and_deletes_nothing(dataset: Dataset) -> None:
     is_lost = False
 
-    def still_ours() -> None:
+    def check_lease() -> None:
         if is_lost:
             raise OutputBusyError("taken over")
 
-    committer = committer_of(dataset, still_ours=still_ours)
+    committer = committer_of(dataset, check_lease=check_lease)
     committer.commit([receipt(dataset, decoded("a", 1))])
     fresh = receipt(dataset, decoded("b", 2))
     before, is_lost = on_disk(dataset), True
-    for work in (lambda: committer.commit([fresh]), committer.sweep, lambda: committer.forget(["a"])):
+    for work in (
+        lambda: committer.commit([fresh]),
+        committer.delete_orphans,
+        lambda: committer.delete_scans(["a"]),
+    ):
         with pytest.raises(OutputBusyError):
             work()
     assert (on_disk(dataset), values(dataset)) == (before, {"a": 1})
@@ -316,7 +320,7 @@ def test_a_driver_that_lost_its_lease_commits_and_deletes_nothing(dataset: Datas
 def test_a_driver_that_slept_until_its_log_entries_were_trimmed_is_refused(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delta_log, "KEPT_ENTRIES", 10)
+    monkeypatch.setattr(delta_log, "MIN_LOG_ENTRIES", 10)
     asleep = committer_of(dataset)
     awake = committer_of(dataset, LATER)
     for n in range(120):
@@ -353,7 +357,7 @@ def test_a_commit_whose_connection_broke_is_made_again_and_counts_once(
 ) -> None:
     from deltalake import DeltaTable
 
-    original, looked = DeltaTable.create_write_transaction, TableLog._is_written
+    original, looked = DeltaTable.create_write_transaction, TableLog._is_entry_written
     calls, late = [], []
 
     def broken_once(self: DeltaTable, *args: Any, **kwargs: Any) -> None:
@@ -372,13 +376,13 @@ def test_a_commit_whose_connection_broke_is_made_again_and_counts_once(
 
     committer = committer_of(dataset)
     monkeypatch.setattr(DeltaTable, "create_write_transaction", broken_once)
-    monkeypatch.setattr(TableLog, "_is_written", then_it_arrives)
+    monkeypatch.setattr(TableLog, "_is_entry_written", then_it_arrives)
     committer.commit([receipt(dataset, decoded("a", 1))])
     monkeypatch.undo()
     assert len(calls) == 3, "features twice, scans once"
     committer.commit([receipt(dataset, decoded("b", 2))])
     assert values(dataset) == {"a": 1, "b": 2}
-    assert dataset.snapshot().version == 2
+    assert dataset.open_snapshot().version == 2
 
 
 @pytest.mark.parametrize("arrives", [False, True], ids=["it never arrives", "only the answer is lost"])
@@ -403,14 +407,14 @@ def test_a_table_is_altered_once_though_the_connection_breaks(
     monkeypatch.setattr(TableAlterer, method, broken_once)
     change = {
         "add_columns": lambda: log.add_columns(["site"]),
-        "set_table_properties": lambda: log.set_keep_days(3),
+        "set_table_properties": lambda: log.set_retention_days(3),
     }
     change[method]()
     assert len(calls) == (1 if arrives else 2)
     assert log.version == 1
     again = TableLog.open(dataset.store, SCANS)
     assert again is not None
-    assert ("site" in again.schema.names, again.keep_days) == (
+    assert ("site" in again.schema.names, again.retention_days) == (
         (True, 0) if method == "add_columns" else (False, 3)
     )
 
@@ -454,17 +458,17 @@ def test_with_versions_kept_an_older_version_can_be_read_until_it_is_too_old(
 ) -> None:
     committer = committer_of(dataset, keep_versions_days=1)
     committer.commit([receipt(dataset, decoded("a", 1), decoded("b", 2))])
-    earlier = dataset.snapshot()
+    earlier = dataset.open_snapshot()
     committer.commit([failed("x")])
     committer.commit([receipt(dataset, decoded("a", 9))])
-    committer.forget(["b"])
-    assert committer.sweep() == []
+    committer.delete_scans(["b"])
+    assert committer.delete_orphans() == []
     assert vacuum(dataset).deleted == 0
 
-    again = dataset.snapshot(earlier.version)
+    again = dataset.open_snapshot(earlier.version)
     rows = again.read(FEATURES, ("scan_id", "feature"), pads.field("layer") == "z_mean").to_pylist()
     assert {row["scan_id"]: row["feature"][0] for row in rows} == {"a": 1, "b": 2}
-    assert again.ledger(("scan_id",))["scan_id"].to_pylist() == ["a", "b"]
+    assert again.read_scans(("scan_id",))["scan_id"].to_pylist() == ["a", "b"]
     assert values(dataset) == {"a": 9}
 
     now = time.time()
@@ -476,19 +480,19 @@ def test_with_versions_kept_an_older_version_can_be_read_until_it_is_too_old(
 def test_a_version_that_is_gone_says_how_long_versions_are_kept(dataset: Dataset) -> None:
     committer_of(dataset).commit([receipt(dataset, decoded("a", 1))])
     with pytest.raises(ConfigError, match=r"no version 99.*kept for 0 days"):
-        dataset.snapshot(99)
+        dataset.open_snapshot(99)
 
 
 def test_the_keeping_of_versions_can_be_changed_later(dataset: Dataset) -> None:
     committer_of(dataset)
-    assert dataset.snapshot().keep_days == 0
+    assert dataset.open_snapshot().retention_days == 0
     committer_of(dataset, keep_versions_days=2.5)
-    assert dataset.snapshot().keep_days == 2.5
-    before = dataset.snapshot().versions
+    assert dataset.open_snapshot().retention_days == 2.5
+    before = dataset.open_snapshot().versions
     committer_of(dataset, keep_versions_days=2.5)
-    assert dataset.snapshot().versions == before
+    assert dataset.open_snapshot().versions == before
     committer_of(dataset, keep_versions_days=0)
-    assert dataset.snapshot().keep_days == 0
+    assert dataset.open_snapshot().retention_days == 0
 
 
 def test_compaction_moves_rows_and_changes_none(dataset: Dataset) -> None:
@@ -508,7 +512,7 @@ def test_compaction_moves_rows_and_changes_none(dataset: Dataset) -> None:
 def test_compaction_keeps_partitions_and_the_size_of_files(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(commit_module, "FILE_BYTES", 12_000)
+    monkeypatch.setattr(commit_module, "TARGET_FILE_BYTES", 12_000)
     by = ("layer", "site")
     committer = Committer(dataset, by, ["site"], run_id=RUN)
     for n in range(16):
@@ -516,7 +520,7 @@ def test_compaction_keeps_partitions_and_the_size_of_files(
         scan.record.columns["site"] = "AB"[n % 2]
         committer.commit([receipt(dataset, scan, partition_by=by)])
     committer.compact(at_least=2)
-    sizes = [file.size for file in dataset.snapshot().files(FEATURES)]
+    sizes = [file.size for file in dataset.open_snapshot().files(FEATURES)]
     assert 4 < len(sizes) < 32
     assert max(sizes) < 12_000
     found = pl.scan_delta(str(dataset.store.path("features"))).collect()
@@ -527,7 +531,7 @@ def test_compaction_keeps_partitions_and_the_size_of_files(
 def test_the_ledger_stays_in_few_files_and_its_log_is_trimmed(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(delta_log, "KEPT_ENTRIES", 50)
+    monkeypatch.setattr(delta_log, "MIN_LOG_ENTRIES", 50)
     committer = committer_of(dataset)
     for n in range(305):
         committer.commit([failed(f"s{n:04}")])
@@ -535,7 +539,8 @@ def test_the_ledger_stays_in_few_files_and_its_log_is_trimmed(
     assert len(live(dataset, SCANS)) <= 9
     for table in (FEATURES, SCANS):
         assert (
-            len([name for name in dataset.store.names(f"{table}/_delta_log") if name.endswith("json")]) < 210
+            len([name for name in dataset.store.list_files(f"{table}/_delta_log") if name.endswith("json")])
+            < 210
         )
     assert_in_order(dataset)
 

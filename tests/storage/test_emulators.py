@@ -66,15 +66,15 @@ def test_a_collection_in_a_cloud_gives_the_same_values(
 def test_files_in_a_cloud_are_put_read_listed_and_deleted(cloud: Cloud) -> None:
     bucket, options = cloud
     store = Store(f"{bucket}/out", options)
-    store.refuse_unwritable()
-    assert (store.names(), store.size("a/b")) == ([], None)
+    store.check_writable()
+    assert (store.list_files(), store.get_size("a/b")) == ([], None)
     store.write("a/b", b"12")
     store.write("a/b", b"123")
-    assert (store.sizes(), store.read("a/b")) == ({"a/b": 3}, b"123")
+    assert (store.list_file_sizes(), store.read("a/b")) == ({"a/b": 3}, b"123")
     assert [store.create("c", b"1"), store.create("c", b"2")] == [True, False]
     assert store.read("c") == b"1"
     store.delete(["a/b", "c", "gone"])
-    assert store.names() == []
+    assert store.list_files() == []
     with pytest.raises(FileNotFoundError):
         store.read("a/b")
 
@@ -82,7 +82,7 @@ def test_files_in_a_cloud_are_put_read_listed_and_deleted(cloud: Cloud) -> None:
 def test_a_bucket_that_is_missing_is_refused_before_work(cloud: Cloud) -> None:
     bucket, options = cloud
     with pytest.raises(ConfigError, match="make the bucket or container"):
-        Store(f"{bucket}-missing/out", options).refuse_unwritable()
+        Store(f"{bucket}-missing/out", options).check_writable()
 
 
 def values(store: Store) -> dict[tuple[str, str], list[float]]:

@@ -65,9 +65,9 @@ def assert_same(found: Features, expected: Features) -> None:
 
 def assert_tidy(store: Store) -> None:
     """Check that a run has left neither a lease nor a data file that no table holds."""
-    names = store.names()
+    names = store.list_files()
     assert not [name for name in names if "lease" in name or "write-check" in name]
-    snapshot = Dataset(store).snapshot()
+    snapshot = Dataset(store).open_snapshot()
     live = {f"{table}/{file.path}" for table in ("features", "scans") for file in snapshot.files(table)}
     data = {name for name in names if name.startswith(("features/", "scans/")) and "_delta_log" not in name}
     assert data == live
@@ -102,7 +102,7 @@ def test_a_job_on_s3_gives_the_same_values_and_resumes(
     assert_tidy(store)
     table = pl.scan_delta(store.delta_uri("features"), storage_options=store.delta_options()).collect()
     assert len(table) == len(expected)
-    everything = b"".join(store.read(name) for name in store.names())
+    everything = b"".join(store.read(name) for name in store.list_files())
     assert SECRET.encode() not in everything
     assert KEY.encode() not in everything
 
@@ -282,7 +282,7 @@ def test_two_drivers_with_a_broken_lease_are_kept_apart_by_the_log(
     expected: Features,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("featray.checks.refuse_if_held", lambda store: None)
+    monkeypatch.setattr("featray.checks.raise_if_locked", lambda store: None)
     monkeypatch.setattr(Lease, "__enter__", lambda self: self)
     monkeypatch.setattr(Lease, "__exit__", lambda self, *_: None)
     monkeypatch.setattr(Lease, "check", lambda self: None)
@@ -317,13 +317,13 @@ def test_thousands_of_objects_are_listed_and_deleted(
     store, count = Store(s3_folder, s3_options), 2_100  # the server gives a thousand a page
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda n: store.write(f"ct/{n:05}.nii.gz", b"%d" % n), range(count)))
-    sizes = store.sizes("ct")
+    sizes = store.list_file_sizes("ct")
     assert len(sizes) == count
     assert sizes["ct/02099.nii.gz"] == 4
     scans = list_scans(SourceConfig(uri=f"{s3_folder}/ct", storage_options=s3_options)).scans
     assert [scan.scan_id for scan in scans] == [f"{n:05}.nii.gz" for n in range(count)]
-    store.delete(store.names("ct"))
-    assert store.names() == []
+    store.delete(store.list_files("ct"))
+    assert store.list_files() == []
 
 
 ODD = [

@@ -121,32 +121,32 @@ def store(tmp_path: Path) -> Store:
     return Store(f"memory://{tmp_path.name}/out")
 
 
-@pytest.mark.parametrize("error", PASSING, ids=lambda error: retry.kind_of(error))
+@pytest.mark.parametrize("error", PASSING, ids=lambda error: retry.describe_error(error))
 def test_an_error_that_passes_is_tried_again_until_it_has(error: Exception) -> None:
     act = Failing(error, error, then="answer")
-    assert retry.retried(act, deadline_s=5) == "answer"
+    assert retry.run_with_retries(act, deadline_s=5) == "answer"
     assert act.calls == 3
 
 
-@pytest.mark.parametrize("error", LASTING, ids=lambda error: retry.kind_of(error))
+@pytest.mark.parametrize("error", LASTING, ids=lambda error: retry.describe_error(error))
 def test_an_error_that_stays_is_not_tried_again(error: Exception) -> None:
     act = Failing(error, then="answer")
     with pytest.raises(type(error)):
-        retry.retried(act, deadline_s=5)
+        retry.run_with_retries(act, deadline_s=5)
     assert act.calls == 1
 
 
 def test_waiting_grows_and_ends_at_the_deadline() -> None:
     act, start = Failing(ConnectionResetError()), time.monotonic()
     with pytest.raises(ConnectionResetError):
-        retry.retried(act, deadline_s=0.5)
+        retry.run_with_retries(act, deadline_s=0.5)
     assert 4 <= act.calls <= 12  # waits of up to 10, 20, 40, 80, 160, 320 ms, each at least half of that
     assert time.monotonic() - start < 0.6
 
 
-@pytest.mark.parametrize("error", [*PASSING, *LASTING], ids=lambda error: retry.kind_of(error))
+@pytest.mark.parametrize("error", [*PASSING, *LASTING], ids=lambda error: retry.describe_error(error))
 def test_what_an_error_is_called_holds_nothing_of_its_text(error: Exception) -> None:
-    kind = retry.kind_of(error)
+    kind = retry.describe_error(error)
     assert kind
     assert "PLANTED" not in kind
     assert "bucket" not in kind
@@ -158,8 +158,8 @@ def test_what_an_error_is_called_holds_nothing_of_its_text(error: Exception) -> 
         lambda store: store.read("a"),
         lambda store: store.write("a", b""),
         lambda store: store.create("a", b""),
-        lambda store: store.size("a"),
-        lambda store: store.names(),
+        lambda store: store.get_size("a"),
+        lambda store: store.list_files(),
         lambda store: store.delete(["a"]),
         lambda store: store.delete(["a", "b"]),
     ],
@@ -208,15 +208,20 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("where", ["{tmp_path}/out", "memory://{tmp_path}/out"])
 def test_files_are_put_read_listed_and_deleted(where: str, tmp_path: Path) -> None:
     store = Store(where.format(tmp_path=tmp_path))
-    assert (store.names(), store.sizes(), store.size("a/b"), store.names("a")) == ([], {}, None, [])
+    assert (store.list_files(), store.list_file_sizes(), store.get_size("a/b"), store.list_files("a")) == (
+        [],
+        {},
+        None,
+        [],
+    )
     store.write("a/b", b"12")
     store.write("a/b", b"123")
     store.write("c", b"1")
-    assert store.sizes() == {"a/b": 3, "c": 1}
-    assert (store.names("a"), store.size("a/b"), store.read("a/b")) == (["a/b"], 3, b"123")
+    assert store.list_file_sizes() == {"a/b": 3, "c": 1}
+    assert (store.list_files("a"), store.get_size("a/b"), store.read("a/b")) == (["a/b"], 3, b"123")
     assert [store.create("d", b"1"), store.create("d", b"2")] == [True, False]
     store.delete(["a/b", "c", "d", "gone"])
-    assert store.names() == []
+    assert store.list_files() == []
     with pytest.raises(FileNotFoundError):
         store.read("a/b")
 
@@ -235,7 +240,7 @@ def test_of_many_who_create_one_local_file_one_wins(
             )
             assert sum(won) == 1
             assert Store(str(tmp_path)).read(f"{round_}") == b"%d" % won.index(True)
-    assert len(Store(str(tmp_path)).names()) == 20
+    assert len(Store(str(tmp_path)).list_files()) == 20
 
 
 def test_a_create_whose_answer_was_lost_knows_its_own_bytes(
@@ -257,8 +262,8 @@ def test_a_create_whose_answer_was_lost_knows_its_own_bytes(
 
 
 def test_a_probe_of_a_remote_output_leaves_nothing(store: Store) -> None:
-    store.refuse_unwritable()
-    assert store.names() == []
+    store.check_writable()
+    assert store.list_files() == []
 
 
 @pytest.mark.parametrize(
@@ -276,7 +281,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_work(
 ) -> None:
     monkeypatch.setattr(store.fs, "pipe_file", Failing(error))
     with pytest.raises(ConfigError, match=says) as raised:
-        store.refuse_unwritable()
+        store.check_writable()
     assert "PLANTED" not in str(raised.value)
 
 
@@ -312,12 +317,12 @@ def test_a_scan_that_cannot_be_fetched_fails_as_storage(
 
 def test_what_the_user_says_of_time_limits_goes_before_ours() -> None:
     given = {"key": "k", "config_kwargs": {"read_timeout": 300, "max_pool_connections": 5}}
-    options = storage_options.for_fsspec("s3://bucket", given)
+    options = storage_options.make_fsspec_options("s3://bucket", given)
     assert options["key"] == "k"
     assert options["config_kwargs"]["read_timeout"] == 300
     assert options["config_kwargs"]["max_pool_connections"] == 5
     assert options["config_kwargs"]["connect_timeout"] == 5
-    assert storage_options.for_fsspec("gs://bucket", {"token": "anon"}) == {"token": "anon"}
+    assert storage_options.make_fsspec_options("gs://bucket", {"token": "anon"}) == {"token": "anon"}
 
 
 @pytest.mark.parametrize(
@@ -359,14 +364,16 @@ def test_options_are_given_once_and_said_in_the_logs_words(
     uri: str, given: dict[str, Any], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
-    assert storage_options.for_delta(uri, given) == expected
-    patient = storage_options.for_delta(uri, given, patient=True)
-    assert patient == expected | {name: patient[name] for name in patient.keys() - expected.keys()}
-    assert patient["max_retries"] == "1000"
+    assert storage_options.make_delta_options(uri, given) == expected
+    with_retries = storage_options.make_delta_options(uri, given, with_retries=True)
+    assert with_retries == expected | {
+        name: with_retries[name] for name in with_retries.keys() - expected.keys()
+    }
+    assert with_retries["max_retries"] == "1000"
 
 
 def test_nobody_asks_for_a_token_when_google_is_read_anonymously() -> None:
-    options = storage_options.for_delta("gs://b", {"token": "anon", "endpoint_url": "http://h:1"})
+    options = storage_options.make_delta_options("gs://b", {"token": "anon", "endpoint_url": "http://h:1"})
     key = json.loads(options["google_service_account_key"])
     assert key["disable_oauth"] is True
     assert (key["gcs_base_url"], options["allow_http"]) == ("http://h:1", "true")

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from featray.commands.verify.findings import Fault, Kind
 from featray.errors import StorageError
-from featray.output.dataset import written_by
+from featray.output.dataset import parse_run_id
 from featray.schema import DataFile
 from featray.storage import retry
 from featray.storage.store import Store
@@ -53,7 +53,7 @@ def open_file(store: Store, table: str, file: DataFile) -> pq.ParquetFile:
         detail = f"{file.path}: {len(data)} bytes, the log says {file.size}"
         raise BrokenFileError(Kind.TRUNCATED_FILE, detail)
     named = _HASH.search(file.path)
-    if named and written_by(file.path) and hashlib.sha256(data).hexdigest()[:16] != named[1]:
+    if named and parse_run_id(file.path) and hashlib.sha256(data).hexdigest()[:16] != named[1]:
         raise BrokenFileError(Kind.CHANGED_FILE, f"{file.path}: its name holds the hash of other bytes")
     try:
         return pq.ParquetFile(pa.BufferReader(data))
@@ -153,8 +153,8 @@ def _bytes(store: Store, name: str) -> bytes:
     except FileNotFoundError:
         raise BrokenFileError(Kind.MISSING_FILE, name) from None
     except (StorageError, OSError) as error:  # one file that is refused must not end the reading,
-        store.size(name)  # but a store that answers nothing any more does: then this raises, too
-        kind = retry.kind_of(error.__context__ or error)
+        store.get_size(name)  # but a store that answers nothing any more does: then this raises, too
+        kind = retry.describe_error(error.__context__ or error)
         raise BrokenFileError(Kind.NO_ACCESS, f"{name}: {kind}") from None
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from featray.commands.verify.findings import Fault, Findings, Kind
 from featray.errors import OutputBusyError
-from featray.output.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, written_by
+from featray.output.dataset import FEATURES, RUNS, SCANS, Dataset, Snapshot, parse_run_id
 from featray.output.delta_log import LOG
-from featray.output.lease import refuse_if_held
+from featray.output.lease import raise_if_locked
 from featray.output.orphans import find_orphans, list_output_files
 
 
@@ -20,10 +20,10 @@ def look_for_strays(dataset: Dataset, snapshot: Snapshot, findings: Findings) ->
     listed = list_output_files(dataset.store)
     notes = _foreign({table: listed[table] for table in (FEATURES, SCANS)}, snapshot, findings)
     try:
-        refuse_if_held(dataset.store)
+        raise_if_locked(dataset.store)
     except OutputBusyError as error:
         return [*notes, f"orphans were not looked for, files of a run at work look the same: {error}"]
-    orphans = find_orphans(listed, dataset.snapshot(), snapshot)
+    orphans = find_orphans(listed, dataset.open_snapshot(), snapshot)
     for folder in (FEATURES, SCANS, RUNS):
         _orphans(dataset, folder, orphans[folder], findings)
     return notes
@@ -31,7 +31,7 @@ def look_for_strays(dataset: Dataset, snapshot: Snapshot, findings: Findings) ->
 
 def _orphans(dataset: Dataset, table: str, names: Sequence[str], findings: Findings) -> None:
     for name in names:
-        if dataset.store.size(name) is not None:  # a run that ended meanwhile may have tidied up
+        if dataset.store.get_size(name) is not None:  # a run that ended meanwhile may have tidied up
             findings.add(Fault(Kind.ORPHAN), table, path=name.removeprefix(f"{table}/"))
 
 
@@ -42,7 +42,7 @@ def _foreign(listed: Mapping[str, Sequence[str]], snapshot: Snapshot, findings: 
         live = {file.path for file in snapshot.files(table)}
         for name in names:
             path = name.removeprefix(f"{table}/")
-            if path in live or path.startswith(f"{LOG}/") or written_by(name) is not None:
+            if path in live or path.startswith(f"{LOG}/") or parse_run_id(name) is not None:
                 continue
             if any(part.startswith(("_", ".")) for part in path.split("/")):
                 hidden.append(name)

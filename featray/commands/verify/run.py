@@ -121,7 +121,7 @@ def _mend(dataset: Dataset, forget_damaged: bool, show: bool) -> list[str]:
             mended.append("finished a commit that a run was killed in")
         if forget_damaged:
             mended += _forget(committer, _read_back(dataset, show)[1])
-        orphans = committer.sweep()
+        orphans = committer.delete_orphans()
     if orphans:
         more = ", …" if len(orphans) > 1 else ""
         mended.append(f"deleted orphans: {len(orphans)} ({orphans[0]}{more})")
@@ -135,7 +135,7 @@ def _forget(committer: Committer, findings: Findings) -> list[str]:
         return []
     if any(finding.kind is Kind.NO_ACCESS for finding in findings.listed()):
         return ["nothing was taken out: the store refuses files, and what they hold must be known first"]
-    committer.forget(damage.scan_ids, damage.broken)
+    committer.delete_scans(damage.scan_ids, damage.broken)
     scans, files = len(damage.scan_ids), sum(map(len, damage.broken.values()))
     return [
         f"took what is damaged out of both tables (scans: {scans}, files: {files}); the next "
@@ -146,7 +146,7 @@ def _forget(committer: Committer, findings: Findings) -> list[str]:
 def _read_back(dataset: Dataset, show: bool) -> tuple[Verification, Findings]:
     """Read one commit back; begin again when a run deletes it meanwhile."""
     for _ in range(LOOKS):
-        snapshot = dataset.snapshot()
+        snapshot = dataset.open_snapshot()
         reading = _Reading(dataset, snapshot, show)
         try:
             return reading.run(), reading.findings
@@ -185,7 +185,7 @@ class _Reading:
                 rows[layer] = self._layer(layer, files, books, facts)
         books.settle(broken_scans, self.findings)
         notes = look_for_strays(self.dataset, self.snapshot, self.findings)
-        return self._verdict(ledger, rows, ([_OWED] if self.snapshot.owed else []) + notes)
+        return self._verdict(ledger, rows, ([_OWED] if self.snapshot.pending else []) + notes)
 
     def _ledger(self) -> tuple[Ledger, _Broken]:
         further = self.snapshot.partition_by[1:]
@@ -244,7 +244,7 @@ class _Reading:
     def _stop_if_superseded(self, table: str, broken: _Broken) -> None:
         """Begin again when a file is missing because a newer commit does without it."""
         gone = {file.path for file, fault in broken if fault.kind is Kind.MISSING_FILE}
-        if gone and not gone <= {file.path for file in self.dataset.snapshot().files(table)}:
+        if gone and not gone <= {file.path for file in self.dataset.open_snapshot().files(table)}:
             raise _SupersededError
 
     def _verdict(self, ledger: Ledger, rows: dict[str, int], notes: list[str]) -> Verification:
@@ -265,9 +265,9 @@ class _Reading:
 
 
 def _is_apart(dataset: Dataset) -> bool:
-    """Whether the two tables do not belong together; raises what else `Dataset.snapshot` does."""
+    """Whether the two tables do not belong together; raises what else `Dataset.open_snapshot` does."""
     try:
-        dataset.snapshot()
+        dataset.open_snapshot()
     except (UsageError, StorageError):
         raise
     except FeatrayError:

@@ -23,7 +23,7 @@ from featray.commands.verify import Kind, Verification, data_file, verify
 from featray.commands.verify.read_scans import covered, join
 from featray.errors import ConfigError, OutputBusyError, Reason, ScanError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Dataset
-from featray.output.delta_log import TableLog
+from featray.output.delta_log import FileChange, TableLog
 from featray.schema import DataFile, Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
@@ -93,7 +93,7 @@ def write_run(dataset: Dataset, size: list[int] | None, layers: Sequence[str] = 
 
 def the_file(dataset: Dataset, table: str, scan_id: str, layer: str | None = None) -> DataFile:
     """Return the file that holds a scan (of a layer)."""
-    snapshot = dataset.snapshot()
+    snapshot = dataset.open_snapshot()
     (found,) = (
         file
         for file in snapshot.files(table)
@@ -108,8 +108,8 @@ def log_change(dataset: Dataset, table: str, add: Sequence[DataFile], remove: Se
     for name in (FEATURES, SCANS):
         log = TableLog.open(dataset.store, name)
         assert log is not None
-        mine = name == table
-        log.append(add if mine else (), remove if mine else (), log.number + 1, LATER)
+        change = FileChange(tuple(add), tuple(remove)) if name == table else FileChange()
+        log.append(change, log.commit_number + 1, LATER)
     dataset.store.delete([f"{table}/{file.path}" for file in remove])
 
 
@@ -119,7 +119,7 @@ def rewrite(
     """Replace the file that holds a scan by one with other rows; `stats` is what the log says of it."""
     file = the_file(dataset, table, scan_id, layer)
     rows = pq.read_table(dataset.store.path(f"{table}/{file.path}"), partitioning=None)
-    new = dataset.put(table, file.partition_values, change(rows), LATER)
+    new = dataset.write_file(table, file.partition_values, change(rows), LATER)
     log_change(dataset, table, [replace(new, **stats)], [file])
 
 
@@ -167,7 +167,7 @@ def path_of(dataset: Dataset, table: str, scan_id: str, layer: str | None = None
 
 def contents(dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
     """Return all rows of both tables."""
-    snapshot = dataset.snapshot()
+    snapshot = dataset.open_snapshot()
     keys = {FEATURES: ("scan_id", "layer", "patch"), SCANS: ("scan_id",)}
     return {
         table: sorted(snapshot.read(table).to_pylist(), key=lambda row: [row[k] for k in keys[table]])
@@ -219,7 +219,7 @@ def cut_ledger_file(dataset: Dataset) -> None:
 def double_in_another_file(dataset: Dataset) -> None:
     file = the_file(dataset, FEATURES, "a", "map")
     rows = pq.read_table(dataset.store.path(f"{FEATURES}/{file.path}"), partitioning=None)
-    log_change(dataset, FEATURES, [dataset.put(FEATURES, file.partition_values, rows, LATER)], [])
+    log_change(dataset, FEATURES, [dataset.write_file(FEATURES, file.partition_values, rows, LATER)], [])
 
 
 def empty_all_layers(dataset: Dataset) -> None:
@@ -438,7 +438,7 @@ def test_any_changed_byte_of_any_file_is_found(dataset: Dataset) -> None:
     paths = [
         Path(dataset.store.path(f"{t}/{f.path}"))
         for t in (FEATURES, SCANS)
-        for f in dataset.snapshot().files(t)
+        for f in dataset.open_snapshot().files(t)
     ]
     for path in paths:
         whole = path.read_bytes()
@@ -480,7 +480,7 @@ def test_files_that_the_store_does_not_give_are_not_taken_for_lost(dataset: Data
 
 
 def contents_of_scans(dataset: Dataset) -> list[str]:
-    return sorted(dataset.ledger(("scan_id",))["scan_id"].to_pylist())
+    return sorted(dataset.read_scans(("scan_id",))["scan_id"].to_pylist())
 
 
 def test_a_store_that_does_not_answer_is_no_finding(
@@ -490,7 +490,7 @@ def test_a_store_that_does_not_answer_is_no_finding(
         raise StorageError("the store does not answer")
 
     monkeypatch.setattr(Store, "read", silent)
-    monkeypatch.setattr(Store, "size", silent)
+    monkeypatch.setattr(Store, "get_size", silent)
     with pytest.raises(StorageError):
         verify(dataset)
 
@@ -516,7 +516,7 @@ def test_orphans_are_found_and_repaired_and_foreign_files_are_left(dataset: Data
     repaired = verify(dataset, repair=True)
     assert [finding.kind for finding in repaired.findings] == ["foreign_file"]
     assert repaired.mended[0].startswith("deleted orphans: 4 (")
-    assert store.size("features/layer=map/notes.parquet") == 4
+    assert store.get_size("features/layer=map/notes.parquet") == 4
     store.delete(["features/layer=map/notes.parquet"])
     assert verify(dataset).exit_code == 0
     assert contents(dataset) == before
@@ -527,7 +527,7 @@ def test_files_of_kept_versions_are_no_orphans(tmp_path: Path) -> None:
     committer = Committer(dataset, ("layer",), run_id=RUN, keep_versions_days=7)
     committer.commit([receipt(dataset, decoded("a", 1), decoded("b", 2))])
     committer.commit([receipt(dataset, decoded("a", 5), run_id=LATER)])
-    assert len(dataset.store.names("features/layer=map")) > 2
+    assert len(dataset.store.list_files("features/layer=map")) > 2
     assert {finding.kind for finding in verify(dataset).findings} <= {"other_run"}
 
 
@@ -560,7 +560,7 @@ def test_tables_of_different_moments_are_a_finding(dataset: Dataset) -> None:
     for _ in range(2):
         log = TableLog.open(dataset.store, FEATURES)
         assert log is not None
-        log.append((), (), log.number + 1, LATER)
+        log.append(FileChange(), log.commit_number + 1, LATER)
     for found in (verify(dataset), verify(dataset, repair=True)):
         assert ([finding.kind for finding in found.findings], found.exit_code) == (["tables_apart"], 3)
 
@@ -612,7 +612,7 @@ def test_a_run_that_replaces_files_while_they_are_read_is_no_fault(
     found = verify(dataset)
     assert done
     assert found.findings == (), found.text()
-    assert found.version == dataset.snapshot().version
+    assert found.version == dataset.open_snapshot().version
 
 
 def test_an_output_that_changes_all_the_time_is_busy(

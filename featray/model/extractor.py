@@ -101,7 +101,7 @@ class Extractor:
         choices = prepare.choices(self._spec, self._model, problems)
         self.layers = tuple(self._warm_up(choices, problems)) if choices else ()
         if problems:
-            raise ModelError(problems, download.shown(self._spec.uri))
+            raise ModelError(problems, download.redact_uri(self._spec.uri))
         self.input_shape = self._model.shape
         self.sha256, self.files = self._model.loaded.sha256, self._model.loaded.files
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}

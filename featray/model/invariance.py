@@ -93,7 +93,7 @@ def check_invariance(
     ready = prepare.prepare(checked, input_zyx, problems)
     choices = prepare.choices(checked, ready, problems)
     if problems:
-        raise ModelError(problems, download.shown(checked.uri))
+        raise ModelError(problems, download.redact_uri(checked.uri))
     run = _callable(prepare.computing(ready, choices))
     batch = _samples(samples, run, ready)
     differences, sampling = _compare(run, batch, checked.batch_size)

@@ -14,8 +14,8 @@ from featray.config import ModelConfig, load_model_section
 from featray.model import inputs, select_layers, trace
 from featray.model.inputs import Shape
 from featray.model.loading import load
-from featray.model.loading.load import Loaded
-from featray.model.loading.model_file import Kind
+from featray.model.loading.load import LoadedModel
+from featray.model.loading.model_file import ModelFormat
 from featray.model.select_layers import Choice, Pool
 from featray.model.trace import Tap
 
@@ -32,7 +32,7 @@ class Prepared:
         taps: All that its layers return.
     """
 
-    loaded: Loaded
+    loaded: LoadedModel
     model: Any
     shape: Shape
     fill: trace.Fill
@@ -57,7 +57,7 @@ def prepare(spec: ModelConfig, input_zyx: Shape | None, problems: list[str]) -> 
         ModelError: The model cannot be loaded, or not be called at all.
     """
     loaded = load.load_model(spec, inputs.possible(input_zyx))
-    model = load.submodel(loaded, spec.submodel)
+    model = load.get_submodel(loaded, spec.submodel)
     shape, misfits = inputs.input_shape(model, input_zyx, spec.constants)
     fill = inputs.filler(model, spec.constants)
     taps = trace.survey(model, shape, fill)
@@ -69,7 +69,7 @@ def choices(spec: ModelConfig, prepared: Prepared, problems: list[str]) -> list[
     """Return one choice per output of `spec.layers`; append to `problems` what cannot be had."""
     before = len(problems)
     found = select_layers.choose(spec, prepared.taps, problems)
-    if prepared.loaded.kind is Kind.SAVED_MODEL and len(problems) > before:
+    if prepared.loaded.format is ModelFormat.SAVED_MODEL and len(problems) > before:
         problems.append(
             "a SavedModel holds only its exported endpoints, no inner layers to cut at: to have those, save "
             "the model with model.save('NAME.keras') and give that file"
@@ -113,7 +113,7 @@ def pooled(tensor: Any, pool: Pool, tap: Tap) -> Any:
     return {"none": value, "avg": average, "max": largest, "avgmax": tf.concat([average, largest], -1)}[pool]
 
 
-def _unsaved(model: Any, loaded: Loaded) -> list[str]:
+def _unsaved(model: Any, loaded: LoadedModel) -> list[str]:
     """Return what is wrong when a surveyed model has weights that were not in its file."""
     saved = {id(weight) for weight in loaded.weights}
     unsaved = [weight.path for weight in model.weights if id(weight) not in saved]

@@ -241,7 +241,9 @@ def test_with_a_submodel_paths_are_relative_and_full_ones_work_too(spec: Spec, v
 
 
 def test_an_unknown_submodel_is_refused_naming_what_there_is(spec: Spec) -> None:
-    with pytest.raises(ModelError, match=r"no layer or attribute 'enc' in 'vae'; it has: .*encoder, decoder"):
+    with pytest.raises(
+        ModelError, match=r"'vae' has no layer or attribute 'enc'; it has: .*encoder, decoder"
+    ):
         Extractor(spec("z_mean", submodel="enc"))
 
 

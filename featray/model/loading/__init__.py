@@ -1,1 +1,1 @@
-"""Load a trained Keras model from any kind of file, with a sha256 of everything that made it."""
+"""Load a trained Keras model from a file of any kind, with the sha256 of every file that it is made from."""

@@ -72,7 +72,7 @@ def import_object(reference: str, *, config_key: str, storage_options: Mapping[s
 
 def _import_file(location: str, storage_options: Mapping[str, Any]) -> tuple[ModuleType, str]:
     """Import a Python file under a name with its sha256, so that a changed file is imported again."""
-    file = download.local_file(location, storage_options)
+    file = download.get_local_file(location, storage_options)
     module_name = f"featray_custom_{file.path.stem}_{file.sha256[:16]}"
     if module_name in sys.modules:
         return sys.modules[module_name], file.sha256
@@ -96,4 +96,4 @@ def _import_module(name: str) -> tuple[ModuleType, str]:
     if name in _FIXED_SHA256:
         return module, _FIXED_SHA256[name]
     source = inspect.getsourcefile(module)
-    return module, download.sha256_of(Path(source)) if source else ""
+    return module, download.compute_sha256(Path(source)) if source else ""

@@ -1,7 +1,8 @@
-"""Turns the description of a model that Keras 2 wrote into one that Keras 3 understands.
+"""Upgrade the description of a model that Keras 2 wrote to one that Keras 3 can read.
 
-In: the config of a whole-model .h5. Out: the same model for Keras 3. The weights need no change.
-What differs was read in both versions' `functional.py`; anything else is left for Keras to judge.
+In: the config of a whole-model .h5 file. Out: the config of the same model for Keras 3. The weights need no
+change. The differences come from `functional.py` of both Keras versions. A config that differs in another way
+is passed on unchanged, and Keras reports the error.
 """
 
 from __future__ import annotations
@@ -9,16 +10,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-OPERATIONS = ("TFOpLambda", "SlicingOpLambda", "ClassMethod", "InstanceMethod", "InstanceProperty")
-"""Classes by which Keras 2 wrote operations on tensors; they exist in no later version."""
+TENSOR_OPERATION_CLASSES = (
+    "TFOpLambda",
+    "SlicingOpLambda",
+    "ClassMethod",
+    "InstanceMethod",
+    "InstanceProperty",
+)
+"""Classes by which Keras 2 stored TensorFlow operations used as layers. Keras 3 does not have them."""
 
 ELLIPSIS = "..."
-"""How an upgraded config writes the `...` of a slice."""
+"""The text by which an upgraded config represents the `...` of a slice."""
 
-# Functions of TensorFlow that only compute; a file must not be able to make us run any other.
-_COMPUTES_ONLY = ("math", "nn", "linalg", "image", "__operators__")
+# The TensorFlow functions that a file may name: those without side effects, by module or by full name. All
+# other functions are refused, because some of them write files or run code.
+_SAFE_MODULES = ("math", "nn", "linalg", "image", "__operators__")
 # fmt: off
-_SINGLE = frozenset([
+_SAFE_FUNCTIONS = frozenset([
     "cast", "clip_by_value", "concat", "convert_to_tensor", "expand_dims", "gather", "identity",
     "ones_like", "pad", "repeat", "reshape", "reverse", "shape", "split", "squeeze", "stack",
     "stop_gradient", "tile", "transpose", "unstack", "where", "zeros_like", "compat.v1.shape",
@@ -29,13 +37,14 @@ _SINGLE = frozenset([
 
 _KERNEL = ("kernel_initializer", "kernel_regularizer", "kernel_constraint")
 
-# Keys that Keras 3 refuses, by class: without effect on a trained model, or refused unless at this value.
-_ONLY_TRAINING: dict[str, tuple[str, ...]] = {
+# Config keys that Keras 3 refuses, by class. The first have no effect on a trained model; the others have no
+# effect if they have the value given here.
+_TRAINING_ONLY_KEYS: dict[str, tuple[str, ...]] = {
     "DepthwiseConv": _KERNEL,
     "SeparableConv": _KERNEL,
     "MultiHeadAttention": ("query_shape", "key_shape", "value_shape"),
 }
-_DEFAULTS: dict[str, dict[str, Any]] = {
+_REMOVABLE_DEFAULTS: dict[str, dict[str, Any]] = {
     "LSTM": {"time_major": False},
     "GRU": {"time_major": False},
     "SimpleRNN": {"time_major": False},
@@ -49,138 +58,144 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }
 
 
-def is_old(keras_version: str) -> bool:
-    """Return whether a file says that Keras 1 or 2 wrote it."""
+def is_older_than_keras3(keras_version: str) -> bool:
+    """Return whether this is a version of Keras 1 or 2."""
     return keras_version.split(".")[0] in ("1", "2")
 
 
-def refused_functions(config: Any) -> list[str]:
-    """Return the TensorFlow functions a config names that are not known only to compute."""
+def list_unsafe_functions(config: Any) -> list[str]:
+    """Return the TensorFlow functions in a config that may have side effects."""
     if isinstance(config, list):
-        return [name for item in config for name in refused_functions(item)]
+        return [name for item in config for name in list_unsafe_functions(item)]
     if not isinstance(config, dict):
         return []
     if config.get("class_name") == "TFOpLambda":
         name = str(config["config"].get("function", ""))
-        return [] if name in _SINGLE or _is_listed(name) else [name]
+        return [] if name in _SAFE_FUNCTIONS or _is_in_safe_module(name) else [name]
     if config.get("class_name") == "SlicingOpLambda":
         name = str(config["config"].get("function", ""))
         return [] if name == "__operators__.getitem" else [name]
-    return [name for value in config.values() for name in refused_functions(value)]
+    return [name for value in config.values() for name in list_unsafe_functions(value)]
 
 
-def _is_listed(name: str) -> bool:
+def _is_in_safe_module(name: str) -> bool:
     module, _, function = name.partition(".")
-    return module in _COMPUTES_ONLY and function.isidentifier() and function != "getitem"
+    return module in _SAFE_MODULES and function.isidentifier() and function != "getitem"
 
 
-def upgraded(config: Any) -> Any:
-    """Return a copy of a Keras 2 config, or a part of it, as Keras 3 wants it."""
+def upgrade_config(config: Any) -> Any:
+    """Return a copy of a Keras 2 config, or of a part of it, in the form of Keras 3."""
     if isinstance(config, list):
-        return [upgraded(item) for item in config]
+        return [upgrade_config(item) for item in config]
     if not isinstance(config, dict):
         return config
-    if config.get("class_name") == "__ellipsis__":  # Keras 3 would choke on it before any layer sees it
+    if config.get("class_name") == "__ellipsis__":  # Keras 3 fails on this class before any layer gets it
         return ELLIPSIS
-    new = {key: upgraded(value) for key, value in config.items()}
-    if isinstance(new.get("config"), dict) and isinstance(new.get("class_name"), str):
-        new["config"] = _layer(new["class_name"], new["config"])
-    return new
+    upgraded = {key: upgrade_config(value) for key, value in config.items()}
+    if isinstance(upgraded.get("config"), dict) and isinstance(upgraded.get("class_name"), str):
+        upgraded["config"] = _upgrade_layer_config(upgraded["class_name"], upgraded["config"])
+    return upgraded
 
 
-def _layer(class_name: str, config: dict[str, Any]) -> dict[str, Any]:
-    if any("inbound_nodes" in layer for layer in _layers(config)):
-        return _graph(config)
+def _upgrade_layer_config(class_name: str, config: dict[str, Any]) -> dict[str, Any]:
+    if any("inbound_nodes" in layer for layer in _get_layers(config)):
+        return _upgrade_functional_config(config)
     axis = config.get("axis")
     if class_name == "BatchNormalization" and isinstance(axis, list) and len(axis) == 1:
         config = {**config, "axis": axis[0]}
     family = class_name.rstrip("123D") if class_name.startswith(("Depthwise", "Separable")) else class_name
-    useless, defaults = _ONLY_TRAINING.get(family, ()), _DEFAULTS.get(family, {})
+    training_only, defaults = _TRAINING_ONLY_KEYS.get(family, ()), _REMOVABLE_DEFAULTS.get(family, {})
     return {
         key: value
         for key, value in config.items()
-        if key not in useless and not (key in defaults and value == defaults[key])
+        if key not in training_only and not (key in defaults and value == defaults[key])
     }
 
 
-def _layers(config: dict[str, Any]) -> list[dict[str, Any]]:
+def _get_layers(config: dict[str, Any]) -> list[dict[str, Any]]:
     layers = config.get("layers")
     return [layer for layer in layers if isinstance(layer, dict)] if isinstance(layers, list) else []
 
 
-def _graph(config: dict[str, Any]) -> dict[str, Any]:
-    """Renumber the calls of nested models.
+def _upgrade_functional_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Upgrade the config of a functional model: renumber the calls of nested models.
 
-    Keras 2 counted the making of a nested model as its call 0, Keras 3 does not. At `output_layers`
-    Keras 3 makes up for that itself, except for a nested Sequential.
+    Keras 2 counts the construction of a nested model as its call 0, and Keras 3 does not. In `output_layers`
+    Keras 3 corrects this itself, except for a nested Sequential model.
     """
-    late = {layer["name"] for layer in _layers(config) if _begins_with_input(layer)}
-    sequential = {
+    nested_models = {layer["name"] for layer in _get_layers(config) if _is_nested_model(layer)}
+    nested_sequentials = {
         layer["name"]
-        for layer in _layers(config)
-        if layer["name"] in late and layer["class_name"] == "Sequential"
+        for layer in _get_layers(config)
+        if layer["name"] in nested_models and layer["class_name"] == "Sequential"
     }
     layers = [
-        {**layer, "inbound_nodes": [_node(node, late) for node in layer["inbound_nodes"]]}
-        for layer in _layers(config)
+        {**layer, "inbound_nodes": [_upgrade_node(node, nested_models) for node in layer["inbound_nodes"]]}
+        for layer in _get_layers(config)
     ]
-    return {**config, "layers": layers, "output_layers": _shifted(config["output_layers"], sequential)}
+    output_layers = _renumber_calls(config["output_layers"], nested_sequentials)
+    return {**config, "layers": layers, "output_layers": output_layers}
 
 
-def _begins_with_input(layer: dict[str, Any]) -> bool:
-    inner = _layers(layer["config"]) if isinstance(layer.get("config"), dict) else []
-    return bool(inner) and inner[0].get("class_name") == "InputLayer"
+def _is_nested_model(layer: dict[str, Any]) -> bool:
+    inner_layers = _get_layers(layer["config"]) if isinstance(layer.get("config"), dict) else []
+    return bool(inner_layers) and inner_layers[0].get("class_name") == "InputLayer"
 
 
-def _node(node: Any, late: set[str]) -> Any:
-    """Return one call in the form of Keras 3, which knows tensors among the keyword arguments too.
+def _upgrade_node(node: Any, nested_models: set[str]) -> Any:
+    """Return one call of a layer in the form of Keras 3: {args: [...], kwargs: {...}}.
 
-    Keras 2 wrote the first argument as a structure of [layer, call, output, keyword arguments].
+    In Keras 2 a call is the structure of its first argument, in which each tensor is written as
+    [layer, call, output, keyword arguments]. The keyword arguments may contain tensors too.
     """
-    leaves = list(_leaves(node))
-    if not leaves:
+    references = list(_find_references(node))
+    if not references:
         return node
-    single = node[0] if isinstance(node, list) and len(node) == 1 and _is_leaf(node[0]) else node
-    keywords = leaves[0][3] if len(leaves[0]) > 3 else {}
-    kwargs = {key: _argument(value, late) for key, value in keywords.items()}
-    return {"args": [_argument(single, late)], "kwargs": kwargs}
+    is_single = isinstance(node, list) and len(node) == 1 and _is_tensor_reference(node[0])
+    first_argument = node[0] if is_single else node
+    keyword_arguments = references[0][3] if len(references[0]) > 3 else {}
+    kwargs = {key: _upgrade_argument(value, nested_models) for key, value in keyword_arguments.items()}
+    return {"args": [_upgrade_argument(first_argument, nested_models)], "kwargs": kwargs}
 
 
-def _leaves(node: Any) -> Iterator[list[Any]]:
-    if _is_leaf(node):
+def _find_references(node: Any) -> Iterator[list[Any]]:
+    if _is_tensor_reference(node):
         yield node
     elif isinstance(node, list | dict):
         for item in node.values() if isinstance(node, dict) else node:
-            yield from _leaves(item)
+            yield from _find_references(item)
 
 
-def _argument(value: Any, late: set[str]) -> Any:
-    if _is_leaf(value):
+def _upgrade_argument(value: Any, nested_models: set[str]) -> Any:
+    if _is_tensor_reference(value):
         if value[0] == "_CONSTANT_VALUE":
             return value[2]
-        history = _shifted(value[:3], late)
+        history = _renumber_calls(value[:3], nested_models)
         return {
             "class_name": "__keras_tensor__",
             "config": {"shape": [None], "dtype": "float32", "keras_history": history},
         }
     if isinstance(value, dict):
-        return {key: _argument(item, late) for key, item in value.items()}
-    return [_argument(item, late) for item in value] if isinstance(value, list) else value
+        return {key: _upgrade_argument(item, nested_models) for key, item in value.items()}
+    return [_upgrade_argument(item, nested_models) for item in value] if isinstance(value, list) else value
 
 
-def _is_leaf(value: Any) -> bool:
+def _is_tensor_reference(value: Any) -> bool:
+    """Return whether `value` is [layer, call, output] or a constant, with keyword arguments or without."""
     if not isinstance(value, list) or len(value) not in (3, 4):
         return False
     is_constant = value[:2] == ["_CONSTANT_VALUE", -1]
-    return is_constant or (_is_reference(value[:3]) and all(isinstance(item, dict) for item in value[3:]))
+    return is_constant or (_is_call_output(value[:3]) and all(isinstance(item, dict) for item in value[3:]))
 
 
-def _shifted(value: Any, late: set[str]) -> Any:
-    if _is_reference(value):
+def _renumber_calls(value: Any, nested_models: set[str]) -> Any:
+    """Return [layer, call, output], or a structure of these, with the call numbers of Keras 3."""
+    if _is_call_output(value):
         name, call, output = value
-        return [name, call - (name in late), output]
-    return [_shifted(item, late) for item in value] if isinstance(value, list) else value
+        return [name, call - (name in nested_models), output]
+    return [_renumber_calls(item, nested_models) for item in value] if isinstance(value, list) else value
 
 
-def _is_reference(value: Any) -> bool:
+def _is_call_output(value: Any) -> bool:
+    """Return whether `value` is [layer name, call number, output number]."""
     return isinstance(value, list) and [type(item) for item in value] == [str, int, int]

@@ -1,7 +1,7 @@
-"""What a saved Keras model file says about itself, read without Keras or TensorFlow.
+"""Read what a saved Keras model file says about itself, without importing Keras or TensorFlow.
 
-In: the path of a local file. Out: its kind, its config, the custom code it needs. Runs nothing that
-is stored in the file.
+In: a local path. Out: the file's format, its description of the model, and the custom code that it needs.
+Must not run anything that is stored in the file.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 from featray.errors import ModelError
 
 
-class Kind(StrEnum):
-    """How a model was saved."""
+class ModelFormat(StrEnum):
+    """The format in which a model was saved; the value is its name in messages."""
 
     ARCHIVE = "a .keras archive"
     WHOLE_H5 = "a whole-model .h5"
@@ -27,29 +27,29 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Saved:
-    """One model file, opened but not loaded.
+class ModelFile:
+    """What a model file says about itself.
 
     Attributes:
-        kind: How it was saved.
-        config: Keras's description of the model; empty for weights-only files.
-        keras_version: The version that wrote it; empty when the file does not say.
+        format: The format of the file.
+        config: Keras's description of the model; empty for a weights-only file and a SavedModel.
+        keras_version: The Keras version that wrote the file; empty if the file does not contain it.
     """
 
-    kind: Kind
+    format: ModelFormat
     config: dict[str, Any]
     keras_version: str = ""
 
 
 @dataclass(frozen=True)
 class CustomEntry:
-    """One object of a saved config that is not Keras's own.
+    """One class or function in the description of a model that is not part of Keras.
 
     Attributes:
-        layer: Name of the layer it belongs to.
-        class_name: Class or function name, without a package prefix.
-        registered_name: The name Keras will look up, e.g. `seed>Sampling`.
-        is_lambda: Python bytecode stored in the file itself.
+        layer: Name of the layer that uses it.
+        class_name: Name of the class or function, without a package prefix.
+        registered_name: The name by which Keras looks it up, e.g. `seed>Sampling`.
+        is_lambda: Whether it is Python bytecode that is stored in the file.
     """
 
     layer: str
@@ -58,123 +58,129 @@ class CustomEntry:
     is_lambda: bool = False
 
 
-def open_saved(path: Path) -> Saved:
-    """Return what the file is, by its content and not by its name.
+def read_model_file(path: Path) -> ModelFile:
+    """Return what a model file says about itself. The content decides the format, not the file name.
+
+    A folder is taken to be a SavedModel.
 
     Raises:
-        ModelError: It is no Keras file, or is truncated. Folders are taken for SavedModels.
+        ModelError: The file was not saved by Keras, or is truncated.
     """
     if path.is_dir():
-        return Saved(Kind.SAVED_MODEL, {})
+        return ModelFile(ModelFormat.SAVED_MODEL, {})
     with path.open("rb") as file:
         magic = file.read(8)
     if magic[:2] == b"PK":
-        return _open_archive(path)
+        return _read_archive(path)
     if magic == b"\x89HDF\r\n\x1a\n":
-        return _open_h5(path)
+        return _read_h5(path)
     raise ModelError(
         f"{path.name}: not a model file; expected a .keras archive or an .h5 file saved by Keras"
     )
 
 
-def custom_entries(config: dict[str, Any], is_own: Callable[[str], bool]) -> list[CustomEntry]:
-    """Return each class, function and lambda in a saved config that is not part of Keras.
+def list_custom_entries(config: dict[str, Any], is_keras_name: Callable[[str], bool]) -> list[CustomEntry]:
+    """Return each class, function and lambda in the description of a model that is not part of Keras.
+
+    The compile settings (losses, metrics, optimizer) are left out, because featray never compiles a model.
 
     Args:
-        config: `Saved.config`.
-        is_own: Whether Keras has something of that name; asked where the config names no module.
-
-    The compile settings (losses, metrics, optimizer) are left out: featray never compiles.
+        config: `ModelFile.config`.
+        is_keras_name: Whether Keras has a class or function of this name. It decides for the entries that do
+            not give their module.
     """
-    body = {key: value for key, value in config.items() if key != "compile_config"}
-    found = _custom_in(body, str(config.get("class_name", "model")), is_own)
-    return list(dict.fromkeys(found))
+    description = {key: value for key, value in config.items() if key != "compile_config"}
+    entries = _find_custom_entries(description, str(config.get("class_name", "model")), is_keras_name)
+    return list(dict.fromkeys(entries))
 
 
-def _open_archive(path: Path) -> Saved:
+def _read_archive(path: Path) -> ModelFile:
     try:
         with zipfile.ZipFile(path) as archive:
-            if "config.json" not in archive.namelist():
+            names = archive.namelist()
+            if "config.json" not in names:
                 raise ModelError(f"{path.name}: a zip file without config.json; it was not saved by Keras")
-            if not any(name.startswith("model.weights.") for name in archive.namelist()):
+            if not any(name.startswith("model.weights.") for name in names):
                 raise ModelError(
-                    f"{path.name}: holds no weights, which would be random; save the model again"
+                    f"{path.name}: holds no weights, so they would be random; save the model again"
                 )
             config = json.loads(archive.read("config.json"))
-            metadata = (
-                json.loads(archive.read("metadata.json")) if "metadata.json" in archive.namelist() else {}
-            )
+            metadata = json.loads(archive.read("metadata.json")) if "metadata.json" in names else {}
     except (zipfile.BadZipFile, zipfile.LargeZipFile, ValueError, EOFError) as error:
         raise ModelError(f"{path.name}: truncated or damaged ({error}); copy or save it again") from None
-    return Saved(Kind.ARCHIVE, config, str(metadata.get("keras_version", "")))
+    return ModelFile(ModelFormat.ARCHIVE, config, str(metadata.get("keras_version", "")))
 
 
-def _open_h5(path: Path) -> Saved:
+def _read_h5(path: Path) -> ModelFile:
     import h5py
 
     try:
         with h5py.File(path, "r") as file:
             text, version = file.attrs.get("model_config"), file.attrs.get("keras_version", "")
-            holds_weights = _holds_weights(file)
+            has_weights = _has_weights(file)
     except OSError:
         raise ModelError(f"{path.name}: truncated or damaged HDF5; copy or save it again") from None
-    if text is None and not holds_weights:
+    if text is None and not has_weights:
         raise ModelError(
-            f"{path.name}: an HDF5 file with neither a model nor weights in it; Keras did not save it"
+            f"{path.name}: an HDF5 file that contains neither a model nor weights; Keras did not save it"
         )
     if text is None:
-        return Saved(Kind.WEIGHTS_H5, {}, _text(version))
-    return Saved(Kind.WHOLE_H5, json.loads(_text(text)), _text(version))
+        return ModelFile(ModelFormat.WEIGHTS_H5, {}, _decode(version))
+    return ModelFile(ModelFormat.WHOLE_H5, json.loads(_decode(text)), _decode(version))
 
 
-def _holds_weights(file: Any) -> bool:
-    """Return whether there are weights in the older layout or the newer one (groups named `vars`)."""
-    groups: list[str] = []
-    file.visit(groups.append)
-    older = any(key.startswith("layer_names") for key in file.attrs)
-    return older or any("vars" in group.split("/") for group in groups)
+def _has_weights(file: Any) -> bool:
+    """Return whether a file has weights in the layout of Keras 2 or of Keras 3 (groups named `vars`)."""
+    names: list[str] = []
+    file.visit(names.append)
+    has_keras2_weights = any(key.startswith("layer_names") for key in file.attrs)
+    return has_keras2_weights or any("vars" in name.split("/") for name in names)
 
 
-def _text(value: str | bytes) -> str:
+def _decode(value: str | bytes) -> str:
     return value.decode() if isinstance(value, bytes) else str(value)
 
 
-def _custom_in(node: Any, layer: str, is_own: Callable[[str], bool]) -> Iterator[CustomEntry]:
+def _find_custom_entries(
+    node: Any, layer: str, is_keras_name: Callable[[str], bool]
+) -> Iterator[CustomEntry]:
+    """Yield the custom entries of one node of a description; `layer` is the name of the layer around it."""
     if isinstance(node, list):
         for item in node:
-            yield from _custom_in(item, layer, is_own)
+            yield from _find_custom_entries(item, layer, is_keras_name)
     if not isinstance(node, dict):
         return
     if isinstance(node.get("class_name"), str) and "config" in node:
-        layer = _layer_name(node) or layer
-        entry = _as_custom(node, layer, is_own)
+        layer = _get_layer_name(node) or layer
+        entry = _make_custom_entry(node, layer, is_keras_name)
         if entry is not None:
             yield entry
     for value in node.values():
-        yield from _custom_in(value, layer, is_own)
+        yield from _find_custom_entries(value, layer, is_keras_name)
 
 
-def _layer_name(node: dict[str, Any]) -> str:
+def _get_layer_name(node: dict[str, Any]) -> str:
+    """Return the name of the layer that a node describes; empty if it describes no layer."""
     config = node["config"] if isinstance(node["config"], dict) else {}
     is_layer = "name" in node or "trainable" in config or "layers" in config
     return str(node.get("name") or config.get("name") or "") if is_layer else ""
 
 
-def _as_custom(node: dict[str, Any], layer: str, is_own: Callable[[str], bool]) -> CustomEntry | None:
+def _make_custom_entry(
+    node: dict[str, Any], layer: str, is_keras_name: Callable[[str], bool]
+) -> CustomEntry | None:
+    """Return the entry of a node that describes an object; None for plain data and for objects of Keras."""
     class_name, config = node["class_name"], node["config"]
-    # Older files keep a lambda as a marshalled list beside a function_type.
+    # Older files store a lambda as a marshalled list, next to the key function_type.
     if class_name == "__lambda__" or (isinstance(config, dict) and config.get("function_type") == "lambda"):
         return CustomEntry(layer, "Lambda", "", is_lambda=True)
-    if class_name.startswith("__"):  # __keras_tensor__, __tuple__, __numpy__ and the like: plain data
+    if class_name.startswith("__"):  # __keras_tensor__, __tuple__, __numpy__ and similar: plain data
         return None
-    is_function, registered, module = (
-        class_name == "function",
-        node.get("registered_name"),
-        node.get("module"),
-    )
-    name = str(config) if is_function else str(registered or class_name)
-    from_keras = not is_function and str(module or "").split(".")[0] == "keras"
-    says_only_name = is_function or not (registered or module)
-    if from_keras or (says_only_name and is_own(name)):
+    is_function = class_name == "function"
+    registered_name, module = node.get("registered_name"), node.get("module")
+    name = str(config) if is_function else str(registered_name or class_name)
+    is_from_keras = not is_function and str(module or "").split(".")[0] == "keras"
+    has_only_name = is_function or not (registered_name or module)
+    if is_from_keras or (has_only_name and is_keras_name(name)):
         return None
     return CustomEntry(layer, name.rpartition(">")[2], name)

@@ -1,7 +1,7 @@
-"""Puts the weights of a file into a model that code has made, all of them or none.
+"""Load the weights of a file into a model that code has built: either all weights or none.
 
-In: a built Keras model and an .h5 or .keras file. Out: nothing; the model holds the file's weights.
-A weight that one side has and the other has not is an error, never left at random.
+In: a built Keras model and an .h5 or .keras file. Out: nothing; the model then has the weights of the file. A
+weight that only the model or only the file has is an error, because Keras might leave random values in it.
 """
 
 from __future__ import annotations
@@ -14,60 +14,71 @@ from pathlib import Path
 from typing import Any
 
 from featray.errors import ModelError
-from featray.model.loading.model_file import Kind
+from featray.model.loading.model_file import ModelFormat
 
-# What training leaves beside the weights; the random state of dropout and sampling is no weight either.
-_NOT_WEIGHTS = ("optimizer", "metrics", "compile_metrics", "_metrics")
-_LAYOUT_OF_KERAS_2 = "_layer_checkpoint_dependencies"
+_TRAINING_GROUPS = ("optimizer", "metrics", "compile_metrics", "_metrics")
+"""Groups of a weights file that training writes and that are not weights of the model."""
+_KERAS2_PREFIX = "_layer_checkpoint_dependencies"
+"""First group of the weights that Keras 2 writes to .weights.h5."""
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """What a weights file holds: shape per dataset, and the layer's name per group `…/vars`."""
+class _WeightsLayout:
+    """The weights in a weights file.
+
+    Attributes:
+        shapes: {path of a dataset: its shape}.
+        names: {path of a group `…/vars`: name of the layer that has these weights}.
+    """
 
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
 
-def load_into(model: Any, path: Path, kind: Kind) -> None:
-    """Load `path` into `model`.
+def load_weights(model: Any, path: Path, file_format: ModelFormat) -> None:
+    """Load the weights in `path` into `model`.
+
+    Args:
+        model: A Keras model whose variables exist.
+        path: A .keras or .h5 file; its name may have any suffix.
+        file_format: The format of the file.
 
     Raises:
-        ModelError: Weights are missing in the file, too many, or of other shapes; says which.
+        ModelError: Weights are missing in the file, are not in the model, or have other shapes. Says which.
     """
     import h5py
 
-    if kind is Kind.ARCHIVE:
+    if file_format is ModelFormat.ARCHIVE:
         with (
             zipfile.ZipFile(path) as archive,
             archive.open("model.weights.h5") as member,
             h5py.File(member, "r") as file,
         ):
-            layout = _layout(file)
-        _require_equal(layout, model)
-        _load(model, path, "model.keras")
+            layout = _read_layout(file)
+        _check_layout(layout, model)
+        _load_as(model, path, "model.keras")
         return
     with h5py.File(path, "r") as file:
         group = file.get("model_weights", file)
-        names = _layers_with_weights(group)
-        layout = _layout(file)
-    if names is not None:
-        _load(model, path, "model.h5", **_by_name(names, model))
+        layer_names = _read_keras2_layer_names(group)
+        layout = _read_layout(file)
+    if layer_names is not None:
+        _load_as(model, path, "model.h5", **_choose_matching(layer_names, model))
         return
-    _require_equal(layout, model)
-    _load(model, path, "model.weights.h5")
+    _check_layout(layout, model)
+    _load_as(model, path, "model.weights.h5")
 
 
-def _load(model: Any, path: Path, name: str, **how: Any) -> None:
-    """Load under a name by whose suffix Keras recognises the layout; the file's own may be another."""
+def _load_as(model: Any, path: Path, name: str, **options: Any) -> None:
+    """Load `path` through a link called `name`, because Keras decides by the suffix how to read a file."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / name
         link.symlink_to(path.absolute())
-        model.load_weights(link, **how)
+        model.load_weights(link, **options)
 
 
-def _layers_with_weights(group: Any) -> list[str] | None:
-    """Return the layers of the older layout in their order, or None when the file has the newer one."""
+def _read_keras2_layer_names(group: Any) -> list[str] | None:
+    """Return the layers with weights in their order in the file; None if it has the layout of Keras 3."""
     if not any(key.startswith("layer_names") for key in group.attrs):
         return None
     from keras.src.legacy.saving import legacy_h5_format
@@ -76,78 +87,88 @@ def _layers_with_weights(group: Any) -> list[str] | None:
     return [name for name in read(group, "layer_names") if len(read(group[name], "weight_names"))]
 
 
-def _by_name(names: list[str], model: Any) -> dict[str, bool]:
-    """Return how to load the older layout, which goes by order unless told otherwise.
+def _choose_matching(names: list[str], model: Any) -> dict[str, bool]:
+    """Return the options of `load_weights` for the Keras 2 layout: match by layer name or by layer order.
 
-    With the same names in another order, order would give z_mean the weights of z_log_var.
+    By default Keras matches by order. If file and model have the same layers in another order, this would
+    give z_mean the weights of z_log_var, so these layers are matched by name.
     """
-    own = [layer.name for layer in model.layers if layer.weights]
-    return {"by_name": True} if names != own and sorted(names) == sorted(own) else {}
+    own_names = [layer.name for layer in model.layers if layer.weights]
+    is_reordered = names != own_names and sorted(names) == sorted(own_names)
+    return {"by_name": True} if is_reordered else {}
 
 
-def _layout(file: Any) -> _Layout:
+def _read_layout(file: Any) -> _WeightsLayout:
     import h5py
 
-    found = _Layout()
+    layout = _WeightsLayout()
 
-    def note(name: str, item: Any) -> None:
+    def add_weight(name: str, item: Any) -> None:
         if isinstance(item, h5py.Dataset) and _is_weight(name):
-            found.shapes[name] = tuple(item.shape)
-            found.names[item.parent.name.strip("/")] = str(item.parent.attrs.get("name", ""))
+            layout.shapes[name] = tuple(item.shape)
+            layout.names[item.parent.name.strip("/")] = str(item.parent.attrs.get("name", ""))
 
-    file.visititems(note)
-    return found
+    file.visititems(add_weight)
+    return layout
 
 
 def _is_weight(name: str) -> bool:
-    return name.split("/")[0] not in _NOT_WEIGHTS and "seed_generator" not in name
+    """Return whether a dataset is a weight, not training state or the random state of a layer."""
+    return name.split("/")[0] not in _TRAINING_GROUPS and "seed_generator" not in name
 
 
-def _require_equal(saved: _Layout, model: Any) -> None:
-    if any(name.startswith(_LAYOUT_OF_KERAS_2) for name in saved.shapes):
+def _check_layout(saved: _WeightsLayout, model: Any) -> None:
+    """Raise ModelError unless the file has exactly the weights of the model."""
+    if any(name.startswith(_KERAS2_PREFIX) for name in saved.shapes):
         raise ModelError(
-            "these are weights as Keras 2 writes them to .weights.h5, which Keras 3 cannot read; "
-            "save them there with save_weights('NAME.h5'), or save the whole model as .h5"
+            "Keras 2 wrote these weights to .weights.h5, which Keras 3 cannot read; save them there with "
+            "save_weights('NAME.h5'), or save the whole model as .h5"
         )
-    own = _own_layout(model)
-    both = sorted(own.shapes.keys() & saved.shapes.keys())
-    found = {
+    own = _read_own_layout(model)
+    differences = {
         "not in the file": sorted(own.shapes.keys() - saved.shapes.keys()),
-        "in the file but not asked for": sorted(saved.shapes.keys() - own.shapes.keys()),
+        "in the file but not in the model": sorted(saved.shapes.keys() - own.shapes.keys()),
         "of another shape": [
             f"{name} (file {list(saved.shapes[name])}, model {list(own.shapes[name])})"
-            for name in both
+            for name in sorted(own.shapes.keys() & saved.shapes.keys())
             if own.shapes[name] != saved.shapes[name]
         ],
-        "of another layer": _exchanged(saved.names, own.names),
+        "of another layer": _find_swapped_layers(saved.names, own.names),
     }
-    problems = [f"{len(names)} {what}, e.g. {names[0]}" for what, names in found.items() if names]
+    problems = [
+        f"{len(names)} {difference}, e.g. {names[0]}" for difference, names in differences.items() if names
+    ]
     if problems:
         raise ModelError("; ".join(problems))
 
 
-def _exchanged(saved: dict[str, str], own: dict[str, str]) -> list[str]:
-    """Return where the file has the weights of a layer that the model has elsewhere: Keras goes by order."""
-    chosen = {name for group, name in own.items() if not _made_up(group, name)}
+def _find_swapped_layers(saved: dict[str, str], own: dict[str, str]) -> list[str]:
+    """Return the groups whose weights belong to a layer that the model has in another place.
+
+    Keras loads the groups by their order and ignores these names. Only names that a user chose are compared.
+    """
+    chosen_names = {name for group, name in own.items() if not _is_automatic_name(group, name)}
     return [
         f"{group} (file {saved[group]!r}, model {own[group]!r})"
         for group in sorted(own.keys() & saved.keys())
-        if saved[group] != own[group] and saved[group] in chosen and not _made_up(group, saved[group])
+        if saved[group] != own[group]
+        and saved[group] in chosen_names
+        and not _is_automatic_name(group, saved[group])
     ]
 
 
-def _made_up(group: str, name: str) -> bool:
-    """Return whether Keras named the layer after its class, as it names the group: `layers/dense_1/vars`."""
-    kind = re.sub(r"_\d+$", "", group.removesuffix("/vars").rpartition("/")[2])
-    return re.sub(r"_\d+$", "", name) == kind
+def _is_automatic_name(group: str, name: str) -> bool:
+    """Return whether Keras named the layer after its class, as it names groups: `layers/dense_1/vars`."""
+    class_name = re.sub(r"_\d+$", "", group.removesuffix("/vars").rpartition("/")[2])
+    return re.sub(r"_\d+$", "", name) == class_name
 
 
-def _own_layout(model: Any) -> _Layout:
-    """Return what the model itself would write: the only description of the layout Keras gives."""
+def _read_own_layout(model: Any) -> _WeightsLayout:
+    """Return the layout that Keras writes for `model`; Keras describes it only by saving a file."""
     import h5py
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "own.weights.h5"
         model.save_weights(path)
         with h5py.File(path, "r") as file:
-            return _layout(file)
+            return _read_layout(file)

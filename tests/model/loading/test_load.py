@@ -174,7 +174,7 @@ def test_weights_go_into_the_model_that_a_builder_makes(tmp_path: Path, code: Co
     assert set(extractor.files) == {"model", "builder build.py:build"}
 
     other = code("other.py", BUILDER.format(filters=3))
-    with pytest.raises(ModelError, match="weights do not go into the model of build"):
+    with pytest.raises(ModelError, match="the weights do not fit the model that build builds"):
         Extractor({**section, "builder": f"{other}:build"}, input_zyx=(8, 16, 16))
     with pytest.raises(ModelError, match="holds weights only"):
         Extractor({**section, "builder": None}, input_zyx=(8, 16, 16))
@@ -302,13 +302,13 @@ def _refused(path: Path, builder: str) -> str:
 def test_weights_that_the_file_lacks_are_named(tmp_path: Path, two_heads: Any) -> None:
     two_heads('("z_mean",)')[0].save_weights(tmp_path / "m.weights.h5")
     problem = _refused(tmp_path / "m.weights.h5", two_heads()[1])
-    assert "do not go into the model of build (2 not in the file, e.g. layers/dense_1/vars/0)" in problem
+    assert "do not fit the model that build builds (2 not in the file, e.g. layers/dense_1/vars/0)" in problem
 
 
 def test_weights_that_the_model_does_not_ask_for_are_an_error(tmp_path: Path, two_heads: Any) -> None:
     two_heads()[0].save_weights(tmp_path / "m.weights.h5")
     problem = _refused(tmp_path / "m.weights.h5", two_heads('("z_mean",)')[1])
-    assert "(2 in the file but not asked for, e.g. layers/dense_1/vars/0)" in problem
+    assert "(2 in the file but not in the model, e.g. layers/dense_1/vars/0)" in problem
 
 
 def test_weights_of_another_shape_are_shown_with_both(tmp_path: Path, two_heads: Any) -> None:
@@ -373,7 +373,8 @@ def test_a_file_of_a_newer_keras_that_cannot_be_read_says_so(tmp_path: Path) -> 
         for name, content in members.items():
             archive.writestr(name, content)
     expected = (
-        rf"made by Keras 3.99.0, .* newer than this Keras: save it again with Keras {keras.__version__}"
+        r"a .keras archive that Keras 3.99.0 wrote .* newer than this Keras: "
+        rf"save it again with Keras {keras.__version__}"
     )
     with pytest.raises(ModelError, match=expected):
         Extractor({"uri": str(path), "layers": ["dense"]})
@@ -469,7 +470,7 @@ def test_an_archive_without_its_weights_is_refused(tmp_path: Path) -> None:
 def test_a_builder_that_returns_no_model_is_told(tmp_path: Path) -> None:
     keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)]).save_weights(tmp_path / "m.weights.h5")
     (tmp_path / "b.py").write_text("def build():\n    pass\n")
-    with pytest.raises(ModelError, match="it returned NoneType, no Keras model"):
+    with pytest.raises(ModelError, match="it returned NoneType, which is not a Keras model"):
         Extractor(
             {
                 "uri": str(tmp_path / "m.weights.h5"),

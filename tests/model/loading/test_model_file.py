@@ -28,7 +28,7 @@ def test_custom_entries_name_the_layer_and_leave_keras_and_compile_settings_out(
             "loss": {"module": None, "class_name": "Loss", "registered_name": "Loss", "config": {}}
         },
     }
-    found = model_file.custom_entries(config, lambda name: name == "relu")
+    found = model_file.list_custom_entries(config, lambda name: name == "relu")
     assert [(entry.layer, entry.class_name, entry.registered_name) for entry in found] == [
         ("d", "mine", "mine"),
         ("Sequential", "Mix", "pkg>Mix"),

@@ -187,7 +187,7 @@ def test_a_folder_without_its_variables_says_so(exported: Path, tmp_path: Path) 
 
 
 def test_a_folder_that_is_no_saved_model_says_so(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"a folder, not a model; .* SavedModel has saved_model.pb"):
+    with pytest.raises(ModelError, match=r"is a folder, not a model; .* SavedModel contains saved_model.pb"):
         Extractor(_section(tmp_path, "z_mean"))
 
 
@@ -195,5 +195,5 @@ def test_an_endpoint_for_one_batch_size_is_refused(tmp_path: Path) -> None:
     module = tf.Module()
     module.run = tf.function(lambda volume: {"out": volume}, [tf.TensorSpec((2, *SHAPE), tf.float32)])
     tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.run)
-    with pytest.raises(ModelError, match="takes batches of 2 only"):
+    with pytest.raises(ModelError, match="input volume takes only batches of 2; export the model with None"):
         Extractor(_section(tmp_path / "m", "out"))

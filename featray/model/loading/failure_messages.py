@@ -1,0 +1,39 @@
+"""Write the messages for model files that Keras cannot load: what happened and what to do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from featray.model import runtime
+from featray.model.loading import keras2
+from featray.model.loading.model_file import ModelFile, ModelFormat
+
+
+def summarize_file_error(error: Exception, path: Path) -> str:
+    """Return the type and the first words of an error; `path` appears in them without its folder."""
+    return runtime.summarize_error(error).replace(str(path), path.name).replace(str(path.parent), "")
+
+
+def describe_load_failure(path: Path, content: ModelFile, reason: str) -> str:
+    """Return the message for a model file that the installed Keras cannot load for `reason`."""
+    import keras
+
+    origin = f" that Keras {content.keras_version} wrote" if content.keras_version else ""
+    return (
+        f"{path.name}: {content.format}{origin} cannot be loaded by Keras {keras.__version__} ({reason}); "
+        f"{_suggest_fix(content, keras.__version__)}, or name code that builds the model in model.builder"
+    )
+
+
+def _suggest_fix(content: ModelFile, installed_version: str) -> str:
+    if keras2.is_older_than_keras3(content.keras_version) and content.format is ModelFormat.ARCHIVE:
+        return "load it with Keras 2 (the package tf_keras) and save it again as .h5, which featray can read"
+    if _parse_version(content.keras_version) > _parse_version(installed_version):
+        return f"the file is newer than this Keras: save it again with Keras {installed_version} or older"
+    return "load it with the Keras version that wrote it and save it again as .keras"
+
+
+def _parse_version(version: str) -> tuple[int, ...]:
+    """Return the first two numbers of a version, `3.15.1` -> (3, 15)."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

@@ -18,7 +18,7 @@ from featray.model import Extractor
 from featray.output.dataset import RUNS
 from featray.output.lease import raise_if_locked
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
-from featray.stages.list import Listing, ListingMemory, list_scans
+from featray.stages.list import HeaderCache, Listing, list_scans
 from featray.stages.plan import Plan
 from featray.storage.store import Store
 from featray.storage.urls import mask_url
@@ -53,12 +53,12 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
     return checked, listing
 
 
-def check_source(config: Config, memory: ListingMemory | None = None) -> Listing:
+def check_source(config: Config, header_cache: HeaderCache | None = None) -> Listing:
     """Return the listing once nothing in the source, or of what the config asks of it, speaks against a run.
 
     Args:
         config: As loaded.
-        memory: What an earlier listing found, as for `list_scans`.
+        header_cache: What an earlier listing found, as for `list_scans`.
 
     Raises:
         ConfigError: Lists every problem.
@@ -66,7 +66,7 @@ def check_source(config: Config, memory: ListingMemory | None = None) -> Listing
     problems = _problems_of_tags(config)
     listing = Listing(())
     try:
-        listing = list_scans(config.source, config.policy, memory)
+        listing = list_scans(config.source, config.policy, header_cache)
         problems += _problems_of_partitions(config, listing) + _problems_of_centers(config, listing)
     except UsageError as error:
         problems += error.problems
@@ -87,22 +87,22 @@ def check_output(store: Store) -> None:
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
 
 
-def _remembered(config: Config) -> ListingMemory | None:
+def _remembered(config: Config) -> HeaderCache | None:
     """Return what the last run's listing found; None where an output cannot be asked, which is told later."""
     try:
         store = Store(config.output.uri, config.output.storage_options)
-        return ListingMemory.from_bytes(store.fs.cat_file(store.path(MEMORY)))
+        return HeaderCache.from_bytes(store.fs.cat_file(store.path(MEMORY)))
     except FileNotFoundError:
-        return ListingMemory()
+        return HeaderCache()
     except Exception as error:  # every store has errors of its own
-        log.debug("no listing memory (%s)", type(error).__name__)
+        log.debug("no header cache (%s)", type(error).__name__)
         return None
 
 
 def remember(listing: Listing, store: Store) -> None:
     """Keep for the next run what listing has found, if it is other than before."""
-    if listing.memory is not None and listing.memory.is_changed:
-        store.write(MEMORY, listing.memory.to_bytes())
+    if listing.header_cache is not None and listing.header_cache.is_changed:
+        store.write(MEMORY, listing.header_cache.to_bytes())
 
 
 def refuse_other_recipe(plan: Plan, recipe: str, *, refresh: bool) -> None:

@@ -24,7 +24,7 @@ from featray.schema import SCAN_COLUMNS
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
-from featray.stages.plan import Plan, make_plan
+from featray.stages.plan import PLANNING_COLUMNS, Plan, make_plan
 from featray.stages.report import Run
 from featray.stages.write import write
 
@@ -38,10 +38,6 @@ MIN_SCANS_PER_FILE = 8
 
 
 MAX_FILE_BYTES = 64 * 2**20
-
-
-PLANNED = ("scan_id", "status", "reason", "content", "recipe", "stage", "run_id")
-"""What planning reads of `scans`."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,7 @@ class Job:
 
     def plan(self, listing: Listing, stored: Snapshot | None, wanted: RunScope) -> Plan:
         """Return what is left to do, given what is stored."""
-        ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.read_scans(PLANNED)
+        ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.read_scans(PLANNING_COLUMNS)
         return make_plan(listing, ledger, self.run.recipe_id, refresh=wanted.refresh, retry=wanted.retry)
 
     def committer(self, dataset: Dataset, listing: Listing, lease: Lease) -> Committer:
@@ -200,7 +196,7 @@ def load_extractor(config: Config, threads: ModelThreads = DEFAULT_THREADS) -> E
 
 def carried(config: Config, listing: Listing) -> list[str]:
     """Return the names of further columns of `scans`: the manifest's and the asked-for DICOM tags."""
-    names = listing.carried
+    names = listing.extra_columns
     return [*names, *(tag for tag in config.privacy.dicom_tags if tag not in names)]
 
 

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from featray.collection.cache import KnownGroup, KnownSeries, ListingMemory
 from featray.collection.files import File, Found, How, Place, common_place, scan_of
+from featray.collection.header_cache import HeaderCache, KnownGroup, KnownSeries
 from featray.ct.dicom.group import group_into_scans
 from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason
@@ -34,7 +34,11 @@ class _Series:
 def series_in(place: Place, files: Sequence[File], how: How) -> list[Found]:
     """Return one scan per DICOM series among the files of a place; files that are no DICOM are in none."""
     by_name = {file.name: file for file in files}
-    grouped = _read(place, files, how) if how.memory is None else _recalled(place, files, how, how.memory)
+    grouped = (
+        _read(place, files, how)
+        if how.header_cache is None
+        else _recalled(place, files, how, how.header_cache)
+    )
     found = []
     for series, scan_id in zip(grouped, _ids(grouped, place.name), strict=True):
         members = tuple(by_name[name] for name in series.names)
@@ -54,13 +58,13 @@ def _read(place: Place, files: Sequence[File], how: How) -> list[_Series]:
     return _series_of(_headers(place, files), how)
 
 
-def _recalled(place: Place, files: Sequence[File], how: How, memory: ListingMemory) -> list[_Series]:
+def _recalled(place: Place, files: Sequence[File], how: How, header_cache: HeaderCache) -> list[_Series]:
     """Return the series as `_read` would; headers are only read where what they say may have changed."""
     folders: dict[str, list[File]] = defaultdict(list)
     for file in files:
         folders[_folder(file.name)].append(file)
     key = _hash(f"{mask_url(how.source.uri)}\n{place.archive}")
-    trusted = [group for group in memory.recall(key) if _is_unchanged(group, folders)]
+    trusted = [group for group in header_cache.recall(key) if _is_unchanged(group, folders)]
     unread = folders.keys() - {folder for group in trusted for folder in group.folders}
     headers: list[SliceHeader] = []
     while unread:
@@ -70,7 +74,7 @@ def _recalled(place: Place, files: Sequence[File], how: How, memory: ListingMemo
         unread = {folder for group in trusted if group.uids & uids for folder in group.folders}
         trusted = [group for group in trusted if not group.uids & uids]
     fresh = _series_of(headers, how)
-    memory.keep(key, [*trusted, *_to_remember(fresh, headers, folders)])
+    header_cache.keep(key, [*trusted, *_to_remember(fresh, headers, folders)])
     series = fresh + [one for group in trusted for one in _series_from(group, folders)]
     return sorted(series, key=lambda one: one.names)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from featray.collection.cache import ListingMemory
+from featray.collection.header_cache import HeaderCache
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct.dicom.header import SliceHeader
 from featray.ct.formats import npy
@@ -89,7 +89,7 @@ class How:
 
     source: SourceConfig
     policy: PolicyConfig
-    memory: ListingMemory | None = None
+    header_cache: HeaderCache | None = None
 
     @property
     def formats(self) -> set[str]:

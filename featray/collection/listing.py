@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.collection.cache import ListingMemory
+from featray.collection.header_cache import HeaderCache
 from featray.errors import find_similar_names
 from featray.schema import Scan
 
@@ -44,7 +44,7 @@ class RowScans(Sequence[Scan]):
     Args:
         rows: One row per scan whose row says all there is to know: scan_id, uri (shown), format, content,
             mask, without nulls.
-        carried: Further columns of the same rows, to carry along.
+        extra_columns: Further columns of the same rows, to carry along.
         centers_lps: (rows, 3), mm; NaN for none; None where no row has one.
         path: Makes of a uri its path in its file system.
         made: Further scans, ready.
@@ -54,13 +54,13 @@ class RowScans(Sequence[Scan]):
     def __init__(
         self,
         rows: pa.Table,
-        carried: pa.Table,
+        extra_columns: pa.Table,
         centers_lps: NDArray[np.float64] | None,
         path: Callable[[str], str],
         made: Sequence[Scan],
         order: NDArray[np.int64],
     ) -> None:
-        self._rows, self._carried, self._centers_lps = rows, carried, centers_lps
+        self._rows, self._extra_columns, self._centers_lps = rows, extra_columns, centers_lps
         self._path, self._made, self._order = path, made, order
 
     def __len__(self) -> int:
@@ -82,12 +82,12 @@ class RowScans(Sequence[Scan]):
     def take(self, places: NDArray[np.int64]) -> RowScans:
         """Return the scans at those places, in their order."""
         order = self._order[places]
-        return RowScans(self._rows, self._carried, self._centers_lps, self._path, self._made, order)
+        return RowScans(self._rows, self._extra_columns, self._centers_lps, self._path, self._made, order)
 
     @property
-    def carried(self) -> tuple[str, ...]:
+    def extra_columns(self) -> tuple[str, ...]:
         """Names of the columns that scans carry along."""
-        return tuple(self._carried.column_names)
+        return tuple(self._extra_columns.column_names)
 
     @property
     def has_centers(self) -> bool:
@@ -121,8 +121,8 @@ class RowScans(Sequence[Scan]):
     def _values(self, at: NDArray[np.int64]) -> list[Sequence[Any]]:
         """Return the values of some rows: what a `Scan` is made of, column by column."""
         rows = self._rows.take(pa.array(at))
-        carried = self._carried.take(pa.array(at))
-        texts = [carried[name].to_pylist() for name in carried.column_names]
+        extra_columns = self._extra_columns.take(pa.array(at))
+        texts = [extra_columns[name].to_pylist() for name in extra_columns.column_names]
         centers: Sequence[Any] = [None] * len(at)
         if self._centers_lps is not None:
             centers = list(map(point, self._centers_lps[at].tolist()))
@@ -142,7 +142,7 @@ class RowScans(Sequence[Scan]):
             place=self._path(uri) if is_open else "",
             mask=mask,
             center_lps=center,
-            columns=dict(zip(self._carried.column_names, texts, strict=True)),
+            columns=dict(zip(self._extra_columns.column_names, texts, strict=True)),
         )
 
 
@@ -154,12 +154,12 @@ class Listing:
         scans: Every scan, sorted by id; ids are unique. Those of a manifest are built when they are asked
             for: to look at all of them, prefer the columns below.
         ignored: Number of files by suffix that are no scans.
-        memory: What the next listing of the same collection need not read again, if it is to be remembered.
+        header_cache: DICOM headers that the next listing of the same collection need not read again.
     """
 
     scans: Sequence[Scan]
     ignored: dict[str, int] = field(default_factory=dict)
-    memory: ListingMemory | None = field(default=None, compare=False, repr=False)
+    header_cache: HeaderCache | None = field(default=None, compare=False, repr=False)
 
     @functools.cached_property
     def table(self) -> pa.Table:
@@ -172,10 +172,10 @@ class Listing:
         return self.table["scan_id"]
 
     @functools.cached_property
-    def carried(self) -> tuple[str, ...]:
+    def extra_columns(self) -> tuple[str, ...]:
         """Names of the manifest's columns that scans carry along."""
         if isinstance(self.scans, RowScans):
-            return self.scans.carried
+            return self.scans.extra_columns
         return tuple(dict.fromkeys(name for scan in self.scans for name in scan.columns))
 
     @functools.cached_property

@@ -69,7 +69,7 @@ class Manifest:
         version: Empty where the store is to be asked.
         mask: In full; empty for none.
         centers_lps: (rows, 3), mm, NaN for none; None where the manifest has no centres.
-        carried: What `scans` carries: every column but uri, version and id.
+        extra_columns: What `scans` carries: every column but uri, version and id.
         problems: Why rows cannot be used, by row.
     """
 
@@ -78,7 +78,7 @@ class Manifest:
     version: pa.LargeStringArray
     mask: pa.LargeStringArray
     centers_lps: NDArray[np.float64] | None
-    carried: pa.Table
+    extra_columns: pa.Table
     problems: dict[int, str]
 
     def __len__(self) -> int:
@@ -93,7 +93,7 @@ class Manifest:
             version=self.version[at].as_py(),
             mask=self.mask[at].as_py(),
             center_lps=None if center is None or math.isnan(center[0]) else center,
-            columns={name: self.carried[name][at].as_py() for name in self.carried.column_names},
+            columns={name: self.extra_columns[name][at].as_py() for name in self.extra_columns.column_names},
             problem=self.problems.get(at, ""),
         )
 
@@ -124,14 +124,16 @@ def _manifest(texts: dict[str, pa.Array], source: SourceConfig, problems: dict[i
     centers, wrong = _centers_lps(texts, source)
     nameless = np.flatnonzero(np.asarray(pc.equal(uri, ""))).tolist()
     problems = dict.fromkeys(wrong, _NO_CENTER) | problems
-    carried = [name for name in texts if name not in ("uri", "version", source.id_column)]
+    extra_columns = [name for name in texts if name not in ("uri", "version", source.id_column)]
     return Manifest(
         scan_id=texts[source.id_column] if source.id_column else uri,
         uri=_resolved(uri, source.uri),
         version=texts.get("version", nothing),
         mask=_resolved(texts["mask"], source.uri) if "mask" in texts else nothing,
         centers_lps=centers,
-        carried=pa.table({name: texts[name] for name in carried}) if carried else _no_columns(len(uri)),
+        extra_columns=pa.table({name: texts[name] for name in extra_columns})
+        if extra_columns
+        else _no_columns(len(uri)),
         problems=problems | dict.fromkeys(nameless, "the manifest's row names no uri"),
     )
 
@@ -272,9 +274,9 @@ def _problems_of_columns(columns: list[str], source: SourceConfig) -> list[str]:
     if centers and len(centers) < len(CENTER):
         problems.append(f"source.uri: the manifest has {', '.join(centers)}, but not all of {CENTER}")
     # Column names of a Delta table differ by more than case.
-    carried = Counter(name.lower() for name in columns if name not in ("uri", "version", *needed))
-    taken = {*SCAN_COLUMNS.names, "layer", *(name for name, count in carried.items() if count > 1)}
-    clashes = sorted(taken & set(carried))
+    extra_columns = Counter(name.lower() for name in columns if name not in ("uri", "version", *needed))
+    taken = {*SCAN_COLUMNS.names, "layer", *(name for name, count in extra_columns.items() if count > 1)}
+    clashes = sorted(taken & set(extra_columns))
     return problems + [
         f"source.uri: rename the manifest column {name}; scans has one of that name" for name in clashes
     ]

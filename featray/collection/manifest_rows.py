@@ -44,7 +44,12 @@ def scans_of_manifest(manifest: Manifest, how: How) -> RowScans:
     asked = dict(_asked(manifest, np.flatnonzero(~is_whole).tolist(), how))
     columns = _columns(manifest, uris, how)
     whole = RowScans(
-        columns, manifest.carried, manifest.centers_lps, strip, [], np.arange(len(manifest), dtype=np.int64)
+        columns,
+        manifest.extra_columns,
+        manifest.centers_lps,
+        strip,
+        [],
+        np.arange(len(manifest), dtype=np.int64),
     )
     # Only what shares its id or its place with another row has to be looked at beside the others.
     shares_id = _shared(manifest.scan_id)
@@ -58,8 +63,8 @@ def scans_of_manifest(manifest: Manifest, how: How) -> RowScans:
     made = unique_ids(settle_duplicates(scans, how.policy), others)
     order = _by_id(ids, [scan.scan_id for scan in made])
     centers = None if manifest.centers_lps is None else manifest.centers_lps[kept]
-    rows, carried = (table.take(pa.array(kept)) for table in (columns, manifest.carried))
-    return RowScans(rows, carried, centers, strip, made, order)
+    rows, extra_columns = (table.take(pa.array(kept)) for table in (columns, manifest.extra_columns))
+    return RowScans(rows, extra_columns, centers, strip, made, order)
 
 
 def _columns(manifest: Manifest, uris: pa.Array, how: How) -> pa.Table:

@@ -12,10 +12,10 @@ from importlib.metadata import version
 import fsspec
 
 from featray.collection import manifest
-from featray.collection.cache import ListingMemory
 from featray.collection.discover import has_wildcard, list_glob, list_place
 from featray.collection.duplicates import settle_duplicates, unique_ids
 from featray.collection.files import How
+from featray.collection.header_cache import HeaderCache
 from featray.collection.listing import Listing
 from featray.collection.manifest import read_manifest
 from featray.collection.manifest_rows import scans_of_manifest
@@ -25,29 +25,31 @@ from featray.errors import ConfigError
 from featray.storage import retry
 from featray.storage.urls import hash_texts, mask_url, open_url
 
-__all__ = ["Listing", "ListingMemory", "list_scans"]
+__all__ = ["HeaderCache", "Listing", "list_scans"]
 
 _GROUPING = 1
 """Version of how headers are read and grouped; raise it when the same files would give other series."""
 
 
 def list_scans(
-    source: SourceConfig, policy: PolicyConfig | None = None, memory: ListingMemory | None = None
+    source: SourceConfig, policy: PolicyConfig | None = None, header_cache: HeaderCache | None = None
 ) -> Listing:
     """Return every scan below `source.uri`, which is a folder, a glob, a file or a manifest.
 
     Args:
         source: The collection.
         policy: As configured.
-        memory: Of an earlier listing of the same collection: headers of unchanged DICOM files are then not
-            read again; the result is the same. Afterwards it holds what this listing found.
+        header_cache: Filled by an earlier listing of the same collection. Headers of unchanged DICOM files
+            are then not read again; the result is the same. Afterwards it holds what this listing found.
 
     Raises:
         ConfigError: The place does not exist, cannot be listed, or holds no scan.
     """
-    how = How(source, policy or PolicyConfig(), memory)
-    if memory is not None:
-        memory.begin(hash_texts([version("featray"), f"grouping {_GROUPING}", f"not_ct {how.policy.not_ct}"]))
+    how = How(source, policy or PolicyConfig(), header_cache)
+    if header_cache is not None:
+        header_cache.begin(
+            hash_texts([version("featray"), f"grouping {_GROUPING}", f"not_ct {how.policy.not_ct}"])
+        )
     fs, root = open_url(source.uri, source.storage_options)
     try:
         listing = retry.run_with_retries(lambda: _list(fs, root, how), retry.START_DEADLINE_S)
@@ -62,7 +64,7 @@ def list_scans(
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
     if not listing.scans:
         raise ConfigError(_nothing_there(source, listing))
-    return replace(listing, memory=memory)
+    return replace(listing, header_cache=header_cache)
 
 
 def _list(fs: fsspec.AbstractFileSystem, root: str, how: How) -> Listing:

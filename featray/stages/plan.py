@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 
 State = Literal["new", "changed", "stale", "failed", "removed", "up_to_date"]
 STATES: tuple[State, ...] = ("new", "changed", "stale", "failed", "removed", "up_to_date")
-LEDGER_COLUMNS = ("scan_id", "status", "reason", "content", "recipe")
-"""What a plan needs of `scans`; `stage` and `run_id` make its reasons say more."""
+PLANNING_COLUMNS = ("scan_id", "status", "reason", "content", "recipe", "stage", "run_id")
+"""Columns of `scans` that planning reads; `stage` and `run_id` are only used in explanations."""
 
 _PASSING = (Reason.STORAGE.value,)
 """Reasons that may be gone at the next try without the scan having changed."""

@@ -211,7 +211,7 @@ def test_scans_of_rows_are_a_sequence_built_on_demand(tmp_path: Path) -> None:
     with pytest.raises(IndexError):
         found.scans[5000]
     assert found.table.equals(listed(everything))
-    assert (found.carried, found.has_centers) == (("site",), False)
+    assert (found.extra_columns, found.has_centers) == (("site",), False)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -20,7 +20,7 @@ from featray.collection import discover, zip_archives
 from featray.config import PolicyConfig, SourceConfig
 from featray.errors import ConfigError
 from featray.schema import Scan
-from featray.stages.list import Listing, ListingMemory, list_scans
+from featray.stages.list import HeaderCache, Listing, list_scans
 from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
 SHAPE = (4, 8, 8)
@@ -117,7 +117,7 @@ class Tree:
         os.utime(path, (0, next(self.clock)))
 
 
-def listed(root: Path, memory: ListingMemory | None = None, **policy: Any) -> Listing:
+def listed(root: Path, memory: HeaderCache | None = None, **policy: Any) -> Listing:
     try:
         return list_scans(SourceConfig(uri=str(root)), PolicyConfig(**policy), memory)
     except ConfigError:  # a collection without scans is told so
@@ -129,16 +129,16 @@ def test_listing_with_memory_is_listing_without(
     tmp_path: Path, pool: list[bytes], seed: int, opened: list[str]
 ) -> None:
     tree = Tree(tmp_path / "ct", pool, seed)
-    data = ListingMemory().to_bytes()
+    data = HeaderCache().to_bytes()
     for _ in range(30):
         for _ in range(tree.random.randrange(4)):
             tree.edit()
         policy = {"not_ct": tree.random.choice(["exclude"] * 5 + ["warn"])}
-        memory = ListingMemory.from_bytes(data)
+        memory = HeaderCache.from_bytes(data)
         found = listed(tree.root, memory, **policy)
         assert found == listed(tree.root, **policy)
         data = memory.to_bytes()
-        again = ListingMemory.from_bytes(data)
+        again = HeaderCache.from_bytes(data)
         opened.clear()
         assert listed(tree.root, again, **policy) == found
         assert (opened, again.is_changed) == ([], False)
@@ -159,11 +159,11 @@ def test_only_what_changed_is_read_and_what_shares_a_series_with_it(
 ) -> None:
     for seed in range(3):
         series(tmp_path / f"s{seed}", seed)
-    memory = ListingMemory()
+    memory = HeaderCache()
     before = listed(tmp_path, memory)
     assert (len(opened), memory.is_changed) == (12, True)
     opened.clear()
-    memory = ListingMemory.from_bytes(memory.to_bytes())
+    memory = HeaderCache.from_bytes(memory.to_bytes())
     assert listed(tmp_path, memory) == before
     assert opened == []
     (tmp_path / "s0" / "notes").write_bytes(b"words")  # a new file beside a series
@@ -173,13 +173,13 @@ def test_only_what_changed_is_read_and_what_shares_a_series_with_it(
     (tmp_path / "part").mkdir()
     moved = min((tmp_path / "s1").iterdir())
     moved.replace(tmp_path / "part" / moved.name)  # now one series lies in two folders
-    memory = ListingMemory.from_bytes(memory.to_bytes())
+    memory = HeaderCache.from_bytes(memory.to_bytes())
     found = {scan.scan_id: len(scan.files) for scan in listed(tmp_path, memory).scans}
     assert {name.split("/")[0] for name in opened} == {"s1", "part"}
     assert sorted(found.values()) == [4, 4, 4]
     opened.clear()
     shutil.copytree(tmp_path / "s2", tmp_path / "copy")  # another copy of a series that is not touched
-    memory = ListingMemory.from_bytes(memory.to_bytes())
+    memory = HeaderCache.from_bytes(memory.to_bytes())
     listed(tmp_path, memory)
     assert {name.split("/")[0] for name in opened} == {"s2", "copy"}
 
@@ -195,9 +195,9 @@ def test_what_could_not_be_opened_is_not_remembered(tmp_path: Path, monkeypatch:
 
     with monkeypatch.context() as patch:
         patch.setattr(discover, "read_header", failing)
-        memory = ListingMemory()
+        memory = HeaderCache()
         assert any(scan.reason == "storage" for scan in listed(tmp_path, memory).scans)
-    memory = ListingMemory.from_bytes(memory.to_bytes())
+    memory = HeaderCache.from_bytes(memory.to_bytes())
     assert [(scan.reason, len(scan.files)) for scan in listed(tmp_path, memory).scans] == [(None, 4)]
 
 
@@ -206,11 +206,11 @@ def test_folders_that_a_manifest_names_are_remembered_too(tmp_path: Path, opened
         series(tmp_path / f"s{seed}", seed)
     first = series(tmp_path / "flat", 3)[0]
     (tmp_path / "m.csv").write_text(f"uri\ns0\ns1\ns2\nflat/{first.name}\n")
-    memory = ListingMemory()
+    memory = HeaderCache()
     before = listed(tmp_path / "m.csv", memory)
     assert [len(scan.files) for scan in before.scans] == [1, 4, 4, 4]
     opened.clear()
-    memory = ListingMemory.from_bytes(memory.to_bytes())
+    memory = HeaderCache.from_bytes(memory.to_bytes())
     assert [scan.files for scan in listed(tmp_path / "m.csv", memory).scans] == [
         scan.files for scan in before.scans
     ]
@@ -221,7 +221,7 @@ def test_the_memory_names_no_file_and_no_uid(tmp_path: Path) -> None:
     files = series(tmp_path / "DOE^JANE", 0)
     files[0].rename(files[0].with_name("DOE_JANE.dcm"))
     write_nifti(make_phantom(1, SHAPE), tmp_path / "DOE.nii")
-    memory = ListingMemory()
+    memory = HeaderCache()
     listed(tmp_path, memory)
     (tmp_path / "memory.parquet").write_bytes(memory.to_bytes())
     table = pq.read_table(tmp_path / "memory.parquet")
@@ -238,6 +238,6 @@ def test_a_damaged_memory_is_told_and_forgotten(
     tmp_path: Path, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     series(tmp_path / "s", 0)
-    found: list[Scan] = list(listed(tmp_path, ListingMemory.from_bytes(data)).scans)
+    found: list[Scan] = list(listed(tmp_path, HeaderCache.from_bytes(data)).scans)
     assert found == list(listed(tmp_path).scans)
     assert "every header is read again" in caplog.text

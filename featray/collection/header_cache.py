@@ -84,7 +84,7 @@ class KnownGroup:
     series: tuple[KnownSeries, ...]
 
 
-class ListingMemory:
+class HeaderCache:
     """Remembered groups, by place. Give it to `list_scans`; afterwards it holds what that listing found.
 
     Places may be listed in several threads, each place in one.
@@ -96,7 +96,7 @@ class ListingMemory:
         self._found: dict[str, tuple[KnownGroup, ...]] = {}
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> ListingMemory:
+    def from_bytes(cls, data: bytes) -> HeaderCache:
         """Return the memory that `to_bytes` wrote; an empty one, with a warning, if it cannot be read."""
         memory = cls()
         try:

@@ -68,13 +68,13 @@ def _plan_here(manifest: Path, output: Path) -> dict[str, Any]:
     from featray.config import SourceConfig
     from featray.output.dataset import Dataset
     from featray.stages.list import list_scans
-    from featray.stages.plan import make_plan
+    from featray.stages.plan import PLANNING_COLUMNS, make_plan
     from featray.storage.store import Store
 
     times.append(time.perf_counter())
     listing = list_scans(SourceConfig(uri=str(manifest), id_column="case"))
     times.append(time.perf_counter())
-    ledger = Dataset(Store(str(output))).read_scans()
+    ledger = Dataset(Store(str(output))).read_scans(PLANNING_COLUMNS)
     times.append(time.perf_counter())
     plan = make_plan(listing, ledger, RECIPE, refresh=True)
     times.append(time.perf_counter())

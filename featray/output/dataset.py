@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 FEATURES = "features"
 SCANS = "scans"
 RUNS = "runs"
-PLANNING_COLUMNS = ("scan_id", "status", "reason", "content", "recipe")
-"""Columns of `scans` that planning needs."""
 TABLES_APART = (
     "`features` and `scans` are more than one commit apart. Perhaps one of the folders was copied, restored "
     "or changed by another program. Restore both folders to the same point in time."
@@ -143,7 +141,7 @@ class Snapshot:
         names = list(columns) if columns else None
         return self.store.run_operation(lambda: rows.to_table(columns=names, filter=where))
 
-    def read_scans(self, columns: Sequence[str] = PLANNING_COLUMNS) -> pa.Table:
+    def read_scans(self, columns: Sequence[str]) -> pa.Table:
         """Return columns of all rows of `scans`; raises as `read`."""
         return self.read(SCANS, columns)
 
@@ -240,7 +238,7 @@ class Dataset:
         """
         return self.open_snapshot().read(table, columns, where)
 
-    def read_scans(self, columns: Sequence[str] = PLANNING_COLUMNS) -> pa.Table:
+    def read_scans(self, columns: Sequence[str]) -> pa.Table:
         """Return columns of all rows of `scans`; a table without rows if nothing was ever committed."""
         snapshot = self.find_snapshot()
         if snapshot is None:

@@ -137,5 +137,5 @@ def test_a_scan_the_model_cannot_take_costs_its_batch_neighbours_nothing() -> No
 
 
 def test_an_empty_output_has_an_empty_ledger(dataset: Dataset) -> None:
-    assert len(dataset.read_scans()) == 0
-    assert isinstance(dataset.read_scans(), pa.Table)
+    assert len(dataset.read_scans(("scan_id",))) == 0
+    assert isinstance(dataset.read_scans(("scan_id",)), pa.Table)

@@ -161,7 +161,7 @@ def test_a_missing_file_stops_the_commit_before_anything_is_visible(dataset: Dat
     dataset.store.delete([f"features/{lost.files[0].path}"])
     with pytest.raises(FileNotFoundError, match="nothing was committed"):
         committer.commit([lost])
-    assert len(dataset.read_scans()) == 0
+    assert len(dataset.read_scans(("scan_id",))) == 0
 
 
 def test_a_damaged_file_in_the_way_names_the_command_that_mends(dataset: Dataset) -> None:

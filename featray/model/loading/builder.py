@@ -40,7 +40,7 @@ def load_with_builder(
     build, sha256 = import_object(spec.builder, config_key="builder", storage_options=spec.storage_options)
     name = spec.builder.rpartition(":")[2]
     try:
-        model = _build_variables(build, input_shapes)
+        model = _build_model_with_variables(build, input_shapes)
     except ModelError:
         raise
     except Exception as error:  # user code may raise anything
@@ -52,16 +52,16 @@ def load_with_builder(
             "; ".join(error.problems) if isinstance(error, ModelError) else summarize_file_error(error, path)
         )
         raise ModelError(
-            f"{path.name}: the weights do not fit the model that {name} builds ({reason}); "
+            f"{path.name}: the weights do not fit the model that {name}() returns ({reason}); "
             "the builder must build exactly the model that was saved"
         ) from error
     return model, sha256
 
 
-def _build_variables(build: Callable[[], Any], input_shapes: _InputShapes) -> Any:
+def _build_model_with_variables(build: Callable[[], Any], input_shapes: _InputShapes) -> Any:
     """Build a model and create its variables by a call on the first shape that the model accepts.
 
-    Each shape gets a new model, because a model that failed on one shape may already have weights of it.
+    Each shape gets a new model, because a model that failed on one shape may already have weights for it.
     """
     first_error: Exception | None = None
     for shape in input_shapes:

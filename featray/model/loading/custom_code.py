@@ -1,7 +1,7 @@
 """Import the Python objects that a config names: custom layers, custom functions and model builders.
 
 In: `file.py:NAME` or `package.module:NAME`. Out: the object and a sha256 of the code that defines it.
-Must not know what the object is used for.
+Must not know about Keras.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from featray.model import runtime
 from featray.model.loading import download
 
 VAE_SHA256 = "af69a146b65168de7078ba2517cb2f4e614597666f596f1d178207a8786edf28"
-"""What stands in a recipe for the code of `featray.synthetic.vae`.
+"""The sha256 that a recipe contains for the code of `featray.synthetic.vae`.
 
-It is the sha256 of that module's file in featray 0.1.0 (then `featray/vae.py`). Recipe ids contain it, so it
-must stay the same when only the text of the module changes or the module moves; otherwise all outputs that
-were extracted with the `Sampling` layer would become stale. Change it (to the sha256 of the new file) only
-when the values change: when `Sampling` computes something else, or when the builders of the module make
-another model.
+It is the sha256 of this module's file in featray 0.1.0, where it was `featray/vae.py`. It is a constant
+because values do not change when only the text of the module changes or the module moves. With the sha256 of
+the installed file, every output that was extracted with the `Sampling` layer would become stale. Change the
+constant to the sha256 of the new file when the values change, that is, when `Sampling` computes something
+else or a function of the module builds another model.
 """
 
 _MOVED_MODULES = {"featray.vae": "featray.synthetic.vae"}
@@ -36,7 +36,7 @@ Configs of users name `featray.vae:Sampling` in `model.custom_objects`. These co
 """
 
 _FIXED_SHA256 = {"featray.synthetic.vae": VAE_SHA256}
-"""Modules of featray whose sha256 in a recipe is a constant and not the sha256 of the installed file."""
+"""Modules of featray that have a constant sha256 in a recipe instead of the sha256 of the installed file."""
 
 
 def import_object(reference: str, *, config_key: str, storage_options: Mapping[str, Any]) -> tuple[Any, str]:

@@ -1,4 +1,4 @@
-"""Write the messages for model files that Keras cannot load: what happened and what to do."""
+"""Write the messages for model files that Keras cannot load: the cause, and how to make a readable file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read what a saved Keras model file says about itself, without importing Keras or TensorFlow.
+"""Read the format and the description of a saved Keras model file, without importing Keras or TensorFlow.
 
 In: a local path. Out: the file's format, its description of the model, and the custom code that it needs.
 Must not run anything that is stored in the file.
@@ -28,7 +28,7 @@ class ModelFormat(StrEnum):
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What a model file says about itself.
+    """The format and the description of a model file.
 
     Attributes:
         format: The format of the file.
@@ -59,9 +59,9 @@ class CustomEntry:
 
 
 def read_model_file(path: Path) -> ModelFile:
-    """Return what a model file says about itself. The content decides the format, not the file name.
+    """Return the format and the description of a model file.
 
-    A folder is taken to be a SavedModel.
+    The content of the file decides its format, not the file name. A folder is taken to be a SavedModel.
 
     Raises:
         ModelError: The file was not saved by Keras, or is truncated.

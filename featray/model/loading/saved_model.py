@@ -1,4 +1,4 @@
-"""Run one endpoint of an exported SavedModel as a Keras model whose only layers are the endpoint's outputs.
+"""Run one endpoint of an exported SavedModel as a Keras model that has one layer per output.
 
 In: a folder and the name of an endpoint. Out: a Keras model. The TensorFlow graphs in the folder run; no
 Python code does. Importing this module imports Keras and TensorFlow.

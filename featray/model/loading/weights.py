@@ -39,7 +39,7 @@ def load_weights(model: Any, path: Path, file_format: ModelFormat) -> None:
     """Load the weights in `path` into `model`.
 
     Args:
-        model: A Keras model whose variables exist.
+        model: A Keras model that has its variables.
         path: A .keras or .h5 file; its name may have any suffix.
         file_format: The format of the file.
 
@@ -143,7 +143,7 @@ def _check_layout(saved: _WeightsLayout, model: Any) -> None:
 
 
 def _find_swapped_layers(saved: dict[str, str], own: dict[str, str]) -> list[str]:
-    """Return the groups whose weights belong to a layer that the model has in another place.
+    """Return the groups with the weights of a layer that the model has in another place.
 
     Keras loads the groups by their order and ignores these names. Only names that a user chose are compared.
     """

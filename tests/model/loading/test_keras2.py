@@ -1,4 +1,4 @@
-"""Files that Keras 2 wrote load as they are and give the values that Keras 2 gives."""
+"""Files that Keras 2 wrote can be loaded unchanged and give the same values as in Keras 2."""
 
 from __future__ import annotations
 
@@ -19,29 +19,32 @@ X = np.random.default_rng(0).random((2, 4, 4, 4, 1), np.float32)
 
 @pytest.fixture(scope="module")
 def k2() -> Any:
-    """Return Keras 2, or skip."""
+    """Return the package tf_keras (Keras 2), or skip the test."""
     return pytest.importorskip("tf_keras", reason="tf_keras (Keras 2) is not installed: pip install tf_keras")
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Callable[[Any, str], Path]:
-    """Return a function that saves a Keras 2 model, whole or its weights, and says where."""
+def save(tmp_path: Path) -> Callable[[Any, str], Path]:
+    """Return a function that saves a Keras 2 model, or only its weights, and returns the path."""
 
-    def save(model: Any, name: str = "m.h5", what: str = "save") -> Path:
+    def save(model: Any, name: str = "m.h5", method: str = "save") -> Path:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the format is old is the point
-            getattr(model, what)(tmp_path / name)
+            warnings.simplefilter("ignore")  # Keras 2 warns that this format is old
+            getattr(model, method)(tmp_path / name)
         return tmp_path / name
 
     return save
 
 
-def _values(path: Path, layer: str, x: np.ndarray, **keys: Any) -> np.ndarray:
-    layers = [{"layer": layer, "pool": "none", "as": "it"}]
-    return Extractor({"uri": str(path), "layers": layers, **keys}, input_zyx=x.shape[1:])(x)["it"]
+def _extract(path: Path, layer: str, x: np.ndarray, **keys: Any) -> np.ndarray:
+    """Return the values of one layer, without pooling."""
+    layers = [{"layer": layer, "pool": "none", "as": "values"}]
+    return Extractor({"uri": str(path), "layers": layers, **keys}, input_zyx=x.shape[1:])(x)["values"]
 
 
-def _vae(k2: Any) -> tuple[Any, Any]:
+def _make_vae(k2: Any) -> tuple[Any, Any]:
+    """Return a VAE with a custom layer `Sampling`, and its encoder."""
+
     class Sampling(k2.layers.Layer):
         def call(self, inputs: Any) -> Any:
             return inputs[0]
@@ -58,29 +61,29 @@ def _vae(k2: Any) -> tuple[Any, Any]:
     return k2.Model(outer, decoder(encoder(outer)[2]), name="vae"), encoder
 
 
-def test_a_nested_vae_of_keras_2_gives_the_same_latent(k2: Any, saved: Any) -> None:
-    vae, encoder = _vae(k2)
+def test_a_nested_vae_gives_the_same_latent_values(k2: Any, save: Any) -> None:
+    vae, encoder = _make_vae(k2)
     vae.compile(loss="mse")
-    path, keys = saved(vae), {"custom_objects": ["featray.synthetic.vae:Sampling"]}
+    path, keys = save(vae), {"custom_objects": ["featray.synthetic.vae:Sampling"]}
     for at, name in enumerate(("z_mean", "z_log_var")):
         expected = encoder(X)[at].numpy()
         np.testing.assert_allclose(
-            _values(path, f"encoder/{name}", X, **keys), expected, rtol=1e-5, atol=1e-6
+            _extract(path, f"encoder/{name}", X, **keys), expected, rtol=1e-5, atol=1e-6
         )
 
 
-def test_a_nested_sequential_model_of_keras_2_loads_and_calls_in_order(k2: Any, saved: Any) -> None:
+def test_a_nested_sequential_model_is_called_in_the_right_order(k2: Any, save: Any) -> None:
     inner = k2.Sequential(
         [k2.Input((4, 4, 4, 1)), k2.layers.Conv3D(1, 1, name="conv", bias_initializer="ones")], name="inner"
     )
     volume = k2.Input((4, 4, 4, 1))
     model = k2.Model(volume, inner(inner(volume)))
-    path = saved(model)
+    path = save(model)
     assert [info.path for info in list_layers(path)] == ["inner#1/conv", "inner#1", "inner#2/conv", "inner#2"]
-    np.testing.assert_allclose(_values(path, "inner#2", X), model(X).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(_extract(path, "inner#2", X), model(X).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_layers_whose_old_settings_keras_3_refuses_load(k2: Any, saved: Any) -> None:
+def test_layers_with_settings_that_keras_3_refuses_are_loaded(k2: Any, save: Any) -> None:
     series = k2.Input((5, 3))
     recurrent = k2.Model(series, k2.layers.LSTM(4, name="it")(series))
     image = k2.Input((6, 6, 2))
@@ -91,20 +94,20 @@ def test_layers_whose_old_settings_keras_3_refuses_load(k2: Any, saved: Any) -> 
     images = k2.Model(image, k2.layers.LeakyReLU(alpha=0.4, name="it")(spread))
     for name, model in (("series.h5", recurrent), ("images.h5", images)):
         x = np.random.default_rng(3).normal(size=(2, *model.input_shape[1:])).astype(np.float32)
-        got = _values(saved(model, name), "it", x)
-        np.testing.assert_allclose(got, model(x).numpy(), rtol=1e-5, atol=1e-6)
+        values = _extract(save(model, name), "it", x)
+        np.testing.assert_allclose(values, model(x).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_tensors_among_keyword_arguments_are_connected(k2: Any, saved: Any) -> None:
+def test_tensors_in_keyword_arguments_are_connected(k2: Any, save: Any) -> None:
     tokens, others = k2.Input((5, 4)), k2.layers.Dense(4, name="others")
     attention = k2.layers.MultiHeadAttention(2, 3, name="attention")
     model = k2.Model(tokens, attention(tokens, value=others(tokens)))
     x = np.random.default_rng(4).random((2, 5, 4), np.float32)
-    got = _values(saved(model), "attention", x)
-    np.testing.assert_allclose(got, model(x).numpy(), rtol=1e-5, atol=1e-6)
+    values = _extract(save(model), "attention", x)
+    np.testing.assert_allclose(values, model(x).numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_old_weights_go_into_the_model_of_a_builder(k2: Any, saved: Any, code: Any) -> None:
+def test_keras_2_weights_are_loaded_into_the_model_of_a_builder(k2: Any, save: Any, code: Any) -> None:
     source = code(
         "build.py",
         """
@@ -118,20 +121,20 @@ def test_old_weights_go_into_the_model_of_a_builder(k2: Any, saved: Any, code: A
             return keras.Model(volume, [head(x) for head in heads])
         """,
     )
-    encoder = _vae(k2)[1]
-    path = saved(encoder, "weights.h5", "save_weights")
-    got = _values(path, "z_log_var", X, builder=f"{source}:build")
-    np.testing.assert_allclose(got, encoder(X)[1].numpy(), rtol=1e-5, atol=1e-6)
+    encoder = _make_vae(k2)[1]
+    path = save(encoder, "weights.h5", "save_weights")
+    values = _extract(path, "z_log_var", X, builder=f"{source}:build")
+    np.testing.assert_allclose(values, encoder(X)[1].numpy(), rtol=1e-5, atol=1e-6)
 
 
-def test_a_keras_archive_of_keras_2_says_to_save_it_as_h5(k2: Any, saved: Any) -> None:
+def test_a_keras_2_archive_is_refused_with_the_advice_to_save_it_as_h5(k2: Any, save: Any) -> None:
     with pytest.raises(
         ModelError, match=r"archive that Keras 2\.\S+ wrote .* save it again as .h5, which featray can read"
     ):
-        Extractor({"uri": str(saved(_vae(k2)[0], "m.keras")), "layers": ["z_mean"]})
+        Extractor({"uri": str(save(_make_vae(k2)[0], "m.keras")), "layers": ["z_mean"]})
 
 
-def test_operations_on_tensors_and_added_losses_of_the_classic_tutorial_load(k2: Any, saved: Any) -> None:
+def test_tensor_operations_and_added_losses_of_the_keras_vae_example_are_loaded(k2: Any, save: Any) -> None:
     import tensorflow as tf
 
     vector = k2.Input((6,))
@@ -142,12 +145,12 @@ def test_operations_on_tensors_and_added_losses_of_the_classic_tutorial_load(k2:
     model = k2.Model(vector, out)
     model.add_loss(tf.reduce_mean(1 + log_variance - tf.square(mean) - tf.exp(log_variance)))
     x = np.random.default_rng(5).random((2, 6), np.float32)
-    path = saved(model)
-    np.testing.assert_allclose(_values(path, "out", x), model(x).numpy(), rtol=1e-5, atol=1e-6)
+    path = save(model)
+    np.testing.assert_allclose(_extract(path, "out", x), model(x).numpy(), rtol=1e-5, atol=1e-6)
     assert "z_log_var" in [info.path for info in list_layers(path)]
 
 
-def test_slices_of_tensors_give_what_keras_2_gives(k2: Any, saved: Any) -> None:
+def test_slices_of_tensors_give_the_same_values(k2: Any, save: Any) -> None:
     import tensorflow as tf
 
     volume = k2.Input((4, 4, 4, 1))
@@ -163,19 +166,19 @@ def test_slices_of_tensors_give_what_keras_2_gives(k2: Any, saved: Any) -> None:
     ]
     flat = [k2.layers.Flatten(name=f"part_{at}")(part) for at, part in enumerate(parts)]
     model = k2.Model(volume, flat)
-    path = saved(model)
+    path = save(model)
     for at, expected in enumerate(model(X)):
-        np.testing.assert_allclose(_values(path, f"part_{at}", X), expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(_extract(path, f"part_{at}", X), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_sampling_written_with_plain_operations_is_found_and_follows_draws(k2: Any, saved: Any) -> None:
+def test_sampling_written_with_plain_operations_is_found_and_follows_the_seeds(k2: Any, save: Any) -> None:
     import tensorflow as tf
 
     vector = k2.Input((6,))
     mean, spread = (k2.layers.Dense(3, name=name)(vector) for name in ("z_mean", "z_log_var"))
     noise = tf.random.normal(shape=(tf.shape(mean)[0], 3))
     z = k2.layers.Activation("linear", name="z")(mean + tf.exp(0.5 * spread) * noise)
-    path, x = saved(k2.Model(vector, z)), np.random.default_rng(5).random((3, 6), np.float32)
+    path, x = save(k2.Model(vector, z)), np.random.default_rng(5).random((3, 6), np.float32)
     flags = {info.path: info.flags for info in list_layers(path)}
     assert "stochastic" in flags["z"]
     assert "stochastic" not in flags["z_mean"]
@@ -187,12 +190,12 @@ def test_sampling_written_with_plain_operations_is_found_and_follows_draws(k2: A
     assert np.abs(one(x, "abc")["z"] - one(x, "def")["z"]).max() > 1e-3
 
 
-def test_an_operation_that_may_do_more_is_named_as_what_cannot_be_carried_over(k2: Any, saved: Any) -> None:
+def test_an_operation_with_side_effects_is_refused_by_name(k2: Any, save: Any) -> None:
     import tensorflow as tf
 
     volume = k2.Input((4, 4, 4, 1))
     checked = tf.debugging.check_numerics(volume, "bad")
-    path = saved(k2.Model(volume, k2.layers.Flatten(name="flat")(checked)))
+    path = save(k2.Model(volume, k2.layers.Flatten(name="flat")(checked)))
     with pytest.raises(
         ModelError, match=r"check_numerics.*TensorFlow operation that Keras 2 stored.*model.builder"
     ):
@@ -200,7 +203,7 @@ def test_an_operation_that_may_do_more_is_named_as_what_cannot_be_carried_over(k
 
 
 @pytest.mark.parametrize(
-    ("function", "refused"),
+    ("function", "unsafe"),
     [
         ("math.multiply", []),
         ("reshape", []),
@@ -209,12 +212,12 @@ def test_an_operation_that_may_do_more_is_named_as_what_cannot_be_carried_over(k
         ("math.__class__.mro", ["math.__class__.mro"]),
     ],
 )
-def test_functions_that_may_do_more_than_compute_are_refused(function: str, refused: list[str]) -> None:
+def test_functions_that_may_have_side_effects_are_listed(function: str, unsafe: list[str]) -> None:
     config = {"layers": [{"class_name": "TFOpLambda", "config": {"function": function}}]}
-    assert keras2.list_unsafe_functions(config) == refused
+    assert keras2.list_unsafe_functions(config) == unsafe
 
 
-def test_a_config_is_upgraded_without_touching_the_one_given() -> None:
+def test_upgrading_a_config_does_not_change_the_original() -> None:
     node = [["inner", 1, 0, {"mask": ["other", 0, 0], "scale": 2}]]
     inner = {
         "class_name": "Sequential",

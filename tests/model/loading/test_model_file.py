@@ -1,11 +1,11 @@
-"""A saved file is understood without TensorFlow."""
+"""The description of a saved model gives the custom code that it needs."""
 
 from __future__ import annotations
 
 from featray.model.loading import model_file
 
 
-def test_custom_entries_name_the_layer_and_leave_keras_and_compile_settings_out() -> None:
+def test_custom_entries_give_their_layer_and_exclude_keras_and_compile_settings() -> None:
     own = {"module": "keras.layers", "class_name": "Dense", "registered_name": None}
     function = {
         "module": "builtins",
@@ -28,8 +28,8 @@ def test_custom_entries_name_the_layer_and_leave_keras_and_compile_settings_out(
             "loss": {"module": None, "class_name": "Loss", "registered_name": "Loss", "config": {}}
         },
     }
-    found = model_file.list_custom_entries(config, lambda name: name == "relu")
-    assert [(entry.layer, entry.class_name, entry.registered_name) for entry in found] == [
+    entries = model_file.list_custom_entries(config, lambda name: name == "relu")
+    assert [(entry.layer, entry.class_name, entry.registered_name) for entry in entries] == [
         ("d", "mine", "mine"),
         ("Sequential", "Mix", "pkg>Mix"),
     ]

@@ -1,1 +1,1 @@
-"""DICOM: headers to series, and the files of one series to one checked volume."""
+"""DICOM: group the files of a collection into scans by their headers, and read one scan into a Volume."""

@@ -1,10 +1,11 @@
-"""One compressed frame in, its stored values out, by pydicom and GDCM.
+"""Decode one compressed frame into its stored values, with pydicom and GDCM.
 
-C decoders allocate what the code stream says and crash the process on what does not fit, so
-`dicom_codestream` walks each stream and what it says is held against the header before a decoder sees
-it. A decoder's warning counts as an error. Wrong bits inside the coded data that a codec does not notice
-pass, as they do in uncompressed pixels: DICOM has no checksum, and neither OpenJPEG nor the JPEG library
-in GDCM tells (JPEG-LS notices most).
+Decoders written in C allocate the memory that the codestream claims, and crash the process if the data do not
+fit. Therefore `codestream` parses each frame first, and this module compares it with the DICOM header before
+a decoder runs. A warning of a decoder counts as an error.
+
+Wrong bits inside the coded data are accepted if the codec does not notice them, as in uncompressed pixels:
+DICOM has no checksum, and neither OpenJPEG nor the JPEG library in GDCM reports them (JPEG-LS reports most).
 """
 
 from __future__ import annotations
@@ -19,81 +20,100 @@ from numpy.typing import NDArray
 from pydicom.encaps import get_frame
 from pydicom.pixels.decoders.base import get_decoder
 
-from featray.ct.dicom.codestream import BadStreamError, CodeStream, parse
-from featray.ct.dicom.elements import Elements, fragments
+from featray.ct.dicom.codestream import (
+    SIZ,
+    SOF_BASELINE,
+    SOF_EXTENDED,
+    SOF_JPEG_LS,
+    SOF_LOSSLESS,
+    Codestream,
+    InvalidCodestreamError,
+    parse_codestream,
+)
+from featray.ct.dicom.elements import Elements, find_fragments
 from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason, ScanError
 
 _RLE = "1.2.840.10008.1.2.5"
-_PREFIX = "1.2.840.10008.1.2.4."
-_PROCESSES = {
-    "50": (0xC0,),
-    "51": (0xC0, 0xC1),
-    "57": (0xC3,),
-    "70": (0xC3,),
-    "80": (0xF7,),
-    "81": (0xF7,),
-    **dict.fromkeys(("90", "91", "201", "202", "203"), (0x51,)),
+_JPEG_ROOT = "1.2.840.10008.1.2.4."
+_CODINGS = {
+    "50": (SOF_BASELINE,),
+    "51": (SOF_BASELINE, SOF_EXTENDED),
+    "57": (SOF_LOSSLESS,),
+    "70": (SOF_LOSSLESS,),
+    "80": (SOF_JPEG_LS,),
+    "81": (SOF_JPEG_LS,),
+    **dict.fromkeys(("90", "91", "201", "202", "203"), (SIZ,)),
 }
-"""Transfer syntaxes that are decoded, by their last number, and what their frames must be."""
+"""Supported transfer syntaxes below `_JPEG_ROOT`, and the `Codestream.coding` that their frames may have."""
 
-_PAST_PYDICOM = (_PREFIX + "51", _PREFIX + "201", _PREFIX + "202", _PREFIX + "203")
-"""12-bit JPEG and HTJ2K: GDCM decodes them, pydicom's plug-in for it does not say so."""
+_GDCM_ONLY = (_JPEG_ROOT + "51", _JPEG_ROOT + "201", _JPEG_ROOT + "202", _JPEG_ROOT + "203")
+"""12-bit JPEG and HTJ2K: GDCM decodes them, but pydicom's GDCM plug-in does not offer them."""
 
 
-def decoded(header: SliceHeader, elements: Elements, frame: int) -> NDArray[Any]:
-    """Return the stored values of one compressed frame, axes (y, x), dtype as the header says.
+def decode_frame(header: SliceHeader, elements: Elements, frame: int) -> NDArray[Any]:
+    """Return the stored values of compressed frame number `frame` (from 0), axes (y, x).
+
+    The dtype follows from BitsAllocated and PixelRepresentation.
 
     Raises:
         ScanError: `truncated`, `unreadable` or `unsupported`.
     """
-    decode = _decoder(header)
-    _check_encapsulated(header, elements)
+    decode = _select_decoder(header)
+    _check_encapsulation(header, elements)
     encoded = elements.data[elements.pixel_start :]
     try:
-        _check_code_stream(header, get_frame(encoded, frame, number_of_frames=header.frames))
+        _check_codestream(header, get_frame(encoded, frame, number_of_frames=header.number_of_frames))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             values = decode(header, encoded, frame)
     except ScanError:
         raise
-    except Exception as error:  # decoders raise nearly anything; their texts may quote the file
+    except Exception as error:  # decoders raise errors of any type; their texts may quote the file
         raise ScanError(
-            Reason.UNREADABLE, f"{header.base}: its compressed pixels do not decode ({type(error).__name__})"
+            Reason.UNREADABLE,
+            f"{header.file_name}: its compressed pixels do not decode ({type(error).__name__})",
         ) from None
     if values.shape != (header.rows, header.columns):
-        raise ScanError(Reason.UNREADABLE, f"{header.base}: decoded to {values.shape}, not rows x columns")
+        raise ScanError(
+            Reason.UNREADABLE,
+            f"{header.file_name}: decoded to {values.shape}, "
+            f"expected (Rows, Columns) = {(header.rows, header.columns)}",
+        )
     return values
 
 
-def _decoder(header: SliceHeader) -> Callable[[SliceHeader, bytes, int], NDArray[Any]]:
+def _select_decoder(header: SliceHeader) -> Callable[[SliceHeader, bytes, int], NDArray[Any]]:
+    """Return the decoding function for the transfer syntax, or raise `unsupported`."""
     syntax = header.transfer_syntax
-    if syntax in _PAST_PYDICOM and header.bits_stored > 8:
-        return _by_gdcm
-    if syntax != _RLE and (not syntax.startswith(_PREFIX) or syntax.removeprefix(_PREFIX) not in _PROCESSES):
+    if syntax in _GDCM_ONLY and header.bits_stored > 8:
+        return _decode_with_gdcm
+    is_known = syntax.startswith(_JPEG_ROOT) and syntax.removeprefix(_JPEG_ROOT) in _CODINGS
+    if syntax != _RLE and not is_known:
         raise ScanError(
-            Reason.UNSUPPORTED, f"{header.base}: no decoder for its transfer syntax{_shown(header)}"
+            Reason.UNSUPPORTED,
+            f"{header.file_name}: no decoder for its transfer syntax{_format_syntax(header)}",
         )
-    return _by_pydicom
+    return _decode_with_pydicom
 
 
-def _by_pydicom(header: SliceHeader, encoded: bytes, frame: int) -> NDArray[Any]:
+def _decode_with_pydicom(header: SliceHeader, encoded: bytes, frame: int) -> NDArray[Any]:
     decoder = get_decoder(header.transfer_syntax)
     if not decoder.is_available:
         raise ScanError(
-            Reason.UNSUPPORTED, f"{header.base}: cannot decode {decoder.UID.name}; install python-gdcm"
+            Reason.UNSUPPORTED, f"{header.file_name}: cannot decode {decoder.UID.name}; install python-gdcm"
         )
-    values, _ = decoder.as_array(encoded, index=frame, raw=True, **_options(header))
+    values, _ = decoder.as_array(encoded, index=frame, raw=True, **_make_decoder_options(header))
     return np.asarray(values)
 
 
-def _by_gdcm(header: SliceHeader, encoded: bytes, frame: int) -> NDArray[Any]:
+def _decode_with_gdcm(header: SliceHeader, encoded: bytes, frame: int) -> NDArray[Any]:
     try:
         import gdcm
     except ImportError:
-        raise ScanError(Reason.UNSUPPORTED, f"{header.base}: install python-gdcm to decode it") from None
+        raise ScanError(Reason.UNSUPPORTED, f"{header.file_name}: install python-gdcm to decode it") from None
     fragment, fragments_of_frame = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
-    fragment.SetByteStringValue(get_frame(encoded, frame, number_of_frames=header.frames))
+    fragment.SetByteStringValue(get_frame(encoded, frame, number_of_frames=header.number_of_frames))
     fragments_of_frame.AddFragment(fragment)
     element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
     element.SetValue(fragments_of_frame.__ref__())
@@ -101,82 +121,87 @@ def _by_gdcm(header: SliceHeader, encoded: bytes, frame: int) -> NDArray[Any]:
     image.SetNumberOfDimensions(2)
     image.SetDimensions((header.columns, header.rows, 1))
     image.SetDataElement(element)
-    grey = gdcm.PhotometricInterpretation.MONOCHROME2
-    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(grey))
+    gray = gdcm.PhotometricInterpretation.MONOCHROME2
+    image.SetPhotometricInterpretation(gdcm.PhotometricInterpretation(gray))
     syntax = gdcm.TransferSyntax.GetTSType(header.transfer_syntax)
     image.SetTransferSyntax(gdcm.TransferSyntax(syntax))
     bits = header.bits_stored
-    image.SetPixelFormat(gdcm.PixelFormat(1, header.bits_allocated, bits, bits - 1, int(header.signed)))
-    values = image.GetBuffer().encode("utf-8", "surrogateescape")  # GDCM gives char* as str
-    dtype = f"{'i' if header.signed else 'u'}{header.bits_allocated // 8}"
+    image.SetPixelFormat(gdcm.PixelFormat(1, header.bits_allocated, bits, bits - 1, int(header.is_signed)))
+    values = image.GetBuffer().encode("utf-8", "surrogateescape")  # GDCM returns char* as str
+    dtype = f"{'i' if header.is_signed else 'u'}{header.bits_allocated // 8}"
     return np.frombuffer(values, dtype).reshape(header.rows, header.columns)
 
 
-def _options(header: SliceHeader) -> dict[str, Any]:
-    """Return what pydicom's decoders want to know of the image."""
+def _make_decoder_options(header: SliceHeader) -> dict[str, Any]:
+    """Return the description of the image that pydicom's decoders need."""
     return {
         "rows": header.rows,
         "columns": header.columns,
         "samples_per_pixel": 1,
-        "number_of_frames": header.frames,
+        "number_of_frames": header.number_of_frames,
         "bits_allocated": header.bits_allocated,
         "bits_stored": header.bits_stored,
-        "pixel_representation": int(header.signed),
-        "photometric_interpretation": header.photometric or "MONOCHROME2",
+        "pixel_representation": int(header.is_signed),
+        "photometric_interpretation": header.photometric_interpretation or "MONOCHROME2",
         "pixel_keyword": "PixelData",
     }
 
 
-def _check_encapsulated(header: SliceHeader, elements: Elements) -> None:
+def _check_encapsulation(header: SliceHeader, elements: Elements) -> None:
+    """Raise ScanError unless the pixel data consist of an offset table and a fragment or more per frame."""
     if elements.pixel_length is not None:
         raise ScanError(
             Reason.UNREADABLE,
-            f"{header.base}: the transfer syntax says compressed, the pixels are not in compressed form",
+            f"{header.file_name}: the transfer syntax says compressed, but the pixel data are not",
         )
-    if len(fragments(elements)) < 1 + header.frames:
+    if len(find_fragments(elements)) < 1 + header.number_of_frames:
         raise ScanError(
             Reason.TRUNCATED,
-            f"{header.base}: the compressed pixels are cut or incomplete; copy the file again",
+            f"{header.file_name}: the compressed pixels are cut or incomplete; copy the file again",
         )
 
 
-def _shown(header: SliceHeader) -> str:
-    """Return the UID for a message if it is one of DICOM's; anything else might say who the patient is."""
+def _format_syntax(header: SliceHeader) -> str:
+    """Return the transfer syntax UID for a message, or nothing if DICOM does not define it.
+
+    Other text is not repeated because it may identify the patient.
+    """
     uid = header.transfer_syntax
     return f" {uid}" if re.fullmatch(r"1\.2\.840\.10008\.1\.2[.0-9]{0,12}", uid) else ""
 
 
-def _check_code_stream(header: SliceHeader, encoded: bytes) -> None:
-    """Raise ScanError unless the stream is whole and says what the header says."""
+def _check_codestream(header: SliceHeader, encoded: bytes) -> None:
+    """Raise ScanError unless the codestream is complete and agrees with the DICOM header."""
     if header.transfer_syntax == _RLE:
-        return  # says nothing of itself
+        return  # an RLE frame states neither size nor precision
     try:
-        stream = parse(encoded)
-    except BadStreamError as error:
-        reason = Reason.TRUNCATED if error.cut else Reason.UNREADABLE
-        raise ScanError(reason, f"{header.base}: {error}") from None
+        stream = parse_codestream(encoded)
+    except InvalidCodestreamError as error:
+        reason = Reason.TRUNCATED if error.is_truncated else Reason.UNREADABLE
+        raise ScanError(reason, f"{header.file_name}: {error}") from None
     if (stream.rows, stream.columns) != (header.rows, header.columns):
-        size = (stream.rows, stream.columns)
         raise ScanError(
             Reason.UNREADABLE,
-            f"{header.base}: the compressed image is {size}, the header says {(header.rows, header.columns)}",
+            f"{header.file_name}: the compressed image has (rows, columns) = "
+            f"{(stream.rows, stream.columns)}, the header says {(header.rows, header.columns)}",
         )
-    if stream.process not in _PROCESSES[header.transfer_syntax.removeprefix(_PREFIX)]:
-        raise ScanError(
-            Reason.UNREADABLE, f"{header.base}: the pixels are compressed otherwise than its header says"
-        )
-    _check_bits(header, stream)
-
-
-def _check_bits(header: SliceHeader, stream: CodeStream) -> None:
-    """Refuse what would overrun a decoder's buffer, or leave the sign of values open."""
-    jpeg = 0xC0 <= stream.process <= 0xC3
-    wider = stream.bits > header.bits_allocated
-    other_width = jpeg and (stream.bits > 8) != (header.bits_allocated > 8)
-    sign_lost = jpeg and header.signed and stream.bits < header.bits_stored
-    if wider or other_width or sign_lost or header.bits_allocated > 16:
+    if stream.coding not in _CODINGS[header.transfer_syntax.removeprefix(_JPEG_ROOT)]:
         raise ScanError(
             Reason.UNREADABLE,
-            f"{header.base}: {stream.bits} bits per compressed value, the header says "
-            f"{header.bits_stored} of {header.bits_allocated}",
+            f"{header.file_name}: the pixels have another compression than the transfer syntax says",
+        )
+    _check_precision(header, stream)
+
+
+def _check_precision(header: SliceHeader, stream: Codestream) -> None:
+    """Raise ScanError if the precision would overrun a decoder's buffer or make signs ambiguous."""
+    is_jpeg = SOF_BASELINE <= stream.coding <= SOF_LOSSLESS
+    is_wider = stream.precision > header.bits_allocated
+    has_other_width = is_jpeg and (stream.precision > 8) != (header.bits_allocated > 8)
+    loses_sign = is_jpeg and header.is_signed and stream.precision < header.bits_stored
+    if is_wider or has_other_width or loses_sign or header.bits_allocated > 16:
+        raise ScanError(
+            Reason.UNREADABLE,
+            f"{header.file_name}: {stream.precision} bits per compressed value, the header says "
+            f"BitsStored {header.bits_stored} and BitsAllocated {header.bits_allocated}",
         )

@@ -1,25 +1,29 @@
-"""Slice headers in, scans out: which files make one volume, and what is left out by which rule.
+"""Group the slice headers of a collection into scans: which files make one volume, and which are left out.
 
-Sees no pixels and opens nothing. Rules, in this order:
+Reads no pixels and opens no files. The rules, in this order:
 
-1. A DICOMDIR is an index, and a file that is no DICOM is none of ours; both are dropped, except
-   that a damaged file counts: see 6.
-2. Files of another modality or class (unless they are accepted), colour pages, secondary captures and
-   files without an image are `excluded` as `not_ct` (one entry per SeriesInstanceUID); localizers as
-   `not_a_volume`.
-3. Slices belong together by SeriesInstanceUID, patient and study. Where the UID is empty: by folder,
-   SeriesNumber, patient and study.
-4. A UID in several folders is one scan if the folders share the frame of reference but neither
-   SOP Instance UID nor position (a split export); other folders are copies, one scan each.
-5. Within that, slices of one orientation, rows x columns and kind (single or multi-frame) are one
-   scan. Up to three images at another angle are localizers, dropped with `localizer_removed`; but what
-   lies in line with a scan's slices is a damaged one of them, and stays for reading to refuse. A
-   multi-frame copy of the single frames is `excluded` as `duplicate_slices`. Time points, kernels or
-   thicknesses in one series are one scan each, with the warning `duplicate_slices`, where headers tell
-   them apart cleanly (`dicom_apart`). The files of a divided multi-frame image are one scan.
-6. A damaged file fails the scan it belongs to, since a volume that may miss a slice is never made:
-   by its SeriesInstanceUID if that can be read, else by its name (see `_neighbours`). One that
-   belongs to nothing is a failed entry of its own if its name ends like a DICOM file's.
+1. A DICOMDIR is dropped because it is only an index of other files. A file that is not DICOM is dropped too,
+   unless it seems to be a damaged DICOM file (rule 6).
+2. Files of another modality or SOP class, color images, secondary captures and files without an image are
+   `excluded` as `not_ct`, with one entry per SeriesInstanceUID; localizers as `not_a_volume`. MR and PET are
+   accepted on request.
+3. Slices belong together if they share SeriesInstanceUID, PatientID and StudyInstanceUID. Without a
+   SeriesInstanceUID they must share folder, SeriesNumber, PatientID and StudyInstanceUID.
+4. Folders with the same SeriesInstanceUID are one scan if they share FrameOfReferenceUID but neither a
+   SOPInstanceUID nor a position (an export split over folders). Otherwise they are copies, one scan each.
+5. Within these groups, slices with the same orientation, matrix size (Rows x Columns) and kind (single-frame
+   or multi-frame) are one scan.
+   - Up to three images at another angle are localizers and are dropped with `localizer_removed`. Such an
+     image that lies in line with the slices of a scan is a damaged slice instead; it stays in the scan so
+     that reading refuses the scan.
+   - A multi-frame copy of the single-frame slices is `excluded` as `duplicate_slices`.
+   - Time points, convolution kernels or slice thicknesses in one series become one scan each, with the
+     warning `duplicate_slices`, if their headers separate them cleanly (see `split`).
+   - The files of a concatenation (one multi-frame image split into several files) are one scan.
+6. A damaged file fails the scan that it belongs to, because a volume with a possibly missing slice must not
+   be read. It belongs to a scan by its SeriesInstanceUID if that can be read, else by its file name (see
+   `_find_adjacent_scans`). A damaged file that belongs to no scan is a failed entry of its own if its name
+   ends like that of a DICOM file.
 """
 
 from __future__ import annotations
@@ -33,46 +37,53 @@ from itertools import pairwise
 import numpy as np
 
 from featray.ct.dicom.header import SliceHeader
-from featray.ct.dicom.split import apart, volumes
+from featray.ct.dicom.split import split_by_fields, split_volumes
 from featray.errors import Reason, WarningCode
 
-SAME_DIRECTION = 1e-3
-"""Direction cosines closer than this are one orientation; writers round to 4 to 6 digits."""
+MAX_COSINE_DIFFERENCE = 1e-3
+"""Cosines that differ by no more are one orientation, because headers are rounded to 4 to 6 digits."""
 
-LOCALIZER_IMAGES, LOCALIZER_DEGREES = 3, 10.0
-"""At most this many images, at least this far off the main orientation."""
+MAX_LOCALIZER_IMAGES, MIN_LOCALIZER_DEGREES = 3, 10.0
+"""Localizers are at most this many images, at an angle of at least this to the other slices."""
 
-IN_LINE_MM = 5.0
-"""A scout's corner lies a field of view away from the line of the slices' corners."""
+MAX_DISTANCE_IN_LINE_MM = 5.0
+"""Distance from the line through the slices' first pixels; that of a localizer is a field of view away."""
 
 _CT_CLASSES = frozenset(
     f"1.2.840.10008.5.1.4.1.1.{tail}" for tail in ("2", "2.1", "2.2")
 )  # CT, Enhanced CT, Legacy Converted Enhanced CT Image Storage
-_OTHER_MODALITIES = frozenset({"MR", "PT"})
-_OTHER_CLASSES = frozenset(
+_MR_PET_MODALITIES = frozenset({"MR", "PT"})
+_MR_PET_CLASSES = frozenset(
     f"1.2.840.10008.5.1.4.1.1.{tail}" for tail in ("4", "4.1", "4.4", "128", "128.1", "130")
 )  # MR, Enhanced MR, Legacy Converted Enhanced MR, PET, Legacy Converted Enhanced PET, Enhanced PET
-_NAMED = frozenset(
+_KNOWN_MODALITIES = frozenset(
     {"CR", "DX", "ES", "IO", "KO", "MG", "MR", "NM", "OT", "PR", "PT", "PX", "REG", "RF", "RTDOSE"}
     | {"RTIMAGE", "RTPLAN", "RTSTRUCT", "SC", "SEG", "SR", "US", "XA", "XC"}
 )
-_CAPTURES = "1.2.840.10008.5.1.4.1.1.7."  # Secondary Capture; multi-frame ones add 1 to 4
-_LOCALIZER_WORDS = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
+"""Modalities other than CT that a message may name. Any other text may identify the patient."""
+
+_SECONDARY_CAPTURE_PREFIX = "1.2.840.10008.5.1.4.1.1.7."
+"""SOP class of Secondary Capture Image Storage; the multi-frame variants end with a further 1 to 4."""
+
+_LOCALIZER_IMAGE_TYPES = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-_UNFINISHED = re.compile(r"\.(part|partial|tmp|filepart|crdownload|download)$")
+_UNFINISHED_COPY = re.compile(r"\.(part|partial|tmp|filepart|crdownload|download)$")
+
+_Exclusion = tuple[Reason, str]
+"""Why a file is left out: the reason and a message."""
 
 
 @dataclass(frozen=True)
 class DicomScan:
-    """One scan as found: its files and, if it is not to be read, why.
+    """One scan, or the files that were left out of a series together.
 
     Attributes:
-        files: Names of the headers given, sorted; what `read_series` needs if `reason` is None.
+        files: Names of the headers given, sorted. `read_series` needs these files if `reason` is None.
         series_uid: SeriesInstanceUID, empty if the files have none.
-        reason: None for a scan to read.
-        excluded: True if left out by rule, false if failed; only with a reason.
-        message: The reason in words, for people.
-        warnings: Codes of what was odd but accepted.
+        reason: Why the scan must not be read, or None.
+        excluded: With a reason: true if the files were left out by a rule, false if the scan failed.
+        message: The reason in words, for users.
+        warnings: Codes of unusual properties that were accepted.
     """
 
     files: tuple[str, ...]
@@ -86,294 +97,339 @@ class DicomScan:
 def group_into_scans(
     headers: Sequence[SliceHeader], *, accept_other_modalities: bool = False
 ) -> list[DicomScan]:
-    """Return the scans among the files of one folder or one whole collection, by first file name.
+    """Return the scans among the files of one folder or one whole collection, sorted by first file name.
 
-    Every header ends in exactly one entry, except what rules 1 and 5 drop, and damaged files that may
-    belong to several. Names must be unique and share one root; a split export is only seen if its
-    folders are given together. With `accept_other_modalities` MR and PET images are scans like CT,
-    with the warning `not_ct`.
+    Every header ends up in exactly one entry, except files that rules 1 and 5 drop, and damaged files that
+    may belong to several scans.
+
+    Args:
+        headers: Headers with unique names below one root. The folders of an export that was split over
+            several folders must be given together.
+        accept_other_modalities: Treat MR and PET images like CT, with the warning `not_ct`.
     """
-    others = _OTHER_MODALITIES if accept_other_modalities else frozenset()
+    extra_modalities = _MR_PET_MODALITIES if accept_other_modalities else frozenset()
     groups: dict[tuple[str, ...], list[SliceHeader]] = defaultdict(list)
-    strays = []
+    unidentified = []
     for header in sorted(headers, key=lambda header: header.name):
         if header.problem and not header.series_uid:
-            strays.append(header)
+            unidentified.append(header)
         elif not header.is_directory:
-            groups[_key(header)].append(header)
-    series = [
-        found for members in groups.values() for part in _owners(members) for found in _scans(part, others)
+            groups[_make_series_key(header)].append(header)
+    scans = [
+        scan
+        for group in groups.values()
+        for members in _split_patients(group)
+        for scan in _make_scans(members, extra_modalities)
     ]
-    return sorted(_with_strays(series, strays), key=lambda found: found.files)
+    return sorted(_assign_unidentified_files(scans, unidentified), key=lambda scan: scan.files)
 
 
-def _owners(members: list[SliceHeader]) -> list[list[SliceHeader]]:
-    """Return files of one UID by patient and study; damaged ones that name neither go with each."""
-    lost: list[SliceHeader] = []
-    known: list[SliceHeader] = []
-    for header in members:
-        nameless = header.problem and not (header.patient or header.study_uid)
-        (lost if nameless else known).append(header)
-    return [part + lost for part in apart(known, "patient", "study_uid")] if known else [lost]
-
-
-def _exclusion(header: SliceHeader, others: frozenset[str]) -> tuple[Reason, str] | None:
-    """Return why a file is left out by rule, or None for a CT slice (or what must be one)."""
-    # A damaged modality or class does not make a CT slice vanish from among its neighbours.
-    by_class = header.sop_class in _CT_CLASSES and header.modality not in _NAMED
-    if header.modality not in {"", "CT", *others} and not by_class:
-        return Reason.NOT_CT, f"modality is {_code(header.modality)}"
-    capture = (header.sop_class + ".").startswith(_CAPTURES)
-    foreign = header.sop_class in _OTHER_CLASSES and not others
-    if foreign or not (header.sop_class in _CT_CLASSES or capture or _is_plain_slice(header)):
-        return Reason.NOT_CT, "an object of another class than CT images"
-    if header.problem:
-        return None
-    if not header.has_pixels and not header.sop_class and not header.rows:
-        return Reason.NOT_CT, "no image in it"
-    if header.samples != 1 or (capture and not header.functional_groups) or _is_page(header):
-        return Reason.NOT_CT, "a secondary capture (report, screenshot or copy of a localizer)"
-    if _LOCALIZER_WORDS & set(header.image_type):
-        return Reason.NOT_A_VOLUME, "a localizer, no volume"
-    return None
-
-
-def _is_plain_slice(header: SliceHeader) -> bool:
-    """Tell a single image with a place, or a file that does not say what it is."""
-    return not header.sop_class or (header.has_pixels and header.frames == 1 and bool(header.position))
-
-
-def _is_page(header: SliceHeader) -> bool:
-    """Tell a screenshot or report that calls itself a CT image: made from others, and lying nowhere."""
-    return not _has_place(header) and not header.position and "SECONDARY" in header.image_type
-
-
-def _key(header: SliceHeader) -> tuple[str, ...]:
+def _make_series_key(header: SliceHeader) -> tuple[str, ...]:
     return (header.series_uid,) if header.series_uid else ("", header.folder, header.series_number)
 
 
-def _code(text: str) -> str:
-    """Return a known modality for a message; anything else might say who the patient is."""
-    return text if text in _NAMED else "not CT"
+def _split_patients(headers: list[SliceHeader]) -> list[list[SliceHeader]]:
+    """Return the files of one UID grouped by patient and study.
+
+    Damaged files without PatientID and StudyInstanceUID are added to every group.
+    """
+    anonymous: list[SliceHeader] = []
+    known: list[SliceHeader] = []
+    for header in headers:
+        is_anonymous = header.problem and not (header.patient_hash or header.study_uid)
+        (anonymous if is_anonymous else known).append(header)
+    if not known:
+        return [anonymous]
+    return [group + anonymous for group in split_by_fields(known, "patient_hash", "study_uid")]
 
 
-def _scans(members: list[SliceHeader], others: frozenset[str]) -> list[DicomScan]:
-    """Return the entries of one SeriesInstanceUID."""
-    excluded: dict[tuple[Reason, str], list[SliceHeader]] = defaultdict(list)
+def _make_scans(members: list[SliceHeader], extra_modalities: frozenset[str]) -> list[DicomScan]:
+    """Return the entries for the files of one SeriesInstanceUID and patient."""
+    excluded: dict[_Exclusion, list[SliceHeader]] = defaultdict(list)
     slices = []
     for header in members:
-        why = _exclusion(header, others)
-        if why:
-            excluded[why].append(header)
+        exclusion = _find_exclusion(header, extra_modalities)
+        if exclusion:
+            excluded[exclusion].append(header)
         else:
             slices.append(header)
-    localizers = [why for why in excluded if slices and why[0] is Reason.NOT_A_VOLUME]
-    for why in localizers:
-        del excluded[why]
+    localizers = [exclusion for exclusion in excluded if slices and exclusion[0] is Reason.NOT_A_VOLUME]
+    for exclusion in localizers:
+        del excluded[exclusion]
     warnings = (WarningCode.LOCALIZER_REMOVED.value,) if localizers else ()
-    kinds = apart(slices, "modality") if others else [slices]
-    stacks = [
-        found for kind in kinds for copy in _copies(kind) for found in _stacks(copy, warnings + _other(copy))
+    groups = split_by_fields(slices, "modality") if extra_modalities else [slices]
+    scans = [
+        scan
+        for group in groups
+        for copy in _split_copies(group)
+        for scan in _make_scans_by_grid(copy, warnings + _get_modality_warnings(copy))
     ]
-    return stacks + _left_out(excluded)
+    return scans + _make_excluded_scans(excluded)
 
 
-def _other(slices: list[SliceHeader]) -> tuple[str, ...]:
-    return (Reason.NOT_CT.value,) if any(s.modality in _OTHER_MODALITIES for s in slices) else ()
+def _find_exclusion(header: SliceHeader, extra_modalities: frozenset[str]) -> _Exclusion | None:
+    """Return why a file is left out by rule 2, or None if it is, or may be, a slice to read."""
+    # A CT SOP class outweighs a damaged Modality, so that a CT slice is not lost from among its neighbors.
+    is_ct_class = header.sop_class_uid in _CT_CLASSES
+    if header.modality not in {"", "CT", *extra_modalities} and not (
+        is_ct_class and header.modality not in _KNOWN_MODALITIES
+    ):
+        return Reason.NOT_CT, f"modality is {_format_modality(header.modality)}"
+    is_capture = (header.sop_class_uid + ".").startswith(_SECONDARY_CAPTURE_PREFIX)
+    is_mr_pet = header.sop_class_uid in _MR_PET_CLASSES and not extra_modalities
+    if is_mr_pet or not (is_ct_class or is_capture or _may_be_slice(header)):
+        return Reason.NOT_CT, "the SOP class is not one of CT images"
+    if header.problem:
+        return None
+    if not header.has_pixels and not header.sop_class_uid and not header.rows:
+        return Reason.NOT_CT, "the file contains no image"
+    is_plain_capture = is_capture and not header.has_functional_groups
+    if header.samples_per_pixel != 1 or is_plain_capture or _is_screenshot(header):
+        return Reason.NOT_CT, "a secondary capture (report, screenshot or copy of a localizer)"
+    if _LOCALIZER_IMAGE_TYPES & set(header.image_type):
+        return Reason.NOT_A_VOLUME, "a localizer, not a volume"
+    return None
 
 
-def _left_out(excluded: dict[tuple[Reason, str], list[SliceHeader]]) -> list[DicomScan]:
-    """Return one entry for all that a UID holds beside slices; the commonest reason speaks."""
+def _may_be_slice(header: SliceHeader) -> bool:
+    """Return whether a file is a single-frame image with a position, or has no SOP class."""
+    is_single_frame = header.has_pixels and header.number_of_frames == 1
+    return not header.sop_class_uid or (is_single_frame and bool(header.position))
+
+
+def _is_screenshot(header: SliceHeader) -> bool:
+    """Return whether a file with CT SOP class is a screenshot or report: ImageType SECONDARY, no position."""
+    return not _has_geometry(header) and not header.position and "SECONDARY" in header.image_type
+
+
+def _format_modality(text: str) -> str:
+    """Return a known modality, else `not CT`, because other text may identify the patient."""
+    return text if text in _KNOWN_MODALITIES else "not CT"
+
+
+def _get_modality_warnings(slices: list[SliceHeader]) -> tuple[str, ...]:
+    return (Reason.NOT_CT.value,) if any(s.modality in _MR_PET_MODALITIES for s in slices) else ()
+
+
+def _make_excluded_scans(excluded: dict[_Exclusion, list[SliceHeader]]) -> list[DicomScan]:
+    """Return one entry for all excluded files of a SeriesInstanceUID, with the most frequent reason."""
     if not excluded:
         return []
-    reason, message = max(excluded, key=lambda why: len(excluded[why]))
-    headers = [header for found in excluded.values() for header in found]
-    return [DicomScan(_names(headers), headers[0].series_uid, reason, True, message)]
+    reason, message = max(excluded, key=lambda exclusion: len(excluded[exclusion]))
+    headers = [header for members in excluded.values() for header in members]
+    return [DicomScan(_sort_names(headers), headers[0].series_uid, reason, excluded=True, message=message)]
 
 
-def _copies(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
-    """Return slices of one UID, apart where folders overlap; each folder joins the first it fits."""
+def _split_copies(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
+    """Return the slices of one SeriesInstanceUID, grouped so that no group contains a slice twice.
+
+    The slices of a folder stay together. Each folder joins the first group that it does not overlap with.
+    """
     folders: dict[str, list[SliceHeader]] = defaultdict(list)
     for header in slices:
         folders[header.folder].append(header)
     copies: list[list[SliceHeader]] = []
-    taken: list[set[object]] = []
+    keys_of_copies: list[set[object]] = []
     for members in folders.values():
-        marks, frame = _marks(members), members[0].frame_uid
-        fits = (i for i, others in enumerate(taken) if not others & marks and copies[i][0].frame_uid == frame)
-        fit = next(fits, None)
-        if fit is None:
+        keys, frame_uid = _collect_unique_keys(members), members[0].frame_of_reference_uid
+        fitting = (
+            i
+            for i, other_keys in enumerate(keys_of_copies)
+            if not other_keys & keys and copies[i][0].frame_of_reference_uid == frame_uid
+        )
+        first = next(fitting, None)
+        if first is None:
             copies.append(members)
-            taken.append(marks)
+            keys_of_copies.append(keys)
         else:
-            copies[fit] += members
-            taken[fit] |= marks
+            copies[first] += members
+            keys_of_copies[first] |= keys
     return copies
 
 
-def _marks(slices: list[SliceHeader]) -> set[object]:
-    """Return what two different slices cannot share: their SOP Instance UID and their place."""
-    uids = {header.sop_uid for header in slices if header.sop_uid}
-    places = {tuple(round(mm, 1) for mm in header.position) for header in slices if header.position}
-    return uids | places
+def _collect_unique_keys(slices: list[SliceHeader]) -> set[object]:
+    """Return the values that two slices of one scan cannot share: SOPInstanceUID, and position to 0.1 mm."""
+    uids = {header.sop_instance_uid for header in slices if header.sop_instance_uid}
+    positions = {tuple(round(mm, 1) for mm in header.position) for header in slices if header.position}
+    return uids | positions
 
 
-def _stacks(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
-    """Return one entry per orientation, matrix and kind.
+def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
+    """Return the entries for slices without copies: one or more for each orientation, matrix size and kind.
 
-    Damaged files fail them all. Slices without a place go with the largest stack, where reading
-    refuses them: on their own they would leave it one slice short.
+    Damaged files fail all of them. Slices without position or orientation are added to the largest stack,
+    so that reading refuses it. As an entry of their own they would leave the stack without a slice.
     """
-    broken = [header for header in slices if header.problem]
-    placed = [header for header in slices if not header.problem and _has_place(header)]
-    unplaced = [header for header in slices if not header.problem and not _has_place(header)]
-    stacks = sorted(_alike(placed), key=len, reverse=True) or [[]]
+    damaged = [header for header in slices if header.problem]
+    placed = [header for header in slices if not header.problem and _has_geometry(header)]
+    unplaced = [header for header in slices if not header.problem and not _has_geometry(header)]
+    stacks = sorted(_group_by_grid(placed), key=len, reverse=True) or [[]]
     main, others = stacks[0] + unplaced, stacks[1:]
     if not main:
-        return [_with_broken(DicomScan((), broken[0].series_uid), broken)]
-    damaged = [stack for stack in others if _is_in_line(stack, main)]
-    main = main + [header for stack in damaged for header in stack]
-    others = [stack for stack in others if stack not in damaged]
+        return [_add_damaged_files(DicomScan((), damaged[0].series_uid), damaged)]
+    in_line = [stack for stack in others if _is_in_line(stack, main)]
+    main = main + [header for stack in in_line for header in stack]
+    others = [stack for stack in others if stack not in in_line]
     localizers = [stack for stack in others if _is_localizer(stack, main)]
-    copies = [stack for stack in others if _is_copy(stack, main)]
+    copies = [stack for stack in others if _is_multiframe_copy(stack, main)]
     dropped = {WarningCode.LOCALIZER_REMOVED.value: localizers, Reason.DUPLICATE_SLICES.value: copies}
-    warnings = tuple(dict.fromkeys([*warnings, *(code for code, found in dropped.items() if found)]))
+    new_warnings = (code for code, dropped_stacks in dropped.items() if dropped_stacks)
+    warnings = tuple(dict.fromkeys([*warnings, *new_warnings]))
     kept = [main] + [stack for stack in others if stack not in localizers and stack not in copies]
-    found = [entry for stack in kept for entry in _entries(stack, warnings)]
-    return [_with_broken(entry, broken) for entry in found + [_multiframe_copy(stack) for stack in copies]]
+    scans = [scan for stack in kept for scan in _make_volume_scans(stack, warnings)]
+    scans += [_make_multiframe_copy_scan(stack) for stack in copies]
+    return [_add_damaged_files(scan, damaged) for scan in scans]
 
 
-def _entries(stack: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
+def _make_volume_scans(stack: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
     """Return one entry for each volume of a stack."""
-    parts = volumes(stack)
+    parts = split_volumes(stack)
     if len(parts) > 1:
         warnings = tuple(dict.fromkeys([*warnings, Reason.DUPLICATE_SLICES.value]))
-    return [DicomScan(_names(part), part[0].series_uid, warnings=warnings) for part in parts]
+    return [DicomScan(_sort_names(part), part[0].series_uid, warnings=warnings) for part in parts]
 
 
-def _has_place(header: SliceHeader) -> bool:
-    return header.functional_groups or bool(header.position and header.orientation)
+def _has_geometry(header: SliceHeader) -> bool:
+    return header.has_functional_groups or bool(header.position and header.orientation)
 
 
-def _alike(slices: Iterable[SliceHeader]) -> list[list[SliceHeader]]:
+def _group_by_grid(slices: Iterable[SliceHeader]) -> list[list[SliceHeader]]:
     stacks: list[list[SliceHeader]] = []
     for header in slices:
-        fit = next((stack for stack in stacks if _same_stack(stack[0], header)), None)
-        if fit is None:
+        fitting = next((stack for stack in stacks if _is_same_grid(stack[0], header)), None)
+        if fitting is None:
             stacks.append([header])
         else:
-            fit.append(header)
+            fitting.append(header)
     return stacks
 
 
-def _same_stack(first: SliceHeader, second: SliceHeader) -> bool:
-    if first.frames > 1 or second.frames > 1:
-        return bool(first.concatenation) and first.concatenation == second.concatenation
+def _is_same_grid(first: SliceHeader, second: SliceHeader) -> bool:
+    """Return whether slices have one orientation and matrix size, or are files of one concatenation."""
+    if first.number_of_frames > 1 or second.number_of_frames > 1:
+        return bool(first.concatenation_uid) and first.concatenation_uid == second.concatenation_uid
     if (first.rows, first.columns) != (second.rows, second.columns):
         return False
     if first.orientation is None or second.orientation is None:
         return first.orientation == second.orientation
     pairs = zip(first.orientation, second.orientation, strict=True)
-    return all(abs(a - b) <= SAME_DIRECTION for a, b in pairs)
+    return all(abs(a - b) <= MAX_COSINE_DIFFERENCE for a, b in pairs)
 
 
 def _is_localizer(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
+    """Return whether a few images are at an angle to the many slices of the main stack."""
     ours, theirs = stack[0].orientation, main[0].orientation
-    if len(stack) > LOCALIZER_IMAGES or len(main) <= LOCALIZER_IMAGES or ours is None or theirs is None:
+    is_few = len(stack) <= MAX_LOCALIZER_IMAGES < len(main)
+    if not is_few or ours is None or theirs is None:
         return False
     cosine = np.dot(np.cross(ours[:3], ours[3:]), np.cross(theirs[:3], theirs[3:]))
-    return bool(abs(cosine) < np.cos(np.radians(LOCALIZER_DEGREES)))
+    return bool(abs(cosine) < np.cos(np.radians(MIN_LOCALIZER_DEGREES)))
 
 
 def _is_in_line(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
-    """Tell a few images that lie on the line through the places of many others."""
-    places = np.array([header.position or (np.nan,) * 3 for header in (*main, *stack)])
-    many = len(stack) > LOCALIZER_IMAGES or len(main) <= LOCALIZER_IMAGES
-    if many or stack[0].functional_groups or np.isnan(places).any():
+    """Return whether a few images lie on the line through the positions of the many main slices."""
+    positions = np.array([header.position or (np.nan,) * 3 for header in (*main, *stack)])
+    is_few = len(stack) <= MAX_LOCALIZER_IMAGES < len(main)
+    if not is_few or stack[0].has_functional_groups or np.isnan(positions).any():
         return False
-    from_first = places - places[0]
-    far = from_first[np.linalg.norm(from_first[: len(main)], axis=1).argmax()]
-    length = np.linalg.norm(far)
+    from_first = positions - positions[0]
+    farthest = from_first[np.linalg.norm(from_first[: len(main)], axis=1).argmax()]
+    length = np.linalg.norm(farthest)
     if length == 0:
         return False
-    off = np.linalg.norm(np.cross(from_first[len(main) :], far), axis=1) / length
-    return bool((off < IN_LINE_MM).all())
+    distances = np.linalg.norm(np.cross(from_first[len(main) :], farthest), axis=1) / length
+    return bool((distances < MAX_DISTANCE_IN_LINE_MM).all())
 
 
-def _is_copy(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
-    frames, first = stack[0].frames, main[0]
-    same_matrix = (stack[0].rows, stack[0].columns) == (first.rows, first.columns)
-    return frames > 1 and frames == len(main) and first.frames == 1 and same_matrix
+def _is_multiframe_copy(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
+    """Return whether a multi-frame file agrees with single-frame main slices in count and matrix size."""
+    frames, first = stack[0].number_of_frames, main[0]
+    has_same_size = (stack[0].rows, stack[0].columns) == (first.rows, first.columns)
+    return frames > 1 and frames == len(main) and first.number_of_frames == 1 and has_same_size
 
 
-def _multiframe_copy(stack: list[SliceHeader]) -> DicomScan:
-    message = "a multi-frame copy of the single frames with the same SeriesInstanceUID; those are read"
-    return DicomScan(_names(stack), stack[0].series_uid, Reason.DUPLICATE_SLICES, True, message)
+def _make_multiframe_copy_scan(stack: list[SliceHeader]) -> DicomScan:
+    message = "a multi-frame copy of slices with the same SeriesInstanceUID; the slices are read instead"
+    names, uid = _sort_names(stack), stack[0].series_uid
+    return DicomScan(names, uid, Reason.DUPLICATE_SLICES, excluded=True, message=message)
 
 
-def _with_broken(series: DicomScan, broken: list[SliceHeader]) -> DicomScan:
-    for header in broken:
-        series = _failed(series, header)
-    return series
+def _add_damaged_files(scan: DicomScan, damaged: list[SliceHeader]) -> DicomScan:
+    for header in damaged:
+        scan = _add_damaged_file(scan, header)
+    return scan
 
 
-def _failed(series: DicomScan, header: SliceHeader) -> DicomScan:
-    """Return the series with a damaged file in it; left out by rule it stays left out."""
-    files = tuple(sorted({*series.files, header.name}))
-    if series.reason:
-        return replace(series, files=files)
+def _add_damaged_file(scan: DicomScan, header: SliceHeader) -> DicomScan:
+    """Return the scan with a damaged file added and failed for it; an excluded scan stays excluded."""
+    files = tuple(sorted({*scan.files, header.name}))
+    if scan.reason:
+        return replace(scan, files=files)
     message = (
-        f"{header.base}: {header.message}; copy the file again, or take it out if it is not of this scan"
+        f"{header.file_name}: {header.message}; "
+        "copy the file again, or remove it if it does not belong to this scan"
     )
-    return replace(series, files=files, reason=header.problem, message=message)
+    return replace(scan, files=files, reason=header.problem, message=message)
 
 
-def _with_strays(series: list[DicomScan], strays: list[SliceHeader]) -> list[DicomScan]:
-    """Return the series with the damaged files whose UID is unknown where they belong."""
-    owners: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    for index, found in enumerate(series):
-        for name in found.files:
-            owners[_pattern(name)][name] = index
-    series, own = list(series), []
-    for header in strays:
-        neighbours = _neighbours(header.name, owners.get(_pattern(header.name), {}))
-        for index in neighbours:
-            series[index] = _failed(series[index], header)
-        if not neighbours and _claims_dicom(header):
-            own.append(_failed(DicomScan((header.name,), ""), header))
-    return series + own
+def _assign_unidentified_files(scans: list[DicomScan], unidentified: list[SliceHeader]) -> list[DicomScan]:
+    """Return the scans after adding the damaged files without SeriesInstanceUID to the scans that they fit.
 
-
-def _pattern(name: str) -> tuple[str, str]:
-    """Return folder and file name with each run of digits as `#`: what numbered files share."""
-    folder, _, base = name.rpartition("/")
-    return folder, re.sub(r"\d+", "#", _UNFINISHED.sub("", base))
-
-
-def _neighbours(name: str, owners: dict[str, int]) -> set[int]:
-    """Return the series a damaged file may belong to, among files named alike in its folder.
-
-    If each series takes up one block of the numbers: those just before and after it. If not
-    (hashes, several series interleaved): all, because it may be a slice of any.
+    A file that fits no scan becomes a failed entry of its own, or is dropped if it does not look like DICOM.
     """
-    ordered = sorted(owners, key=_natural)
-    indices = [owners[other] for other in ordered]
+    scan_of_file: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
+    for index, scan in enumerate(scans):
+        for name in scan.files:
+            scan_of_file[_make_name_pattern(name)][name] = index
+    scans, separate = list(scans), []
+    for header in unidentified:
+        adjacent = _find_adjacent_scans(header.name, scan_of_file.get(_make_name_pattern(header.name), {}))
+        for index in adjacent:
+            scans[index] = _add_damaged_file(scans[index], header)
+        if not adjacent and _claims_to_be_dicom(header):
+            separate.append(_add_damaged_file(DicomScan((header.name,), ""), header))
+    return scans + separate
+
+
+def _make_name_pattern(name: str) -> tuple[str, str]:
+    """Return the folder, and the file name with each run of digits replaced by `#`.
+
+    Files that are numbered in the same way have the same pattern.
+    """
+    folder, _, file_name = name.rpartition("/")
+    return folder, re.sub(r"\d+", "#", _UNFINISHED_COPY.sub("", file_name))
+
+
+def _find_adjacent_scans(name: str, scan_of_file: dict[str, int]) -> set[int]:
+    """Return the indices of the scans that a damaged file may belong to.
+
+    If each scan occupies one block of the file numbers, these are the scans just before and after the file.
+    If not (hashes as names, or several series interleaved), these are all scans, because the file may be a
+    slice of any of them.
+
+    Args:
+        name: Name of the damaged file.
+        scan_of_file: Index of the scan by file name, for the files that are named in the same way.
+    """
+    ordered = sorted(scan_of_file, key=_make_natural_key)
+    indices = [scan_of_file[other] for other in ordered]
     blocks = sum(a != b for a, b in pairwise(indices)) + bool(indices)
     if blocks > len(set(indices)):
         return set(indices)
-    place = sum(_natural(other) < _natural(name) for other in ordered)
+    place = sum(_make_natural_key(other) < _make_natural_key(name) for other in ordered)
     return set(indices[max(0, place - 1) : place + 1])
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def _make_natural_key(name: str) -> list[tuple[int, str]]:
+    """Return a sort key that orders runs of digits by their numeric value."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
-def _claims_dicom(header: SliceHeader) -> bool:
-    if header.base.startswith("."):
-        return False  # companions that macOS and rsync leave
-    return header.is_dicom or header.base.lower().endswith(DICOM_SUFFIXES)
+def _claims_to_be_dicom(header: SliceHeader) -> bool:
+    if header.file_name.startswith("."):
+        return False  # companion files that macOS and rsync create
+    return header.is_dicom or header.file_name.lower().endswith(DICOM_SUFFIXES)
 
 
-def _names(headers: list[SliceHeader]) -> tuple[str, ...]:
+def _sort_names(headers: list[SliceHeader]) -> tuple[str, ...]:
     return tuple(sorted(header.name for header in headers))

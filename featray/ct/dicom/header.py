@@ -1,7 +1,7 @@
-"""One DICOM file in, what grouping and reading need of its header out; never a name, id or date.
+"""Read one DICOM file into a typed header for grouping and reading; keep no patient name, ID or date.
 
-Only the tags listed in `_TAGS` are ever looked at. Of the patient's ID a hash is kept in memory, to tell
-two patients apart who share a SeriesInstanceUID.
+Only the elements in `_TAGS` are looked at. A hash of PatientID is kept in memory so that two patients who
+share a SeriesInstanceUID can be told apart.
 """
 
 from __future__ import annotations
@@ -11,97 +11,120 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
-from featray.ct.dicom.elements import MAX_HEADER_BYTES, Elements, End, text, walk
+from featray.ct.dicom.elements import MAX_HEADER_BYTES, Elements, ParseEnd, decode_text, parse_elements
 from featray.errors import Reason, ScanError
 
 _TAGS = {
-    "storage_class": 0x00020002,
-    "image_type": 0x00080008,
-    "sop_class": 0x00080016,
-    "sop_uid": 0x00080018,
-    "modality": 0x00080060,
-    "patient": 0x00100020,
-    "thickness": 0x00180050,
-    "trigger": 0x00181060,
-    "kernel": 0x00181210,
-    "study_uid": 0x0020000D,
-    "series_uid": 0x0020000E,
-    "series_number": 0x00200011,
-    "acquisition": 0x00200012,
-    "number": 0x00200013,
-    "position": 0x00200032,
-    "orientation": 0x00200037,
-    "frame_uid": 0x00200052,
-    "temporal": 0x00200100,
-    "concatenation": 0x00209161,
-    "parts": 0x00209163,
-    "samples": 0x00280002,
-    "photometric": 0x00280004,
-    "frames": 0x00280008,
-    "rows": 0x00280010,
-    "columns": 0x00280011,
-    "spacing_yx": 0x00280030,
-    "bits_allocated": 0x00280100,
-    "bits_stored": 0x00280101,
-    "high_bit": 0x00280102,
-    "signed": 0x00280103,
-    "padding": 0x00280120,
-    "intercept": 0x00281052,
-    "slope": 0x00281053,
-    "rescale_type": 0x00281054,
-    "modality_lut": 0x00283000,
-    "functional_groups": 0x52009230,
+    "MediaStorageSOPClassUID": 0x00020002,
+    "ImageType": 0x00080008,
+    "SOPClassUID": 0x00080016,
+    "SOPInstanceUID": 0x00080018,
+    "Modality": 0x00080060,
+    "PatientID": 0x00100020,
+    "SliceThickness": 0x00180050,
+    "TriggerTime": 0x00181060,
+    "ConvolutionKernel": 0x00181210,
+    "StudyInstanceUID": 0x0020000D,
+    "SeriesInstanceUID": 0x0020000E,
+    "SeriesNumber": 0x00200011,
+    "AcquisitionNumber": 0x00200012,
+    "InstanceNumber": 0x00200013,
+    "ImagePositionPatient": 0x00200032,
+    "ImageOrientationPatient": 0x00200037,
+    "FrameOfReferenceUID": 0x00200052,
+    "TemporalPositionIdentifier": 0x00200100,
+    "ConcatenationUID": 0x00209161,
+    "InConcatenationTotalNumber": 0x00209163,
+    "SamplesPerPixel": 0x00280002,
+    "PhotometricInterpretation": 0x00280004,
+    "NumberOfFrames": 0x00280008,
+    "Rows": 0x00280010,
+    "Columns": 0x00280011,
+    "PixelSpacing": 0x00280030,
+    "BitsAllocated": 0x00280100,
+    "BitsStored": 0x00280101,
+    "HighBit": 0x00280102,
+    "PixelRepresentation": 0x00280103,
+    "PixelPaddingValue": 0x00280120,
+    "RescaleIntercept": 0x00281052,
+    "RescaleSlope": 0x00281053,
+    "RescaleType": 0x00281054,
+    "ModalityLUTSequence": 0x00283000,
+    "PerFrameFunctionalGroupsSequence": 0x52009230,
 }
-_PLAIN_TEXTS = (
-    *("sop_class", "sop_uid", "series_uid", "series_number", "study_uid", "frame_uid", "temporal"),
-    *("acquisition", "trigger", "kernel", "thickness", "concatenation", "photometric"),
-)
-_WANTED = frozenset(_TAGS.values())
-_DIRECTORY = "1.2.840.10008.1.3.10"
-_READ_SIZES = (2**15, 2**18, 2**21, MAX_HEADER_BYTES)
+"""Tags of the elements that are read, by DICOM keyword (PS3.6)."""
 
-_WHY = {
-    End.CUT: (Reason.TRUNCATED, "an element runs past the end of the file (cut, or a damaged length)"),
-    End.MALFORMED: (Reason.UNREADABLE, "damaged DICOM header"),
-    End.NOT_DICOM: (Reason.UNREADABLE, "not DICOM"),
-    End.FLOAT_PIXELS: (Reason.UNSUPPORTED, "floating point pixel data (a parametric map?)"),
+_TEXT_FIELDS = {
+    "sop_class_uid": "SOPClassUID",
+    "sop_instance_uid": "SOPInstanceUID",
+    "series_uid": "SeriesInstanceUID",
+    "series_number": "SeriesNumber",
+    "study_uid": "StudyInstanceUID",
+    "frame_of_reference_uid": "FrameOfReferenceUID",
+    "temporal_position": "TemporalPositionIdentifier",
+    "acquisition_number": "AcquisitionNumber",
+    "trigger_time": "TriggerTime",
+    "convolution_kernel": "ConvolutionKernel",
+    "slice_thickness": "SliceThickness",
+    "concatenation_uid": "ConcatenationUID",
+    "photometric_interpretation": "PhotometricInterpretation",
+}
+"""Fields of `SliceHeader` that hold an element's text unchanged."""
+
+_WANTED = frozenset(_TAGS.values())
+_MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
+"""SOP class of a DICOMDIR."""
+
+_READ_SIZES = (2**15, 2**18, 2**21, MAX_HEADER_BYTES)
+"""Bytes from the start of the file after which parsing is tried, until the header is complete."""
+
+_PROBLEMS = {
+    ParseEnd.CUT: (
+        Reason.TRUNCATED,
+        "an element runs past the end of the file (file cut, or length damaged)",
+    ),
+    ParseEnd.MALFORMED: (Reason.UNREADABLE, "damaged DICOM header"),
+    ParseEnd.NOT_DICOM: (Reason.UNREADABLE, "not DICOM"),
+    ParseEnd.FLOAT_PIXELS: (Reason.UNSUPPORTED, "floating-point pixel data (a parametric map?)"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class SliceHeader:
-    """What is known of one file without its pixels. Small, hashable, picklable.
+    """The header of one DICOM file, or of one frame of a multi-frame file, without its pixels.
 
-    A file that cannot be used has a `problem` and a `message`, and whatever could be read before.
-    Missing numbers are None, missing texts empty.
+    A file that cannot be used has a `problem` and a `message`, and the fields that could be read before the
+    damage. Missing numbers are None or the default; missing texts are empty. Instances are small, hashable
+    and can be pickled.
 
     Attributes:
-        name: As given: the path below the collection root, with `/`.
-        problem: Why the file is of no use, or None.
-        message: The problem in words.
-        is_dicom: Whether it is DICOM at all; without the DICM mark only if its tags make sense.
+        name: Path below the collection root, with `/`, as given by the caller.
+        problem: Why the file cannot be used, or None.
+        message: The problem in words, for users.
+        is_dicom: Whether the file is DICOM. Without DICM prefix, the elements must describe an image.
         has_pixels: Whether the header ends at pixel data.
-        is_directory: A DICOMDIR: an index of files, no scan.
-        image_type: E.g. ("ORIGINAL", "PRIMARY", "LOCALIZER").
-        patient: Hash of the PatientID; empty if there is none.
-        temporal: Which time point: TemporalPositionIdentifier, or the frame's index in an enhanced file.
-        acquisition: AcquisitionNumber.
-        trigger: TriggerTime.
-        kernel: ConvolutionKernel.
-        thickness: SliceThickness.
-        stack_id: Which stack of an enhanced file a frame is in.
-        concatenation: What the files of one divided multi-frame image share.
-        parts: How many files that are; 0 if unknown.
-        padding: PixelPaddingValue as an unsigned number.
-        number: InstanceNumber; used to explain gaps, never to sort.
-        position: ImagePositionPatient: LPS mm of the centre of the first pixel.
-        orientation: ImageOrientationPatient: direction of growing column, then of growing row.
-        frame_uid: FrameOfReferenceUID.
-        spacing_yx: PixelSpacing, mm between rows (y), between columns (x).
+        is_directory: Whether the file is a DICOMDIR, an index of other files.
+        transfer_syntax: TransferSyntaxUID.
+        patient_hash: Hash of PatientID; empty if there is none.
+        temporal_position: TemporalPositionIdentifier, or TemporalPositionIndex of an enhanced frame.
+        stack_id: StackID of an enhanced frame: the stack of frames that it belongs to.
+        concatenation_uid: ConcatenationUID, shared by the files that one multi-frame image was split into.
+        concatenation_total: InConcatenationTotalNumber: how many files these are; 0 if unknown.
+        image_type: Values of ImageType, e.g. ("ORIGINAL", "PRIMARY", "LOCALIZER").
+        instance_number: InstanceNumber. It explains gaps and never decides the order of slices.
+        position: ImagePositionPatient: center of the first pixel, LPS mm (PS3.3 C.7.6.2).
+        orientation: ImageOrientationPatient: direction cosines along a row (growing column index), then
+            along a column (growing row index).
+        spacing_yx: PixelSpacing: mm between rows (y), then between columns (x).
         slope: RescaleSlope, None if the file has none.
         intercept: RescaleIntercept, None if the file has none.
-        functional_groups: Whether geometry is stored per frame (enhanced multi-frame).
-        modality_lut: Whether a table replaces slope and intercept.
+        number_of_frames: NumberOfFrames; 1 if missing.
+        is_signed: Whether PixelRepresentation is 1 (two's complement).
+        padding_value: The 16 bits of PixelPaddingValue as an unsigned number.
+        has_functional_groups: Whether geometry is stored per frame (enhanced multi-frame).
+        has_modality_lut: Whether a ModalityLUTSequence replaces slope and intercept (PS3.3 C.11.1).
+
+    The other fields hold the DICOM attribute of the same name.
     """
 
     name: str
@@ -111,114 +134,119 @@ class SliceHeader:
     has_pixels: bool = False
     is_directory: bool = False
     transfer_syntax: str = ""
-    sop_class: str = ""
-    sop_uid: str = ""
+    sop_class_uid: str = ""
+    sop_instance_uid: str = ""
     series_uid: str = ""
     series_number: str = ""
     study_uid: str = ""
-    frame_uid: str = ""
-    patient: str = ""
-    temporal: str = ""
-    acquisition: str = ""
-    trigger: str = ""
-    kernel: str = ""
-    thickness: str = ""
+    frame_of_reference_uid: str = ""
+    patient_hash: str = ""
+    temporal_position: str = ""
+    acquisition_number: str = ""
+    trigger_time: str = ""
+    convolution_kernel: str = ""
+    slice_thickness: str = ""
     stack_id: str = ""
-    concatenation: str = ""
-    parts: int = 0
+    concatenation_uid: str = ""
+    concatenation_total: int = 0
     modality: str = ""
     image_type: tuple[str, ...] = ()
-    photometric: str = ""
+    photometric_interpretation: str = ""
     rescale_type: str = ""
-    number: int | None = None
+    instance_number: int | None = None
     position: tuple[float, ...] | None = None
     orientation: tuple[float, ...] | None = None
     spacing_yx: tuple[float, ...] | None = None
     slope: float | None = None
     intercept: float | None = None
-    frames: int = 1
+    number_of_frames: int = 1
     rows: int = 0
     columns: int = 0
-    samples: int = 1
+    samples_per_pixel: int = 1
     bits_allocated: int = 0
     bits_stored: int = 0
     high_bit: int = 0
-    signed: bool = False
-    padding: int | None = None
-    functional_groups: bool = False
-    modality_lut: bool = False
+    is_signed: bool = False
+    padding_value: int | None = None
+    has_functional_groups: bool = False
+    has_modality_lut: bool = False
 
     @property
     def folder(self) -> str:
-        """The path of the folder, empty for the root."""
+        """Path of the folder, empty for the collection root."""
         return self.name.rpartition("/")[0]
 
     @property
-    def base(self) -> str:
-        """The file name alone, which is all that may stand in messages."""
+    def file_name(self) -> str:
+        """File name without its folder. Messages may contain this, never the folder."""
         return self.name.rpartition("/")[2]
 
 
 def read_header(file: BinaryIO, name: str) -> SliceHeader:
-    """Return the header of an open file, reading as little as it takes (mostly 32 kB).
+    """Return the header of an open file; read no more of the file than necessary (mostly 32 kB).
 
-    Any file may be given: one that is not DICOM comes back with `is_dicom` false, an empty or
-    damaged one with its `problem`. A file without preamble and DICM mark counts as DICOM if its
-    elements lead to pixel data of a known modality or class. Errors of `file.read` pass through.
+    Any file may be given. A file that is not DICOM has `is_dicom` false in its header, and an empty or
+    damaged file has a `problem`. A file without preamble and DICM prefix counts as DICOM if its elements
+    lead to pixel data and name a modality or SOP class. Errors of `file.read` are not caught.
     """
     data = b""
     for size in _READ_SIZES:
-        data += _read(file, size - len(data))
+        data += _read_bytes(file, size - len(data))
         if not data:
             return SliceHeader(name, Reason.EMPTY, "the file has no bytes", is_dicom=False)
         try:
-            elements = walk(data, _WANTED)
+            elements = parse_elements(data, _WANTED)
         except ScanError as error:
             return SliceHeader(name, error.reason, str(error))
-        if elements.end is not End.CUT or len(data) < size:
+        if elements.end is not ParseEnd.CUT or len(data) < size:
             break
-    return slice_header(elements, name, data[128:132] == b"DICM")
+    return _make_header(elements, name, has_prefix=_has_dicm_prefix(data))
 
 
 def make_unreadable_header(name: str, error: ScanError) -> SliceHeader:
-    """Return the header of a file that could not even be opened, for grouping to place."""
+    """Return a header for a file that could not be opened, so that grouping can assign it to a scan."""
     return SliceHeader(name, error.reason, str(error), is_dicom=False)
 
 
-def parse_slice(data: bytes, name: str, most: int = MAX_HEADER_BYTES) -> tuple[SliceHeader, Elements]:
-    """Return header and elements of a whole file in memory; `most` as in `walk`.
+def parse_file(data: bytes, name: str, max_inflated: int = MAX_HEADER_BYTES) -> tuple[SliceHeader, Elements]:
+    """Return header and elements of a whole file in memory; `max_inflated` as in `parse_elements`.
 
     Raises:
-        ScanError: The header's problem, or `truncated` if there are no pixels.
+        ScanError: The problem of the header, or `truncated` if there is no pixel data.
     """
     if not data:
         raise ScanError(Reason.EMPTY, f"{name.rpartition('/')[2]}: the file has no bytes")
-    elements = walk(data, _WANTED, most)
-    header = slice_header(elements, name, data[128:132] == b"DICM")
+    elements = parse_elements(data, _WANTED, max_inflated)
+    header = _make_header(elements, name, has_prefix=_has_dicm_prefix(data))
     if header.problem:
-        raise ScanError(header.problem, f"{header.base}: {header.message}")
+        raise ScanError(header.problem, f"{header.file_name}: {header.message}")
     if not header.has_pixels:
-        raise ScanError(Reason.TRUNCATED, f"{header.base}: the file ends before its pixel data")
+        raise ScanError(Reason.TRUNCATED, f"{header.file_name}: the file ends before its pixel data")
     return header, elements
 
 
-def slice_header(elements: Elements, name: str, marked: bool) -> SliceHeader:
-    """Return the typed header; `marked` says whether the file has the DICM mark."""
-    header = _texts(elements, name)
+def _has_dicm_prefix(data: bytes) -> bool:
+    """Return whether the DICM prefix follows the preamble of 128 bytes (PS3.10 section 7.1)."""
+    return data[128:132] == b"DICM"
+
+
+def _make_header(elements: Elements, name: str, *, has_prefix: bool) -> SliceHeader:
+    """Return the typed header; without DICM prefix only an image counts as DICOM."""
+    header = _make_text_header(elements, name)
     try:
-        header = _numbers(elements, header)
+        header = _add_numbers(elements, header)
     except ValueError as error:
         header = replace(header, problem=Reason.UNREADABLE, message=str(error))
-    if elements.end in _WHY:
-        problem, message = _WHY[elements.end]
+    if elements.end in _PROBLEMS:
+        problem, message = _PROBLEMS[elements.end]
         header = replace(header, problem=problem, message=message)
-    known = header.has_pixels and header.rows > 0 and bool(header.sop_class or header.modality)
-    if marked or (known and not header.problem):
+    is_image = header.has_pixels and header.rows > 0 and bool(header.sop_class_uid or header.modality)
+    if has_prefix or (is_image and not header.problem):
         return header
     return SliceHeader(name, Reason.UNREADABLE, "not DICOM", is_dicom=False)
 
 
-def _read(file: BinaryIO, count: int) -> bytes:
+def _read_bytes(file: BinaryIO, count: int) -> bytes:
     """Return `count` bytes, or fewer only at the end of the file."""
     parts = []
     while count > 0 and (part := file.read(count)):
@@ -227,84 +255,99 @@ def _read(file: BinaryIO, count: int) -> bytes:
     return b"".join(parts)
 
 
-def _texts(elements: Elements, name: str) -> SliceHeader:
-    def value(field: str) -> str:
-        return text(elements.values.get(_TAGS[field], b""))
-
-    plain: dict[str, Any] = {field: value(field) for field in _PLAIN_TEXTS}
+def _make_text_header(elements: Elements, name: str) -> SliceHeader:
+    """Return a header with all fields that do not hold numbers."""
+    texts: dict[str, Any] = {field: _get_text(elements, keyword) for field, keyword in _TEXT_FIELDS.items()}
+    image_type = _get_text(elements, "ImageType").split("\\")
     return SliceHeader(
         name,
-        has_pixels=elements.end is End.PIXELS,
-        is_directory=value("storage_class") == _DIRECTORY,
+        has_pixels=elements.end is ParseEnd.PIXELS,
+        is_directory=_get_text(elements, "MediaStorageSOPClassUID") == _MEDIA_STORAGE_DIRECTORY,
         transfer_syntax=elements.transfer_syntax,
-        patient=_digest(elements.values.get(_TAGS["patient"], b"")),
-        modality=value("modality").upper(),
-        image_type=tuple(part.strip().upper() for part in value("image_type").split("\\")),
-        rescale_type=value("rescale_type").upper(),
-        functional_groups=_TAGS["functional_groups"] in elements.values,
-        modality_lut=_TAGS["modality_lut"] in elements.values,
-        **plain,
+        patient_hash=_hash_value(_get_bytes(elements, "PatientID")),
+        modality=_get_text(elements, "Modality").upper(),
+        image_type=tuple(part.strip().upper() for part in image_type),
+        rescale_type=_get_text(elements, "RescaleType").upper(),
+        has_functional_groups=_TAGS["PerFrameFunctionalGroupsSequence"] in elements.values,
+        has_modality_lut=_TAGS["ModalityLUTSequence"] in elements.values,
+        **texts,
     )
 
 
-def _numbers(elements: Elements, header: SliceHeader) -> SliceHeader:
-    """Fill in the numbers; raises ValueError for one that is there but is none."""
-    slope, intercept = _floats(elements, "slope", 1), _floats(elements, "intercept", 1)
-    frames = _floats(elements, "frames", 1) or (1.0,)
+def _add_numbers(elements: Elements, header: SliceHeader) -> SliceHeader:
+    """Return the header with its numbers.
+
+    Raises:
+        ValueError: An element is present but its value is not a valid number.
+    """
+    slope = _parse_floats(elements, "RescaleSlope", 1)
+    intercept = _parse_floats(elements, "RescaleIntercept", 1)
+    frames = _parse_floats(elements, "NumberOfFrames", 1) or (1.0,)
     return replace(
         header,
-        number=_instance_number(elements),
-        position=_floats(elements, "position", 3),
-        orientation=_floats(elements, "orientation", 6),
-        spacing_yx=_floats(elements, "spacing_yx", 2),
+        instance_number=_parse_instance_number(elements),
+        position=_parse_floats(elements, "ImagePositionPatient", 3),
+        orientation=_parse_floats(elements, "ImageOrientationPatient", 6),
+        spacing_yx=_parse_floats(elements, "PixelSpacing", 2),
         slope=slope[0] if slope else None,
         intercept=intercept[0] if intercept else None,
-        frames=max(1, int(frames[0])),
-        rows=_unsigned(elements, "rows", 0),
-        columns=_unsigned(elements, "columns", 0),
-        samples=_unsigned(elements, "samples", 1),
-        bits_allocated=(allocated := _unsigned(elements, "bits_allocated", 0)),
-        bits_stored=(stored := _unsigned(elements, "bits_stored", allocated)),
-        high_bit=_unsigned(elements, "high_bit", stored - 1),
-        signed=_unsigned(elements, "signed", 0) == 1,
-        padding=_padding(elements),
-        parts=_unsigned(elements, "parts", 0),
+        number_of_frames=max(1, int(frames[0])),
+        rows=_parse_unsigned(elements, "Rows", 0),
+        columns=_parse_unsigned(elements, "Columns", 0),
+        samples_per_pixel=_parse_unsigned(elements, "SamplesPerPixel", 1),
+        bits_allocated=(allocated := _parse_unsigned(elements, "BitsAllocated", 0)),
+        bits_stored=(stored := _parse_unsigned(elements, "BitsStored", allocated)),
+        high_bit=_parse_unsigned(elements, "HighBit", stored - 1),
+        is_signed=_parse_unsigned(elements, "PixelRepresentation", 0) == 1,
+        padding_value=_parse_padding_value(elements),
+        concatenation_total=_parse_unsigned(elements, "InConcatenationTotalNumber", 0),
     )
 
 
-def _digest(value: bytes) -> str:
+def _get_bytes(elements: Elements, keyword: str) -> bytes:
+    return elements.values.get(_TAGS[keyword], b"")
+
+
+def _get_text(elements: Elements, keyword: str) -> str:
+    return decode_text(_get_bytes(elements, keyword))
+
+
+def _hash_value(value: bytes) -> str:
     stripped = value.strip(b" \0")
     return hashlib.blake2b(stripped, digest_size=8).hexdigest() if stripped else ""
 
 
-def _padding(elements: Elements) -> int | None:
-    raw = elements.values.get(_TAGS["padding"], b"")
+def _parse_padding_value(elements: Elements) -> int | None:
+    """Return PixelPaddingValue as an unsigned number, also if its value representation is SS (signed)."""
+    raw = _get_bytes(elements, "PixelPaddingValue")
     return int.from_bytes(raw, "little" if elements.little_endian else "big") if len(raw) == 2 else None
 
 
-def _floats(elements: Elements, field: str, count: int) -> tuple[float, ...] | None:
-    raw = text(elements.values.get(_TAGS[field], b""))
+def _parse_floats(elements: Elements, keyword: str, count: int) -> tuple[float, ...] | None:
+    """Return `count` finite numbers of a decimal or integer string, or None if the element is empty."""
+    raw = _get_text(elements, keyword)
     if not raw:
         return None
     parts = raw.split("\\")
     try:
         values = tuple(float(part) for part in parts)
     except ValueError:
-        raise ValueError(f"{field} is not a number") from None
+        raise ValueError(f"{keyword} is not a number") from None
     if len(values) != count or not all(map(math.isfinite, values)):
-        raise ValueError(f"{field} has {len(values)} values, expected {count} finite ones")
+        raise ValueError(f"{keyword} has {len(values)} values, expected {count} finite values")
     return values
 
 
-def _instance_number(elements: Elements) -> int | None:
-    raw = text(elements.values.get(_TAGS["number"], b""))
+def _parse_instance_number(elements: Elements) -> int | None:
+    """Return InstanceNumber, or None if it is missing or not a number."""
+    raw = _get_text(elements, "InstanceNumber")
     return int(raw) if raw.lstrip("-").isdecimal() and len(raw) < 12 else None
 
 
-def _unsigned(elements: Elements, field: str, default: int) -> int:
-    raw = elements.values.get(_TAGS[field], b"")
+def _parse_unsigned(elements: Elements, keyword: str, default: int) -> int:
+    raw = _get_bytes(elements, keyword)
     if not raw:
         return default
     if len(raw) not in (2, 4):
-        raise ValueError(f"{field} has {len(raw)} bytes, expected 2")
+        raise ValueError(f"{keyword} has {len(raw)} bytes, expected 2")
     return int.from_bytes(raw, "little" if elements.little_endian else "big")

@@ -1,4 +1,4 @@
-"""An enhanced multi-frame file in, one slice header per frame out; decodes no pixels."""
+"""Expand an enhanced multi-frame file into one slice header per frame; decode no pixels."""
 
 from __future__ import annotations
 
@@ -13,71 +13,82 @@ from pydicom.config import disable_value_validation
 from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason, ScanError
 
-_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_SHARED, _PER_FRAME = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
 
 
-def frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
-    """Return the header of each frame, with geometry and rescale from the functional groups.
+def make_frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
+    """Return the header of each frame, with geometry and rescale values from the functional groups.
 
-    What a frame's own group lacks is taken from the shared group, then from the top level
-    (DICOM PS3.3 C.7.6.16).
+    A value that the functional groups of a frame lack is taken from the shared functional groups, then from
+    the top level of the data set (DICOM PS3.3 C.7.6.16).
+
+    Args:
+        header: Header of the file.
+        data: Content of the file.
 
     Raises:
-        ScanError: `unreadable` if the groups do not match the number of frames or do not parse.
+        ScanError: `unreadable` if the groups do not parse or their number is not that of the frames.
     """
     try:
         with disable_value_validation():
             dataset = pydicom.dcmread(
-                io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=list(_GROUPS)
+                io.BytesIO(data), force=True, stop_before_pixels=True, specific_tags=[_SHARED, _PER_FRAME]
             )
-            shared = dataset.get(_GROUPS[0]) or [pydicom.Dataset()]
-            headers = [_frame(header, frame, shared[0]) for frame in dataset.get(_GROUPS[1]) or ()]
-    except Exception as error:  # pydicom raises nearly anything on damaged bytes; texts may quote them
+            shared = dataset.get(_SHARED) or [pydicom.Dataset()]
+            headers = [_make_frame_header(header, own, shared[0]) for own in dataset.get(_PER_FRAME) or ()]
+    except Exception as error:  # pydicom raises errors of any type; their texts may quote the file
         raise ScanError(
-            Reason.UNREADABLE, f"{header.base}: functional groups do not parse ({type(error).__name__})"
+            Reason.UNREADABLE,
+            f"{header.file_name}: functional groups do not parse ({type(error).__name__})",
         ) from None
-    if len(headers) != header.frames:
+    if len(headers) != header.number_of_frames:
         raise ScanError(
-            Reason.UNREADABLE, f"{header.base}: {header.frames} frames, geometry of {len(headers)}"
+            Reason.UNREADABLE,
+            f"{header.file_name}: {header.number_of_frames} frames, "
+            f"but functional groups for {len(headers)} frames",
         )
     return headers
 
 
-def _frame(header: SliceHeader, own: Any, shared: Any) -> SliceHeader:
-    def floats(sequence: str, keyword: str, count: int) -> tuple[float, ...] | None:
-        return _floats(_value(own, shared, sequence, keyword), count)
+def _make_frame_header(header: SliceHeader, own: Any, shared: Any) -> SliceHeader:
+    """Return the header of one frame from its own and the shared functional groups (data sets)."""
 
-    slope = floats("PixelValueTransformationSequence", "RescaleSlope", 1)
-    intercept = floats("PixelValueTransformationSequence", "RescaleIntercept", 1)
-    kind = _value(own, shared, "PixelValueTransformationSequence", "RescaleType")
-    temporal = _value(own, shared, "FrameContentSequence", "TemporalPositionIndex")
-    stack_id = _value(own, shared, "FrameContentSequence", "StackID")
+    def get_floats(sequence: str, keyword: str, count: int) -> tuple[float, ...] | None:
+        return _convert_floats(_find_value(own, shared, sequence, keyword), count)
+
+    slope = get_floats("PixelValueTransformationSequence", "RescaleSlope", 1)
+    intercept = get_floats("PixelValueTransformationSequence", "RescaleIntercept", 1)
+    rescale_type = _find_value(own, shared, "PixelValueTransformationSequence", "RescaleType")
+    temporal = _find_value(own, shared, "FrameContentSequence", "TemporalPositionIndex")
+    stack_id = _find_value(own, shared, "FrameContentSequence", "StackID")
+    orientation = get_floats("PlaneOrientationSequence", "ImageOrientationPatient", 6)
     return replace(
         header,
-        number=None,
-        temporal=header.temporal if temporal is None else str(temporal),
+        instance_number=None,
+        temporal_position=header.temporal_position if temporal is None else str(temporal),
         stack_id="" if stack_id is None else str(stack_id),
-        position=floats("PlanePositionSequence", "ImagePositionPatient", 3) or header.position,
-        orientation=floats("PlaneOrientationSequence", "ImageOrientationPatient", 6) or header.orientation,
-        spacing_yx=floats("PixelMeasuresSequence", "PixelSpacing", 2) or header.spacing_yx,
+        position=get_floats("PlanePositionSequence", "ImagePositionPatient", 3) or header.position,
+        orientation=orientation or header.orientation,
+        spacing_yx=get_floats("PixelMeasuresSequence", "PixelSpacing", 2) or header.spacing_yx,
         slope=slope[0] if slope else header.slope,
         intercept=intercept[0] if intercept else header.intercept,
-        rescale_type=str(kind).upper() if kind else header.rescale_type,
+        rescale_type=str(rescale_type).upper() if rescale_type else header.rescale_type,
     )
 
 
-def _value(own: Any, shared: Any, sequence: str, keyword: str) -> Any:
-    for group in (own, shared):
-        items = group.get(sequence)
+def _find_value(own: Any, shared: Any, sequence: str, keyword: str) -> Any:
+    """Return a value of the first item of a sequence in the frame's own groups, else in the shared ones."""
+    for groups in (own, shared):
+        items = groups.get(sequence)
         if items and items[0].get(keyword) is not None:
             return items[0].get(keyword)
     return None
 
 
-def _floats(value: Any, count: int) -> tuple[float, ...] | None:
+def _convert_floats(value: Any, count: int) -> tuple[float, ...] | None:
     if value is None:
         return None
     numbers = tuple(float(part) for part in (value if count > 1 else [value]))
     if len(numbers) != count or not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{len(numbers)} values, expected {count} finite ones")
+        raise ValueError(f"{len(numbers)} values, expected {count} finite values")
     return numbers

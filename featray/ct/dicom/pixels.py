@@ -1,4 +1,7 @@
-"""One slice's header and bytes in, its stored pixel values out; knows nothing of HU or other slices."""
+"""Read the stored pixel values of one frame, before rescale slope and intercept.
+
+In: header, elements and bytes of one file. Knows neither Hounsfield units nor other slices.
+"""
 
 from __future__ import annotations
 
@@ -12,144 +15,167 @@ from featray.ct.dicom.header import SliceHeader
 from featray.ct.formats.inflate import MAX_RATIO
 from featray.errors import Reason, ScanError
 
-NATIVE = frozenset({"", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", DEFLATED, BIG_ENDIAN})
+NATIVE_SYNTAXES = frozenset({"", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", DEFLATED, BIG_ENDIAN})
+"""Transfer syntaxes with uncompressed pixels ("native format", PS3.5 section 8.2); a missing UID is one."""
 
-MOST_PACKED, ALWAYS_HELD = 10_000, 2**20
-"""Decoded bytes for each compressed one, and for any file: a blank image compresses by 1000."""
+MAX_COMPRESSION_RATIO, COMPRESSION_ALLOWANCE_BYTES = 10_000, 2**20
+"""A file may decode to `MAX_COMPRESSION_RATIO` times its size plus the allowance.
 
-_LOSSY = (".4.50", ".4.51", ".4.81", ".4.91", ".4.203")
+Larger claims are rejected. A blank image compresses by a factor of about 1000.
+"""
+
+_LOSSY_SUFFIXES = (".4.50", ".4.51", ".4.81", ".4.91", ".4.203")
 
 
 def check_format(header: SliceHeader) -> None:
-    """Raise ScanError (`unsupported`, `unreadable`) unless pixels are plain grey numbers with a place.
+    """Raise ScanError (`unsupported`, `unreadable`) unless the pixels are grayscale integers with positions.
 
-    MONOCHROME1 is accepted: it turns the display around, not the stored values.
+    MONOCHROME1 is accepted: it inverts the display, not the stored values.
     """
+    name = header.file_name
     if header.rows < 2 or header.columns < 2:
-        raise ScanError(Reason.UNREADABLE, f"{header.base}: {header.rows} rows x {header.columns} columns")
-    grey = header.photometric in ("", "MONOCHROME1", "MONOCHROME2") and header.samples == 1
-    if not grey or header.bits_allocated not in (8, 16, 32):
+        raise ScanError(Reason.UNREADABLE, f"{name}: {header.rows} rows x {header.columns} columns")
+    is_monochrome = header.photometric_interpretation in ("", "MONOCHROME1", "MONOCHROME2")
+    is_gray = is_monochrome and header.samples_per_pixel == 1
+    if not is_gray or header.bits_allocated not in (8, 16, 32):
         raise ScanError(
             Reason.UNSUPPORTED,
-            f"{header.base}: {header.samples} sample(s) of {header.bits_allocated} bits, "
-            "expected grey of 8, 16 or 32",
+            f"{name}: {header.samples_per_pixel} sample(s) per pixel of {header.bits_allocated} bits, "
+            "expected grayscale of 8, 16 or 32 bits",
         )
     if not 1 <= header.bits_stored <= header.bits_allocated or header.high_bit != header.bits_stored - 1:
         raise ScanError(
             Reason.UNSUPPORTED,
-            f"{header.base}: {header.bits_stored} bits stored up to bit {header.high_bit} "
-            f"of {header.bits_allocated}",
+            f"{name}: BitsStored {header.bits_stored}, HighBit {header.high_bit} and "
+            f"BitsAllocated {header.bits_allocated} do not fit together",
         )
-    if header.frames > 1 and not header.functional_groups:
+    if header.number_of_frames > 1 and not header.has_functional_groups:
         raise ScanError(
             Reason.UNSUPPORTED,
-            f"{header.base}: {header.frames} frames without positions; split it into slices",
+            f"{name}: {header.number_of_frames} frames without positions; split it into slices",
         )
-    if header.modality_lut:
-        raise ScanError(Reason.UNSUPPORTED, f"{header.base}: a table instead of slope and intercept")
+    if header.has_modality_lut:
+        raise ScanError(
+            Reason.UNSUPPORTED, f"{name}: a modality lookup table instead of rescale slope and intercept"
+        )
 
 
 def check_size(header: SliceHeader, elements: Elements, file_size: int) -> None:
-    """Raise ScanError unless the file can hold the pixels its header claims; allocates nothing."""
-    expected = header.rows * header.columns * header.frames * header.bits_allocated // 8
+    """Raise ScanError unless the file can hold the pixels that its header claims; allocate nothing.
+
+    `file_size` is in bytes.
+    """
+    claimed = header.rows * header.columns * header.number_of_frames * header.bits_allocated // 8
     length = elements.pixel_length
-    if header.transfer_syntax not in NATIVE:
-        if expected > file_size * MOST_PACKED + ALWAYS_HELD:
+    if header.transfer_syntax not in NATIVE_SYNTAXES:
+        if claimed > file_size * MAX_COMPRESSION_RATIO + COMPRESSION_ALLOWANCE_BYTES:
             raise ScanError(
-                Reason.UNREADABLE, f"{header.base}: {file_size} bytes cannot hold the {expected} it claims"
+                Reason.UNREADABLE,
+                f"{header.file_name}: {file_size} bytes cannot hold the {claimed} that the header claims",
             )
         return
     if length is None:
         raise ScanError(
             Reason.UNREADABLE,
-            f"{header.base}: the pixels are in compressed form, the transfer syntax says they are not",
+            f"{header.file_name}: the pixel data are compressed, but the transfer syntax says they are not",
         )
-    deflated = header.transfer_syntax == DEFLATED
-    held = file_size * MAX_RATIO if deflated else len(elements.data) - elements.pixel_start
-    if min(length, held) < expected or (length > held and not deflated):
+    is_deflated = header.transfer_syntax == DEFLATED
+    available = file_size * MAX_RATIO if is_deflated else len(elements.data) - elements.pixel_start
+    if min(length, available) < claimed or (length > available and not is_deflated):
         raise ScanError(
             Reason.TRUNCATED,
-            f"{header.base}: expected {expected} bytes of pixels, got {min(length, held)}; "
+            f"{header.file_name}: expected {claimed} bytes of pixels, got {min(length, available)}; "
             "copy the file again",
         )
 
 
-def stored_values(header: SliceHeader, elements: Elements, frame: int = 0) -> NDArray[Any]:
-    """Return the stored values of one frame, axes (y, x), before slope and intercept.
+def read_stored_values(header: SliceHeader, elements: Elements, frame: int = 0) -> NDArray[Any]:
+    """Return the stored values of frame number `frame` (from 0), axes (y, x), before slope and intercept.
 
-    The dtype is the file's (8, 16 or 32 bit, signed or not, either byte order); bits above `bits_stored`
-    are cleared or, for signed values, filled with the sign. May be a read-only view.
+    The dtype is that of the file: 8, 16 or 32 bits, signed or unsigned, either byte order. Bits above
+    BitsStored are cleared, or filled with the sign bit if values are signed. The array may be a read-only
+    view.
 
-    Padding that careless software wrote as a negative number where all are unsigned (63536 for -2000)
-    keeps the meaning it had, in a signed type: as it stands it would be the brightest of all.
+    Some software writes a negative PixelPaddingValue into unsigned pixels (63536 for -2000). Such padding
+    becomes negative again in a wider signed type; as stored, it would be the brightest value of the image.
 
     Raises:
         ScanError: `truncated`, `unreadable` or `unsupported`.
     """
-    if header.transfer_syntax in NATIVE:
-        raw = _native(header, elements, frame)
-        values = _without_unused_bits(raw, header)
+    if header.transfer_syntax in NATIVE_SYNTAXES:
+        raw = _read_native_frame(header, elements, frame)
+        values = _clear_unused_bits(raw, header)
     else:
-        from featray.ct.dicom.decompress import decoded  # pydicom takes 0.3 s to import; most CT needs none
+        # Import pydicom (0.3 s) only for compressed files; most CT files are not compressed.
+        from featray.ct.dicom.decompress import decode_frame
 
-        raw = decoded(header, elements, frame)
-        values = _within_bits(raw, header)
-    return _with_padding(values, raw, header)
+        raw = decode_frame(header, elements, frame)
+        values = _fit_to_bits_stored(raw, header)
+    return _restore_negative_padding(values, raw, header)
 
 
-def _native(header: SliceHeader, elements: Elements, frame: int) -> NDArray[Any]:
-    order, kind = "<" if elements.little_endian else ">", "i" if header.signed else "u"
-    dtype = np.dtype(f"{order}{kind}{header.bits_allocated // 8}")
+def _read_native_frame(header: SliceHeader, elements: Elements, frame: int) -> NDArray[Any]:
+    """Return an uncompressed frame as a view of the file's bytes."""
+    byte_order, kind = "<" if elements.little_endian else ">", "i" if header.is_signed else "u"
+    dtype = np.dtype(f"{byte_order}{kind}{header.bits_allocated // 8}")
     pixels = header.rows * header.columns
     start = elements.pixel_start + frame * pixels * dtype.itemsize
     if start + pixels * dtype.itemsize > len(elements.data):
-        raise ScanError(Reason.TRUNCATED, f"{header.base}: the pixels end too early; copy the file again")
-    unaccounted = (elements.pixel_length or 0) - pixels * header.frames * dtype.itemsize
-    if unaccounted >= header.columns * dtype.itemsize:
+        raise ScanError(
+            Reason.TRUNCATED, f"{header.file_name}: the pixel data end too early; copy the file again"
+        )
+    excess = (elements.pixel_length or 0) - pixels * header.number_of_frames * dtype.itemsize
+    if excess >= header.columns * dtype.itemsize:
         raise ScanError(
             Reason.UNREADABLE,
-            f"{header.base}: {unaccounted} bytes of pixels more than rows and columns account for",
+            f"{header.file_name}: the pixel data have {excess} bytes more than Rows and Columns require",
         )
     return np.frombuffer(elements.data, dtype, pixels, start).reshape(header.rows, header.columns)
 
 
-def _without_unused_bits(values: NDArray[Any], header: SliceHeader) -> NDArray[Any]:
+def _clear_unused_bits(values: NDArray[Any], header: SliceHeader) -> NDArray[Any]:
+    """Return the values without the bits above BitsStored, which may hold overlays (PS3.5 section 8.1.1)."""
     unused = header.bits_allocated - header.bits_stored
     if not unused:
         return values
-    if header.signed:
+    if header.is_signed:
         return (values << unused) >> unused
     highest = 2**header.bits_stored - 1
     return values & values.dtype.type(highest) if values.max() > highest else values
 
 
-def _within_bits(values: NDArray[Any], header: SliceHeader) -> NDArray[Any]:
-    """Return decoded values with their sign; codecs keep no overlays, so what needs more bits is wrong.
+def _fit_to_bits_stored(values: NDArray[Any], header: SliceHeader) -> NDArray[Any]:
+    """Return decoded values with the correct sign; raise ScanError if a value needs more than BitsStored.
 
-    Lossy ones may overshoot a little and are clipped. Codecs without signs give negative values as
-    large ones.
+    Codecs keep no overlays in the unused bits, so larger values mean damage. Lossy codecs may exceed the
+    range slightly; their values are clipped. Codecs without signed types return negative values as large
+    positive ones, which become negative again here.
     """
     unused = 8 * values.itemsize - header.bits_stored
-    highest, lowest = 2**header.bits_stored - 1, -(2 ** (header.bits_stored - 1)) if header.signed else 0
+    lowest = -(2 ** (header.bits_stored - 1)) if header.is_signed else 0
+    highest = 2**header.bits_stored - 1
     if unused <= 0 or (values.min() >= lowest and values.max() <= highest):
-        return (values << unused) >> unused if header.signed and unused > 0 else values
-    if header.transfer_syntax.endswith(_LOSSY):
-        clipped: NDArray[Any] = np.clip(values, lowest, highest >> int(header.signed))
+        return (values << unused) >> unused if header.is_signed and unused > 0 else values
+    if header.transfer_syntax.endswith(_LOSSY_SUFFIXES):
+        clipped: NDArray[Any] = np.clip(values, lowest, highest >> int(header.is_signed))
         return clipped
-    if header.padding is not None and header.padding > highest:
-        return _without_unused_bits(values, header)
+    if header.padding_value is not None and header.padding_value > highest:
+        return _clear_unused_bits(values, header)
     raise ScanError(
         Reason.UNREADABLE,
-        f"{header.base}: decoded values need more than {header.bits_stored} bits (damaged?)",
+        f"{header.file_name}: decoded values need more than BitsStored ({header.bits_stored}) (damaged?)",
     )
 
 
-def _with_padding(values: NDArray[Any], raw: NDArray[Any], header: SliceHeader) -> NDArray[Any]:
-    """Return the values with padding that only makes sense as a negative number made one."""
-    padding = header.padding
-    if padding is None or header.signed or raw.itemsize != 2 or padding < 2**15:
+def _restore_negative_padding(values: NDArray[Any], raw: NDArray[Any], header: SliceHeader) -> NDArray[Any]:
+    """Return the values as int32 with negative padding if padding was written as 2**16 minus its size.
+
+    `raw` holds the stored values with all their bits, `values` those without unused bits.
+    """
+    padding = header.padding_value
+    if padding is None or header.is_signed or raw.itemsize != 2 or padding < 2**15:
         return values
-    padded = raw == padding
-    if not padded.any():
+    is_padding = raw == padding
+    if not is_padding.any():
         return values
-    return np.where(padded, padding - 2**16, values.astype(np.int32))
+    return np.where(is_padding, padding - 2**16, values.astype(np.int32))

@@ -1,16 +1,16 @@
-"""The files of one DICOM series in memory in, a checked Volume out; knows no paths and no storage.
+"""Read the files of one DICOM scan from memory into a checked Volume; know no paths and no storage.
 
-Header, grouping and reading: `read_header` for each file found, `group_into_scans` for all of them,
-`read_series` for the bytes of one entry's files. Every check is made here again from the bytes
-read, because the files may have changed since they were listed. Decisions:
+All checks are made on the bytes given, even if grouping made them before, because the files may have changed
+since they were listed. Conventions:
 
-- An exact copy of a slice (same position, same values) is dropped with the warning
-  `duplicate_slices`; two different images at one position are refused.
-- Slope and intercept count per slice. Missing ones are 1 and 0; missing in some slices only is
-  `unreadable`. A RescaleType other than HU (or unspecified) earns `not_hu`.
-- Pixel padding keeps its value after the rescale (often -3024): clipping is the window's work.
-- Tilt and unequal steps are refused unless the caller will resample; gaps are always refused.
-  Nothing is resampled here.
+- An exact copy of a slice (same position, same values) is dropped with the warning `duplicate_slices`. Two
+  different images at one position are refused.
+- RescaleSlope and RescaleIntercept apply per slice (PS3.3 C.11.1). If no slice has them they are 1 and 0; if
+  only some slices have them the scan is `unreadable`. A RescaleType other than HU or US (unspecified) adds
+  the warning `not_hu`.
+- Padding pixels keep their value after the rescale (often -3024). Clipping belongs to windowing.
+- Gantry tilt and irregular steps are refused unless the caller will resample them. Missing slices are always
+  refused. Nothing is resampled here.
 """
 
 from __future__ import annotations
@@ -24,17 +24,18 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.dicom.elements import DEFLATED, Elements
-from featray.ct.dicom.header import SliceHeader, parse_slice
-from featray.ct.dicom.pixels import check_format, check_size, stored_values
-from featray.ct.dicom.stack import check_alike, same_places, stack
+from featray.ct.dicom.header import SliceHeader, parse_file
+from featray.ct.dicom.pixels import check_format, check_size, read_stored_values
+from featray.ct.dicom.stack import build_stack, check_same_grid, find_same_positions
 from featray.ct.rescale import VOLUME_DTYPES, choose_dtype, find_extremes, rescale
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError, WarningCode
 
-_FAR = 1e30
-"""Scaled values beyond it would come near infinity in float32."""
+_MAX_VALUE = 1e30
+"""Larger scaled values are refused because they approach infinity in float32."""
 
-_HU_TYPES = ("", "HU", "US")  # US: unspecified
+_HU_RESCALE_TYPES = ("", "HU", "US")
+"""Values of RescaleType that are accepted as Hounsfield units; US means unspecified."""
 
 
 def read_series(
@@ -45,58 +46,73 @@ def read_series(
     resample_tilt: bool = False,
     resample_steps: bool = False,
 ) -> Volume:
-    """Return the volume whose slices are `files`, pairs of name and content in any order.
+    """Return the volume of one scan from its files.
 
-    Voxels are int16 if all values fit, else int32; float32 if a slope or intercept is no whole
-    number. z grows along cross(row direction, column direction). `Volume.slope` and `intercept`
-    are those of the first slice. `dicom_tags` are keywords whose values, from the first slice,
-    are copied into `Volume.tags`; unknown and non-text ones are skipped.
+    Voxels are int16 if all values fit, else int32, or float32 if a slope or intercept is not a whole number.
+    z grows along cross(row direction, column direction). `Volume.slope` and `intercept` are those of the
+    first slice.
 
-    With `resample_tilt` or `resample_steps` slices that shift sideways or lie unevenly are accepted with
-    the warning `gantry_tilt` or `resampled_steps`. The volume then holds them as they are, with their
-    places in `slice_origins_lps`, and `regrid.resample_upright` must follow.
+    With `resample_tilt` or `resample_steps`, slices that shift sideways or lie at irregular steps are
+    accepted with the warning `gantry_tilt` or `resampled_steps`. The volume then holds the slices unchanged,
+    with their positions in `slice_origins_lps`, and the caller must resample it with
+    `regrid.resample_upright`.
+
+    Args:
+        files: Pairs of name and content, in any order.
+        max_voxels: Largest number of voxels that the headers may claim together.
+        dicom_tags: DICOM keywords whose values, from the first slice, are copied into `Volume.tags`.
+            Unknown keywords and elements without text are skipped.
+        resample_tilt: Accept a tilted gantry.
+        resample_steps: Accept irregular steps between slices.
 
     Raises:
         ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume`,
             `missing_slices`, `duplicate_slices`, `irregular_spacing`, `gantry_tilt`
             or `non_finite`.
     """
-    images = _images(files, max_voxels)
-    check_alike([image.header for image in images])
-    images, warnings = _without_copies(images)
-    stacked = stack(
-        [image.header for image in images], resample_tilt=resample_tilt, resample_steps=resample_steps
+    frames = _load_frames(files, max_voxels)
+    check_same_grid([frame.header for frame in frames])
+    frames, warnings = _drop_copies(frames)
+    stack = build_stack(
+        [frame.header for frame in frames], resample_tilt=resample_tilt, resample_steps=resample_steps
     )
-    images = [images[place] for place in stacked.order]
-    if any(image.header.rescale_type not in _HU_TYPES for image in images):
+    frames = [frames[index] for index in stack.order]
+    if any(frame.header.rescale_type not in _HU_RESCALE_TYPES for frame in frames):
         warnings += (WarningCode.NOT_HU.value,)
     return Volume(
-        _voxels(images),
-        stacked.affine_lps,
-        *_scaling(images[0].header),
-        warnings + stacked.warnings + geometry.find_geometry_warnings(stacked.affine_lps),
-        _tags(images[0].data, dicom_tags),
-        stacked.origins_lps,
+        _rescale_frames(frames),
+        stack.affine_lps,
+        *_get_rescale(frames[0].header),
+        warnings + stack.warnings + geometry.find_geometry_warnings(stack.affine_lps),
+        _read_tags(frames[0].data, dicom_tags),
+        stack.origins_lps,
     )
 
 
 @dataclass(frozen=True)
-class _Image:
-    """One slice: its header, where its pixels are, and the whole file's bytes."""
+class _Frame:
+    """One slice.
+
+    Attributes:
+        header: Header of the frame.
+        elements: Position of the pixel data in the file.
+        data: Content of the whole file.
+        index: Number of the frame in the file, from 0.
+    """
 
     header: SliceHeader
     elements: Elements
     data: bytes
-    frame: int = 0
+    index: int = 0
 
-    def values(self) -> NDArray[Any]:
-        return stored_values(self.header, self.elements, self.frame)
+    def read_stored_values(self) -> NDArray[Any]:
+        return read_stored_values(self.header, self.elements, self.index)
 
 
-def _images(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Image]:
-    """Return every frame of every file, after all claimed sizes together passed the limit."""
-    parsed = [(*parse_slice(data, name), data) for name, data in files]
-    claimed = sum(header.rows * header.columns * header.frames for header, _, _ in parsed)
+def _load_frames(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Frame]:
+    """Return all frames of all files, after checking the sizes that the headers claim against the limit."""
+    parsed = [(*parse_file(data, name), data) for name, data in files]
+    claimed = sum(header.rows * header.columns * header.number_of_frames for header, _, _ in parsed)
     if claimed > max_voxels:
         raise ScanError(
             Reason.TOO_LARGE,
@@ -105,92 +121,101 @@ def _images(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Image]
     for header, elements, data in parsed:
         check_format(header)
         check_size(header, elements, len(data))
-    _check_parts([header for header, _, _ in parsed])
-    parsed = [_whole(*found) for found in parsed]
-    scaled = {(header.slope is None, header.intercept is None) for header, _, _ in parsed}
-    if len(scaled) > 1:
-        raise ScanError(Reason.UNREADABLE, "slope or intercept is missing in some slices only")
+    _check_concatenation([header for header, _, _ in parsed])
+    parsed = [_inflate_pixels(header, elements, data) for header, elements, data in parsed]
+    if len({(header.slope is None, header.intercept is None) for header, _, _ in parsed}) > 1:
+        raise ScanError(Reason.UNREADABLE, "RescaleSlope or RescaleIntercept is missing in some slices only")
     return [
-        _Image(frame_header, elements, data, frame)
+        _Frame(frame_header, elements, data, index)
         for header, elements, data in parsed
-        for frame, frame_header in enumerate(_frame_headers(header, data))
+        for index, frame_header in enumerate(_make_frame_headers(header, data))
     ]
 
 
-def _check_parts(headers: list[SliceHeader]) -> None:
-    """Raise ScanError if files of a divided multi-frame image are missing."""
-    wanted = max((header.parts for header in headers if header.concatenation), default=0)
-    if wanted > len(headers):
+def _check_concatenation(headers: list[SliceHeader]) -> None:
+    """Raise ScanError if files of a concatenation (a multi-frame image in several files) are missing."""
+    expected = max((header.concatenation_total for header in headers if header.concatenation_uid), default=0)
+    if expected > len(headers):
         raise ScanError(
             Reason.MISSING_SLICES,
-            f"{len(headers)} of the {wanted} files of a divided multi-frame image; copy the series again",
+            f"{len(headers)} of the {expected} files of a split multi-frame image; copy the series again",
         )
 
 
-def _whole(header: SliceHeader, elements: Elements, data: bytes) -> tuple[SliceHeader, Elements, bytes]:
-    """Return a large deflated file with all its pixels inflated, now that its claims are checked."""
-    claimed = header.rows * header.columns * header.frames * header.bits_allocated // 8
+def _inflate_pixels(
+    header: SliceHeader, elements: Elements, data: bytes
+) -> tuple[SliceHeader, Elements, bytes]:
+    """Return header, elements and content of a file; inflate the pixel data of a large deflated file.
+
+    `parse_file` inflates only a limited number of bytes. The size in the header must have been checked.
+    """
+    claimed = header.rows * header.columns * header.number_of_frames * header.bits_allocated // 8
     end = elements.pixel_start + claimed
     if elements.transfer_syntax != DEFLATED or end <= len(elements.data):
         return header, elements, data
-    return (*parse_slice(data, header.name, end), data)
+    return (*parse_file(data, header.name, end), data)
 
 
-def _frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
-    if not header.functional_groups:
+def _make_frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
+    """Return one header per frame of a file."""
+    if not header.has_functional_groups:
         return [header]
-    from featray.ct.dicom.multiframe import frame_headers  # imports pydicom
+    from featray.ct.dicom.multiframe import make_frame_headers  # imports pydicom, which is slow
 
-    return frame_headers(header, data)
+    return make_frame_headers(header, data)
 
 
-def _without_copies(images: list[_Image]) -> tuple[list[_Image], tuple[str, ...]]:
-    """Return the images without exact copies of one another; different ones at one place stay."""
+def _drop_copies(frames: list[_Frame]) -> tuple[list[_Frame], tuple[str, ...]]:
+    """Return the frames without exact copies, and the warnings.
+
+    Different images at one position are kept, so that `build_stack` refuses them.
+    """
     copies: set[int] = set()
-    for place in same_places([image.header for image in images]):
-        kept, *others = place
-        copies.update(other for other in others if _same_values(images[kept], images[other]))
+    for first, *others in find_same_positions([frame.header for frame in frames]):
+        copies.update(other for other in others if _has_same_values(frames[first], frames[other]))
     warnings = (Reason.DUPLICATE_SLICES.value,) if copies else ()
-    return [image for i, image in enumerate(images) if i not in copies], warnings
+    return [frame for index, frame in enumerate(frames) if index not in copies], warnings
 
 
-def _same_values(first: _Image, second: _Image) -> bool:
-    same_scaling = _scaling(first.header) == _scaling(second.header)
-    return same_scaling and np.array_equal(first.values(), second.values())
+def _has_same_values(first: _Frame, second: _Frame) -> bool:
+    has_same_rescale = _get_rescale(first.header) == _get_rescale(second.header)
+    return has_same_rescale and np.array_equal(first.read_stored_values(), second.read_stored_values())
 
 
-def _scaling(header: SliceHeader) -> tuple[float, float]:
-    """Return slope and intercept; missing ones are 1 and 0."""
+def _get_rescale(header: SliceHeader) -> tuple[float, float]:
+    """Return slope and intercept, 1 and 0 where they are missing; raise ScanError if the slope is 0."""
     slope = 1.0 if header.slope is None else header.slope
     if slope == 0:
-        raise ScanError(Reason.UNREADABLE, f"{header.base}: RescaleSlope is 0")
+        raise ScanError(Reason.UNREADABLE, f"{header.file_name}: RescaleSlope is 0")
     return slope, header.intercept or 0.0
 
 
-def _voxels(images: list[_Image]) -> NDArray[Any]:
-    """Return the scaled slices as one array (z, y, x), widened when a slice does not fit it."""
-    first = images[0].header
-    voxels: NDArray[Any] = np.empty((len(images), first.rows, first.columns), VOLUME_DTYPES[0])
-    ends = []
-    for place, image in enumerate(images):
-        stored = image.values()
-        slope, intercept = _scaling(image.header)
+def _rescale_frames(frames: list[_Frame]) -> NDArray[Any]:
+    """Return the rescaled slices as one array (z, y, x), in the narrowest dtype that fits all of them."""
+    first = frames[0].header
+    voxels: NDArray[Any] = np.empty((len(frames), first.rows, first.columns), VOLUME_DTYPES[0])
+    limits = []
+    for z, frame in enumerate(frames):
+        stored = frame.read_stored_values()
+        slope, intercept = _get_rescale(frame.header)
         low, high = find_extremes(stored)
-        if max(abs(slope), abs(intercept), abs(low * slope), abs(high * slope)) > _FAR:
-            raise ScanError(Reason.NON_FINITE, f"{image.header.base}: scaled values beyond {_FAR:g}")
+        if max(abs(slope), abs(intercept), abs(low * slope), abs(high * slope)) > _MAX_VALUE:
+            raise ScanError(
+                Reason.NON_FINITE, f"{frame.header.file_name}: rescaled values beyond {_MAX_VALUE:g}"
+            )
         needed = choose_dtype(stored.dtype, low, high, slope, intercept)
         if VOLUME_DTYPES.index(needed) > VOLUME_DTYPES.index(voxels.dtype):
             voxels = voxels.astype(needed)
-        rescale(stored, slope, intercept, voxels.dtype, out=voxels[place])
-        ends += [low * slope + intercept, high * slope + intercept]
-    if min(ends) == max(ends):
-        raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is {ends[0]:g}")
+        rescale(stored, slope, intercept, voxels.dtype, out=voxels[z])
+        limits += [low * slope + intercept, high * slope + intercept]
+    if min(limits) == max(limits):
+        raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is {limits[0]:g}")
     return voxels
 
 
-def _tags(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
+def _read_tags(data: bytes, keywords: Sequence[str]) -> dict[str, str]:
     if not keywords:
         return {}
-    from featray.ct.dicom.tags import named_values  # imports pydicom
+    from featray.ct.dicom.tags import read_tags  # imports pydicom, which is slow
 
-    return named_values(data, keywords)
+    return read_tags(data, keywords)

@@ -1,7 +1,8 @@
-"""Slices of one SeriesInstanceUID in, the volumes among them out, where headers tell them apart cleanly.
+"""Split the slices of one SeriesInstanceUID into volumes, if their headers separate the volumes cleanly.
 
-Patients who share a UID by a careless anonymiser; time points, kernels and thicknesses stored as one
-series. Sees no pixels. What cannot be told apart stays together, for reading to refuse.
+Examples are patients who share a UID after faulty anonymization, and time points, convolution kernels or
+slice thicknesses stored as one series. Reads no pixels. Slices that cannot be separated stay together, and
+reading refuses them.
 """
 
 from __future__ import annotations
@@ -13,77 +14,78 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.ct.dicom.header import SliceHeader
-from featray.ct.dicom.stack import SAME_PLACE_MM, places_along_normal
+from featray.ct.dicom.stack import SAME_POSITION_MM, project_on_normal
 
-_TELLING = (
-    "temporal",
-    "acquisition",
-    "trigger",
-    "kernel",
-    "thickness",
-    "frame_uid",
+_VOLUME_FIELDS = (
+    "temporal_position",
+    "acquisition_number",
+    "trigger_time",
+    "convolution_kernel",
+    "slice_thickness",
+    "frame_of_reference_uid",
     "series_number",
     "image_type",
 )
-"""Fields that tell volumes apart where places repeat, the plainest first."""
+"""Fields of `SliceHeader` that may separate volumes at the same positions, the most explicit first."""
 
 
-def apart(slices: Sequence[SliceHeader], *fields: str) -> list[list[SliceHeader]]:
-    """Return the slices by their values of `fields`; one whose value is empty goes with the most."""
-    parts = [list(slices)]
+def split_by_fields(slices: Sequence[SliceHeader], *fields: str) -> list[list[SliceHeader]]:
+    """Return the slices grouped by their values of `fields`; an empty value joins the largest group."""
+    groups = [list(slices)]
     for field in fields:
-        parts = [part for whole in parts for part in _by_value(whole, field)]
-    return parts
+        groups = [part for group in groups for part in _split_by_field(group, field)]
+    return groups
 
 
-def volumes(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
-    """Return the volumes that lie at the same places, or all slices as one if that is not clean.
+def split_volumes(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
+    """Return the volumes among slices of one orientation and matrix size, or all slices as one group.
 
-    Only where places repeat, or a temporal position is named, is anything split. Clean: each part has two
-    places and more, no place twice, and covers what the others cover; parts with one step have the same
-    places. So a volume that lacks a slice is never split off, nor a run of slices from a table move.
+    Slices are only split if positions repeat or if TemporalPositionIdentifier differs, and only if the split
+    is clean: each part has at least two positions and none twice, covers the range of the other parts up to
+    one step, and parts with about the same step have equally many slices. Therefore a volume that lacks a
+    slice is never split off, nor are successive ranges of slices from a table movement.
     """
     if not all(header.position and header.orientation for header in slices) or len(slices) < 4:
         return [slices]
-    along = places_along_normal(slices)
-    repeats = bool((np.diff(np.sort(along)) < SAME_PLACE_MM).any())
-    telling = [field for field in _TELLING if len({getattr(header, field) for header in slices}) > 1]
+    distances = project_on_normal(slices)
+    repeats = bool((np.diff(np.sort(distances)) < SAME_POSITION_MM).any())
+    fields = [field for field in _VOLUME_FIELDS if len({getattr(header, field) for header in slices}) > 1]
     if not repeats:
-        telling = [field for field in telling if field == "temporal"]
-    for fields in [*((field,) for field in telling), tuple(telling)]:
-        parts = _indices_by(slices, fields)
-        if len(parts) > 1 and _clean([np.sort(along[part]) for part in parts]):
+        fields = [field for field in fields if field == "temporal_position"]
+    for combination in [*((field,) for field in fields), tuple(fields)]:
+        parts = _group_indices(slices, combination)
+        if len(parts) > 1 and _is_clean_split([np.sort(distances[part]) for part in parts]):
             return [[slices[i] for i in part] for part in parts]
     return [slices]
 
 
-def _by_value(slices: list[SliceHeader], field: str) -> list[list[SliceHeader]]:
-    parts: dict[str, list[SliceHeader]] = defaultdict(list)
+def _split_by_field(slices: list[SliceHeader], field: str) -> list[list[SliceHeader]]:
+    groups: dict[str, list[SliceHeader]] = defaultdict(list)
     for header in slices:
-        parts[getattr(header, field)].append(header)
-    unknown = parts.pop("", [])
-    if not parts:
+        groups[getattr(header, field)].append(header)
+    without_value = groups.pop("", [])
+    if not groups:
         return [slices]
-    max(parts.values(), key=len).extend(unknown)
-    return list(parts.values())
+    max(groups.values(), key=len).extend(without_value)
+    return list(groups.values())
 
 
-def _indices_by(slices: list[SliceHeader], fields: tuple[str, ...]) -> list[list[int]]:
-    parts: dict[tuple[object, ...], list[int]] = defaultdict(list)
+def _group_indices(slices: list[SliceHeader], fields: tuple[str, ...]) -> list[list[int]]:
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     for index, header in enumerate(slices):
-        parts[tuple(getattr(header, field) for field in fields)].append(index)
-    return list(parts.values())
+        groups[tuple(getattr(header, field) for field in fields)].append(index)
+    return list(groups.values())
 
 
-def _clean(parts: list[NDArray[np.float64]]) -> bool:
-    """Tell whether sorted places along the normal, in mm, are whole volumes that cover one another."""
+def _is_clean_split(parts: list[NDArray[np.float64]]) -> bool:
+    """Return whether the parts, each sorted positions along the normal in mm, are complete volumes."""
     if min(map(len, parts)) < 2:
         return False
     low, high = min(part[0] for part in parts), max(part[-1] for part in parts)
-    steps = [np.diff(part) for part in parts]
-    for part, own in zip(parts, steps, strict=True):
-        if own.min() < SAME_PLACE_MM or max(part[0] - low, high - part[-1]) > own.max():
+    steps_of_parts = [np.diff(part) for part in parts]
+    for part, steps in zip(parts, steps_of_parts, strict=True):
+        if steps.min() < SAME_POSITION_MM or max(part[0] - low, high - part[-1]) > steps.max():
             return False
-    medians = [float(np.median(own)) for own in steps]
-    one_step = max(medians) < 1.5 * min(medians)
-    return not one_step or len({len(part) for part in parts}) == 1
+    medians = [float(np.median(steps)) for steps in steps_of_parts]
+    has_one_step = max(medians) < 1.5 * min(medians)
+    return not has_one_step or len({len(part) for part in parts}) == 1

@@ -15,7 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000, HTJ2KLossless, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless
 
-from featray.ct.dicom.codestream import BadStreamError, parse
+from featray.ct.dicom.codestream import InvalidCodestreamError, parse_codestream
 from featray.ct.dicom.read import read_series
 from featray.errors import Reason, ScanError
 
@@ -150,25 +150,25 @@ def test_a_frame_in_several_fragments_is_joined(series_of: SeriesOf, file_bytes:
 
 @pytest.mark.parametrize("name", ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"])
 def test_a_stream_says_what_it_holds(series_of: SeriesOf, name: str) -> None:
-    stream = parse(frame(series_of, name))
+    stream = parse_codestream(frame(series_of, name))
 
-    assert (stream.rows, stream.columns, stream.bits) == (24, 20, 16)
+    assert (stream.rows, stream.columns, stream.precision) == (24, 20, 16)
 
 
 @pytest.mark.parametrize("name", ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"])
 def test_a_stream_cut_anywhere_is_found_out(series_of: SeriesOf, name: str) -> None:
     stream = frame(series_of, name)
     for length in range(0, len(stream) - 1, 7):
-        with pytest.raises(BadStreamError):
-            parse(stream[:length])
+        with pytest.raises(InvalidCodestreamError):
+            parse_codestream(stream[:length])
 
 
 def test_a_stream_with_another_marker_in_its_data_is_damaged(series_of: SeriesOf) -> None:
     stream = bytearray(frame(series_of, "JPEGLosslessProcess14_1"))
     stream[-20:-18] = b"\xff\xda"
 
-    with pytest.raises(BadStreamError, match="damaged"):
-        parse(bytes(stream))
+    with pytest.raises(InvalidCodestreamError, match="damaged"):
+        parse_codestream(bytes(stream))
 
 
 @pytest.mark.parametrize("bits", [24, 48, 8, 0])

@@ -22,14 +22,14 @@ def slices(
 ) -> list[SliceHeader]:
     """Headers of an ordinary axial series, FOLDER/IM001.dcm …, 2 mm apart."""
     plain = SliceHeader(
-        "", None, has_pixels=True, sop_class=CT, series_uid=uid, modality="CT", rows=8, columns=8
+        "", None, has_pixels=True, sop_class_uid=CT, series_uid=uid, modality="CT", rows=8, columns=8
     )
     return [
         replace(
             plain,
             name=f"{folder}/IM{i + 1:03d}.dcm".lstrip("/"),
-            sop_uid=f"{uid}.{i}",
-            number=i + 1,
+            sop_instance_uid=f"{uid}.{i}",
+            instance_number=i + 1,
             orientation=AXIAL,
             position=(0.0, 0.0, 2.0 * i),
             **fields,  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def test_one_series_is_one_scan() -> None:
 
 def test_series_and_modalities_in_one_flat_folder_are_told_apart() -> None:
     ct, other = slices("a", 3), slices("a", 2, uid="7.7", first=3)
-    mr = slices("a", 4, uid="9.9", first=5, modality="MR", sop_class="1.2.840.10008.5.1.4.1.1.4")
+    mr = slices("a", 4, uid="9.9", first=5, modality="MR", sop_class_uid="1.2.840.10008.5.1.4.1.1.4")
 
     found = group_into_scans(ct + mr + other)
 
@@ -72,12 +72,12 @@ def test_the_order_of_the_headers_does_not_matter() -> None:
     ("fields", "reason"),
     [
         ({"modality": "PT"}, "not_ct"),
-        ({"modality": "RTSTRUCT", "sop_class": RT_STRUCT, "has_pixels": False}, "not_ct"),
-        ({"modality": "", "sop_class": RT_STRUCT, "has_pixels": False}, "not_ct"),
-        ({"sop_class": CAPTURE}, "not_ct"),
-        ({"samples": 3}, "not_ct"),
+        ({"modality": "RTSTRUCT", "sop_class_uid": RT_STRUCT, "has_pixels": False}, "not_ct"),
+        ({"modality": "", "sop_class_uid": RT_STRUCT, "has_pixels": False}, "not_ct"),
+        ({"sop_class_uid": CAPTURE}, "not_ct"),
+        ({"samples_per_pixel": 3}, "not_ct"),
         ({"image_type": ("ORIGINAL", "PRIMARY", "LOCALIZER")}, "not_a_volume"),
-        ({"modality": "", "sop_class": "", "has_pixels": False, "rows": 0}, "not_ct"),
+        ({"modality": "", "sop_class_uid": "", "has_pixels": False, "rows": 0}, "not_ct"),
     ],
 )
 def test_what_is_no_ct_slice_is_excluded_not_failed(fields: dict[str, object], reason: str) -> None:
@@ -88,7 +88,7 @@ def test_what_is_no_ct_slice_is_excluded_not_failed(fields: dict[str, object], r
 
 
 def test_modality_and_class_may_be_missing() -> None:
-    assert shown(group_into_scans(slices("a", modality="", sop_class=""))) == [(6, None)]
+    assert shown(group_into_scans(slices("a", modality="", sop_class_uid=""))) == [(6, None)]
 
 
 def test_a_strange_modality_is_not_repeated_in_the_message() -> None:
@@ -146,13 +146,13 @@ def test_copies_in_two_folders_are_two_scans() -> None:
 
 
 def test_copies_with_new_instance_uids_are_two_scans() -> None:
-    renamed = [replace(header, sop_uid=header.sop_uid + ".9") for header in slices("b")]
+    renamed = [replace(header, sop_instance_uid=header.sop_instance_uid + ".9") for header in slices("b")]
 
     assert shown(group_into_scans(slices("a") + renamed)) == [(6, None), (6, None)]
 
 
 def test_one_uid_in_two_frames_of_reference_is_two_scans() -> None:
-    headers = slices("a", 3, frame_uid="1") + slices("b", 3, first=3, frame_uid="2")
+    headers = slices("a", 3, frame_of_reference_uid="1") + slices("b", 3, first=3, frame_of_reference_uid="2")
 
     assert shown(group_into_scans(headers)) == [(3, None), (3, None)]
 
@@ -165,9 +165,9 @@ def test_a_split_export_beside_a_whole_copy_stays_whole() -> None:
 
 
 def test_without_uids_the_folder_decides() -> None:
-    headers = slices("a", uid="", sop_class="") + slices("b", uid="", sop_class="")
+    headers = slices("a", uid="", sop_class_uid="") + slices("b", uid="", sop_class_uid="")
 
-    assert shown(group_into_scans([replace(header, sop_uid="") for header in headers])) == [
+    assert shown(group_into_scans([replace(header, sop_instance_uid="") for header in headers])) == [
         (6, None),
         (6, None),
     ]
@@ -175,7 +175,11 @@ def test_without_uids_the_folder_decides() -> None:
 
 def test_a_multiframe_copy_is_left_out_and_told() -> None:
     copy = replace(
-        slices("a", 1)[0], name="a/volume.dcm", frames=6, functional_groups=True, sop_class=CAPTURE + ".3"
+        slices("a", 1)[0],
+        name="a/volume.dcm",
+        number_of_frames=6,
+        has_functional_groups=True,
+        sop_class_uid=CAPTURE + ".3",
     )
 
     found = group_into_scans([*slices("a"), copy])
@@ -186,7 +190,9 @@ def test_a_multiframe_copy_is_left_out_and_told() -> None:
 
 
 def test_a_multiframe_file_alone_is_a_scan() -> None:
-    assert shown(group_into_scans(slices("a", 1, frames=6, functional_groups=True))) == [(1, None)]
+    assert shown(group_into_scans(slices("a", 1, number_of_frames=6, has_functional_groups=True))) == [
+        (1, None)
+    ]
 
 
 def test_an_unreadable_file_named_like_its_neighbours_fails_their_scan() -> None:

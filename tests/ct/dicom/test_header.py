@@ -14,7 +14,7 @@ import pytest
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
-from featray.ct.dicom.elements import End, fragments, text, walk
+from featray.ct.dicom.elements import ParseEnd, decode_text, find_fragments, parse_elements
 from featray.ct.dicom.header import SliceHeader, read_header
 from featray.errors import Reason
 
@@ -56,9 +56,9 @@ def header_of(data: bytes) -> SliceHeader:
 def test_a_header_holds_what_was_written(one: Dataset, file_bytes: ToBytes) -> None:
     header = header_of(file_bytes(one))
 
-    assert (header.folder, header.base, header.problem) == ("folder", "001.dcm", None)
-    assert (header.series_uid, header.sop_uid, header.modality) == ("1.2.3", "1.2.3.0", "CT")
-    assert (header.rows, header.columns, header.frames, header.signed) == (6, 4, 1, True)
+    assert (header.folder, header.file_name, header.problem) == ("folder", "001.dcm", None)
+    assert (header.series_uid, header.sop_instance_uid, header.modality) == ("1.2.3", "1.2.3.0", "CT")
+    assert (header.rows, header.columns, header.number_of_frames, header.is_signed) == (6, 4, 1, True)
     assert header.position == (-10.0, -20.0, 0.0)
     assert header.orientation == (1, 0, 0, 0, 1, 0)
     assert (header.spacing_yx, header.slope, header.intercept) == ((0.5, 0.25), 1.0, -1024.0)
@@ -66,17 +66,17 @@ def test_a_header_holds_what_was_written(one: Dataset, file_bytes: ToBytes) -> N
 
 def test_every_real_header_agrees_with_pydicom(shared_ct: Path) -> None:
     for path in [path for folder in shared_ct.glob("*/*") for path in sorted(folder.rglob("*"))[:60:6]]:
-        elements = walk(path.read_bytes(), WANTED) if path.is_file() else None
-        if elements is None or elements.end is not End.PIXELS:
+        elements = parse_elements(path.read_bytes(), WANTED) if path.is_file() else None
+        if elements is None or elements.end is not ParseEnd.PIXELS:
             continue
         theirs = pydicom.dcmread(path, force=True)
         for keyword, tag in TAGS.items():
             assert (tag in elements.values) == (keyword in theirs), (path, keyword)
             if theirs.get(keyword) and tag and theirs[keyword].VR == "UI":
-                assert text(elements.values[tag]) == theirs[keyword].value
+                assert decode_text(elements.values[tag]) == theirs[keyword].value
         start, length = elements.pixel_start, elements.pixel_length
         assert length is None or elements.data[start : start + length] == theirs.PixelData
-        assert length is not None or len(fragments(elements)) >= 2
+        assert length is not None or len(find_fragments(elements)) >= 2
 
 
 def test_only_the_beginning_of_a_file_is_read(one: Dataset, file_bytes: ToBytes) -> None:

@@ -69,9 +69,9 @@ def test_the_hash_of_a_patient_is_no_id(series_of: SeriesOf, file_bytes: ToBytes
         for name in ("PID-4711-ZZ", "PID-4712-ZZ")
     )
 
-    assert first.patient != second.patient
+    assert first.patient_hash != second.patient_hash
     assert not {"PID", "ZZ"} & set(re.findall("[A-Z]+", repr(first)))
-    assert len(first.patient) == 16
+    assert len(first.patient_hash) == 16
 
 
 def test_two_studies_that_share_a_uid_are_two_scans(series_of: SeriesOf, outcomes: Outcomes) -> None:

@@ -38,7 +38,7 @@ __all__ = [
     "verify",
 ]
 
-_HOMES = {
+_LAZY_EXPORTS = {
     "Extractor": ("featray.model", "Extractor"),
     "FeatrayError": ("featray.errors", "FeatrayError"),
     "Features": ("featray.output.features", "Features"),
@@ -56,7 +56,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _LAZY_EXPORTS:
         raise AttributeError(f"module 'featray' has no attribute {name!r}")
-    module, attribute = _HOMES[name]
+    module, attribute = _LAZY_EXPORTS[name]
     return getattr(import_module(module), attribute)

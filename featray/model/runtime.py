@@ -12,7 +12,7 @@ import sys
 
 from featray.errors import ModelError
 from featray.hardware import DEFAULT_THREADS, ModelThreads
-from featray.terminal.native_stderr import hold_back
+from featray.terminal.native_stderr import filter_stderr
 
 log = logging.getLogger(__name__)
 
@@ -105,5 +105,5 @@ def _import_quietly() -> None:
         import tensorflow
     else:
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-        with hold_back(_CHATTER):
+        with filter_stderr(_CHATTER):
             import tensorflow  # noqa: F401 - imported for its effect

@@ -1,4 +1,4 @@
-"""Answers to the terminal: words or one JSON document on stdout, complaints on stderr, Ctrl-C as an event."""
+"""Print answers and errors of the command line, as text or as JSON, and turn Ctrl-C into an event."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ from typing import Any
 
 from featray.errors import ExitCode
 
-RESUME = "run the same command again to resume"
+RESUME_HINT = "run the same command again to resume"
 
 
-def answer(args: argparse.Namespace, value: Any, text: str) -> None:
-    """Print the answer: words for a person, or one JSON document as the last line."""
+def print_answer(args: argparse.Namespace, value: Any, text: str) -> None:
+    """Print `text` on stdout, or with --json, `value` as one JSON document on one line."""
     try:
-        print(json.dumps(value, default=plain) if args.json else text, flush=True)
-    except BrokenPipeError:  # whoever read the answer has left, as `| head` does; the work is done
+        print(json.dumps(value, default=to_json_value) if args.json else text, flush=True)
+    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does; the work itself is done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def complain(args: argparse.Namespace, text: str, code: ExitCode) -> None:
-    """Say on stderr what went wrong; with --json, as the answer too."""
+def print_error(args: argparse.Namespace, text: str, code: ExitCode) -> None:
+    """Print an error on stderr; with --json, also print it as a JSON document on stdout."""
     print(f"featray: {text}", file=sys.stderr)
     if args.json:
         print(json.dumps({"error": text, "exit_code": int(code)}), flush=True)
 
 
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text as aligned columns."""
+def align_columns(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text as lines with aligned columns."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     return "\n".join(line.rstrip() for line in padded)
 
 
-def plain(value: Any) -> Any:
-    """Return what JSON has no word for as what it has one for."""
+def to_json_value(value: Any) -> Any:
+    """Return a value that `json` can write: a dataclass as a dict, a set or tuple as a list, else a text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, frozenset | set | tuple):
@@ -52,7 +52,7 @@ def plain(value: Any) -> Any:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C (or SIGTERM) sets; the second one raises at once."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt."""
     stop = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -60,12 +60,14 @@ def stop_on_signal() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
         print(
-            "\nfeatray: stopping after what is in flight; again to stop at once", file=sys.stderr, flush=True
+            "\nfeatray: stopping after the scans in progress; press Ctrl-C again to stop at once",
+            file=sys.stderr,
+            flush=True,
         )
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Keep native libraries from talking over the answer: they write to stderr past Python's logging."""
+"""Filter what native libraries write to stderr, because they bypass Python's logging."""
 
 from __future__ import annotations
 
@@ -11,51 +11,54 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
+_STDERR = 2
 _lock = threading.Lock()
 _patterns: list[re.Pattern[bytes]] = []
-"""Of those who hold stderr back just now, and of who has since they began: it is one for all threads."""
-_users = 0
-_held: IO[bytes] | None = None
-_kept = -1
+"""Patterns of all filters since the first of the present ones began; the process has only one stderr."""
+_active_filters = 0
+_captured: IO[bytes] | None = None
+_original_stderr = -1
 
 
 @contextlib.contextmanager
-def hold_back(chatter: re.Pattern[bytes]) -> Iterator[None]:
-    """Hold back what is written to stderr; at the end, pass on every line that `chatter` does not match.
+def filter_stderr(unwanted: re.Pattern[bytes]) -> Iterator[None]:
+    """Capture stderr of this process; at the end, write out all lines that `unwanted` does not match.
 
-    Threads may do so at the same time; the last one to end passes on what none of them wanted to hold back.
+    The pattern is matched at the start of each line. Several threads may filter at the same time. The last
+    one to end writes out the lines that none of the patterns match.
     """
-    _begin(chatter)
+    _start_capture(unwanted)
     try:
         yield
     finally:
-        _end()
+        _end_capture()
 
 
-def _begin(chatter: re.Pattern[bytes]) -> None:
-    global _users, _held, _kept  # there is one stderr
+def _start_capture(unwanted: re.Pattern[bytes]) -> None:
+    global _active_filters, _captured, _original_stderr  # the process has one stderr
     with _lock:
-        _users += 1
-        _patterns.append(chatter)
-        if _users == 1:
+        _active_filters += 1
+        _patterns.append(unwanted)
+        if _active_filters == 1:
             sys.stderr.flush()
-            _kept, _held = os.dup(2), tempfile.TemporaryFile()  # noqa: SIM115  # closed by the last to end
-            os.dup2(_held.fileno(), 2)
+            _original_stderr = os.dup(_STDERR)
+            _captured = tempfile.TemporaryFile()  # noqa: SIM115  # the last filter to end closes it
+            os.dup2(_captured.fileno(), _STDERR)
 
 
-def _end() -> None:
-    global _users, _held  # as above
+def _end_capture() -> None:
+    global _active_filters, _captured  # the process has one stderr
     with _lock:
-        _users -= 1
-        if _users:
+        _active_filters -= 1
+        if _active_filters:
             return
         sys.stderr.flush()
-        os.dup2(_kept, 2)
-        os.close(_kept)
-        assert _held is not None, "_begin has opened it"
-        with _held:
-            _held.seek(0)
-            lines = [line for line in _held if not any(pattern.match(line) for pattern in _patterns)]
-        os.write(2, b"".join(lines))
+        os.dup2(_original_stderr, _STDERR)
+        os.close(_original_stderr)
+        assert _captured is not None, "_start_capture has opened it"
+        with _captured:
+            _captured.seek(0)
+            lines = [line for line in _captured if not any(pattern.match(line) for pattern in _patterns)]
+        os.write(_STDERR, b"".join(lines))
         _patterns.clear()
-        _held = None
+        _captured = None

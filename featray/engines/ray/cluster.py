@@ -13,7 +13,7 @@ from typing import Any
 from featray.config import LimitsConfig, RunConfig
 from featray.errors import ConfigError
 from featray.hardware import count_usable_cores
-from featray.terminal.native_stderr import hold_back
+from featray.terminal.native_stderr import filter_stderr
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     _refuse_unreachable(address)
     starts = not ray.is_initialized()
     if starts:
-        with hold_back(_CHATTER):
+        with filter_stderr(_CHATTER):
             ray.init(
                 address=address or "local",  # none: whatever else runs on this machine, not that
                 log_to_driver=False,

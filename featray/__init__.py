@@ -1,6 +1,6 @@
-"""featray: the activations of chosen Keras layers for every CT scan you own, as Parquet.
+"""Extract the activations of chosen Keras layers for every CT scan of a collection, as Parquet.
 
-The functions of the command line, from Python. Nothing heavy is imported before it is used.
+This module exports the functions of the command line for use from Python. Each is imported on first use.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m featray` is `featray`."""
+"""Run the `featray` command for `python -m featray`."""
 
 from featray.cli.main import console
 

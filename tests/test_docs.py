@@ -99,9 +99,9 @@ def test_the_readmes_tree_names_every_file_of_the_package() -> None:
 
 
 def test_the_readmes_commands_are_those_of_the_command_line() -> None:
-    from featray.cli.main import _parser
+    from featray.cli.main import make_parser
 
-    usage = _parser().format_help()
+    usage = make_parser().format_help()
     listed = set(re.findall(r"^\| `featray (\w+)", section("Commands"), re.MULTILINE))
     assert listed == set(re.findall(r"^    (\w+)(?: |$)", usage, re.MULTILINE))
 

@@ -1,6 +1,6 @@
-"""What each command does: its arguments in, one call of featray, the answer printed, the exit code out.
+"""One handler per command: call one function of featray, print its answer, and return the exit code.
 
-Nothing heavy is imported before a command needs it.
+A handler imports heavy libraries only when it runs, so that `featray --help` stays fast.
 """
 
 from __future__ import annotations
@@ -12,51 +12,53 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from featray.errors import ConfigError, ExitCode, Reason
-from featray.terminal.answer import RESUME, answer, columns, plain, stop_on_signal
+from featray.terminal.answer import RESUME_HINT, align_columns, print_answer, stop_on_signal, to_json_value
 
 if TYPE_CHECKING:
     from featray.model.list_layers import LayerInfo
+    from featray.output.dataset import Dataset
     from featray.stages.report import Summary
 
 
 def run_extract(args: argparse.Namespace) -> int:
     """Run `featray extract`."""
-    _start_early()
+    _start_decode_processes()
     from featray.pipeline import extract
 
     with stop_on_signal() as stop:
         summary = extract(args.config, args.set, show=not args.quiet, stop=stop)
-    answer(args, summary, summary.text())
-    _say_how_it_ended(summary)
+    print_answer(args, summary, summary.text())
+    _print_ending(summary)
     return int(summary.exit_code)
 
 
 def run_refresh(args: argparse.Namespace) -> int:
     """Run `featray refresh`."""
-    _start_early()
+    _start_decode_processes()
     from featray.pipeline import refresh
 
     if args.reason and not args.retry_failed:
-        raise ConfigError("--reason: says which failed scans --retry-failed tries again; give both")
+        raise ConfigError("--reason: add --retry-failed, because --reason selects the failed scans to retry")
     retry = (args.reason or [str(reason) for reason in Reason]) if args.retry_failed else None
     with stop_on_signal() as stop:
         summary = refresh(args.config, args.set, retry=retry, show=not args.quiet, stop=stop)
-    answer(args, summary, summary.text())
-    _say_how_it_ended(summary)
+    print_answer(args, summary, summary.text())
+    _print_ending(summary)
     return int(summary.exit_code)
 
 
-def _start_early() -> None:
+def _start_decode_processes() -> None:
+    """Start worker processes at once, because their imports take as long as those of this process."""
     from featray.engines.decoding.process_pool import start_early
 
     start_early()
 
 
-def _say_how_it_ended(summary: Summary) -> None:
+def _print_ending(summary: Summary) -> None:
     if summary.exit_code == ExitCode.INTERRUPTED:
-        print(f"featray: interrupted; {summary.done} scans are committed, {RESUME}", file=sys.stderr)
+        print(f"featray: interrupted; {summary.done} scans are committed; {RESUME_HINT}", file=sys.stderr)
     elif summary.exit_code:
-        print("featray: `featray failures` lists what is not ok", file=sys.stderr)
+        print("featray: `featray failures OUTPUT` lists the scans that are not ok", file=sys.stderr)
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -64,11 +66,11 @@ def run_plan(args: argparse.Namespace) -> int:
     from featray.commands.plan import plan, why
 
     if args.why is not None:
-        sentence = why(args.config, args.why, args.set)
-        answer(args, {"scan_id": args.why, "why": sentence}, sentence)
+        explanation = why(args.config, args.why, args.set)
+        print_answer(args, {"scan_id": args.why, "why": explanation}, explanation)
         return ExitCode.OK
-    found = plan(args.config, args.set, explain=args.json)
-    answer(args, found, found.text())
+    estimate = plan(args.config, args.set, explain=args.json)
+    print_answer(args, estimate, estimate.text())
     return ExitCode.OK
 
 
@@ -76,20 +78,20 @@ def run_preview(args: argparse.Namespace) -> int:
     """Run `featray preview`."""
     from featray.commands.preview import preview
 
-    found = preview(args.config, args.set, scan=args.scan, directory=args.out)
-    answer(args, found, found.text())
-    if found.exit_code:
-        print("featray: this scan gives the model no input; nothing was written", file=sys.stderr)
-    return int(found.exit_code)
+    result = preview(args.config, args.set, scan=args.scan, directory=args.out)
+    print_answer(args, result, result.text())
+    if result.exit_code:
+        print("featray: this scan cannot be an input of the model; nothing was written", file=sys.stderr)
+    return int(result.exit_code)
 
 
 def run_doctor(args: argparse.Namespace) -> int:
     """Run `featray doctor`."""
     from featray.commands.doctor import doctor
 
-    found = doctor(args.config, args.set)
-    answer(args, {"checks": found.results, "exit_code": found.exit_code}, found.text())
-    return found.exit_code
+    report = doctor(args.config, args.set)
+    print_answer(args, {"checks": report.results, "exit_code": report.exit_code}, report.text())
+    return report.exit_code
 
 
 def run_layers(args: argparse.Namespace) -> int:
@@ -97,32 +99,35 @@ def run_layers(args: argparse.Namespace) -> int:
     from featray.config import load
     from featray.model import list_layers
 
-    size = _size(args.size)
-    own = {name: getattr(args, name) for name in ("custom_objects", "builder", "submodel", "trust")}
+    size_zyx = _parse_size(args.size)
+    options = {name: getattr(args, name) for name in ("custom_objects", "builder", "submodel", "trust")}
     if not args.model.endswith((".yaml", ".yml")):
-        found = list_layers(args.model, input_zyx=size, **own)
-    elif size or any(own.values()):
-        raise ConfigError("a config says all this itself: use --set, e.g. --set model.submodel=encoder")
+        layers = list_layers(args.model, input_zyx=size_zyx, **options)
+    elif size_zyx or any(options.values()):
+        raise ConfigError(
+            "--custom-objects, --builder, --submodel, --trust and --size are for model files; with a config "
+            "use --set, for example --set model.submodel=encoder"
+        )
     else:
         config = load(args.model, args.set)
-        found = list_layers(config.model, input_zyx=config.input_zyx)
-    listed = [{**plain(layer), "gb_per_10000": layer.gb_per_10000} for layer in found]
-    for layer in listed:
-        layer["class"], layer["pool"] = layer.pop("class_name"), ", ".join(layer.pop("pools"))
+        layers = list_layers(config.model, input_zyx=config.input_zyx)
+    rows = [{**to_json_value(layer), "gb_per_10000": layer.gb_per_10000} for layer in layers]
+    for row in rows:
+        row["class"], row["pool"] = row.pop("class_name"), ", ".join(row.pop("pools"))
     header = ("layer", "class", "shape", "pool", "values", "GB per 10,000", "chosen", "flags")
-    answer(args, {"layers": listed}, columns([header, *map(_layer_row, found)]))
+    print_answer(args, {"layers": rows}, align_columns([header, *map(_format_layer, layers)]))
     return ExitCode.OK
 
 
-def _layer_row(layer: LayerInfo) -> tuple[str, ...]:
+def _format_layer(layer: LayerInfo) -> tuple[str, ...]:
     shape = "x".join("any" if size is None else str(size) for size in layer.shape)
-    size = f"{layer.gb_per_10000:.3g}"
+    gigabytes = f"{layer.gb_per_10000:.3g}"
     chosen, pools, flags = "*" * layer.chosen, ", ".join(layer.pools), " ".join(layer.flags)
-    return layer.path, layer.class_name, shape, pools, str(layer.values), size, chosen, flags
+    return layer.path, layer.class_name, shape, pools, str(layer.values), gigabytes, chosen, flags
 
 
-def _size(text: str | None) -> tuple[int | None, ...] | None:
-    """Return the size of one input from `8,64,64`; `any` along an axis takes any size."""
+def _parse_size(text: str | None) -> tuple[int | None, ...] | None:
+    """Return an input size (z, y, x) in voxels from `8,64,64` or `8x64x64`; `any` becomes None."""
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
@@ -135,8 +140,8 @@ def run_status(args: argparse.Namespace) -> int:
     """Run `featray status`."""
     from featray.commands.status import status
 
-    found = status(_dataset(args))
-    answer(args, found, found.text())
+    result = status(_open_dataset(args))
+    print_answer(args, result, result.text())
     return ExitCode.OK
 
 
@@ -144,12 +149,12 @@ def run_failures(args: argparse.Namespace) -> int:
     """Run `featray failures`."""
     from featray.commands.status import failures
 
-    rows = failures(_dataset(args), args.reason)
+    rows = failures(_open_dataset(args), args.reason)
     lines = [
         f"{row['scan_id']}\t{row['status']}\t{row['reason']}\t{row['stage']}\t{row['message']}"
         for row in rows
     ]
-    answer(args, {"failures": rows}, "\n".join(lines) or "every scan is ok")
+    print_answer(args, {"failures": rows}, "\n".join(lines) or "every scan is ok")
     return ExitCode.OK
 
 
@@ -157,18 +162,19 @@ def run_verify(args: argparse.Namespace) -> int:
     """Run `featray verify`."""
     from featray.commands.verify import verify
 
-    mend = {"repair": args.repair, "forget_damaged": args.forget_damaged}
-    found = verify(_dataset(args), **mend, show=not args.quiet)
-    answer(args, found, found.text())
-    return found.exit_code
+    verification = verify(
+        _open_dataset(args), repair=args.repair, forget_damaged=args.forget_damaged, show=not args.quiet
+    )
+    print_answer(args, verification, verification.text())
+    return verification.exit_code
 
 
 def run_vacuum(args: argparse.Namespace) -> int:
     """Run `featray vacuum`."""
     from featray.commands.vacuum import vacuum
 
-    found = vacuum(_dataset(args))
-    answer(args, found, found.text())
+    result = vacuum(_open_dataset(args))
+    print_answer(args, result, result.text())
     return ExitCode.OK
 
 
@@ -176,19 +182,19 @@ def run_export(args: argparse.Namespace) -> int:
     """Run `featray export`."""
     from featray.commands.export import export
 
-    found = export(
-        _dataset(args),
+    result = export(
+        _open_dataset(args),
         args.directory,
         args.version,
         layers=args.layer,
-        directory_options=_options(args.storage_options),
+        directory_options=_parse_storage_options(args.storage_options),
     )
-    answer(args, found, found.text())
+    print_answer(args, result, result.text())
     return ExitCode.OK
 
 
-def _options(text: str | None) -> dict[str, Any] | None:
-    """Return storage options from a YAML or JSON file, or from a text such as `{anon: true}`."""
+def _parse_storage_options(text: str | None) -> dict[str, Any] | None:
+    """Return fsspec options from the path of a YAML or JSON file, or from a text such as `{anon: true}`."""
     import yaml
 
     if text is None:
@@ -199,10 +205,10 @@ def _options(text: str | None) -> dict[str, Any] | None:
                 text = file.read()
         options = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        # Neither the text nor the parser's message is shown: both may hold secrets.
+        # The message quotes neither the text nor the parser, because both may contain secrets.
         raise ConfigError(f"--storage-options: cannot be read as YAML ({type(error).__name__})") from None
     if not isinstance(options, dict):
-        raise ConfigError("--storage-options: expected keys and values, such as {anon: true}")
+        raise ConfigError("--storage-options: expected keys and values, for example {anon: true}")
     return options
 
 
@@ -212,8 +218,8 @@ def run_demo(args: argparse.Namespace) -> int:
 
     with stop_on_signal() as stop:
         result = demo(args.directory, show=not args.quiet, stop=stop)
-    answer(args, result, result.text())
-    _say_how_it_ended(result.summary)
+    print_answer(args, result, result.text())
+    _print_ending(result.summary)
     return int(result.summary.exit_code)
 
 
@@ -222,7 +228,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     from featray.benchmark.run import benchmark
     from featray.benchmark.settings import Plan
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the measured processes too
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, ends the measured processes
     plan = Plan(
         sample=args.sample,
         make=args.make,
@@ -230,35 +236,35 @@ def run_benchmark(args: argparse.Namespace) -> int:
         few=args.few,
         many=args.many,
         engines=tuple(args.engines.split(",")),
-        beside=_scripts(args.beside),
-        workers=_counts(args.workers),
-        actors=_counts(args.actors),
-        growth=_counts(args.growth),
+        beside=_parse_scripts(args.beside),
+        workers=_parse_counts(args.workers),
+        actors=_parse_counts(args.actors),
+        growth=_parse_counts(args.growth),
         keep=args.keep,
     )
-    found = benchmark(args.config, args.set, plan=plan, directory=args.out, show=not args.quiet)
-    answer(args, found.to_json(), found.text())
+    result = benchmark(args.config, args.set, plan=plan, directory=args.out, show=not args.quiet)
+    print_answer(args, result.to_json(), result.text())
     return ExitCode.OK
 
 
-def _scripts(named: Sequence[str]) -> dict[str, str]:
-    """Return scripts by name from `NAME=FILE.py` texts."""
-    pairs = [text.partition("=") for text in named]
+def _parse_scripts(texts: Sequence[str]) -> dict[str, str]:
+    """Return the paths of scripts by name, from texts `NAME=FILE.py`."""
+    pairs = [text.partition("=") for text in texts]
     if not all(name and script for name, _, script in pairs):
         raise ConfigError("--beside: expected NAME=FILE.py, e.g. loop=jobs/baselines/loop.py")
     return {name: script for name, _, script in pairs}
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    """Return the whole numbers of `1,2,4`; none of an empty text."""
+def _parse_counts(text: str) -> tuple[int, ...]:
+    """Return the whole numbers in `1,2,4`; an empty text has none."""
     parts = text.split(",") if text else []
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise ConfigError(f"{text}: expected whole numbers above 0, such as 1,2,4")
     return tuple(int(part) for part in parts)
 
 
-def _dataset(args: argparse.Namespace) -> Any:
-    """Return the output named on the command line, by its place or by the config that makes it."""
+def _open_dataset(args: argparse.Namespace) -> Dataset:
+    """Return the output that the argument OUTPUT names, by a folder, a URL or a config file."""
     from featray.output.query import open_output
 
     return open_output(args.output)

@@ -1,7 +1,7 @@
-"""The command line: parse, call, exit. Imports nothing heavy before a command needs it.
+"""Parse the command line, call the handler of the command, and return its exit code.
 
-stdout holds the answer (with --json, one JSON document as its last line); progress and messages go to
-stderr. Exit codes are those of `featray.errors.ExitCode`.
+The answer goes to stdout (with --json, one JSON document as its last line); progress and messages go to
+stderr. Exit codes are those of `featray.errors.ExitCode`. Heavy libraries are imported by the handlers only.
 """
 
 from __future__ import annotations
@@ -14,79 +14,123 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from featray.cli import handlers as run
+from featray.cli import handlers
 from featray.errors import ExitCode, FeatrayError, Reason
-from featray.terminal.answer import RESUME, complain
+from featray.terminal.answer import RESUME_HINT, print_error
 
 _REASONS = [str(reason) for reason in Reason]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    atexit.register(gc.freeze)  # else Python ends by going through all of TensorFlow for garbage: 0.8 s
-    args = _parser().parse_args(argv)
+    atexit.register(gc.freeze)  # without it, the last garbage collection walks all of TensorFlow: 0.8 s
+    args = make_parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="featray: %(message)s", stream=sys.stderr)
     logging.getLogger("featray").setLevel(logging.INFO)
-    command: Callable[[argparse.Namespace], int] = args.command
+    handler: Callable[[argparse.Namespace], int] = args.handler
     try:
-        return command(args)
+        return handler(args)
     except FeatrayError as error:
-        complain(args, str(error), error.exit_code)
+        print_error(args, str(error), error.exit_code)
         return int(error.exit_code)
     except Exception as error:
-        logging.getLogger("featray").exception("unexpected error; please report it with these lines")
-        complain(args, f"unexpected error ({type(error).__name__})", ExitCode.UNEXPECTED)
+        logging.getLogger("featray").exception("unexpected error; please report it together with these lines")
+        print_error(args, f"unexpected error ({type(error).__name__})", ExitCode.UNEXPECTED)
         return int(ExitCode.UNEXPECTED)
     except KeyboardInterrupt:
-        complain(args, f"stopped at once; what was committed is kept, {RESUME}", ExitCode.INTERRUPTED)
+        print_error(args, f"stopped at once; committed scans are kept; {RESUME_HINT}", ExitCode.INTERRUPTED)
         return int(ExitCode.INTERRUPTED)
 
 
 def console() -> None:
-    """Entry point of the `featray` command."""
+    """Run the `featray` command and exit with its exit code."""
     sys.exit(main())
 
 
 class _Parser(argparse.ArgumentParser):
-    """Answer a wrong command line like any other error, also with --json."""
+    """A parser that reports a wrong command line like any other error, also with --json."""
 
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        complain(argparse.Namespace(json="--json" in sys.argv), message, ExitCode.USAGE)
+        print_error(argparse.Namespace(json="--json" in sys.argv), message, ExitCode.USAGE)
         self.exit(int(ExitCode.USAGE))
 
 
-def _parser() -> argparse.ArgumentParser:
+class _HelpFormatter(argparse.HelpFormatter):
+    """A formatter that reserves enough columns for the longest command name.
+
+    argparse forgets the indentation of the commands and would put the help of `benchmark` on its own line.
+    """
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog)
+        self._action_max_length = len("    benchmark")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
     parser = _Parser(
         prog="featray",
-        description="Extract the activations of chosen Keras layers for every CT scan you own.",
+        formatter_class=_HelpFormatter,
+        description="Extract the activations of chosen Keras layers for every CT scan of a collection.",
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument(
+        "--version", action="version", version=_read_version(), help="print the version of featray and exit"
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _before_a_run(commands)
-    _runs(commands)
-    _after_a_run(commands)
+    _add_model_commands(commands)
+    _add_preparation_commands(commands)
+    _add_run_commands(commands)
+    _add_output_commands(commands)
     return parser
 
 
-def _before_a_run(commands: Any) -> None:
-    demo = _command(
-        commands, "demo", run.run_demo, "make a small collection, train a VAE, extract four layers"
+def _add_model_commands(commands: Any) -> None:
+    demo = _add_command(
+        commands,
+        "demo",
+        handlers.run_demo,
+        "make sample scans, train a small VAE, and extract four layers",
     )
     demo.add_argument(
-        "directory", nargs="?", default="featray-demo", help="folder to make (default: %(default)s)"
+        "directory",
+        nargs="?",
+        default="featray-demo",
+        metavar="DIR",
+        help="folder to create (default: %(default)s)",
     )
-    _layers_options(_command(commands, "layers", run.run_layers, "list every layer that can be cut"))
-    _config(_command(commands, "doctor", run.run_doctor, "look at everything a run needs; what to do"))
-    planned = _command(commands, "plan", run.run_plan, "count new, changed, stale, failed, removed; estimate")
-    _config(planned)
-    planned.add_argument("--why", metavar="ID", help="say of one scan only what its state is, and why")
-    shown = _command(
-        commands, "preview", run.run_preview, "a picture of one scan as the network would see it"
+    layers = _add_command(
+        commands, "layers", handlers.run_layers, "list every layer of a model that can be extracted"
     )
-    _config(shown)
-    shown.add_argument("--scan", metavar="ID", help="which scan (default: the first that can be used)")
-    shown.add_argument(
+    _add_layers_arguments(layers)
+
+
+def _add_preparation_commands(commands: Any) -> None:
+    doctor = _add_command(
+        commands,
+        "doctor",
+        handlers.run_doctor,
+        "check everything that a run needs, and say how to fix problems",
+    )
+    _add_config_arguments(doctor)
+    plan = _add_command(
+        commands,
+        "plan",
+        handlers.run_plan,
+        "count the scans to process; estimate time, memory and size",
+    )
+    _add_config_arguments(plan)
+    plan.add_argument(
+        "--why",
+        metavar="ID",
+        help="explain the state of one scan and print nothing else (default: plan all scans)",
+    )
+    preview = _add_command(
+        commands, "preview", handlers.run_preview, "draw one scan as the model would receive it"
+    )
+    _add_config_arguments(preview)
+    preview.add_argument("--scan", metavar="ID", help="scan to draw (default: the first usable scan)")
+    preview.add_argument(
         "--out",
         metavar="DIR",
         default="featray-preview",
@@ -94,83 +138,157 @@ def _before_a_run(commands: Any) -> None:
     )
 
 
-def _runs(commands: Any) -> None:
-    _config(_command(commands, "extract", run.run_extract, "extract what is missing; again: resume"))
-    fresh = _command(
-        commands, "refresh", run.run_refresh, "bring the output in step with the collection, if it is not"
+def _add_run_commands(commands: Any) -> None:
+    extract = _add_command(
+        commands,
+        "extract",
+        handlers.run_extract,
+        "extract missing features, or resume an interrupted run",
     )
-    _config(fresh)
-    fresh.add_argument("--retry-failed", action="store_true", help="try failed scans again, changed or not")
-    fresh.add_argument(
+    _add_config_arguments(extract)
+    refresh = _add_command(
+        commands,
+        "refresh",
+        handlers.run_refresh,
+        "update the output to match the collection, including removals",
+    )
+    _add_config_arguments(refresh)
+    refresh.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="process failed scans again even if they have not changed (default: only changed ones)",
+    )
+    refresh.add_argument(
         "--reason",
         action="append",
         choices=_REASONS,
         metavar="CODE",
-        help="only those that failed for this reason; may be repeated",
+        help="with --retry-failed: process only scans that failed for this reason; may be repeated "
+        "(default: every reason)",
     )
-    _benchmark_options(
-        _command(commands, "benchmark", run.run_benchmark, "throughput by stage and end to end")
+    benchmark = _add_command(
+        commands,
+        "benchmark",
+        handlers.run_benchmark,
+        "measure the throughput of each stage and of whole runs",
     )
+    _add_benchmark_options(benchmark)
 
 
-def _after_a_run(commands: Any) -> None:
-    _output(_command(commands, "status", run.run_status, "what an output holds, by layer and by reason"))
-    failed = _command(commands, "failures", run.run_failures, "the scans that are not ok, and why")
-    _output(failed)
-    failed.add_argument("--reason", choices=_REASONS, metavar="CODE", help="only this reason")
-    checked = _command(
-        commands, "verify", run.run_verify, "read all back; say what is wrong and what mends it"
+def _add_output_commands(commands: Any) -> None:
+    status = _add_command(
+        commands, "status", handlers.run_status, "count the scans of an output by layer and by reason"
     )
-    _output(checked)
-    checked.add_argument(
-        "--repair", action="store_true", help="finish a commit that was cut, delete orphans; touches no scan"
+    _add_output_argument(status)
+    failures = _add_command(
+        commands, "failures", handlers.run_failures, "list the scans that are not ok, each with its reason"
     )
-    checked.add_argument(
+    _add_output_argument(failures)
+    failures.add_argument(
+        "--reason",
+        choices=_REASONS,
+        metavar="CODE",
+        help="list only scans with this reason (default: every reason)",
+    )
+    verify = _add_command(
+        commands,
+        "verify",
+        handlers.run_verify,
+        "read all files of an output; report problems and remedies",
+    )
+    _add_output_argument(verify)
+    verify.add_argument(
+        "--repair",
+        action="store_true",
+        help="finish an interrupted commit and delete orphan files; no scan is removed (default: change "
+        "nothing)",
+    )
+    verify.add_argument(
         "--forget-damaged",
         action="store_true",
-        help="also take damaged scans out of both tables, for the next extract to make again",
+        help="also remove damaged scans from both tables, so that the next extract processes them again "
+        "(default: keep them)",
     )
-    _export_arguments(_command(commands, "export", run.run_export, "copy one version to a plain folder"))
-    _output(
-        _command(commands, "vacuum", run.run_vacuum, "delete superseded files and orphans, merge small files")
+    export = _add_command(
+        commands, "export", handlers.run_export, "copy one version of an output to a plain folder of Parquet"
     )
+    _add_export_arguments(export)
+    vacuum = _add_command(
+        commands,
+        "vacuum",
+        handlers.run_vacuum,
+        "delete superseded and orphan files, and merge small files",
+    )
+    _add_output_argument(vacuum)
 
 
-def _layers_options(layers: argparse.ArgumentParser) -> None:
-    layers.add_argument("model", metavar="MODEL_OR_CONFIG", help="a model file, or a config (.yaml)")
-    layers.add_argument("--custom-objects", action="append", default=[], metavar="FILE.py:CLASS")
-    layers.add_argument("--builder", metavar="FILE.py:FUNCTION", help="makes the model of a weights file")
-    layers.add_argument("--submodel", metavar="NAME", help="list only this part, called on the input itself")
-    layers.add_argument("--trust", action="store_true", help="run code stored inside the model file")
-    layers.add_argument("--size", metavar="Z,Y,X", help="of one input, where the model takes any")
+def _add_layers_arguments(layers: argparse.ArgumentParser) -> None:
+    layers.add_argument("model", metavar="MODEL_OR_CONFIG", help="model file, or config file (.yaml)")
     layers.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
+        "--custom-objects",
+        action="append",
+        default=[],
+        metavar="FILE.py:CLASS",
+        help="class or function that the model file needs; may be repeated (default: none)",
     )
+    layers.add_argument(
+        "--builder",
+        metavar="FILE.py:FUNCTION",
+        help="function that builds the model of a weights-only file (default: the file holds the model)",
+    )
+    layers.add_argument(
+        "--submodel",
+        metavar="NAME",
+        help="list only the layers of this part of the model, such as encoder (default: the whole model)",
+    )
+    layers.add_argument(
+        "--trust",
+        action="store_true",
+        help="allow code that is stored inside the model file to run (default: refuse it)",
+    )
+    layers.add_argument(
+        "--size",
+        metavar="Z,Y,X",
+        help="input size in voxels, if the model accepts any size; `any` leaves one axis open (default: the "
+        "model's own size)",
+    )
+    _add_set_option(layers)
 
 
-def _command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str
+def _add_command(
+    commands: Any, name: str, handler: Callable[[argparse.Namespace], int], summary: str
 ) -> argparse.ArgumentParser:
-    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    command.set_defaults(command=run)
-    command.add_argument("--json", action="store_true", help="one JSON document as the last line of stdout")
-    command.add_argument("--quiet", action="store_true", help="no progress")
+    description = f"{summary[0].upper()}{summary[1:]}."
+    command: argparse.ArgumentParser = commands.add_parser(name, help=summary, description=description)
+    command.set_defaults(handler=handler)
+    command.add_argument(
+        "--json",
+        action="store_true",
+        help="print one JSON document as the last line of stdout (default: text)",
+    )
+    command.add_argument(
+        "--quiet", action="store_true", help="do not show progress (default: show it on stderr)"
+    )
     return command
 
 
-def _config(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="YAML file")
+def _add_config_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", metavar="CONFIG", help="config file (YAML)")
+    _add_set_option(command)
+
+
+def _add_set_option(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="override a config key, e.g. model.batch_size=8",
+        help="override a config key, for example model.batch_size=8; may be repeated (default: no override)",
     )
 
 
-def _benchmark_options(command: argparse.ArgumentParser) -> None:
-    _config(command)
+def _add_benchmark_options(command: argparse.ArgumentParser) -> None:
+    _add_config_arguments(command)
     for name, default, text in (
         ("--sample", 16, "distinct scans to take from the collection (default: %(default)s)"),
         ("--make", None, "make N phantoms to measure on, not the config's collection"),
@@ -195,30 +313,40 @@ def _benchmark_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _output(command: argparse.ArgumentParser) -> None:
+def _add_output_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "output", metavar="OUTPUT", help="output folder or URL, or the config (.yaml) that names it"
+        "output",
+        metavar="OUTPUT",
+        help="folder or URL of an output, or the config file (.yaml) that names it",
     )
 
 
-def _export_arguments(command: argparse.ArgumentParser) -> None:
-    _output(command)
+def _add_export_arguments(command: argparse.ArgumentParser) -> None:
+    _add_output_argument(command)
     command.add_argument(
-        "directory", metavar="DIR", help="folder or URL: new, empty, or left by an export that was killed"
+        "directory",
+        metavar="DIR",
+        help="folder or URL to write to; it must be new, empty, or left by an interrupted export",
     )
-    command.add_argument("--version", type=int, metavar="N", help="version of OUTPUT (default: the newest)")
     command.add_argument(
-        "--layer", action="append", default=[], metavar="NAME", help="only this layer; may be repeated"
+        "--version", type=int, metavar="N", help="version of OUTPUT to export (default: the newest)"
+    )
+    command.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="layer to export; may be repeated (default: all layers)",
     )
     command.add_argument(
         "--storage-options",
         metavar="FILE",
-        help="fsspec options of DIR, a YAML or JSON file or {inline}; default: those of OUTPUT, if in one "
-        "kind of store",
+        help="fsspec options of DIR: a YAML or JSON file, or a text such as {anon: true} (default: the "
+        "options of OUTPUT if both are in the same kind of store)",
     )
 
 
-def _version() -> str:
+def _read_version() -> str:
     from importlib.metadata import version
 
     return version("featray")

@@ -1,1 +1,1 @@
-"""Everything that writes to a terminal: answers, progress, and filtering the output of native libraries."""
+"""Everything that writes to a terminal: answers, progress, and the filter for native libraries."""

@@ -1,4 +1,4 @@
-"""The command line: answers, exit codes, and how fast it says hello."""
+"""Test the command line: answers, messages, exit codes, and which libraries `--help` imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from featray.cli.main import main
+from featray.cli.main import main, make_parser
 
 ENTRY = [sys.executable, "-m", "featray"]
 
@@ -27,7 +27,7 @@ def config(config_of: Any, tmp_path: Path) -> Path:
     return path
 
 
-def last_json(out: str) -> Any:
+def parse_last_line(out: str) -> Any:
     return json.loads(out.strip().splitlines()[-1])
 
 
@@ -48,23 +48,31 @@ def test_help_imports_neither_tensorflow_nor_ray(command: list[str]) -> None:
     assert "usage: featray" in done.stdout
 
 
-def test_extract_then_status_then_failures_by_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_describes_each_command_on_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    parser = make_parser()
+    lines = parser.format_help().partition("COMMAND\n")[2].splitlines()
+    assert len(lines) == 13
+    assert all(re.fullmatch(r"    [a-z]+ +[a-z].*", line) for line in lines)
+
+
+def test_extract_status_and_failures_answer_in_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["extract", str(config), "--json", "--quiet"]) == 0
-    summary = last_json(capsys.readouterr().out)
+    summary = parse_last_line(capsys.readouterr().out)
     assert (summary["found"], summary["ok"], summary["failed"], summary["exit_code"]) == (12, 12, 0, 0)
     output = yaml.safe_load(config.read_text())["output"]["uri"]
-    for place in (output, str(config)):
-        assert main(["status", place, "--json"]) == 0
-        status = last_json(capsys.readouterr().out)
+    for location in (output, str(config)):
+        assert main(["status", location, "--json"]) == 0
+        status = parse_last_line(capsys.readouterr().out)
         assert (status["ok"], status["failed"], status["excluded"]) == (12, 0, 0)
         assert {layer["layer"]: layer["rows"] for layer in status["layers"]} == dict.fromkeys(
             ("encoder.z_mean", "encoder.z_log_var", "encoder.pre_latent", "encoder.conv_2"), 12
         )
     assert main(["failures", output, "--json"]) == 0
-    assert last_json(capsys.readouterr().out) == {"failures": []}
+    assert parse_last_line(capsys.readouterr().out) == {"failures": []}
 
 
-def test_failures_lists_reasons_and_filters_by_one(
+def test_failures_lists_reasons_and_filters_by_reason(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bad").mkdir()
@@ -74,7 +82,7 @@ def test_failures_lists_reasons_and_filters_by_one(
     output = yaml.safe_load(config.read_text())["output"]["uri"]
     capsys.readouterr()
     main(["failures", output, "--json"])
-    rows = last_json(capsys.readouterr().out)["failures"]
+    rows = parse_last_line(capsys.readouterr().out)["failures"]
     assert [(row["scan_id"], row["reason"], row["stage"]) for row in rows] == [
         ("empty.nii", "empty", "read"),
         ("text.nii", "unreadable", "read"),
@@ -85,11 +93,11 @@ def test_failures_lists_reasons_and_filters_by_one(
     assert lines[0].startswith("empty.nii\tfailed\tempty\tread\t")
 
 
-def test_plan_counts_and_estimates_and_changes_nothing(
+def test_plan_counts_scans_estimates_and_writes_nothing(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["plan", str(config), "--json"]) == 0
-    plan = last_json(capsys.readouterr().out)
+    plan = parse_last_line(capsys.readouterr().out)
     states = ("new", "changed", "stale", "failed", "removed", "up_to_date")
     assert {state: plan[state] for state in states} == {**dict.fromkeys(states, 0), "new": 12}
     assert plan["todo"] == 12
@@ -100,14 +108,14 @@ def test_plan_counts_and_estimates_and_changes_nothing(
     main(["extract", str(config), "--quiet"])
     capsys.readouterr()
     main(["plan", str(config), "--json", "--set", "preprocess.window=[-500, 500]"])
-    assert last_json(capsys.readouterr().out)["stale"] == 12
+    assert parse_last_line(capsys.readouterr().out)["stale"] == 12
 
 
 def test_layers_lists_paths_shapes_and_flags(
     config: Path, vae_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["layers", str(config), "--json"]) == 0
-    by_config = {layer["path"]: layer for layer in last_json(capsys.readouterr().out)["layers"]}
+    by_config = {layer["path"]: layer for layer in parse_last_line(capsys.readouterr().out)["layers"]}
     assert by_config["encoder/z_mean"]["shape"] == [4]
     assert by_config["encoder/z_mean"]["class"] == "Dense"
     assert "stochastic" in by_config["encoder/z"]["flags"]
@@ -115,10 +123,10 @@ def test_layers_lists_paths_shapes_and_flags(
     assert (
         main(["layers", str(vae_file), "--custom-objects", "featray.synthetic.vae:Sampling", "--json"]) == 0
     )
-    assert {layer["path"] for layer in last_json(capsys.readouterr().out)["layers"]} == set(by_config)
+    assert {layer["path"] for layer in parse_last_line(capsys.readouterr().out)["layers"]} == set(by_config)
 
 
-def test_every_config_problem_comes_in_one_message_and_nothing_is_written(
+def test_all_config_problems_are_in_one_message_and_nothing_is_written(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     wrong = [
@@ -159,7 +167,7 @@ def test_every_config_problem_comes_in_one_message_and_nothing_is_written(
         ("source.format=dicom source.uri=.", None),
     ],
 )
-def test_what_cannot_be_used_is_exit_code_2_and_nothing_is_written(
+def test_an_unusable_config_ends_with_exit_code_2_and_nothing_is_written(
     config: Path, capsys: pytest.CaptureFixture[str], override: str, fact: str | None, tmp_path: Path
 ) -> None:
     if fact is None:
@@ -168,22 +176,24 @@ def test_what_cannot_be_used_is_exit_code_2_and_nothing_is_written(
     assert main(["extract", str(config), "--set", override, "--json"]) == 2
     captured = capsys.readouterr()
     assert fact in captured.err
-    assert last_json(captured.out)["exit_code"] == 2
+    assert parse_last_line(captured.out)["exit_code"] == 2
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_is_none_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_output_ends_with_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["status", str(tmp_path)]) == 2
     assert "is this a featray output?" in capsys.readouterr().err
 
 
-def test_a_wrong_command_line_is_exit_code_2() -> None:
+def test_a_wrong_command_line_ends_with_exit_code_2() -> None:
     with pytest.raises(SystemExit) as end:
         main(["extract"])
     assert end.value.code == 2
 
 
-def test_auto_takes_inline_for_a_handful_of_scans_and_says_so(config: Path) -> None:
+def test_engine_auto_chooses_inline_for_few_scans_and_reports_it(config: Path) -> None:
     done = subprocess.run(
         [*ENTRY, "extract", str(config), "--set", "run.engine=auto"],
         capture_output=True,
@@ -192,19 +202,19 @@ def test_auto_takes_inline_for_a_handful_of_scans_and_says_so(config: Path) -> N
     )
     assert "engine inline, chosen for 12 scans and no cluster address" in done.stderr
     assert "WARNING" not in done.stderr
-    assert "cuda" not in done.stderr.lower(), "TensorFlow's chatter is off by default"
+    assert "cuda" not in done.stderr.lower(), "TensorFlow's own messages are off by default"
 
 
-def test_a_terminal_gets_a_bar(config: Path) -> None:
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(ours, (24, 100))
-    process = subprocess.Popen([*ENTRY, "extract", str(config)], stderr=theirs, stdout=subprocess.DEVNULL)
-    os.close(theirs)
+def test_a_terminal_shows_a_progress_bar(config: Path) -> None:
+    parent, child = pty.openpty()
+    termios.tcsetwinsize(parent, (24, 100))
+    process = subprocess.Popen([*ENTRY, "extract", str(config)], stderr=child, stdout=subprocess.DEVNULL)
+    os.close(child)
     shown = b""
     while True:
         try:
-            part = os.read(ours, 4096)
-        except OSError:  # the other end is closed
+            part = os.read(parent, 4096)
+        except OSError:  # the process has closed its end
             break
         if not part:
             break
@@ -229,35 +239,37 @@ def test_a_terminal_gets_a_bar(config: Path) -> None:
     ],
 )
 @pytest.mark.ray
-def test_what_would_fail_late_or_wait_for_ever_is_exit_code_2(
+def test_a_config_that_would_fail_late_or_hang_ends_with_exit_code_2(
     config: Path, override: str, fact: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["extract", str(config), "--set", override, "--set", "run.engine=ray", "--json"]) == 2
     captured = capsys.readouterr()
     assert fact in captured.err
-    assert fact in last_json(captured.out)["error"]
+    assert fact in parse_last_line(captured.out)["error"]
 
 
-def test_an_output_that_is_a_file_is_exit_code_2(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for place in (config, config / "below"):
-        assert main(["extract", str(config), "--set", f"output.uri={place}"]) == 2
+def test_an_output_uri_that_names_a_file_ends_with_exit_code_2(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for uri in (config, config / "below"):
+        assert main(["extract", str(config), "--set", f"output.uri={uri}"]) == 2
         assert "is a file, not a folder" in capsys.readouterr().err
 
 
-def test_a_wrong_command_line_answers_in_json_too() -> None:
+def test_a_wrong_command_line_with_json_answers_in_json() -> None:
     done = subprocess.run([*ENTRY, "extract", "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert last_json(done.stdout)["exit_code"] == 2
+    assert parse_last_line(done.stdout)["exit_code"] == 2
 
 
-def test_an_unexpected_error_is_exit_code_1_with_its_trace_and_json(
+def test_an_unexpected_error_ends_with_exit_code_1_and_json(
     config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import featray.checks
 
     monkeypatch.setattr(featray.checks, "list_scans", lambda *_: 1 / 0)
     assert main(["extract", str(config), "--json"]) == 1
-    assert last_json(capsys.readouterr().out) == {
+    assert parse_last_line(capsys.readouterr().out) == {
         "error": "unexpected error (ZeroDivisionError)",
         "exit_code": 1,
     }
@@ -271,8 +283,8 @@ def test_a_secret_in_a_broken_override_is_not_echoed(
     assert "PLANTED" not in captured.err + captured.out
 
 
-def test_a_reader_that_leaves_early_is_no_error(vae_file: Path) -> None:
-    words = [
+def test_a_closed_pipe_on_stdout_is_not_an_error(vae_file: Path) -> None:
+    command = [
         sys.executable,
         "-m",
         "featray",
@@ -281,9 +293,9 @@ def test_a_reader_that_leaves_early_is_no_error(vae_file: Path) -> None:
         "--custom-objects",
         "featray.synthetic.vae:Sampling",
     ]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.close()
         assert process.stderr is not None
-        said = process.stderr.read()
-        assert (process.wait(), "Traceback" in said) == (0, False)
+        stderr = process.stderr.read()
+        assert (process.wait(), "Traceback" in stderr) == (0, False)

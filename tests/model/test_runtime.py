@@ -31,7 +31,8 @@ def test_threads_are_set_and_the_start_is_quiet() -> None:
 
 def test_what_others_write_to_stderr_meanwhile_is_passed_on() -> None:
     done = _run(
-        "import os\nfrom featray.model import runtime\nfrom featray.terminal.native_stderr import filter_stderr\n"
+        "import os\nfrom featray.model import runtime\n"
+        "from featray.terminal.native_stderr import filter_stderr\n"
         "with filter_stderr(runtime._CHATTER):\n"
         "    os.write(2, b'I0000 00:00:1.5 12 port.cc:153] chatter\\nE0000 00:00:1.5 12 a.cc:1] fault\\n')"
     )

@@ -1,9 +1,11 @@
-"""One driver per output: a lease file with a heartbeat, so a second run is refused at once.
+"""The lease of an output: a file with a heartbeat that lets only one driver at a time use the output.
 
-Every driver puts a file of its own, then looks who else has one: of two that start at one moment, at least
-one sees the other and withdraws. A dead one's file is deleted by the next. No clock is trusted alone.
-The lease keeps honest drivers apart and lets its holder delete orphans. It is not what makes commits
-safe: should it ever be broken, the transaction log still refuses the second commit.
+Each driver writes a lease file of its own, then looks for lease files of other drivers. If two drivers start
+at the same time, at least one of them sees the other's file and withdraws. The lease file of a dead driver is
+deleted by the next driver. Whether a driver is alive is never decided by comparing two clocks alone.
+
+While a driver holds the lease, it may delete orphan files. Commits do not depend on the lease: if two drivers
+hold it by mistake, the Delta log still rejects the second commit.
 """
 
 from __future__ import annotations
@@ -31,130 +33,146 @@ log = logging.getLogger(__name__)
 LEASE_FOLDER = "runs/lease"
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
-"""A lease without a heartbeat for this long belongs to a run that is dead."""
+"""Seconds without a heartbeat after which a lease counts as stale."""
 WATCH_S = 1.5 * HEARTBEAT_S
-"""A lease that looks stale by this machine's clock is watched for this long: clocks may differ."""
-_TRIES, _PAUSE_S = 5, 0.5
-_held_here: set[str] = set()
-"""Runs of this process: one that could not give its lease back holds nothing any more."""
+"""Seconds for which a stale lease is watched for a heartbeat, because the clocks of hosts may differ."""
+_MAX_ATTEMPTS, _MAX_PAUSE_S = 5, 0.5
+_run_ids_of_this_process: set[str] = set()
+"""Runs of this process that hold a lease. A run that could not delete its lease file is not among them."""
 
 
 class Lease:
-    """Hold the output for one run while the `with` block lasts.
+    """Hold the output's lease for one run while the `with` block lasts.
+
+    Args:
+        store: The output folder.
+        run_id: The run.
 
     Raises:
-        OutputBusyError: Another live run holds it; says which, where and since when.
+        OutputBusyError: Another running run holds the lease; the message names run, host and start.
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
         self._store, self._run_id, self._name = store, run_id, f"{LEASE_FOLDER}/{run_id}.json"
-        self._own = {"run_id": run_id, "host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        self._own |= {"machine": _machine(), "started": psutil.Process().create_time()}
+        self._own = {
+            "run_id": run_id,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": _format_now(),
+        }
+        self._own |= {"machine": _identify_machine(), "started": psutil.Process().create_time()}
         self._progress: Callable[[], dict[str, Any]] = dict
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="featray-lease", daemon=True)
+        self._thread = threading.Thread(target=self._write_heartbeats, name="featray-lease", daemon=True)
 
     def __enter__(self) -> Lease:
-        """Take the lease, over dead runs' if need be."""
-        for _ in range(_TRIES):
+        """Take the lease; delete the lease files of dead runs."""
+        for _ in range(_MAX_ATTEMPTS):
             raise_if_locked(self._store)
-            _held_here.add(self._run_id)
-            self._store.write(self._name, self._content())
-            others = self._others()
+            _run_ids_of_this_process.add(self._run_id)
+            self._store.write(self._name, self._make_content())
+            others = self._find_other_holders()
             if not others:
                 self._thread.start()
                 return self
-            _held_here.discard(self._run_id)
+            _run_ids_of_this_process.discard(self._run_id)
             self._store.delete([self._name])
-            time.sleep(random.uniform(0, _PAUSE_S))  # nobody guesses this for gain
-        raise OutputBusyError(_busy(others[0]))
+            time.sleep(random.uniform(0, _MAX_PAUSE_S))  # not security-sensitive
+        raise OutputBusyError(_describe_holder(others[0]))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the lease back."""
+        """Release the lease."""
         self._stop.set()
         self._thread.join()
-        _held_here.discard(self._run_id)
+        _run_ids_of_this_process.discard(self._run_id)
         try:
             self._store.delete([self._name])
         except StorageError:
             if error is None:
                 raise
-            log.warning("the lease could not be given back; it is void in %.0f s", STALE_S)
+            log.warning("the lease could not be released; it expires in %.0f s", STALE_S)
 
     def set_progress_source(self, progress: Callable[[], dict[str, Any]]) -> None:
         """Write what `progress` returns (plain JSON data) to the lease file with each heartbeat."""
         self._progress = progress
 
     def check(self) -> None:
-        """Make sure that this run still holds the output.
+        """Check that this run still holds the lease.
 
         Raises:
-            OutputBusyError: Another run took it over, for this one was not heard of for too long.
+            OutputBusyError: Another run has taken the lease over, because this run wrote no heartbeat for too
+                long.
         """
-        others = self._others()
+        others = self._find_other_holders()
         if others or self._store.get_size(self._name) is None:
-            who = f"; run {others[0]['run_id']} on host {others[0]['host']} did" if others else ""
+            new_holder = f" by run {others[0]['run_id']} on host {others[0]['host']}" if others else ""
             raise OutputBusyError(
-                f"this run was not heard of for {STALE_S:.0f} s, and its output was taken over{who}. What it "
-                "had committed is kept; run the same command again when the other run has ended."
+                f"the lease of this run expired, because it wrote no heartbeat for {STALE_S:.0f} s, and the "
+                f"output was taken over{new_holder}. What this run had committed is kept. Run the same "
+                "command again when the other run has ended."
             )
 
-    def _others(self) -> list[dict[str, Any]]:
-        """Return the other live holders; dead ones' files are deleted on the way."""
-        found = []
-        for name, holder in _holders(self._store):
-            if holder["run_id"] == self._run_id:  # not the name: a heartbeat that is being put has another
+    def _find_other_holders(self) -> list[dict[str, Any]]:
+        """Return the lease contents of other running runs, and delete the lease files of dead runs."""
+        others = []
+        for name, holder in _iter_holders(self._store):
+            # Compare the run, not the file name: a heartbeat that is being written has a temporary name.
+            if holder["run_id"] == self._run_id:
                 continue
             if _is_alive(self._store, name, holder):
-                found.append(holder)
+                others.append(holder)
             else:
                 self._store.delete([name])
-        return found
+        return others
 
-    def _beat(self) -> None:
+    def _write_heartbeats(self) -> None:
         while not self._stop.wait(HEARTBEAT_S):
             try:
                 if self._store.get_size(self._name) is None:
-                    return  # taken over; the next commit says so
-                self._store.write(self._name, self._content())
-            except Exception as error:  # each store has errors of its own; the next beat tries again
+                    return  # another run has taken the lease over; the next `check` reports it
+                self._store.write(self._name, self._make_content())
+            except Exception as error:  # each store has its own exceptions; the next heartbeat tries again
                 log.warning("the lease could not be renewed (%s)", type(error).__name__)
 
-    def _content(self) -> bytes:
+    def _make_content(self) -> bytes:
         return json.dumps({**self._own, "heartbeat": time.time(), "progress": self._progress()}).encode()
 
 
 def read_live_lease(store: Store) -> dict[str, Any] | None:
-    """Return what the live run that holds the output says of itself; None if there is none.
+    """Return the content of the lease that a running run holds; None if there is none.
 
-    Keys: run_id, host, pid, since; heartbeat, seconds since the epoch; progress, as
-    `Lease.set_progress_source` was told. By this machine's clock, where the run is on another: this is to
-    know, not to decide by.
+    If the run is on another machine, its heartbeat is compared with this machine's clock, which may be wrong.
+    So use the result for display only, not for decisions.
+
+    Returns:
+        Keys run_id, host, pid, since; heartbeat, in seconds since the epoch; progress, as the source given to
+        `Lease.set_progress_source` returns it.
     """
-    return next((holder for _, holder in _holders(store) if _looks_alive(holder)), None)
+    return next((holder for _, holder in _iter_holders(store) if _looks_alive(holder)), None)
 
 
 def raise_if_locked(store: Store) -> None:
-    """Look whether another run holds the output, before anything slow is done for nothing.
+    """Raise an error if a running run holds the output's lease. Call it before slow work is started.
 
     Raises:
-        OutputBusyError: A live run does; says which, where and since when.
+        OutputBusyError: A running run holds the lease; the message names run, host and start.
     """
-    for name, holder in _holders(store):
+    for name, holder in _iter_holders(store):
         if _is_alive(store, name, holder):
-            raise OutputBusyError(_busy(holder))
+            raise OutputBusyError(_describe_holder(holder))
 
 
-def _holders(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iter_holders(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the name and the content of each lease file; incomplete files are left out."""
     for name in store.list_files(LEASE_FOLDER):
-        holder = _read(store, name)
+        holder = _read_holder(store, name)
         if holder is not None:
             yield name, holder
 
 
-def _read(store: Store, name: str) -> dict[str, Any] | None:
+def _read_holder(store: Store, name: str) -> dict[str, Any] | None:
     try:
         holder = json.loads(store.read(name))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -163,25 +181,28 @@ def _read(store: Store, name: str) -> dict[str, Any] | None:
 
 
 def _is_alive(store: Store, name: str, holder: dict[str, Any]) -> bool:
+    """Return whether a lease's run is running; a stale lease of another machine is watched for WATCH_S."""
     if _looks_alive(holder):
         return True
-    if holder["machine"] == _machine():
+    if holder["machine"] == _identify_machine():
         return False
     time.sleep(WATCH_S)
-    now = _read(store, name)
-    return now is not None and now["heartbeat"] != holder["heartbeat"]
+    later = _read_holder(store, name)
+    return later is not None and later["heartbeat"] != holder["heartbeat"]
 
 
 def _looks_alive(holder: dict[str, Any]) -> bool:
-    if holder["machine"] == _machine():
-        return _runs_here(holder)
+    """Return whether a lease's process exists, or for another machine, whether its heartbeat looks recent."""
+    if holder["machine"] == _identify_machine():
+        return _is_running_here(holder)
     return bool(time.time() - holder["heartbeat"] <= STALE_S)
 
 
-def _runs_here(holder: dict[str, Any]) -> bool:
+def _is_running_here(holder: dict[str, Any]) -> bool:
+    """Return whether a lease's process runs on this machine; its start time shows if the pid was reused."""
     if holder["pid"] == os.getpid():
-        return holder["run_id"] in _held_here
-    try:  # a pid may have been given to another process since
+        return holder["run_id"] in _run_ids_of_this_process
+    try:
         process = psutil.Process(holder["pid"])
         is_same = abs(process.create_time() - holder["started"]) < 1
         return bool(is_same and process.status() != psutil.STATUS_ZOMBIE)
@@ -189,8 +210,11 @@ def _runs_here(holder: dict[str, Any]) -> bool:
         return False
 
 
-def _machine() -> str:
-    """Return what two processes share that can see each other's pids: containers often share a hostname."""
+def _identify_machine() -> str:
+    """Return a text that is equal for two processes that see each other's process ids.
+
+    The hostname alone is not enough, because containers often share it.
+    """
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
@@ -199,13 +223,13 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _busy(holder: dict[str, Any]) -> str:
+def _describe_holder(holder: dict[str, Any]) -> str:
     return (
         f"run {holder['run_id']} on host {holder['host']} (pid {holder['pid']}) holds this output "
-        f"since {holder['since']}. Wait until it ends; a run that died gives the output back within "
+        f"since {holder['since']}. Wait until it ends. If it has died, the output becomes free within "
         f"{STALE_S + WATCH_S:.0f} s."
     )
 
 
-def _now() -> str:
+def _format_now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,4 +1,4 @@
-"""The one place that touches storage: files on any fsspec file system, retries, URLs and options.
+"""All access to storage: files on any fsspec file system, retries, URLs and storage options.
 
-Nothing here knows what a file means.
+This package does not know what the files contain.
 """

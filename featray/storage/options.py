@@ -1,6 +1,6 @@
-"""One set of storage options, fsspec's, in the words of those who use them; so credentials are given once.
+"""Translate storage options from fsspec's names to deltalake's, so that users give their credentials once.
 
-In: a URL and what the config gives. Out: the options for fsspec, with time limits, and for the Delta log.
+In: a URL and the options from the configuration. Out: options for fsspec, with timeouts, and for deltalake.
 """
 
 from __future__ import annotations
@@ -13,50 +13,51 @@ from typing import Any
 from featray.storage import retry
 
 _CONNECT_S, _READ_S = 5, 15
-"""Seconds without a connection, or without a byte on it, after which a server counts as hung."""
-_DELTA_S = 20
-"""Of a whole request to the Delta log, its body included: entries and checkpoints are a few MB at most."""
+"""Seconds to wait for a connection, and for the next byte on it, before a request times out."""
+_DELTA_TIMEOUT_S = 20
+"""Timeout of a whole request of deltalake, including its body. Log files have a few MB at most."""
 
 
 def make_fsspec_options(uri: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Return the options to open `uri` with: on S3 a hung server is noticed. `options` win."""
+    """Return the options to open `uri` with: `options`, and on S3 also timeouts that `options` do not set."""
     if uri.partition("://")[0] not in ("s3", "s3a"):
         return options
-    ours = {
+    defaults = {
         "connect_timeout": _CONNECT_S,
         "read_timeout": _READ_S,
         "retries": {"total_max_attempts": 3, "mode": "standard"},
     }
-    return {**options, "config_kwargs": {**ours, **(options.get("config_kwargs") or {})}}
+    return {**options, "config_kwargs": {**defaults, **(options.get("config_kwargs") or {})}}
 
 
 def make_delta_options(uri: str, options: dict[str, Any], *, with_retries: bool = False) -> dict[str, str]:
-    """Return fsspec's options in deltalake's words.
+    """Return fsspec's options under deltalake's names.
 
-    No credentials for protocols whose words are not known here; deltalake then looks at the environment only.
+    The result is empty for protocols that are not known here. deltalake then takes credentials from the
+    environment only.
 
     Args:
-        uri: Where the options lead to.
-        options: As given to fsspec.
-        with_retries: Also let deltalake try each request for `retry.OUTPUT_DEADLINE_S`. Other programs that
-            take the rest of the options do not know these.
+        uri: URL to open with the options.
+        options: Options for fsspec.
+        with_retries: Whether deltalake is to retry each request for `retry.OUTPUT_DEADLINE_S`. Leave it False
+            for other programs (polars): they know the other options, but not these.
     """
-    translate = _TRANSLATIONS.get(uri.partition("://")[0])
-    found = {} if translate is None else translate(options)
-    return found | _make_retry_options() if with_retries else found
+    translate = _TRANSLATORS.get(uri.partition("://")[0])
+    translated = {} if translate is None else translate(options)
+    return translated | _make_retry_options() if with_retries else translated
 
 
-def delta_uri(uri: str) -> str:
-    """Return `uri` with a protocol that deltalake knows, without a slash at the end."""
-    protocol, _, place = uri.rstrip("/").partition("://")
-    return f"{_PROTOCOLS.get(protocol, protocol)}://{place}"
+def make_delta_uri(uri: str) -> str:
+    """Return `uri` with a protocol that deltalake knows, without a trailing slash."""
+    protocol, _, path = uri.rstrip("/").partition("://")
+    return f"{_PROTOCOLS.get(protocol, protocol)}://{path}"
 
 
 def _make_retry_options() -> dict[str, str]:
     """Return options that let deltalake retry each request until a deadline, as `run_with_retries` does."""
     return {
         "connect_timeout": f"{_CONNECT_S}s",
-        "timeout": f"{_DELTA_S}s",
+        "timeout": f"{_DELTA_TIMEOUT_S}s",
         "max_retries": "1000",
         "retry_timeout": f"{retry.OUTPUT_DEADLINE_S:.0f}s",
         "backoff_config.init_backoff": "200ms",
@@ -65,9 +66,9 @@ def _make_retry_options() -> dict[str, str]:
     }
 
 
-def _s3_options(options: dict[str, Any]) -> dict[str, str]:
+def _translate_s3(options: dict[str, Any]) -> dict[str, str]:
     flat = {**options, **(options.get("client_kwargs") or {})}
-    found = _renamed(
+    translated = _rename_options(
         flat,
         key="AWS_ACCESS_KEY_ID",
         username="AWS_ACCESS_KEY_ID",
@@ -80,65 +81,68 @@ def _s3_options(options: dict[str, Any]) -> dict[str, str]:
         endpoint_url="AWS_ENDPOINT_URL",
         region_name="AWS_REGION",
     )
-    endpoint = found.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL", "")
+    endpoint = translated.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL", "")
     if endpoint.startswith("http://"):
-        found["AWS_ALLOW_HTTP"] = "true"
+        translated["AWS_ALLOW_HTTP"] = "true"
     if flat.get("anon"):
-        found["AWS_SKIP_SIGNATURE"] = "true"
+        translated["AWS_SKIP_SIGNATURE"] = "true"
     if flat.get("verify") is False:
-        found["allow_invalid_certificates"] = "true"
+        translated["allow_invalid_certificates"] = "true"
     s3 = (options.get("config_kwargs") or {}).get("s3") or {}
     if s3.get("addressing_style") == "virtual":
-        found["AWS_VIRTUAL_HOSTED_STYLE_REQUEST"] = "true"
-    return found
+        translated["AWS_VIRTUAL_HOSTED_STYLE_REQUEST"] = "true"
+    return translated
 
 
-def _azure_options(options: dict[str, Any]) -> dict[str, str]:
+def _translate_azure(options: dict[str, Any]) -> dict[str, str]:
     pairs = [part.partition("=") for part in str(options.get("connection_string") or "").split(";")]
-    given = {key: value for key, _, value in pairs}
-    found = _renamed(
-        given,
+    from_connection_string = {key: value for key, _, value in pairs}
+    translated = _rename_options(
+        from_connection_string,
         AccountName="account_name",
         AccountKey="account_key",
         SharedAccessSignature="sas_token",
         BlobEndpoint="azure_endpoint",
-    ) | _renamed(
+    ) | _rename_options(
         options,
         **{name: name for name in ("account_name", "account_key", "sas_token")},
         **{name: name for name in ("tenant_id", "client_id", "client_secret")},
     )
     if options.get("account_host"):
-        found["azure_endpoint"] = f"https://{options['account_host']}"
-    if found.get("azure_endpoint", "").startswith("http://"):
-        found["azure_allow_http"] = "true"
+        translated["azure_endpoint"] = f"https://{options['account_host']}"
+    if translated.get("azure_endpoint", "").startswith("http://"):
+        translated["azure_allow_http"] = "true"
     if options.get("anon"):
-        found["azure_skip_signature"] = "true"
-    return found
+        translated["azure_skip_signature"] = "true"
+    return translated
 
 
-def _gcs_options(options: dict[str, Any]) -> dict[str, str]:
+def _translate_gcs(options: dict[str, Any]) -> dict[str, str]:
     token, url = options.get("token"), str(options.get("endpoint_url") or "")
-    found: dict[str, str] = {}
+    translated: dict[str, str] = {}
     if token == "anon":
-        # Only this keeps deltalake from asking the machine's metadata server for somebody's token.
-        nobody = {"client_email": "", "private_key": "", "private_key_id": "", "disable_oauth": True}
-        found["google_service_account_key"] = json.dumps(nobody | ({"gcs_base_url": url} if url else {}))
+        # Without this, deltalake asks the metadata server of a cloud machine for a token.
+        anonymous = {"client_email": "", "private_key": "", "private_key_id": "", "disable_oauth": True}
+        translated["google_service_account_key"] = json.dumps(
+            anonymous | ({"gcs_base_url": url} if url else {})
+        )
     elif isinstance(token, dict):
-        found["google_service_account_key"] = json.dumps(token)
+        translated["google_service_account_key"] = json.dumps(token)
     elif isinstance(token, str) and os.path.isfile(token):
-        found["google_service_account"] = token
+        translated["google_service_account"] = token
     if url.startswith("http://"):
-        found["allow_http"] = "true"
-    return found
+        translated["allow_http"] = "true"
+    return translated
 
 
-def _renamed(options: dict[str, Any], **names: str) -> dict[str, str]:
+def _rename_options(options: dict[str, Any], **names: str) -> dict[str, str]:
+    """Return those options that are set, as texts under their new names; `names` is old name → new name."""
     return {to: str(options[name]) for name, to in names.items() if options.get(name) is not None}
 
 
-_TRANSLATIONS: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = {
-    **dict.fromkeys(("s3", "s3a"), _s3_options),
-    **dict.fromkeys(("gs", "gcs"), _gcs_options),
-    **dict.fromkeys(("abfs", "abfss", "az", "adl"), _azure_options),
+_TRANSLATORS: dict[str, Callable[[dict[str, Any]], dict[str, str]]] = {
+    **dict.fromkeys(("s3", "s3a"), _translate_s3),
+    **dict.fromkeys(("gs", "gcs"), _translate_gcs),
+    **dict.fromkeys(("abfs", "abfss", "az", "adl"), _translate_azure),
 }
 _PROTOCOLS = {"gcs": "gs", "adl": "az"}

@@ -1,8 +1,8 @@
-"""Trying again: which of a store's errors pass by themselves, how long to wait for that, what to call them.
+"""Retry operations of a store while their errors are transient, and classify the errors of all stores.
 
-In: an action that asks a store. Out: its answer, or its last error. Every store's library has errors of its
-own; they are told by name and by the HTTP status they carry, so none of the libraries is imported here. Their
-texts may hold URLs with credentials, so no text is ever passed on.
+In: an operation. Out: its result, or its last error. Each store's library has its own exception classes. They
+are recognized by their names and by the HTTP status that they carry, so that no library has to be imported
+here. Their texts may contain URLs with credentials, so no text of an error is passed on.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 
 OUTPUT_DEADLINE_S = 120.0
-"""How long the output may be out of reach before a run gives up; it can be resumed."""
+"""Seconds for which the output may be unreachable before a run fails; the run can be resumed."""
 SOURCE_DEADLINE_S = 60.0
-"""How long one scan's files may be out of reach before the scan fails as `storage`."""
+"""Seconds for which the files of a scan may be unreachable before the scan fails with reason `storage`."""
 START_DEADLINE_S = 20.0
-"""The same before any work has begun, when a wrong address is as likely as an outage."""
+"""The same before any work has begun. It is shorter, because a wrong address is as likely as an outage."""
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
-_OUTAGE_S = 5.0
-"""An error that lasts longer than this is worth telling while it lasts."""
+_WARN_AFTER_S = 5.0
+"""Seconds of retrying after which retries are logged as warnings."""
 
-_PASSING_STATUS = {408, 425, 429, 500, 502, 503, 504, 507, 509, 529}
-_PASSING_CODES = {  # sent with a status that says the request was wrong, though it only arrived so
+_TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 507, 509, 529}
+_TRANSIENT_CODES = {  # sent with a status for wrong requests, but the request was only damaged on its way
     "BadDigest",
     "ConditionalRequestConflict",
     "IncompleteBody",
@@ -38,7 +38,7 @@ _PASSING_CODES = {  # sent with a status that says the request was wrong, though
     "RequestTimeout",
     "XAmzContentSHA256Mismatch",
 }
-_PASSING = {
+_TRANSIENT_CLASSES = {
     "aiohttp.client_exceptions.ClientConnectionError",
     "aiohttp.client_exceptions.ClientPayloadError",
     "aiohttp.http_exceptions.BadHttpMessage",
@@ -56,13 +56,13 @@ _PASSING = {
     "requests.exceptions.ConnectionError",
     "requests.exceptions.Timeout",
 }
-_LASTING = {
+_PERMANENT_CLASSES = {
     "aiohttp.client_exceptions.ClientConnectorCertificateError",
     "botocore.exceptions.SSLError",
     "requests.exceptions.SSLError",
     "ssl.SSLCertVerificationError",
 }
-_WITHOUT_CREDENTIALS = {
+_CREDENTIAL_CLASSES = {
     "azure.core.exceptions.ClientAuthenticationError",
     "botocore.exceptions.CredentialRetrievalError",
     "botocore.exceptions.NoCredentialsError",
@@ -75,144 +75,150 @@ _LIBRARIES = (
     *("adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs"),
     *("google", "http", "requests", "s3fs", "urllib3"),
 )
-# deltalake has one class for all, and only its text, which holds the server's answer, tells them apart.
-_PASSING_TEXT = re.compile(
+# deltalake raises one class for all errors. Only its text, which contains the server's answer, differs.
+_TRANSIENT_TEXT = re.compile(
     r"error sending request|connection error|response body error|operation timed out"
     r"|\b(408|429|500|502|503|504) [A-Z]"
 )
+_STATUS_ATTRIBUTES = ("status_code", "status", "code")
 _DENIED_TEXT = re.compile(r"^Forbidden\b|\b40[13] [A-Z]|lacked the necessary privileges")
 
 T = TypeVar("T")
 
 
-def run_with_retries(act: Callable[[], T], deadline_s: float) -> T:
-    """Return what `act` returns, calling it again while it raises errors that pass by themselves.
-
-    Waits longer from time to time, never the same for two callers. `act` must be safe to repeat: an error
-    may mean that only the answer was lost.
+def run_with_retries(operation: Callable[[], T], deadline_s: float) -> T:
+    """Run `operation`, retrying transient errors with exponential backoff and jitter.
 
     Args:
-        act: Asks the store.
-        deadline_s: Seconds after which no further attempt is made; one that is under way is waited for.
+        operation: Makes requests to a store. It must be safe to repeat: after an error it may have succeeded,
+            and only the store's answer was lost.
+        deadline_s: Seconds after which no further attempt is started; a running attempt is waited for.
+
+    Returns:
+        The result of `operation`.
 
     Raises:
-        Exception: The last error of `act`; at once if it is of a kind that stays.
+        Exception: The last error of `operation`. An error that is not transient is raised at once.
     """
     start, wait = time.monotonic(), FIRST_WAIT_S
     while True:
         try:
-            return act()
-        except Exception as error:  # whatever does not pass goes on as it came
+            return operation()
+        except Exception as error:  # errors that are not transient are raised unchanged
             pause = random.uniform(wait / 2, wait)
             waited = time.monotonic() - start
             if not is_transient(error) or waited + pause > deadline_s:
                 raise
-            level = logging.WARNING if waited > _OUTAGE_S else logging.INFO
-            left = deadline_s - waited
+            level = logging.WARNING if waited > _WARN_AFTER_S else logging.INFO
+            remaining = deadline_s - waited
             log.log(
-                level, "a store does not answer (%s); trying for %.0f s more", describe_error(error), left
+                level,
+                "a store does not answer (%s); trying for %.0f s more",
+                describe_error(error),
+                remaining,
             )
         time.sleep(pause)
         wait = min(LONGEST_WAIT_S, 2 * wait)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether an error passes by itself: no connection, no answer in time, 5xx, throttling."""
+    """Return whether an error can go away by itself: no connection, a timeout, HTTP 5xx, throttling."""
     if not is_store_error(error) or is_missing(error) or isinstance(error, PermissionError | FileExistsError):
         return False
-    for one in _chain(error):
-        if _names(one) & _LASTING:
+    for cause in _iter_causes(error):
+        if _class_names(cause) & _PERMANENT_CLASSES:
             return False
-        status = _status(one)
+        status = _get_status(cause)
         if status is not None:
-            return status in _PASSING_STATUS or _code(one) in _PASSING_CODES
-        if isinstance(one, ConnectionError | TimeoutError) or _names(one) & _PASSING:
+            return status in _TRANSIENT_STATUS or _get_code(cause) in _TRANSIENT_CODES
+        if isinstance(cause, ConnectionError | TimeoutError) or _class_names(cause) & _TRANSIENT_CLASSES:
             return True
-    return isinstance(error, OSError) and bool(_PASSING_TEXT.search(str(error)))
+    return isinstance(error, OSError) and bool(_TRANSIENT_TEXT.search(str(error)))
 
 
 def is_denied(error: BaseException) -> bool:
-    """Return whether a store refuses: no, wrong or expired credentials, or a right that is lacking."""
+    """Return whether a store denies access: no, wrong or expired credentials, or a missing permission."""
     if isinstance(error, PermissionError):
         return True
-    for one in _chain(error):
-        if _names(one) & _WITHOUT_CREDENTIALS or _status(one) in (401, 403):
+    for cause in _iter_causes(error):
+        if _class_names(cause) & _CREDENTIAL_CLASSES or _get_status(cause) in (401, 403):
             return True
     return isinstance(error, OSError) and bool(_DENIED_TEXT.search(str(error)))
 
 
 def is_missing(error: BaseException) -> bool:
-    """Return whether there is no such file, folder or bucket."""
-    return isinstance(error, FileNotFoundError | NotADirectoryError) or _first_status(error) == 404
+    """Return whether an error says that a file, folder or bucket does not exist."""
+    return isinstance(error, FileNotFoundError | NotADirectoryError) or _find_status(error) == 404
 
 
 def is_name_taken(error: BaseException) -> bool:
-    """Return whether a file was to be created whose name is taken."""
-    return isinstance(error, FileExistsError) or _first_status(error) == 412
+    """Return whether an error says that a file to be created already exists."""
+    return isinstance(error, FileExistsError) or _find_status(error) == 412
 
 
 def is_store_error(error: BaseException) -> bool:
-    """Return whether an error comes from a store or a file system, not from a mistake in the program."""
+    """Return whether an error comes from a store or a file system, and not from a bug in the program."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _LIBRARIES
 
 
 def describe_error(error: BaseException) -> str:
-    """Return a short name of an error that holds nothing of its text."""
-    for one in _chain(error):
-        status = _status(one)
+    """Return a short name of an error, such as `HTTP 503 SlowDown`, without any part of its text."""
+    for cause in _iter_causes(error):
+        status = _get_status(cause)
         if status is not None:
-            code = _code(one)
+            code = _get_code(cause)
             return f"HTTP {status} {code}" if code and code != str(status) else f"HTTP {status}"
-        if _names(one) & _PASSING:
-            return type(one).__name__
+        if _class_names(cause) & _TRANSIENT_CLASSES:
+            return type(cause).__name__
     if type(error) is OSError and error.errno:
         return os.strerror(error.errno)
     if type(error) is OSError:
-        found = re.search(r"\b([45]\d\d) [A-Z]", str(error))
-        return f"HTTP {found[1]}" if found else "no connection" if is_transient(error) else "OSError"
+        status_text = re.search(r"\b([45]\d\d) [A-Z]", str(error))
+        if status_text:
+            return f"HTTP {status_text[1]}"
+        return "no connection" if is_transient(error) else "OSError"
     return type(error).__name__
 
 
 def is_out_of_space(error: BaseException) -> bool:
-    """Return whether a disk or a quota is full."""
+    """Return whether an error says that a disk or a quota is full."""
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and what it was made from, outermost first."""
+def _iter_causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and the errors that caused it, outermost first."""
     seen: set[int] = set()
-    one: BaseException | None = error
-    while one is not None and id(one) not in seen:
-        seen.add(id(one))
-        yield one
-        one = one.__cause__ or one.__context__
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
-def _names(error: BaseException) -> set[str]:
+def _class_names(error: BaseException) -> set[str]:
     return {f"{cls.__module__}.{cls.__qualname__}" for cls in type(error).__mro__}
 
 
-def _first_status(error: BaseException) -> int | None:
-    return next((status for one in _chain(error) if (status := _status(one)) is not None), None)
+def _find_status(error: BaseException) -> int | None:
+    return next((status for cause in _iter_causes(error) if (status := _get_status(cause)) is not None), None)
 
 
-def _status(error: BaseException) -> int | None:
-    """Return the HTTP status that an error carries, wherever its library puts it."""
+def _get_status(error: BaseException) -> int | None:
+    """Return the HTTP status that an error carries; each library stores it in another attribute."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
-        found = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
     else:  # azure, aiohttp, gcsfs
-        found = next((getattr(error, name, None) for name in _STATUS_NAMES if hasattr(error, name)), None)
-    return int(found) if str(found).isdigit() and 100 <= int(found) < 600 else None
+        status = next(
+            (getattr(error, name, None) for name in _STATUS_ATTRIBUTES if hasattr(error, name)), None
+        )
+    return int(status) if str(status).isdigit() and 100 <= int(status) < 600 else None
 
 
-_STATUS_NAMES = ("status_code", "status", "code")
-
-
-def _code(error: BaseException) -> str:
-    """Return the store's own name of an error that has a status, such as `SlowDown`."""
+def _get_code(error: BaseException) -> str:
+    """Return the store's own code for an error that has a status, such as `SlowDown`; empty if unknown."""
     response = getattr(error, "response", None)
-    found = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
-    found = found or getattr(error, "error_code", None) or ""
-    text = str(getattr(found, "value", found))
+    code = response.get("Error", {}).get("Code") if isinstance(response, dict) else None
+    code = code or getattr(error, "error_code", None) or ""
+    text = str(getattr(code, "value", code))
     return text if re.fullmatch(r"[A-Za-z0-9]{1,60}", text) else ""

@@ -1,7 +1,7 @@
-"""The one place that touches storage: a folder on any fsspec file system, read and written whole.
+"""A folder on any fsspec file system, whose files are read and written as a whole.
 
-What a store cannot do for a moment is tried again until a deadline (`featray.storage.retry`), and
-then is one clear error.
+Operations are retried while a store has transient errors (`featray.storage.retry`). After a deadline they
+fail with a `StorageError` that says what to do.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from featray.storage import retry
 from featray.storage.urls import is_s3, mask_url, open_url
 
 _THREADS = 16
-"""Requests that one action on many files may have under way; object stores answer in parallel."""
-_PROBE = "runs/.write-check"
-_MARK = "featray-created-by"
+"""Parallel requests of one operation on many files; object stores answer in parallel."""
+_PROBE_NAME = "runs/.write-check"
+_CREATOR_KEY = "featray-created-by"
+"""Metadata key of S3 objects that `Store.create` has written."""
 _RESUME = "What is committed is kept: run the same command again, and it resumes."
 
 T = TypeVar("T")
 
 
 class Store:
-    """A folder in a file system. Paths given to its methods are relative to that folder.
+    """A folder in a file system. Names of files are paths relative to this folder.
 
     Args:
         uri: Local path or fsspec URL of the folder; it need not exist yet.
@@ -47,58 +48,64 @@ class Store:
         self.fs, self.root = open_url(uri, self.options)
 
     def __repr__(self) -> str:
-        """Name the place only: options and URLs may hold credentials."""
+        """Show only the masked URL, because options and URLs may contain credentials."""
         return f"Store({mask_url(self.uri)!r})"
 
     @property
     def is_local(self) -> bool:
-        """Whether the folder is on this machine's file system."""
+        """Whether the folder is in this machine's file system."""
         return isinstance(self.fs, LocalFileSystem)
 
     def path(self, name: str) -> str:
-        """Return the path of `name` as the file system knows it."""
+        """Return the path of a file in the file system; for an empty name, the path of the folder."""
         return f"{self.root}/{name}" if name else self.root
 
-    def run_operation(self, act: Callable[[], T]) -> T:
-        """Return what `act` returns; it asks this store, and is asked again while errors pass by themselves.
+    def run_operation(self, operation: Callable[[], T]) -> T:
+        """Run an operation on this store, retrying transient errors, and return its result.
 
         Args:
-            act: Safe to repeat.
+            operation: Makes requests to this store; it must be safe to repeat.
 
         Raises:
-            StorageError: The store did not answer within `retry.OUTPUT_DEADLINE_S`, or refuses.
-            FileNotFoundError: There is no such file.
+            StorageError: The store did not answer within `retry.OUTPUT_DEADLINE_S`, or denies the operation.
+            FileNotFoundError: The file does not exist.
         """
         try:
-            return retry.run_with_retries(act, retry.OUTPUT_DEADLINE_S)
-        except Exception as error:  # every store has errors of its own
-            self._raise_as_ours(error)
+            return retry.run_with_retries(operation, retry.OUTPUT_DEADLINE_S)
+        except Exception as error:  # each store's library has its own exception classes
+            self._raise_translated(error)
 
     def read(self, name: str) -> bytes:
-        """Return a whole file; raises as `run_operation`."""
+        """Return the content of a file; raises as `run_operation`."""
         data: bytes = self.run_operation(lambda: self.fs.cat_file(self.path(name)))
         return data
 
     def write(self, name: str, data: bytes) -> None:
-        """Put a whole file in one step: readers see all of it or nothing, also after a kill.
+        """Write a whole file in one step: readers see all of it or nothing, even if this process is killed.
 
         Raises:
-            StorageError: As `run_operation`; or there is no such bucket, or no space left.
+            StorageError: The store does not answer or denies access, the bucket does not exist, or no space
+                is left.
         """
-        put = _put_local if self.is_local else self.fs.pipe_file
-        self._put(lambda: put(self.path(name), data))
+        write_atomically = _write_local if self.is_local else self.fs.pipe_file
+        self._run_write(lambda: write_atomically(self.path(name), data))
 
     def create(self, name: str, data: bytes) -> bool:
-        """Put a file only if there is none of that name; return whether this call did.
+        """Write a file only if no file of that name exists; return whether this call created it.
 
-        An attempt whose answer was lost may have done it. On S3 a mark on the object tells whose it is; in
-        other stores a later attempt that finds exactly these bytes did, so give bytes that nobody else gives.
+        An earlier attempt of this call may have created the file although the store's answer was lost. On S3,
+        a mark in the object's metadata shows that. In other stores, a later attempt that finds exactly `data`
+        counts as the creator.
+
+        Args:
+            name: Name of the file.
+            data: Content; it must be unique to this caller.
 
         Raises:
             StorageError: As `write`.
         """
         if self.is_local:
-            return self._put(lambda: _create_local(self.path(name), data))
+            return self._run_write(lambda: _create_local(self.path(name), data))
         mark, attempts = uuid.uuid4().hex, 0
 
         def attempt() -> bool:
@@ -111,54 +118,56 @@ class Store:
                     raise
                 if is_s3(self.fs):
                     return self._is_marked(name, mark)
-                return attempts > 1 and self._holds(name, data)
+                return attempts > 1 and self._has_content(name, data)
             return True
 
-        return self._put(attempt)
+        return self._run_write(attempt)
 
     def check_writable(self) -> None:
-        """Check that files can be put here: locally by looking, elsewhere by putting one and deleting it.
+        """Check that files can be written here.
+
+        For a local folder, permissions are checked. In other stores, a small file is written and deleted.
 
         Raises:
-            ConfigError: It cannot be: a local folder that is a file or may not be written, wrong credentials,
-                a missing bucket, a right that is lacking, a server that does not answer.
+            ConfigError: No file can be written: the local path is a file or is read-only, credentials are
+                wrong, the bucket does not exist, a permission is missing, or the server does not answer.
         """
         if self.is_local:
-            self._refuse_unwritable_local()
+            self._check_local_writable()
             return
         try:
-            retry.run_with_retries(self._probe, retry.START_DEADLINE_S)
-        except Exception as error:  # every store has errors of its own
+            retry.run_with_retries(self._write_probe, retry.START_DEADLINE_S)
+        except Exception as error:  # each store's library has its own exception classes
             if not retry.is_store_error(error):
                 raise
-            problem = _why_unwritable(error)
+            problem = _explain_unwritable(error)
             raise ConfigError(
                 f"output.uri: {mask_url(self.uri)} {problem} ({retry.describe_error(error)})"
             ) from None
 
     def get_size(self, name: str) -> int | None:
-        """Return a file's size in bytes, or None when there is no such file; raises as `run_operation`."""
+        """Return the size of a file in bytes; None if it does not exist. Raises as `run_operation`."""
         try:
-            found: int = self.run_operation(lambda: self._fresh_info(name))["size"]
+            size: int = self.run_operation(lambda: self._fetch_info(name))["size"]
         except FileNotFoundError:
             return None
-        return found
+        return size
 
     def list_file_sizes(self, prefix: str = "") -> dict[str, int]:
-        """Return {name relative to this folder: bytes} of every file below `prefix`, from one fresh listing.
+        """Return name → size in bytes of all files below the folder `prefix`, from a fresh listing.
 
-        Empty when `prefix` does not exist. Raises as `run_operation`.
+        Empty if the folder does not exist. Raises as `run_operation`.
         """
         try:
-            found = self.run_operation(lambda: self._fresh_listing(prefix))
+            listing = self.run_operation(lambda: self._fetch_listing(prefix))
         except FileNotFoundError:
             return {}
-        # An empty folder may be listed as itself for a while after its last file has gone.
-        files = {path: info["size"] for path, info in found.items() if info["type"] != "directory"}
+        # An empty folder may be listed as an entry of itself for a while after its last file was deleted.
+        files = {path: info["size"] for path, info in listing.items() if info["type"] != "directory"}
         return {path[len(self.root) + 1 :]: size for path, size in files.items()}
 
     def list_files(self, prefix: str = "") -> list[str]:
-        """Return every file below `prefix`, relative to this folder; none when it does not exist."""
+        """Return the names of all files below the folder `prefix`; empty if it does not exist."""
         return list(self.list_file_sizes(prefix))
 
     def delete(self, names: list[str]) -> None:
@@ -171,31 +180,32 @@ class Store:
             for name in names:
                 self._delete_one(name)
             return
-        # Not in bulk: s3fs does not tell which files of a bulk request were refused.
+        # One request per file: for a bulk request, s3fs does not report which files were not deleted.
         with ThreadPoolExecutor(min(_THREADS, len(names))) as pool:
-            for done in [pool.submit(self._delete_one, name) for name in names]:
-                done.result()
+            for future in [pool.submit(self._delete_one, name) for name in names]:
+                future.result()
 
     def delta_uri(self, table: str) -> str:
-        """Return where deltalake finds the table."""
+        """Return the URL or path of a table for deltalake."""
         if self.is_local:
             return self.path(table)
-        return f"{storage_options.delta_uri(self.uri)}/{table}"
+        return f"{storage_options.make_delta_uri(self.uri)}/{table}"
 
     def delta_options(self, *, with_retries: bool = False) -> dict[str, str]:
-        """Return this store's options in deltalake's words, which polars understands too.
+        """Return this store's options under deltalake's names, which polars understands too.
 
         Args:
-            with_retries: For deltalake alone: each request is tried as long as `run_operation` would, not for
-                two seconds.
+            with_retries: Whether deltalake is to retry each request for as long as `run_operation` does.
+                Leave it False for polars, which does not know these options.
         """
         if self.is_local:
             return {}
         return storage_options.make_delta_options(self.uri, self.options, with_retries=with_retries)
 
-    def _put(self, act: Callable[[], T]) -> T:
+    def _run_write(self, operation: Callable[[], T]) -> T:
+        """Run an operation that writes; a missing parent then means that the bucket does not exist."""
         try:
-            return self.run_operation(act)
+            return self.run_operation(operation)
         except FileNotFoundError:
             if self.is_local:
                 raise
@@ -208,45 +218,47 @@ class Store:
         except FileNotFoundError:
             return
 
-    def _fresh_info(self, name: str) -> dict[str, Any]:
+    def _fetch_info(self, name: str) -> dict[str, Any]:
         path = self.path(name)
         self.fs.invalidate_cache(posixpath.dirname(path))
         info: dict[str, Any] = self.fs.info(path)
         return info
 
-    def _fresh_listing(self, prefix: str) -> dict[str, dict[str, Any]]:
+    def _fetch_listing(self, prefix: str) -> dict[str, dict[str, Any]]:
         self.fs.invalidate_cache()
-        found: dict[str, dict[str, Any]] = self.fs.find(self.path(prefix), detail=True)
-        return found
+        listing: dict[str, dict[str, Any]] = self.fs.find(self.path(prefix), detail=True)
+        return listing
 
     def _create(self, name: str, data: bytes, mark: str) -> None:
-        more = {"Metadata": {_MARK: mark}} if is_s3(self.fs) else {}
-        self.fs.pipe_file(self.path(name), data, mode="create", **more)
+        s3_options = {"Metadata": {_CREATOR_KEY: mark}} if is_s3(self.fs) else {}
+        self.fs.pipe_file(self.path(name), data, mode="create", **s3_options)
 
     def _is_marked(self, name: str, mark: str) -> bool:
-        # aiohttp and botocore ask again by themselves, so even a first attempt may find its own object.
+        # aiohttp and botocore also retry, so even a first attempt may find the object that it created.
         try:
-            return bool(self.fs.metadata(self.path(name)).get(_MARK) == mark)
-        except FileNotFoundError:  # whose it was has deleted it since
+            return bool(self.fs.metadata(self.path(name)).get(_CREATOR_KEY) == mark)
+        except FileNotFoundError:  # another caller created it and has deleted it since
             return False
 
-    def _holds(self, name: str, data: bytes) -> bool:
+    def _has_content(self, name: str, data: bytes) -> bool:
         return bool(self.fs.cat_file(self.path(name)) == data)
 
-    def _probe(self) -> None:
-        self.fs.pipe_file(self.path(_PROBE), b"")
-        self.fs.rm_file(self.path(_PROBE))
+    def _write_probe(self) -> None:
+        self.fs.pipe_file(self.path(_PROBE_NAME), b"")
+        self.fs.rm_file(self.path(_PROBE_NAME))
 
-    def _refuse_unwritable_local(self) -> None:
-        place = self.root
-        while not os.path.lexists(place):
-            place = os.path.dirname(place)
-        if not os.path.isdir(place):
-            raise ConfigError(f"output.uri: {place} is a file, not a folder")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise ConfigError(f"output.uri: no permission to write into {place}")
+    def _check_local_writable(self) -> None:
+        """Check the folder, or the nearest folder above it that exists."""
+        folder = self.root
+        while not os.path.lexists(folder):
+            folder = os.path.dirname(folder)
+        if not os.path.isdir(folder):
+            raise ConfigError(f"output.uri: {folder} is a file, not a folder")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise ConfigError(f"output.uri: no permission to write into {folder}")
 
-    def _raise_as_ours(self, error: Exception) -> NoReturn:
+    def _raise_translated(self, error: Exception) -> NoReturn:
+        """Raise a store's error as FileNotFoundError or StorageError; other errors are raised unchanged."""
         if retry.is_missing(error):
             if self.is_local:
                 raise error
@@ -259,22 +271,20 @@ class Store:
             remote = "refuses these credentials or lacks a permission; have they expired?"
             problem = "no permission" if self.is_local else remote
         elif not self.is_local and retry.is_store_error(error):
-            problem = "cannot do what was asked"
+            problem = "the operation failed"
         else:
             raise error
-        place = mask_url(self.uri)
-        raise StorageError(
-            f"output.uri: {place}: {problem} ({retry.describe_error(error)}). {_RESUME}"
-        ) from None
+        reason = f"{problem} ({retry.describe_error(error)})"
+        raise StorageError(f"output.uri: {mask_url(self.uri)}: {reason}. {_RESUME}") from None
 
 
-def _put_local(path: str, data: bytes) -> None:
-    os.replace(_written_beside(path, data), path)
+def _write_local(path: str, data: bytes) -> None:
+    os.replace(_write_temporary(path, data), path)
 
 
 def _create_local(path: str, data: bytes) -> bool:
-    """Put a file if there is none, whole from the start; fsspec would look first, which is a race."""
-    temporary = _written_beside(path, data)
+    """Create a complete file in one step if none exists. fsspec would check first, which is a race."""
+    temporary = _write_temporary(path, data)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -289,7 +299,7 @@ def _create_local(path: str, data: bytes) -> bool:
 
 
 def _create_without_links(path: str, data: bytes) -> bool:
-    """Put a file if there is none, where a file cannot have two names; for a moment it is there half."""
+    """Create a file if none exists, on a file system without hard links. For a moment it is incomplete."""
     try:
         with open(path, "xb") as file:
             file.write(data)
@@ -298,8 +308,8 @@ def _create_without_links(path: str, data: bytes) -> bool:
     return True
 
 
-def _written_beside(path: str, data: bytes) -> str:
-    """Write a file of another name into the same folder, down to the disk, and return its path."""
+def _write_temporary(path: str, data: bytes) -> str:
+    """Write a temporary file into the same folder, flush it to the disk, and return its path."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     with open(temporary, "wb") as file:
@@ -309,11 +319,11 @@ def _written_beside(path: str, data: bytes) -> str:
     return temporary
 
 
-def _why_unwritable(error: Exception) -> str:
+def _explain_unwritable(error: Exception) -> str:
     if retry.is_missing(error):
-        return "does not exist: make the bucket or container, or correct the name"
+        return "does not exist: create the bucket or container, or correct the name"
     if retry.is_denied(error):
-        return "refuses to be written: check key, secret and permissions in output.storage_options"
+        return "denies write access: check key, secret and permissions in output.storage_options"
     if retry.is_transient(error):
         return "does not answer: check the endpoint in output.storage_options, or wait until it is up"
     return "cannot be reached: check output.uri and output.storage_options"

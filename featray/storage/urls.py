@@ -1,4 +1,4 @@
-"""URLs and paths: open them, mask their credentials, and fingerprint what a store says of its files."""
+"""URLs and paths: open them, mask their credentials, and hash the versions that a store reports for files."""
 
 from __future__ import annotations
 
@@ -18,8 +18,12 @@ from featray.storage import options as storage_options
 def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the file system of a URL and the path in it, without a trailing slash.
 
-    On S3 a hung server is noticed and errors that pass are tried again a few times, also where nobody else
-    does; what `options` say of that is left as it is.
+    Requests to S3 have a timeout and are retried a few times, because not all callers retry. Timeouts and
+    retries in `options` take precedence.
+
+    Args:
+        uri: fsspec URL or local path.
+        options: fsspec storage options.
 
     Raises:
         ConfigError: The URL's protocol is unknown or its package is not installed.
@@ -29,33 +33,37 @@ def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.Ab
     except (ValueError, ImportError) as error:
         raise ConfigError(f"cannot open {mask_url(uri)}: {error}") from None
     if is_s3(fs):
-        fs.retries = 2  # each of them is three of botocore's; s3fs would make it five
+        fs.retries = 2  # s3fs would make 5 attempts; each one is already 3 attempts of botocore
     return fs, path.rstrip("/") or path
 
 
 def file_version(info: dict[str, Any]) -> str:
-    """Return what a listing's entry says of a file's version: an etag or the like, else its time."""
+    """Return the version of a file from its listing entry: an ETag, checksum or generation, else its time."""
     version = file_checksum(info) or info.get("generation")
     return str(version or info.get("mtime") or info.get("LastModified") or info.get("last_modified") or "")
 
 
 def file_checksum(info: dict[str, Any]) -> str:
-    """Return what in a listing's entry is equal for equal bytes; empty where the store has nothing such."""
+    """Return the checksum of a file's bytes from its listing entry; empty if the store reports none."""
     return str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")
 
 
 def fingerprint_files(files: Iterable[tuple[str, int, str]]) -> str:
-    """Return a hash of (path, size, version) of all files; of a path the last part counts."""
+    """Return a hash of all files.
+
+    Args:
+        files: (path, size, version) of each file, in any order; only the last part of a path is used.
+    """
     return hash_texts(f"{posixpath.basename(path)}\t{size}\t{version}" for path, size, version in files)
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return 32 hexadecimal digits for a set of texts, whatever their order."""
+    """Return a hash of 32 hexadecimal digits of texts; their order does not matter."""
     return hashlib.sha256("\n".join(sorted(texts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def escape_invalid_utf8(text: str) -> str:
-    """Return a path as tables and terminals can hold it: bytes that are no UTF-8 are spelled out."""
+    """Return a path as valid UTF-8 for tables and terminals: other bytes become hexadecimal escapes."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -65,7 +73,7 @@ def is_s3(fs: fsspec.AbstractFileSystem) -> bool:
 
 
 def mask_url(uri: str) -> str:
-    """Return `uri` without user, password, query and fragment, which may carry credentials."""
+    """Return a URL without user, password, query and fragment, which may contain credentials."""
     if "://" not in uri:
         return uri
     parts = urlsplit(uri)

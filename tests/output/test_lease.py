@@ -1,4 +1,4 @@
-"""The lease: one driver per output, and a dead one's lease is taken over."""
+"""The lease: only one driver at a time holds an output, and the lease of a dead driver is taken over."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def store(tmp_path: Path) -> Store:
 
 
 @pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten_watching(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "WATCH_S", 0.2)
 
 
-def plant(store: Store, **changes: Any) -> None:
+def write_lease(store: Store, **changes: Any) -> None:
     holder = {
         "run_id": "other",
         "host": "elsewhere",
@@ -44,52 +44,52 @@ def plant(store: Store, **changes: Any) -> None:
     store.write(OTHER, json.dumps({**holder, "heartbeat": time.time(), **changes}).encode())
 
 
-def held(store: Store) -> list[str]:
+def list_leases(store: Store) -> list[str]:
     return store.list_files(LEASE_FOLDER)
 
 
-def test_a_second_run_is_refused_with_who_holds_the_output(store: Store) -> None:
+def test_a_second_run_is_refused_and_the_message_names_the_holder(store: Store) -> None:
     with Lease(store, "first"), pytest.raises(OutputBusyError, match=rf"run first .* \(pid {os.getpid()}\)"):
         Lease(store, "second").__enter__()
 
 
-def test_the_lease_is_given_back_also_after_an_error(store: Store) -> None:
+def test_the_lease_is_released_after_an_error_too(store: Store) -> None:
     def fail() -> None:
         with Lease(store, "first"):
-            assert held(store) == [f"{LEASE_FOLDER}/first.json"]
+            assert list_leases(store) == [f"{LEASE_FOLDER}/first.json"]
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
         fail()
-    assert held(store) == []
+    assert list_leases(store) == []
     with Lease(store, "second"):
         pass
 
 
-def test_a_lease_of_another_host_holds_while_its_heart_beats(store: Store) -> None:
-    plant(store)
+def test_a_lease_of_another_host_is_valid_while_its_heartbeat_is_recent(store: Store) -> None:
+    write_lease(store)
     with pytest.raises(OutputBusyError, match="host elsewhere"):
         Lease(store, "second").__enter__()
-    assert held(store) == [OTHER]
+    assert list_leases(store) == [OTHER]
 
 
-def test_a_lease_without_heartbeat_is_taken_over(store: Store) -> None:
-    plant(store, heartbeat=time.time() - STALE_S - 1)
+def test_a_lease_without_a_recent_heartbeat_is_taken_over(store: Store) -> None:
+    write_lease(store, heartbeat=time.time() - STALE_S - 1)
     with Lease(store, "second"):
-        assert held(store) == [f"{LEASE_FOLDER}/second.json"]
+        assert list_leases(store) == [f"{LEASE_FOLDER}/second.json"]
 
 
-def test_a_lease_that_only_looks_stale_because_clocks_differ_holds(store: Store) -> None:
-    plant(store, heartbeat=time.time() - 3600)
+def test_a_lease_that_looks_stale_only_because_clocks_differ_is_valid(store: Store) -> None:
+    write_lease(store, heartbeat=time.time() - 3600)
     stop = threading.Event()
 
-    def beat() -> None:
+    def write_heartbeats() -> None:
         beats = 0
         while not stop.wait(0.05):
             beats += 1
-            plant(store, heartbeat=time.time() - 3600 + beats)
+            write_lease(store, heartbeat=time.time() - 3600 + beats)
 
-    thread = threading.Thread(target=beat)
+    thread = threading.Thread(target=write_heartbeats)
     thread.start()
     try:
         with pytest.raises(OutputBusyError):
@@ -99,13 +99,13 @@ def test_a_lease_that_only_looks_stale_because_clocks_differ_holds(store: Store)
         thread.join()
 
 
-def test_the_same_hostname_and_pid_in_another_container_is_not_this_machine(store: Store) -> None:
-    plant(store, host=socket.gethostname(), pid=2**22 + 1)
+def test_a_process_in_another_container_with_the_same_hostname_is_not_on_this_machine(store: Store) -> None:
+    write_lease(store, host=socket.gethostname(), pid=2**22 + 1)
     with pytest.raises(OutputBusyError):
         raise_if_locked(store)
 
 
-def test_a_killed_process_gives_its_lease_back_at_once(store: Store) -> None:
+def test_the_lease_of_a_killed_process_can_be_taken_at_once(store: Store) -> None:
     code = (
         "import os, signal, sys\n"
         "from featray.output.lease import Lease\nfrom featray.storage.store import Store\n"
@@ -113,60 +113,60 @@ def test_a_killed_process_gives_its_lease_back_at_once(store: Store) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     subprocess.run([sys.executable, "-c", code, store.uri], check=False)
-    assert held(store) == [f"{LEASE_FOLDER}/killed.json"]
+    assert list_leases(store) == [f"{LEASE_FOLDER}/killed.json"]
     with Lease(store, "second"):
-        assert held(store) == [f"{LEASE_FOLDER}/second.json"]
+        assert list_leases(store) == [f"{LEASE_FOLDER}/second.json"]
 
 
-def test_of_many_that_start_at_one_moment_at_most_one_holds_the_output(store: Store) -> None:
-    holding, most, lock = 0, 0, threading.Lock()
+def test_of_many_runs_that_start_together_at_most_one_holds_the_output(store: Store) -> None:
+    holders, max_holders, lock = 0, 0, threading.Lock()
     start = threading.Barrier(8)
 
-    def race(number: int) -> None:
-        nonlocal holding, most
+    def take_lease(number: int) -> None:
+        nonlocal holders, max_holders
         start.wait()
         try:
             with Lease(store, f"run{number}"):
                 with lock:
-                    holding += 1
-                    most = max(most, holding)
+                    holders += 1
+                    max_holders = max(max_holders, holders)
                 time.sleep(0.01)
                 with lock:
-                    holding -= 1
+                    holders -= 1
         except OutputBusyError:
             pass
 
     for _ in range(10):
-        threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
+        threads = [threading.Thread(target=take_lease, args=(number,)) for number in range(8)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert most == 1
-    assert held(store) == []
+    assert max_holders == 1
+    assert list_leases(store) == []
 
 
-def test_a_run_whose_lease_was_taken_over_is_told_and_does_not_put_it_back(
+def test_a_run_whose_lease_was_taken_over_gets_an_error_and_does_not_restore_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
     with Lease(store, "first") as first:
         first.check()
         store.delete([f"{LEASE_FOLDER}/first.json"])
-        plant(store)
+        write_lease(store)
         time.sleep(0.2)
-        with pytest.raises(OutputBusyError, match="taken over; run other on host elsewhere"):
+        with pytest.raises(OutputBusyError, match="taken over by run other on host elsewhere"):
             first.check()
-    assert held(store) == [OTHER]
+    assert list_leases(store) == [OTHER]
 
 
-def test_the_heart_goes_on_beating_after_the_store_was_away(
+def test_heartbeats_continue_after_the_store_was_unreachable(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
     with Lease(store, "first") as first:
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(OSError("away")))
+            patch.setattr(Store, "write", lambda *_: (_ for _ in ()).throw(OSError("unreachable")))
             time.sleep(0.1)
         before = store.read(f"{LEASE_FOLDER}/first.json")
         time.sleep(0.2)
@@ -174,48 +174,48 @@ def test_the_heart_goes_on_beating_after_the_store_was_away(
         first.check()
 
 
-def test_a_holder_does_not_take_its_own_heartbeat_for_another_run(
+def test_a_run_does_not_mistake_its_own_heartbeat_for_another_run(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.0)  # a file that is being put is seen under another name
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.0)  # while a file is being written, it has a temporary name
     with Lease(store, "first") as own:
         for _ in range(300):
             own.check()
 
 
-def test_a_run_of_this_process_that_could_not_give_its_lease_back_holds_nothing(
+def test_a_run_of_this_process_that_could_not_release_its_lease_does_not_hold_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def away(*_: object) -> None:
-        raise StorageError("away")
+    def raise_unreachable(*_: object) -> None:
+        raise StorageError("unreachable")
 
     with monkeypatch.context() as patch:
         first = Lease(store, "first").__enter__()
-        patch.setattr(Store, "delete", away)
+        patch.setattr(Store, "delete", raise_unreachable)
         with pytest.raises(StorageError):
             first.__exit__(None, None, None)
-    assert held(store) == [f"{LEASE_FOLDER}/first.json"]
+    assert list_leases(store) == [f"{LEASE_FOLDER}/first.json"]
     with Lease(store, "second"):
-        assert held(store) == [f"{LEASE_FOLDER}/second.json"]
+        assert list_leases(store) == [f"{LEASE_FOLDER}/second.json"]
 
 
-def test_how_far_its_holder_is_can_be_read_meanwhile(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_progress_of_the_holder_can_be_read(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "HEARTBEAT_S", 0.02)
     assert read_live_lease(store) is None
     with Lease(store, "first") as held_lease:
-        found = read_live_lease(store)
-        assert found is not None
-        assert (found["run_id"], found["pid"], found["progress"]) == ("first", os.getpid(), {})
+        holder = read_live_lease(store)
+        assert holder is not None
+        assert (holder["run_id"], holder["pid"], holder["progress"]) == ("first", os.getpid(), {})
         held_lease.set_progress_source(lambda: {"done": 3})
-        until = time.monotonic() + 10
-        while found["progress"] != {"done": 3} and time.monotonic() < until:
-            found = read_live_lease(store) or found
-    assert found["progress"] == {"done": 3}
+        deadline = time.monotonic() + 10
+        while holder["progress"] != {"done": 3} and time.monotonic() < deadline:
+            holder = read_live_lease(store) or holder
+    assert holder["progress"] == {"done": 3}
     assert read_live_lease(store) is None
 
 
-def test_a_holder_elsewhere_is_running_as_long_as_its_heart_beats(store: Store) -> None:
-    plant(store)
+def test_a_holder_on_another_host_is_running_while_its_heartbeat_is_recent(store: Store) -> None:
+    write_lease(store)
     assert read_live_lease(store) is not None
-    plant(store, heartbeat=time.time() - 2 * STALE_S)
+    write_lease(store, heartbeat=time.time() - 2 * STALE_S)
     assert read_live_lease(store) is None

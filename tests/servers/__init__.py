@@ -1,1 +1,1 @@
-"""Servers that tests start on 127.0.0.1: a real object store, and a proxy that makes it misbehave."""
+"""Servers that tests start on 127.0.0.1: object stores, and a proxy that injects faults."""

@@ -1,6 +1,6 @@
-"""An HTTP proxy that makes a healthy server behave as networks and busy stores do, on command.
+"""An HTTP proxy that injects the faults of networks and busy stores between a client and a server.
 
-Requests go on as the client sent them, with its Host header, so signatures stay valid.
+It forwards requests as the client sent them, including the Host header, so that signatures stay valid.
 """
 
 from __future__ import annotations
@@ -21,42 +21,43 @@ _UNAVAILABLE = (
     b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>ServiceUnavailable</Code>'
     b"<Message>Please reduce your request rate.</Message></Error>"
 )
-_HOP = {"connection", "expect", "transfer-encoding", "keep-alive"}
+_HOP_BY_HOP_HEADERS = {"connection", "expect", "transfer-encoding", "keep-alive"}
 
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong: each but `delay_s` is a share of the requests, from 0 to 1.
+    """Faults to inject. All except `delay_s` and `only` are shares of the requests, from 0 to 1.
 
     Attributes:
-        unavailable: Answered 503 without asking the server.
-        reset: The connection is reset before the server is asked.
-        forget: The server does what was asked, then the connection is reset: nobody knows what happened.
-        truncate: Half of the answer's body comes, then the connection ends.
-        delay_s: Every answer waits that long, in seconds.
-        only: Pattern that "METHOD /path" must match for anything to happen to a request.
+        unavailable: The proxy answers 503 without asking the server.
+        reset: The proxy resets the connection without asking the server.
+        lose_answer: The server executes the request, then the proxy resets the connection. So the client does
+            not know whether the request was executed.
+        truncate: The proxy sends half of the answer's body, then closes the connection.
+        delay_s: Seconds by which every answer is delayed.
+        only: Regular expression; faults are injected only into requests whose "METHOD /path" it matches.
     """
 
     unavailable: float = 0.0
     reset: float = 0.0
-    forget: float = 0.0
+    lose_answer: float = 0.0
     truncate: float = 0.0
     delay_s: float = 0.0
     only: str = ""
 
 
 class FaultyProxy:
-    """Forwards from `port` to a server's port on 127.0.0.1 while the `with` block lasts.
+    """Forward from `port` to a server's port on 127.0.0.1 while the `with` block lasts.
 
     Attributes:
-        faults: What goes wrong now; set it at any time.
-        met: How many requests met which fault, and how many passed (`ok`).
+        faults: Faults to inject; may be changed at any time.
+        counts: Fault → number of requests that had it; `ok` → number of requests without a fault.
         requests: "METHOD /path" of all requests, in order.
     """
 
     def __init__(self, server_port: int, faults: Faults | None = None, seed: int = 1) -> None:
         self.faults = faults or Faults()
-        self.met: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.requests: list[str] = []
         self._server_port = server_port
         self._random = random.Random(seed)
@@ -67,7 +68,7 @@ class FaultyProxy:
 
     @property
     def port(self) -> int:
-        """The port to connect to instead of the server's."""
+        """Port to connect to instead of the server's port."""
         return int(self._listener.server_address[1])
 
     def __enter__(self) -> FaultyProxy:
@@ -81,30 +82,34 @@ class FaultyProxy:
         self._listener.server_close()
         self._thread.join()
 
-    def fate(self, request: str) -> str:
-        """Draw what happens to a request: the name of a fault, or `ok`."""
+    def choose_fault(self, request: str) -> str:
+        """Draw what happens to a request; return the name of a fault, or `ok`."""
         faults = self.faults
         with self._lock:
             self.requests.append(request)
-            drawn = self._random.random()
-            fate = "ok"
+            number = self._random.random()
+            fault = "ok"
             if re.search(faults.only, request):
-                fate = _drawn(faults, drawn)
-            self.met[fate] += 1
-        return fate
+                fault = _choose_fault(faults, number)
+            self.counts[fault] += 1
+        return fault
 
-    def ask_server(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> _Answer:
-        """Forward a request; its answer whole, headers without those that concern the connection."""
+    def forward(self, method: str, path: str, headers: list[tuple[str, str]], body: bytes) -> _Answer:
+        """Forward a request to the server; return its answer without the hop-by-hop headers."""
         connection = http.client.HTTPConnection("127.0.0.1", self._server_port, timeout=60)
         try:
             connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
             for name, value in headers:
-                if name.lower() not in _HOP:
+                if name.lower() not in _HOP_BY_HOP_HEADERS:
                     connection.putheader(name, value)
             connection.endheaders(body or None)
             response = connection.getresponse()
-            kept = [(name, value) for name, value in response.getheaders() if name.lower() not in _HOP]
-            return _Answer(response.status, kept, response.read())
+            answer_headers = [
+                (name, value)
+                for name, value in response.getheaders()
+                if name.lower() not in _HOP_BY_HOP_HEADERS
+            ]
+            return _Answer(response.status, answer_headers, response.read())
         finally:
             connection.close()
 
@@ -122,7 +127,7 @@ class _Listener(ThreadingHTTPServer):
     proxy: FaultyProxy
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: clients and servers that vanish are what this is for."""
+        """Print nothing: this proxy expects clients and servers to close connections."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -136,26 +141,26 @@ class _Handler(BaseHTTPRequestHandler):
             return
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         proxy = self.server.proxy
-        fate = proxy.fate(f"{self.command} {self.path}")
+        fault = proxy.choose_fault(f"{self.command} {self.path}")
         if re.search(proxy.faults.only, f"{self.command} {self.path}"):
             time.sleep(proxy.faults.delay_s)
-        if fate == "unavailable":
+        if fault == "unavailable":
             self._send(_Answer(503, [("Content-Type", "application/xml")], _UNAVAILABLE))
-        elif fate == "reset":
+        elif fault == "reset":
             self._reset()
         else:
-            self._forward(body, fate)
+            self._forward(body, fault)
 
-    def _forward(self, body: bytes, fate: str) -> None:
+    def _forward(self, body: bytes, fault: str) -> None:
         try:
-            answer = self.server.proxy.ask_server(self.command, self.path, self.headers.items(), body)
-        except (OSError, http.client.HTTPException):  # the server is down: so are we
+            answer = self.server.proxy.forward(self.command, self.path, self.headers.items(), body)
+        except (OSError, http.client.HTTPException):  # the server is down, so the client must see no answer
             self._reset()
             return
-        if fate == "forget":
+        if fault == "lose_answer":
             self._reset()
         else:
-            self._send(answer, truncate=fate == "truncate")
+            self._send(answer, truncate=fault == "truncate")
 
     def _send(self, answer: _Answer, *, truncate: bool = False) -> None:
         self.send_response_only(answer.status)
@@ -172,16 +177,17 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _reset(self) -> None:
-        # Lingering for no time makes close() send a reset instead of a polite end.
+        # With a linger time of 0, close() sends a TCP reset instead of closing the connection normally.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.connection.close()
         self.close_connection = True
 
 
-def _drawn(faults: Faults, drawn: float) -> str:
-    for name in ("unavailable", "reset", "forget", "truncate"):
+def _choose_fault(faults: Faults, number: float) -> str:
+    """Return the fault to which a random number from 0 to 1 belongs, according to the shares; else `ok`."""
+    for name in ("unavailable", "reset", "lose_answer", "truncate"):
         share = getattr(faults, name)
-        if drawn < share:
+        if number < share:
             return name
-        drawn -= share
+        number -= share
     return "ok"

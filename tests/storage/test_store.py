@@ -1,6 +1,6 @@
-"""Storage without a server: what is tried again and for how long, what is said then, options for whom.
+"""Storage without a server: retries and deadlines, messages of errors, and translation of options.
 
-The same against a real server is in test_object_store.py.
+test_object_store.py tests the same against a real server.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from featray.storage.urls import open_url
 URL = "http://user:PLANTED-SECRET@127.0.0.1:1/bucket"
 
 
-def refused(status: int, code: str = "", *, cause: bool = True) -> Exception:
-    """Return what s3fs raises for an answer of S3; for some questions it drops the cause."""
+def make_s3_error(status: int, code: str = "", *, cause: bool = True) -> Exception:
+    """Return the exception that s3fs raises for an HTTP error of S3; for some requests it drops the cause."""
     error = {"Code": code or str(status), "Message": f"PLANTED-SECRET {URL}"}
     original = ClientError({"Error": error, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
     if cause:
@@ -57,14 +57,14 @@ def refused(status: int, code: str = "", *, cause: bool = True) -> Exception:
         return error
 
 
-PASSING = [
-    refused(503, "SlowDown"),
-    refused(503, cause=False),
-    refused(500, "InternalError"),
-    refused(429, "TooManyRequests"),
-    refused(400, "RequestTimeout"),
-    refused(400, "IncompleteBody"),
-    refused(409, "ConditionalRequestConflict"),
+TRANSIENT = [
+    make_s3_error(503, "SlowDown"),
+    make_s3_error(503, cause=False),
+    make_s3_error(500, "InternalError"),
+    make_s3_error(429, "TooManyRequests"),
+    make_s3_error(400, "RequestTimeout"),
+    make_s3_error(400, "IncompleteBody"),
+    make_s3_error(409, "ConditionalRequestConflict"),
     EndpointConnectionError(endpoint_url=URL),
     ReadTimeoutError(endpoint_url=URL),
     IncompleteReadError(actual_bytes=1, expected_bytes=2),
@@ -75,25 +75,25 @@ PASSING = [
     OSError("Generic S3 error: Error performing PUT ... - HTTP error: error sending request"),
     OSError("Generic S3 error: ... 503 Service Unavailable: <Error>"),
 ]
-LASTING = [
-    refused(404, "NoSuchKey"),
-    refused(403, "SignatureDoesNotMatch"),
-    refused(403, cause=False),
-    refused(412, "PreconditionFailed"),
-    refused(400, "InvalidBucketName"),
-    refused(501, "NotImplemented"),
+PERMANENT = [
+    make_s3_error(404, "NoSuchKey"),
+    make_s3_error(403, "SignatureDoesNotMatch"),
+    make_s3_error(403, cause=False),
+    make_s3_error(412, "PreconditionFailed"),
+    make_s3_error(400, "InvalidBucketName"),
+    make_s3_error(501, "NotImplemented"),
     NoCredentialsError(),
     SSLError(endpoint_url=URL, error="PLANTED-SECRET"),
     FileExistsError(),
     OSError(errno.ENOSPC, "No space left on device"),
     OSError("Kernel error -> ... 403 Forbidden"),
     CommitFailedError("503 Service Unavailable"),
-    KeyError("a mistake in the program"),
+    KeyError("a bug in the program"),
 ]
 
 
 class Failing:
-    """An action that raises its errors one by one, the last one for ever, or succeeds after them."""
+    """An operation that raises its errors in order, then returns `then`; without `then`, it keeps failing."""
 
     def __init__(self, *errors: Exception, then: Any = NotImplemented) -> None:
         self._errors, self._then, self.calls = list(errors), then, 0
@@ -108,7 +108,7 @@ class Failing:
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+def _shorten_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry, "FIRST_WAIT_S", 0.01)
     monkeypatch.setattr(retry, "OUTPUT_DEADLINE_S", 0.2)
     monkeypatch.setattr(retry, "SOURCE_DEADLINE_S", 0.2)
@@ -117,43 +117,45 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
-    """Return a store that is not local, in memory."""
+    """Return a store in memory, which counts as remote."""
     return Store(f"memory://{tmp_path.name}/out")
 
 
-@pytest.mark.parametrize("error", PASSING, ids=lambda error: retry.describe_error(error))
-def test_an_error_that_passes_is_tried_again_until_it_has(error: Exception) -> None:
-    act = Failing(error, error, then="answer")
-    assert retry.run_with_retries(act, deadline_s=5) == "answer"
-    assert act.calls == 3
+@pytest.mark.parametrize("error", TRANSIENT, ids=lambda error: retry.describe_error(error))
+def test_a_transient_error_is_retried_until_the_operation_succeeds(error: Exception) -> None:
+    operation = Failing(error, error, then="answer")
+    assert retry.run_with_retries(operation, deadline_s=5) == "answer"
+    assert operation.calls == 3
 
 
-@pytest.mark.parametrize("error", LASTING, ids=lambda error: retry.describe_error(error))
-def test_an_error_that_stays_is_not_tried_again(error: Exception) -> None:
-    act = Failing(error, then="answer")
+@pytest.mark.parametrize("error", PERMANENT, ids=lambda error: retry.describe_error(error))
+def test_a_permanent_error_is_not_retried(error: Exception) -> None:
+    operation = Failing(error, then="answer")
     with pytest.raises(type(error)):
-        retry.run_with_retries(act, deadline_s=5)
-    assert act.calls == 1
+        retry.run_with_retries(operation, deadline_s=5)
+    assert operation.calls == 1
 
 
-def test_waiting_grows_and_ends_at_the_deadline() -> None:
-    act, start = Failing(ConnectionResetError()), time.monotonic()
+def test_waits_between_retries_grow_and_end_at_the_deadline() -> None:
+    operation, start = Failing(ConnectionResetError()), time.monotonic()
     with pytest.raises(ConnectionResetError):
-        retry.run_with_retries(act, deadline_s=0.5)
-    assert 4 <= act.calls <= 12  # waits of up to 10, 20, 40, 80, 160, 320 ms, each at least half of that
+        retry.run_with_retries(operation, deadline_s=0.5)
+    assert (
+        4 <= operation.calls <= 12
+    )  # waits of up to 10, 20, 40, 80, 160, 320 ms, each at least half of that
     assert time.monotonic() - start < 0.6
 
 
-@pytest.mark.parametrize("error", [*PASSING, *LASTING], ids=lambda error: retry.describe_error(error))
-def test_what_an_error_is_called_holds_nothing_of_its_text(error: Exception) -> None:
-    kind = retry.describe_error(error)
-    assert kind
-    assert "PLANTED" not in kind
-    assert "bucket" not in kind
+@pytest.mark.parametrize("error", [*TRANSIENT, *PERMANENT], ids=lambda error: retry.describe_error(error))
+def test_the_description_of_an_error_contains_nothing_of_its_text(error: Exception) -> None:
+    description = retry.describe_error(error)
+    assert description
+    assert "PLANTED" not in description
+    assert "bucket" not in description
 
 
 @pytest.mark.parametrize(
-    "ask",
+    "operate",
     [
         lambda store: store.read("a"),
         lambda store: store.write("a", b""),
@@ -163,17 +165,17 @@ def test_what_an_error_is_called_holds_nothing_of_its_text(error: Exception) -> 
         lambda store: store.delete(["a"]),
         lambda store: store.delete(["a", "b"]),
     ],
-    ids=["read", "write", "create", "size", "names", "delete", "delete-several"],
+    ids=["read", "write", "create", "get_size", "list_files", "delete", "delete several"],
 )
-def test_an_output_that_stays_away_is_one_clear_error(
-    ask: Callable[[Store], Any], store: Store, monkeypatch: pytest.MonkeyPatch
+def test_an_output_that_stays_unreachable_raises_one_clear_error(
+    operate: Callable[[Store], Any], store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act = Failing(EndpointConnectionError(endpoint_url=URL))
+    operation = Failing(EndpointConnectionError(endpoint_url=URL))
     for name in ("cat_file", "pipe_file", "info", "find", "rm_file"):
-        monkeypatch.setattr(store.fs, name, act)
+        monkeypatch.setattr(store.fs, name, operation)
     with pytest.raises(StorageError) as raised:
-        ask(store)
-    assert act.calls > 2
+        operate(store)
+    assert operation.calls > 2
     assert str(raised.value) == (
         f"output.uri: {store.uri}: did not answer for 0.2 s (EndpointConnectionError). "
         "What is committed is kept: run the same command again, and it resumes."
@@ -181,32 +183,32 @@ def test_an_output_that_stays_away_is_one_clear_error(
     assert raised.value.exit_code == 1
 
 
-def test_credentials_that_expire_during_a_run_are_one_clear_error(
+def test_credentials_that_expire_during_a_run_raise_one_clear_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    act = Failing(refused(403, "ExpiredToken"))
-    monkeypatch.setattr(store.fs, "pipe_file", act)
+    operation = Failing(make_s3_error(403, "ExpiredToken"))
+    monkeypatch.setattr(store.fs, "pipe_file", operation)
     with pytest.raises(StorageError, match=r"refuses these credentials.*HTTP 403 ExpiredToken.*resumes"):
         store.write("a", b"")
-    assert act.calls == 1
+    assert operation.calls == 1
 
 
-def test_a_mistake_in_the_program_is_not_taken_for_the_store(
+def test_a_bug_in_the_program_is_not_reported_as_a_storage_error(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store.fs, "cat_file", Failing(KeyError("mistake")))
+    monkeypatch.setattr(store.fs, "cat_file", Failing(KeyError("bug")))
     with pytest.raises(KeyError):
         store.read("a")
 
 
-def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_in_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", Failing(OSError(errno.ENOSPC, "No space left on device")))
     with pytest.raises(StorageError, match="no space is left; make room"):
         Store(str(tmp_path)).write("a", b"1")
 
 
 @pytest.mark.parametrize("where", ["{tmp_path}/out", "memory://{tmp_path}/out"])
-def test_files_are_put_read_listed_and_deleted(where: str, tmp_path: Path) -> None:
+def test_files_are_written_read_listed_and_deleted(where: str, tmp_path: Path) -> None:
     store = Store(where.format(tmp_path=tmp_path))
     assert (store.list_files(), store.list_file_sizes(), store.get_size("a/b"), store.list_files("a")) == (
         [],
@@ -227,7 +229,7 @@ def test_files_are_put_read_listed_and_deleted(where: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("has_links", [True, False])
-def test_of_many_who_create_one_local_file_one_wins(
+def test_of_many_callers_that_create_the_same_local_file_exactly_one_succeeds(
     has_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not has_links:
@@ -243,50 +245,50 @@ def test_of_many_who_create_one_local_file_one_wins(
     assert len(Store(str(tmp_path)).list_files()) == 20
 
 
-def test_a_create_whose_answer_was_lost_knows_its_own_bytes(
+def test_a_create_whose_answer_was_lost_recognizes_its_own_bytes(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = store.fs.pipe_file
+    original = store.fs.pipe_file
     lost = iter([True, False, True, False])
 
     def pipe_file(path: str, data: bytes, mode: str) -> None:
         if next(lost):
             if data == b"mine":
-                put(path, data, mode=mode)
+                original(path, data, mode=mode)
             raise ConnectionResetError
-        put(path, data, mode=mode)
+        original(path, data, mode=mode)
 
     monkeypatch.setattr(store.fs, "pipe_file", pipe_file)
     assert store.create("a", b"mine")
     assert not store.create("a", b"of another")
 
 
-def test_a_probe_of_a_remote_output_leaves_nothing(store: Store) -> None:
+def test_checking_a_remote_output_for_write_access_leaves_no_file(store: Store) -> None:
     store.check_writable()
     assert store.list_files() == []
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
-        (refused(403, "SignatureDoesNotMatch"), "check key, secret and permissions"),
-        (refused(404, "NoSuchBucket"), "make the bucket"),
+        (make_s3_error(403, "SignatureDoesNotMatch"), "check key, secret and permissions"),
+        (make_s3_error(404, "NoSuchBucket"), "create the bucket"),
         (EndpointConnectionError(endpoint_url=URL), "check the endpoint"),
         (NoCredentialsError(), "check key, secret and permissions"),
-        (refused(400, "InvalidBucketName"), "cannot be reached"),
+        (make_s3_error(400, "InvalidBucketName"), "cannot be reached"),
     ],
 )
-def test_an_output_that_cannot_be_written_is_refused_before_work(
-    error: Exception, says: str, store: Store, monkeypatch: pytest.MonkeyPatch
+def test_an_output_that_cannot_be_written_is_a_config_error(
+    error: Exception, message: str, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.fs, "pipe_file", Failing(error))
-    with pytest.raises(ConfigError, match=says) as raised:
+    with pytest.raises(ConfigError, match=message) as raised:
         store.check_writable()
     assert "PLANTED" not in str(raised.value)
 
 
-def scan_in(folder: str, files: dict[str, bytes]) -> tuple[Reader, Scan]:
-    """Put files into memory, as arrays, and return the reader and the first scan."""
+def list_first_scan(folder: str, files: dict[str, bytes]) -> tuple[Reader, Scan]:
+    """Write array files to the memory file system; return a reader and the first scan."""
     fs, _ = open_url(folder)
     for name, data in files.items():
         fs.pipe_file(f"{folder}/{name}", data)
@@ -296,26 +298,26 @@ def scan_in(folder: str, files: dict[str, bytes]) -> tuple[Reader, Scan]:
 
 
 @pytest.mark.parametrize(
-    ("error", "says"),
+    ("error", "message"),
     [
         (EndpointConnectionError(endpoint_url=URL), "did not answer for 0.2 s (EndpointConnectionError)"),
-        (refused(403, "AccessDenied"), "no permission to read a.npy (HTTP 403 AccessDenied)"),
-        (refused(404, "NoSuchKey"), "a.npy is gone since it was listed"),
-        (refused(400, "InvalidRange"), "a.npy could not be fetched (HTTP 400 InvalidRange)"),
+        (make_s3_error(403, "AccessDenied"), "no permission to read a.npy (HTTP 403 AccessDenied)"),
+        (make_s3_error(404, "NoSuchKey"), "a.npy is gone since it was listed"),
+        (make_s3_error(400, "InvalidRange"), "a.npy could not be fetched (HTTP 400 InvalidRange)"),
     ],
 )
-def test_a_scan_that_cannot_be_fetched_fails_as_storage(
-    error: Exception, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_scan_that_cannot_be_fetched_fails_with_reason_storage(
+    error: Exception, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader, scan = scan_in(f"memory://{tmp_path.name}/in", {"a.npy": b"bytes"})
+    reader, scan = list_first_scan(f"memory://{tmp_path.name}/in", {"a.npy": b"bytes"})
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", Failing(error))
     with pytest.raises(ScanError) as raised:
         reader.read(scan)
     assert raised.value.reason == "storage"
-    assert says in str(raised.value)
+    assert message in str(raised.value)
 
 
-def test_what_the_user_says_of_time_limits_goes_before_ours() -> None:
+def test_timeouts_in_the_users_options_take_precedence() -> None:
     given = {"key": "k", "config_kwargs": {"read_timeout": 300, "max_pool_connections": 5}}
     options = storage_options.make_fsspec_options("s3://bucket", given)
     assert options["key"] == "k"
@@ -360,7 +362,7 @@ def test_what_the_user_says_of_time_limits_goes_before_ours() -> None:
         ("gs://b", {"token": "google_default"}, {}),
     ],
 )
-def test_options_are_given_once_and_said_in_the_logs_words(
+def test_fsspec_options_are_translated_for_deltalake(
     uri: str, given: dict[str, Any], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
@@ -372,13 +374,13 @@ def test_options_are_given_once_and_said_in_the_logs_words(
     assert with_retries["max_retries"] == "1000"
 
 
-def test_nobody_asks_for_a_token_when_google_is_read_anonymously() -> None:
+def test_anonymous_access_to_google_storage_requests_no_token() -> None:
     options = storage_options.make_delta_options("gs://b", {"token": "anon", "endpoint_url": "http://h:1"})
     key = json.loads(options["google_service_account_key"])
     assert key["disable_oauth"] is True
     assert (key["gcs_base_url"], options["allow_http"]) == ("http://h:1", "true")
 
 
-def test_a_protocol_that_the_log_spells_otherwise_is_translated() -> None:
-    assert storage_options.delta_uri("gcs://b/out/") == "gs://b/out"
-    assert storage_options.delta_uri("s3://b/out") == "s3://b/out"
+def test_protocols_are_translated_to_those_that_deltalake_knows() -> None:
+    assert storage_options.make_delta_uri("gcs://b/out/") == "gs://b/out"
+    assert storage_options.make_delta_uri("s3://b/out") == "s3://b/out"

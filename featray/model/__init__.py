@@ -1,7 +1,7 @@
-"""The Keras side: load a trained model, list its layers, cut it, run it on arrays.
+"""Keras: load a trained model, list its layers, truncate it after selected layers, and run it on arrays.
 
-In: a `ModelConfig` and float32 batches. Out: one float32 array per chosen layer. Knows nothing
-of scans, Ray or tables; importing it does not import TensorFlow.
+In: a `ModelConfig` and float32 batches. Out: one float32 array per output. Knows nothing of scans, Ray and
+tables. Importing this package does not import TensorFlow.
 """
 
 from featray.model.extractor import Extractor, OutputLayer

@@ -1,7 +1,7 @@
-"""The rows of many scans as one array for the model, in memory that is kept from batch to batch.
+"""Put the rows of many scans into one array for the model, in memory that later batches use again.
 
-Pages that the kernel has to clear first cost more than the copy: together with what `tf.constant` copies,
-4 % of all CPU time on two cores. Knows no scans and no model.
+New memory pages cost more than the copy, because the kernel clears them first. Together with the copies of
+`tf.constant` they took 4 % of all CPU time on two cores. This module knows nothing of scans and models.
 """
 
 from __future__ import annotations
@@ -15,36 +15,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALIGNMENT = 256
-"""Bytes. TensorFlow uses memory as it is where it begins at a multiple of 64; more does no harm."""
+"""Bytes. TensorFlow can use an array without a copy if it begins at a multiple of 64; 256 includes these."""
 
-_kept: list[NDArray[np.uint8]] = []
-"""Memory of earlier batches that none is in: as much as was in use at once."""
+_free_buffers: list[NDArray[np.uint8]] = []
+"""Buffers of earlier batches that no batch uses. There are at most as many as were in use at one time."""
 
 
 def concatenate_rows(tensors: Sequence[NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-    """Return the rows of all tensors in one array, and the memory it lies in, for `release_buffer`."""
+    """Return the rows of all tensors in one aligned array, and its buffer, to pass to `release_buffer`.
+
+    Args:
+        tensors: Arrays (n, …) that differ in n only; at least one.
+    """
     shape = (sum(map(len, tensors)), *tensors[0].shape[1:])
     size = 4 * math.prod(shape)
-    memory = _memory(size + ALIGNMENT)
-    first = -memory.ctypes.data % ALIGNMENT
-    rows = memory[first : first + size].view(np.float32).reshape(shape)
-    return np.concatenate(tensors, out=rows), memory
+    buffer = _take_buffer(size + ALIGNMENT)
+    first = -buffer.ctypes.data % ALIGNMENT
+    rows = buffer[first : first + size].view(np.float32).reshape(shape)
+    return np.concatenate(tensors, out=rows), buffer
 
 
-def release_buffer(memory: NDArray[np.uint8], results: Iterable[NDArray[Any]]) -> None:
-    """Keep the memory for a later batch, unless results lie in it."""
-    if not any(np.may_share_memory(memory, result) for result in results):
-        _kept.append(memory)
+def release_buffer(buffer: NDArray[np.uint8], results: Iterable[NDArray[Any]]) -> None:
+    """Make a buffer available to later batches, unless one of `results` is a view of its memory."""
+    if not any(np.may_share_memory(buffer, result) for result in results):
+        _free_buffers.append(buffer)
 
 
 def is_aligned(array: NDArray[Any]) -> bool:
-    """Return whether TensorFlow can use an array's memory as it is."""
+    """Return whether an array begins at an address that TensorFlow can use without a copy."""
     return array.ctypes.data % ALIGNMENT == 0
 
 
-def _memory(size: int) -> NDArray[np.uint8]:
+def _take_buffer(size: int) -> NDArray[np.uint8]:
+    """Return a buffer of at least `size` bytes: the last free one, or a new one.
+
+    If the last free buffer is too small, it is dropped.
+    """
     with contextlib.suppress(IndexError):
-        memory = _kept.pop()
-        if len(memory) >= size:
-            return memory
+        buffer = _free_buffers.pop()
+        if len(buffer) >= size:
+            return buffer
     return np.empty(size, np.uint8)

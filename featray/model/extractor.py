@@ -1,8 +1,8 @@
-"""A trained model as a function from volumes to the values of several layers, in one pass.
+"""Run a trained model up to selected layers and return the values of these layers, in one pass.
 
-In: a `ModelConfig` and float32 batches: volumes (n, z, y, x), or whatever the model takes. Out: one
-float32 array per output, first axis n. Nothing behind the deepest chosen layer is computed. Knows
-nothing of scans or tables.
+In: a `ModelConfig` and float32 batches: volumes (n, z, y, x), or other inputs that the model takes. Out: one
+float32 array per output, with first axis n. Layers after the deepest selected one are not computed. Knows
+nothing of scans and tables.
 """
 
 from __future__ import annotations
@@ -19,27 +19,30 @@ from featray.config import ModelConfig
 from featray.errors import InputShapeError, ModelError
 from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.model import inputs, prepare, runtime, seeding, variation
-from featray.model.inputs import Batch, Shape
+from featray.model.inputs import Batch, Shape, TrialResults
 from featray.model.loading import download
-from featray.model.prepare import Prepared
-from featray.model.select_layers import Choice, Pool
+from featray.model.prepare import PreparedModel
+from featray.model.select_layers import OutputSpec, Pool
+from featray.model.variation import Variation
 
-# Calls that miss noise of one time in ten about twice in a thousand.
-_LONG_LOOK = 60
+_RARE_NOISE_CALLS = 60
+"""Calls to find noise that shows rarely. Noise in one call of ten is missed with a probability of 0.002."""
+
+_TEST_SEEDS = ("a", "b")
 
 
 @dataclass(frozen=True)
 class OutputLayer:
-    """One output of the cut model.
+    """One output of the truncated model.
 
     Attributes:
-        name: Of the output: the config's `as`, else the path as written with `/` as `.`.
-        path: Where the model was tapped, `encoder/conv_1`.
+        name: Name of the output: `as` of the config, or the path in the config with `.` instead of `/`.
+        path: Path of the layer in the model, such as `encoder/conv_1`.
         pool: Pooling over the spatial axes.
-        shape: Of one value before flattening, without batch axis, after pooling; None where it
-            follows the size of the input.
-        values: Numbers per input; where that follows the size of the input, those of a small one.
-        class_name: Of the Keras layer.
+        shape: Shape of the value for one input after pooling and before flattening, without the batch axis;
+            None along an axis whose size depends on the input.
+        values: Number of values per input. If it depends on the size of the input, it is that of a small one.
+        class_name: Class of the Keras layer.
     """
 
     name: str
@@ -51,15 +54,17 @@ class OutputLayer:
 
 
 class Extractor:
-    """The cut model, loaded, traced once and warm.
+    """A truncated model that is loaded, traced once and ready to run.
 
     Attributes:
         layers: The outputs, in the order of the config.
-        input_shape: Of one input with its channels, without batch axis; None where any size goes.
-        sha256: Over model, builder and custom code; `files` has them one by one.
-        versions: Of keras and tensorflow.
-        is_stochastic: Whether any output samples, found by evaluating: then values of a row follow
-            its draw, see `__call__`.
+        input_shape: Shape of one input with its channels, without the batch axis; None along an axis that
+            accepts any size.
+        sha256: Digest of the model file, the builder and the custom code together.
+        files: sha256 of each of these files, by its role.
+        versions: Versions of keras and tensorflow.
+        is_stochastic: Whether any output samples, found by running the model. The values of an input then
+            depend on its seed; see `__call__`.
     """
 
     layers: tuple[OutputLayer, ...]
@@ -76,66 +81,72 @@ class Extractor:
         input_zyx: Shape | None = None,
         threads: ModelThreads = DEFAULT_THREADS,
     ) -> None:
-        """Load, resolve and check everything, then trace and warm up.
+        """Load the model, select its outputs, check both, trace the truncated model and run it once.
 
         Args:
-            spec: The `model` section of a config. With `submodel`, that part is called on the
-                input itself: what the outer model does before it is not applied.
-            input_zyx: Voxels (z, y, x) of one input, to which one channel is added; for other models
-                the shape they take. None along an axis takes any size, all in one trace. null takes
-                the model's own shape.
-            threads: CPU threads TensorFlow may use. Calls from several threads at once are safe.
+            spec: The `model` section of a config. If it names a `submodel`, the input goes directly into this
+                part: layers of the outer model that come before it are not applied.
+            input_zyx: Size (z, y, x) of one input in voxels; one channel is added. For models of other
+                inputs: the shape of one input. None along an axis accepts any size, in a single trace. None
+                takes the shape that the model declares.
+            threads: CPU threads that TensorFlow may use. Several threads may call the extractor at the same
+                time.
 
         Raises:
-            ModelError: Lists every problem: input size, unknown or unusable layers with near
-                matches, output names given twice, outputs that differ from call to call (unless
-                allowed and a draw decides them), outputs that look at the rest of the batch.
+            ModelError: Lists every problem: an input size that does not fit, unknown or unusable layers with
+                similar names, output names used twice, outputs that differ from call to call (unless allowed
+                and controlled by seeds), outputs that depend on the rest of the batch.
         """
-        self._spec = prepare.as_spec(spec)
+        self._spec = prepare.parse_model_section(spec)
         runtime.configure(threads)
         import keras
         import tensorflow as tf
 
         problems: list[str] = []
-        self._model = prepare.prepare(self._spec, input_zyx, problems)
-        choices = prepare.choices(self._spec, self._model, problems)
-        self.layers = tuple(self._warm_up(choices, problems)) if choices else ()
+        self._prepared = prepare.prepare_model(self._spec, input_zyx, problems)
+        outputs = prepare.select_outputs(self._spec, self._prepared, problems)
+        self.layers = tuple(self._warm_up(outputs, problems)) if outputs else ()
         if problems:
             raise ModelError(problems, download.redact_uri(self._spec.uri))
-        self.input_shape = self._model.shape
-        self.sha256, self.files = self._model.loaded.sha256, self._model.loaded.files
+        self.input_shape = self._prepared.call.input_shape
+        self.sha256, self.files = self._prepared.loaded.sha256, self._prepared.loaded.files
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
-        self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in self._model.taps})
+        self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in self._prepared.taps})
 
     def __call__(self, batch: Batch, seeds: Sequence[str] | None = None) -> dict[str, Batch]:
-        """Return {output name: float32 (n, *shape)} for any n, in model batches of the config's size.
+        """Return {output name: float32 (n, *shape)} for any n.
+
+        The model runs in batches of the size that the config sets.
 
         Args:
-            batch: float32 (n, *input_shape), or without the axis of a single channel: volumes come as
-                (n, z, y, x); already windowed and scaled as the model expects.
-            seeds: One text per row. Where outputs sample, the values of a row then follow from the
-                row and its text alone: rows are run one by one. null draws anew at each call.
+            batch: float32 (n, *input_shape). The axis of a single channel may be missing: volumes may be
+                (n, z, y, x). Values are already windowed and scaled as the model expects.
+            seeds: One text per input. If outputs sample, the values of an input then depend on the input and
+                its seed only, and inputs run one by one. None draws different random numbers in each call.
 
         Raises:
-            InputShapeError: The batch has another shape, or is not floating point; or there is not
-                one draw per row.
+            InputShapeError: The batch has another shape or is not floating point, or the number of seeds is
+                not the number of inputs.
         """
-        whole = inputs.as_inputs(batch, self._model.shape)
-        if seeds is not None and len(seeds) != len(whole):
-            raise InputShapeError(f"expected one seed per row: {len(whole)}, got {len(seeds)}")
-        if not len(whole):
+        checked = inputs.check_batch(batch, self._prepared.call.input_shape)
+        if seeds is not None and len(seeds) != len(checked):
+            raise InputShapeError(f"expected one seed per row: {len(checked)}, got {len(seeds)}")
+        if not len(checked):
             return {
                 layer.name: np.empty((0, *(size or 0 for size in layer.shape)), np.float32)
                 for layer in self.layers
             }
         if seeds is None or not self.is_stochastic:
-            return self._run(whole)
-        return self._run_drawn(whole, seeds)
+            return self._run(checked)
+        return self._run_seeded(checked, seeds)
 
     def recipe_part(self) -> dict[str, Any]:
-        """Return what of the model decides the values, JSON-ready; layer order does not matter."""
+        """Return everything about the model that decides the values, ready for JSON.
+
+        The order of the layers in the config makes no difference.
+        """
         outputs = [{"name": layer.name, "path": layer.path, "pool": layer.pool} for layer in self.layers]
-        # 1 and 1.0 are one value.
+        # As float, so that 1 and 1.0 in a config give the same recipe.
         constants = {name: np.asarray(value, float).tolist() for name, value in self._spec.constants.items()}
         return {
             "sha256": self.sha256,
@@ -146,138 +157,169 @@ class Extractor:
             **({"jit_compile": True} if self._spec.jit_compile else {}),
         }
 
-    def _run(self, whole: Batch) -> dict[str, Batch]:
+    def _run(self, batch: Batch) -> dict[str, Batch]:
+        """Run a checked batch in parts of the config's batch size."""
         size = self._spec.batch_size
-        chunks = (whole[start : start + size] for start in range(0, len(whole), size))
-        with seeding.LOCK if self._sources else contextlib.nullcontext():
-            return _joined([self._extract(inputs.as_tensor(chunk)) for chunk in chunks])
+        parts = (batch[start : start + size] for start in range(0, len(batch), size))
+        with seeding.LOCK if self._state_variables else contextlib.nullcontext():
+            return _concatenate([self._extract(inputs.make_tensor(part)) for part in parts])
 
-    def _run_drawn(self, whole: Batch, texts: Sequence[str]) -> dict[str, Batch]:
+    def _run_seeded(self, batch: Batch, seeds: Sequence[str]) -> dict[str, Batch]:
+        """Run each input of a checked batch alone, with its seed."""
         rows = []
-        for at, text in enumerate(texts):
-            with seeding.following(self._sources, text):
-                rows.append(self._run(whole[at : at + 1]))
-        return _joined(rows)
+        for row, seed in enumerate(seeds):
+            with seeding.set_seed(self._state_variables, seed):
+                rows.append(self._run(batch[row : row + 1]))
+        return _concatenate(rows)
 
-    def _trace(self, choices: Sequence[Choice]) -> None:
-        self._extract = prepare.computing(self._model, choices, self._spec.jit_compile)
-        self._sources = seeding.sources(self._extract)
+    def _trace(self, outputs: Sequence[OutputSpec]) -> None:
+        self._extract = prepare.build_function(self._prepared, outputs, jit_compile=self._spec.jit_compile)
+        self._state_variables = seeding.find_state_variables(self._extract)
 
-    def _warm_up(self, choices: Sequence[Choice], problems: list[str]) -> list[OutputLayer]:
-        """Trace the cut model and run it on random input; note what varies and learn the true shapes."""
-        self._trace(choices)
+    def _warm_up(self, outputs: Sequence[OutputSpec], problems: list[str]) -> list[OutputLayer]:
+        """Trace the truncated model, run it on random inputs and check its outputs.
+
+        Append outputs that cannot be used to `problems`. Set `is_stochastic`.
+        """
+        self._trace(outputs)
         try:
-            found = inputs.probe(self._run, self._model.shape, self._model.model)
+            trials = inputs.run_trials(self._run, self._prepared.call)
         except ModelError as error:
             problems += error.problems
             return []
-        kinds = {choice: _kind(choice, found) for choice in choices}
-        kinds |= self._rarely_sampling(kinds, found)
-        self.is_stochastic = "samples" in kinds.values()
-        odd = [line for choice in choices if (line := self._oddity(choice, kinds[choice]))]
-        if not odd:
-            odd = self._undecided(choices, kinds, found.batch) + self._baked(choices, found.batch)
-        problems += odd
-        return [self._described(choice, found.twin[choice.name].shape[1:]) for choice in choices]
+        variations = _classify_outputs(outputs, trials)
+        variations |= self._find_rare_sampling(variations, trials)
+        self.is_stochastic = Variation.SAMPLES in variations.values()
+        unusable = [line for output in outputs if (line := self._check_output(output, trials, variations))]
+        if not unusable:
+            unusable = self._check_seeds(outputs, variations, trials.batch)
+            unusable += self._check_second_trace(outputs, trials.batch)
+        problems += unusable
+        return [self._describe_output(output, trials.twin[output.name].shape[1:]) for output in outputs]
 
-    def _described(self, choice: Choice, seen: tuple[int, ...]) -> OutputLayer:
-        traced = tuple(self._extract.structured_outputs[choice.name].shape)[1:]
-        shape = traced if None in self._model.shape else seen
-        kind = type(choice.tap.layer).__name__
-        return OutputLayer(choice.name, choice.tap.path, choice.pool, shape, math.prod(seen), kind)
+    def _describe_output(self, output: OutputSpec, trial_shape: tuple[int, ...]) -> OutputLayer:
+        """Return the description of an output; `trial_shape` is its shape for one trial input."""
+        traced = tuple(self._extract.structured_outputs[output.name].shape)[1:]
+        shape = traced if None in self._prepared.call.input_shape else trial_shape
+        class_name = type(output.tap.layer).__name__
+        return OutputLayer(
+            output.name, output.tap.path, output.pool, shape, math.prod(trial_shape), class_name
+        )
 
-    def _oddity(self, choice: Choice, kind: str) -> str:
-        """Return why an output cannot be had as it stands; empty when it can."""
-        path = choice.tap.path
-        if kind.isdigit():
-            return f"layers: {path!r} gives {kind} rows for 2 inputs"
-        if kind == "samples" and not self._spec.allow_stochastic:
+    def _check_output(
+        self,
+        output: OutputSpec,
+        trials: TrialResults[dict[str, Batch]],
+        variations: Mapping[str, Variation],
+    ) -> str:
+        """Return why an output cannot be used with this config; empty if it can."""
+        path, rows = output.tap.path, len(trials.twin[output.name])
+        if rows != len(trials.batch):
+            return f"layers: {path!r} returns {rows} rows for {len(trials.batch)} inputs"
+        found = variations[output.name]
+        if found is Variation.SAMPLES and not self._spec.allow_stochastic:
             return (
-                f"layers: {path!r} gives other values for the same input from call to call: it samples; take "
-                "the layer that feeds it, such as z_mean, or set model.allow_stochastic: true"
+                f"layers: {path!r} returns different values for the same input in each call, because it "
+                "samples; take the layer that feeds it, such as z_mean, or set model.allow_stochastic: true"
             )
-        if kind != "batch":
-            return ""
-        taps = prepare.up_to(self._model.taps, [choice])
-        first = variation.first_that_looks_at_the_batch(
-            self._model.model, taps, self._model.shape, self._model.fill
-        )
-        name = repr(first.path if first else path)
+        return self._explain_batch_dependence(output) if found is Variation.BATCH else ""
+
+    def _explain_batch_dependence(self, output: OutputSpec) -> str:
+        """Return the message for an output that depends on the batch, with the first layer that does."""
+        taps = prepare.select_taps_up_to(self._prepared.taps, [output])
+        first = variation.find_first_batch_dependent_tap(self._prepared.call, taps)
+        path = output.tap.path
+        cause = repr(first.path if first else path)
         return (
-            f"layers: {path!r} looks at the rest of the batch, so an input would get other values in other "
-            f"company (first seen at {name}); call what does so with training=False, choose a layer before "
-            f"{name}, or set model.batch_size: 1"
+            f"layers: {path!r} depends on the other inputs in the batch, so the values of an input would "
+            f"differ from batch to batch (first seen at {cause}); call {cause} with training=False, choose a "
+            f"layer before {cause}, or set model.batch_size: 1"
         )
 
-    def _rarely_sampling(
-        self, kinds: Mapping[Choice, str], found: inputs.Probe[dict[str, Batch]]
-    ) -> dict[Choice, str]:
-        """Return which outputs vary now and then: a random number goes into them, but few calls show it.
+    def _find_rare_sampling(
+        self, variations: Mapping[str, Variation], trials: TrialResults[dict[str, Batch]]
+    ) -> dict[str, Variation]:
+        """Return the outputs that sample although the trials do not show it, by name.
 
-        One that shows in the last call of the probe alone looks as if it followed the batch.
+        Such an output is computed from a random number that changes its values in few calls only. If it
+        changes them in the last call of the trials, the output seems to depend on the batch.
         """
-        random = seeding.may_vary(self._extract)
-        calm = [choice for choice, kind in kinds.items() if kind in ("", "batch") and choice.name in random]
-        runs = [self._run(found.batch) for _ in range(_LONG_LOOK)] if calm else []
+        random_outputs = seeding.find_random_outputs(self._extract)
+        candidates = [
+            name
+            for name, found in variations.items()
+            if found is not Variation.SAMPLES and name in random_outputs
+        ]
+        runs = [self._run(trials.batch) for _ in range(_RARE_NOISE_CALLS)] if candidates else []
         return {
-            choice: "samples"
-            for choice in calm
-            if any(
-                variation.difference(found.mixed[choice.name], run[choice.name]) > variation.SAME
-                for run in runs
-            )
+            name: Variation.SAMPLES
+            for name in candidates
+            if any(_differ(trials.mixed[name], run[name]) for run in runs)
         }
 
-    def _undecided(self, choices: Sequence[Choice], kinds: Mapping[Choice, str], batch: Batch) -> list[str]:
-        """Return which outputs sample in a way that draws do not decide."""
+    def _check_seeds(
+        self, outputs: Sequence[OutputSpec], variations: Mapping[str, Variation], batch: Batch
+    ) -> list[str]:
+        """Return the problem of outputs that sample random numbers which seeds do not control."""
         if not self.is_stochastic:
             return []
-        one, other = self._run_drawn(batch, "ab"), self._run_drawn(batch[::-1], "ba")
-        beyond = seeding.beyond_reach(self._extract)
-        names = [
-            choice.tap.path
-            for choice in choices
-            if variation.difference(one[choice.name], other[choice.name][::-1]) > variation.SAME
-            or (beyond and kinds[choice] == "samples")
+        forward = self._run_seeded(batch, _TEST_SEEDS)
+        backward = self._run_seeded(batch[::-1], _TEST_SEEDS[::-1])
+        uncontrolled_ops = seeding.list_uncontrolled_random_ops(self._extract)
+        paths = [
+            output.tap.path
+            for output in outputs
+            if _differ(forward[output.name], backward[output.name][::-1])
+            or (uncontrolled_ops and variations[output.name] is Variation.SAMPLES)
         ]
-        if not names:
+        if not paths:
             return []
         return [
-            f"layers: {', '.join(names)}: draws random numbers that featray cannot decide"
-            f"{f' ({beyond[0]})' if beyond else ''}, so that a retry would give other values; draw them with "
-            "keras.random and a keras.random.SeedGenerator, or take the layer that feeds it, such as z_mean"
+            f"layers: {', '.join(paths)}: draws random numbers that featray cannot seed"
+            f"{f' ({uncontrolled_ops[0]})' if uncontrolled_ops else ''}, so a retry would return different "
+            "values; draw them with keras.random and a keras.random.SeedGenerator, or take the layer that "
+            "feeds it, such as z_mean"
         ]
 
-    def _baked(self, choices: Sequence[Choice], batch: Batch) -> list[str]:
-        """Return which outputs differ in a second trace. Only code that is not Keras's own can do that."""
-        if not _runs_own_code(self._model, choices):
+    def _check_second_trace(self, outputs: Sequence[OutputSpec], batch: Batch) -> list[str]:
+        """Return one problem per output that differs in a second trace; only custom code can cause this."""
+        if not _has_custom_code(self._prepared, outputs):
             return []
-        before = self._run_drawn(batch, "ab")
-        self._trace(choices)
-        after = self._run_drawn(batch, "ab")
+        before = self._run_seeded(batch, _TEST_SEEDS)
+        self._trace(outputs)
+        after = self._run_seeded(batch, _TEST_SEEDS)
         return [
-            f"layers: {choice.tap.path!r} gives other values each time the model is traced: its code draws "
-            "numbers in Python (random, numpy.random), which every worker would draw anew; draw them with "
-            "keras.random"
-            for choice in choices
-            if variation.difference(before[choice.name], after[choice.name]) > variation.SAME
+            f"layers: {output.tap.path!r} returns different values each time the model is traced, because "
+            "its code draws random numbers in Python (random, numpy.random), and every worker process would "
+            "draw different ones; draw them with keras.random"
+            for output in outputs
+            if _differ(before[output.name], after[output.name])
         ]
 
 
-def _joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Batch]:
+def _concatenate(parts: Sequence[Mapping[str, Any]]) -> dict[str, Batch]:
     return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
 
 
-def _kind(choice: Choice, found: inputs.Probe[dict[str, Batch]]) -> str:
-    """Return `variation.Kind`, or the number of rows when it is not that of the inputs."""
-    twin, again, mixed = (values[choice.name] for values in found[:3])
-    return variation.kind(twin, again, mixed) if len(twin) == 2 else str(len(twin))
+def _differ(reference: Batch, other: Batch) -> bool:
+    return variation.compute_difference(reference, other) > variation.TOLERANCE
 
 
-def _runs_own_code(model: Prepared, choices: Sequence[Choice]) -> bool:
-    """Return whether Python code that is not part of Keras runs up to the last of `choices`."""
-    keys = [choice.tap.key for choice in choices]
-    around = [tap for tap in model.taps if any(key.startswith(f"{tap.key}/") for key in keys)]
-    layers = [model.model, *(tap.layer for tap in [*prepare.up_to(model.taps, choices), *around])]
-    kinds = {type(layer) for layer in layers}
-    return any(kind.__module__.split(".")[0] != "keras" or kind.__name__ == "Lambda" for kind in kinds)
+def _classify_outputs(
+    outputs: Sequence[OutputSpec], trials: TrialResults[dict[str, Batch]]
+) -> dict[str, Variation]:
+    """Return the variation of each output by its name, without outputs that return too few or many rows."""
+    names = [output.name for output in outputs if len(trials.twin[output.name]) == len(trials.batch)]
+    return {name: variation.classify_variation(*(results[name] for results in trials[:3])) for name in names}
+
+
+def _has_custom_code(prepared: PreparedModel, outputs: Sequence[OutputSpec]) -> bool:
+    """Return whether Python code that is not part of Keras runs before or in the last of `outputs`.
+
+    A layer that contains one of the outputs counts too, although its call ends after the output exists.
+    """
+    keys = [output.tap.key for output in outputs]
+    containing = [tap for tap in prepared.taps if any(key.startswith(f"{tap.key}/") for key in keys)]
+    taps = [*prepare.select_taps_up_to(prepared.taps, outputs), *containing]
+    classes = {type(layer) for layer in [prepared.call.model, *(tap.layer for tap in taps)]}
+    return any(cls.__module__.split(".")[0] != "keras" or cls.__name__ == "Lambda" for cls in classes)

@@ -1,8 +1,8 @@
-"""What a model takes: the shape of one input, and arrays to try it with.
+"""Find out which input a model takes, and make batches for it.
 
-In: a Keras model and the size that was asked for. Out: the shape to trace with, or what is wrong.
-A volume (z, y, x) gets one channel as its last axis, or as its first where the model wants it so;
-any other rank is taken as it is.
+In: a Keras model and the input size of the config. Out: the input shape to trace with, or a problem to
+report. A volume (z, y, x) gets a channel axis of size 1: the last axis, or the first if the model has its
+channels there. Inputs with another number of axes are passed on without a further axis.
 """
 
 from __future__ import annotations
@@ -24,12 +24,19 @@ Batch = NDArray[np.float32]
 Shape = tuple[int | None, ...]
 Result = TypeVar("Result")
 
-# Sizes tried along an axis where any goes: deep models pool the smaller ones away.
-_PROBES = (32, 64, 128)
+_TRIAL_SIZES = (32, 64, 128)
+"""Sizes to try along an axis that accepts any. Models with many pooling layers need the larger ones."""
 
 
-class Probe(NamedTuple, Generic[Result]):
-    """What `probe` found: the results of [a, a], of [a, a] once more, and of [a, b], which is `batch`."""
+class TrialResults(NamedTuple, Generic[Result]):
+    """Results of a model for two random inputs a and b, in three batches.
+
+    Attributes:
+        twin: Result for the batch [a, a].
+        again: Result for [a, a] in a second call.
+        mixed: Result for [a, b].
+        batch: The batch [a, b].
+    """
 
     twin: Result
     again: Result
@@ -37,95 +44,200 @@ class Probe(NamedTuple, Generic[Result]):
     batch: Batch
 
 
-def possible(asked: Sequence[int | None] | None) -> list[Shape]:
-    """Return the shapes of one input that the size asked for may mean, the likeliest first.
+def list_possible_shapes(size: Sequence[int | None] | None) -> list[Shape]:
+    """Return the input shapes that a requested size may stand for, the most likely first.
 
-    (z, y, x) gets its channel axis. It may also be an image (28, 28, 3) as it is, but volumes of any
-    size must not fall into a model of images: only a known size may lack a channel axis.
+    Args:
+        size: Size of one input without the batch axis, None along an axis for any; or None for no request.
+
+    Returns:
+        For three axes (z, y, x): the shape with a channel axis at the end, the size itself, which may be an
+        image such as (28, 28, 3), and the shape with a channel axis at the front. The size itself is left out
+        if it has an axis of any size, because it would then also match a model of images. For another number
+        of axes: the size itself.
     """
-    if asked is None:
+    if size is None:
         return []
-    if len(asked) != 3:
-        return [tuple(asked)]
-    bare = [] if None in asked else [tuple(asked)]
-    return [(*asked, 1), *bare, (1, *asked)]
+    if len(size) != 3:
+        return [tuple(size)]
+    without_channel = [] if None in size else [tuple(size)]
+    return [(*size, 1), *without_channel, (1, *size)]
 
 
-def input_shape(
-    model: Any, asked: Sequence[int | None] | None, constants: Mapping[str, Any]
+def resolve_input_shape(
+    model: Any, size: Sequence[int | None] | None, constants: Mapping[str, Any]
 ) -> tuple[Shape, list[str]]:
-    """Return the shape of one input (without batch axis) to trace with, and what is wrong with it.
+    """Return the shape of one input (without the batch axis) to trace with, and the problems found.
 
-    None along an axis of `asked` leaves it to the model; None in the result takes any size. When
-    the asked size does not fit, the model's own is returned beside the problem, so that the layers
-    can still be checked.
+    Args:
+        model: A Keras model.
+        size: Requested size. None along an axis takes the model's own size there; None takes its own shape.
+        constants: Values for the other inputs of the model, by input name.
+
+    Returns:
+        The shape; None along an axis accepts any size. If the requested size does not fit, the shape is the
+        model's own, and the list has one problem. The layers can then still be checked.
 
     Raises:
-        ModelError: There is no shape to trace with.
+        ModelError: No shape to trace with can be found.
     """
-    changing, shapes = _changing(model, constants), possible(asked)
-    if not changing:
-        return _undeclared(model, shapes), []
-    (own,) = changing.values()
+    variable_inputs, shapes = _find_variable_inputs(model, constants), list_possible_shapes(size)
+    if not variable_inputs:
+        return _choose_undeclared_shape(model, shapes), []
+    (own,) = variable_inputs.values()
     if not shapes:
         return own, []
     for shape in shapes:
-        if _fits(own, shape):
-            return _narrowed(own, shape), []
-    wanted = shapes[0]
+        if _is_compatible(own, shape):
+            return _merge_shapes(own, shape), []
+    requested = shapes[0]
     problem = (
-        f"size: the model {model.name!r} takes {shown(own)}, preprocess.size gives "
-        f"{shown(wanted)} {'(z, y, x, channel)' if len(wanted) == 4 else ''}".rstrip()
+        f"size: the model {model.name!r} takes {format_shape(own)}, preprocess.size gives "
+        f"{format_shape(requested)} {'(z, y, x, channel)' if len(requested) == 4 else ''}".rstrip()
         + "; make them equal"
     )
-    return (_narrowed(own, wanted) if len(own) == len(wanted) else own), [problem]
+    return (_merge_shapes(own, requested) if len(own) == len(requested) else own), [problem]
 
 
-def declared_inputs(model: Any) -> dict[str, Shape]:
-    """Return the shape, without batch axis, of each input the model declares; {} when it does not."""
+def read_declared_inputs(model: Any) -> dict[str, Shape]:
+    """Return {input name: shape without the batch axis} as the model declares it; {} if it does not."""
     try:
         return {str(tensor.name): tuple(tensor.shape)[1:] for tensor in model.inputs}
-    except AttributeError:  # subclassed, or sequential and not built: Keras has no such attribute
+    except AttributeError:  # subclassed models and sequential models that are not built have no `inputs`
         built_for = (model.get_build_config() or {}).get("input_shape")
-    is_one = isinstance(built_for, list | tuple) and all(
+    is_one_shape = isinstance(built_for, list | tuple) and all(
         size is None or isinstance(size, int) for size in built_for
     )
-    return {"": tuple(built_for)[1:]} if is_one and built_for else {}
+    return {"": tuple(built_for)[1:]} if is_one_shape and built_for else {}
 
 
-def filler(model: Any, constants: Mapping[str, Any]) -> trace.Fill:
-    """Return what makes all inputs of the model of the one that changes, each constant once per row.
+def make_fill(model: Any, constants: Mapping[str, Any]) -> trace.Fill:
+    """Return the function that makes the argument for `model` from the batch of its variable input.
+
+    Each constant is repeated for every row of the batch.
 
     Raises:
         ModelError: A constant does not fit its input.
     """
     if not constants:
-        return trace.alone
+        return trace.feed_single_input
     import keras
     import tensorflow as tf
 
     values = {
-        tensor.name: _constant(tensor, constants[tensor.name])
+        tensor.name: _make_constant(tensor, constants[tensor.name])
         for tensor in model.inputs
         if tensor.name in constants
     }
 
-    def fill(changing: Any) -> Any:
-        rows = tf.shape(changing)[:1]
+    def fill(batch: Any) -> Any:
+        rows = tf.shape(batch)[:1]
 
-        def one(tensor: Any) -> Any:
+        def get_input(tensor: Any) -> Any:
             value = values.get(tensor.name)
-            return (
-                changing if value is None else tf.broadcast_to(value, tf.concat([rows, tf.shape(value)], 0))
-            )
+            return batch if value is None else tf.broadcast_to(value, tf.concat([rows, tf.shape(value)], 0))
 
-        return keras.tree.map_structure(one, model.input)
+        return keras.tree.map_structure(get_input, model.input)
 
     return fill
 
 
-def _undeclared(model: Any, shapes: Sequence[Shape]) -> Shape:
-    """Return the first shape that a model can be called on which does not say what it takes."""
+def check_batch(batch: NDArray[Any], shape: Shape) -> Batch:
+    """Return a batch as contiguous float32 (n, *shape), with a channel axis added where it is missing.
+
+    Raises:
+        InputShapeError: The batch has another shape, or is not floating point.
+    """
+    batch = np.asarray(batch)
+    axis, given_shape = _find_channel_axis(shape), batch.shape
+    if axis is not None and batch.ndim == len(shape):
+        batch = np.expand_dims(batch, axis)
+    fits = batch.ndim == len(shape) + 1 and _is_compatible(shape, batch.shape[1:])
+    if not fits or not np.issubdtype(batch.dtype, np.floating):
+        maybe = " with or without the channel axis" if axis is not None else ""
+        raise InputShapeError(
+            f"expected float32 (n, {format_shape(shape)[1:]}{maybe}, got {batch.dtype} {given_shape}"
+        )
+    return np.ascontiguousarray(batch, np.float32)
+
+
+def make_tensor(batch: Batch) -> Any:
+    """Return a contiguous batch as a tensor, without a copy where possible.
+
+    The tensor then uses the memory of the batch, which must not change while the tensor is in use.
+
+    `tf.constant` would copy the batch twice, into new memory pages: 12 ms for four volumes of (32, 256, 256).
+    It is used only where memory cannot be shared: DLPack refuses read-only arrays, and TensorFlow aborts the
+    process on arrays that are not aligned.
+    """
+    import tensorflow as tf
+
+    if not (is_aligned(batch) and batch.flags.writeable):
+        return tf.constant(batch)
+    return tf.experimental.dlpack.from_dlpack(batch.__dlpack__())
+
+
+def run_trials(run: Callable[[Batch], Result], call: trace.ModelCall) -> TrialResults[Result]:
+    """Run a model on random inputs a and b, in three batches: [a, a], [a, a] again, and [a, b].
+
+    Along an axis that accepts any size, the smallest trial size that the model can take is used.
+
+    Args:
+        run: Takes a batch; runs the model or a part of it.
+        call: The model and the shape of its input.
+
+    Raises:
+        ModelError: The model fails on all trial sizes.
+    """
+    failure: Exception | None = None
+    for size in _TRIAL_SIZES if None in call.input_shape else _TRIAL_SIZES[:1]:
+        shape = tuple(size if extent is None else extent for extent in call.input_shape)
+        a, b = np.random.default_rng(0).random((2, *shape), np.float32)
+        try:
+            twin, mixed = np.stack([a, a]), np.stack([a, b])
+            return TrialResults(run(twin), run(twin), run(mixed), mixed)
+        except Exception as error:  # TensorFlow raises many types: out of memory, no kernel for a data type
+            failure = error
+            log.debug("the trial with inputs of shape %s failed", shape, exc_info=error)
+    assert failure is not None
+    raise ModelError(_explain_failed_trials(call, failure)) from failure
+
+
+def format_shape(shape: Sequence[int | None]) -> str:
+    """Return a shape for messages, such as `(any, 28, 3)`."""
+    return "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
+
+
+def _find_variable_inputs(model: Any, constants: Mapping[str, Any]) -> dict[str, Shape]:
+    """Return {name: shape} of the one input that no constant fills; {} if the model declares no inputs.
+
+    Raises:
+        ModelError: A constant names an unknown input, or the number of inputs without a constant is not one.
+    """
+    declared = read_declared_inputs(model)
+    unknown = [name for name in constants if name not in declared]
+    if unknown:
+        known = ", ".join(declared) or "no inputs with names"
+        raise ModelError(f"constants: {model.name!r} has no input {unknown[0]!r}; it has: {known}")
+    variable = {name: shape for name, shape in declared.items() if name not in constants}
+    if len(variable) > 1 or (declared and not variable):
+        inputs = ", ".join(f"{name} {format_shape(shape)}" for name, shape in (variable or declared).items())
+        raise ModelError(
+            f"{model.name!r} takes {len(variable)} inputs that no constant fills ({inputs}), and featray "
+            "fills exactly one: give the others a value in model.constants, such as {NAME: 0}, or set "
+            "model.submodel to the part that takes only the volume"
+        )
+    return variable
+
+
+def _choose_undeclared_shape(model: Any, shapes: Sequence[Shape]) -> Shape:
+    """Return the input shape of a model that declares none: the first of `shapes` it can be called on.
+
+    If it can be called on none of them, return the first, so that tracing reports the error.
+
+    Raises:
+        ModelError: `shapes` is empty.
+    """
     if not shapes:
         raise ModelError(
             f"{model.name!r} does not say what input it takes; give its size (z, y, x), or "
@@ -136,25 +248,14 @@ def _undeclared(model: Any, shapes: Sequence[Shape]) -> Shape:
     return next((shape for shape in shapes if trace.can_call(model, shape)), shapes[0])
 
 
-def _changing(model: Any, constants: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return the one input that changes, by name; {} when the model declares none."""
-    declared = declared_inputs(model)
-    unknown = [name for name in constants if name not in declared]
-    if unknown:
-        known = ", ".join(declared) or "no inputs with names"
-        raise ModelError(f"constants: {model.name!r} has no input {unknown[0]!r}; it has: {known}")
-    changing = {name: shape for name, shape in declared.items() if name not in constants}
-    if len(changing) > 1 or (declared and not changing):
-        inputs = ", ".join(f"{name} {shown(shape)}" for name, shape in (changing or declared).items())
-        raise ModelError(
-            f"{model.name!r} takes {len(changing)} inputs that no constant fills ({inputs}), and featray "
-            "feeds one: give the others a value in model.constants, such as {NAME: 0}, or set "
-            "model.submodel to the part that takes only the volume"
-        )
-    return changing
+def _make_constant(tensor: Any, value: Any) -> Any:
+    """Return the value of a constant as a TensorFlow constant for one row of the input `tensor`.
 
+    A single number fills an input of known shape.
 
-def _constant(tensor: Any, value: Any) -> Any:
+    Raises:
+        ModelError: The value has another type or shape, or is not finite.
+    """
     import tensorflow as tf
 
     shape = tuple(tensor.shape)[1:]
@@ -163,86 +264,40 @@ def _constant(tensor: Any, value: Any) -> Any:
         array = np.broadcast_to(array, shape) if not array.ndim and None not in shape else array
     except (TypeError, ValueError) as error:
         raise ModelError(f"constants: {tensor.name}: not numbers of type {tensor.dtype} ({error})") from None
-    if not _fits(shape, array.shape):
-        raise ModelError(f"constants: {tensor.name} takes {shown(shape)}, the value has {shown(array.shape)}")
+    if not _is_compatible(shape, array.shape):
+        raise ModelError(
+            f"constants: {tensor.name} takes {format_shape(shape)}, the value has {format_shape(array.shape)}"
+        )
     if np.issubdtype(array.dtype, np.floating) and not np.isfinite(array).all():
         raise ModelError(f"constants: {tensor.name}: NaN or infinity would make every value NaN")
     return tf.constant(array)
 
 
-def as_inputs(batch: NDArray[Any], shape: Shape) -> Batch:
-    """Return a batch as the model takes it: float32, with the axis of a single channel.
+def _find_channel_axis(shape: Shape) -> int | None:
+    """Return the axis, counted with the batch axis, of a single channel; None if there is none.
 
-    Raises:
-        InputShapeError: It has another shape, or is not floating point.
+    A batch may leave out this axis.
     """
-    batch = np.asarray(batch)
-    axis, given = channel_axis(shape), batch.shape
-    if axis is not None and batch.ndim == len(shape):
-        batch = np.expand_dims(batch, axis)
-    fits = batch.ndim == len(shape) + 1 and _fits(shape, batch.shape[1:])
-    if not fits or not np.issubdtype(batch.dtype, np.floating):
-        maybe = " with or without the channel axis" if axis is not None else ""
-        raise InputShapeError(f"expected float32 (n, {shown(shape)[1:]}{maybe}, got {batch.dtype} {given}")
-    return np.ascontiguousarray(batch, np.float32)
-
-
-def as_tensor(batch: Batch) -> Any:
-    """Return a contiguous batch as a tensor in the same memory, which must not change while it is in use.
-
-    `tf.constant` copies it twice, into fresh pages: 12 ms for four volumes of (32, 256, 256). It is used
-    where memory cannot be shared: DLPack takes none that is read-only, TensorFlow ends the process over
-    memory that is not aligned.
-    """
-    import tensorflow as tf
-
-    if not (is_aligned(batch) and batch.flags.writeable):
-        return tf.constant(batch)
-    return tf.experimental.dlpack.from_dlpack(batch.__dlpack__())
-
-
-def channel_axis(shape: Shape) -> int | None:
-    """Return the axis (with the batch axis) of the one channel that a batch may leave out, if any."""
     if len(shape) < 2 or 1 not in (shape[0], shape[-1]):
         return None
     return -1 if shape[-1] == 1 else 1
 
 
-def probe(run: Callable[[Batch], Result], shape: Shape, model: Any) -> Probe[Result]:
-    """Run random inputs a and b in three batches.
-
-    Where any size goes, the smallest of a few sizes that the model can take is tried.
-
-    Raises:
-        ModelError: The model, which `run` runs a part of, cannot take any of them.
-    """
-    failure: Exception | None = None
-    for size in _PROBES if None in shape else _PROBES[:1]:
-        fixed = tuple(size if extent is None else extent for extent in shape)
-        a, b = np.random.default_rng(0).random((2, *fixed), np.float32)
-        try:
-            twin, mixed = np.stack([a, a]), np.stack([a, b])
-            return Probe(run(twin), run(twin), run(mixed), mixed)
-        except Exception as error:  # TensorFlow's kinds: out of memory, no kernel for this device and type
-            failure = error
-            log.debug("probing with %s failed", fixed, exc_info=error)
-    assert failure is not None
-    half = {layer.compute_dtype for layer in model._flatten_layers()} & {"float16", "bfloat16"}
-    hint = f"; the model computes in {min(half)}: try model.compute: float32" if half else ""
-    where = f"{model.name!r} fails on inputs of shape {shown(shape)}"
-    raise ModelError(f"{where} ({runtime.summarize_error(failure)}){hint}") from failure
+def _explain_failed_trials(call: trace.ModelCall, failure: Exception) -> str:
+    """Return the message for a model that fails on all trial inputs, with advice for half precision."""
+    dtypes = {layer.compute_dtype for layer in call.model._flatten_layers()} & {"float16", "bfloat16"}
+    hint = f"; the model computes in {min(dtypes)}: try model.compute: float32" if dtypes else ""
+    shape = format_shape(call.input_shape)
+    return f"{call.model.name!r} fails on inputs of shape {shape} ({runtime.summarize_error(failure)}){hint}"
 
 
-def shown(shape: Shape) -> str:
-    """Return a shape for messages: (any, 28, 3)."""
-    return "(" + ", ".join("any" if size is None else str(size) for size in shape) + ")"
-
-
-def _fits(own: Shape, asked: Shape) -> bool:
-    return len(own) == len(asked) and all(
-        o is None or a is None or o == a for o, a in zip(own, asked, strict=True)
+def _is_compatible(own: Shape, other: Shape) -> bool:
+    """Return whether two shapes agree where both are known."""
+    return len(own) == len(other) and all(
+        a is None or b is None or a == b for a, b in zip(own, other, strict=True)
     )
 
 
-def _narrowed(own: Shape, asked: Shape) -> Shape:
-    return tuple(a if o is None else o for o, a in zip(own, asked, strict=True))
+def _merge_shapes(own: Shape, other: Shape) -> Shape:
+    """Return `own` with the sizes of `other` where `own` accepts any."""
+    return tuple(b if a is None else a for a, b in zip(own, other, strict=True))

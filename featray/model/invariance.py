@@ -1,13 +1,13 @@
-"""Whether a model gives an input the same values in whatever batch it comes.
+"""Check whether a model gives an input the same values in every batch.
 
-In: a `ModelConfig` and samples. Out: the largest difference per chosen output, and the first layer that
-looks at the rest of the batch. Also for models that the extractor refuses for just that.
+In: a `ModelConfig` and samples. Out: the largest difference per output, and the first layer that depends on
+the rest of the batch. Works also for models that `Extractor` refuses for this reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,58 +17,66 @@ from featray.errors import ModelError
 from featray.model import inputs, prepare, runtime, trace, variation
 from featray.model.inputs import Batch, Shape
 from featray.model.loading import download
-from featray.model.prepare import Prepared
+from featray.model.prepare import PreparedModel
+from featray.model.select_layers import OutputSpec
+from featray.model.trace import Tap
+from featray.model.variation import Variation
 
-Rows = list[int | None]
 Values = Mapping[str, Any]
+Run = Callable[[Batch], Values]
+BatchRows = list[int | None]
+"""Sample number of each row of a batch; None is a row of zeros."""
 
-_DISTINCT = 3  # samples are repeated to fill a batch
+_SAMPLE_COUNT = 3
+"""Number of different samples; larger batches repeat them."""
 
 
 @dataclass(frozen=True)
 class InvarianceReport:
-    """What was found.
+    """Result of `check_invariance`.
 
     Attributes:
-        differences: By output name: the largest difference in any batch to the input alone, relative to
-            the largest magnitude. Outputs that sample are left out: they always differ.
-        samples: Names of the outputs that sample; with draws they run one by one.
-        batch_size: Of the config; larger ones were not tried.
-        layer: Path of the first layer, in order of computation, whose values follow the rest of the
-            batch; empty when all outputs agree.
-        class_name: Of that layer.
+        differences: By output name: the largest difference between the values of an input in any batch and
+            its values in a batch of one, relative to the largest magnitude. Stochastic outputs are left out,
+            because they always differ.
+        stochastic_outputs: Names of the outputs that sample. With seeds their inputs run one by one.
+        batch_size: Batch size of the config; larger ones were not tried.
+        layer: Path of the first layer, in order of computation, whose values depend on the rest of the batch;
+            empty if no output does.
+        class_name: Class of that layer.
     """
 
     differences: dict[str, float]
-    samples: tuple[str, ...]
+    stochastic_outputs: tuple[str, ...]
     batch_size: int
     layer: str = ""
     class_name: str = ""
 
     @property
     def problems(self) -> list[str]:
-        """One line per output that differs beyond `variation.SAME`."""
+        """One line per output that differs by more than `variation.TOLERANCE`."""
         return [
-            f"{name} differs by {value:.2g} of its largest value with what else is in the batch"
+            f"{name} differs by {value:.2g} of its largest value with the other inputs in the batch"
             for name, value in self.differences.items()
-            if value > variation.SAME
+            if value > variation.TOLERANCE
         ]
 
     def to_text(self) -> str:
-        """Return the findings and what to do, as one sentence."""
+        """Return the result and, if there are problems, the ways to solve them, as one sentence."""
         if self.problems:
             return (
-                f"{'; '.join(self.problems)}; first seen at layer {self.layer} ({self.class_name}): call "
-                "what looks at the batch there with training=False, choose layers before it, or set "
+                f"{'; '.join(self.problems)}; first seen at layer {self.layer} ({self.class_name}): call the "
+                "layer that depends on the batch with training=False, choose layers before it, or set "
                 "model.batch_size: 1"
             )
         if self.batch_size == 1:
             return "every input runs alone (model.batch_size: 1)"
-        most = max(self.differences.values(), default=0.0)
-        drawn = f"; {', '.join(self.samples)} sample: with draws they run one by one" if self.samples else ""
+        largest = max(self.differences.values(), default=0.0)
+        names = ", ".join(self.stochastic_outputs)
+        sampling = f"; {names} sample: with seeds their inputs run one by one" if names else ""
         return (
-            f"batches of 1, 2 and {self.batch_size}, other places and zeros beside it change nothing "
-            f"(largest relative difference {most:.1g}){drawn}"
+            f"values are the same in batches of 1, 2 and {self.batch_size}, at other places in the batch and "
+            f"next to zeros (largest relative difference {largest:.1g}){sampling}"
         )
 
 
@@ -77,40 +85,40 @@ def check_invariance(
     input_zyx: Shape | None = None,
     samples: Batch | None = None,
 ) -> InvarianceReport:
-    """Run the cut model on a few inputs: alone, in batches of 2 and `batch_size`, reversed, beside zeros.
+    """Run a few inputs in different batches and compare the values of each output.
+
+    The batches are: each input alone, batches of 2 and of the config's size, the same in reverse order, and
+    each input together with zeros.
 
     Args:
-        spec: As for `Extractor`.
-        input_zyx: As for `Extractor`.
-        samples: Preprocessed inputs as `Extractor` takes them, of which three are used; null = random.
+        spec: The `model` section of a config, as for `Extractor`.
+        input_zyx: Requested size of one input, as for `Extractor`.
+        samples: Preprocessed inputs, as `Extractor` takes them; at most three are used. None uses random
+            inputs.
 
     Raises:
-        ModelError: As `Extractor`, but not for outputs that sample or look at the rest of the batch.
-        InputShapeError: The samples have another shape than the model takes.
+        ModelError: As for `Extractor`, except that outputs which sample or depend on the rest of the batch
+            are accepted.
+        InputShapeError: The model does not take samples of this shape.
     """
-    checked, problems = prepare.as_spec(spec), list[str]()
+    section, problems = prepare.parse_model_section(spec), list[str]()
     runtime.configure()
-    ready = prepare.prepare(checked, input_zyx, problems)
-    choices = prepare.choices(checked, ready, problems)
+    prepared = prepare.prepare_model(section, input_zyx, problems)
+    outputs = prepare.select_outputs(section, prepared, problems)
     if problems:
-        raise ModelError(problems, download.redact_uri(checked.uri))
-    run = _callable(prepare.computing(ready, choices))
-    batch = _samples(samples, run, ready)
-    differences, sampling = _compare(run, batch, checked.batch_size)
-    report = InvarianceReport(differences, tuple(sampling), checked.batch_size)
+        raise ModelError(problems, download.redact_uri(section.uri))
+    run = _make_run(prepare.build_function(prepared, outputs))
+    batch = _prepare_samples(samples, run, prepared)
+    differences, stochastic = _compare_batches(run, batch, section.batch_size)
+    report = InvarianceReport(differences, tuple(stochastic), section.batch_size)
     if not report.problems:
         return report
-    first = _first(
-        ready, [tap for tap in prepare.up_to(ready.taps, choices) if not tap.problem], batch, report
-    )
-    worst = max(differences, key=lambda name: differences[name])
-    tap = first or next(choice.tap for choice in choices if choice.name == worst)
-    return InvarianceReport(
-        differences, tuple(sampling), checked.batch_size, tap.path, type(tap.layer).__name__
-    )
+    tap = _find_cause(prepared, outputs, batch, report)
+    return replace(report, layer=tap.path, class_name=type(tap.layer).__name__)
 
 
-def _callable(function: Any) -> Callable[[Batch], Values]:
+def _make_run(function: Any) -> Run:
+    """Return a traced function as a function of a NumPy batch that returns NumPy arrays."""
     import tensorflow as tf
 
     def run(batch: Batch) -> Values:
@@ -119,53 +127,68 @@ def _callable(function: Any) -> Callable[[Batch], Values]:
     return run
 
 
-def _samples(given: Batch | None, run: Callable[[Batch], Values], ready: Prepared) -> Batch:
-    """Return `_DISTINCT` inputs: the ones given, as often as needed, or random ones."""
-    if given is None:
-        a, b = inputs.probe(run, ready.shape, ready.model).batch
+def _prepare_samples(samples: Batch | None, run: Run, prepared: PreparedModel) -> Batch:
+    """Return `_SAMPLE_COUNT` inputs: the given samples, repeated as needed, or random ones.
+
+    A single sample is joined by its mirror image and by its half, because a batch of equal inputs would show
+    no difference.
+    """
+    if samples is None:
+        a, b = inputs.run_trials(run, prepared.call).batch
         return np.stack([a, b, (a + b) / 2])
-    whole = inputs.as_inputs(given, ready.shape)
-    if len(whole) == 1:  # a batch of equal inputs would show nothing
-        whole = np.concatenate([whole, whole[:, ::-1], whole / 2])
-    return whole[np.arange(_DISTINCT) % len(whole)]
+    batch = inputs.check_batch(samples, prepared.call.input_shape)
+    if len(batch) == 1:
+        batch = np.concatenate([batch, batch[:, ::-1], batch / 2])
+    return batch[np.arange(_SAMPLE_COUNT) % len(batch)]
 
 
-def _batches(size: int) -> list[Rows]:
-    """Return which samples are put together; null stands for zeros."""
+def _list_batches(size: int) -> list[BatchRows]:
+    """Return the batches to run, besides each sample alone."""
     if size == 1:
         return []
-    full = [at % _DISTINCT for at in range(size)]
-    padded: list[Rows] = [[at, *[None] * (size - 1)] for at in range(_DISTINCT)]
+    full = [row % _SAMPLE_COUNT for row in range(size)]
+    padded: list[BatchRows] = [[sample, *[None] * (size - 1)] for sample in range(_SAMPLE_COUNT)]
     return [[0, 1], [2, 0], list(full), list(reversed(full)), *padded]
 
 
-def _compare(run: Callable[[Batch], Values], samples: Batch, size: int) -> tuple[dict[str, float], list[str]]:
-    """Return the largest relative difference per name to each sample alone, and the names that sample."""
+def _compare_batches(run: Run, samples: Batch, size: int) -> tuple[dict[str, float], list[str]]:
+    """Return by output name the largest relative difference to each sample alone, and the stochastic outputs.
+
+    The stochastic outputs are not among the differences.
+    """
     twin, mixed = samples[[0, 0]], samples[[0, 1]]
     trials = [run(twin), run(twin), run(mixed)]
-    sampling = [name for name in trials[0] if variation.kind(*(trial[name] for trial in trials)) == "samples"]
-    alone = [run(samples[at : at + 1]) for at in range(_DISTINCT)]
-    found = {name: 0.0 for name in trials[0] if name not in sampling}
-    for rows in _batches(size):
-        together = run(np.stack([np.zeros_like(samples[0]) if at is None else samples[at] for at in rows]))
-        for name in found:
-            gaps = (
-                variation.difference(alone[at][name][0], together[name][place])
-                for place, at in enumerate(rows)
-                if at is not None
+    stochastic = [
+        name
+        for name in trials[0]
+        if variation.classify_variation(*(trial[name] for trial in trials)) is Variation.SAMPLES
+    ]
+    alone = [run(samples[number : number + 1]) for number in range(_SAMPLE_COUNT)]
+    differences = {name: 0.0 for name in trials[0] if name not in stochastic}
+    zeros = np.zeros_like(samples[0])
+    for rows in _list_batches(size):
+        together = run(np.stack([zeros if sample is None else samples[sample] for sample in rows]))
+        for name in differences:
+            batch_differences = (
+                variation.compute_difference(alone[sample][name][0], together[name][row])
+                for row, sample in enumerate(rows)
+                if sample is not None
             )
-            found[name] = max(found[name], *gaps)
-    return found, sampling
+            differences[name] = max(differences[name], *batch_differences)
+    return differences, stochastic
 
 
-def _first(
-    ready: Prepared, taps: Sequence[trace.Tap], samples: Batch, report: InvarianceReport
-) -> trace.Tap | None:
-    """Return the first tap whose values follow the batch, by the moments of all of them."""
+def _find_cause(
+    prepared: PreparedModel, outputs: Sequence[OutputSpec], samples: Batch, report: InvarianceReport
+) -> Tap:
+    """Return the first tap whose values depend on the batch; if none is found, that of the worst output."""
+    taps = [tap for tap in prepare.select_taps_up_to(prepared.taps, outputs) if not tap.problem]
 
-    def summarise(tensors: dict[str, Any]) -> dict[str, Any]:
-        return {key: variation.moments(tensor) for key, tensor in tensors.items()}
+    def summarize(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {key: variation.compute_moments(tensor) for key, tensor in tensors.items()}
 
-    run = trace.capture(ready.model, [tap.key for tap in taps], ready.shape, summarise, ready.fill)
-    differences, _ = _compare(_callable(run), samples, report.batch_size)
-    return next((tap for tap in taps if differences.get(tap.key, 0.0) > variation.SAME), None)
+    function = trace.trace_truncated_model(prepared.call, [tap.key for tap in taps], summarize)
+    by_key, _ = _compare_batches(_make_run(function), samples, report.batch_size)
+    worst = max(report.differences, key=lambda name: report.differences[name])
+    worst_tap = next(output.tap for output in outputs if output.name == worst)
+    return next((tap for tap in taps if by_key.get(tap.key, 0.0) > variation.TOLERANCE), worst_tap)

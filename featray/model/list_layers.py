@@ -1,6 +1,6 @@
-"""Lists the layers of a model that can be cut, with what each would cost and what is odd about it.
+"""List the layers of a model from which values can be extracted, with the size and the flags of each.
 
-In: a model file or `ModelConfig`. Out: one `LayerInfo` per value that a layer call returns.
+In: a model file or a `ModelConfig`. Out: one `LayerInfo` per value that a layer call returns.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 from featray.config import ModelConfig
 from featray.model import prepare, runtime, select_layers, variation
 from featray.model.inputs import Shape
-from featray.model.select_layers import Choice, Pool
+from featray.model.select_layers import OutputSpec, Pool
 from featray.model.trace import Tap
+from featray.model.variation import Variation
 
 _SPREAD = r"sigma|std|(log_?)?var(iance)?|log_?(sigma|std|sd)"
 _SPREAD_NAME = re.compile(rf"(^|_)({_SPREAD})($|_)", re.IGNORECASE)
@@ -28,22 +29,26 @@ class LayerInfo:
     """One value that can be extracted.
 
     Attributes:
-        path: As `model.layers` takes it: `encoder/conv_1`; `shared#2` is the second call,
+        path: Path to write in `model.layers`: `encoder/conv_1`. `shared#2` is the second call of a layer,
             `encoder:0` the first of several outputs.
-        class_name: Of the Keras layer.
-        shape: Of one value, without batch axis and before pooling; None where it follows the size
-            of the input.
-        values: Numbers per input after pooling: the default one, or all that the config chooses; where
-            that follows the size of the input, those of a small one.
-        flags: `stochastic`: the same input gives other values from call to call, found by
-            running the model. `batch_dependent`: they follow what else is in the batch; found so too.
-            `bottleneck`: no layer has fewer values per input (single numbers aside); ties are all
-            marked. `dead_units_possible`: a ReLU at the bottleneck, on what feeds a stochastic layer,
-            or on a layer named like a mean or variance: units may be 0 for every scan. `sigma`: named
-            like a variance, its logarithm or its root: says how sure the model is, not where the scan
-            lies.
-        pools: Of the outputs that the config makes of it, else only the default one.
-        chosen: Whether the config takes it.
+        class_name: Class of the Keras layer.
+        shape: Shape of the value for one input, without the batch axis and before pooling; None along an axis
+            whose size depends on the input.
+        values: Number of values per input after pooling: the sum over all outputs that the config makes of
+            this layer, or the number after the default pooling if it makes none. If the number depends on the
+            size of the input, it is that of a small input.
+        flags: Properties of the layer.
+            `stochastic`: the values for the same input differ from call to call, found by running the model.
+            `batch_dependent`: the values depend on the other inputs in the batch, also found by running it.
+            `bottleneck`: no other layer has fewer values per input, not counting layers with a single value;
+            layers with equally many values all have this flag.
+            `dead_units_possible`: a ReLU layer that is the bottleneck, feeds a stochastic layer, or has the
+            name of a mean or variance. Some of its units may be 0 for every scan.
+            `sigma`: the layer has the name of a variance, of its logarithm or of its root. Its values say how
+            certain the model is, and not where the scan lies in the latent space.
+        pools: Pooling of each output that the config makes of this layer; the default pooling if it makes
+            none.
+        chosen: Whether the config asks for this layer.
     """
 
     path: str
@@ -56,7 +61,7 @@ class LayerInfo:
 
     @property
     def gb_per_10000(self) -> float:
-        """Gigabytes of the values of 10,000 inputs as they are stored, float32."""
+        """Size of the values of 10,000 inputs in gigabytes, as they are stored (float32)."""
         return self.values * 4 * 10_000 / 1e9
 
 
@@ -71,21 +76,22 @@ def list_layers(
 ) -> list[LayerInfo]:
     """Return every layer value that can be extracted, in order of computation.
 
-    The whole model runs three times, on two random inputs, to find what is stochastic. Layers that
-    a config asks for and that are not there are passed over: the list shows what is.
+    The whole model runs three times, on two random inputs, to find out which layers are stochastic. Layers
+    that a config asks for and that the model does not have are ignored.
 
     Args:
-        model: A `model` section of a config, or the path of a model file.
-        custom_objects: As in the config; used only with a path, like the next three.
-        builder: As in the config.
-        submodel: As in the config.
-        trust: As in the config.
-        input_zyx: Voxels of one input; null takes the model's own.
+        model: The `model` section of a config, or the path of a model file.
+        custom_objects: The config key of this name. It is used only if `model` is a path, as are `builder`,
+            `submodel` and `trust`.
+        builder: The config key of this name.
+        submodel: The config key of this name.
+        trust: The config key of this name.
+        input_zyx: Size (z, y, x) of one input in voxels; None takes the size that the model declares.
 
     Raises:
         ModelError: The model cannot be loaded or called.
     """
-    given = not isinstance(model, str | os.PathLike)
+    is_config = not isinstance(model, str | os.PathLike)
     if isinstance(model, str | os.PathLike):
         keys = {
             "custom_objects": tuple(custom_objects),
@@ -94,61 +100,73 @@ def list_layers(
             "trust": trust,
         }
         model = {"uri": os.fspath(model), "layers": ["*"], **keys}
-    spec = prepare.as_spec(model)
+    spec = prepare.parse_model_section(model)
     runtime.configure()
-    ready = prepare.prepare(spec, input_zyx, [])
-    taps = [tap for tap in ready.taps if not tap.problem]
-    seen = variation.evaluate(ready.model, taps, ready.shape, ready.fill)
-    narrowest = min((width for width in map(math.prod, seen.shapes.values()) if width > 1), default=0)
-    chosen = prepare.choices(spec, ready, []) if given else []
-    found = _Found(seen, narrowest, taps, chosen, any_size=None in ready.shape)
-    return [_info(tap, found) for tap in taps]
+    prepared = prepare.prepare_model(spec, input_zyx, [])
+    taps = [tap for tap in prepared.taps if not tap.problem]
+    evaluation = variation.evaluate_taps(prepared.call, taps)
+    value_counts = map(math.prod, evaluation.shapes.values())
+    narrowest = min((count for count in value_counts if count > 1), default=0)
+    outputs = prepare.select_outputs(spec, prepared, []) if is_config else []
+    has_any_size = None in prepared.call.input_shape
+    survey = _Survey(evaluation, narrowest, taps, outputs, has_any_size)
+    return [_describe_tap(tap, survey) for tap in taps]
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What running the model told, and the fewest values of any layer."""
+class _Survey:
+    """All that is known of a model after running it.
 
-    seen: variation.Evaluated
+    Attributes:
+        evaluation: Shape and variation of each tap.
+        narrowest: Smallest number of values per input of any layer, not counting single values.
+        taps: The taps that can be extracted.
+        outputs: The outputs that the config asks for.
+        has_any_size: Whether the model accepts inputs of any size along some axis.
+    """
+
+    evaluation: variation.TapEvaluation
     narrowest: int
     taps: list[Tap]
-    chosen: list[Choice]
-    any_size: bool
+    outputs: list[OutputSpec]
+    has_any_size: bool
 
-    def samples(self, key: str) -> bool:
-        return self.seen.kinds[key] == "samples"
+    def is_stochastic(self, tap: Tap) -> bool:
+        """Return whether the values of a tap differ from call to call."""
+        return self.evaluation.variations[tap.key] is Variation.SAMPLES
 
 
-def _info(tap: Tap, found: _Found) -> LayerInfo:
-    seen = found.seen.shapes[tap.key]
-    is_narrow = math.prod(seen) == found.narrowest
+def _describe_tap(tap: Tap, survey: _Survey) -> LayerInfo:
+    shape = survey.evaluation.shapes[tap.key]
+    is_bottleneck = math.prod(shape) == survey.narrowest
     flags = {
-        "stochastic": found.samples(tap.key),
-        "batch_dependent": found.seen.kinds[tap.key] == "batch",
-        "bottleneck": is_narrow,
-        "dead_units_possible": _clips(tap.layer) and (is_narrow or _parametrises(tap, found)),
-        "sigma": any(_SPREAD_NAME.search(name) for name in _names(tap)),
+        "stochastic": survey.is_stochastic(tap),
+        "batch_dependent": survey.evaluation.variations[tap.key] is Variation.BATCH,
+        "bottleneck": is_bottleneck,
+        "dead_units_possible": _has_relu(tap.layer) and (is_bottleneck or _is_latent_parameter(tap, survey)),
+        "sigma": any(_SPREAD_NAME.search(name) for name in _list_plain_names(tap)),
     }
-    pools = tuple(choice.pool for choice in found.chosen if choice.tap.key == tap.key)
-    used = pools or (select_layers.default_pool(tap),)
+    chosen_pools = tuple(output.pool for output in survey.outputs if output.tap.key == tap.key)
+    pools = chosen_pools or (select_layers.get_default_pool(tap),)
     return LayerInfo(
-        tap.path,
-        type(tap.layer).__name__,
-        tap.shape[1:] if found.any_size else seen,
-        sum(_values(tap, seen, pool) for pool in used),
-        tuple(flag for flag, is_set in flags.items() if is_set),
-        used,
-        bool(pools),
+        path=tap.path,
+        class_name=type(tap.layer).__name__,
+        shape=tap.shape[1:] if survey.has_any_size else shape,
+        values=sum(_count_values(tap, shape, pool) for pool in pools),
+        flags=tuple(flag for flag, is_set in flags.items() if is_set),
+        pools=pools,
+        chosen=bool(chosen_pools),
     )
 
 
-def _values(tap: Tap, seen: tuple[int, ...], pool: Pool) -> int:
-    channels = math.prod(seen[:1] if select_layers.channels_first(tap) else seen[-1:])
-    return {"none": math.prod(seen), "avg": channels, "max": channels, "avgmax": 2 * channels}[pool]
+def _count_values(tap: Tap, shape: tuple[int, ...], pool: Pool) -> int:
+    """Return the number of values per input after pooling; `shape` is before pooling, without batch axis."""
+    channels = math.prod(shape[:1] if select_layers.is_channels_first(tap) else shape[-1:])
+    return {"none": math.prod(shape), "avg": channels, "max": channels, "avgmax": 2 * channels}[pool]
 
 
-def _clips(layer: Any) -> bool:
-    """Return whether the layer ends in a ReLU, which can hold a unit at 0 for every input."""
+def _has_relu(layer: Any) -> bool:
+    """Return whether the layer ends in a ReLU, so that a unit can be 0 for every input."""
     import keras
 
     if isinstance(layer, keras.layers.ReLU):
@@ -156,11 +174,14 @@ def _clips(layer: Any) -> bool:
     return getattr(layer, "activation", None) in (keras.activations.relu, keras.activations.relu6)
 
 
-def _parametrises(tap: Tap, found: _Found) -> bool:
-    feeds = any(tap.key in other.fed_by and found.samples(other.key) for other in found.taps)
-    return (feeds and not found.samples(tap.key)) or any(_GAUSSIAN_NAME.search(name) for name in _names(tap))
+def _is_latent_parameter(tap: Tap, survey: _Survey) -> bool:
+    """Return whether a tap feeds a stochastic layer, or has the name of a mean or variance."""
+    feeds_sampling = any(
+        tap.key in other.fed_by and survey.is_stochastic(other) for other in survey.taps
+    ) and not survey.is_stochastic(tap)
+    return feeds_sampling or any(_GAUSSIAN_NAME.search(name) for name in _list_plain_names(tap))
 
 
-def _names(tap: Tap) -> list[str]:
-    """Return layer and attribute name, as they are without the number of a call or output."""
+def _list_plain_names(tap: Tap) -> list[str]:
+    """Return the layer name and the attribute name of a tap, without the number of a call or output."""
     return [re.split("[#:]", name)[0] for name in tap.parts[-1]]

@@ -1,7 +1,7 @@
-"""Loads a model, finds all that can be taken from it, and traces what was chosen.
+"""Load a model, list its taps, select outputs, and build the function that computes them.
 
-In: a `ModelConfig` and the size of one input. Out: the model with its taps, or a function that computes
-chosen ones. The ground that extraction, listing and checks share.
+In: a `ModelConfig` and the size of one input. Out: the loaded model with its taps, or a traced function. The
+extractor, the list of layers and the invariance check share these steps.
 """
 
 from __future__ import annotations
@@ -16,31 +16,27 @@ from featray.model.inputs import Shape
 from featray.model.loading import load
 from featray.model.loading.load import LoadedModel
 from featray.model.loading.model_file import ModelFormat
-from featray.model.select_layers import Choice, Pool
-from featray.model.trace import Tap
+from featray.model.select_layers import OutputSpec, Pool
+from featray.model.trace import ModelCall, Tap
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A model that is ready to be cut.
+class PreparedModel:
+    """A model from which outputs can be selected.
 
     Attributes:
         loaded: The whole model and its files.
-        model: The part of it that is called: `model.submodel`, or all.
-        shape: Of one input with its channels, without batch axis; None where any size goes.
-        fill: Makes all inputs of the model of the one that changes.
-        taps: All that its layers return.
+        call: The model to run, which is `model.submodel` or the whole model, and how to call it.
+        taps: Every tensor that its layers return, in order of computation.
     """
 
     loaded: LoadedModel
-    model: Any
-    shape: Shape
-    fill: trace.Fill
+    call: ModelCall
     taps: list[Tap]
 
 
-def as_spec(spec: ModelConfig | Mapping[str, Any]) -> ModelConfig:
-    """Return a checked `model` section.
+def parse_model_section(spec: ModelConfig | Mapping[str, Any]) -> ModelConfig:
+    """Return a `model` section of a config as a checked `ModelConfig`.
 
     Raises:
         ConfigError: Lists every unknown key and wrong value.
@@ -50,54 +46,64 @@ def as_spec(spec: ModelConfig | Mapping[str, Any]) -> ModelConfig:
     return load_model_section(spec)
 
 
-def prepare(spec: ModelConfig, input_zyx: Shape | None, problems: list[str]) -> Prepared:
-    """Load and survey a model; append to `problems` a size that does not fit, and weights left at random.
+def prepare_model(spec: ModelConfig, input_zyx: Shape | None, problems: list[str]) -> PreparedModel:
+    """Load a model and list its taps.
+
+    Args:
+        spec: The `model` section of the config.
+        input_zyx: Requested size of one input; see `inputs.resolve_input_shape`.
+        problems: An input size that does not fit, and weights without saved values, are appended here.
 
     Raises:
-        ModelError: The model cannot be loaded, or not be called at all.
+        ModelError: The model cannot be loaded or called.
     """
-    loaded = load.load_model(spec, inputs.possible(input_zyx))
+    loaded = load.load_model(spec, inputs.list_possible_shapes(input_zyx))
     model = load.get_submodel(loaded, spec.submodel)
-    shape, misfits = inputs.input_shape(model, input_zyx, spec.constants)
-    fill = inputs.filler(model, spec.constants)
-    taps = trace.survey(model, shape, fill)
-    problems += misfits + _unsaved(model, loaded)
-    return Prepared(loaded, model, shape, fill, taps)
+    shape, size_problems = inputs.resolve_input_shape(model, input_zyx, spec.constants)
+    call = ModelCall(model, shape, inputs.make_fill(model, spec.constants))
+    taps = trace.record_taps(call)
+    problems += size_problems + _check_weights(model, loaded)
+    return PreparedModel(loaded, call, taps)
 
 
-def choices(spec: ModelConfig, prepared: Prepared, problems: list[str]) -> list[Choice]:
-    """Return one choice per output of `spec.layers`; append to `problems` what cannot be had."""
+def select_outputs(spec: ModelConfig, prepared: PreparedModel, problems: list[str]) -> list[OutputSpec]:
+    """Return the outputs that `spec.layers` asks for; append those that cannot be extracted to `problems`."""
     before = len(problems)
-    found = select_layers.choose(spec, prepared.taps, problems)
+    outputs = select_layers.match_layers(spec, prepared.taps, problems)
     if prepared.loaded.format is ModelFormat.SAVED_MODEL and len(problems) > before:
         problems.append(
-            "a SavedModel holds only its exported endpoints, no inner layers to cut at: to have those, save "
-            "the model with model.save('NAME.keras') and give that file"
+            "a SavedModel has only its exported endpoints and no inner layers; to extract inner layers, save "
+            "the model with model.save('NAME.keras') and set model.uri to that file"
         )
-    return found
+    return outputs
 
 
-def computing(prepared: Prepared, wanted: Sequence[Choice], jit_compile: bool = False) -> Any:
+def build_function(
+    prepared: PreparedModel, outputs: Sequence[OutputSpec], *, jit_compile: bool = False
+) -> Any:
     """Return a traced function: float32 (n, *shape) -> {output name: pooled float32 (n, …)}, for any n."""
 
-    def finish(tensors: dict[str, Any]) -> dict[str, Any]:
-        return {choice.name: pooled(tensors[choice.tap.key], choice.pool, choice.tap) for choice in wanted}
+    def pool_all(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {
+            output.name: pool_tensor(tensors[output.tap.key], output.pool, output.tap) for output in outputs
+        }
 
-    keys = [choice.tap.key for choice in wanted]
-    return trace.capture(prepared.model, keys, prepared.shape, finish, prepared.fill, jit_compile)
+    keys = [output.tap.key for output in outputs]
+    return trace.trace_truncated_model(prepared.call, keys, pool_all, jit_compile=jit_compile)
 
 
-def up_to(taps: Sequence[Tap], wanted: Sequence[Choice]) -> list[Tap]:
-    """Return the taps that exist when the last of `wanted` does."""
-    keys = {choice.tap.key for choice in wanted}
-    last = max(at for at, tap in enumerate(taps) if tap.key in keys)
+def select_taps_up_to(taps: Sequence[Tap], outputs: Sequence[OutputSpec]) -> list[Tap]:
+    """Return the taps up to the last one that `outputs` need, in order of computation."""
+    keys = {output.tap.key for output in outputs}
+    last = max(index for index, tap in enumerate(taps) if tap.key in keys)
     return list(taps[: last + 1])
 
 
-def pooled(tensor: Any, pool: Pool, tap: Tap) -> Any:
-    """Return a float32 tensor (n, …) after pooling over the spatial axes; `avgmax` is [avg, max].
+def pool_tensor(tensor: Any, pool: Pool, tap: Tap) -> Any:
+    """Return a tensor (n, …) as float32, pooled over its spatial axes; `avgmax` is [avg, max].
 
-    Channels are the last axis unless the layer itself says channels_first.
+    The channels are on the last axis, unless the layer declares `channels_first`. A tensor (n,) becomes
+    (n, 1).
     """
     import tensorflow as tf
 
@@ -106,20 +112,20 @@ def pooled(tensor: Any, pool: Pool, tap: Tap) -> Any:
         return value[:, tf.newaxis]
     axes = (
         list(range(2, value.shape.rank))
-        if select_layers.channels_first(tap)
+        if select_layers.is_channels_first(tap)
         else list(range(1, value.shape.rank - 1))
     )
     average, largest = tf.reduce_mean(value, axes), tf.reduce_max(value, axes)
     return {"none": value, "avg": average, "max": largest, "avgmax": tf.concat([average, largest], -1)}[pool]
 
 
-def _unsaved(model: Any, loaded: LoadedModel) -> list[str]:
-    """Return what is wrong when a surveyed model has weights that were not in its file."""
+def _check_weights(model: Any, loaded: LoadedModel) -> list[str]:
+    """Return the problem of weights that layers created in the trace, after the file was loaded."""
     saved = {id(weight) for weight in loaded.weights}
     unsaved = [weight.path for weight in model.weights if id(weight) not in saved]
     if not unsaved:
         return []
     return [
-        f"weights: {len(unsaved)} came with no values from the file and would be random, e.g. "
-        f"{unsaved[0]}; save the model after calling it once"
+        f"weights: {len(unsaved)} have no values in the file and would be random, e.g. {unsaved[0]}; save "
+        "the model after calling it once"
     ]

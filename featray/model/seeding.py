@@ -1,11 +1,12 @@
-"""Random numbers that follow a text: what a sampling layer draws is decided from outside.
+"""Make the random numbers of a model follow from a seed text, so that sampling layers are reproducible.
 
-In: a traced function and, per input, a text that names the draw. Out: the same values for the same
-input and text in any process, at any place, after any calls. Knows nothing of layers or scans.
+In: a traced function and one seed text per input. Out: the same values for the same input and seed, in any
+process, at any place in a batch, after any earlier calls. Knows nothing of layers and scans.
 
-Three kinds of sources are reached: Keras's seed generators and `tf.random.Generator` keep their state in
-a variable, which is set before each call; `tf.random.normal` and its kin keep theirs inside the kernel,
-so while tracing they are replaced by stateless twins fed from one more such variable.
+Three kinds of random number generators are controlled. Keras's seed generators and `tf.random.Generator`
+hold their state in a variable, which is set before each call. Operations such as `tf.random.normal` hold
+their state inside the kernel; while a model is traced, stateless operations replace them, which take their
+seeds from one more such variable.
 """
 
 from __future__ import annotations
@@ -19,35 +20,37 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 LOCK = threading.RLock()
-"""Held from setting the sources to the end of the call: some are shared by a whole process."""
+"""Held from setting the state variables to the end of the call, because calls of one process share some."""
 
-_OWN = "featray_draws"
-_STATES = ("seed_generator_state", "StateVar", _OWN)  # of Keras, of tf.random.Generator, of the twins
-_STILL_RANDOM = re.compile(
+_SEED_SOURCE_NAME = "featray_draws"
+# Of Keras's seed generators, of tf.random.Generator, and of the variable for the stateless operations.
+_STATE_NAMES = ("seed_generator_state", "StateVar", _SEED_SOURCE_NAME)
+_UNCONTROLLED_OP = re.compile(
     r"^(?!Stateful|Stateless)"
     r".*(Random|Multinomial|TruncatedNormal|NonDeterministic|CandidateSampler|SampleDistorted|FractionalM)"
 )
-_own_source: list[Any] = []
+_seed_source: list[Any] = []
+"""The one variable that seeds the stateless operations, once it exists."""
 
 
 @contextlib.contextmanager
-def reachable() -> Iterator[None]:
-    """Let this thread trace random operations of TensorFlow that a text can decide."""
+def replace_random_ops() -> Iterator[None]:
+    """While this thread traces, replace stateful random operations of TensorFlow by stateless ones."""
     from tensorflow.python.ops import gen_random_ops
 
-    _create_own_source()
-    owner, originals = threading.get_ident(), {name: getattr(gen_random_ops, name) for name in _TWINS}
+    _create_seed_source()
+    owner, originals = threading.get_ident(), {name: getattr(gen_random_ops, name) for name in _REPLACEMENTS}
 
-    def replaced(name: str) -> Callable[..., Any]:
-        def call(*args: Any, **keys: Any) -> Any:
+    def make_replacement(name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != owner:
-                return originals[name](*args, **keys)
-            return _TWINS[name](*args, **keys)
+                return originals[name](*args, **kwargs)
+            return _REPLACEMENTS[name](*args, **kwargs)
 
         return call
 
-    for name in _TWINS:
-        setattr(gen_random_ops, name, replaced(name))
+    for name in _REPLACEMENTS:
+        setattr(gen_random_ops, name, make_replacement(name))
     try:
         yield
     finally:
@@ -55,42 +58,49 @@ def reachable() -> Iterator[None]:
             setattr(gen_random_ops, name, original)
 
 
-def sources(function: Any) -> list[Any]:
-    """Return the variables of a traced function that hold the state of its random numbers.
+def find_state_variables(function: Any) -> list[Any]:
+    """Return the variables of a traced function that hold the state of its random number generators.
 
-    In the order in which the trace met them, which is the same in every process.
+    They are in the order in which the trace first used them, which is the same in every process.
     """
     states = {id(variable.handle): variable for variable in function.graph.variables if _is_state(variable)}
     return [states[id(tensor)] for tensor in function.graph.external_captures if id(tensor) in states]
 
 
-def beyond_reach(function: Any) -> list[str]:
-    """Return the random operations of a traced function whose state no variable holds: `scope (Kind)`."""
+def list_uncontrolled_random_ops(function: Any) -> list[str]:
+    """Return the random operations of a traced function that no seed controls, as `name (Type)`.
+
+    Their state is not in a variable.
+    """
     graph = function.graph.as_graph_def()
     nodes = [*graph.node, *(node for part in graph.library.function for node in part.node_def)]
-    return [f"{node.name} ({node.op})" for node in nodes if _STILL_RANDOM.match(node.op)]
+    return [f"{node.name} ({node.op})" for node in nodes if _UNCONTROLLED_OP.match(node.op)]
 
 
-def may_vary(function: Any) -> set[str]:
-    """Return the names of the outputs of a traced function that some random number goes into."""
+def find_random_outputs(function: Any) -> set[str]:
+    """Return the names of the outputs of a traced function that are computed from a random number."""
     states = {id(variable.handle) for variable in function.graph.variables if _is_state(variable)}
-    drawn = {id(inner) for outer, inner in function.graph.captures if id(outer) in states}
+    inner_states = {id(inner) for outer, inner in function.graph.captures if id(outer) in states}
 
     def is_random(tensor: Any) -> bool:
-        return id(tensor) in drawn or bool(_STILL_RANDOM.match(tensor.op.type))
+        return id(tensor) in inner_states or bool(_UNCONTROLLED_OP.match(tensor.op.type))
 
-    return {
-        name for name, tensor in function.graph.structured_outputs.items() if _any_before(tensor, is_random)
-    }
+    outputs = function.graph.structured_outputs
+    return {name for name, tensor in outputs.items() if _has_ancestor(tensor, is_random)}
 
 
 @contextlib.contextmanager
-def following(variables: list[Any], text: str) -> Iterator[None]:
-    """Let all random numbers follow `text` for a while; after it they go on as if nothing had been."""
+def set_seed(variables: list[Any], seed: str) -> Iterator[None]:
+    """Within the context, make all random numbers follow from `seed`; afterwards restore the states.
+
+    Args:
+        variables: The state variables, as `find_state_variables` returns them.
+        seed: Any text.
+    """
     with LOCK:
         before = [variable.numpy() for variable in variables]
         for number, variable in enumerate(variables):
-            variable.assign(_words(f"{text}\n{number}", variable.shape[0]))
+            variable.assign(_hash_to_integers(f"{seed}\n{number}", variable.shape[0]))
         try:
             yield
         finally:
@@ -98,102 +108,107 @@ def following(variables: list[Any], text: str) -> Iterator[None]:
                 variable.assign(value)
 
 
-def _words(text: str, count: int) -> list[int]:
-    """Return up to eight numbers of 30 bits: within the range that Keras and TensorFlow take as they are."""
+def _hash_to_integers(text: str, count: int) -> list[int]:
+    """Return up to eight integers of 30 bits, which Keras and TensorFlow accept as states and seeds."""
     digest = hashlib.sha256(text.encode()).digest()
     return [int.from_bytes(digest[4 * at : 4 * at + 4], "big") >> 2 for at in range(count)]
 
 
-def _any_before(tensor: Any, is_wanted: Callable[[Any], bool]) -> bool:
-    waiting, seen = [tensor], set()
+def _has_ancestor(tensor: Any, is_match: Callable[[Any], bool]) -> bool:
+    """Return whether `is_match` is true for a tensor or for any tensor it is computed from."""
+    waiting, visited = [tensor], set()
     while waiting:
         tensor = waiting.pop()
-        if is_wanted(tensor):
+        if is_match(tensor):
             return True
-        if id(tensor.op) not in seen:
-            seen.add(id(tensor.op))
+        if id(tensor.op) not in visited:
+            visited.add(id(tensor.op))
             waiting += list(tensor.op.inputs)
     return False
 
 
 def _is_state(variable: Any) -> bool:
+    """Return whether a variable holds the state of a random number generator, by its name and type."""
     name = variable.name.rpartition("/")[2].partition(":")[0]
-    is_state = name in _STATES and variable.dtype.is_integer and variable.shape.rank == 1
+    is_state = name in _STATE_NAMES and variable.dtype.is_integer and variable.shape.rank == 1
     return bool(is_state and not variable.trainable and variable.shape[0] <= 8)
 
 
-def _create_own_source() -> None:
+def _create_seed_source() -> None:
+    """Create the variable that seeds the stateless operations, from the system's random numbers."""
     import tensorflow as tf
 
-    if not _own_source:
-        start = _words(os.urandom(16).hex(), 2)
-        _own_source.append(tf.Variable(start, dtype=tf.int64, trainable=False, name=_OWN))
+    if not _seed_source:
+        start = _hash_to_integers(os.urandom(16).hex(), 2)
+        _seed_source.append(tf.Variable(start, dtype=tf.int64, trainable=False, name=_SEED_SOURCE_NAME))
 
 
-def _next() -> Any:
-    """Return a seed that no other draw of this process got, unless the source was set between."""
+def _take_seed() -> Any:
+    """Return a seed for one stateless operation, and advance the variable so that the next one differs."""
     import tensorflow as tf
 
-    (source,) = _own_source
+    (source,) = _seed_source
     seed = tf.identity(source.read_value())
     source.assign_add([0, 1])
     return seed
 
 
-def _normal(shape: Any, dtype: Any, **_keys: Any) -> Any:
+def _sample_normal(shape: Any, dtype: Any, **_ignored: Any) -> Any:
     import tensorflow as tf
 
-    return tf.random.stateless_normal(shape, _next(), dtype=dtype)
+    return tf.random.stateless_normal(shape, _take_seed(), dtype=dtype)
 
 
-def _truncated(shape: Any, dtype: Any, **_keys: Any) -> Any:
+def _sample_truncated_normal(shape: Any, dtype: Any, **_ignored: Any) -> Any:
     import tensorflow as tf
 
-    return tf.random.stateless_truncated_normal(shape, _next(), dtype=dtype)
+    return tf.random.stateless_truncated_normal(shape, _take_seed(), dtype=dtype)
 
 
-def _uniform(shape: Any, dtype: Any, **_keys: Any) -> Any:
+def _sample_uniform(shape: Any, dtype: Any, **_ignored: Any) -> Any:
     import tensorflow as tf
 
-    return tf.random.stateless_uniform(shape, _next(), dtype=dtype)
+    return tf.random.stateless_uniform(shape, _take_seed(), dtype=dtype)
 
 
-def _integers(shape: Any, minval: Any, maxval: Any, **_keys: Any) -> Any:
+def _sample_integers(shape: Any, minval: Any, maxval: Any, **_ignored: Any) -> Any:
     import tensorflow as tf
 
     low = tf.convert_to_tensor(minval)
-    return tf.random.stateless_uniform(shape, _next(), low, maxval, dtype=low.dtype)
+    return tf.random.stateless_uniform(shape, _take_seed(), low, maxval, dtype=low.dtype)
 
 
-def _categories(logits: Any, num_samples: Any, output_dtype: Any = "int64", **_keys: Any) -> Any:
+def _sample_categories(logits: Any, num_samples: Any, output_dtype: Any = "int64", **_ignored: Any) -> Any:
     import tensorflow as tf
 
-    return tf.random.stateless_categorical(logits, num_samples, _next(), dtype=tf.as_dtype(output_dtype))
+    dtype = tf.as_dtype(output_dtype)
+    return tf.random.stateless_categorical(logits, num_samples, _take_seed(), dtype=dtype)
 
 
-def _shuffled(value: Any, **_keys: Any) -> Any:
+def _shuffle(value: Any, **_ignored: Any) -> Any:
     import tensorflow as tf
 
     value = tf.convert_to_tensor(value)
-    places = tf.random.stateless_uniform(tf.shape(value)[:1], _next())
-    return tf.gather(value, tf.argsort(places, stable=True))
+    sort_keys = tf.random.stateless_uniform(tf.shape(value)[:1], _take_seed())
+    return tf.gather(value, tf.argsort(sort_keys, stable=True))
 
 
-def _gamma(shape: Any, alpha: Any, **_keys: Any) -> Any:
+def _sample_gamma(shape: Any, alpha: Any, **_ignored: Any) -> Any:
     import tensorflow as tf
 
     alpha = tf.convert_to_tensor(alpha)
-    whole = tf.concat([shape, tf.shape(alpha, out_type=tf.as_dtype(shape.dtype))], 0)
-    return tf.random.stateless_gamma(whole, _next(), alpha, dtype=alpha.dtype)
+    full_shape = tf.concat([shape, tf.shape(alpha, out_type=tf.as_dtype(shape.dtype))], 0)
+    return tf.random.stateless_gamma(full_shape, _take_seed(), alpha, dtype=alpha.dtype)
 
 
-# By the name TensorFlow's Python code calls them by, with the arguments it gives; seeds are left out.
-_TWINS: dict[str, Callable[..., Any]] = {
-    "random_standard_normal": _normal,
-    "truncated_normal": _truncated,
-    "random_uniform": _uniform,
-    "random_uniform_int": _integers,
-    "multinomial": _categories,
-    "random_shuffle": _shuffled,
-    "random_gamma": _gamma,
+# Keys: names in `gen_random_ops`. Each replacement takes the arguments that TensorFlow's Python code passes
+# to the original, and ignores the seeds among them.
+_REPLACEMENTS: dict[str, Callable[..., Any]] = {
+    "random_standard_normal": _sample_normal,
+    "truncated_normal": _sample_truncated_normal,
+    "random_uniform": _sample_uniform,
+    "random_uniform_int": _sample_integers,
+    "multinomial": _sample_categories,
+    "random_shuffle": _shuffle,
+    "random_gamma": _sample_gamma,
 }

@@ -1,7 +1,7 @@
-"""From the names, paths and globs of a config to the taps of a model.
+"""Match the layer names, paths and globs of a config with the taps of a model.
 
-In: `model.layers` and every tap there is. Out: one choice per output, or what is wrong, with
-near matches. Knows names only, not Keras.
+In: `model.layers` of the config, and all taps of the model. Out: one `OutputSpec` per output, or the problems
+found, with similar names. Works on names only and does not import Keras.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ from featray.model.trace import Tap
 
 Pool = Literal["none", "avg", "max", "avgmax"]
 
+_MAX_LISTED_PATHS = 12
+
 
 @dataclass(frozen=True)
-class Choice:
-    """One output asked for, and the tap that answers.
+class OutputSpec:
+    """One output that the config asks for.
 
     Attributes:
-        name: Of the output.
-        tap: Where the model is tapped.
+        name: Name of the output.
+        tap: The tap that gives its values.
         pool: Pooling over the spatial axes.
     """
 
@@ -33,113 +35,132 @@ class Choice:
     pool: Pool
 
 
-def choose(spec: ModelConfig, taps: list[Tap], problems: list[str]) -> list[Choice]:
-    """Return one choice per output of `spec.layers`; append to `problems` what cannot be had."""
-    choices: list[Choice] = []
+def match_layers(spec: ModelConfig, taps: list[Tap], problems: list[str]) -> list[OutputSpec]:
+    """Return the outputs that `spec.layers` asks for; append those that cannot be extracted to `problems`."""
+    outputs: list[OutputSpec] = []
     for layer in spec.layers:
-        text = _below(layer.layer, spec.submodel, taps)
+        path = _strip_submodel(layer.layer, spec.submodel, taps)
         try:
-            choices += _answers(layer, text, taps)
+            outputs += _match_layer(layer, path, taps)
         except ModelError as error:
             problems += error.problems
-    twice = [name for name, count in Counter(choice.name for choice in choices).items() if count > 1]
-    problems += [f"layers: two outputs are named {name!r}; tell them apart with `as`" for name in twice]
-    return list({choice.name: choice for choice in choices}.values())
+    counts = Counter(output.name for output in outputs)
+    problems += [
+        f"layers: two outputs are named {name!r}; give one of them another name with `as`"
+        for name, count in counts.items()
+        if count > 1
+    ]
+    return list({output.name: output for output in outputs}.values())
 
 
-def find(text: str, taps: list[Tap]) -> list[Tap]:
-    """Return the taps that a name, path or glob stands for, in model order.
+def find_taps(pattern: str, taps: list[Tap]) -> list[Tap]:
+    """Return the taps that a name, path or glob matches, in order of computation.
 
-    A path is tried from the model's top; failing that, a path without wildcards may also be the
-    end of a longer one (`z_mean` for `encoder/z_mean`). `*` does not cross `/`.
+    A path is first matched from the top of the model. If nothing matches, a path without wildcards is matched
+    with the ends of longer paths: `z_mean` then matches `encoder/z_mean`. `*` does not match `/`.
     """
-    asked = text.split("/")
-    exact = [tap for tap in taps if len(tap.parts) == len(asked) and _matches(asked, tap)]
-    if exact or _is_glob(text):
+    pattern_parts = pattern.split("/")
+    exact = [tap for tap in taps if len(tap.parts) == len(pattern_parts) and _is_match(pattern_parts, tap)]
+    if exact or _is_glob(pattern):
         return exact
-    return [tap for tap in taps if len(tap.parts) > len(asked) and _matches(asked, tap)]
+    return [tap for tap in taps if len(tap.parts) > len(pattern_parts) and _is_match(pattern_parts, tap)]
 
 
-def default_pool(tap: Tap) -> Pool:
-    """Return `avg` for feature maps, `none` for what has no spatial axes."""
+def get_default_pool(tap: Tap) -> Pool:
+    """Return `avg` for feature maps, and `none` for values without spatial axes."""
     return "avg" if len(tap.shape) > 2 else "none"
 
 
-def channels_first(tap: Tap) -> bool:
-    """Return whether the layer says that axis 1, not the last, holds the channels."""
+def is_channels_first(tap: Tap) -> bool:
+    """Return whether the layer declares that axis 1, not the last axis, holds the channels."""
     return getattr(tap.layer, "data_format", None) == "channels_first"
 
 
-def _below(text: str, submodel: str | None, taps: list[Tap]) -> str:
-    """Return the path relative to the submodel; full paths are welcome too."""
-    inside = f"{submodel}/" if submodel else ""
-    is_full = bool(inside) and text.startswith(inside) and not find(text, taps)
-    return text[len(inside) :] if is_full else text
+def _strip_submodel(path: str, submodel: str | None, taps: list[Tap]) -> str:
+    """Return a path relative to the submodel; a full path that begins with the submodel is shortened."""
+    prefix = f"{submodel}/" if submodel else ""
+    is_full = bool(prefix) and path.startswith(prefix) and not find_taps(path, taps)
+    return path[len(prefix) :] if is_full else path
 
 
-def _answers(layer: LayerConfig, text: str, taps: list[Tap]) -> list[Choice]:
-    found = find(text, taps)
-    many = _is_glob(text)
-    if not found:
-        raise ModelError(f"layers: {layer.layer!r} is not in the model{_near(text, taps)}")
-    if len(found) > 1 and not many:
-        paths = ", ".join(tap.path for tap in found)
-        raise ModelError(f"layers: {layer.layer!r} stands for {len(found)} values; name one of: {paths}")
-    if len(found) > 1 and layer.as_:
+def _match_layer(layer: LayerConfig, path: str, taps: list[Tap]) -> list[OutputSpec]:
+    """Return the outputs that one entry of `layers` asks for; `path` is relative to the submodel.
+
+    Raises:
+        ModelError: Nothing matches, the entry is ambiguous, or a tap cannot be extracted.
+    """
+    matches = find_taps(path, taps)
+    is_glob = _is_glob(path)
+    if not matches:
+        raise ModelError(f"layers: {layer.layer!r} is not in the model{_suggest_paths(path, taps)}")
+    if len(matches) > 1 and not is_glob:
+        paths = ", ".join(tap.path for tap in matches)
+        raise ModelError(f"layers: {layer.layer!r} matches {len(matches)} values; name one of: {paths}")
+    if len(matches) > 1 and layer.as_:
         raise ModelError(
-            f"layers: as: {layer.as_!r} names one output, but {layer.layer!r} matches {len(found)} layers"
+            f"layers: as: {layer.as_!r} names one output, but {layer.layer!r} matches {len(matches)} layers"
         )
     if layer.as_ and "/" in layer.as_:
         raise ModelError(f"layers: as: {layer.as_!r} must not contain '/'")
-    problems = [line for tap in found if (line := _unusable(tap, layer, taps))]
+    problems = [problem for tap in matches if (problem := _explain_unusable(tap, layer, taps))]
     if problems:
         raise ModelError(problems)
-    names = [layer.as_ or (tap.path if many else layer.layer).replace("/", ".") for tap in found]
+    names = [layer.as_ or (tap.path if is_glob else layer.layer).replace("/", ".") for tap in matches]
     return [
-        Choice(name, tap, layer.pool or default_pool(tap)) for name, tap in zip(names, found, strict=True)
+        OutputSpec(name, tap, layer.pool or get_default_pool(tap))
+        for name, tap in zip(names, matches, strict=True)
     ]
 
 
-def _unusable(tap: Tap, layer: LayerConfig, taps: list[Tap]) -> str:
+def _explain_unusable(tap: Tap, layer: LayerConfig, taps: list[Tap]) -> str:
+    """Return why a tap cannot be extracted with the pooling of `layer`; empty if it can."""
     if tap.problem:
         return f"layers: {tap.path!r} {tap.problem}"
-    pools = (layer.pool or default_pool(tap)) != "none"
-    if pools and not hasattr(tap.layer, "data_format") and any(channels_first(other) for other in taps):
+    is_pooled = (layer.pool or get_default_pool(tap)) != "none"
+    if (
+        is_pooled
+        and not hasattr(tap.layer, "data_format")
+        and any(is_channels_first(other) for other in taps)
+    ):
         return (
             f"layers: {tap.path!r} does not say which axis holds the channels, and the model has "
-            "channels_first layers; set pool: none, or take the convolution or pooling layer beside it"
+            "channels_first layers; set pool: none, or take the convolution or pooling layer next to it"
         )
     if layer.pool not in (None, "none") and len(tap.shape) <= 2:
         return (
-            f"layers: pool: {layer.pool} of {tap.path!r} needs a feature map, but it gives "
-            f"{list(tap.shape[1:])} values without spatial axes; leave pool out"
+            f"layers: pool: {layer.pool} of {tap.path!r} needs a feature map, but the layer returns values "
+            f"of shape {list(tap.shape[1:])} without spatial axes; leave pool out"
         )
     return ""
 
 
-def _matches(asked: list[str], tap: Tap) -> bool:
-    """Compare from the end; `name` also stands for its calls `name#2` and outputs `name:0`."""
-    parts = tap.parts[-len(asked) :]
+def _is_match(pattern_parts: list[str], tap: Tap) -> bool:
+    """Return whether the parts of a pattern match the last parts of the tap's path.
+
+    `name` also matches its numbered calls (`name#2`) and its numbered outputs (`name:0`).
+    """
+    tap_parts = tap.parts[-len(pattern_parts) :]
     return all(
-        any(fnmatchcase(name, one) or (name.startswith(one) and name[len(one)] in "#:") for name in names)
-        for one, names in zip(asked, parts, strict=True)
+        any(fnmatchcase(name, part) or (name.startswith(part) and name[len(part)] in "#:") for name in names)
+        for part, names in zip(pattern_parts, tap_parts, strict=True)
     )
 
 
-def _is_glob(text: str) -> bool:
-    return any(letter in text for letter in "*?[")
+def _is_glob(pattern: str) -> bool:
+    return any(letter in pattern for letter in "*?[")
 
 
-def _near(text: str, taps: list[Tap]) -> str:
-    paths = list(dict.fromkeys(tap.path for tap in taps if not tap.problem))
-    ends = {path.rpartition("/")[2]: path for path in reversed(paths)}
-    close = find_similar_names(text, paths, limit=3, min_ratio=0.6)
-    close_ends = find_similar_names(text.rpartition("/")[2], ends, limit=3, min_ratio=0.6)
-    close += [ends[end] for end in close_ends]
-    if close:
-        return f"; did you mean {', '.join(list(dict.fromkeys(close))[:3])}?"
-    around = text.rpartition("/")[0]
-    if around and find(around, taps):
-        return f"; nothing of that name inside {around!r} runs as a layer of its own; take {around!r}"
-    more = ", …" if len(paths) > 12 else ""
-    return f"; it has: {', '.join(paths[:12])}{more} (`featray layers` lists all)"
+def _suggest_paths(path: str, taps: list[Tap]) -> str:
+    """Return the end of the message for a path that is not in the model: what to write instead."""
+    known = list(dict.fromkeys(tap.path for tap in taps if not tap.problem))
+    by_last_part = {known_path.rpartition("/")[2]: known_path for known_path in reversed(known)}
+    last_parts = find_similar_names(path.rpartition("/")[2], by_last_part, limit=3, min_ratio=0.6)
+    similar = find_similar_names(path, known, limit=3, min_ratio=0.6)
+    similar += [by_last_part[part] for part in last_parts]
+    if similar:
+        return f"; did you mean {', '.join(list(dict.fromkeys(similar))[:3])}?"
+    parent = path.rpartition("/")[0]
+    if parent and find_taps(parent, taps):
+        return f"; no layer of this name is called inside {parent!r}; take {parent!r}"
+    more = ", …" if len(known) > _MAX_LISTED_PATHS else ""
+    return f"; it has: {', '.join(known[:_MAX_LISTED_PATHS])}{more} (`featray layers` lists all)"

@@ -1,10 +1,12 @@
-"""Sees every layer call of a model while it is traced: the one mechanism behind cutting.
+"""Record every layer call of a Keras model while TensorFlow traces the model.
 
-In: any Keras model and the shape of its input. Out: what each layer call returns, or a graph
-that computes chosen ones and nothing behind them. Functional, sequential, subclassed and nested
-models, shared layers and several outputs all look the same from here: calls inside calls.
+In: a model, and how to call it. Out: a list of all tensors that its layers return, or a graph that computes
+selected ones of these tensors and ends at the last of them. All kinds of models are handled in the same way,
+because each of them is a tree of layer calls: functional, sequential, subclassed and nested models, shared
+layers, layers with several outputs.
 
-It depends on one fact about Keras that is not public: every layer call passes `Layer.__call__`.
+This module depends on one fact that Keras does not document: every layer call passes through
+`Layer.__call__`.
 """
 
 from __future__ import annotations
@@ -22,24 +24,49 @@ from featray.model import runtime, seeding
 
 Fill = Callable[[Any], Any]
 
-_TRACING = threading.RLock()
-"""Watching patches a class of the whole process: one trace at a time."""
+_TRACE_LOCK = threading.RLock()
+"""Held while tracing, because tracing patches a class of the whole process."""
+
+_INSIDE_LOOP = "runs inside a loop or branch; choose the layer that contains it"
+
+
+def feed_single_input(tensor: Any) -> Any:
+    """Return `tensor` unchanged: the argument for a model that has exactly one input."""
+    return tensor
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """A Keras model and how to call it.
+
+    Attributes:
+        model: The Keras model.
+        input_shape: Shape of one input with its channels and without the batch axis. None along an axis
+            accepts any size.
+        fill: Takes the batch of inputs and returns the argument for `model`: the batch itself, or the batch
+            together with constant values for the other inputs of the model.
+    """
+
+    model: Any
+    input_shape: tuple[int | None, ...]
+    fill: Fill = feed_single_input
 
 
 @dataclass(frozen=True)
 class Tap:
-    """One tensor that one call of one layer returns.
+    """A point at which the model can be tapped: one tensor that one call of one layer returns.
 
     Attributes:
-        key: Identity within the model: every part of the path numbered by call, `enc#1/conv#1`.
-        path: For people: numbered only where a parent calls the name again, `enc/conv`, `enc/dense#2`;
-            `:0`, `:1` … follow when the call returns several tensors.
-        parts: Accepted spellings of each part of `path`: layer name, attribute name.
+        key: Unique key within the model. Each part of the path has the number of its call:
+            `enc#1/conv#1`.
+        path: Path to show to users. A part has a number only if the parent layer calls the same name more
+            than once: `enc/conv`, `enc/dense#2`. `:0`, `:1`, … follow if the call returns several tensors.
+        parts: Accepted names of each part of `path`: the layer name and the attribute name.
         layer: The Keras layer.
-        shape: Static shape with batch axis; None where unknown. Empty when there is no tensor.
-        dtype: TensorFlow's name for it.
-        problem: Why it cannot be taken; empty when it can.
-        fed_by: Keys of the taps this call received.
+        shape: Static shape with the batch axis; None where unknown. Empty if the layer returns no tensor.
+        dtype: TensorFlow's name of the data type.
+        problem: Why the tensor cannot be extracted; empty if it can.
+        fed_by: Keys of the taps whose tensors were arguments of the call.
     """
 
     key: str
@@ -52,13 +79,24 @@ class Tap:
     fed_by: frozenset[str] = frozenset()
 
 
-class _Done(BaseException):
-    """Every wanted output has been seen. No Exception: nothing between may catch it."""
+class _AllTensorsReached(BaseException):
+    """Raised inside the model when every selected tensor exists, to end the trace there.
+
+    It is no `Exception`, so that code of the model that catches `Exception` does not catch it.
+    """
 
 
 @dataclass
-class _Frame:
-    """A layer call in progress."""
+class _LayerCall:
+    """A layer call in progress.
+
+    Attributes:
+        layer: The Keras layer that is called.
+        key: Key of the call; empty for the root model.
+        parts: Accepted names of each part of the path.
+        calls: Number of calls so far that this layer made, by the name of the called layer.
+        was_built: Whether the layer had its variables before the call.
+    """
 
     layer: Any
     key: str = ""
@@ -67,257 +105,295 @@ class _Frame:
     was_built: bool = True
 
 
-def alone(tensor: Any) -> Any:
-    """Return what a model of one input takes: that."""
-    return tensor
+def record_taps(call: ModelCall) -> list[Tap]:
+    """Return every tensor that any layer returns, in order of computation; compute no values.
 
-
-def survey(model: Any, input_shape: Sequence[int | None], fill: Fill = alone) -> list[Tap]:
-    """Return every tensor any layer returns, in order of computation; computes nothing.
-
-    The model is traced once into a graph that is thrown away. When it cannot be traced to its
-    end, what came before the fault is returned, if anything did. `fill` makes all that the model
-    takes of the one tensor that changes.
+    The model is traced into a graph that is then discarded. If an error stops the trace, the taps recorded
+    before the error are returned.
 
     Raises:
-        ModelError: The model cannot be called at all on such an input.
+        ModelError: The trace fails before any layer returns.
     """
-    taps, complete = _survey_once(model, input_shape, fill)
-    if not complete:  # layers were still being built, some of them in scratch graphs
-        taps, _ = _survey_once(model, input_shape, fill)
-    return _with_paths(_without_loops(taps))
+    taps, are_layers_built = _record_taps_once(call)
+    if not are_layers_built:  # building a layer can run parts of the model in a scratch graph: record again
+        taps, _ = _record_taps_once(call)
+    return _assign_paths(_mark_loop_taps(taps))
 
 
 def can_call(model: Any, input_shape: Sequence[int | None]) -> bool:
-    """Return whether the model can be traced to its end on such inputs; makes variables it lacks."""
+    """Return whether the model can be traced to its end on inputs of this shape.
+
+    Layers that have no variables yet create them.
+    """
     try:
-        _traced(lambda inputs: model(inputs, training=False), input_shape)
-    except Exception:  # whatever a layer raises
+        _trace_function(lambda inputs: model(inputs, training=False), input_shape)
+    except Exception:  # layers run user code, which can raise any error
         return False
     return True
 
 
-def capture(
-    model: Any,
+def trace_truncated_model(
+    call: ModelCall,
     keys: Sequence[str],
-    input_shape: Sequence[int | None],
     finish: Callable[[dict[str, Any]], Any],
-    fill: Fill = alone,
+    *,
     jit_compile: bool = False,
 ) -> Any:
-    """Return a traced function: float32 (n, *input_shape) -> `finish({key: tensor})`, for any n.
+    """Return a traced function that computes the tensors of some taps and nothing after them.
 
-    The trace ends the moment the last wanted output exists, so that nothing behind it is ever
-    part of the graph, side effects included. Layers run in inference mode.
+    The trace ends as soon as the last of these tensors exists. Layers after it are not part of the graph, and
+    their side effects do not happen. Layers run in inference mode.
+
+    Args:
+        call: The model and how to call it.
+        keys: Keys of the taps.
+        finish: Takes {key: tensor}; its result is what the traced function returns.
+        jit_compile: Whether XLA compiles the function.
+
+    Returns:
+        A function of one float32 tensor (n, *input_shape), for any n.
 
     Raises:
-        ModelError: A key is never reached.
+        ModelError: The model never computes the tensor of a key.
     """
-    wanted = set(keys)
+    selected = set(keys)
 
     def extract(inputs: Any) -> Any:
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
 
-        def keep(frame: _Frame, _args: Any, output: Any) -> None:
-            for suffix, tensor in _tensors(output):
-                if frame.key + suffix in wanted:
-                    found[frame.key + suffix] = tensor
-            if len(found) == len(wanted):
-                raise _Done
+        def keep_selected(layer_call: _LayerCall, _arguments: Any, result: Any) -> None:
+            for suffix, tensor in _flatten_tensors(result):
+                if layer_call.key + suffix in selected:
+                    tensors[layer_call.key + suffix] = tensor
+            if len(tensors) == len(selected):
+                raise _AllTensorsReached
 
-        with contextlib.suppress(_Done), _watched(model, keep):
-            model(fill(inputs), training=False)
-        missing = sorted(wanted - found.keys())
+        with contextlib.suppress(_AllTensorsReached), _intercept_layer_calls(call.model, keep_selected):
+            call.model(call.fill(inputs), training=False)
+        missing = sorted(selected - tensors.keys())
         if missing:
             raise ModelError([f"layers: {key} was not reached when the model ran" for key in missing])
-        return finish(found)
+        return finish(tensors)
 
-    return _traced(extract, input_shape, jit_compile)
+    return _trace_function(extract, call.input_shape, jit_compile=jit_compile)
 
 
-def _survey_once(model: Any, input_shape: Sequence[int | None], fill: Fill) -> tuple[list[Tap], bool]:
+def _record_taps_once(call: ModelCall) -> tuple[list[Tap], bool]:
+    """Return the taps of one trace, and whether all layers already had their variables."""
     import tensorflow as tf
 
     taps: list[Tap] = []
-    frames: list[_Frame] = []
+    layer_calls: list[_LayerCall] = []
     graph: Any = None
-    producers: dict[int, set[str]] = {}
-    alive: list[Any] = []  # ids stay unique only while the tensors live
+    producers: dict[int, set[str]] = {}  # id of a tensor -> keys of the taps that returned it
+    references: list[Any] = []  # keep the tensors alive, because the id of a deleted one can be used again
 
-    def note(frame: _Frame, args: Any, output: Any) -> None:
-        sources = {key for _, tensor in _tensors(args) for key in producers.get(id(tensor), ())}
-        frames.append(frame)
-        for suffix, tensor in _tensors(output):
-            alive.append(tensor)
-            producers.setdefault(id(tensor), set()).add(frame.key + suffix)
-            taps.append(_tap(frame, suffix, tensor, graph, frozenset(sources)))
+    def record(layer_call: _LayerCall, arguments: Any, result: Any) -> None:
+        fed_by = {key for _, tensor in _flatten_tensors(arguments) for key in producers.get(id(tensor), ())}
+        layer_calls.append(layer_call)
+        for suffix, tensor in _flatten_tensors(result):
+            references.append(tensor)
+            producers.setdefault(id(tensor), set()).add(layer_call.key + suffix)
+            tap = _make_tap(layer_call, suffix, tensor, graph)
+            taps.append(replace(tap, fed_by=frozenset(fed_by)))
 
     def run(inputs: Any) -> Any:
         nonlocal graph
         graph = tf.compat.v1.get_default_graph()
-        with _watched(model, note):
-            model(fill(inputs), training=False)
+        with _intercept_layer_calls(call.model, record):
+            call.model(call.fill(inputs), training=False)
         return inputs
 
     try:
-        _traced(run, input_shape)
-    except Exception as error:  # whatever a layer raises
+        _trace_function(run, call.input_shape)
+    except Exception as error:  # layers run user code, which can raise any error
         if not taps:
-            raise ModelError(_untraceable(model, input_shape, error)) from error
-    return taps, all(frame.was_built for frame in frames)
+            raise ModelError(_explain_failed_call(call, error)) from error
+    return taps, all(layer_call.was_built for layer_call in layer_calls)
 
 
-def _traced(
-    function: Callable[[Any], Any], input_shape: Sequence[int | None], jit_compile: bool = False
+def _trace_function(
+    function: Callable[[Any], Any], input_shape: Sequence[int | None], *, jit_compile: bool = False
 ) -> Any:
-    """Trace into one graph for any batch size. No autograph: Keras itself runs layers without it."""
+    """Trace `function` into one graph for any batch size.
+
+    AutoGraph is off because Keras itself runs layers without it.
+    """
     import tensorflow as tf
 
     signature = tf.TensorSpec((None, *input_shape), tf.float32)
-    with _TRACING, seeding.reachable():
+    with _TRACE_LOCK, seeding.replace_random_ops():
         traced = tf.function(function, autograph=False, jit_compile=jit_compile or None)
         return traced.get_concrete_function(signature)
 
 
 @contextlib.contextmanager
-def _watched(root: Any, report: Callable[[_Frame, Any, Any], None]) -> Iterator[None]:
-    """Call `report(frame, arguments, output)` after each layer call made inside `root`, in this thread."""
+def _intercept_layer_calls(root: Any, report: Callable[[_LayerCall, Any, Any], None]) -> Iterator[None]:
+    """Call `report(layer_call, arguments, result)` after each layer call inside a call of `root`.
+
+    Calls in other threads, calls outside `root` and the call of `root` itself are not reported.
+    """
     import keras
 
     original, owner = keras.layers.Layer.__call__, threading.get_ident()
-    stack: list[_Frame] = []
+    stack: list[_LayerCall] = []
 
-    def call(layer: Any, *args: Any, **kwargs: Any) -> Any:
+    def call_and_report(layer: Any, *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() != owner or (not stack and layer is not root):
             return original(layer, *args, **kwargs)
-        frame = _enter(stack, layer)
+        layer_call = _push_call(stack, layer)
         try:
-            output = original(layer, *args, **kwargs)
+            result = original(layer, *args, **kwargs)
         finally:
             stack.pop()
         if stack:
-            report(frame, (args, kwargs), output)
-        return output
+            report(layer_call, (args, kwargs), result)
+        return result
 
-    keras.layers.Layer.__call__ = call
+    keras.layers.Layer.__call__ = call_and_report
     try:
         yield
     finally:
         keras.layers.Layer.__call__ = original
 
 
-def _enter(stack: list[_Frame], layer: Any) -> _Frame:
+def _push_call(stack: list[_LayerCall], layer: Any) -> _LayerCall:
+    """Append a call of `layer`, made by the last call on the stack, and return it."""
     if not stack:
-        frame = _Frame(layer)
+        layer_call = _LayerCall(layer)
     else:
         parent = stack[-1]
-        names = _spellings(parent.layer, layer)
+        names = _list_names(parent.layer, layer)
         parent.calls[names[0]] += 1
         key = f"{names[0]}#{parent.calls[names[0]]}"
         key = f"{parent.key}/{key}" if parent.key else key
-        frame = _Frame(layer, key, (*parent.parts, names), was_built=layer.built)
-    stack.append(frame)
-    return frame
+        layer_call = _LayerCall(layer, key, (*parent.parts, names), was_built=layer.built)
+    stack.append(layer_call)
+    return layer_call
 
 
-def _spellings(parent: Any, layer: Any) -> tuple[str, ...]:
-    """Return the names of `layer` inside `parent`, the one to show first.
+def _list_names(parent: Any, layer: Any) -> tuple[str, ...]:
+    """Return the names of `layer` inside `parent`, first the one to show to users.
 
-    That is the layer's own name, unless Keras made it up (`dense_3`) and the parent holds the
-    layer in an attribute: `self.blocks[1]` is `blocks.1`.
+    The first is the name of the layer. If Keras generated this name (`dense_3`) and an attribute of the
+    parent holds the layer, the first is the attribute name: `self.blocks[1]` is `blocks.1`.
     """
-    name, attribute = str(layer.name), _attribute(parent, layer)
+    name, attribute = str(layer.name), _find_attribute(parent, layer)
     if not attribute or attribute == name:
         return (name,)
     stem = re.sub(r"_\d+$", "", name).replace("_", "")
-    made_up = stem == type(layer).__name__.replace("_", "").lower()
-    return (attribute, name) if made_up else (name, attribute)
+    is_generated = stem == type(layer).__name__.replace("_", "").lower()
+    return (attribute, name) if is_generated else (name, attribute)
 
 
-def _attribute(parent: Any, layer: Any) -> str:
+def _find_attribute(parent: Any, layer: Any) -> str:
+    """Return the name of the public attribute of `parent` that holds `layer`; empty if none does.
+
+    A layer in a list, tuple or dict is named `attribute.index` or `attribute.key`.
+    """
     for name, value in vars(parent).items():
         if name.startswith("_"):
             continue
         if value is layer:
             return str(name)
-        items = (
-            value.items()
-            if isinstance(value, dict)
-            else enumerate(value)
-            if isinstance(value, list | tuple)
-            else ()
-        )
-        for key, item in items:
+        for key, item in _list_items(value):
             if item is layer:
                 return f"{name}.{key}"
     return ""
 
 
-def _tensors(structure: Any) -> list[tuple[str, Any]]:
-    """Return (suffix, leaf) of a layer's output: '' for a lone tensor, ':0', ':1', ':key' for several."""
+def _list_items(value: Any) -> list[tuple[Any, Any]]:
+    """Return (key or index, item) of a dict, list or tuple; empty for other values."""
+    if isinstance(value, dict):
+        return list(value.items())
+    return list(enumerate(value)) if isinstance(value, list | tuple) else []
+
+
+def _flatten_tensors(structure: Any) -> list[tuple[str, Any]]:
+    """Return (suffix, tensor) for each tensor in the result or the arguments of a layer call.
+
+    The suffix is empty for a single tensor, and `:0`, `:1` or `:key` for one of several.
+    """
     import keras
 
     leaves = keras.tree.flatten_with_path(structure)
     return [(":" + ".".join(str(part) for part in path) if path else "", leaf) for path, leaf in leaves]
 
 
-def _tap(frame: _Frame, suffix: str, tensor: Any, graph: Any, sources: frozenset[str]) -> Tap:
+def _make_tap(layer_call: _LayerCall, suffix: str, tensor: Any, graph: Any) -> Tap:
+    """Return the tap of one result of a layer call, without path and `fed_by`.
+
+    Args:
+        layer_call: The layer call.
+        suffix: Suffix of the result, as `_flatten_tensors` gives it.
+        tensor: The result; not necessarily a tensor.
+        graph: The graph of the trace. A tensor of another graph belongs to a loop or branch.
+    """
     import tensorflow as tf
 
-    key, problem = frame.key + suffix, ""
+    key, parts, layer = layer_call.key + suffix, layer_call.parts, layer_call.layer
     if not isinstance(tensor, tf.Tensor):
-        return Tap(key, "", frame.parts, frame.layer, (), type(tensor).__name__, "gives no tensor", sources)
+        return Tap(key, "", parts, layer, (), type(tensor).__name__, "returns no tensor")
+    problem = ""
     if getattr(tensor, "graph", None) is not graph:
-        problem = "runs inside a loop or branch; choose the layer around it"
+        problem = _INSIDE_LOOP
     elif not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):
-        problem = f"gives {tensor.dtype.name}, not numbers"
+        problem = f"returns {tensor.dtype.name}, not numbers"
     shape = tuple(tensor.shape) if tensor.shape.rank is not None else ()
     if not problem and (not shape or shape[0] is not None):
-        problem = f"gives {list(shape)}, without a batch axis"
-    return Tap(key, "", frame.parts, frame.layer, shape, tensor.dtype.name, problem, sources)
+        problem = f"returns a tensor of shape {list(shape)}, without a batch axis"
+    return Tap(key, "", parts, layer, shape, tensor.dtype.name, problem)
 
 
-def _without_loops(taps: list[Tap]) -> list[Tap]:
-    """Mark all taps of a layer that runs in a loop: the one outside is a probe of its first step."""
-    looping = {id(tap.layer): tap.problem for tap in taps if "inside a loop" in tap.problem}
-    return [replace(tap, problem=looping.get(id(tap.layer), tap.problem)) for tap in taps]
+def _mark_loop_taps(taps: list[Tap]) -> list[Tap]:
+    """Give all taps of a layer that runs in a loop the same problem.
+
+    Keras may also call such a layer outside the loop, for the first step only. That tensor is not the output
+    of the layer either.
+    """
+    loop_layers = {id(tap.layer) for tap in taps if tap.problem == _INSIDE_LOOP}
+    return [replace(tap, problem=_INSIDE_LOOP) if id(tap.layer) in loop_layers else tap for tap in taps]
 
 
-def _with_paths(taps: list[Tap]) -> list[Tap]:
-    """Fill in `path` and the numbers in `parts`, now that it is known what is called again."""
-    calls = {prefix for tap in taps for prefix in _prefixes(_call_key(tap.key))}
-    again = {call.rpartition("#")[0] for call in calls if not call.endswith("#1")}
-    return [_with_path(tap, again) for tap in taps]
+def _assign_paths(taps: list[Tap]) -> list[Tap]:
+    """Set `path`, and put call numbers into `parts` where a name is called more than once."""
+    call_keys = {prefix for tap in taps for prefix in _list_prefixes(_strip_output_suffix(tap.key))}
+    repeated = {key.rpartition("#")[0] for key in call_keys if not key.endswith("#1")}
+    return [_assign_path(tap, repeated) for tap in taps]
 
 
-def _prefixes(call: str) -> list[str]:
-    parts = call.split("/")
+def _list_prefixes(call_key: str) -> list[str]:
+    """Return the keys of all calls around a call, from the outermost, and its own."""
+    parts = call_key.split("/")
     return ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
 
 
-def _call_key(key: str) -> str:
-    """Return the key of the call, without the suffix of one of its outputs."""
+def _strip_output_suffix(key: str) -> str:
+    """Return the key of the call: the key of a tap without the suffix of one of several outputs."""
     head, slash, last = key.rpartition("/")
     return head + slash + last.partition(":")[0]
 
 
-def _with_path(tap: Tap, again: set[str]) -> Tap:
-    call = _call_key(tap.key)
-    suffix, prefix = tap.key[len(call) :], ""
+def _assign_path(tap: Tap, repeated: set[str]) -> Tap:
+    """Return the tap with its path; `repeated` has the keys, without the last number, called again."""
+    call_key = _strip_output_suffix(tap.key)
+    suffix, prefix = tap.key[len(call_key) :], ""
     parts: list[tuple[str, ...]] = []
-    for numbered, names in zip(call.split("/"), tap.parts, strict=True):
-        name, _, nth = numbered.rpartition("#")
-        number = f"#{nth}" if f"{prefix}{name}" in again else ""
-        parts.append(tuple(spelling + number for spelling in names))
+    for numbered, names in zip(call_key.split("/"), tap.parts, strict=True):
+        name, _, number = numbered.rpartition("#")
+        call_number = f"#{number}" if f"{prefix}{name}" in repeated else ""
+        parts.append(tuple(spelling + call_number for spelling in names))
         prefix += numbered + "/"
     parts[-1] = tuple(spelling + suffix for spelling in parts[-1])
     return replace(tap, path="/".join(part[0] for part in parts), parts=tuple(parts))
 
 
-def _untraceable(model: Any, input_shape: Sequence[int | None], error: Exception) -> str:
+def _explain_failed_call(call: ModelCall, error: Exception) -> str:
+    """Return the message for a model that cannot be called, with its parts that may be called instead."""
+    model = call.model
     children = ", ".join(layer.name for layer in getattr(model, "layers", []))
-    inner = f"; to call a part of it instead set model.submodel to one of: {children}" if children else ""
+    advice = f"; to call one part of it instead, set model.submodel to one of: {children}" if children else ""
     return (
-        f"{model.name!r} cannot be called on an input of shape {list(input_shape)} "
-        f"({runtime.summarize_error(error)}){inner}"
+        f"{model.name!r} cannot be called on an input of shape {list(call.input_shape)} "
+        f"({runtime.summarize_error(error)}){advice}"
     )

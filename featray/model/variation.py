@@ -1,97 +1,111 @@
-"""Whether a layer's values for one input are always the same, found by running it.
+"""Find out, by running a model, whether the values of a layer are always the same for the same input.
 
-In: a model and its taps, or values of the same inputs in several batches. Out: what varies, and why:
-because the layer samples, or because it looks at the rest of the batch. Knows nothing of configs.
+In: a model and its taps, or values for the same inputs in several batches. Out: which values vary, and why:
+because the layer samples, or because it depends on the other inputs in the batch. Knows nothing of configs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from enum import StrEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featray.model import inputs, trace
-from featray.model.inputs import Shape
-from featray.model.trace import Tap
+from featray.model.trace import ModelCall, Tap
 
-SAME = 1e-5
-"""Largest relative difference between equal values: calls of one graph agree far below, noise lies above."""
+TOLERANCE = 1e-5
+"""Largest relative difference between values that count as equal.
 
-Kind = Literal["", "samples", "batch"]
-"""`samples`: differs from call to call, or by place in the batch. `batch`: follows what else is in it."""
+Calls of the same graph differ much less; the noise of sampling layers differs more.
+"""
+
+
+class Variation(StrEnum):
+    """Whether and how the values for one input vary."""
+
+    NONE = ""
+    """The values are always the same."""
+    SAMPLES = "samples"
+    """The values differ from call to call, or with the place in the batch."""
+    BATCH = "batch"
+    """The values depend on the other inputs in the batch."""
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """What running every layer told.
+class TapEvaluation:
+    """Results of running a whole model on a few inputs.
 
     Attributes:
-        shapes: By tap key, of one value, without batch axis.
-        kinds: By tap key.
+        shapes: Shape of the value for one input, without the batch axis, by tap key.
+        variations: Variation of the values, by tap key.
     """
 
     shapes: dict[str, tuple[int, ...]]
-    kinds: dict[str, Kind]
+    variations: dict[str, Variation]
 
 
-def kind(twin: NDArray[Any], again: NDArray[Any], mixed: NDArray[Any]) -> Kind:
-    """Return how values vary; arguments are one output's results of `inputs.probe`."""
-    one = twin[0]
-    if difference(one, twin[1]) > SAME or difference(one, again[0]) > SAME:
-        return "samples"
-    return "batch" if difference(one, mixed[0]) > SAME else ""
+def classify_variation(twin: NDArray[Any], again: NDArray[Any], mixed: NDArray[Any]) -> Variation:
+    """Return how the values of one output vary; the arguments are its results of `inputs.run_trials`."""
+    first = twin[0]
+    if compute_difference(first, twin[1]) > TOLERANCE or compute_difference(first, again[0]) > TOLERANCE:
+        return Variation.SAMPLES
+    return Variation.BATCH if compute_difference(first, mixed[0]) > TOLERANCE else Variation.NONE
 
 
-def difference(one: NDArray[Any], other: NDArray[Any]) -> float:
-    """Return the largest difference, relative to the largest magnitude in `one`; NaN equals NaN.
+def compute_difference(reference: NDArray[Any], other: NDArray[Any]) -> float:
+    """Return the largest absolute difference, divided by the largest magnitude in `reference`.
 
-    Infinite where only one of the two is NaN, or where all of `one` is 0 and `other` is not.
+    NaN equals NaN. The result is infinite if only one of two values is NaN, or if all of `reference` is 0 and
+    `other` is not.
     """
-    if not one.size:
+    if not reference.size:
         return 0.0
     with np.errstate(invalid="ignore"):
-        gap = np.abs(one.astype(np.float64) - other)
-    gap[(one == other) | (np.isnan(one) & np.isnan(other))] = 0  # equal infinities too
+        gap = np.abs(reference.astype(np.float64) - other)
+    # Infinities of the same sign are equal too, although their difference is NaN.
+    gap[(reference == other) | (np.isnan(reference) & np.isnan(other))] = 0
     largest = float(gap.max())
     if largest == 0:
         return 0.0
-    scale = float(np.nanmax(np.abs(one), initial=0.0))
+    scale = float(np.nanmax(np.abs(reference), initial=0.0))
     return largest / scale if scale > 0 and not np.isnan(largest) else float("inf")
 
 
-def evaluate(model: Any, taps: Sequence[Tap], shape: Shape, fill: trace.Fill) -> Evaluated:
-    """Run the whole model a few times on random inputs and compare all layers.
+def evaluate_taps(call: ModelCall, taps: Sequence[Tap]) -> TapEvaluation:
+    """Run the whole model three times on two random inputs and compare the values of all taps.
 
     Raises:
-        ModelError: The model cannot take such inputs.
+        ModelError: The model fails on these inputs.
     """
     import tensorflow as tf
 
-    def summarise(tensors: dict[str, Any]) -> dict[str, Any]:
-        return {key: (moments(tensor), tf.shape(tensor)[1:]) for key, tensor in tensors.items()}
+    def summarize(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {key: (compute_moments(tensor), tf.shape(tensor)[1:]) for key, tensor in tensors.items()}
 
-    run = trace.capture(model, [tap.key for tap in taps], shape, summarise, fill)
-    found = inputs.probe(lambda batch: run(tf.constant(batch)), shape, model)
-    shapes = {key: tuple(int(size) for size in sizes) for key, (_, sizes) in found.twin.items()}
-    return Evaluated(shapes, {key: kind(*(trial[key][0].numpy() for trial in found[:3])) for key in shapes})
+    run = trace.trace_truncated_model(call, [tap.key for tap in taps], summarize)
+    results = inputs.run_trials(lambda batch: run(tf.constant(batch)), call)
+    shapes = {key: tuple(int(size) for size in sizes) for key, (_, sizes) in results.twin.items()}
+    variations = {
+        key: classify_variation(*(trial[key][0].numpy() for trial in results[:3])) for key in shapes
+    }
+    return TapEvaluation(shapes, variations)
 
 
-def first_that_looks_at_the_batch(
-    model: Any, taps: Sequence[Tap], shape: Shape, fill: trace.Fill
-) -> Tap | None:
-    """Return the first tap, in order of computation, whose values follow the rest of the batch."""
+def find_first_batch_dependent_tap(call: ModelCall, taps: Sequence[Tap]) -> Tap | None:
+    """Return the first tap, in order of computation, whose values depend on the rest of the batch."""
     usable = [tap for tap in taps if not tap.problem]
-    kinds = evaluate(model, usable, shape, fill).kinds
-    return next((tap for tap in usable if kinds[tap.key] == "batch"), None)
+    variations = evaluate_taps(call, usable).variations
+    return next((tap for tap in usable if variations[tap.key] is Variation.BATCH), None)
 
 
-def moments(tensor: Any) -> Any:
-    """Return mean, root mean square and a mean weighted by place, per input.
+def compute_moments(tensor: Any) -> Any:
+    """Return a tensor (n, 3): the mean, the root mean square and a mean weighted by position of each row.
 
-    That is enough to see noise, or a shuffle, and small enough for every layer.
+    These three values differ for noise and for a shuffle, and are small enough to be kept for every layer.
     """
     import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""`featray layers` lists any model, with what it needs to be loaded given on the command line."""
+"""`featray layers` lists the layers of any model; options on the command line say how to load it."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ Run = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Run:
-    """Return a function that runs `featray layers … --json`: exit code, and its answer."""
+    """Return a function that runs `featray layers … --json` and returns the exit code and the JSON."""
 
-    def layers(*words: str) -> tuple[int, dict[str, Any]]:
+    def run_layers(*words: str) -> tuple[int, dict[str, Any]]:
         code = main(["layers", *words, "--json"])
         return code, json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    return layers
+    return run_layers
 
 
-def _by_path(answer: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _index_by_path(answer: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {layer["path"]: layer for layer in answer["layers"]}
 
 
-def test_a_weights_file_is_listed_with_its_builder_a_size_and_a_part(
+def test_a_weights_file_is_listed_with_builder_size_and_submodel(
     tmp_path: Path, code: Callable[[str, str], Path], run: Run
 ) -> None:
     source = code("build.py", BUILDER)
@@ -49,23 +49,23 @@ def test_a_weights_file_is_listed_with_its_builder_a_size_and_a_part(
     words = [str(tmp_path / "m.weights.h5"), "--builder", f"{source}:build", "--size", "5,6,7"]
     status, answer = run(*words)
     assert status == 0
-    shapes = {path: layer["shape"] for path, layer in _by_path(answer).items()}
+    shapes = {path: layer["shape"] for path, layer in _index_by_path(answer).items()}
     assert shapes == {"encoder/conv": [3, 4, 5, 2], "encoder": [3, 4, 5, 2], "flat": [120]}
     _, part = run(*words, "--submodel", "encoder")
-    assert list(_by_path(part)) == ["conv"]
+    assert list(_index_by_path(part)) == ["conv"]
 
 
-def test_code_inside_the_file_is_listed_when_trusted(tmp_path: Path, run: Run) -> None:
+def test_a_file_that_contains_code_is_listed_only_with_trust(tmp_path: Path, run: Run) -> None:
     keras.Sequential([keras.Input((3,)), keras.layers.Lambda(lambda x: 2 * x, name="twice")]).save(
         tmp_path / "m.keras"
     )
     status, answer = run(str(tmp_path / "m.keras"))
     assert status == 2
     assert "model.trust" in answer["error"]
-    assert list(_by_path(run(str(tmp_path / "m.keras"), "--trust")[1])) == ["twice"]
+    assert list(_index_by_path(run(str(tmp_path / "m.keras"), "--trust")[1])) == ["twice"]
 
 
-def test_a_config_marks_what_it_chooses_with_the_values_and_gigabytes_of_its_pools(
+def test_a_config_marks_its_layers_with_the_values_and_gigabytes_after_its_pooling(
     spec: Callable[..., dict[str, Any]], tmp_path: Path, run: Run
 ) -> None:
     section = spec({"layer": "encoder/conv_1", "pool": "none"}, "z_mean")
@@ -76,8 +76,8 @@ def test_a_config_marks_what_it_chooses_with_the_values_and_gigabytes_of_its_poo
         "output": {"uri": "out"},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
-    found = _by_path(run(str(tmp_path / "c.yaml"))[1])
-    conv, other = found["encoder/conv_1"], found["encoder/conv_2"]
+    layers = _index_by_path(run(str(tmp_path / "c.yaml"))[1])
+    conv, other = layers["encoder/conv_1"], layers["encoder/conv_2"]
     assert conv["chosen"] is True
     assert (conv["pool"], conv["values"], conv["gb_per_10000"]) == ("none", 4096, pytest.approx(0.16384))
     assert (other["chosen"], other["pool"], other["values"]) == (False, "avg", 3)
@@ -88,7 +88,7 @@ def test_a_config_marks_what_it_chooses_with_the_values_and_gigabytes_of_its_poo
 
 
 @pytest.mark.parametrize("size", ["8,big,8", "0,1,1", "1.5"])
-def test_a_size_that_is_none_is_wrong_usage(tmp_path: Path, run: Run, size: str) -> None:
+def test_an_invalid_size_is_wrong_usage(tmp_path: Path, run: Run, size: str) -> None:
     status, answer = run(str(tmp_path / "m.keras"), "--size", size)
     assert status == 2
     assert "such as 32,256,256" in answer["error"]

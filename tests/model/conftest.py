@@ -1,4 +1,4 @@
-"""Small models on disk, and the custom code some of them need."""
+"""Fixtures: small models on disk, and the custom code that some of them need."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLING = "featray.synthetic.vae:Sampling"
 
 @pytest.fixture(scope="session")
 def small_vae() -> Any:
-    """Return a nested functional VAE of input (8, 16, 16)."""
+    """Return a nested functional VAE with inputs of (8, 16, 16) voxels."""
     from featray.synthetic import vae
 
     return vae.build_vae(**SMALL, seed=3)
@@ -24,7 +24,7 @@ def small_vae() -> Any:
 
 @pytest.fixture(scope="session")
 def small_vae_file(small_vae: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return that VAE as a `.keras` file."""
+    """Return the path of the small VAE as a `.keras` file."""
     path = tmp_path_factory.mktemp("models") / "vae.keras"
     small_vae.save(path)
     return path
@@ -38,7 +38,7 @@ def volumes() -> np.ndarray:
 
 @pytest.fixture
 def code(tmp_path: Path) -> Callable[[str, str], Path]:
-    """Return a writer of Python files: (name, source) -> path."""
+    """Return a function that writes a Python file: (file name, source) -> path."""
 
     def write(name: str, source: str) -> Path:
         path = tmp_path / name
@@ -50,7 +50,7 @@ def code(tmp_path: Path) -> Callable[[str, str], Path]:
 
 @pytest.fixture
 def spec(small_vae_file: Path) -> Callable[..., dict[str, Any]]:
-    """Return a maker of `model` sections for the small VAE: (layers, **other keys)."""
+    """Return a function that makes a `model` section for the small VAE: (*layers, **other keys)."""
 
     def make(*layers: Any, **keys: Any) -> dict[str, Any]:
         return {"uri": str(small_vae_file), "custom_objects": [SAMPLING], "layers": list(layers), **keys}

@@ -1,4 +1,4 @@
-"""The cut model gives the inner activations of the full one, and nothing behind them is computed."""
+"""The truncated model returns the activations of the full model, and later layers are not computed."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ FOUR = (
 )
 
 
-def _inner(encoder: Any, name: str, volumes: np.ndarray) -> np.ndarray:
-    """Return a layer's activation the way Keras documents it: a new model on shared layers."""
+def _compute_activation(encoder: Any, name: str, volumes: np.ndarray) -> np.ndarray:
+    """Return the activation of a layer as Keras documents it: with a new model that shares the layers."""
     part = keras.Model(encoder.input, encoder.get_layer(name).output)
     return np.asarray(part(volumes[..., None], training=False))
 
 
-def _convolutions(extractor: Extractor) -> int:
+def _count_convolutions(extractor: Extractor) -> int:
     return sum("Conv3D" in operation.type for operation in extractor._extract.graph.get_operations())
 
 
-def test_four_layers_in_one_pass_equal_the_inner_activations(
+def test_four_layers_in_one_pass_equal_the_activations_of_the_full_model(
     small_vae: Any, spec: Spec, volumes: Any
 ) -> None:
     got = Extractor(spec(*FOUR))(volumes)
@@ -45,15 +45,17 @@ def test_four_layers_in_one_pass_equal_the_inner_activations(
         ("encoder.z_log_var", "z_log_var"),
         ("pre_latent", "pre_latent"),
     ):
-        np.testing.assert_allclose(got[name], _inner(encoder, layer, volumes), rtol=1e-5, atol=1e-6)
-    conv = _inner(encoder, "conv_2", volumes)
+        np.testing.assert_allclose(
+            got[name], _compute_activation(encoder, layer, volumes), rtol=1e-5, atol=1e-6
+        )
+    conv = _compute_activation(encoder, "conv_2", volumes)
     np.testing.assert_allclose(got["conv2"], conv.mean(axis=(1, 2, 3)), rtol=1e-5, atol=1e-6)
     assert all(value.dtype == np.float32 and len(value) == 5 for value in got.values())
 
 
-@pytest.mark.parametrize("offset", [0, 4, 64], ids=["aligned", "not aligned", "aligned too little"])
+@pytest.mark.parametrize("offset", [0, 4, 64], ids=["aligned", "not aligned", "aligned to 64 bytes only"])
 @pytest.mark.parametrize("writeable", [True, False], ids=["writeable", "read-only"])
-def test_a_batch_gives_the_same_wherever_it_lies_and_stays_as_it_is(
+def test_the_memory_of_a_batch_does_not_matter_and_is_not_changed(
     spec: Spec, volumes: np.ndarray, offset: int, writeable: bool
 ) -> None:
     memory = np.zeros(volumes.nbytes + 2 * batch_buffers.ALIGNMENT, np.uint8)
@@ -69,24 +71,24 @@ def test_a_batch_gives_the_same_wherever_it_lies_and_stays_as_it_is(
     np.testing.assert_array_equal(placed, volumes)
 
 
-def test_features_that_are_the_input_do_not_change_with_its_memory(tmp_path: Path, volumes: Any) -> None:
+def test_features_that_are_the_input_do_not_share_its_memory(tmp_path: Path, volumes: Any) -> None:
     same = keras.layers.Identity(name="same")
     keras.Sequential([keras.Input((8, 16, 16, 1)), same]).save(tmp_path / "m.keras")
-    rows, memory = batch_buffers.concatenate_rows([volumes[:2], volumes[2:]])
+    rows, buffer = batch_buffers.concatenate_rows([volumes[:2], volumes[2:]])
     layer = {"layer": "same", "pool": "none"}
     got = Extractor({"uri": str(tmp_path / "m.keras"), "layers": [layer], "batch_size": 8})(rows)
-    memory[:] = 0
+    buffer[:] = 0
     np.testing.assert_array_equal(got["same"][..., 0], volumes)
 
 
-def test_pools_are_over_the_spatial_axes_and_none_keeps_the_map(
+def test_pooling_is_over_the_spatial_axes_and_none_keeps_the_feature_map(
     small_vae: Any, spec: Spec, volumes: Any
 ) -> None:
     layers = [{"layer": "conv_1", "pool": pool, "as": pool} for pool in ("none", "avg", "max", "avgmax")]
     extractor = Extractor(spec(*layers))
     got = extractor(volumes)
 
-    whole = _inner(small_vae.get_layer("encoder"), "conv_1", volumes)
+    whole = _compute_activation(small_vae.get_layer("encoder"), "conv_1", volumes)
     average, largest = whole.mean((1, 2, 3)), whole.max((1, 2, 3))
     np.testing.assert_allclose(got["none"], whole, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got["max"], largest, rtol=1e-5, atol=1e-6)
@@ -99,23 +101,23 @@ def test_pools_are_over_the_spatial_axes_and_none_keeps_the_map(
     ]
 
 
-def test_feature_maps_are_averaged_and_vectors_kept_when_no_pool_is_given(spec: Spec) -> None:
+def test_by_default_feature_maps_are_averaged_and_vectors_are_kept(spec: Spec) -> None:
     layers = Extractor(spec("conv_1", "z_mean")).layers
     assert [(layer.pool, layer.shape) for layer in layers] == [("avg", (2,)), ("none", (4,))]
 
 
-def test_the_traced_graph_ends_at_the_deepest_chosen_layer(spec: Spec) -> None:
-    assert _convolutions(Extractor(spec("conv_1"))) == 1
-    assert _convolutions(Extractor(spec("z_mean", "conv_1"))) == 2
+def test_the_traced_graph_ends_at_the_deepest_selected_layer(spec: Spec) -> None:
+    assert _count_convolutions(Extractor(spec("conv_1"))) == 1
+    assert _count_convolutions(Extractor(spec("z_mean", "conv_1"))) == 2
 
 
-def test_decoder_layers_can_be_had_when_sampling_is_allowed(spec: Spec, volumes: Any) -> None:
+def test_decoder_layers_can_be_extracted_if_stochastic_layers_are_allowed(spec: Spec, volumes: Any) -> None:
     extractor = Extractor(spec("decoder/deconv_1", allow_stochastic=True))
-    assert _convolutions(extractor) == 3
+    assert _count_convolutions(extractor) == 3
     assert extractor(volumes)["decoder.deconv_1"].shape == (5, 3)
 
 
-def test_batch_size_and_place_in_the_batch_change_nothing(spec: Spec, volumes: Any) -> None:
+def test_values_do_not_depend_on_the_batch_size_and_the_place_in_the_batch(spec: Spec, volumes: Any) -> None:
     one = Extractor(spec(*FOUR, batch_size=1))(volumes)
     four = Extractor(spec(*FOUR, batch_size=4))(volumes[::-1])
     for name, value in one.items():
@@ -130,7 +132,7 @@ def test_an_empty_batch_gives_empty_arrays_of_the_right_width(spec: Spec, volume
     }
 
 
-def test_a_batch_may_bring_its_channel_axis(spec: Spec, volumes: Any) -> None:
+def test_a_batch_may_have_its_channel_axis(spec: Spec, volumes: Any) -> None:
     extractor = Extractor(spec("z_mean"))
     np.testing.assert_array_equal(extractor(volumes)["z_mean"], extractor(volumes[..., None])["z_mean"])
 
@@ -142,18 +144,18 @@ def test_a_batch_of_another_shape_or_of_integers_is_refused(spec: Spec, batch: A
 
 
 def test_z_is_refused_with_the_advice_to_take_z_mean(spec: Spec) -> None:
-    with pytest.raises(ModelError, match=r"'encoder/z' gives other values .* such as z_mean"):
+    with pytest.raises(ModelError, match=r"'encoder/z' returns different values .* such as z_mean"):
         Extractor(spec("z_mean", "z"))
 
 
-def test_z_is_given_when_stochastic_layers_are_allowed(spec: Spec, volumes: Any) -> None:
+def test_z_can_be_extracted_if_stochastic_layers_are_allowed(spec: Spec, volumes: Any) -> None:
     extractor = Extractor(spec("z_mean", "z", allow_stochastic=True))
     first, second = extractor(volumes), extractor(volumes)
     np.testing.assert_array_equal(first["z_mean"], second["z_mean"])
     assert not np.allclose(first["z"], second["z"])
 
 
-def test_noise_with_a_fixed_seed_is_stochastic_too_as_it_depends_on_the_place_in_the_batch(
+def test_noise_with_a_fixed_seed_is_stochastic_because_it_depends_on_the_place_in_the_batch(
     tmp_path: Path, code: Callable[[str, str], Path]
 ) -> None:
     source = code(
@@ -167,13 +169,13 @@ def test_noise_with_a_fixed_seed_is_stochastic_too_as_it_depends_on_the_place_in
     )
     noisy, _ = import_object(f"{source}:Noisy", config_key="custom_objects", storage_options={})
     keras.Sequential([keras.Input((2, 2, 2, 1)), noisy(name="noisy")]).save(tmp_path / "m.keras")
-    with pytest.raises(ModelError, match="'noisy' gives other values"):
+    with pytest.raises(ModelError, match="'noisy' returns different values"):
         Extractor(
             {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Noisy"], "layers": ["noisy"]}
         )
 
 
-def test_all_problems_are_listed_at_once(spec: Spec) -> None:
+def test_all_problems_are_listed_together(spec: Spec) -> None:
     layers = (
         "encoder/z_maen",
         "encoder/cov*",
@@ -189,10 +191,10 @@ def test_all_problems_are_listed_at_once(spec: Spec) -> None:
     assert "'encoder/z_maen' is not in the model; did you mean encoder/z_mean" in problems
     assert "'encoder/cov*' is not in the model; did you mean encoder/conv_" in problems
     assert "two outputs are named 'a'" in problems
-    assert "'encoder/z' gives other values" in problems
+    assert "'encoder/z' returns different values" in problems
 
 
-def test_a_glob_expands_in_model_order_and_stays_within_its_level(spec: Spec) -> None:
+def test_a_glob_matches_layers_of_one_level_in_the_order_of_the_model(spec: Spec) -> None:
     layers = Extractor(spec("encoder/conv_*", "encoder/p*_[12]")).layers
     assert [layer.name for layer in layers] == [
         "encoder.conv_1",
@@ -202,17 +204,19 @@ def test_a_glob_expands_in_model_order_and_stays_within_its_level(spec: Spec) ->
     ]
 
 
-def test_one_name_for_a_glob_that_matches_several_is_refused(spec: Spec) -> None:
+def test_one_output_name_for_a_glob_that_matches_several_layers_is_refused(spec: Spec) -> None:
     with pytest.raises(ModelError, match=r"'convs' names one output, but 'encoder/conv_\*' matches 2 layers"):
         Extractor(spec({"layer": "encoder/conv_*", "as": "convs"}))
 
 
-def test_a_layer_with_several_outputs_asks_which_one(small_vae: Any, spec: Spec, volumes: Any) -> None:
+def test_a_layer_with_several_outputs_is_refused_with_the_name_of_each_output(
+    small_vae: Any, spec: Spec, volumes: Any
+) -> None:
     with pytest.raises(ModelError, match="name one of: encoder:0, encoder:1, encoder:2"):
         Extractor(spec("encoder"))
-    got = Extractor(spec("encoder:0"))(volumes)["encoder:0"]
+    z_mean = Extractor(spec("encoder:0"))(volumes)["encoder:0"]
     np.testing.assert_allclose(
-        got, _inner(small_vae.get_layer("encoder"), "z_mean", volumes), rtol=1e-5, atol=1e-6
+        z_mean, _compute_activation(small_vae.get_layer("encoder"), "z_mean", volumes), rtol=1e-5, atol=1e-6
     )
 
 
@@ -221,7 +225,9 @@ def test_pooling_a_layer_without_spatial_axes_is_refused(spec: Spec) -> None:
         Extractor(spec({"layer": "z_mean", "pool": "avg"}))
 
 
-def test_a_layer_that_hides_its_channel_axis_is_not_pooled_in_a_channels_first_model(tmp_path: Path) -> None:
+def test_a_layer_without_a_declared_channel_axis_is_not_pooled_in_a_channels_first_model(
+    tmp_path: Path,
+) -> None:
     layers = [
         keras.Input((4, 4, 4, 1)),
         keras.layers.Reshape((1, 4, 4, 4), name="turn"),
@@ -233,21 +239,23 @@ def test_a_layer_that_hides_its_channel_axis_is_not_pooled_in_a_channels_first_m
         Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["relu"]})
 
 
-def test_with_a_submodel_paths_are_relative_and_full_ones_work_too(spec: Spec, volumes: Any) -> None:
+def test_with_a_submodel_relative_paths_and_full_paths_are_accepted(spec: Spec, volumes: Any) -> None:
     whole = Extractor(spec("encoder/z_mean"))(volumes)["encoder.z_mean"]
     part = Extractor(spec("z_mean", "encoder/pre_latent", submodel="encoder"))
     assert [layer.path for layer in part.layers] == ["z_mean", "pre_latent"]
     np.testing.assert_array_equal(part(volumes)["z_mean"], whole)
 
 
-def test_an_unknown_submodel_is_refused_naming_what_there_is(spec: Spec) -> None:
+def test_an_unknown_submodel_is_refused_with_the_names_of_the_submodels(spec: Spec) -> None:
     with pytest.raises(
         ModelError, match=r"'vae' has no layer or attribute 'enc'; it has: .*encoder, decoder"
     ):
         Extractor(spec("z_mean", submodel="enc"))
 
 
-def test_what_the_outer_model_does_first_is_part_of_the_features(tmp_path: Path, volumes: Any) -> None:
+def test_features_include_the_layers_of_the_outer_model_unless_submodel_is_set(
+    tmp_path: Path, volumes: Any
+) -> None:
     inner = keras.Sequential(
         [keras.Input((8, 16, 16, 1)), keras.layers.Conv3D(2, 3, name="conv")], name="inner"
     )
@@ -255,16 +263,18 @@ def test_what_the_outer_model_does_first_is_part_of_the_features(tmp_path: Path,
     keras.Model(volume, inner(keras.layers.Rescaling(10.0)(volume))).save(tmp_path / "m.keras")
     outer = {"uri": str(tmp_path / "m.keras"), "layers": ["inner/conv"]}
 
-    got = Extractor(outer)(volumes)["inner.conv"]
+    values = Extractor(outer)(volumes)["inner.conv"]
     expected = np.asarray(inner(10 * volumes[..., None])).mean((1, 2, 3))
-    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
-    bare = Extractor({**outer, "submodel": "inner"})(volumes)["inner.conv"]
+    np.testing.assert_allclose(values, expected, rtol=1e-4, atol=1e-5)
+    inner_only = Extractor({**outer, "submodel": "inner"})(volumes)["inner.conv"]
     np.testing.assert_allclose(
-        bare, np.asarray(inner(volumes[..., None])).mean((1, 2, 3)), rtol=1e-4, atol=1e-5
+        inner_only, np.asarray(inner(volumes[..., None])).mean((1, 2, 3)), rtol=1e-4, atol=1e-5
     )
 
 
-def test_the_size_of_the_config_counts_and_else_any_when_the_model_takes_any(tmp_path: Path) -> None:
+def test_a_model_that_accepts_any_size_is_traced_with_the_requested_size_if_there_is_one(
+    tmp_path: Path,
+) -> None:
     model = keras.Sequential([keras.Input((None, None, None, 1)), keras.layers.Conv3D(2, 3, name="conv")])
     model.save(tmp_path / "m.keras")
     spec = {"uri": str(tmp_path / "m.keras"), "layers": [{"layer": "conv", "pool": "none"}]}
@@ -272,7 +282,7 @@ def test_the_size_of_the_config_counts_and_else_any_when_the_model_takes_any(tmp
     assert Extractor(spec).layers[0].shape == (None, None, None, 2)
 
 
-def test_a_mismatch_is_told_together_with_other_faults_when_the_model_takes_any_size(tmp_path: Path) -> None:
+def test_a_wrong_number_of_channels_is_reported_together_with_other_problems(tmp_path: Path) -> None:
     layers = [keras.Input((None, None, None, 3)), keras.layers.Conv3D(2, 3, name="conv")]
     keras.Sequential(layers).save(tmp_path / "m.keras")
     with pytest.raises(ModelError) as caught:
@@ -281,9 +291,7 @@ def test_a_mismatch_is_told_together_with_other_faults_when_the_model_takes_any_
     assert "'cnov' is not in the model; did you mean conv?" in caught.value.problems[1]
 
 
-def test_a_model_that_cannot_run_on_this_machine_is_refused_with_the_reason(
-    tmp_path: Path, code: Any
-) -> None:
+def test_a_model_that_fails_on_this_machine_is_refused_with_the_reason(tmp_path: Path, code: Any) -> None:
     source = code(
         "fails.py",
         """
@@ -303,7 +311,7 @@ def test_a_model_that_cannot_run_on_this_machine_is_refused_with_the_reason(
 
 @pytest.fixture
 def conditional(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return a model of a volume and an age, and its section of the config."""
+    """Return a model with the inputs volume and age, and its `model` section."""
     volume, age = keras.Input((2, 2, 2, 1), name="volume"), keras.Input((3,), name="age")
     both = keras.layers.Concatenate(name="both")([keras.layers.Flatten(name="flat")(volume), age])
     model = keras.Model({"age": age, "volume": volume}, keras.layers.Dense(2, name="code")(both))
@@ -311,12 +319,14 @@ def conditional(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
     return model, {"uri": str(tmp_path / "m.keras"), "layers": ["code"]}
 
 
-def test_a_model_of_several_inputs_is_refused_naming_them(conditional: tuple[Any, dict[str, Any]]) -> None:
+def test_a_model_with_several_inputs_is_refused_with_their_names(
+    conditional: tuple[Any, dict[str, Any]],
+) -> None:
     with pytest.raises(ModelError, match=r"2 inputs .*age \(3\), volume \(2, 2, 2, 1\).*model.constants"):
         Extractor(conditional[1])
 
 
-def test_other_inputs_than_the_volume_can_be_given_constants(conditional: tuple[Any, dict[str, Any]]) -> None:
+def test_constants_can_fill_the_inputs_other_than_the_volume(conditional: tuple[Any, dict[str, Any]]) -> None:
     model, section = conditional
     x = np.random.default_rng(0).random((5, 2, 2, 2), np.float32)
     values = []
@@ -345,7 +355,7 @@ def test_a_constant_that_does_not_fit_is_refused(
         Extractor({**conditional[1], "constants": constants})
 
 
-def test_a_model_of_images_is_refused_showing_both_shapes(tmp_path: Path) -> None:
+def test_a_model_of_images_is_refused_for_volumes_with_both_shapes(tmp_path: Path) -> None:
     keras.Sequential([keras.Input((28, 28, 3)), keras.layers.Flatten(name="flatten")]).save(
         tmp_path / "m.keras"
     )
@@ -353,7 +363,7 @@ def test_a_model_of_images_is_refused_showing_both_shapes(tmp_path: Path) -> Non
         Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["flatten"]}, input_zyx=(8, 16, 16))
 
 
-def test_volumes_of_any_size_are_not_taken_for_images(tmp_path: Path) -> None:
+def test_volumes_of_any_size_are_not_mistaken_for_images(tmp_path: Path) -> None:
     keras.Sequential([keras.Input((28, 28, 3)), keras.layers.Flatten(name="flatten")]).save(
         tmp_path / "m.keras"
     )
@@ -370,7 +380,7 @@ def test_a_channels_first_model_takes_volumes_without_a_channel_axis(tmp_path: P
     np.testing.assert_allclose(extractor(x)["conv"], expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_recipe_follows_weights_layers_and_pooling_but_not_order_or_batch_size(
+def test_the_recipe_depends_on_weights_layers_and_pooling_but_not_on_order_or_batch_size(
     small_vae_file: Path, tmp_path: Path, spec: Spec
 ) -> None:
     from featray.synthetic import vae
@@ -387,7 +397,7 @@ def test_an_unknown_key_in_the_model_section_is_a_config_error(spec: Spec) -> No
         Extractor(spec("z_mean", batchsize=3))
 
 
-def test_the_large_vae_is_cut_to_its_five_convolutions_and_equals_the_encoder(tmp_path: Path) -> None:
+def test_the_large_vae_is_truncated_to_its_five_convolutions_and_equals_the_encoder(tmp_path: Path) -> None:
     from featray.synthetic import vae
 
     model = vae.build_vae()
@@ -400,18 +410,20 @@ def test_the_large_vae_is_cut_to_its_five_convolutions_and_equals_the_encoder(tm
     }
     extractor = Extractor(section, input_zyx=(32, 256, 256))
 
-    assert _convolutions(extractor) == 5
+    assert _count_convolutions(extractor) == 5
     volume = np.random.default_rng(0).random((1, 32, 256, 256), np.float32)
     got, encoder = extractor(volume), model.get_layer("encoder")
     for name in layers[:3]:
-        np.testing.assert_allclose(got[name], _inner(encoder, name, volume), rtol=1e-5, atol=1e-6)
-    conv = _inner(encoder, "conv_4", volume).mean((1, 2, 3))
+        np.testing.assert_allclose(
+            got[name], _compute_activation(encoder, name, volume), rtol=1e-5, atol=1e-6
+        )
+    conv = _compute_activation(encoder, "conv_4", volume).mean((1, 2, 3))
     np.testing.assert_allclose(got["encoder.conv_4"], conv, rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
 def half(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return a float32 model, and the section of its mixed_float16 twin with the same weights."""
+    """Return a float32 model, and the `model` section of a mixed_float16 model with the same weights."""
     models = []
     for policy in ("mixed_float16", "float32"):
         chain = [
@@ -426,7 +438,7 @@ def half(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
     return models[1], {"uri": str(tmp_path / "m.keras"), "layers": ["code"]}
 
 
-def test_a_half_precision_model_gives_float32_values_when_asked_to(half: tuple[Any, dict[str, Any]]) -> None:
+def test_a_half_precision_model_can_compute_in_float32(half: tuple[Any, dict[str, Any]]) -> None:
     model, section = half
     x = np.random.default_rng(0).random((2, 6, 6, 6), np.float32)
     extractor = Extractor({**section, "compute": "float32"})
@@ -434,7 +446,9 @@ def test_a_half_precision_model_gives_float32_values_when_asked_to(half: tuple[A
     assert extractor.recipe_part()["compute_dtype"] == ["float32"]
 
 
-def test_bfloat16_can_be_asked_for_and_is_part_of_the_recipe(half: tuple[Any, dict[str, Any]]) -> None:
+def test_a_model_can_compute_in_bfloat16_which_is_part_of_the_recipe(
+    half: tuple[Any, dict[str, Any]],
+) -> None:
     model, section = half
     x = np.random.default_rng(0).random((2, 6, 6, 6), np.float32)
     extractor = Extractor({**section, "compute": "bfloat16"})
@@ -445,7 +459,7 @@ def test_bfloat16_can_be_asked_for_and_is_part_of_the_recipe(half: tuple[Any, di
     assert extractor.recipe_part()["compute_dtype"] == ["bfloat16"]
 
 
-def test_a_compiled_model_gives_the_same_values_in_another_recipe(half: tuple[Any, dict[str, Any]]) -> None:
+def test_a_compiled_model_has_the_same_values_and_another_recipe(half: tuple[Any, dict[str, Any]]) -> None:
     _, section = half
     x = np.random.default_rng(0).random((2, 6, 6, 6), np.float32)
     plain = Extractor({**section, "compute": "float32"})
@@ -454,20 +468,20 @@ def test_a_compiled_model_gives_the_same_values_in_another_recipe(half: tuple[An
     assert compiled.recipe_part() == {**plain.recipe_part(), "jit_compile": True}
 
 
-def test_a_type_the_machine_cannot_compute_in_is_refused_with_the_way_out(
+def test_a_data_type_that_the_machine_cannot_compute_in_is_refused_with_the_solution(
     half: tuple[Any, dict[str, Any]],
 ) -> None:
     import tensorflow as tf
 
     if tf.config.list_physical_devices("GPU"):
-        pytest.skip("a GPU can pool in float16; this is about machines without")
+        pytest.skip("this test is about machines without a GPU; a GPU can pool in float16")
     with pytest.raises(
         ModelError, match=r"fails on .*the model computes in float16: try model.compute: float32"
     ):
         Extractor(half[1])
 
 
-def test_a_constant_is_one_value_however_it_is_written_and_never_nan(tmp_path: Path) -> None:
+def test_a_constant_may_be_written_as_integer_or_float_and_must_be_finite(tmp_path: Path) -> None:
     x, age = keras.Input((3,), name="x"), keras.Input((2,), name="age")
     both = keras.layers.Concatenate()([x, age])
     keras.Model([x, age], keras.layers.Dense(2, name="code")(both)).save(tmp_path / "m.keras")
@@ -480,7 +494,7 @@ def test_a_constant_is_one_value_however_it_is_written_and_never_nan(tmp_path: P
         Extractor({**section, "constants": {"age": [float("nan"), 1]}})
 
 
-def test_what_a_wrapper_calls_inside_is_told_to_be_taken_with_the_wrapper(tmp_path: Path) -> None:
+def test_a_layer_inside_a_wrapper_is_refused_with_the_advice_to_take_the_wrapper(tmp_path: Path) -> None:
     wrapped = keras.layers.TimeDistributed(keras.layers.Dense(2, name="in"), name="td")
     keras.Sequential([keras.Input((4, 3)), wrapped]).save(tmp_path / "m.keras")
     with pytest.raises(ModelError, match="take 'td'"):

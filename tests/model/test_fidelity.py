@@ -1,7 +1,7 @@
-"""Every value that is listed equals the activation got from Keras another way, for models of all kinds.
+"""Every listed value equals the activation that Keras computes in another way, for models of all kinds.
 
-The other way never looks at calls: functional models are rebuilt on their own symbolic tensors,
-level by level, and subclassed ones are stepped through by hand.
+The other way does not record layer calls: functional models are rebuilt from their symbolic tensors, level by
+level, and the layers of subclassed models are called one after the other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Case = tuple[Any, Values, np.ndarray]
 
 
 class Quantizer(kl.Layer):
-    """The code book of a VQ-VAE: the nearest of `codes` vectors, and its number."""
+    """The code book of a VQ-VAE: returns the nearest of `codes` vectors, and its number."""
 
     def __init__(self, codes: int = 5, **keys: Any) -> None:
         super().__init__(**keys)
@@ -41,7 +41,7 @@ class Quantizer(kl.Layer):
 
 
 class Scale(kl.Layer):
-    """A custom layer of a subclassed model, with a weight of its own."""
+    """A custom layer with its own weight, for a subclassed model."""
 
     def build(self, shape: Any) -> None:
         self.factor = self.add_weight(shape=(shape[-1],), name="factor")
@@ -51,7 +51,7 @@ class Scale(kl.Layer):
 
 
 class Tower(kl.Layer):
-    """Blocks in a list, as tutorials write them."""
+    """A layer that holds its blocks in a list, as in tutorials."""
 
     def __init__(self, **keys: Any) -> None:
         super().__init__(**keys)
@@ -70,7 +70,7 @@ class Tower(kl.Layer):
 
 
 class Subclassed(keras.Model):
-    """Everything subclassed: nothing symbolic to rebuild from."""
+    """A model in which every part is subclassed, so that there are no symbolic tensors to rebuild from."""
 
     def __init__(self, **keys: Any) -> None:
         super().__init__(**keys)
@@ -81,7 +81,7 @@ class Subclassed(keras.Model):
 
 
 class BetaVae(keras.Model):
-    """`encoder` and `decoder` as attributes and its own training step; `call` runs both."""
+    """A VAE with `encoder` and `decoder` as attributes and a custom training step; `call` runs both."""
 
     def __init__(self, **keys: Any) -> None:
         super().__init__(**keys)
@@ -100,27 +100,30 @@ class BetaVae(keras.Model):
         raise NotImplementedError
 
 
-def _shaken(model: Any) -> Any:
-    """Return the model with all weights random: at their start biases are 0 and norms do nothing."""
-    draw = np.random.default_rng(11)
+def _randomize(model: Any) -> Any:
+    """Set all weights to random values and return the model.
+
+    With the initial values, biases are 0 and normalization layers do nothing.
+    """
+    rng = np.random.default_rng(11)
     for weight in model.weights:
         if "seed" not in weight.path:
             weight.assign(
-                draw.uniform(0.05, 0.6, weight.shape) * (1 if "norm" in weight.path else _sign(draw))
+                rng.uniform(0.05, 0.6, weight.shape) * (1 if "norm" in weight.path else _choose_sign(rng))
             )
     return model
 
 
-def _sign(draw: np.random.Generator) -> int:
-    return 1 if draw.random() < 0.7 else -1
+def _choose_sign(rng: np.random.Generator) -> int:
+    return 1 if rng.random() < 0.7 else -1
 
 
-def _batch(*shape: int) -> np.ndarray:
+def _make_batch(*shape: int) -> np.ndarray:
     return np.random.default_rng(2).random((3, *shape), np.float32)
 
 
-def _leaves(path: str, value: Any) -> Values:
-    """Name the tensors of one value as featray does: `path`, or `path:0`, `path:key` for several."""
+def _name_tensors(path: str, value: Any) -> Values:
+    """Return the tensors of one value under featray's names: `path`, or `path:0`, `path:key` for several."""
     if isinstance(value, dict):
         return {f"{path}:{key}": np.asarray(leaf) for key, leaf in value.items()}
     if isinstance(value, list | tuple):
@@ -128,41 +131,41 @@ def _leaves(path: str, value: Any) -> Values:
     return {path: np.asarray(value)}
 
 
-def _symbolic(model: Any, x: np.ndarray, prefix: str = "") -> Values:
-    """Return every activation of a functional model of unshared layers, rebuilt from its tensors."""
+def _rebuild_values(model: Any, x: np.ndarray, prefix: str = "") -> Values:
+    """Return every activation of a functional model without shared layers, rebuilt from its tensors."""
     found: Values = {}
     for layer in model.layers:
         if isinstance(layer, kl.InputLayer):
             continue
         path = prefix + layer.name
-        found |= _leaves(path, keras.Model(model.input, layer.output)(x, training=False))
+        found |= _name_tensors(path, keras.Model(model.input, layer.output)(x, training=False))
         if isinstance(layer, keras.Model):
-            (node,) = (node for node in _nodes(model) if node.operation is layer)
+            (node,) = (node for node in _list_nodes(model) if node.operation is layer)
             feeding = keras.Model(model.input, node.input_tensors[0])(x, training=False)
-            found |= _symbolic(layer, np.asarray(feeding), f"{path}/")
+            found |= _rebuild_values(layer, np.asarray(feeding), f"{path}/")
     return found
 
 
-def _nodes(model: Any) -> list[Any]:
+def _list_nodes(model: Any) -> list[Any]:
     return [node for level in model._nodes_by_depth.values() for node in level]
 
 
-def _functional(model: Any, *shape: int) -> Case:
-    x = _batch(*shape)
-    return model, _symbolic(_shaken(model), x), x
+def _make_functional_case(model: Any, *shape: int) -> Case:
+    x = _make_batch(*shape)
+    return model, _rebuild_values(_randomize(model), x), x
 
 
-def resnet_3d() -> Case:
+def make_resnet_3d() -> Case:
     volume = keras.Input((6, 8, 8, 1))
     x = kl.Conv3D(4, 3, padding="same", name="stem")(volume)
     for block in "ab":
         y = kl.ReLU(name=f"{block}_relu")(kl.BatchNormalization(name=f"{block}_norm_1")(x))
         y = kl.Conv3D(4, 3, padding="same", name=f"{block}_conv")(y)
         x = kl.Add(name=f"{block}_add")([x, y])
-    return _functional(keras.Model(volume, kl.GlobalAveragePooling3D(name="gap")(x)), 6, 8, 8, 1)
+    return _make_functional_case(keras.Model(volume, kl.GlobalAveragePooling3D(name="gap")(x)), 6, 8, 8, 1)
 
 
-def unet_3d() -> Case:
+def make_unet_3d() -> Case:
     volume = keras.Input((4, 8, 8, 1))
     one = kl.Conv3D(2, 3, padding="same", activation="relu", name="down_1")(volume)
     two = kl.Conv3D(4, 3, padding="same", name="down_2")(kl.MaxPool3D(2, name="pool_1")(one))
@@ -170,40 +173,43 @@ def unet_3d() -> Case:
     up = kl.Conv3DTranspose(4, 2, strides=2, name="up_2")(low)
     up = kl.UpSampling3D(2, name="up_1")(kl.Concatenate(name="skip_2")([two, up]))
     out = kl.Conv3D(1, 1, activation="sigmoid", name="mask")(kl.Concatenate(name="skip_1")([one, up]))
-    return _functional(keras.Model(volume, out), 4, 8, 8, 1)
+    return _make_functional_case(keras.Model(volume, out), 4, 8, 8, 1)
 
 
-def vq_vae() -> Case:
+def make_vq_vae() -> Case:
     volume = keras.Input((4, 4, 4, 1))
     encoder = keras.Model(volume, kl.Conv3D(2, 2, strides=2, name="conv")(volume), name="encoder")
     code = Quantizer(name="quantizer")(encoder(volume))
     out = kl.Conv3DTranspose(1, 2, strides=2, name="decoder")(code["code"])
-    model, values, x = _functional(keras.Model(volume, out), 4, 4, 4, 1)
-    # Keras lists what a layer returned; featray keeps the names it returned them by.
+    model, values, x = _make_functional_case(keras.Model(volume, out), 4, 4, 4, 1)
+    # The layer returns a dict. Keras numbers its values; featray keeps the keys.
     named = {"quantizer:code": values.pop("quantizer:0"), "quantizer:number": values.pop("quantizer:1")}
     return model, values | named, x
 
 
-def efficientnet_2d() -> Case:
-    """The first blocks of B0, for time: normalisation, depthwise convolutions, squeeze and excite, adds."""
+def make_efficientnet_2d() -> Case:
+    """Return the first blocks of EfficientNetB0 only, to save time.
+
+    They have normalization, depthwise convolutions, squeeze and excite, and additions.
+    """
     whole = keras.applications.EfficientNetB0(weights=None, input_shape=(32, 32, 3), classes=4)
     model = keras.Model(whole.input, whole.get_layer("block2b_add").output)
-    x = _batch(32, 32, 3)
+    x = _make_batch(32, 32, 3)
     chosen = [layer for layer in model.layers if not isinstance(layer, kl.InputLayer)]
     values = keras.Model(model.input, [layer.output for layer in chosen])(x, training=False)
     return model, {layer.name: np.asarray(value) for layer, value in zip(chosen, values, strict=True)}, x
 
 
-def dense_autoencoder() -> Case:
+def make_dense_autoencoder() -> Case:
     sizes = [64, 32, 64, 784]
     model = keras.Sequential(
         [keras.Input((784,)), *(kl.Dense(n, activation="relu", name=f"d{at}") for at, n in enumerate(sizes))]
     )
-    x = _batch(784)
-    return model, _stepped(model.layers, x), x
+    x = _make_batch(784)
+    return model, _call_in_turn(model.layers, x), x
 
 
-def _stepped(chain: list[Any], x: Any) -> Values:
+def _call_in_turn(chain: list[Any], x: Any) -> Values:
     found: Values = {}
     for layer in chain:
         x = layer(x, training=False) if "Dropout" in type(layer).__name__ else layer(x)
@@ -211,14 +217,14 @@ def _stepped(chain: list[Any], x: Any) -> Values:
     return found
 
 
-def nested_and_shared() -> Case:
-    """Three levels; the innermost model is called twice, and so is a layer beside it."""
+def make_nested_and_shared() -> Case:
+    """Return a model of three levels, in which the innermost model and one layer are called twice."""
     core = keras.Sequential([keras.Input((5,)), kl.Dense(5, activation="tanh", name="dense")], name="core")
     a, b = keras.Input((5,)), keras.Input((5,))
     middle = keras.Model(a, core(kl.Rescaling(3.0, name="times")(core(a))), name="middle")
     twice = kl.Dense(5, name="twice")
     outer = keras.Model(b, twice(kl.ReLU(name="relu")(twice(middle(b)))), name="outer")
-    model, x = _shaken(keras.Sequential([keras.Input((5,)), outer])), _batch(5)
+    model, x = _randomize(keras.Sequential([keras.Input((5,)), outer])), _make_batch(5)
     first = core(x)
     second = core(3 * first)
     before = twice(second)
@@ -238,13 +244,13 @@ def nested_and_shared() -> Case:
     return model, {path: np.asarray(value) for path, value in expected.items()}, x
 
 
-def wrapped_sequence() -> Case:
+def make_wrapped_sequence() -> Case:
     steps = keras.Input((6, 8))
     inner = keras.Sequential([keras.Input((8,)), kl.Dense(4, name="inside")], name="inner")
     each = kl.TimeDistributed(inner, name="each")
     both = kl.Bidirectional(kl.LSTM(3, return_sequences=True, name="lstm"), name="both")
     conv = kl.Conv1D(2, 3, name="conv")
-    model, x = _shaken(keras.Model(steps, conv(both(each(steps))))), _batch(6, 8)
+    model, x = _randomize(keras.Model(steps, conv(both(each(steps))))), _make_batch(6, 8)
     one = np.stack([np.asarray(inner(x[:, step])) for step in range(6)], axis=1)
     there, back = both.forward_layer(one), both.backward_layer(one)
     merged = np.concatenate([there, np.asarray(back)[:, ::-1]], axis=-1)
@@ -259,36 +265,36 @@ def wrapped_sequence() -> Case:
     return model, expected, x
 
 
-def channels_first_3d() -> Case:
+def make_channels_first_3d() -> Case:
     chain = [
         kl.Conv3D(3, 3, data_format="channels_first", name="conv"),
         kl.BatchNormalization(axis=1, name="norm"),
         kl.MaxPool3D(2, data_format="channels_first", name="pool"),
         kl.GlobalAveragePooling3D(data_format="channels_first", name="gap"),
     ]
-    model, x = _shaken(keras.Sequential([keras.Input((1, 6, 6, 6)), *chain])), _batch(1, 6, 6, 6)
-    return model, _stepped(chain, x), x
+    model, x = _randomize(keras.Sequential([keras.Input((1, 6, 6, 6)), *chain])), _make_batch(1, 6, 6, 6)
+    return model, _call_in_turn(chain, x), x
 
 
-def mixed_precision() -> Case:
+def make_mixed_precision() -> Case:
     chain = [
         kl.Conv2D(3, 3, dtype="mixed_bfloat16", name="conv"),
         kl.Dropout(0.5, dtype="mixed_bfloat16", name="drop"),
         kl.Flatten(dtype="mixed_bfloat16", name="flat"),
         kl.Dense(2, dtype="float32", name="head"),
     ]
-    model, x = keras.Sequential([keras.Input((6, 6, 1)), *chain]), _batch(6, 6, 1)
-    return model, {name: value.astype(np.float32) for name, value in _stepped(chain, x).items()}, x
+    model, x = keras.Sequential([keras.Input((6, 6, 1)), *chain]), _make_batch(6, 6, 1)
+    return model, {name: value.astype(np.float32) for name, value in _call_in_turn(chain, x).items()}, x
 
 
-def vision_transformer() -> Case:
+def make_vision_transformer() -> Case:
     image = keras.Input((8, 8, 1))
     x = kl.Reshape((4, 6), name="tokens")(kl.Conv2D(6, 4, strides=4, name="patches")(image))
     norm, attention = kl.LayerNormalization(name="norm"), kl.MultiHeadAttention(2, 3, name="attention")
     y = norm(x)
     x = kl.Add(name="add_1")([x, attention(y, y)])
     out = kl.Add(name="add_2")([x, kl.Dense(6, activation="gelu", name="mlp")(x)])
-    model, values, x = _functional(keras.Model(image, out), 8, 8, 1)
+    model, values, x = _make_functional_case(keras.Model(image, out), 8, 8, 1)
     y = values["norm"]
     for name in ("query", "key", "value"):
         values[f"attention/{name}"] = np.asarray(getattr(attention, f"{name}_dense")(y))
@@ -296,10 +302,10 @@ def vision_transformer() -> Case:
     return model, values, x
 
 
-def subclassed() -> Case:
-    model, x = Subclassed(), _batch(4, 4, 4, 1)
+def make_subclassed() -> Case:
+    model, x = Subclassed(), _make_batch(4, 4, 4, 1)
     model(x)
-    _shaken(model)
+    _randomize(model)
     one = model.tower.blocks[0](x)
     two = model.tower.blocks[1](one)
     scaled = model.scale(two)
@@ -315,12 +321,12 @@ def subclassed() -> Case:
     return model, {path: np.asarray(value) for path, value in expected.items()}, x
 
 
-def vae_with_attributes() -> Case:
-    model, x = BetaVae(), _batch(4, 4, 4, 1)
+def make_vae_with_attributes() -> Case:
+    model, x = BetaVae(), _make_batch(4, 4, 4, 1)
     model(x)
-    inner = _symbolic(_shaken(model).encoder, x, "encoder/")
+    inner = _rebuild_values(_randomize(model).encoder, x, "encoder/")
     mean, log_variance = inner["encoder/z_mean"], inner["encoder/z_log_var"]
-    decoded = _symbolic(model.decoder, mean, "decoder/")
+    decoded = _rebuild_values(model.decoder, mean, "decoder/")
     ends = {"encoder:0": mean, "encoder:1": log_variance, "decoder": decoded["decoder/shape"]}
     return model, inner | decoded | ends, x
 
@@ -328,27 +334,30 @@ def vae_with_attributes() -> Case:
 @pytest.mark.parametrize(
     "make",
     [
-        resnet_3d,
-        unet_3d,
-        vq_vae,
-        vision_transformer,
-        efficientnet_2d,
-        dense_autoencoder,
-        nested_and_shared,
-        wrapped_sequence,
-        channels_first_3d,
-        mixed_precision,
-        subclassed,
-        vae_with_attributes,
+        make_resnet_3d,
+        make_unet_3d,
+        make_vq_vae,
+        make_vision_transformer,
+        make_efficientnet_2d,
+        make_dense_autoencoder,
+        make_nested_and_shared,
+        make_wrapped_sequence,
+        make_channels_first_3d,
+        make_mixed_precision,
+        make_subclassed,
+        make_vae_with_attributes,
     ],
 )
-def test_every_listed_layer_equals_what_keras_gives_another_way(
+def test_every_listed_layer_equals_the_value_that_keras_computes_in_another_way(
     make: Callable[[], Case], tmp_path: Path
 ) -> None:
     model, expected, x = make()
     model.save(tmp_path / "m.keras")
-    own = ("Quantizer", "Scale", "Tower", "Subclassed", "BetaVae")
-    spec = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{__file__}:{name}" for name in own]}
+    class_names = ("Quantizer", "Scale", "Tower", "Subclassed", "BetaVae")
+    spec = {
+        "uri": str(tmp_path / "m.keras"),
+        "custom_objects": [f"{__file__}:{name}" for name in class_names],
+    }
     paths = [info.path for info in list_layers({**spec, "layers": ["*"]}, input_zyx=x.shape[1:])]
     assert set(paths) == set(expected)
 

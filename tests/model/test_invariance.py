@@ -1,4 +1,4 @@
-"""A model that mixes the inputs of a batch is told, with the layer that does so; noise is told apart."""
+"""A model that mixes the inputs of a batch is reported with the layer that does so, noise separately."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ CODE = """
         def call(self, x):
             return self.head(self.flat(self.norm(self.conv(x), training=True)))
 """
-Make = Callable[[str], dict[str, Any]]
+MakeSection = Callable[[str], dict[str, Any]]
 
 
 @pytest.fixture
-def mixing(tmp_path: Path, code: Callable[[str, str], Path]) -> Make:
-    """Return a maker of `model` sections for a model with the class named."""
+def mixing(tmp_path: Path, code: Callable[[str, str], Path]) -> MakeSection:
+    """Return a function that saves a model with the named class of `CODE` and makes its `model` section."""
 
     def make(name: str) -> dict[str, Any]:
         source = code("mixing.py", CODE)
-        own, _ = import_object(f"{source}:{name}", config_key="custom_objects", storage_options={})
-        model = own() if issubclass(own, keras.Model) else _chain(own(name="whiten"))
+        cls, _ = import_object(f"{source}:{name}", config_key="custom_objects", storage_options={})
+        model = cls() if issubclass(cls, keras.Model) else _build_chain(cls(name="whiten"))
         model(np.zeros((1, *SHAPE), np.float32))
         model.save(tmp_path / "m.keras")
         return {
@@ -52,7 +52,7 @@ def mixing(tmp_path: Path, code: Callable[[str, str], Path]) -> Make:
     return make
 
 
-def _chain(layer: Any) -> Any:
+def _build_chain(layer: Any) -> Any:
     kl = keras.layers
     return keras.Sequential(
         [keras.Input(SHAPE), kl.Conv3D(2, 3, name="conv"), layer, kl.Flatten(), kl.Dense(2, name="head")]
@@ -60,7 +60,9 @@ def _chain(layer: Any) -> Any:
 
 
 @pytest.mark.parametrize(("name", "layer"), [("Whiten", "whiten"), ("TrainingNorm", "norm")])
-def test_the_first_layer_that_looks_at_the_batch_is_named(mixing: Make, name: str, layer: str) -> None:
+def test_the_first_layer_that_depends_on_the_batch_is_named(
+    mixing: MakeSection, name: str, layer: str
+) -> None:
     report = check_invariance(mixing(name))
     assert report.layer == layer
     assert report.differences["conv"] < 1e-5
@@ -70,48 +72,50 @@ def test_the_first_layer_that_looks_at_the_batch_is_named(mixing: Make, name: st
     assert f"first seen at layer {layer} ({report.class_name})" in report.to_text()
 
 
-def test_it_is_refused_at_extraction_with_the_layer_and_the_ways_out_even_when_noise_is_allowed(
-    mixing: Make,
+def test_a_batch_dependent_output_is_refused_with_its_cause_even_if_stochastic_outputs_are_allowed(
+    mixing: MakeSection,
 ) -> None:
-    with pytest.raises(ModelError, match=r"'head' looks at the rest of the batch.* a layer before 'whi"):
+    with pytest.raises(
+        ModelError, match=r"'head' depends on the other inputs in the batch.* a layer before 'whi"
+    ):
         Extractor({**mixing("Whiten"), "allow_stochastic": True})
     assert set(Extractor({**mixing("Whiten"), "layers": ["conv"]})(np.ones((2, 4, 4, 4), "f4"))) == {"conv"}
 
 
-def test_one_by_one_such_a_model_has_definite_values(mixing: Make) -> None:
+def test_a_batch_dependent_model_has_definite_values_with_batch_size_1(mixing: MakeSection) -> None:
     section = {**mixing("TrainingNorm"), "batch_size": 1}
     x = np.random.default_rng(0).random((3, 4, 4, 4), np.float32)
-    one, other = Extractor(section)(x)["head"], Extractor(section)(x[::-1])["head"]
-    np.testing.assert_allclose(one, other[::-1], rtol=1e-5)
+    forward, backward = Extractor(section)(x)["head"], Extractor(section)(x[::-1])["head"]
+    np.testing.assert_allclose(forward, backward[::-1], rtol=1e-5)
     report = check_invariance(section)
     assert not report.problems
     assert "alone" in report.to_text()
 
 
-def test_the_flag_of_such_layers_is_not_that_of_noise(mixing: Make) -> None:
+def test_batch_dependent_layers_are_not_flagged_as_stochastic(mixing: MakeSection) -> None:
     flags = {info.path: info.flags for info in list_layers(mixing("TrainingNorm"))}
     assert "batch_dependent" in flags["norm"]
     assert "batch_dependent" in flags["head"]
-    assert not any("stochastic" in one for one in flags.values())
+    assert not any("stochastic" in layer_flags for layer_flags in flags.values())
     assert "batch_dependent" not in flags["conv"]
 
 
-def test_a_sound_model_passes_on_given_samples_and_sampling_is_told_apart(
+def test_a_sound_model_passes_with_given_samples_and_its_stochastic_outputs_are_listed(
     spec: Callable[..., dict[str, Any]], volumes: Any
 ) -> None:
     report = check_invariance(spec("z_mean", "conv_1", "z"), (8, 16, 16), volumes)
-    assert report.samples == ("z",)
+    assert report.stochastic_outputs == ("z",)
     assert set(report.differences) == {"z_mean", "conv_1"}
     assert not report.problems
     assert "batches of 1, 2 and 4" in report.to_text()
 
 
-def test_one_sample_is_enough_to_see_it(mixing: Make) -> None:
-    one = np.random.default_rng(0).random((1, 4, 4, 4), np.float32)
-    assert check_invariance(mixing("Whiten"), (4, 4, 4), one).problems
+def test_one_sample_is_enough_to_find_batch_dependence(mixing: MakeSection) -> None:
+    sample = np.random.default_rng(0).random((1, 4, 4, 4), np.float32)
+    assert check_invariance(mixing("Whiten"), (4, 4, 4), sample).problems
 
 
-def test_faults_of_the_section_and_of_the_samples_are_raised(
+def test_errors_in_the_model_section_and_in_the_samples_are_raised(
     spec: Callable[..., dict[str, Any]], volumes: Any
 ) -> None:
     with pytest.raises(ModelError, match="did you mean"):

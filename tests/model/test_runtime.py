@@ -1,4 +1,4 @@
-"""TensorFlow is set up before its first operation, quietly, and late settings are told."""
+"""TensorFlow is configured before its first operation, prints nothing, and late settings are logged."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from featray.hardware import ModelThreads
 from featray.model import runtime
 
 
-def _run(program: str) -> subprocess.CompletedProcess[str]:
+def _run_python(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
 
 
-def test_threads_are_set_and_the_start_is_quiet() -> None:
-    done = _run(
+def test_threads_are_set_and_startup_messages_are_dropped() -> None:
+    process = _run_python(
         "import os, sys; os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"
         "from featray.hardware import ModelThreads\n"
         "from featray.model import runtime; runtime.configure(ModelThreads(1))\n"
@@ -26,20 +26,20 @@ def test_threads_are_set_and_the_start_is_quiet() -> None:
         "assert tf.config.threading.get_inter_op_parallelism_threads() == 1\n"
         "print('kept', file=sys.stderr)"
     )
-    assert done.stderr == "kept\n"
+    assert process.stderr == "kept\n"
 
 
-def test_what_others_write_to_stderr_meanwhile_is_passed_on() -> None:
-    done = _run(
+def test_other_lines_on_stderr_are_passed_on_during_the_import() -> None:
+    process = _run_python(
         "import os\nfrom featray.model import runtime\n"
         "from featray.terminal.native_stderr import filter_stderr\n"
-        "with filter_stderr(runtime._CHATTER):\n"
+        "with filter_stderr(runtime._STARTUP_MESSAGES):\n"
         "    os.write(2, b'I0000 00:00:1.5 12 port.cc:153] chatter\\nE0000 00:00:1.5 12 a.cc:1] fault\\n')"
     )
-    assert done.stderr == "E0000 00:00:1.5 12 a.cc:1] fault\n"
+    assert process.stderr == "E0000 00:00:1.5 12 a.cc:1] fault\n"
 
 
-def test_threads_that_come_too_late_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+def test_threads_that_cannot_be_set_any_more_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     import tensorflow as tf
 
     tf.add(1, 2)
@@ -48,8 +48,8 @@ def test_threads_that_come_too_late_are_logged(caplog: pytest.LogCaptureFixture)
     assert "TensorFlow already runs" in caplog.text
 
 
-def test_another_backend_is_refused_before_anything_is_imported() -> None:
-    _run(
+def test_another_backend_is_refused_before_keras_is_imported() -> None:
+    _run_python(
         "import os, sys; os.environ['KERAS_BACKEND'] = 'jax'\n"
         "from featray.errors import ModelError\nfrom featray.model import runtime\n"
         "try:\n    runtime.configure()\nexcept ModelError as error:\n"

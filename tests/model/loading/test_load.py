@@ -53,7 +53,7 @@ def test_a_layer_saved_without_weights_is_an_error(tmp_path: Path, code: Code) -
     model.build((None, 2, 2, 2, 1))
     model.save(tmp_path / "m.keras")
     section = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{source}:Late"], "layers": ["dense"]}
-    with pytest.raises(ModelError, match=r"2 came with no values from the file and would be random"):
+    with pytest.raises(ModelError, match=r"weights: 2 have no values in the file and would be random"):
         Extractor(section, input_zyx=(2, 2, 2))
 
 

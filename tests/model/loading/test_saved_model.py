@@ -78,7 +78,7 @@ def test_the_outputs_are_listed_and_sampling_is_found(exported: Path) -> None:
 
 
 def test_the_noise_of_an_export_is_refused_or_follows_the_seeds(exported: Path, x: np.ndarray) -> None:
-    with pytest.raises(ModelError, match="'z' gives other values"):
+    with pytest.raises(ModelError, match="'z' returns different values"):
         Extractor(_make_section(exported, "z"))
     one, other = (
         Extractor(_make_section(exported, "z", "z_mean", allow_stochastic=True, batch_size=size))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,14 +34,23 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return run_layers
 
 
+@pytest.fixture
+def small_vae_file(tmp_path: Path) -> Path:
+    """Return a nested functional VAE with inputs of (8, 16, 16) voxels as a `.keras` file."""
+    from featray.synthetic.vae import build_vae
+
+    path = tmp_path / "vae.keras"
+    build_vae((8, 16, 16), (2, 3), 6, 4, seed=3).save(path)
+    return path
+
+
 def _index_by_path(answer: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {layer["path"]: layer for layer in answer["layers"]}
 
 
-def test_a_weights_file_is_listed_with_builder_size_and_submodel(
-    tmp_path: Path, code: Callable[[str, str], Path], run: Run
-) -> None:
-    source = code("build.py", BUILDER)
+def test_a_weights_file_is_listed_with_builder_size_and_submodel(tmp_path: Path, run: Run) -> None:
+    source = tmp_path / "build.py"
+    source.write_text(textwrap.dedent(BUILDER))
     names: dict[str, Any] = {}
     exec(source.read_text(), names)
     model = names["build"]()
@@ -66,9 +76,13 @@ def test_a_file_that_contains_code_is_listed_only_with_trust(tmp_path: Path, run
 
 
 def test_a_config_marks_its_layers_with_the_values_and_gigabytes_after_its_pooling(
-    spec: Callable[..., dict[str, Any]], tmp_path: Path, run: Run
+    small_vae_file: Path, tmp_path: Path, run: Run
 ) -> None:
-    section = spec({"layer": "encoder/conv_1", "pool": "none"}, "z_mean")
+    section = {
+        "uri": str(small_vae_file),
+        "custom_objects": ["featray.synthetic.vae:Sampling"],
+        "layers": [{"layer": "encoder/conv_1", "pool": "none"}, "z_mean"],
+    }
     config = {
         "source": {"uri": "."},
         "preprocess": {"size": [8, 16, 16]},

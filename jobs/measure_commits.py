@@ -26,6 +26,7 @@ from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
+from featray.stages.plan import PLANNING_COLUMNS
 from featray.stages.write import write
 from featray.storage.store import Store
 
@@ -96,7 +97,7 @@ def _figures(dataset: Dataset, seconds: Sequence[float], commits: int) -> dict[s
     snapshot = dataset.open_snapshot()
     files = {table: len(snapshot.files(table)) for table in (FEATURES, SCANS)}
     opened = time.perf_counter()
-    scans = len(snapshot.read_scans(("scan_id",)))
+    scans = len(snapshot.read_scans(PLANNING_COLUMNS))
     read = time.perf_counter()
     logs = [name for table in (FEATURES, SCANS) for name in dataset.store.list_files(f"{table}/_delta_log")]
     values = (commits, scans, statistics.median(seconds), opened - start, read - opened, len(logs))

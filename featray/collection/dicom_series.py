@@ -1,6 +1,7 @@
-"""The DICOM series among files: headers read, grouped, and given ids that say where they lie.
+"""The DICOM series among some files: reads headers, groups them, and gives each series an id.
 
-With a memory only the headers of new and changed files are read, and of those that share a series with them.
+With a header cache, only headers in new and changed folders are read, and headers in folders that share a
+series with one of these.
 """
 
 from __future__ import annotations
@@ -10,196 +11,222 @@ import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from featray.collection.files import File, Found, How, Place, common_place, scan_of
-from featray.collection.header_cache import HeaderCache, KnownGroup, KnownSeries
-from featray.ct.dicom.group import group_into_scans
+from featray.collection.files import (
+    File,
+    FileGroup,
+    FoundScan,
+    ListingOptions,
+    find_common_path,
+    make_scan,
+)
+from featray.collection.header_cache import CacheEntry, HashedSeries, HeaderCache
+from featray.config import PolicyConfig
+from featray.ct.dicom.group import DicomScan, group_into_scans
 from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason
 from featray.storage.urls import hash_texts, mask_url
 
 _Folders = Mapping[str, list[File]]
-"""Candidate files by the hash of their folder."""
+"""Hash of a folder's name → candidate files in the folder."""
 
 
-@dataclass(frozen=True)
-class _Series:
-    """One series of a place: names of its files, sorted, and what is known of it without them."""
-
-    names: tuple[str, ...]
-    known: KnownSeries
-
-
-def series_in(place: Place, files: Sequence[File], how: How) -> list[Found]:
-    """Return one scan per DICOM series among the files of a place; files that are no DICOM are in none."""
+def find_series(group: FileGroup, files: Sequence[File], options: ListingOptions) -> list[FoundScan]:
+    """Return one scan per DICOM series among some files of a group; other files are in no scan."""
     by_name = {file.name: file for file in files}
-    grouped = (
-        _read(place, files, how)
-        if how.header_cache is None
-        else _recalled(place, files, how, how.header_cache)
-    )
-    found = []
-    for series, scan_id in zip(grouped, _ids(grouped, place.name), strict=True):
-        members = tuple(by_name[name] for name in series.names)
-        scan = replace(
-            scan_of(members, scan_id, "dicom", place, how),
-            warnings=series.known.warnings,
-            reason=series.known.reason,
-            excluded=series.known.excluded,
-            message=series.known.message,
-            series=series.known.uid,
-        )
-        found.append(Found(scan, members))
-    return found
-
-
-def _read(place: Place, files: Sequence[File], how: How) -> list[_Series]:
-    return _series_of(_headers(place, files), how)
-
-
-def _recalled(place: Place, files: Sequence[File], how: How, header_cache: HeaderCache) -> list[_Series]:
-    """Return the series as `_read` would; headers are only read where what they say may have changed."""
-    folders: dict[str, list[File]] = defaultdict(list)
-    for file in files:
-        folders[_folder(file.name)].append(file)
-    key = _hash(f"{mask_url(how.source.uri)}\n{place.archive}")
-    trusted = [group for group in header_cache.recall(key) if _is_unchanged(group, folders)]
-    unread = folders.keys() - {folder for group in trusted for folder in group.folders}
-    headers: list[SliceHeader] = []
-    while unread:
-        headers += _headers(place, [file for folder in sorted(unread) for file in folders[folder]])
-        uids = {_uid(header.series_uid) for header in headers if header.series_uid}
-        # A series of what was read may have slices in a folder that is unchanged: the two belong together.
-        unread = {folder for group in trusted if group.uids & uids for folder in group.folders}
-        trusted = [group for group in trusted if not group.uids & uids]
-    fresh = _series_of(headers, how)
-    header_cache.keep(key, [*trusted, *_to_remember(fresh, headers, folders)])
-    series = fresh + [one for group in trusted for one in _series_from(group, folders)]
-    return sorted(series, key=lambda one: one.names)
-
-
-def _headers(place: Place, files: Sequence[File]) -> list[SliceHeader]:
-    with ThreadPoolExecutor(place.threads) as pool:  # object stores answer in parallel
-        return list(pool.map(place.header, files))
-
-
-def _series_of(headers: Sequence[SliceHeader], how: How) -> list[_Series]:
-    groups = group_into_scans(headers, accept_other_modalities=how.policy.not_ct == "warn")
+    if options.header_cache is None:
+        all_series = _group_headers(_read_headers(group, files), options.policy)
+    else:
+        all_series = _find_series_with_cache(group, files, options, options.header_cache)
     return [
-        _Series(
-            group.files,
-            KnownSeries(
-                files=None,
-                uid=_uid(group.series_uid),
-                own=hashlib.sha256(f"{group.series_uid}\n{min(group.files)}".encode()).hexdigest()[:8],
-                reason=group.reason,
-                excluded=group.excluded,
-                message=group.message,
-                warnings=tuple(str(code) for code in group.warnings),
-            ),
-        )
-        for group in groups
+        _make_found_scan(series.scan, scan_id, [by_name[name] for name in series.scan.files], group, options)
+        for series, scan_id in zip(all_series, _make_ids(all_series, group.name), strict=True)
     ]
 
 
-def _is_unchanged(group: KnownGroup, folders: _Folders) -> bool:
-    is_there = all(folder in folders for folder in group.folders)
-    return is_there and group.fingerprint == _fingerprint(group.folders, folders)
+def _make_found_scan(
+    series: DicomScan, scan_id: str, members: Sequence[File], group: FileGroup, options: ListingOptions
+) -> FoundScan:
+    scan = replace(
+        make_scan(members, scan_id, "dicom", options, group.archive),
+        warnings=series.warnings,
+        reason=series.reason,
+        excluded=series.excluded,
+        message=series.message,
+        series=series.series_uid,
+    )
+    return FoundScan(scan, tuple(members))
 
 
-def _fingerprint(names: Iterable[str], folders: _Folders) -> str:
+def _find_series_with_cache(
+    group: FileGroup, files: Sequence[File], options: ListingOptions, cache: HeaderCache
+) -> list[HashedSeries]:
+    """Return the series that reading every header would give; read only headers that may have changed."""
+    folders: dict[str, list[File]] = defaultdict(list)
+    for file in files:
+        folders[_hash_folder(file.name)].append(file)
+    key = _hash_text(f"{mask_url(options.source.uri)}\n{group.archive}")
+    valid = [entry for entry in cache.get(key) if _is_unchanged(entry, folders)]
+    unread = folders.keys() - {folder for entry in valid for folder in entry.folders}
+    headers: list[SliceHeader] = []
+    while unread:
+        headers += _read_headers(group, [file for folder in sorted(unread) for file in folders[folder]])
+        uids = {_hash_uid(header.series_uid) for header in headers if header.series_uid}
+        # A series with slices in a folder just read may have slices in an unchanged folder too. The two
+        # folders must be grouped together, so the unchanged folder is read as well.
+        unread = {folder for entry in valid if entry.uids & uids for folder in entry.folders}
+        valid = [entry for entry in valid if not entry.uids & uids]
+    new_series = _group_headers(headers, options.policy)
+    cache.put(key, [*valid, *_make_entries(new_series, headers, folders)])
+    all_series = new_series + [series for entry in valid for series in _restore_series(entry, folders)]
+    return sorted(all_series, key=lambda series: series.scan.files)
+
+
+def _read_headers(group: FileGroup, files: Sequence[File]) -> list[SliceHeader]:
+    with ThreadPoolExecutor(group.threads) as pool:  # an object store answers several requests at once
+        return list(pool.map(group.read_header, files))
+
+
+def _group_headers(headers: Sequence[SliceHeader], policy: PolicyConfig) -> list[HashedSeries]:
+    scans = group_into_scans(headers, accept_other_modalities=policy.not_ct == "warn")
+    return [_hash_series(scan) for scan in scans]
+
+
+def _hash_series(scan: DicomScan) -> HashedSeries:
+    """Return a series with hashes in place of its UID."""
+    return HashedSeries(
+        scan=replace(
+            scan,
+            series_uid=_hash_uid(scan.series_uid),
+            warnings=tuple(str(code) for code in scan.warnings),
+        ),
+        series_hash=hashlib.sha256(f"{scan.series_uid}\n{min(scan.files)}".encode()).hexdigest()[:8],
+    )
+
+
+def _is_unchanged(entry: CacheEntry, folders: _Folders) -> bool:
+    has_folders = all(folder in folders for folder in entry.folders)
+    return has_folders and entry.fingerprint == _compute_fingerprint(entry.folders, folders)
+
+
+def _compute_fingerprint(names: Iterable[str], folders: _Folders) -> str:
     return hash_texts(f"{file.name}\t{file.size}\t{file.version}" for name in names for file in folders[name])
 
 
-def _series_from(group: KnownGroup, folders: _Folders) -> Iterator[_Series]:
-    names = _candidates(group.folders, folders)
-    for known in group.series:
-        yield _Series(names if known.files is None else tuple(names[at] for at in known.files), known)
+def _restore_series(entry: CacheEntry, folders: _Folders) -> Iterator[HashedSeries]:
+    """Yield the series of a cache entry with the names of their files."""
+    candidates = _list_candidates(entry.folders, folders)
+    for series in entry.series:
+        numbers = series.file_numbers
+        names = candidates if numbers is None else tuple(candidates[number] for number in numbers)
+        yield HashedSeries(replace(series.scan, files=names), series.series_hash)
 
 
-def _candidates(names: Iterable[str], folders: _Folders) -> tuple[str, ...]:
+def _list_candidates(names: Iterable[str], folders: _Folders) -> tuple[str, ...]:
     return tuple(sorted(file.name for name in names for file in folders[name]))
 
 
-def _to_remember(
-    series: Sequence[_Series], headers: Sequence[SliceHeader], folders: _Folders
-) -> Iterator[KnownGroup]:
-    """Yield the groups of folders that share series, with their series; not what may pass by itself."""
+def _make_entries(
+    all_series: Sequence[HashedSeries], headers: Sequence[SliceHeader], folders: _Folders
+) -> Iterator[CacheEntry]:
+    """Yield the cache entries for folders that were just read.
+
+    Folders with a file that could not be opened get no entry, because the file may be readable next time.
+    Neither do folders whose files have no version, because a change would not be noticed.
+    """
     uids: dict[str, set[str]] = defaultdict(set)
     failing = set()
     for header in headers:
-        folder = _folder(header.name)
-        uids[folder] |= {_uid(header.series_uid)} if header.series_uid else set()
+        folder = _hash_folder(header.name)
+        uids[folder] |= {_hash_uid(header.series_uid)} if header.series_uid else set()
         if header.problem is Reason.STORAGE:
             failing.add(folder)
-    in_folder: dict[str, list[_Series]] = defaultdict(list)
-    for one in series:
-        in_folder[_folder(one.names[0])].append(one)
-    for group in _sharing(uids):
-        has_versions = all(file.version for folder in group for file in folders[folder])
-        if has_versions and not failing & set(group):
-            found = [one for folder in group for one in in_folder[folder]]
-            yield KnownGroup(
-                folders=group,
-                fingerprint=_fingerprint(group, folders),
-                uids=frozenset().union(*(uids[folder] for folder in group)),
-                series=_numbered(found, _candidates(group, folders)),
+    in_folder: dict[str, list[HashedSeries]] = defaultdict(list)
+    for series in all_series:
+        in_folder[_hash_folder(series.scan.files[0])].append(series)
+    for connected in _connect_folders(uids):
+        has_versions = all(file.version for folder in connected for file in folders[folder])
+        if has_versions and not failing & set(connected):
+            yield CacheEntry(
+                folders=connected,
+                fingerprint=_compute_fingerprint(connected, folders),
+                uids=frozenset().union(*(uids[folder] for folder in connected)),
+                series=_number_files(
+                    [series for folder in connected for series in in_folder[folder]],
+                    _list_candidates(connected, folders),
+                ),
             )
 
 
-def _sharing(uids: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
-    """Return the folders, those together that share a series with each other, be it through others."""
-    groups: dict[str, list[str]] = {folder: [folder] for folder in uids}
-    owner: dict[str, str] = {}
-    for folder, found in uids.items():
-        for uid in found:
-            first, own = groups[owner.setdefault(uid, folder)], groups[folder]
-            if first is not own:
-                small, large = sorted((first, own), key=len)
+def _connect_folders(uids: Mapping[str, set[str]]) -> list[tuple[str, ...]]:
+    """Return the folders in sets that are connected by shared series, directly or through other folders.
+
+    Args:
+        uids: Folder → UIDs of the series that have files in the folder.
+    """
+    sets: dict[str, list[str]] = {folder: [folder] for folder in uids}
+    first_folder: dict[str, str] = {}
+    for folder, folder_uids in uids.items():
+        for uid in folder_uids:
+            other, own = sets[first_folder.setdefault(uid, folder)], sets[folder]
+            if other is not own:
+                small, large = sorted((other, own), key=len)
                 large += small
-                groups |= dict.fromkeys(small, large)
-    return sorted({tuple(sorted(group)) for group in groups.values()})
+                sets |= dict.fromkeys(small, large)
+    return sorted({tuple(sorted(connected)) for connected in sets.values()})
 
 
-def _numbered(series: Iterable[_Series], candidates: tuple[str, ...]) -> tuple[KnownSeries, ...]:
-    number = {name: at for at, name in enumerate(candidates)}
+def _number_files(
+    all_series: Iterable[HashedSeries], candidates: tuple[str, ...]
+) -> tuple[HashedSeries, ...]:
+    """Return series with the positions of their files among the candidates in place of the file names."""
+    number = {name: position for position, name in enumerate(candidates)}
     return tuple(
-        one.known
-        if one.names == candidates
-        else replace(one.known, files=tuple(number[name] for name in one.names))
-        for one in sorted(series, key=lambda one: one.names)
+        HashedSeries(
+            replace(series.scan, files=()),
+            series.series_hash,
+            None if series.scan.files == candidates else tuple(number[name] for name in series.scan.files),
+        )
+        for series in sorted(all_series, key=lambda series: series.scan.files)
     )
 
 
-def _ids(series: Sequence[_Series], name: str) -> list[str]:
-    """Return each series' place as its id, made unique by a short hash of what tells them apart.
+def _make_ids(all_series: Sequence[HashedSeries], default: str) -> list[str]:
+    """Return the path of each series as its id; series with the same path get a short hash appended.
 
-    The place is the file of a series of one file, else the folder.
+    The path is the common folder of the files, or the file if there is only one.
+
+    Args:
+        all_series: The series of one group of files.
+        default: Id for a series whose files have no common folder below the root.
     """
-    places = [common_place(one.names) or name for one in series]
-    at_place = Counter(places)
-    of_uid = Counter(zip(places, (one.known.uid for one in series), strict=True))
+    paths = [find_common_path(series.scan.files) or default for series in all_series]
+    path_count = Counter(paths)
+    uid_count = Counter(zip(paths, (series.scan.series_uid for series in all_series), strict=True))
     return [
-        place if at_place[place] == 1 else f"{place}#{_mark(one.known, of_uid[place, one.known.uid] > 1)}"
-        for place, one in zip(places, series, strict=True)
+        path
+        if path_count[path] == 1
+        else f"{path}#{_choose_hash(series, is_uid_shared=uid_count[path, series.scan.series_uid] > 1)}"
+        for path, series in zip(paths, all_series, strict=True)
     ]
 
 
-def _mark(series: KnownSeries, uid_is_shared: bool) -> str:
-    # Only a hash of the UID is in the id, for a UID may be traced to a patient. Groups that share a
-    # UID, or have none, are told apart by their first file.
-    return series.own if uid_is_shared or not series.uid else series.uid[:8]
+def _choose_hash(series: HashedSeries, *, is_uid_shared: bool) -> str:
+    # The id holds only a hash of the UID, because a UID may be traced to a patient. For series that share
+    # a UID or have none, the hash includes the name of the first file.
+    uid_hash = series.scan.series_uid
+    return series.series_hash if is_uid_shared or not uid_hash else uid_hash[:8]
 
 
-def _uid(text: str) -> str:
-    """Return the hash of a SeriesInstanceUID; nothing for none."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16] if text else ""
+def _hash_uid(uid: str) -> str:
+    """Return the hash of a SeriesInstanceUID; empty for an empty UID."""
+    return hashlib.sha256(uid.encode()).hexdigest()[:16] if uid else ""
 
 
-def _folder(name: str) -> str:
-    return _hash(posixpath.dirname(name))
+def _hash_folder(file_name: str) -> str:
+    return _hash_text(posixpath.dirname(file_name))
 
 
-def _hash(text: str) -> str:
+def _hash_text(text: str) -> str:
     return hash_texts([text])

@@ -1,7 +1,8 @@
-"""Content by bytes: scans as found in, the same with the SHA-256 of their files as content out.
+"""Content fingerprints from file bytes: found scans in, the same scans with SHA-256 digests as content out.
 
-For stores whose versions change though the bytes do not, such as folders that are copied anew each night.
-Reads every file whole, in threads. Members of an archive keep the checksums that the archive has of them.
+For stores that change a file's version although its bytes stay the same, such as folders that are copied
+again each night. Reads every file completely, in several threads. Scans inside archives keep the checksums
+that the archive stores.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import replace
 
 import fsspec
 
-from featray.collection.files import THREADS, File, Found
+from featray.collection.files import MAX_THREADS, File, FoundScan
 from featray.errors import Reason
 from featray.storage import retry
 from featray.storage.urls import fingerprint_files
@@ -21,19 +22,28 @@ from featray.storage.urls import fingerprint_files
 _CHUNK_BYTES = 2**22
 
 
-def by_bytes(fs: fsspec.AbstractFileSystem, found: Sequence[Found]) -> list[Found]:
-    """Return the scans with their files' bytes as content; what cannot be read fails with `storage`."""
-    files = list(dict.fromkeys(file for one in found if not one.scan.archive for file in one.members))
-    with ThreadPoolExecutor(THREADS) as pool:
-        digests = dict(zip(files, pool.map(lambda file: _digest(fs, file), files), strict=True))
-    return [one if one.scan.archive else _with_digests(one, digests) for one in found]
+def hash_contents(fs: fsspec.AbstractFileSystem, found: Sequence[FoundScan]) -> list[FoundScan]:
+    """Return the scans with fingerprints of their files' bytes as content.
+
+    A scan with a file that cannot be read gets the reason `storage`.
+    """
+    files = list(
+        dict.fromkeys(
+            file for found_scan in found if not found_scan.scan.archive for file in found_scan.members
+        )
+    )
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
+        digests = dict(zip(files, pool.map(lambda file: _try_hash(fs, file), files), strict=True))
+    return [
+        found_scan if found_scan.scan.archive else _set_content(found_scan, digests) for found_scan in found
+    ]
 
 
-def file_digest(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal; never more than a chunk of it is in memory.
+def hash_file(fs: fsspec.AbstractFileSystem, path: str) -> str:
+    """Return the SHA-256 of a file's bytes in hexadecimal; holds only one chunk of the file in memory.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
     """
 
     def read() -> str:
@@ -46,25 +56,23 @@ def file_digest(fs: fsspec.AbstractFileSystem, path: str) -> str:
     return retry.run_with_retries(read, retry.SOURCE_DEADLINE_S)
 
 
-def _digest(fs: fsspec.AbstractFileSystem, file: File) -> str | OSError:
+def _try_hash(fs: fsspec.AbstractFileSystem, file: File) -> str | OSError:
     try:
-        return file_digest(fs, file.path)
+        return hash_file(fs, file.path)
     except OSError as error:
         return error
 
 
-def _with_digests(one: Found, digests: dict[File, str | OSError]) -> Found:
-    texts = []
-    for file in one.members:
+def _set_content(found_scan: FoundScan, digests: dict[File, str | OSError]) -> FoundScan:
+    files = []
+    for file in found_scan.members:
         digest = digests[file]
         if isinstance(digest, OSError):
-            message = (
-                f"a file could not be read for its fingerprint ({retry.describe_error(digest)}); run again"
-            )
-            return replace(
-                one, scan=replace(one.scan, reason=Reason.STORAGE, message=message, excluded=False)
-            )
-        texts.append((file.path, file.size, digest))
-    content = fingerprint_files(texts)
-    checksum = texts[0][2] if len(texts) == 1 else ""
-    return replace(one, scan=replace(one.scan, content=content, checksum=checksum))
+            error = retry.describe_error(digest)
+            message = f"a file could not be read for its fingerprint ({error}); run again"
+            scan = replace(found_scan.scan, reason=Reason.STORAGE, message=message, excluded=False)
+            return replace(found_scan, scan=scan)
+        files.append((file.path, file.size, digest))
+    content = fingerprint_files(files)
+    checksum = files[0][2] if len(files) == 1 else ""
+    return replace(found_scan, scan=replace(found_scan.scan, content=content, checksum=checksum))

@@ -1,7 +1,7 @@
-"""A file, a folder or a glob in, the scans there out, none of them read.
+"""A file, a folder or a glob pattern in, the scans in it out. Reads DICOM headers and no voxels.
 
-Single-file formats are told by name; DICOM files by their headers, which is where one series is told
-from another. Zip archives are looked into, not unpacked. What is none of these is counted as ignored,
+File names tell single-file formats. Headers tell which files are DICOM and which of them form one series. Zip
+archives are searched without unpacking them. Files that belong to no scan are counted as ignored; a file is
 never silently dropped from a series.
 """
 
@@ -16,134 +16,143 @@ from typing import Any
 
 import fsspec
 
-from featray.collection.dicom_series import series_in
-from featray.collection.digests import by_bytes
+from featray.collection.dicom_series import find_series
+from featray.collection.digests import hash_contents
 from featray.collection.files import (
-    PAIR,
-    VOLUMES,
+    PAIR_PARTS,
+    VOLUME_FORMATS,
     File,
-    Found,
-    How,
-    Place,
-    file_of,
-    half,
+    FileGroup,
+    FoundScan,
+    ListingOptions,
+    can_be_dicom,
+    detect_format,
+    get_pair_suffix,
+    get_suffix,
     is_visible,
-    kind_by_name,
-    may_be_dicom,
-    scan_of,
-    suffix,
+    make_file,
+    make_scan,
 )
 from featray.collection.listing import Listing
-from featray.collection.zip_archives import found_in_archive
+from featray.collection.zip_archives import find_in_archive
 from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_header
 from featray.ct.formats.zip_archive import ZIP_SUFFIX
 from featray.errors import Reason, ScanError
 from featray.storage import retry
 
 
-def list_place(fs: fsspec.AbstractFileSystem, root: str, how: How) -> Listing:
-    """List a file or a folder; marks of a glob in its name mean nothing here.
+def list_path(fs: fsspec.AbstractFileSystem, path: str, options: ListingOptions) -> Listing:
+    """List the scans in a file or a folder; glob characters in the path have no special meaning.
 
     Raises:
-        FileNotFoundError: There is neither.
+        FileNotFoundError: The path is neither a file nor a folder.
     """
-    base, found = _found_below(fs, root)
-    # Links to folders may lead round in a circle, and opening a pipe waits for ever; they are named instead.
-    odd = {
+    root, infos = _find_files_below(fs, path)
+    # Links to folders may form a circle, and opening a named pipe waits forever. Both are only counted.
+    special = {
         path: "linked folder" if fs.isdir(path) else "no plain file"
-        for path, info in found.items()
+        for path, info in infos.items()
         if info["type"] not in ("file", "directory") and fs.exists(path) and not fs.isfile(path)
     }
-    files = [file_of(path, info, base) for path, info in sorted(found.items()) if path not in odd]
-    listing = _list_files(fs, base, files, how)
-    return replace(listing, ignored={**listing.ignored, **Counter(odd.values())})
+    files = [make_file(path, info, root) for path, info in sorted(infos.items()) if path not in special]
+    listing = _list_files(fs, root, files, options)
+    return replace(listing, ignored={**listing.ignored, **Counter(special.values())})
 
 
-def list_glob(fs: fsspec.AbstractFileSystem, pattern: str, how: How) -> Listing:
-    """List the files that match a glob."""
-    base = _before_wildcard(pattern)
-    found = sorted(_asked(lambda: fs.glob(pattern, detail=True)).items())
-    # Only what is no plain file, such as a link, costs a question of its own.
-    files = [file_of(path, info, base) for path, info in found if info["type"] == "file" or fs.isfile(path)]
-    return _list_files(fs, base, files, how)
+def list_glob(fs: fsspec.AbstractFileSystem, pattern: str, options: ListingOptions) -> Listing:
+    """List the scans among the files that match a glob pattern."""
+    root = _get_fixed_folder(pattern)
+    infos = sorted(_run_with_retries(lambda: fs.glob(pattern, detail=True)).items())
+    # `isfile` is another request to the store; only links and special files need it.
+    files = [make_file(path, info, root) for path, info in infos if info["type"] == "file" or fs.isfile(path)]
+    return _list_files(fs, root, files, options)
 
 
 def has_wildcard(path: str) -> bool:
-    """Whether a path may be a glob."""
+    """Return whether a path may be a glob pattern."""
     return any(mark in path for mark in "*?[")
 
 
-def _before_wildcard(pattern: str) -> str:
+def _get_fixed_folder(pattern: str) -> str:
+    """Return the part of a glob pattern before the first path component with a wildcard."""
     parts = pattern.split("/")
     fixed = next(index for index, part in enumerate(parts) if has_wildcard(part))
     return "/".join(parts[:fixed])
 
 
-def _found_below(fs: fsspec.AbstractFileSystem, root: str) -> tuple[str, dict[str, Any]]:
-    """Return the root's folder, and path and info of every file; one question does for a plain file."""
-    info = _asked(lambda: fs.info(root))
-    is_file = info["type"] == "file" or (info["type"] != "directory" and fs.isfile(root))
+def _find_files_below(fs: fsspec.AbstractFileSystem, path: str) -> tuple[str, dict[str, Any]]:
+    """Return the root folder, and path → fsspec info of every file; a plain file takes one request."""
+    info = _run_with_retries(lambda: fs.info(path))
+    is_file = info["type"] == "file" or (info["type"] != "directory" and fs.isfile(path))
     if is_file:
-        return posixpath.dirname(root), {root: info}
-    if info["type"] == "directory" or fs.isdir(root):
-        return root, _asked(lambda: fs.find(root, detail=True))
-    raise FileNotFoundError(root)
+        return posixpath.dirname(path), {path: info}
+    if info["type"] == "directory" or fs.isdir(path):
+        return path, _run_with_retries(lambda: fs.find(path, detail=True))
+    raise FileNotFoundError(path)
 
 
-def _asked(act: Callable[[], Any]) -> Any:
-    return retry.run_with_retries(act, retry.START_DEADLINE_S)
+def _run_with_retries(operation: Callable[[], Any]) -> Any:
+    return retry.run_with_retries(operation, retry.START_DEADLINE_S)
 
 
-def _list_files(fs: fsspec.AbstractFileSystem, base: str, files: list[File], how: How) -> Listing:
+def _list_files(
+    fs: fsspec.AbstractFileSystem, root: str, files: list[File], options: ListingOptions
+) -> Listing:
     visible = [file for file in files if is_visible(file.name)]
-    place = Place(visible, posixpath.basename(base), functools.partial(_header, fs))
-    found = _found_in(place, how)
-    if how.formats & set(VOLUMES):
-        archives = (file for file in visible if file.name.lower().endswith(ZIP_SUFFIX))
-        found += [one for file in archives for one in found_in_archive(fs, file, how, _found_in)]
-    used = {file for one in found for file in one.members}
-    ignored = Counter(suffix(file.name) or "without suffix" for file in visible if file not in used)
-    if how.source.fingerprint == "bytes":
-        found = by_bytes(fs, found)
-    return Listing(tuple(one.scan for one in found), dict(ignored))
+    group = FileGroup(visible, posixpath.basename(root), functools.partial(_read_header, fs))
+    found = _find_scans(group, options)
+    if options.formats & set(VOLUME_FORMATS):
+        for file in visible:
+            if file.name.lower().endswith(ZIP_SUFFIX):
+                found += find_in_archive(fs, file, options, _find_scans)
+    used = {file for found_scan in found for file in found_scan.members}
+    ignored = Counter(get_suffix(file.name) or "without suffix" for file in visible if file not in used)
+    if options.source.fingerprint == "bytes":
+        found = hash_contents(fs, found)
+    return Listing(tuple(found_scan.scan for found_scan in found), dict(ignored))
 
 
-def _found_in(place: Place, how: How) -> list[Found]:
-    """Return the scans of a place."""
-    found = []
-    for file in place.files:
-        if kind := kind_by_name(file.name, how.formats):
-            found.append(Found(scan_of((file,), file.name, kind, place, how), (file,)))
-    pairs, halves = _pairs(place) if "nifti" in how.formats else ([], [])
-    found += [Found(scan_of(pair, pair[1].name, "nifti", place, how), pair) for pair in pairs]
-    if "dicom" in how.formats:
-        maybe = [file for file in place.files if may_be_dicom(file.name)]
-        images = [file for file in halves if PAIR[half(file.name)] == 1]
-        found += series_in(place, [*maybe, *images], how)
-    used = {file for one in found for file in one.members}
-    found += [_half_of_a_pair(file, place, how) for file in halves if file not in used]
+def _find_scans(group: FileGroup, options: ListingOptions) -> list[FoundScan]:
+    """Return the scans in a group of files."""
+    found = [
+        FoundScan(make_scan((file,), file.name, scan_format, options, group.archive), (file,))
+        for file in group.files
+        if (scan_format := detect_format(file.name, options.formats))
+    ]
+    pairs, unpaired = _match_pairs(group) if "nifti" in options.formats else ([], [])
+    found += [
+        FoundScan(make_scan(pair, pair[1].name, "nifti", options, group.archive), pair) for pair in pairs
+    ]
+    if "dicom" in options.formats:
+        candidates = [file for file in group.files if can_be_dicom(file.name)]
+        # Some DICOM archives name their slices .img, as the image of a NIfTI pair is named.
+        images = [file for file in unpaired if PAIR_PARTS[get_pair_suffix(file.name)] == 1]
+        found += find_series(group, [*candidates, *images], options)
+    used = {file for found_scan in found for file in found_scan.members}
+    found += [_make_unpaired_scan(file, group, options) for file in unpaired if file not in used]
     return found
 
 
-def _pairs(place: Place) -> tuple[list[tuple[File, File]], list[File]]:
-    """Return the NIfTI pairs (header, image) of a place, and halves that lack the other."""
-    halves: dict[str, dict[int, File]] = defaultdict(dict)
-    for file in place.files:
-        if end := half(file.name):
-            halves[file.name[: -len(end)]][PAIR[end]] = file
-    pairs = [(both[0], both[1]) for both in halves.values() if len(both) == 2]
-    return pairs, [file for one in halves.values() if len(one) == 1 for file in one.values()]
+def _match_pairs(group: FileGroup) -> tuple[list[tuple[File, File]], list[File]]:
+    """Return the NIfTI pairs (header, image) of a group, and the files whose other part is missing."""
+    parts: dict[str, dict[int, File]] = defaultdict(dict)
+    for file in group.files:
+        if suffix := get_pair_suffix(file.name):
+            parts[file.name[: -len(suffix)]][PAIR_PARTS[suffix]] = file
+    pairs = [(pair[0], pair[1]) for pair in parts.values() if len(pair) == 2]
+    return pairs, [file for pair in parts.values() if len(pair) == 1 for file in pair.values()]
 
 
-def _half_of_a_pair(file: File, place: Place, how: How) -> Found:
-    other = "image (.img)" if PAIR[half(file.name)] == 0 else "header (.hdr)"
-    message = f"the {other} that belongs to this half of a pair is not beside it; copy both"
-    scan = scan_of((file,), file.name, "nifti", place, how)
-    return Found(replace(scan, reason=Reason.UNREADABLE, message=message), (file,))
+def _make_unpaired_scan(file: File, group: FileGroup, options: ListingOptions) -> FoundScan:
+    """Return the failed scan for one part of a NIfTI pair whose other part does not exist."""
+    missing = "image (.img)" if PAIR_PARTS[get_pair_suffix(file.name)] == 0 else "header (.hdr)"
+    message = f"the {missing} of this NIfTI pair is missing in the same folder; copy both files"
+    scan = make_scan((file,), file.name, "nifti", options, group.archive)
+    return FoundScan(replace(scan, reason=Reason.UNREADABLE, message=message), (file,))
 
 
-def _header(fs: fsspec.AbstractFileSystem, file: File) -> SliceHeader:
-    """Return a file's DICOM header; it says itself when the file is none, or cannot be opened."""
+def _read_header(fs: fsspec.AbstractFileSystem, file: File) -> SliceHeader:
+    """Return a file's DICOM header; the header itself says if the file is not DICOM or cannot be opened."""
 
     def read() -> SliceHeader:
         with fs.open(file.path, "rb", block_size=2**16) as stream:

@@ -1,8 +1,8 @@
-"""Listed scans in, the same scans out, copies marked as policy says, ids unique. Decodes nothing.
+"""Listed scans in, the same scans out: copies marked as the policy says, ids unique. Decodes nothing.
 
-The second of two scans is a copy of the first, in the order of ids, if both ask for the same region and
-have one of: the same files; the same SeriesInstanceUID and number of slices in two places; the same bytes.
-For the bytes the store's checksum speaks, or, for local files of equal size, a look inside.
+In the order of ids, the second of two scans is a copy of the first if both ask for the same region and have
+one of these in common: the same files; the same SeriesInstanceUID and number of slices, in two folders; the
+same bytes. Bytes are compared by the store's checksum or, for local files of equal size, by reading them.
 """
 
 from __future__ import annotations
@@ -20,59 +20,58 @@ from featray.schema import Scan
 from featray.storage.urls import open_url
 
 SAMPLE_BYTES = 2**14
-"""Read at the start, in the middle and at the end; a gzip file's end holds its checksum."""
+"""Bytes read at the start, in the middle and at the end of a file; a gzip file ends with its checksum."""
 _CHUNK_BYTES = 2**22
 
 
-def settle_duplicates(scans: Sequence[Scan], policy: PolicyConfig) -> list[Scan]:
-    """Return the scans by id, copies with the warning `duplicate_id`, or excluded for it.
+def mark_duplicates(scans: Sequence[Scan], policy: PolicyConfig) -> list[Scan]:
+    """Return the scans sorted by id; copies get the warning `duplicate_id` or are excluded with that reason.
 
     Args:
-        scans: As listed; those with a reason already are left as they are.
-        policy: Its `duplicates` decides.
+        scans: Listed scans. A scan that has a reason is not compared and not changed.
+        policy: `policy.duplicates` decides what happens to copies.
     """
     ordered = sorted(scans, key=lambda scan: scan.scan_id)
-    usable = [scan for scan in ordered if scan.reason is None]
-    same_bytes = _checksums(usable)
+    checksums = _find_checksums([scan for scan in ordered if scan.reason is None])
     first: dict[tuple[object, ...], Scan] = {}
-    settled = []
+    marked = []
     for scan in ordered:
-        keys = [] if scan.reason is not None else list(_keys(scan, same_bytes.get(id(scan), "")))
+        keys = [] if scan.reason is not None else list(_make_keys(scan, checksums.get(id(scan), "")))
         original = next((first[key] for key in keys if key in first), None)
         for key in keys:
             first.setdefault(key, scan)
-        if original is None or _is_other_part(original, scan):
-            settled.append(scan)
-        else:
-            settled.append(_marked(scan, original, policy))
-    return settled
+        if original is not None and not _is_other_part(original, scan):
+            scan = _mark_copy(scan, original, policy)
+        marked.append(scan)
+    return marked
 
 
-def unique_ids(scans: Sequence[Scan], others: Collection[str] = frozenset()) -> list[Scan]:
-    """Return the scans sorted by id; the second of two equal ids fails under a numbered one.
+def make_ids_unique(scans: Sequence[Scan], other_ids: Collection[str] = frozenset()) -> list[Scan]:
+    """Return the scans sorted by id; the second of two scans with equal ids fails under a numbered id.
 
     Args:
-        scans: With ids that may be used twice.
-        others: Ids of yet other scans.
+        scans: Scans whose ids may occur more than once.
+        other_ids: Ids of further scans of the collection, which the numbered ids must not repeat.
     """
+    ordered = sorted(scans, key=lambda scan: (scan.scan_id, scan.files))
     unique: dict[str, Scan] = {}
-    twice = []
-    for scan in sorted(scans, key=lambda scan: (scan.scan_id, scan.files)):
-        if unique.setdefault(scan.scan_id, scan) is not scan:
-            twice.append(scan)
-    numbers: Counter[str] = Counter()
-    for scan in twice:
-        free = (f"{scan.scan_id}#{number}" for number in count(numbers[scan.scan_id] + 2))
-        name = next(name for name in free if name not in unique and name not in others)
-        numbers[scan.scan_id] += 1
-        message = f"the id {scan.scan_id!r} is used more than once; give each scan its own"
-        unique[name] = replace(
-            scan, scan_id=name, reason=Reason.DUPLICATE_ID, message=message, excluded=False
+    for scan in ordered:
+        unique.setdefault(scan.scan_id, scan)
+    repeated = [scan for scan in ordered if unique[scan.scan_id] is not scan]
+    repetitions: Counter[str] = Counter()
+    for scan in repeated:
+        candidates = (f"{scan.scan_id}#{number}" for number in count(repetitions[scan.scan_id] + 2))
+        new_id = next(name for name in candidates if name not in unique and name not in other_ids)
+        repetitions[scan.scan_id] += 1
+        message = f"the id {scan.scan_id!r} is used more than once; give each scan its own id"
+        unique[new_id] = replace(
+            scan, scan_id=new_id, reason=Reason.DUPLICATE_ID, message=message, excluded=False
         )
-    return [unique[name] for name in sorted(unique)]
+    return [unique[scan_id] for scan_id in sorted(unique)]
 
 
-def _keys(scan: Scan, checksum: str) -> Iterator[tuple[object, ...]]:
+def _make_keys(scan: Scan, checksum: str) -> Iterator[tuple[object, ...]]:
+    """Yield keys such that two scans with a common key are copies."""
     region = scan.mask, scan.center_lps
     yield (*region, "files", scan.archive, scan.files, scan.place, scan.uri)
     if scan.series:
@@ -82,72 +81,77 @@ def _keys(scan: Scan, checksum: str) -> Iterator[tuple[object, ...]]:
 
 
 def _is_other_part(first: Scan, second: Scan) -> bool:
-    """Tell parts of one series (orientations, time points) from copies: other files at one place."""
-    places = [(scan.archive, {path.rpartition("/")[0] for path in scan.files}) for scan in (first, second)]
-    return first.files != second.files and bool(first.series) and places[0] == places[1]
+    """Return whether two scans are parts of one series (orientations, time points) and not copies.
+
+    Parts are different files in the same folders; copies lie in different folders.
+    """
+    folders = [(scan.archive, {path.rpartition("/")[0] for path in scan.files}) for scan in (first, second)]
+    return first.files != second.files and bool(first.series) and folders[0] == folders[1]
 
 
-def _marked(scan: Scan, original: Scan, policy: PolicyConfig) -> Scan:
-    # A copy of another size may be the whole one of the two, and which one that is only reading tells.
+def _mark_copy(scan: Scan, original: Scan, policy: PolicyConfig) -> Scan:
+    # If the sizes differ, one of the two may be incomplete. Only reading them shows which, so both are kept.
     if policy.duplicates == "exclude" and scan.size == original.size:
         message = f"a copy of {original.scan_id}: the same files, bytes or SeriesInstanceUID"
         return replace(scan, reason=Reason.DUPLICATE_ID, excluded=True, message=message)
     return replace(scan, warnings=(*scan.warnings, Reason.DUPLICATE_ID.value))
 
 
-def _checksums(scans: Sequence[Scan]) -> dict[int, str]:
-    """Return {id of the object: checksum} where equal checksums mean equal bytes."""
-    found = {id(scan): f"{scan.checksum} {scan.size}" for scan in scans if scan.checksum}
-    local = [scan for scan in scans if _can_look_inside(scan)]
-    groups = [local]
-    for digest in (_size, _sample, _whole):  # whole files are only read where samples agree
-        groups = [same for group in groups for same in _split(group, digest)]
-    return found | {id(scan): f"group {number}" for number, group in enumerate(groups) for scan in group}
+def _find_checksums(scans: Sequence[Scan]) -> dict[int, str]:
+    """Return `id(scan)` → checksum, for scans that can be compared; equal checksums mean equal bytes."""
+    checksums = {id(scan): f"{scan.checksum} {scan.size}" for scan in scans if scan.checksum}
+    groups = [[scan for scan in scans if _can_read_locally(scan)]]
+    for compute_digest in (_get_size, _read_samples, _hash_whole):  # each reads more, of fewer scans
+        groups = [equal for group in groups for equal in _split_by_digest(group, compute_digest)]
+    return checksums | {id(scan): f"group {number}" for number, group in enumerate(groups) for scan in group}
 
 
-def _can_look_inside(scan: Scan) -> bool:
-    """Whether a scan is one local file; arrays are too small and too many to be worth a look."""
+def _can_read_locally(scan: Scan) -> bool:
+    """Return whether a scan is one local file whose bytes can be compared with those of others.
+
+    Array files are not compared, because they are small and there are many of them.
+    """
     is_file = len(scan.files) == 1 and bool(scan.listed) and not scan.archive and not scan.checksum
     is_local = "://" not in scan.uri or scan.uri.startswith(("file://", "local://"))
     return is_file and is_local and scan.size > 0 and scan.format != "npy"
 
 
-def _split(scans: list[Scan], digest: Callable[[Scan], object]) -> list[list[Scan]]:
-    """Return the groups of two or more scans with one digest; what cannot be opened is in none."""
+def _split_by_digest(scans: list[Scan], compute_digest: Callable[[Scan], object]) -> list[list[Scan]]:
+    """Return the groups of two or more scans with equal digests; a scan that cannot be opened is in none."""
     groups: dict[object, list[Scan]] = defaultdict(list)
     for scan in scans:
         try:
-            groups[digest(scan)].append(scan)
-        except OSError:  # reading it will say what is wrong
+            groups[compute_digest(scan)].append(scan)
+        except OSError:  # the error is reported when the scan is read
             continue
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _opened(scan: Scan) -> BinaryIO:
+def _open_file(scan: Scan) -> BinaryIO:
     fs, _ = open_url(scan.uri)
     stream: BinaryIO = fs.open(scan.files[0], "rb")
     return stream
 
 
-def _size(scan: Scan) -> object:
+def _get_size(scan: Scan) -> object:
     return scan.size
 
 
-def _sample(scan: Scan) -> object:
-    with _opened(scan) as stream:
+def _read_samples(scan: Scan) -> object:
+    with _open_file(scan) as stream:
         return tuple(
-            _read_at(stream, place) for place in (0, scan.size // 2, max(0, scan.size - SAMPLE_BYTES))
+            _read_at(stream, offset) for offset in (0, scan.size // 2, max(0, scan.size - SAMPLE_BYTES))
         )
 
 
-def _read_at(stream: BinaryIO, place: int) -> bytes:
-    stream.seek(place)
+def _read_at(stream: BinaryIO, offset: int) -> bytes:
+    stream.seek(offset)
     return stream.read(SAMPLE_BYTES)
 
 
-def _whole(scan: Scan) -> object:
+def _hash_whole(scan: Scan) -> object:
     digest = hashlib.sha256()
-    with _opened(scan) as stream:
+    with _open_file(scan) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.digest()

@@ -1,4 +1,7 @@
-"""Files of a collection and what their names tell; which of them, by name, may be scans."""
+"""The files of a collection and what their names tell: which of them may be scans, and in which format.
+
+Opens no file. Also defines what every part of a listing shares: files, groups of files, options, found scans.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +19,28 @@ from featray.ct.formats import npy
 from featray.schema import Scan
 from featray.storage.urls import escape_invalid_utf8, file_checksum, file_version, fingerprint_files, mask_url
 
-SUFFIXES = {
+FORMAT_SUFFIXES = {
     "nifti": (".nii", ".nii.gz"),
     "nrrd": (".nrrd", ".nhdr"),
     "mha": (".mha", ".mhd"),
     "npy": (npy.SUFFIX,),
 }
-"""Formats whose scans are one file each, known by its name; a detached header is refused with advice."""
-PAIR = {".hdr": 0, ".hdr.gz": 0, ".img": 1, ".img.gz": 1}
-"""Halves of a NIfTI pair: the header, the image."""
-VOLUMES = ("nifti", "dicom", "nrrd", "mha")
-THREADS = 8
-"""Questions asked of a store at once."""
-_OTHERS = re.compile(
+"""Format → file name suffixes, for the formats with one file per scan.
+
+Detached headers (.nhdr, .mhd) are listed as scans, so that reading can refuse them with advice.
+"""
+PAIR_PARTS = {".hdr": 0, ".hdr.gz": 0, ".img": 1, ".img.gz": 1}
+"""File name suffix → part of a NIfTI pair: 0 for the header, 1 for the image."""
+VOLUME_FORMATS = ("nifti", "dicom", "nrrd", "mha")
+MAX_THREADS = 8
+"""Maximum number of requests to a store at the same time."""
+_NOT_DICOM = re.compile(
     r"\.(nii|gz|nrrd|nhdr|mha|mhd|hdr|img|z?raw|np[yz]|zip|tar|tgz|bz2|xz|7z|rar|txt|[ct]sv|jsonl?|xml|html?|md"
     r"|pdf|docx?|xlsx?|pptx?|png|jpe?g|gif|bmp|tiff?|svg|mp4|avi|py|ipynb|r|m|mat|sh|ya?ml|toml|ini|cfg|log|db"
     r"|sqlite|parquet|h5|hdf5|keras|pth?|onnx|pkl|bval|bvec|md5|sha1|sha256|vtk|stl|obj|lnk|url)$",
     re.IGNORECASE,
 )
-"""Suffixes of files that are no DICOM and are not opened to see."""
+"""Suffixes of files that are not DICOM and are therefore not opened."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +48,11 @@ class File:
     """One file of the collection.
 
     Attributes:
-        path: In the file system, or in its archive.
-        name: Below the root.
-        size: Bytes.
-        version: The store's; empty where it tells none.
-        checksum: The store's own of the bytes; empty where it has none.
+        path: Path in the file system, or in the archive that holds the file.
+        name: Path relative to the root of the collection or archive.
+        size: Size in bytes.
+        version: Version that the store reports; empty if it reports none.
+        checksum: Checksum of the bytes that the store reports; empty if it reports none.
     """
 
     path: str
@@ -57,35 +63,41 @@ class File:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Files that are looked at together: a folder with all below it, or an archive.
+class FileGroup:
+    """Files in which scans are searched together: a folder with all its subfolders, or a zip archive.
 
     Attributes:
-        files: All of them.
-        name: Of a series that has no folder of its own below the root.
-        header: Reads the DICOM header of one of the files.
-        threads: How many headers may be read at once.
-        archive: Path of the archive, if it is one.
+        files: All visible files of the folder or archive.
+        name: Scan id of a DICOM series that has no common folder below the root.
+        read_header: Reads the DICOM header of one of the files.
+        threads: Number of headers that may be read at the same time.
+        archive: Path of the archive; empty for a folder.
     """
 
     files: list[File]
     name: str
-    header: Callable[[File], SliceHeader]
-    threads: int = THREADS
+    read_header: Callable[[File], SliceHeader]
+    threads: int = MAX_THREADS
     archive: str = ""
 
 
 @dataclass(frozen=True)
-class Found:
-    """A scan, and the files of the collection it is made of."""
+class FoundScan:
+    """A scan and the files of the collection that belong to it."""
 
     scan: Scan
     members: tuple[File, ...]
 
 
 @dataclass(frozen=True)
-class How:
-    """What to look for: the collection's config, the policies that concern listing, what is remembered."""
+class ListingOptions:
+    """What a listing searches for.
+
+    Attributes:
+        source: Configuration of the collection.
+        policy: Decides which scans are excluded and which only get a warning.
+        header_cache: Results for DICOM folders from an earlier listing; None to read every header.
+    """
 
     source: SourceConfig
     policy: PolicyConfig
@@ -93,67 +105,80 @@ class How:
 
     @property
     def formats(self) -> set[str]:
-        """Formats to look for."""
-        # Arrays are only taken when asked for: what their values mean, nothing in the file says.
-        return set(VOLUMES) if self.source.format == "auto" else {self.source.format}
+        """Formats to search for."""
+        # "auto" does not include arrays, because nothing in an array file says what its values mean.
+        return set(VOLUME_FORMATS) if self.source.format == "auto" else {self.source.format}
 
-    def shown_uri(self, path: str) -> str:
-        """Return the location to show: the source's own protocol, no credentials."""
+    def make_shown_uri(self, path: str) -> str:
+        """Return the URI to show for a path: with the source's own protocol, without credentials."""
         protocol, separator, _ = mask_url(self.source.uri).partition("://")
-        return f"{protocol}://{escape_invalid_utf8(path)}" if separator else escape_invalid_utf8(path)
+        shown_path = escape_invalid_utf8(path)
+        return f"{protocol}://{shown_path}" if separator else shown_path
 
 
-def scan_of(files: Sequence[File], scan_id: str, kind: str, place: Place, how: How) -> Scan:
-    """Return the scan that some files of a place make."""
+def make_scan(
+    files: Sequence[File], scan_id: str, scan_format: str, options: ListingOptions, archive: str = ""
+) -> Scan:
+    """Return the scan that consists of some files, which lie in `archive` unless that is empty."""
     paths = [file.path for file in files]
     listed = fingerprint_files((file.path, file.size, file.version) for file in files)
     return Scan(
         scan_id=scan_id,
-        uri=how.shown_uri(place.archive or common_place(paths)),
-        format=kind,
+        uri=options.make_shown_uri(archive or find_common_path(paths)),
+        format=scan_format,
         files=tuple(paths),
         content=listed,
         size=sum(file.size for file in files),
-        listed="" if place.archive else listed,
+        listed="" if archive else listed,
         checksum=files[0].checksum if len(files) == 1 else "",
-        archive=place.archive,
+        archive=archive,
     )
 
 
-def file_of(path: str, info: dict[str, Any], base: str) -> File:
-    """Return a file from its entry in a listing; `base` is the root's path."""
-    name = path[len(base) :].lstrip("/") if path.startswith(base) else posixpath.basename(path)
+def make_file(path: str, info: dict[str, Any], root: str) -> File:
+    """Return the file that fsspec describes with `info`; its name is relative to the path `root`."""
+    name = path[len(root) :].lstrip("/") if path.startswith(root) else posixpath.basename(path)
     return File(
         path, escape_invalid_utf8(name), int(info.get("size") or 0), file_version(info), file_checksum(info)
     )
 
 
-def half(name: str) -> str:
-    """Return the suffix of a half of a NIfTI pair, or nothing."""
-    return next((suffix for suffix in PAIR if name.lower().endswith(suffix)), "")
+def get_pair_suffix(name: str) -> str:
+    """Return the suffix of a file that may be one part of a NIfTI pair; empty for other files."""
+    return next((suffix for suffix in PAIR_PARTS if name.lower().endswith(suffix)), "")
 
 
-def kind_by_name(name: str, formats: Iterable[str]) -> str:
-    """Return the format that a name tells, if it is one of these and has one file per scan."""
+def detect_format(name: str, formats: Iterable[str]) -> str:
+    """Return which of some formats a file name belongs to; empty if none has this suffix."""
     lower = name.lower()
-    return next((kind for kind in formats if kind in SUFFIXES and lower.endswith(SUFFIXES[kind])), "")
+    return next(
+        (
+            candidate
+            for candidate in formats
+            if candidate in FORMAT_SUFFIXES and lower.endswith(FORMAT_SUFFIXES[candidate])
+        ),
+        "",
+    )
 
 
 def is_visible(name: str) -> bool:
-    """Whether neither a file nor a folder above it is hidden."""
+    """Return whether neither the file nor a folder above it has a name that starts with a dot."""
     return not any(part.startswith(".") for part in name.split("/"))
 
 
-def may_be_dicom(name: str) -> bool:
-    """Whether to look inside: archives name their slices .dcm, .ima, .mag, .0001 or nothing at all."""
-    return not _OTHERS.search(name)
+def can_be_dicom(name: str) -> bool:
+    """Return whether the header of a file must be read to know whether the file is DICOM.
+
+    Medical image archives name DICOM slices .dcm, .ima, .mag or .0001, or give them no suffix.
+    """
+    return not _NOT_DICOM.search(name)
 
 
-def suffix(name: str) -> str:
-    """Return a name's last suffix, in small letters."""
+def get_suffix(name: str) -> str:
+    """Return the last suffix of a file name in lower case; empty if there is none."""
     return PurePosixPath(name).suffix.lower()
 
 
-def common_place(names: Sequence[str]) -> str:
-    """Return the one name, or the folder that holds all of them."""
+def find_common_path(names: Sequence[str]) -> str:
+    """Return the deepest folder that holds all files; for a single file, the file itself."""
     return names[0] if len(names) == 1 else posixpath.commonpath([posixpath.dirname(name) for name in names])

@@ -1,9 +1,11 @@
-"""What listing remembers from run to run, so that headers of unchanged DICOM files are not read again.
+"""Results of reading DICOM headers, kept from one listing to the next, so that unchanged files are not read.
 
-Series are remembered in groups of folders that share one: a group is as it was when the same candidate
-files, of the same size and version, lie in its folders, and no folder that had to be read holds one of its
-series. That is all grouping depends on, so a listing with memory is the listing without. Only hashes of
-folders and UIDs are in it, no file's name but those that messages of damaged files give, as `scans` does.
+One cache entry covers a set of folders that share DICOM series. An entry is valid while its folders hold the
+same candidate files with the same sizes and versions, and while no folder whose headers had to be read holds
+one of its series. Grouping depends on nothing else, so a listing with the cache equals a listing without it.
+
+The cache holds only hashes of folder names and UIDs. The only file names in it are those in messages about
+damaged files, which the scans table shows too.
 """
 
 from __future__ import annotations
@@ -11,12 +13,13 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from featray.ct.dicom.group import DicomScan
 from featray.errors import Reason
 
 log = logging.getLogger(__name__)
@@ -45,81 +48,72 @@ _COLUMNS = pa.schema(
 
 
 @dataclass(frozen=True)
-class KnownSeries:
-    """One series as grouping found it.
+class HashedSeries:
+    """One DICOM series as grouping returned it, with a hash instead of its UID.
 
     Attributes:
-        files: Its files, as numbers into the sorted names of all candidates of its group; None for all.
-        uid: Hash of the SeriesInstanceUID; empty where there is none.
-        own: Hash that tells it from others of the same UID.
-        reason: Why it is not to be read; None when it is.
-        excluded: With a reason: left out by rule.
-        message: With a reason: what to do.
-        warnings: Codes of what was odd.
+        scan: The grouped files, and the reason if the series is not to be read. `series_uid` is the hash of
+            the SeriesInstanceUID; empty if there is none. `files` is empty in a cache entry.
+        series_hash: Hash that differs between series of one UID.
+        file_numbers: In a cache entry: positions of the files among the sorted names of all candidate files
+            of the entry; None if the series consists of all of them.
     """
 
-    files: tuple[int, ...] | None
-    uid: str
-    own: str
-    reason: Reason | None = None
-    excluded: bool = False
-    message: str = ""
-    warnings: tuple[str, ...] = ()
+    scan: DicomScan
+    series_hash: str
+    file_numbers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
-class KnownGroup:
-    """Folders that share series, and what was found in them.
+class CacheEntry:
+    """Folders that share series, and the series in them.
 
     Attributes:
-        folders: Hashes of the folders, sorted.
-        fingerprint: Of the names, sizes and versions of all candidate files in them.
-        uids: Hashes of every SeriesInstanceUID there, also of what is no scan.
-        series: In the order of their first files.
+        folders: Hashes of the folder names, sorted.
+        fingerprint: Hash of the names, sizes and versions of all candidate files in the folders.
+        uids: Hashes of all SeriesInstanceUIDs in the folders, including those of files that are no scan.
+        series: The series, sorted by their file names.
     """
 
     folders: tuple[str, ...]
     fingerprint: str
     uids: frozenset[str]
-    series: tuple[KnownSeries, ...]
+    series: tuple[HashedSeries, ...]
 
 
 class HeaderCache:
-    """Remembered groups, by place. Give it to `list_scans`; afterwards it holds what that listing found.
+    """Cache entries by the key of the folder or archive that was searched.
 
-    Places may be listed in several threads, each place in one.
+    Pass it to `list_scans`. After the listing it holds the entries of that listing only. Several threads may
+    use it at the same time if each key is used by one thread.
     """
 
     def __init__(self) -> None:
         self._stamp = ""
-        self._known: dict[str, tuple[KnownGroup, ...]] = {}
-        self._found: dict[str, tuple[KnownGroup, ...]] = {}
+        self._previous: dict[str, tuple[CacheEntry, ...]] = {}
+        self._current: dict[str, tuple[CacheEntry, ...]] = {}
 
     @classmethod
     def from_bytes(cls, data: bytes) -> HeaderCache:
-        """Return the memory that `to_bytes` wrote; an empty one, with a warning, if it cannot be read."""
-        memory = cls()
+        """Return the cache that `to_bytes` wrote; if it is damaged, log a warning and return an empty one."""
+        cache = cls()
         try:
             table = pq.read_table(io.BytesIO(data))
-            memory._stamp = (table.schema.metadata or {})[_STAMP].decode()
+            cache._stamp = (table.schema.metadata or {})[_STAMP].decode()
             for row in table.cast(_COLUMNS).to_pylist():
-                memory._known.setdefault(row["place"], ())
-                memory._known[row["place"]] += (_group(row),)
+                cache._previous.setdefault(row["place"], ())
+                cache._previous[row["place"]] += (_parse_entry(row),)
         except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
             log.warning(
-                "the listing memory is damaged (%s); every header is read again", type(error).__name__
+                "the cache of DICOM headers is damaged (%s); every header is read again", type(error).__name__
             )
             return cls()
-        memory._found = dict(memory._known)
-        return memory
+        cache._current = dict(cache._previous)
+        return cache
 
     def to_bytes(self) -> bytes:
-        """Return it as one small Parquet file."""
-        rows = [
-            {"place": place, **asdict(group), "uids": sorted(group.uids)}
-            for place, groups in sorted(self._found.items())
-            for group in groups
-        ]
+        """Return the cache as one small Parquet file."""
+        rows = [_make_row(key, entry) for key, entries in sorted(self._current.items()) for entry in entries]
         schema = _COLUMNS.with_metadata({_STAMP: self._stamp.encode()})
         sink = pa.BufferOutputStream()
         pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd")
@@ -128,46 +122,70 @@ class HeaderCache:
 
     @property
     def is_changed(self) -> bool:
-        """Whether the last listing found other than what was remembered, so that it is worth storing."""
-        return self._found != self._known
+        """Whether the last listing put other entries than it was given, so that the cache must be stored."""
+        return self._current != self._previous
 
-    def begin(self, stamp: str) -> None:
-        """Start a listing; what was remembered under another stamp is forgotten.
+    def start_listing(self, stamp: str) -> None:
+        """Prepare for a listing, and drop entries that were made with another stamp.
 
         Args:
-            stamp: Changes with everything but the files that a listing follows from.
+            stamp: Identifies everything except the files that a listing depends on.
         """
         if stamp != self._stamp:
-            self._known = {}
-        self._stamp, self._found = stamp, {}
+            self._previous = {}
+        self._stamp, self._current = stamp, {}
 
-    def recall(self, place: str) -> tuple[KnownGroup, ...]:
-        """Return what was remembered of a place."""
-        return self._known.get(place, ())
+    def get(self, key: str) -> tuple[CacheEntry, ...]:
+        """Return the entries that an earlier listing put under a key; empty if there are none."""
+        return self._previous.get(key, ())
 
-    def keep(self, place: str, groups: Iterable[KnownGroup]) -> None:
-        """Remember what this listing found in a place."""
-        kept = tuple(sorted(groups, key=lambda group: group.folders))
-        if kept:
-            self._found[place] = kept
+    def put(self, key: str, entries: Iterable[CacheEntry]) -> None:
+        """Set the entries of this listing under a key."""
+        ordered = tuple(sorted(entries, key=lambda entry: entry.folders))
+        if ordered:
+            self._current[key] = ordered
 
 
-def _group(row: dict[str, Any]) -> KnownGroup:
-    return KnownGroup(
+def _make_row(key: str, entry: CacheEntry) -> dict[str, Any]:
+    return {
+        "place": key,
+        "folders": entry.folders,
+        "fingerprint": entry.fingerprint,
+        "uids": sorted(entry.uids),
+        "series": [_make_series_value(series) for series in entry.series],
+    }
+
+
+def _make_series_value(series: HashedSeries) -> dict[str, Any]:
+    scan = series.scan
+    return {
+        "files": series.file_numbers,
+        "uid": scan.series_uid,
+        "own": series.series_hash,
+        "reason": scan.reason,
+        "excluded": scan.excluded,
+        "message": scan.message,
+        "warnings": scan.warnings,
+    }
+
+
+def _parse_entry(row: dict[str, Any]) -> CacheEntry:
+    return CacheEntry(
         tuple(row["folders"]),
         row["fingerprint"],
         frozenset(row["uids"]),
-        tuple(_series(found) for found in row["series"]),
+        tuple(_parse_series(value) for value in row["series"]),
     )
 
 
-def _series(found: dict[str, Any]) -> KnownSeries:
-    return KnownSeries(
-        files=None if found["files"] is None else tuple(found["files"]),
-        uid=found["uid"],
-        own=found["own"],
-        reason=None if found["reason"] is None else Reason(found["reason"]),
-        excluded=found["excluded"],
-        message=found["message"],
-        warnings=tuple(found["warnings"]),
+def _parse_series(value: dict[str, Any]) -> HashedSeries:
+    scan = DicomScan(
+        files=(),
+        series_uid=value["uid"],
+        reason=None if value["reason"] is None else Reason(value["reason"]),
+        excluded=value["excluded"],
+        message=value["message"],
+        warnings=tuple(value["warnings"]),
     )
+    numbers = value["files"]
+    return HashedSeries(scan, value["own"], None if numbers is None else tuple(numbers))

@@ -1,16 +1,16 @@
-"""A listing, and its scans as columns: objects are only made of those that somebody asks for.
+"""The result of a listing, with its scans as Arrow columns. `Scan` objects are built only on request.
 
-A manifest may have millions of rows of which a refresh takes up a few. Their ids and contents are Arrow
-columns that are compared as a whole; a `Scan` is built when it is looked at.
+A manifest may have millions of rows of which a refresh processes a few. Ids and contents are therefore Arrow
+columns, which planning compares as a whole; a `Scan` is built when somebody accesses it.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from itertools import repeat
+from typing import NamedTuple, overload
 
 import numpy as np
 import pyarrow as pa
@@ -18,50 +18,89 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from featray.collection.header_cache import HeaderCache
+from featray.collection.manifest import make_point
 from featray.errors import find_similar_names
 from featray.schema import Scan
 
 TEXT = pa.large_string()
-"""Of columns that may hold more than 2 GB together."""
+"""Type of columns that may hold more than 2 GB in total."""
 
-LISTED = pa.schema(
+LISTING_COLUMNS = pa.schema(
     [
         ("scan_id", TEXT),
         ("content", TEXT),
         ("reason", pa.string()),
         ("excluded", pa.bool_()),
-        ("is_located", pa.bool_()),
+        ("has_files", pa.bool_()),
     ]
 )
-"""What planning compares; `is_located` is false where only the worker will find the files."""
+"""Columns that planning compares; `has_files` is false for scans whose files are found when they are read."""
 
 _BLOCK = 4096
 
 
-class RowScans(Sequence[Scan]):
-    """Scans of a manifest, in some order; each is built when it is asked for.
+@dataclass(frozen=True)
+class ScanColumns:
+    """Scans of manifest rows as columns, for rows that say everything about their scan.
+
+    Attributes:
+        main: Columns scan_id, uri (without credentials), format, content, mask; no nulls.
+        extra: Further columns of the manifest, for the scans table.
+        centers_lps: (rows, 3), mm; NaN for a row without a center. None if no row has a center.
+    """
+
+    main: pa.Table
+    extra: pa.Table
+    centers_lps: NDArray[np.float64] | None
+
+    def __len__(self) -> int:
+        return len(self.main)
+
+    def take(self, rows: NDArray[np.int64]) -> ScanColumns:
+        """Return chosen rows, in this order."""
+        centers_lps = None if self.centers_lps is None else self.centers_lps[rows]
+        return ScanColumns(self.main.take(pa.array(rows)), self.extra.take(pa.array(rows)), centers_lps)
+
+    def get_rows(self) -> Iterator[_Row]:
+        """Yield the values of every row."""
+        count, extra_texts = len(self), [column.to_pylist() for column in self.extra.columns]
+        return map(
+            _Row,
+            *(self.main[name].to_pylist() for name in ("scan_id", "uri", "format", "content", "mask")),
+            repeat(None, count) if self.centers_lps is None else map(make_point, self.centers_lps.tolist()),
+            zip(*extra_texts, strict=True) if extra_texts else repeat((), count),
+        )
+
+
+class _Row(NamedTuple):
+    scan_id: str
+    uri: str
+    format: str
+    content: str
+    mask: str
+    center_lps: tuple[float, ...] | None
+    extra: tuple[str, ...]
+
+
+class LazyScans(Sequence[Scan]):
+    """Scans of a manifest, each of which is built when it is accessed.
 
     Args:
-        rows: One row per scan whose row says all there is to know: scan_id, uri (shown), format, content,
-            mask, without nulls.
-        extra_columns: Further columns of the same rows, to carry along.
-        centers_lps: (rows, 3), mm; NaN for none; None where no row has one.
-        path: Makes of a uri its path in its file system.
-        made: Further scans, ready.
-        order: Of the scans; numbers below len(rows) are rows, those above count through `made`.
+        columns: Scans as columns.
+        get_path: Returns the path of a URI in its file system.
+        built: Further scans, which are built already.
+        order: Order of all scans. Numbers below `len(columns)` are rows of `columns`; higher numbers
+            continue through `built`.
     """
 
     def __init__(
         self,
-        rows: pa.Table,
-        extra_columns: pa.Table,
-        centers_lps: NDArray[np.float64] | None,
-        path: Callable[[str], str],
-        made: Sequence[Scan],
+        columns: ScanColumns,
+        get_path: Callable[[str], str],
+        built: Sequence[Scan],
         order: NDArray[np.int64],
     ) -> None:
-        self._rows, self._extra_columns, self._centers_lps = rows, extra_columns, centers_lps
-        self._path, self._made, self._order = path, made, order
+        self._columns, self._get_path, self._built, self._order = columns, get_path, built, order
 
     def __len__(self) -> int:
         return len(self._order)
@@ -73,88 +112,74 @@ class RowScans(Sequence[Scan]):
     def __getitem__(self, index: int | slice) -> Scan | Sequence[Scan]:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        return next(self._built(self._order[[index]]))
+        return next(self._build_scans(self._order[[index]]))
 
     def __iter__(self) -> Iterator[Scan]:
         for start in range(0, len(self), _BLOCK):
-            yield from self._built(self._order[start : start + _BLOCK])
+            yield from self._build_scans(self._order[start : start + _BLOCK])
 
-    def take(self, places: NDArray[np.int64]) -> RowScans:
-        """Return the scans at those places, in their order."""
-        order = self._order[places]
-        return RowScans(self._rows, self._extra_columns, self._centers_lps, self._path, self._made, order)
+    def take(self, positions: NDArray[np.int64]) -> LazyScans:
+        """Return the scans at some positions, in this order."""
+        return LazyScans(self._columns, self._get_path, self._built, self._order[positions])
 
     @property
     def extra_columns(self) -> tuple[str, ...]:
-        """Names of the columns that scans carry along."""
-        return tuple(self._extra_columns.column_names)
+        """Names of the manifest's further columns."""
+        return tuple(self._columns.extra.column_names)
 
     @property
     def has_centers(self) -> bool:
-        """Whether any scan asks for a centre."""
-        in_rows = self._centers_lps is not None and not bool(np.isnan(self._centers_lps).all())
-        return in_rows or any(scan.center_lps for scan in self._made)
+        """Whether any scan has a center to crop around."""
+        centers_lps = self._columns.centers_lps
+        in_columns = centers_lps is not None and not bool(np.isnan(centers_lps).all())
+        return in_columns or any(scan.center_lps for scan in self._built)
 
-    def listed(self) -> pa.Table:
-        """Return the scans as columns, see `LISTED`."""
-        count = len(self._rows)
-        plain = pa.table(
+    def to_table(self) -> pa.Table:
+        """Return the scans as a table with the columns `LISTING_COLUMNS`."""
+        main, count = self._columns.main, len(self._columns)
+        from_columns = pa.table(
             [
-                self._rows["scan_id"],
-                self._rows["content"],
+                main["scan_id"],
+                main["content"],
                 pa.nulls(count, pa.string()),
-                pa.repeat(False, count),
-                pc.not_equal(self._rows["format"], "auto"),
+                pa.repeat(pa.scalar(value=False), count),
+                pc.not_equal(main["format"], "auto"),
             ],
-            schema=LISTED,
+            schema=LISTING_COLUMNS,
         )
-        return pa.concat_tables([plain, listed(self._made)]).take(pa.array(self._order))
+        return pa.concat_tables([from_columns, make_listing_table(self._built)]).take(pa.array(self._order))
 
-    def _built(self, order: NDArray[np.int64]) -> Iterator[Scan]:
-        at = order[order < len(self._rows)]
-        rows = zip(*self._values(at), strict=True)
+    def _build_scans(self, order: NDArray[np.int64]) -> Iterator[Scan]:
+        count = len(self._columns)
+        rows = self._columns.take(order[order < count]).get_rows()
         for number in order:
-            yield (
-                self._scan(*next(rows)) if number < len(self._rows) else self._made[number - len(self._rows)]
-            )
+            yield self._build_scan(next(rows)) if number < count else self._built[number - count]
 
-    def _values(self, at: NDArray[np.int64]) -> list[Sequence[Any]]:
-        """Return the values of some rows: what a `Scan` is made of, column by column."""
-        rows = self._rows.take(pa.array(at))
-        extra_columns = self._extra_columns.take(pa.array(at))
-        texts = [extra_columns[name].to_pylist() for name in extra_columns.column_names]
-        centers: Sequence[Any] = [None] * len(at)
-        if self._centers_lps is not None:
-            centers = list(map(point, self._centers_lps[at].tolist()))
-        columns = [rows[name].to_pylist() for name in ("scan_id", "uri", "format", "content", "mask")]
-        return [*columns, centers, list(zip(*texts, strict=True)) if texts else [()] * len(at)]
-
-    def _scan(
-        self, scan_id: str, uri: str, kind: str, content: str, mask: str, center: Any, texts: Sequence[str]
-    ) -> Scan:
-        is_open = kind == "auto"
+    def _build_scan(self, row: _Row) -> Scan:
+        is_open = row.format == "auto"
+        path = self._get_path(row.uri)
         return Scan(
-            scan_id=scan_id,
-            uri=uri,
-            format=kind,
-            files=() if is_open else (self._path(uri),),
-            content=content,
-            place=self._path(uri) if is_open else "",
-            mask=mask,
-            center_lps=center,
-            columns=dict(zip(self._extra_columns.column_names, texts, strict=True)),
+            scan_id=row.scan_id,
+            uri=row.uri,
+            format=row.format,
+            files=() if is_open else (path,),
+            content=row.content,
+            place=path if is_open else "",
+            mask=row.mask,
+            center_lps=row.center_lps,
+            columns=dict(zip(self._columns.extra.column_names, row.extra, strict=True)),
         )
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a collection holds.
+    """The scans of a collection.
 
     Attributes:
-        scans: Every scan, sorted by id; ids are unique. Those of a manifest are built when they are asked
-            for: to look at all of them, prefer the columns below.
-        ignored: Number of files by suffix that are no scans.
-        header_cache: DICOM headers that the next listing of the same collection need not read again.
+        scans: Every scan, sorted by id; ids are unique. Scans of a manifest are built when they are
+            accessed, so use `table` to look at all of them.
+        ignored: File name suffix → number of files that belong to no scan.
+        header_cache: Cache for the next listing of the same collection; None if there is no cache.
     """
 
     scans: Sequence[Scan]
@@ -163,8 +188,8 @@ class Listing:
 
     @functools.cached_property
     def table(self) -> pa.Table:
-        """The scans as columns, in the same order, see `LISTED`."""
-        return self.scans.listed() if isinstance(self.scans, RowScans) else listed(self.scans)
+        """The scans as a table with the columns `LISTING_COLUMNS`, in the order of `scans`."""
+        return self.scans.to_table() if isinstance(self.scans, LazyScans) else make_listing_table(self.scans)
 
     @property
     def scan_ids(self) -> pa.ChunkedArray:
@@ -173,17 +198,23 @@ class Listing:
 
     @functools.cached_property
     def extra_columns(self) -> tuple[str, ...]:
-        """Names of the manifest's columns that scans carry along."""
-        if isinstance(self.scans, RowScans):
+        """Names of the manifest columns that are copied to the scans table."""
+        if isinstance(self.scans, LazyScans):
             return self.scans.extra_columns
         return tuple(dict.fromkeys(name for scan in self.scans for name in scan.columns))
 
     @functools.cached_property
     def has_centers(self) -> bool:
-        """Whether any scan asks for a centre."""
-        if isinstance(self.scans, RowScans):
+        """Whether any scan has a center to crop around."""
+        if isinstance(self.scans, LazyScans):
             return self.scans.has_centers
         return any(scan.center_lps for scan in self.scans)
+
+    def take(self, positions: NDArray[np.int64]) -> Sequence[Scan]:
+        """Return the scans at some positions, in this order."""
+        if isinstance(self.scans, LazyScans):
+            return self.scans.take(positions)
+        return tuple(self.scans[position] for position in positions.tolist())
 
     def find_similar_ids(self, scan_id: str) -> list[str]:
         """Return up to five ids of the collection that an error message can suggest for an unknown id.
@@ -199,15 +230,9 @@ class Listing:
         neighbors = ids.slice(max(0, position - 5000), 10_000).to_pylist()
         return find_similar_names(scan_id, neighbors, limit=5) or ids.slice(0, 3).to_pylist()
 
-    def take(self, places: NDArray[np.int64]) -> Sequence[Scan]:
-        """Return the scans at those places."""
-        if isinstance(self.scans, RowScans):
-            return self.scans.take(places)
-        return tuple(self.scans[place] for place in places.tolist())
 
-
-def listed(scans: Sequence[Scan]) -> pa.Table:
-    """Return scans as columns, see `LISTED`."""
+def make_listing_table(scans: Sequence[Scan]) -> pa.Table:
+    """Return scans as a table with the columns `LISTING_COLUMNS`."""
     return pa.table(
         [
             pa.array([scan.scan_id for scan in scans], TEXT),
@@ -216,13 +241,8 @@ def listed(scans: Sequence[Scan]) -> pa.Table:
             pa.array([scan.excluded for scan in scans], pa.bool_()),
             pa.array([bool(scan.files) for scan in scans], pa.bool_()),
         ],
-        schema=LISTED,
+        schema=LISTING_COLUMNS,
     )
-
-
-def point(millimetres: list[float]) -> tuple[float, ...] | None:
-    """Return one row of `centers_lps` as a point; None for NaN."""
-    return None if math.isnan(millimetres[0]) else tuple(millimetres)
 
 
 def sample_by_size(scans: Sequence[Scan], count: int) -> list[Scan]:

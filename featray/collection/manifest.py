@@ -1,7 +1,7 @@
-"""A manifest, CSV or Parquet, to columns: which scans, what is known of them, which part is asked for.
+"""A manifest in, CSV or Parquet; its rows out as columns: which scans, their versions and their regions.
 
-In: the file's bytes and how the config reads it. Out: a `Manifest`, Arrow columns with one entry per row,
-for there may be millions. Opens nothing that the rows name.
+In: the bytes of the file and the source configuration. Out: a `Manifest`, with Arrow columns, because there
+may be millions of rows. Opens none of the files that the rows name.
 """
 
 from __future__ import annotations
@@ -27,27 +27,30 @@ from featray.config import SourceConfig
 from featray.errors import ConfigError
 from featray.schema import SCAN_COLUMNS
 
-SUFFIXES = (".csv", ".parquet")
-CENTER = ("center_x", "center_y", "center_z")
+MANIFEST_SUFFIXES = (".csv", ".parquet")
+CENTER_COLUMNS = ("center_x", "center_y", "center_z")
 _TEXT = pa.large_string()
 _BLOCK = 8192
 _BEFORE_VALUE, _AFTER_VALUE = [np.frombuffer(marks, np.uint8) for marks in (b",\n", b",\r\n")]
-_TOO_LONG = "the manifest's row has more values than the manifest has columns; quote values that hold commas"
-_NO_CENTER = f"the manifest's {', '.join(CENTER)} must be three numbers (mm), or all empty"
+_ROW_TOO_LONG = (
+    "the manifest's row has more values than the manifest has columns; quote values that contain commas"
+)
+_BAD_CENTER = f"the manifest's {', '.join(CENTER_COLUMNS)} must be three numbers (mm), or all empty"
+_NO_URI = "the manifest's row names no uri"
 
 
 @dataclass(frozen=True)
 class ManifestRow:
-    """One row.
+    """One row of a manifest.
 
     Attributes:
-        scan_id: From the `id_column`, else the `uri` as written.
-        uri: In full: absolute, or joined to the manifest's folder; empty where the row names none.
-        version: Changes when the scan does; empty where the store is to be asked.
-        mask: Uri, in full, of the mask whose bounding box is cut out; empty for none.
-        center_lps: Millimetres (x, y, z) of the point to centre on; None for none.
-        columns: What `scans` carries: every column but uri, version and id.
-        problem: Why the row cannot be used; empty when it can.
+        scan_id: Value of the `id_column`, or, without one, the `uri` as written.
+        uri: Full URI: absolute, or joined to the manifest's folder. Empty if the row names none.
+        version: Text that changes when the scan does. Empty if the store is to be asked.
+        mask: Full URI of the mask whose bounding box is cut out; empty for the whole volume.
+        center_lps: Point (x, y, z) in mm to crop around; None for the center of the volume.
+        columns: Values for the scans table: every column except uri, version and id.
+        problem: Why the row cannot be used; empty if it can.
     """
 
     scan_id: str
@@ -61,16 +64,16 @@ class ManifestRow:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The rows as columns; `row` gives one of them.
+    """All rows of a manifest as columns; `get_row` returns one of the rows.
 
     Attributes:
-        scan_id: Texts, as all but the centres.
-        uri: In full.
-        version: Empty where the store is to be asked.
-        mask: In full; empty for none.
-        centers_lps: (rows, 3), mm, NaN for none; None where the manifest has no centres.
-        extra_columns: What `scans` carries: every column but uri, version and id.
-        problems: Why rows cannot be used, by row.
+        scan_id: Value of the `id_column`, or, without one, the `uri` as written.
+        uri: Full URIs; empty if the row names none.
+        version: Texts that change when the scan does. Empty if the store is to be asked.
+        mask: Full URIs of masks; empty for the whole volume.
+        centers_lps: (rows, 3), mm; NaN for a row without a center. None if the manifest has no centers.
+        extra_columns: Values for the scans table: every column except uri, version and id.
+        problems: Row number → why the row cannot be used.
     """
 
     scan_id: pa.LargeStringArray
@@ -84,83 +87,99 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.uri)
 
-    def row(self, at: int) -> ManifestRow:
-        """Return one row."""
-        center = None if self.centers_lps is None else tuple(self.centers_lps[at].tolist())
+    def get_row(self, number: int) -> ManifestRow:
+        """Return one row; the first has the number 0."""
         return ManifestRow(
-            scan_id=self.scan_id[at].as_py(),
-            uri=self.uri[at].as_py(),
-            version=self.version[at].as_py(),
-            mask=self.mask[at].as_py(),
-            center_lps=None if center is None or math.isnan(center[0]) else center,
-            columns={name: self.extra_columns[name][at].as_py() for name in self.extra_columns.column_names},
-            problem=self.problems.get(at, ""),
+            scan_id=self.scan_id[number].as_py(),
+            uri=self.uri[number].as_py(),
+            version=self.version[number].as_py(),
+            mask=self.mask[number].as_py(),
+            center_lps=None if self.centers_lps is None else make_point(self.centers_lps[number].tolist()),
+            columns={
+                name: self.extra_columns[name][number].as_py() for name in self.extra_columns.column_names
+            },
+            problem=self.problems.get(number, ""),
         )
 
 
 def read_manifest(data: bytes, source: SourceConfig) -> Manifest:
     """Return the manifest at `source.uri`.
 
+    Args:
+        data: The bytes of the file.
+        source: Configuration of the collection: the URI, the id column, and the frame of centers.
+
     Raises:
-        ConfigError: It is neither CSV nor Parquet, has no rows, or its columns cannot be used.
+        ConfigError: The file is neither CSV nor Parquet, has no rows, or has columns that cannot be used.
     """
-    problems_of_rows: dict[int, str] = {}
+    row_problems: dict[int, str] = {}
     try:
-        names, texts = _parse_csv(data, problems_of_rows) if _is_csv(source.uri) else _parse_parquet(data)
+        names, texts = _parse_csv(data, row_problems) if _is_csv(source.uri) else _parse_parquet(data)
     except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
-        kind = type(error).__name__
-        raise ConfigError(f"source.uri: the manifest is neither UTF-8 CSV nor Parquet ({kind})") from None
-    problems = _problems_of_columns(names, source)
+        error_name = type(error).__name__
+        raise ConfigError(
+            f"source.uri: the manifest is neither UTF-8 CSV nor Parquet ({error_name})"
+        ) from None
+    problems = _find_column_problems(names, source)
     if not problems and not len(texts[0]):
         problems = ["source.uri: the manifest has no rows"]
     if problems:
         raise ConfigError(problems)
-    return _manifest(dict(zip(names, texts, strict=True)), source, problems_of_rows)
+    return _make_manifest(dict(zip(names, texts, strict=True)), source, row_problems)
 
 
-def _manifest(texts: dict[str, pa.Array], source: SourceConfig, problems: dict[int, str]) -> Manifest:
+def make_point(coordinates: list[float]) -> tuple[float, ...] | None:
+    """Return one row of `centers_lps` (x, y, z in mm) as a point; None if it is NaN."""
+    return None if math.isnan(coordinates[0]) else tuple(coordinates)
+
+
+def _make_manifest(texts: dict[str, pa.Array], source: SourceConfig, problems: dict[int, str]) -> Manifest:
     uri = texts["uri"]
-    nothing = pa.repeat(pa.scalar("", _TEXT), len(uri))
-    centers, wrong = _centers_lps(texts, source)
-    nameless = np.flatnonzero(np.asarray(pc.equal(uri, ""))).tolist()
-    problems = dict.fromkeys(wrong, _NO_CENTER) | problems
-    extra_columns = [name for name in texts if name not in ("uri", "version", source.id_column)]
+    empty = pa.repeat(pa.scalar("", _TEXT), len(uri))
+    centers, rows_with_bad_center = _parse_centers(texts, source)
+    rows_without_uri = np.flatnonzero(np.asarray(pc.equal(uri, ""))).tolist()
+    extra = [name for name in texts if name not in ("uri", "version", source.id_column)]
     return Manifest(
         scan_id=texts[source.id_column] if source.id_column else uri,
-        uri=_resolved(uri, source.uri),
-        version=texts.get("version", nothing),
-        mask=_resolved(texts["mask"], source.uri) if "mask" in texts else nothing,
+        uri=_resolve_uris(uri, source.uri),
+        version=texts.get("version", empty),
+        mask=_resolve_uris(texts["mask"], source.uri) if "mask" in texts else empty,
         centers_lps=centers,
-        extra_columns=pa.table({name: texts[name] for name in extra_columns})
-        if extra_columns
-        else _no_columns(len(uri)),
-        problems=problems | dict.fromkeys(nameless, "the manifest's row names no uri"),
+        extra_columns=_make_table({name: texts[name] for name in extra}, len(uri)),
+        problems=dict.fromkeys(rows_with_bad_center, _BAD_CENTER)
+        | problems
+        | dict.fromkeys(rows_without_uri, _NO_URI),
     )
 
 
-def _no_columns(rows: int) -> pa.Table:
-    return pa.table({"": pa.nulls(rows)}).select([])
+def _make_table(columns: dict[str, pa.Array], row_count: int) -> pa.Table:
+    """Return a table that has `row_count` rows even without any column."""
+    return pa.table(columns) if columns else pa.table({"": pa.nulls(row_count)}).select([])
 
 
-def _centers_lps(
+def _parse_centers(
     texts: dict[str, pa.Array], source: SourceConfig
 ) -> tuple[NDArray[np.float64] | None, list[int]]:
-    """Return the points in LPS, (rows, 3) with NaN for none, and the rows whose values are no point."""
-    if CENTER[0] not in texts:
+    """Return the centers and the numbers of rows whose values are not a point.
+
+    The centers have the shape (rows, 3), in mm and LPS, with NaN for a row without a center.
+    """
+    if CENTER_COLUMNS[0] not in texts:
         return None, []
     centers = np.full((len(texts["uri"]), 3), np.nan)
-    wrong = []
-    for at, values in enumerate(zip(*(_values(texts[name]) for name in CENTER), strict=True)):
+    bad_rows = []
+    for row, values in enumerate(zip(*(_read_values(texts[name]) for name in CENTER_COLUMNS), strict=True)):
         try:
-            centers[at] = _point(values)
+            centers[row] = _parse_center(values)
         except ValueError:
-            wrong.append(at)
-    if source.center_frame == "RAS":  # has x and y the other way round
+            bad_rows.append(row)
+    if source.center_frame == "RAS":  # x and y point in the opposite directions
         centers[:, :2] *= -1
-    return centers, wrong
+    return centers, bad_rows
 
 
-def _point(texts: Sequence[str]) -> tuple[float, ...]:
+def _parse_center(texts: Sequence[str]) -> tuple[float, ...]:
+    """Return the point that three texts name; NaN if all are blank. Other texts raise a ValueError."""
     if not any(text.strip() for text in texts):
         return (math.nan,) * 3
     point = tuple(map(float, texts))
@@ -169,7 +188,7 @@ def _point(texts: Sequence[str]) -> tuple[float, ...]:
     return point
 
 
-def _values(array: pa.Array) -> Iterator[str]:
+def _read_values(array: pa.Array) -> Iterator[str]:
     for start in range(0, len(array), _BLOCK):
         yield from array.slice(start, _BLOCK).to_pylist()
 
@@ -179,13 +198,16 @@ def _is_csv(uri: str) -> bool:
 
 
 def _parse_csv(data: bytes, problems: dict[int, str]) -> tuple[list[str], list[pa.Array]]:
-    """Return names and texts of the columns; rows with too many values are added to `problems`."""
-    names: list[str] = next(_csv_rows(data), [])
+    """Return the names and the texts of the columns; add rows with too many values to `problems`."""
+    names: list[str] = next(_read_csv_rows(data), [])
     return names, _parse_plain_csv(data, names) or _parse_any_csv(data, names, problems)
 
 
 def _parse_plain_csv(data: bytes, names: list[str]) -> list[pa.Array] | None:
-    """Return the columns of a CSV file that every reader understands alike, ten times as fast; else None."""
+    """Return the columns of a CSV file that every CSV reader parses in the same way; None for other files.
+
+    About ten times as fast as `_parse_any_csv`.
+    """
     if not names or not _is_unambiguous(data) or any("\n" in name for name in names):
         return None
     numbers = [str(number) for number in range(len(names))]
@@ -196,13 +218,13 @@ def _parse_plain_csv(data: bytes, names: list[str]) -> list[pa.Array] | None:
             pacsv.ParseOptions(newlines_in_values=True),
             pacsv.ConvertOptions(column_types=dict.fromkeys(numbers, _TEXT)),
         )
-    except pa.ArrowInvalid:  # rows of other lengths, or no UTF-8: the other reader sorts it out
+    except pa.ArrowInvalid:  # rows of different lengths, or not UTF-8: `_parse_any_csv` reports what is wrong
         return None
-    return [_joined(column) for column in table.columns]
+    return [_combine(column) for column in table.columns]
 
 
 def _is_unambiguous(data: bytes) -> bool:
-    """Whether lines end in LF or CRLF, and quotes, if any, enclose whole values and are in none."""
+    """Return whether lines end in LF or CRLF, and quotes only enclose whole values that contain no quotes."""
     if data.count(b"\r") != data.count(b"\r\n"):
         return False
     text = np.frombuffer(data.removeprefix(codecs.BOM_UTF8), np.uint8)
@@ -214,78 +236,81 @@ def _is_unambiguous(data: bytes) -> bool:
 
 
 def _parse_any_csv(data: bytes, names: list[str], problems: dict[int, str]) -> list[pa.Array]:
-    """Return the columns of a CSV file; short rows are filled up, of long ones the rest is cut off."""
-    rows = _csv_rows(data)
+    """Return the columns of a CSV file; short rows are padded with empty values, long rows are cut.
+
+    The numbers of long rows are added to `problems`.
+    """
+    rows = _read_csv_rows(data)
     next(rows, None)
-    filled = filter(None, rows)
+    rows_with_values = filter(None, rows)
     blocks: list[list[pa.Array]] = [[] for _ in names]
     count = 0
-    while block := list(islice(filled, _BLOCK)):
+    while block := list(islice(rows_with_values, _BLOCK)):
         if set(map(len, block)) != {len(names)}:
-            long = (at for at, row in enumerate(block, count) if len(row) > len(names))
-            problems |= dict.fromkeys(long, _TOO_LONG)
+            long_rows = (number for number, row in enumerate(block, count) if len(row) > len(names))
+            problems |= dict.fromkeys(long_rows, _ROW_TOO_LONG)
             block = [(row + [""] * len(names))[: len(names)] for row in block]
         for column, values in zip(blocks, zip(*block, strict=True), strict=True):
             column.append(pa.array(values, _TEXT))
         count += len(block)
-    return [_joined(pa.chunked_array(column, _TEXT)) for column in blocks]
+    return [_combine(pa.chunked_array(column, _TEXT)) for column in blocks]
 
 
-def _csv_rows(data: bytes) -> Iterator[list[str]]:
+def _read_csv_rows(data: bytes) -> Iterator[list[str]]:
     return csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""))
 
 
-def _joined(column: pa.ChunkedArray) -> pa.Array:
+def _combine(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks()
 
 
 def _parse_parquet(data: bytes) -> tuple[list[str], list[pa.Array]]:
     table = pq.read_table(io.BytesIO(data))
-    return table.column_names, [_texts(column) for column in table.columns]
+    return table.column_names, [_convert_to_text(column) for column in table.columns]
 
 
-def _texts(column: pa.ChunkedArray) -> pa.Array:
-    """Return values as texts, as Python spells them, which for floats and times Arrow does not."""
-    kind = column.type
-    if pa.types.is_dictionary(kind):
-        column = column.cast(kind.value_type)
-    is_same = _is_text(column.type) or pa.types.is_integer(column.type)
-    if is_same:
-        return _joined(pc.fill_null(column.cast(_TEXT), ""))
-    return _each(column, lambda value: "" if value is None else str(value))
+def _convert_to_text(column: pa.ChunkedArray) -> pa.Array:
+    """Return values as texts, spelled as Python's `str` does, which Arrow does not for floats and times."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    is_spelled_alike = _is_text(column.type) or pa.types.is_integer(column.type)
+    if is_spelled_alike:
+        return _combine(pc.fill_null(column.cast(_TEXT), ""))
+    return _map_values(column, lambda value: "" if value is None else str(value))
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _is_text(arrow_type: pa.DataType) -> bool:
+    return bool(pa.types.is_string(arrow_type) or pa.types.is_large_string(arrow_type))
 
 
-def _each(column: pa.ChunkedArray, change: Callable[[object], str]) -> pa.Array:
+def _map_values(column: pa.ChunkedArray, convert: Callable[[object], str]) -> pa.Array:
     blocks = [
-        pa.array(map(change, column.slice(start, _BLOCK).to_pylist()), _TEXT)
+        pa.array(map(convert, column.slice(start, _BLOCK).to_pylist()), _TEXT)
         for start in range(0, len(column), _BLOCK)
     ]
-    return _joined(pa.chunked_array(blocks, _TEXT))
+    return _combine(pa.chunked_array(blocks, _TEXT))
 
 
-def _problems_of_columns(columns: list[str], source: SourceConfig) -> list[str]:
-    needed = ["uri", *([source.id_column] if source.id_column else [])]
-    problems = [f"source.uri: the manifest has no column {name}" for name in needed if name not in columns]
-    centers = [name for name in CENTER if name in columns]
-    if centers and len(centers) < len(CENTER):
-        problems.append(f"source.uri: the manifest has {', '.join(centers)}, but not all of {CENTER}")
-    # Column names of a Delta table differ by more than case.
-    extra_columns = Counter(name.lower() for name in columns if name not in ("uri", "version", *needed))
-    taken = {*SCAN_COLUMNS.names, "layer", *(name for name, count in extra_columns.items() if count > 1)}
-    clashes = sorted(taken & set(extra_columns))
+def _find_column_problems(columns: list[str], source: SourceConfig) -> list[str]:
+    required = ["uri", *([source.id_column] if source.id_column else [])]
+    problems = [f"source.uri: the manifest has no column {name}" for name in required if name not in columns]
+    centers = [name for name in CENTER_COLUMNS if name in columns]
+    if centers and len(centers) < len(CENTER_COLUMNS):
+        problems.append(f"source.uri: the manifest has {', '.join(centers)}, but not all of {CENTER_COLUMNS}")
+    # Column names of a Delta table must differ by more than upper and lower case.
+    extra = Counter(name.lower() for name in columns if name not in ("uri", "version", *required))
+    taken = {*SCAN_COLUMNS.names, "layer", *(name for name, count in extra.items() if count > 1)}
+    clashes = sorted(taken & set(extra))
     return problems + [
-        f"source.uri: rename the manifest column {name}; scans has one of that name" for name in clashes
+        f"source.uri: rename the manifest column {name}; the scans table has another column of this name"
+        for name in clashes
     ]
 
 
-def _resolved(uri: pa.Array, manifest: str) -> pa.Array:
-    """Return a manifest's uris in full: absolute as they are, else relative to the manifest."""
+def _resolve_uris(uri: pa.Array, manifest_uri: str) -> pa.Array:
+    """Return full URIs: absolute URIs and empty texts unchanged, others joined to the manifest's folder."""
     is_full = pc.or_(pc.match_substring(uri, "://"), pc.or_(pc.starts_with(uri, "/"), pc.equal(uri, "")))
-    folder = posixpath.join(posixpath.dirname(manifest), "")
+    folder = posixpath.join(posixpath.dirname(manifest_uri), "")
     return pc.if_else(
         is_full, uri, pc.binary_join_element_wise(pa.scalar(folder, _TEXT), uri, pa.scalar("", _TEXT))
     )

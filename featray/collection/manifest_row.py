@@ -11,9 +11,9 @@ import hashlib
 from dataclasses import replace
 from typing import Any
 
-from featray.collection.digests import file_digest
-from featray.collection.discover import list_place
-from featray.collection.files import VOLUMES, How, kind_by_name
+from featray.collection.digests import hash_file
+from featray.collection.discover import list_path
+from featray.collection.files import VOLUME_FORMATS, ListingOptions, detect_format
 from featray.collection.manifest import ManifestRow
 from featray.config import PolicyConfig, SourceConfig
 from featray.errors import ConfigError, Reason, ScanError
@@ -22,14 +22,14 @@ from featray.storage import retry
 from featray.storage.urls import file_version, hash_texts, mask_url, open_url
 
 
-def scan_of_row(row: ManifestRow, how: How) -> Scan:
-    """Return the scan that a row names; if it cannot be had, with the reason."""
+def list_row(row: ManifestRow, options: ListingOptions) -> Scan:
+    """Return the scan that a row names, or, if it cannot be used, a scan with the reason."""
     scan = Scan(
         scan_id=row.scan_id,
         uri=mask_url(row.uri),
         format="auto",
         files=(),
-        content=version_content(row.version),
+        content=hash_version(row.version),
         columns=row.columns,
         mask=row.mask,
         center_lps=row.center_lps,
@@ -37,69 +37,79 @@ def scan_of_row(row: ManifestRow, how: How) -> Scan:
     if row.problem:
         return replace(scan, reason=Reason.STORAGE, message=row.problem)
     try:
-        fs, path = _opened(row.uri, how.source)
-        if row.version:
-            kind = kind_by_name(path, wanted_formats(how))
-            content = with_region(scan.content, row.mask, row.center_lps)
-            known = {"format": kind, "files": (path,)} if kind else {"place": path}
-            return replace(scan, content=content, **known)
-        found = _only_scan(fs, path, _for_row(how, row.uri))
-        mask = _version_of(row.mask, how.source) if row.mask else ""
+        return _list_version(scan, row, options) if row.version else _look_up(scan, row, options)
     except ScanError as error:
         return replace(scan, reason=error.reason, message=str(error))
-    return replace(
-        _in_place_of(scan, found), content=with_region(found.content, row.mask, row.center_lps, mask)
-    )
 
 
 def find_files(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:
-    """Return a scan that listing left open with its files; one that cannot be found has the reason why.
+    """Return a scan that listing left open with its files, or with the reason why they cannot be found.
 
     Args:
-        scan: As listed: with files, with a reason, or open.
-        source: The collection.
-        policy: As configured.
+        scan: A listed scan. A scan that has files or a reason is returned as it is.
+        source: Configuration of the collection.
+        policy: Decides, as in listing, which scans are excluded.
     """
     if not scan.place or scan.reason is not None:
         return scan
-    # Its content is known: the bytes need not be read to tell it.
-    how = How(source.model_copy(update={"fingerprint": "store"}), policy)
+    # The content of the scan is known already, so the bytes need not be read to compute it.
+    options = ListingOptions(source.model_copy(update={"fingerprint": "store"}), policy)
     try:
-        fs, _ = _opened(scan.uri if "://" in scan.uri else source.uri, source)
-        found = _only_scan(fs, scan.place, _for_row(how, scan.uri))
+        fs, _ = _open_uri(scan.uri if "://" in scan.uri else source.uri, source)
+        found = _find_only_scan(fs, scan.place, _set_uri(options, scan.uri))
     except ScanError as error:
         return replace(scan, reason=error.reason, message=str(error))
-    except Exception as error:  # every store has errors of its own; here they cost one scan, not the run
+    except Exception as error:  # each store has its own exceptions; here one costs this scan, not the run
         if not retry.is_store_error(error):
             raise
-        return replace(scan, reason=Reason.STORAGE, message=_unreadable("place", error))
-    return replace(_in_place_of(scan, found), content=scan.content, listed="")
+        return replace(scan, reason=Reason.STORAGE, message=_describe_unreadable("path", error))
+    return replace(_merge(scan, found), content=scan.content, listed="")
 
 
-def version_content(version: str) -> str:
+def hash_version(version: str) -> str:
     """Return the content of a scan whose row gives a version."""
     return hashlib.sha256(version.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def with_region(content: str, mask: str, center_lps: tuple[float, ...] | None, mask_version: str = "") -> str:
-    """Return the content of the part of a scan that a row asks for."""
+def add_region(content: str, mask: str, center_lps: tuple[float, ...] | None, mask_version: str = "") -> str:
+    """Return the content of the region of a scan that a row asks for, given the content of the whole scan."""
     if not mask and not center_lps:
         return content
     return hash_texts([content, f"mask {mask} {mask_version}", f"center {center_lps}"])
 
 
-def wanted_formats(how: How) -> set[str]:
-    """Return the formats that rows may name: any kind of volume, or arrays."""
-    return {"npy"} if how.source.format == "npy" else set(VOLUMES)
+def get_row_formats(options: ListingOptions) -> set[str]:
+    """Return the formats of files that rows may name: any volume format, or arrays."""
+    return {"npy"} if options.source.format == "npy" else set(VOLUME_FORMATS)
 
 
-def _for_row(how: How, uri: str) -> How:
-    wanted = "npy" if how.source.format == "npy" else "auto"
-    return replace(how, source=how.source.model_copy(update={"uri": uri, "format": wanted}))
+def _list_version(scan: Scan, row: ManifestRow, options: ListingOptions) -> Scan:
+    """Return the scan of a row with a version, without a request to the store."""
+    _, path = _open_uri(row.uri, options.source)
+    scan_format = detect_format(path, get_row_formats(options))
+    content = add_region(scan.content, row.mask, row.center_lps)
+    if scan_format:
+        return replace(scan, content=content, format=scan_format, files=(path,))
+    return replace(scan, content=content, place=path)
 
 
-def _in_place_of(scan: Scan, found: Scan) -> Scan:
-    """Return what was found under the id of the row, with what only the row knows."""
+def _look_up(scan: Scan, row: ManifestRow, options: ListingOptions) -> Scan:
+    """Return the scan of a row without a version, with the files and the content that the store reports."""
+    fs, path = _open_uri(row.uri, options.source)
+    found = _find_only_scan(fs, path, _set_uri(options, row.uri))
+    mask_version = _get_mask_version(row.mask, options.source) if row.mask else ""
+    content = add_region(found.content, row.mask, row.center_lps, mask_version)
+    return replace(_merge(scan, found), content=content)
+
+
+def _set_uri(options: ListingOptions, uri: str) -> ListingOptions:
+    """Return the options for listing the URI of one row."""
+    row_format = "npy" if options.source.format == "npy" else "auto"
+    return replace(options, source=options.source.model_copy(update={"uri": uri, "format": row_format}))
+
+
+def _merge(scan: Scan, found: Scan) -> Scan:
+    """Return the found scan with the values that only the row knows, which `scan` holds."""
     return replace(
         found,
         scan_id=scan.scan_id,
@@ -110,60 +120,60 @@ def _in_place_of(scan: Scan, found: Scan) -> Scan:
     )
 
 
-def _opened(uri: str, source: SourceConfig) -> tuple[Any, str]:
-    """Return the file system of a uri and the path in it.
+def _open_uri(uri: str, source: SourceConfig) -> tuple[Any, str]:
+    """Return the file system of a URI and the path in it.
 
     Raises:
-        ScanError: `storage`; there is no such file system, or it cannot be reached.
+        ScanError: `storage`: the file system does not exist or cannot be reached.
     """
     try:
         return open_url(uri, source.storage_options)
     except ConfigError as error:
         raise ScanError(Reason.STORAGE, str(error)) from None
     except OSError as error:
-        raise ScanError(Reason.STORAGE, _unreadable("place", error)) from None
+        raise ScanError(Reason.STORAGE, _describe_unreadable("path", error)) from None
 
 
-def _only_scan(fs: Any, path: str, how: How) -> Scan:
-    """Return the one scan at a place.
+def _find_only_scan(fs: Any, path: str, options: ListingOptions) -> Scan:
+    """Return the only scan in a file or folder.
 
     Raises:
-        ScanError: `storage`; the place cannot be read. `not_a_volume`; it holds none, or several.
+        ScanError: `storage`: the path cannot be read. `not_a_volume`: it holds no scan, or several.
     """
     try:
-        found = list_place(fs, path, how).scans
-    except Exception as error:  # every store has errors of its own
-        if not _concerns_this_place(error):
+        scans = list_path(fs, path, options).scans
+    except Exception as error:  # each store has its own exceptions
+        if not _is_limited_to_path(error):
             raise
-        raise ScanError(Reason.STORAGE, _unreadable("place", error)) from None
-    if len(found) != 1:
-        message = f"the manifest's uri must name one scan; it holds {len(found)}"
+        raise ScanError(Reason.STORAGE, _describe_unreadable("path", error)) from None
+    if len(scans) != 1:
+        message = f"the manifest's uri must name one scan; it holds {len(scans)}"
         raise ScanError(Reason.NOT_A_VOLUME, message)
-    return found[0]
+    return scans[0]
 
 
-def _version_of(uri: str, source: SourceConfig) -> str:
-    """Return the store's version of a mask, or that of its bytes.
+def _get_mask_version(uri: str, source: SourceConfig) -> str:
+    """Return the version of a mask that the store reports, or the hash of the mask's bytes.
 
     Raises:
-        ScanError: `storage`; it cannot be had.
+        ScanError: `storage`: the mask cannot be read.
     """
-    fs, path = _opened(uri, source)
+    fs, path = _open_uri(uri, source)
     try:
         if source.fingerprint == "bytes":
-            return file_digest(fs, path)
+            return hash_file(fs, path)
         info = retry.run_with_retries(lambda: fs.info(path), retry.SOURCE_DEADLINE_S)
-    except Exception as error:  # every store has errors of its own
-        if not _concerns_this_place(error):
+    except Exception as error:  # each store has its own exceptions
+        if not _is_limited_to_path(error):
             raise
-        raise ScanError(Reason.STORAGE, _unreadable("mask", error)) from None
+        raise ScanError(Reason.STORAGE, _describe_unreadable("mask", error)) from None
     return f"{info.get('size')} {file_version(info)}"
 
 
-def _unreadable(what: str, error: Exception) -> str:
-    return f"the manifest names a {what} that cannot be read ({retry.describe_error(error)})"
+def _describe_unreadable(item: str, error: Exception) -> str:
+    return f"the manifest names a {item} that cannot be read ({retry.describe_error(error)})"
 
 
-def _concerns_this_place(error: Exception) -> bool:
-    """Tell an error of one place from what would befall all of them, such as missing credentials."""
+def _is_limited_to_path(error: Exception) -> bool:
+    """Return whether an error concerns one path, and not all paths, as missing credentials do."""
     return isinstance(error, OSError) or retry.is_transient(error)

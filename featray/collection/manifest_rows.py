@@ -1,7 +1,7 @@
-"""The rows of a manifest in, their scans out; the store is only asked about rows that give no version.
+"""All rows of a manifest in, their scans out. The store is only asked about rows that give no version.
 
-Works on whole columns; only rows without a version, and those that share something with another, are looked
-at one by one (`featray.collection.manifest_row`).
+Works on whole columns. Only rows without a version, and rows that share their id or their region with another
+row, are processed one by one (`featray.collection.manifest_row`).
 """
 
 from __future__ import annotations
@@ -16,188 +16,186 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.collection.duplicates import settle_duplicates, unique_ids
-from featray.collection.files import SUFFIXES, THREADS, How
-from featray.collection.listing import TEXT, RowScans, point
-from featray.collection.manifest import Manifest
-from featray.collection.manifest_row import scan_of_row, version_content, wanted_formats, with_region
+from featray.collection.duplicates import make_ids_unique, mark_duplicates
+from featray.collection.files import FORMAT_SUFFIXES, MAX_THREADS, ListingOptions
+from featray.collection.listing import TEXT, LazyScans, ScanColumns
+from featray.collection.manifest import Manifest, make_point
+from featray.collection.manifest_row import add_region, get_row_formats, hash_version, list_row
 from featray.schema import Scan
 from featray.storage.urls import mask_url, open_url
 
 log = logging.getLogger(__name__)
 
 _PLAIN_URL = r"^[a-z][a-z0-9+.-]*://[A-Za-z0-9._-]*(/[^?#\t\r\n]*)?$"
-"""URLs that are shown as they are; others may hold credentials, or several protocols."""
+"""URLs that can be shown unchanged; other URLs may hold credentials or chain several protocols."""
 _PROTOCOL = re.compile(r"^[a-z][a-z0-9+.-]*://")
 _BLOCK = 10_000
 
 _Flags = NDArray[np.bool_]
 
 
-def scans_of_manifest(manifest: Manifest, how: How) -> RowScans:
-    """Return the scans that a manifest names, sorted by id, ids unique, copies marked as policy says."""
-    uris = _shown(manifest.uri)
-    is_whole = _is_plain(manifest.uri) & ~np.asarray(pc.equal(manifest.version, ""))
-    is_whole[list(manifest.problems)] = False
-    strip = _Stripper(how)
-    is_whole &= strip.knows(manifest.uri)
-    asked = dict(_asked(manifest, np.flatnonzero(~is_whole).tolist(), how))
-    columns = _columns(manifest, uris, how)
-    whole = RowScans(
-        columns,
-        manifest.extra_columns,
-        manifest.centers_lps,
-        strip,
-        [],
-        np.arange(len(manifest), dtype=np.int64),
+def list_manifest(manifest: Manifest, options: ListingOptions) -> LazyScans:
+    """Return the scans that a manifest names: sorted by id, ids unique, copies marked as the policy says."""
+    shown_uris = _mask_uris(manifest.uri)
+    resolver = _PathResolver(options)
+    is_complete = _is_plain(manifest.uri) & ~np.asarray(pc.equal(manifest.version, ""))
+    is_complete[list(manifest.problems)] = False
+    is_complete &= resolver.can_resolve(manifest.uri)
+    listed = dict(_list_rows(manifest, np.flatnonzero(~is_complete).tolist(), options))
+    columns = _make_columns(manifest, shown_uris, options)
+    # Only rows that share their id or their region with another row must be compared with other rows.
+    shares_id = _find_repeated(manifest.scan_id)
+    is_single = ~is_complete | shares_id | _find_shared_regions(manifest, shown_uris)
+    singles = np.flatnonzero(is_single)
+    complete = iter(LazyScans(columns, resolver, [], singles[is_complete[singles]]))
+    scans = [next(complete) if is_complete[row] else listed[row] for row in singles.tolist()]
+    others = np.flatnonzero(~is_single)
+    other_ids = manifest.scan_id.take(pa.array(others))
+    built = make_ids_unique(
+        mark_duplicates(scans, options.policy),
+        frozenset(other_ids.to_pylist()) if shares_id.any() else frozenset(),
     )
-    # Only what shares its id or its place with another row has to be looked at beside the others.
-    shares_id = _shared(manifest.scan_id)
-    odd = ~is_whole | shares_id | _shared_places(manifest, uris)
-    at = np.flatnonzero(odd)
-    known = iter(whole.take(at[is_whole[at]]))
-    scans = [next(known) if is_whole[row] else asked[row] for row in at.tolist()]
-    kept = np.flatnonzero(~odd)
-    ids = manifest.scan_id.take(pa.array(kept))
-    others = frozenset(ids.to_pylist()) if shares_id.any() else frozenset()
-    made = unique_ids(settle_duplicates(scans, how.policy), others)
-    order = _by_id(ids, [scan.scan_id for scan in made])
-    centers = None if manifest.centers_lps is None else manifest.centers_lps[kept]
-    rows, extra_columns = (table.take(pa.array(kept)) for table in (columns, manifest.extra_columns))
-    return RowScans(rows, extra_columns, centers, strip, made, order)
+    order = _sort_by_id(other_ids, [scan.scan_id for scan in built])
+    return LazyScans(columns.take(others), resolver, built, order)
 
 
-def _columns(manifest: Manifest, uris: pa.Array, how: How) -> pa.Table:
-    return pa.table(
+def _make_columns(manifest: Manifest, shown_uris: pa.Array, options: ListingOptions) -> ScanColumns:
+    """Return the scans of all rows as columns, as if every row gave a version."""
+    main = pa.table(
         {
             "scan_id": manifest.scan_id,
-            "uri": uris,
-            "format": _formats(manifest.uri, wanted_formats(how)),
-            "content": _contents(manifest),
+            "uri": shown_uris,
+            "format": _detect_formats(manifest.uri, get_row_formats(options)),
+            "content": _compute_contents(manifest),
             "mask": manifest.mask,
         }
     )
+    return ScanColumns(main, manifest.extra_columns, manifest.centers_lps)
 
 
-def _contents(manifest: Manifest) -> pa.Array:
-    """Return the content of rows, all of them taken to have a version."""
-    contents = _each(manifest.version, version_content)
+def _compute_contents(manifest: Manifest) -> pa.Array:
+    """Return the content of every row, as if every row gave a version."""
+    contents = _map_texts(manifest.version, hash_version)
     masks, centers = manifest.mask, manifest.centers_lps
     if centers is None and not pc.any(pc.not_equal(masks, "")).as_py():
         return contents
-    points = [None] * len(masks) if centers is None else map(point, centers.tolist())
+    points = [None] * len(masks) if centers is None else map(make_point, centers.tolist())
     rows = zip(contents.to_pylist(), masks.to_pylist(), points, strict=True)
-    return pa.array([with_region(content, mask, center) for content, mask, center in rows], TEXT)
+    return pa.array([add_region(content, mask, center) for content, mask, center in rows], TEXT)
 
 
-def _formats(uris: pa.Array, wanted: set[str]) -> pa.Array:
-    """Return the format that each name tells, or "auto"."""
+def _detect_formats(uris: pa.Array, formats: set[str]) -> pa.Array:
+    """Return the format that each URI's suffix tells; "auto" if it tells none of `formats`."""
     lower = pc.utf8_lower(uris)
-    formats = pa.repeat(pa.scalar("auto", TEXT), len(uris))
-    for kind in sorted(wanted & SUFFIXES.keys()):
-        for end in SUFFIXES[kind]:
-            formats = pc.if_else(pc.ends_with(lower, end), pa.scalar(kind, TEXT), formats)
-    return formats
+    detected = pa.repeat(pa.scalar("auto", TEXT), len(uris))
+    for candidate in sorted(formats & FORMAT_SUFFIXES.keys()):
+        for suffix in FORMAT_SUFFIXES[candidate]:
+            detected = pc.if_else(pc.ends_with(lower, suffix), pa.scalar(candidate, TEXT), detected)
+    return detected
 
 
-def _shown(uris: pa.Array) -> pa.Array:
-    """Return the uris without credentials."""
-    odd = np.flatnonzero(~_is_plain(uris))
-    if not len(odd):
+def _mask_uris(uris: pa.Array) -> pa.Array:
+    """Return the URIs without credentials."""
+    is_masked = ~_is_plain(uris)
+    if not is_masked.any():
         return uris
-    masked = pa.array([mask_url(uri) for uri in uris.take(pa.array(odd)).to_pylist()], TEXT)
-    is_odd = np.zeros(len(uris), bool)
-    is_odd[odd] = True
-    return pc.replace_with_mask(uris, pa.array(is_odd), masked)
+    masked = [mask_url(uri) for uri in uris.filter(pa.array(is_masked)).to_pylist()]
+    return pc.replace_with_mask(uris, pa.array(is_masked), pa.array(masked, TEXT))
 
 
 def _is_plain(uris: pa.Array) -> _Flags:
+    """Return for each URI whether it is a path or a URL that certainly holds no credentials."""
     is_path = pc.and_(pc.invert(pc.match_substring(uris, "://")), pc.invert(pc.match_substring(uris, "::")))
     return np.asarray(pc.or_(is_path, pc.match_substring_regex(uris, _PLAIN_URL)), bool)
 
 
-class _Stripper:
-    """Gives the path of a uri in its file system; a file system is opened once per protocol.
+class _PathResolver:
+    """Returns the path of a URI in its file system; opens one file system per protocol.
 
     Args:
-        how: Its storage options are those of all.
+        options: `options.source.storage_options` are used for every file system.
     """
 
-    def __init__(self, how: How) -> None:
-        self._options = how.source.storage_options
-        self._of: dict[str, Callable[[str], str]] = {}
+    def __init__(self, options: ListingOptions) -> None:
+        self._options = options.source.storage_options
+        self._strip_protocol: dict[str, Callable[[str], str]] = {}
 
     def __call__(self, uri: str) -> str:
-        strip = self._of.get(_protocol(uri))
-        path = open_url(uri, self._options)[1] if strip is None else strip(uri)
+        strip_protocol = self._strip_protocol.get(_get_protocol(uri))
+        path = open_url(uri, self._options)[1] if strip_protocol is None else strip_protocol(uri)
         return path.rstrip("/") or path
 
-    def knows(self, uris: pa.Array) -> _Flags:
-        """Return of each uri whether its protocol can be opened."""
-        found = pc.struct_field(pc.extract_regex(uris, r"^(?P<name>[a-z][a-z0-9+.-]*://)"), "name")
-        protocols = pc.fill_null(found, "")
-        names = pc.unique(protocols).to_pylist()
-        can = [
+    def can_resolve(self, uris: pa.Array) -> _Flags:
+        """Return for each URI whether the file system of its protocol can be opened."""
+        matches = pc.struct_field(pc.extract_regex(uris, r"^(?P<name>[a-z][a-z0-9+.-]*://)"), "name")
+        protocols = pc.fill_null(matches, "")
+        opened = [
             name
-            for name in names
-            if self._opens(name, uris[pc.index(protocols, pa.scalar(name, TEXT)).as_py()])
+            for name in pc.unique(protocols).to_pylist()
+            if self._try_open(name, uris[pc.index(protocols, pa.scalar(name, TEXT)).as_py()])
         ]
-        return np.asarray(pc.is_in(protocols, value_set=pa.array(can, TEXT)), bool)
+        return np.asarray(pc.is_in(protocols, value_set=pa.array(opened, TEXT)), bool)
 
-    def _opens(self, protocol: str, example: pa.Scalar) -> bool:
+    def _try_open(self, protocol: str, example: pa.Scalar) -> bool:
         try:
             fs, _ = open_url(example.as_py(), self._options)
-        except Exception as error:  # each store has errors of its own; its rows tell, looked at one by one
+        except Exception as error:  # each store has its own exceptions; `list_row` reports them for each row
             log.debug("%s cannot be opened (%s)", protocol, type(error).__name__)
             return False
-        self._of[protocol] = fs._strip_protocol
+        self._strip_protocol[protocol] = fs._strip_protocol
         return True
 
 
-def _protocol(uri: str) -> str:
-    found = _PROTOCOL.match(uri)
-    return found.group() if found else ""
+def _get_protocol(uri: str) -> str:
+    match = _PROTOCOL.match(uri)
+    return match.group() if match else ""
 
 
-def _shared(texts: pa.Array) -> _Flags:
-    """Return which of the texts occur more than once."""
+def _find_repeated(texts: pa.Array) -> _Flags:
+    """Return for each text whether it occurs more than once."""
     numbers = np.asarray(texts.dictionary_encode().indices)
-    shared: _Flags = np.bincount(numbers)[numbers] > 1
-    return shared
+    repeated: _Flags = np.bincount(numbers)[numbers] > 1
+    return repeated
 
 
-def _shared_places(manifest: Manifest, uris: pa.Array) -> _Flags:
-    """Return which rows ask for the same region of the same place as another."""
-    shared = _shared(uris)
-    at = np.flatnonzero(shared)
+def _find_shared_regions(manifest: Manifest, uris: pa.Array) -> _Flags:
+    """Return for each row whether another row asks for the same region of the same URI."""
+    shared = _find_repeated(uris)
+    candidates = np.flatnonzero(shared)
     keys = [
-        np.asarray(array.take(pa.array(at)).dictionary_encode().indices) for array in (uris, manifest.mask)
+        np.asarray(array.take(pa.array(candidates)).dictionary_encode().indices)
+        for array in (uris, manifest.mask)
     ]
     if manifest.centers_lps is not None:
-        keys += list(np.nan_to_num(manifest.centers_lps[at], nan=np.inf).T)
+        keys += list(np.nan_to_num(manifest.centers_lps[candidates], nan=np.inf).T)
     order = np.lexsort(keys)
-    is_next = np.logical_and.reduce([key[order][1:] == key[order][:-1] for key in keys])
-    shared[at[order]] = np.append(is_next, False) | np.insert(is_next, 0, False) if len(at) else False
+    equals_next = np.logical_and.reduce([key[order][1:] == key[order][:-1] for key in keys])
+    shared[candidates[order]] = (
+        np.append(equals_next, False) | np.insert(equals_next, 0, False) if len(candidates) else False
+    )
     return shared
 
 
-def _by_id(ids: pa.Array, further: Sequence[str]) -> NDArray[np.int64]:
-    everything = pa.chunked_array([ids, pa.array(further, TEXT)], TEXT)
-    return np.asarray(pc.sort_indices(everything), np.int64)
+def _sort_by_id(ids: pa.Array, further_ids: Sequence[str]) -> NDArray[np.int64]:
+    """Return the positions that sort all ids, `further_ids` counted after `ids`."""
+    all_ids = pa.chunked_array([ids, pa.array(further_ids, TEXT)], TEXT)
+    return np.asarray(pc.sort_indices(all_ids), np.int64)
 
 
-def _each(texts: pa.Array, change: Callable[[str], str]) -> pa.Array:
+def _map_texts(texts: pa.Array, convert: Callable[[str], str]) -> pa.Array:
     blocks = [
-        pa.array([change(text) for text in texts.slice(start, _BLOCK).to_pylist()], TEXT)
+        pa.array([convert(text) for text in texts.slice(start, _BLOCK).to_pylist()], TEXT)
         for start in range(0, len(texts), _BLOCK)
     ]
     return pa.chunked_array(blocks, TEXT).combine_chunks()
 
 
-def _asked(manifest: Manifest, rows: Sequence[int], how: How) -> Iterator[tuple[int, Scan]]:
-    """Yield row and scan of some rows; where the store has to be asked, several at once."""
-    with ThreadPoolExecutor(THREADS) as pool:
+def _list_rows(
+    manifest: Manifest, rows: Sequence[int], options: ListingOptions
+) -> Iterator[tuple[int, Scan]]:
+    """Yield the number and the scan of some rows; several rows are looked up at the same time."""
+    with ThreadPoolExecutor(MAX_THREADS) as pool:
         for start in range(0, len(rows), _BLOCK):
             block = rows[start : start + _BLOCK]
-            found = pool.map(lambda at: scan_of_row(manifest.row(at), how), block)
-            yield from zip(block, found, strict=True)
+            scans = pool.map(lambda row: list_row(manifest.get_row(row), options), block)
+            yield from zip(block, scans, strict=True)

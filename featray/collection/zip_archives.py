@@ -1,4 +1,4 @@
-"""The scans inside a zip archive, found without unpacking it."""
+"""The scans inside a zip archive, found without unpacking it to disk."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import fsspec
 
-from featray.collection.files import File, Found, How, Place, is_visible, scan_of
+from featray.collection.files import File, FileGroup, FoundScan, ListingOptions, is_visible, make_scan
 from featray.ct.dicom.elements import MAX_HEADER_BYTES
 from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_header
 from featray.ct.formats.zip_archive import MAX_ARCHIVE_BYTES, Archive, open_archive
@@ -19,19 +19,22 @@ from featray.storage import retry
 _HEADER_BYTES = 2**18
 
 
-def found_in_archive(
-    fs: fsspec.AbstractFileSystem, file: File, how: How, found_in: Callable[[Place, How], list[Found]]
-) -> list[Found]:
-    """Return the scans inside an archive; one that cannot be looked into is a failed scan itself.
+def find_in_archive(
+    fs: fsspec.AbstractFileSystem,
+    file: File,
+    options: ListingOptions,
+    find_scans: Callable[[FileGroup, ListingOptions], list[FoundScan]],
+) -> list[FoundScan]:
+    """Return the scans inside an archive. An archive that cannot be searched is itself one failed scan.
 
     Args:
-        fs: Where the archive lies.
+        fs: File system that holds the archive.
         file: The archive.
-        how: What to look for.
-        found_in: Finds the scans of a place, whatever it is.
+        options: What to search for.
+        find_scans: Finds the scans in a group of files.
     """
 
-    def look() -> list[Found]:
+    def search() -> list[FoundScan]:
         with fs.open(file.path, "rb") as stream:
             archive = open_archive(stream, max_bytes=MAX_ARCHIVE_BYTES)
             members = [
@@ -39,31 +42,35 @@ def found_in_archive(
                 for name in archive.names
                 if is_visible(name)
             ]
-            header = functools.partial(_archived_header, archive)
-            return found_in(Place(members, "", header, threads=1, archive=file.path), how)
+            read_member_header = functools.partial(_read_archived_header, archive)
+            return find_scans(
+                FileGroup(members, "", read_member_header, threads=1, archive=file.path), options
+            )
 
     try:
-        found = retry.run_with_retries(look, retry.SOURCE_DEADLINE_S)
+        found = retry.run_with_retries(search, retry.SOURCE_DEADLINE_S)
     except ScanError as error:
-        return [_failed(file, error, how)]
+        return [_make_failed_scan(file, error, options)]
     except OSError as error:
         problem = f"the archive could not be opened ({retry.describe_error(error)})"
-        return [_failed(file, ScanError(Reason.STORAGE, problem), how)]
-    inside = [f"{file.name}/{one.scan.scan_id}" if len(found) > 1 else file.name for one in found]
-    return [
-        replace(one, scan=replace(one.scan, scan_id=scan_id), members=(file,))
-        for one, scan_id in zip(found, inside, strict=True)
-    ]
+        return [_make_failed_scan(file, ScanError(Reason.STORAGE, problem), options)]
+    return [_set_archive(found_scan, file, is_only_scan=len(found) == 1) for found_scan in found]
 
 
-def _failed(file: File, error: ScanError, how: How) -> Found:
-    place = Place([], "", lambda _: NotImplemented)
-    scan = scan_of((file,), file.name, "zip", place, how)
-    return Found(replace(scan, reason=error.reason, message=str(error)), (file,))
+def _set_archive(found_scan: FoundScan, archive: File, *, is_only_scan: bool) -> FoundScan:
+    """Return a scan found in an archive with an id that names the archive, and the archive as its file."""
+    scan = found_scan.scan
+    scan_id = archive.name if is_only_scan else f"{archive.name}/{scan.scan_id}"
+    return FoundScan(replace(scan, scan_id=scan_id), (archive,))
 
 
-def _archived_header(archive: Archive, file: File) -> SliceHeader:
-    """Return a member's DICOM header; more of it is only inflated where its head does not do."""
+def _make_failed_scan(file: File, error: ScanError, options: ListingOptions) -> FoundScan:
+    scan = make_scan((file,), file.name, "zip", options)
+    return FoundScan(replace(scan, reason=error.reason, message=str(error)), (file,))
+
+
+def _read_archived_header(archive: Archive, file: File) -> SliceHeader:
+    """Return the DICOM header of an archive member; inflate more than its first bytes only if needed."""
     try:
         header = read_header(io.BytesIO(archive.read_head(file.path, _HEADER_BYTES)), file.name)
         if header.problem is not Reason.TRUNCATED or file.size <= _HEADER_BYTES:

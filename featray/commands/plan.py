@@ -165,7 +165,7 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
         layers=job.run.layers,
         ignored=listing.ignored,
         estimate=_estimate(job, dataset, wanted),
-        scans=list(found.explain()) if explain else (),
+        scans=list(found.explain_all()) if explain else (),
     )
 
 
@@ -184,7 +184,7 @@ def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -
     checked, listing = check(config, overrides)
     dataset = Dataset.open(checked.output)
     job = Job.prepare(checked, choose_engine(checked, len(listing.scans)).name, started)
-    return job.plan(listing, dataset.find_snapshot(), RunScope()).why(scan_id)
+    return job.plan(listing, dataset.find_snapshot(), RunScope()).explain_scan(scan_id)
 
 
 def _duration(seconds: float) -> str:

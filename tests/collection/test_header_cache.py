@@ -43,7 +43,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that names every file whose header is read."""
     names: list[str] = []
-    for module, name in ((discover, "_header"), (zip_archives, "_archived_header")):
+    for module, name in ((discover, "_read_header"), (zip_archives, "_read_archived_header")):
         original: Callable[..., Any] = getattr(module, name)
 
         def counted(place: Any, file: Any, original: Callable[..., Any] = original) -> Any:

@@ -20,7 +20,7 @@ from featray.errors import ConfigError
 def rows(text: str | bytes, **more: str) -> list[ManifestRow]:
     data = text.encode() if isinstance(text, str) else text
     found = read_manifest(data, SourceConfig.model_validate({"uri": "s3://bucket/lists/m.csv", **more}))
-    return [found.row(at) for at in range(len(found))]
+    return [found.get_row(at) for at in range(len(found))]
 
 
 def test_relative_uris_and_masks_are_below_the_manifests_folder_and_others_are_as_they_are() -> None:
@@ -67,8 +67,8 @@ def test_parquet_values_are_texts_as_python_spells_them() -> None:
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
     found = read_manifest(sink.getvalue().to_pybytes(), SourceConfig(uri="m.parquet"))
-    assert [found.row(at).version for at in (0, 1)] == ["7", ""]
-    assert [found.row(at).columns for at in (0, 1)] == [
+    assert [found.get_row(at).version for at in (0, 1)] == ["7", ""]
+    assert [found.get_row(at).columns for at in (0, 1)] == [
         {"age": "61.0", "smoker": "True"},
         {"age": "", "smoker": ""},
     ]
@@ -105,7 +105,7 @@ def test_both_csv_readers_find_the_same(table: list[list[str]], quoting: int, en
         text = sink.getvalue()
     data = text.encode()
     try:
-        names = next(manifest._csv_rows(data), [])
+        names = next(manifest._read_csv_rows(data), [])
         expected = manifest._parse_any_csv(data, names, {})
     except csv.Error:
         return

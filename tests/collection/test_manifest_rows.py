@@ -16,7 +16,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from featray.collection import manifest_row, manifest_rows
-from featray.collection.listing import RowScans, listed
+from featray.collection.listing import LazyScans, make_listing_table
 from featray.config import load
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
@@ -157,13 +157,13 @@ def test_rows_without_a_version_are_asked_about_several_at_once(
     for number in range(4):
         nifti(tmp_path / f"{number}.nii")
     meeting = threading.Barrier(4, timeout=20)
-    original = manifest_row.list_place
+    original = manifest_row.list_path
 
     def together(*args: Any) -> Any:
         meeting.wait()  # breaks if the rows are asked about one after the other
         return original(*args)
 
-    monkeypatch.setattr(manifest_row, "list_place", together)
+    monkeypatch.setattr(manifest_row, "list_path", together)
     path = manifest(tmp_path / "m.csv", "uri", *(f"{number}.nii" for number in range(4)))
     assert [scan.reason for scan in listing(path).scans] == [None] * 4
 
@@ -177,7 +177,7 @@ def test_a_store_that_refuses_while_looking_for_files_is_a_storage_failure(
         raise NoCredentialsError
 
     path = manifest(tmp_path / "m.csv", "uri,version", "folder,1")
-    monkeypatch.setattr(manifest_row, "list_place", refuse)
+    monkeypatch.setattr(manifest_row, "list_path", refuse)
     (one,) = decoded(path).values()
     assert (one.record.reason, one.record.stage) == ("storage", "list")
     assert "NoCredentialsError" in str(one.record.message)
@@ -201,7 +201,7 @@ def test_credentials_in_a_uri_are_never_shown(tmp_path: Path) -> None:
 def test_scans_of_rows_are_a_sequence_built_on_demand(tmp_path: Path) -> None:
     path = manifest(tmp_path / "m.csv", "uri,version,site", *(f"{n:04},{n},s{n % 3}" for n in range(5000)))
     found = listing(path)
-    assert isinstance(found.scans, RowScans)
+    assert isinstance(found.scans, LazyScans)
     everything = list(found.scans)
     assert [scan.scan_id for scan in everything] == [f"{n:04}" for n in range(5000)]
     assert found.scans[-1] == everything[-1]
@@ -210,7 +210,7 @@ def test_scans_of_rows_are_a_sequence_built_on_demand(tmp_path: Path) -> None:
     assert everything[7].columns == {"site": "s1"}
     with pytest.raises(IndexError):
         found.scans[5000]
-    assert found.table.equals(listed(everything))
+    assert found.table.equals(make_listing_table(everything))
     assert (found.extra_columns, found.has_centers) == (("site",), False)
 
 
@@ -311,6 +311,6 @@ def test_a_file_whose_bytes_cannot_be_read_is_a_storage_failure(
     def refuse(fs: Any, path: str) -> str:
         raise PermissionError
 
-    monkeypatch.setattr(digests, "file_digest", refuse)
+    monkeypatch.setattr(digests, "hash_file", refuse)
     (scan,) = listing(tmp_path, fingerprint="bytes").scans
     assert (scan.reason, "could not be read for its fingerprint" in scan.message) == ("storage", True)

@@ -99,9 +99,9 @@ def test_why_answers_for_one_scan(config: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(answer(capsys, str(config), "--why", "a.nii", "--json"))
     assert found == {
         "scan_id": "a.nii",
-        "why": "up to date: content and recipe are those of what is stored",
+        "why": "up to date: content and recipe are the same as those stored",
     }
-    assert "near it: a.nii" in answer(capsys, str(config), "--why", "aa.nii", code=2)
+    assert "similar ids: a.nii" in answer(capsys, str(config), "--why", "aa.nii", code=2)
 
 
 def test_before_the_first_run_everything_is_new(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

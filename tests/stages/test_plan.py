@@ -36,7 +36,7 @@ def planned(scans: Collection[Scan], *rows: Row, **more: Any) -> Plan:
 
 
 def states(plan: Plan) -> dict[str, str]:
-    return {found["scan_id"]: found["state"] for found in plan.explain()}
+    return {found["scan_id"]: found["state"] for found in plan.explain_all()}
 
 
 def todo(plan: Plan) -> list[str]:
@@ -92,7 +92,7 @@ def test_a_scan_left_out_by_rule_stays_out_whatever_the_recipe() -> None:
     out = scan("a", reason=Reason.NOT_CT, excluded=True)
     plan = planned([out], ("a", "excluded", "not_ct", "c", "old"), refresh=True)
     assert (states(plan), todo(plan)) == ({"a": "up_to_date"}, [])
-    assert plan.why("a") == "up to date: left out by rule (not_ct), and unchanged"
+    assert plan.explain_scan("a") == "up to date: excluded by a rule (not_ct), and unchanged"
 
 
 def test_a_scan_that_policy_takes_now_or_leaves_out_now_is_changed() -> None:
@@ -101,8 +101,8 @@ def test_a_scan_that_policy_takes_now_or_leaves_out_now_is_changed() -> None:
     assert todo(planned([taken, left_out], *rows)) == ["in"]
     plan = planned([taken, left_out], *rows, refresh=True)
     assert todo(plan) == ["in", "out"]
-    assert "policy now takes it" in plan.why("in")
-    assert "policy now leaves it out (duplicate_id)" in plan.why("out")
+    assert "the policy now includes it" in plan.explain_scan("in")
+    assert "the policy now excludes it (duplicate_id)" in plan.explain_scan("out")
 
 
 def test_what_was_left_out_when_it_was_read_stays_out_while_its_row_is_open() -> None:
@@ -115,7 +115,7 @@ def test_a_stored_scan_that_is_not_listed_is_removed() -> None:
     plan = planned([scan("a")], *rows, refresh=True)
     assert plan.counts == {**dict.fromkeys(STATES, 0), "removed": 2, "up_to_date": 1}
     assert (list(plan.removed), todo(plan)) == (["gone", "z"], [])
-    assert "`refresh` drops it" in plan.why("gone")
+    assert "`refresh` deletes it" in plan.explain_scan("gone")
 
 
 def test_what_cannot_be_looked_at_now_is_kept_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
@@ -129,8 +129,10 @@ def test_what_cannot_be_looked_at_now_is_kept_as_it_is(caplog: pytest.LogCapture
     assert states(plan) == {"bad": "changed", "good": "up_to_date", "new": "new", "out": "up_to_date"}
     assert todo(plan) == ["bad", "new"]
     assert plan.unreachable == 2
-    assert "2 stored scans cannot be looked at" in caplog.text
-    assert "could not look at it now (storage); its stored features are kept" in plan.why("good")
+    assert "2 stored scans cannot be reached now (storage)" in caplog.text
+    assert "the listing could not reach it now (storage); its stored features are kept" in plan.explain_scan(
+        "good"
+    )
 
 
 def test_what_lies_in_a_place_that_cannot_be_looked_into_is_not_removed() -> None:
@@ -140,7 +142,7 @@ def test_what_lies_in_a_place_that_cannot_be_looked_into_is_not_removed() -> Non
     plan = planned(away, *((name, "ok", None, "c", "r") for name in (*kept, *gone)), refresh=True)
     assert list(plan.removed) == list(gone)
     assert (plan.unreachable, plan.counts["up_to_date"]) == (4, 4)
-    assert "cannot be looked into now" in plan.why("x/s#1a2b")
+    assert "its folder or archive cannot be read now (storage)" in plan.explain_scan("x/s#1a2b")
 
 
 def test_stored_features_of_another_recipe_are_counted() -> None:
@@ -165,25 +167,25 @@ def test_a_plan_tells_why_of_each_scan() -> None:
     names = ("failed", "new", "passing", "same", "stale")
     listed = Listing((scan("changed", "a1a1a1a1a1a1"), *map(scan, names)))
     plan = make_plan(listed, rows, "r")
-    only = "it has features, so only `refresh` takes it up again"
-    assert {found["scan_id"]: found["why"] for found in plan.explain()} == {
-        "changed": f"changed: content a1a1a1a1 was b2b2b2b2 when run run-7 took it up; {only}",
+    only = "it has features, so only `refresh` processes it again"
+    assert {found["scan_id"]: found["why"] for found in plan.explain_all()} == {
+        "changed": f"changed: content is a1a1a1a1, and was b2b2b2b2 when run run-7 processed it; {only}",
         "failed": "failed: truncated at read; unchanged, so only `refresh --retry-failed` tries it again",
-        "new": "new: listed, and never taken up",
-        "passing": "failed: storage at read; this may pass, so it is tried again",
-        "same": "up to date: content and recipe are those of what is stored",
-        "stale": f"stale: taken up by run run-7 under recipe old, this config's is r; {only}",
+        "new": "new: listed, and not stored yet",
+        "passing": "failed: storage at read; the cause may be gone, so it is tried again",
+        "same": "up to date: content and recipe are the same as those stored",
+        "stale": f"stale: processed by run run-7 with recipe old, and this config's recipe is r; {only}",
     }
-    assert all(plan.why(found["scan_id"]) == found["why"] for found in plan.explain())
-    assert only not in make_plan(listed, rows, "r", refresh=True).why("changed")
+    assert all(plan.explain_scan(found["scan_id"]) == found["why"] for found in plan.explain_all())
+    assert only not in make_plan(listed, rows, "r", refresh=True).explain_scan("changed")
 
 
 def test_an_unknown_id_is_told_with_those_near_it() -> None:
     plan = planned([scan("site/case-1.nii"), scan("site/case-2.nii")])
     with pytest.raises(UsageError, match=r"no scan has the id 'case-1'.*site/case-1\.nii$"):
-        plan.why("case-1")
-    with pytest.raises(UsageError, match=r"near it: site/case-"):
-        plan.why("site/caze-1.nii")
+        plan.explain_scan("case-1")
+    with pytest.raises(UsageError, match=r"similar ids: site/case-"):
+        plan.explain_scan("site/caze-1.nii")
 
 
 def test_a_plan_is_what_comparing_scan_by_scan_finds() -> None:

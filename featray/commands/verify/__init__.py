@@ -1,12 +1,12 @@
-"""Verification: an output in, everything that is wrong with it out, each with what mends it.
+"""Verify an output: read both tables completely, and return each problem together with its remedy.
 
-`check` shows the way. `readback` brings a file's rows or says why it cannot; `ledger` and `features` look
-at the rows themselves; `books` puts both tables side by side; `strays` looks for files of no version.
+`run.verify` shows the order of the steps. `data_file` reads single files. `read_scans` and `read_features`
+check rows. `reconcile` compares the two tables. `orphans` looks for files that belong to no version.
 """
 
 from __future__ import annotations
 
-from featray.commands.verify.findings import Finding, Kind
+from featray.commands.verify.findings import Finding, FindingKind
 from featray.commands.verify.run import Verification, verify
 
-__all__ = ["Finding", "Kind", "Verification", "verify"]
+__all__ = ["Finding", "FindingKind", "Verification", "verify"]

@@ -1,7 +1,7 @@
-"""What can be wrong with an output, in words, and what mends it.
+"""The kinds of problems that an output can have, their descriptions, and their remedies.
 
-`Findings` collects while everything is read; it ends as one `Finding` per kind, table and layer, however
-many rows and files are concerned.
+`Findings` collects faults while files are read. It returns one `Finding` per kind, table and layer, however
+many rows and files have the problem.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import pyarrow.compute as pc
 
 from featray.output.dataset import FEATURES, SCANS
 
-EXAMPLES = 10
-"""Scans and files that a finding names; it counts them all."""
-_SHOWN = 3
+MAX_EXAMPLES = 10
+"""Number of scans and of files that a finding names. It counts all of them."""
+_MAX_PRINTED = 3
 
 
-class Kind(StrEnum):
-    """What is wrong. Stable: schedulers and people filter by these."""
+class FindingKind(StrEnum):
+    """Kinds of problems. The values are stable, because schedulers and users filter by them."""
 
     MISSING_FILE = "missing_file"
     TRUNCATED_FILE = "truncated_file"
@@ -34,7 +34,7 @@ class Kind(StrEnum):
     NULL_VALUE = "null_value"
     UNKNOWN_CODE = "unknown_code"
     WRONG_STATE = "wrong_state"
-    BOOKS = "books"
+    COUNTS_DIFFER = "books"
     DOUBLED_ROW = "doubled_row"
     MISSING_PATCH = "missing_patch"
     SURPLUS_PATCH = "surplus_patch"
@@ -48,75 +48,86 @@ class Kind(StrEnum):
     WRONG_PARTITION = "wrong_partition"
     ORPHAN = "orphan"
     FOREIGN_FILE = "foreign_file"
-    TABLES_APART = "tables_apart"
+    TABLES_OUT_OF_SYNC = "tables_apart"
 
 
-MEANING = {
-    Kind.MISSING_FILE: "the log names a file that the store does not have",
-    Kind.TRUNCATED_FILE: "a file has another size than the log says",
-    Kind.CHANGED_FILE: "a file's bytes are not those that were written",
-    Kind.UNREADABLE_FILE: "a file cannot be read as Parquet",
-    Kind.NO_ACCESS: "the store has a file but does not give it",
-    Kind.WRONG_SCHEMA: "columns or their types are not the contract's",
-    Kind.WRONG_ROW_COUNT: "a file has another number of rows than the log says",
-    Kind.WRONG_ID_RANGE: "a file's first or last scan_id is not what the log says, so readers may skip it",
-    Kind.NULL_VALUE: "a value is null where none may be",
-    Kind.UNKNOWN_CODE: "status, reason or a warning is none of the known codes",
-    Kind.WRONG_STATE: "reason and patches of a row do not fit its status",
-    Kind.BOOKS: "ok + failed + excluded is not the number of rows",
-    Kind.DOUBLED_ROW: "a row is there twice",
-    Kind.MISSING_PATCH: "patches that the ledger promises are not there",
-    Kind.SURPLUS_PATCH: "there are patches that the ledger does not promise",
-    Kind.WRONG_WIDTH: "a feature has not as many values as its shape says",
-    Kind.UNEVEN_SHAPE: "shapes differ within a layer although the input size is fixed",
-    Kind.NOT_FINITE: "features hold NaN or infinity",
-    Kind.LEDGER_WITHOUT_FEATURES: "the ledger says ok, but there are no features",
-    Kind.FEATURES_WITHOUT_LEDGER: "there are features of a scan whose ledger row is missing, or not ok",
-    Kind.OTHER_RECIPE: "features are of another recipe than the ledger says",
-    Kind.OTHER_RUN: "features are of another run than the ledger says",
-    Kind.WRONG_PARTITION: "a file lies in another partition than its scans belong to",
-    Kind.ORPHAN: "a file of an ended run belongs to no version; plain readers of the folder see it",
-    Kind.FOREIGN_FILE: "a file that no run wrote lies among the data; plain readers of the folder see it",
-    Kind.TABLES_APART: "`features` and `scans` are more than one commit apart",
+DESCRIPTIONS = {
+    FindingKind.MISSING_FILE: "the log names a file that the store does not have",
+    FindingKind.TRUNCATED_FILE: "the size of a file differs from its size in the log",
+    FindingKind.CHANGED_FILE: "the bytes of a file are not the bytes that were written",
+    FindingKind.UNREADABLE_FILE: "a file cannot be read as Parquet",
+    FindingKind.NO_ACCESS: "the store has a file but refuses to return it",
+    FindingKind.WRONG_SCHEMA: "columns are missing, unknown, or of another type than featray writes",
+    FindingKind.WRONG_ROW_COUNT: "the number of rows in a file differs from the number in the log",
+    FindingKind.WRONG_ID_RANGE: (
+        "the first or last scan_id of a file differs from the log, so readers may skip the file"
+    ),
+    FindingKind.NULL_VALUE: "a value is null in a column that must not contain nulls",
+    FindingKind.UNKNOWN_CODE: "a status, reason or warning is not one of the known codes",
+    FindingKind.WRONG_STATE: "the reason or the number of patches of a scan contradicts its status",
+    FindingKind.COUNTS_DIFFER: "ok + failed + excluded differs from the number of rows",
+    FindingKind.DOUBLED_ROW: "a row occurs more than once",
+    FindingKind.MISSING_PATCH: "the features lack patches that the scans table lists",
+    FindingKind.SURPLUS_PATCH: "the features contain patches that the scans table does not list",
+    FindingKind.WRONG_WIDTH: "the number of values of a feature does not match its shape",
+    FindingKind.UNEVEN_SHAPE: "shapes within a layer differ although the input size is fixed",
+    FindingKind.NOT_FINITE: "the features contain NaN or infinity",
+    FindingKind.LEDGER_WITHOUT_FEATURES: "a scan is ok in the scans table but has no features",
+    FindingKind.FEATURES_WITHOUT_LEDGER: (
+        "there are features of a scan that is not in the scans table, or is not ok there"
+    ),
+    FindingKind.OTHER_RECIPE: "the recipe of features differs from the recipe in the scans table",
+    FindingKind.OTHER_RUN: "the run of features differs from the run in the scans table",
+    FindingKind.WRONG_PARTITION: "a file is in another partition than its scans belong to",
+    FindingKind.ORPHAN: (
+        "a file of an ended run belongs to no version; programs that read the folder directly see it"
+    ),
+    FindingKind.FOREIGN_FILE: (
+        "a file that no run wrote is among the data; programs that read the folder directly see it"
+    ),
+    FindingKind.TABLES_OUT_OF_SYNC: "the tables `features` and `scans` are more than one commit apart",
 }
 """One sentence per kind."""
 
-_FORGET = (
-    "`featray verify OUTPUT --forget-damaged` takes these scans out of both tables; the next "
-    "`featray extract CONFIG` makes them again"
+_DEFAULT_REMEDY = (
+    "`featray verify OUTPUT --forget-damaged` removes these scans from both tables; the next "
+    "`featray extract CONFIG` extracts them again"
 )
-_MEND = {
-    Kind.NO_ACCESS: (
-        "look at the store (permissions, network, disk) and verify again; if a file is lost for good, delete "
+_REMEDIES = {
+    FindingKind.NO_ACCESS: (
+        "check the store (permissions, network, disk) and verify again; if a file is lost for good, delete "
         "it, then use --forget-damaged"
     ),
-    Kind.ORPHAN: "`featray verify OUTPUT --repair` (or the next run) deletes it",
-    Kind.FOREIGN_FILE: "move it elsewhere yourself; featray never deletes what no run wrote",
-    Kind.TABLES_APART: (
-        "was one of the folders copied, restored or changed by another program? Bring back both from one "
-        "moment, or extract into a new output"
+    FindingKind.ORPHAN: "`featray verify OUTPUT --repair` (or the next run) deletes it",
+    FindingKind.FOREIGN_FILE: "move it elsewhere; featray never deletes a file that no run wrote",
+    FindingKind.TABLES_OUT_OF_SYNC: (
+        "check whether a folder was copied, restored, or changed by another program; restore both tables "
+        "from the same moment, or extract into a new output"
     ),
 }
-_MEND_TABLE = "another program changed the table; bring the output back from a copy, or make a new one"
+"""Remedies of the kinds that `--forget-damaged` does not repair."""
+_TABLE_SCHEMA_REMEDY = (
+    "another program changed the table; restore the output from a copy, or extract into a new output"
+)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is wrong in one table and layer.
+    """One kind of problem in one table and layer.
 
     Attributes:
-        kind: What.
+        kind: Kind of the problem.
         table: `features`, `scans`, or the folder `runs`.
-        layer: Of `features`, where it is one layer's; else None.
-        scans: Number of scans concerned.
-        scan_ids: Some of them, sorted.
-        files: Number of files concerned.
-        paths: Some of them, below the output.
-        message: What is wrong, with an example.
-        mend: What to do.
+        layer: Layer of `features` that has the problem; None if it does not concern a single layer.
+        scans: Number of affected scans.
+        scan_ids: The first of the affected scans, sorted.
+        files: Number of affected files.
+        paths: Some of the affected files, relative to the output.
+        message: Description of the problem, with an example.
+        mend: The remedy.
     """
 
-    kind: Kind
+    kind: FindingKind
     table: str
     layer: str | None
     scans: int
@@ -127,39 +138,40 @@ class Finding:
     mend: str
 
     def text(self) -> str:
-        """Return the finding for a person, over a few lines."""
-        where = f"{self.table}, layer {self.layer}" if self.layer else self.table
-        lines = [f"{self.kind} ({where}): {self.message}"]
+        """Return the finding as text of a few lines."""
+        location = f"{self.table}, layer {self.layer}" if self.layer else self.table
+        lines = [f"{self.kind} ({location}): {self.message}"]
         for name, count, examples in (
             ("scans", self.scans, self.scan_ids),
             ("files", self.files, self.paths),
         ):
             if count:
-                more = ", …" if count > _SHOWN else ""
-                lines.append(f"  {name}: {count} ({', '.join(examples[:_SHOWN])}{more})")
-        return "\n".join([*lines, f"  mend: {self.mend}"])
+                more = ", …" if count > _MAX_PRINTED else ""
+                lines.append(f"  {name}: {count} ({', '.join(examples[:_MAX_PRINTED])}{more})")
+        return "\n".join([*lines, f"  remedy: {self.mend}"])
 
 
 @dataclass(frozen=True)
 class Fault:
-    """Something wrong in one file, as a worker hands it on to `Findings`.
+    """A problem in one file, as the functions that read files return it.
 
     Attributes:
-        kind: What.
-        ids: The scans concerned; may repeat and hold nulls.
-        detail: An example in words.
-        broken: Whether the file must leave the table whole.
+        kind: Kind of the problem.
+        ids: Ids of the affected scans; may contain duplicates and nulls.
+        detail: An example for the message.
+        removes_file: Whether `--forget-damaged` must remove the whole file, because it cannot select the
+            affected rows by their scan ids.
     """
 
-    kind: Kind
+    kind: FindingKind
     ids: pa.Array | None = None
     detail: str = ""
-    broken: bool = False
+    removes_file: bool = False
 
 
 @dataclass
-class _Found:
-    """What is collected of one finding."""
+class _FaultGroup:
+    """The collected faults of one kind, table and layer."""
 
     ids: list[pa.Array] = field(default_factory=list)
     paths: dict[str, None] = field(default_factory=dict)
@@ -168,11 +180,11 @@ class _Found:
 
 @dataclass(frozen=True)
 class Damage:
-    """What `--forget-damaged` takes out.
+    """What `--forget-damaged` removes from an output.
 
     Attributes:
-        scan_ids: Scans, known to the ledger or not.
-        broken: By table, files that leave it whole.
+        scan_ids: Scans to remove from both tables; some may be in neither.
+        broken: Table → paths of files to remove as a whole.
     """
 
     scan_ids: list[str]
@@ -180,57 +192,64 @@ class Damage:
 
 
 class Findings:
-    """Collects what is found, in any order; not for several threads at once."""
+    """A collection of faults, added in any order. Not safe for use by several threads at once."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Kind, str, str | None], _Found] = {}
+        self._groups: dict[tuple[FindingKind, str, str | None], _FaultGroup] = {}
         self._broken: dict[str, set[str]] = {FEATURES: set(), SCANS: set()}
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._groups)
 
     def add(self, fault: Fault, table: str, layer: str | None = None, path: str | None = None) -> None:
-        """Note something wrong in a table, a layer of `features`, a file below the table's folder."""
-        found = self._found.setdefault((fault.kind, table, layer), _Found())
-        if fault.ids is not None and len(fault.ids):
-            found.ids.append(pc.unique(fault.ids.drop_null()).cast(pa.string()))
-        if path is not None:
-            found.paths[f"{table}/{path}"] = None
-            if fault.broken:
-                self._broken[table].add(path)
-        found.detail = found.detail or fault.detail
+        """Add a fault.
 
-    def damage(self) -> Damage:
-        """Return what `--forget-damaged` takes out."""
+        Args:
+            fault: The fault.
+            table: Table, or the folder `runs`, that has it.
+            layer: Layer of `features` that has it, if it concerns a single layer.
+            path: Path of the file that has it, relative to the table's folder.
+        """
+        group = self._groups.setdefault((fault.kind, table, layer), _FaultGroup())
+        if fault.ids is not None and len(fault.ids):
+            group.ids.append(pc.unique(fault.ids.drop_null()).cast(pa.string()))
+        if path is not None:
+            group.paths[f"{table}/{path}"] = None
+            if fault.removes_file:
+                self._broken[table].add(path)
+        group.detail = group.detail or fault.detail
+
+    def collect_damage(self) -> Damage:
+        """Return the scans and files that `--forget-damaged` removes."""
         arrays = [
-            ids for (kind, _, _), found in self._found.items() if kind not in _MEND for ids in found.ids
+            ids for (kind, _, _), group in self._groups.items() if kind not in _REMEDIES for ids in group.ids
         ]
         scan_ids = pc.unique(pa.chunked_array(arrays, pa.string())).to_pylist()
         return Damage(scan_ids, {table: set(paths) for table, paths in self._broken.items() if paths})
 
-    def listed(self) -> tuple[Finding, ...]:
-        """Return the findings, in the order of `Kind`, by table and layer."""
-        order = list(Kind)
-        keys = sorted(self._found, key=lambda key: (order.index(key[0]), key[1], key[2] or ""))
-        return tuple(_finding(*key, self._found[key]) for key in keys)
+    def list_findings(self) -> tuple[Finding, ...]:
+        """Return all findings, sorted by kind (in the order of `FindingKind`), table and layer."""
+        order = list(FindingKind)
+        keys = sorted(self._groups, key=lambda key: (order.index(key[0]), key[1], key[2] or ""))
+        return tuple(_make_finding(*key, self._groups[key]) for key in keys)
 
 
-def _finding(kind: Kind, table: str, layer: str | None, found: _Found) -> Finding:
-    ids = pc.unique(pa.chunked_array(found.ids, pa.string()))
-    lowest = pc.select_k_unstable(ids, EXAMPLES, sort_keys=[("", "ascending")]) if len(ids) else ()
-    is_table = kind is Kind.WRONG_SCHEMA and not found.paths
+def _make_finding(kind: FindingKind, table: str, layer: str | None, group: _FaultGroup) -> Finding:
+    ids = pc.unique(pa.chunked_array(group.ids, pa.string()))
+    lowest = pc.select_k_unstable(ids, MAX_EXAMPLES, sort_keys=[("", "ascending")]) if len(ids) else ()
+    is_table_schema = kind is FindingKind.WRONG_SCHEMA and not group.paths
     return Finding(
         kind=kind,
         table=table,
         layer=layer,
         scans=len(ids),
         scan_ids=tuple(ids.take(lowest).to_pylist()) if len(ids) else (),
-        files=len(found.paths),
-        paths=tuple(_first(found.paths)),
-        message=MEANING[kind] + (f" ({found.detail})" if found.detail else ""),
-        mend=_MEND_TABLE if is_table else _MEND.get(kind, _FORGET),
+        files=len(group.paths),
+        paths=tuple(_take_examples(group.paths)),
+        message=DESCRIPTIONS[kind] + (f" ({group.detail})" if group.detail else ""),
+        mend=_TABLE_SCHEMA_REMEDY if is_table_schema else _REMEDIES.get(kind, _DEFAULT_REMEDY),
     )
 
 
-def _first(paths: Iterable[str]) -> list[str]:
-    return [path for path, _ in zip(paths, range(EXAMPLES), strict=False)]
+def _take_examples(paths: Iterable[str]) -> list[str]:
+    return [path for path, _ in zip(paths, range(MAX_EXAMPLES), strict=False)]

@@ -1,4 +1,4 @@
-"""The rows of one file of `features`: each looked at, and reduced to a few numbers for the books."""
+"""Read one file of `features`, check its rows, and reduce each row to the numbers for the reconciliation."""
 
 from __future__ import annotations
 
@@ -13,39 +13,47 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.commands.verify.data_file import BrokenFileError, batches, check_schema, open_file, stats_faults
-from featray.commands.verify.findings import Fault, Kind
-from featray.commands.verify.read_scans import Ledger
+from featray.commands.verify.data_file import (
+    BrokenFileError,
+    check_ids,
+    check_schema,
+    open_data_file,
+    read_batches,
+)
+from featray.commands.verify.findings import Fault, FindingKind
+from featray.commands.verify.read_scans import ScansTable
 from featray.output.dataset import FEATURES
 from featray.schema import FEATURE_COLUMNS, DataFile
 from featray.storage.store import Store
 
 Shape = tuple[int, ...]
 Rows = NDArray[np.int64]
-_LISTS = ("origin", "feature", "shape")
+_LIST_COLUMNS = ("origin", "feature", "shape")
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 
 
 @dataclass(frozen=True)
-class FileRows:
-    """What one file of `features` holds, and its faults. Rows with a null are among the faults only.
+class FeaturesFile:
+    """The rows of one file of `features`, and the faults of the file.
+
+    A row that contains a null is among the faults only.
 
     Attributes:
-        scan: int64 (rows,), the ledger's row number; -1 where it knows no such scan.
+        scan: int64 (rows,), row number in `ScansTable`; -1 for a scan that is not in the scans table.
         patch: int32 (rows,).
-        recipe: int32 (rows,), code in `Ledger.recipe`; -1 where the ledger has no such recipe.
-        run: int32 (rows,), code in `Ledger.run`; -1 likewise.
-        unknown: Ids that the ledger does not know.
-        shapes: Shape of a feature → the ledger's row numbers; only where asked for.
-        faults: What is wrong with the file or its rows alone.
-        is_broken: Whether nothing could be read.
+        recipe: int32 (rows,), code in `ScansTable.recipe`; -1 for a recipe that no scan has.
+        run: int32 (rows,), code in `ScansTable.run`; -1 for a run that wrote no scan.
+        unknown_ids: Ids of scans that are not in the scans table.
+        shapes: Shape of a feature → row numbers in `ScansTable`; empty unless requested.
+        faults: Faults of the file and of its rows.
+        is_broken: Whether the rows cannot be read.
     """
 
     scan: Rows
     patch: NDArray[np.int32]
     recipe: NDArray[np.int32]
     run: NDArray[np.int32]
-    unknown: pa.Array
+    unknown_ids: pa.Array
     shapes: dict[Shape, Rows]
     faults: list[Fault]
     is_broken: bool = False
@@ -53,110 +61,124 @@ class FileRows:
 
 @dataclass
 class _Batches:
-    """What the batches of a file add up to."""
+    """The same data as in `FeaturesFile`, as lists with one entry per batch of the file."""
 
     ids: list[pa.Array] = field(default_factory=list)
     scan: list[Rows] = field(default_factory=list)
     patch: list[NDArray[np.int32]] = field(default_factory=list)
     recipe: list[NDArray[np.int32]] = field(default_factory=list)
     run: list[NDArray[np.int32]] = field(default_factory=list)
-    unknown: list[pa.Array] = field(default_factory=list)
+    unknown_ids: list[pa.Array] = field(default_factory=list)
     shapes: dict[Shape, list[Rows]] = field(default_factory=lambda: defaultdict(list))
     faults: list[Fault] = field(default_factory=list)
 
 
-def read_rows(store: Store, schema: pa.Schema, ledger: Ledger, file: DataFile, *, shapes: bool) -> FileRows:
-    """Read one file of `features` back.
+def read_features_file(
+    store: Store, table_schema: pa.Schema, scans: ScansTable, file: DataFile, *, with_shapes: bool
+) -> FeaturesFile:
+    """Read one file of `features` and check its rows.
 
     Args:
-        store: The output.
-        schema: Of the table.
-        ledger: All scans.
-        file: Which file.
-        shapes: Whether the shapes of features are wanted.
+        store: Store of the output.
+        table_schema: Schema of the table `features`.
+        scans: All scans.
+        file: The file as the log describes it.
+        with_shapes: Whether to return the shapes of the features.
     """
-    found = _Batches()
+    batches = _Batches()
     try:
-        parquet = open_file(store, FEATURES, file)
-        # The partition columns are in the folder's name, never in the file.
-        inside = pa.schema([name for name in schema if name.name not in file.partition_values])
-        check_schema(parquet.schema_arrow, FEATURE_COLUMNS, inside, file)
-        for batch in batches(parquet, file):
-            _add(found, batch, ledger, file, shapes)
+        parquet = open_data_file(store, FEATURES, file)
+        # Partition columns are part of the folder's name; the file does not contain them.
+        columns = pa.schema([column for column in table_schema if column.name not in file.partition_values])
+        check_schema(parquet.schema_arrow, FEATURE_COLUMNS, columns, file)
+        for batch in read_batches(parquet, file):
+            shapes = _add_batch(batches, batch, scans, file)
+            if with_shapes:
+                _add_shapes(batches, shapes)
     except BrokenFileError as broken:
-        return _file_rows(_Batches(faults=[broken.fault]), is_broken=True)
-    ids = pa.chunked_array(found.ids, pa.string()).combine_chunks()
-    found.faults += stats_faults(file, ids)
-    if ids.null_count:  # nothing can name such a row, so its file must go
-        found.faults.append(Fault(Kind.NULL_VALUE, ids, f"{file.path}: scan_id", broken=True))
-    found.faults += _misplaced(np.unique(ledger.find(pc.unique(ids.drop_null()))), ledger, file, ids)
-    return _file_rows(found)
+        return _join_batches(_Batches(faults=[broken.fault]), is_broken=True)
+    ids = pa.chunked_array(batches.ids, pa.string()).combine_chunks()
+    batches.faults += check_ids(file, ids)
+    batches.faults += _check_partition(file, ids, scans)
+    return _join_batches(batches)
 
 
-def _add(found: _Batches, batch: pa.RecordBatch, ledger: Ledger, file: DataFile, shapes: bool) -> None:
-    found.ids.append(batch["scan_id"])
-    is_null = _null_rows(batch)
+def _add_batch(
+    batches: _Batches, batch: pa.RecordBatch, scans: ScansTable, file: DataFile
+) -> dict[Shape, Rows]:
+    """Check one batch and add its rows; return row numbers in `ScansTable` by shape of the feature."""
+    batches.ids.append(batch["scan_id"])
+    is_null = _find_null_rows(batch)
     if is_null.any():
         ids = batch["scan_id"].filter(pa.array(is_null))
-        found.faults.append(Fault(Kind.NULL_VALUE, ids, f"{file.path}: {_null_columns(batch)}"))
+        detail = f"{file.path}: {', '.join(_find_null_columns(batch))}"
+        batches.faults.append(Fault(FindingKind.NULL_VALUE, ids, detail))
         batch = batch.filter(pa.array(~is_null))
     encoded = batch["scan_id"].dictionary_encode()
-    of_id = ledger.find(encoded.dictionary)
-    scan = of_id[encoded.indices.to_numpy()]
-    found.scan.append(scan)
-    found.unknown.append(encoded.dictionary.filter(pa.array(of_id < 0)))
-    found.patch.append(batch["patch"].to_numpy().astype(np.int32))
-    found.recipe.append(ledger.recipe.find(batch["recipe"]))
-    found.run.append(ledger.run.find(batch["run_id"]))
-    shape_of = _shapes(batch["shape"])
-    found.faults += [*_width_faults(batch, shape_of), *_value_faults(batch)]
-    for shape, rows in shape_of.items() if shapes else ():
-        concerned = scan[rows]
-        found.shapes[shape].append(np.unique(concerned[concerned >= 0]))
+    scan_of_id = scans.find_rows(encoded.dictionary)
+    scan = scan_of_id[encoded.indices.to_numpy()]
+    batches.scan.append(scan)
+    batches.unknown_ids.append(encoded.dictionary.filter(pa.array(scan_of_id < 0)))
+    batches.patch.append(batch["patch"].to_numpy().astype(np.int32))
+    batches.recipe.append(scans.recipe.find_codes(batch["recipe"]))
+    batches.run.append(scans.run.find_codes(batch["run_id"]))
+    rows_by_shape = _group_by_shape(batch["shape"])
+    batches.faults += [*_check_widths(batch, rows_by_shape), *_check_values(batch)]
+    return {shape: scan[rows] for shape, rows in rows_by_shape.items()}
 
 
-def _file_rows(found: _Batches, *, is_broken: bool = False) -> FileRows:
-    return FileRows(
-        scan=np.concatenate([np.zeros(0, np.int64), *found.scan]),
-        patch=np.concatenate([np.zeros(0, np.int32), *found.patch]),
-        recipe=np.concatenate([np.zeros(0, np.int32), *found.recipe]),
-        run=np.concatenate([np.zeros(0, np.int32), *found.run]),
-        unknown=pa.chunked_array(found.unknown, pa.string()).combine_chunks(),
-        shapes={shape: np.concatenate(rows) for shape, rows in found.shapes.items()},
-        faults=found.faults,
+def _add_shapes(batches: _Batches, shapes: dict[Shape, Rows]) -> None:
+    for shape, scan in shapes.items():
+        batches.shapes[shape].append(np.unique(scan[scan >= 0]))
+
+
+def _join_batches(batches: _Batches, *, is_broken: bool = False) -> FeaturesFile:
+    return FeaturesFile(
+        scan=np.concatenate([np.zeros(0, np.int64), *batches.scan]),
+        patch=np.concatenate([np.zeros(0, np.int32), *batches.patch]),
+        recipe=np.concatenate([np.zeros(0, np.int32), *batches.recipe]),
+        run=np.concatenate([np.zeros(0, np.int32), *batches.run]),
+        unknown_ids=pa.chunked_array(batches.unknown_ids, pa.string()).combine_chunks(),
+        shapes={shape: np.concatenate(rows) for shape, rows in batches.shapes.items()},
+        faults=batches.faults,
         is_broken=is_broken,
     )
 
 
-def _null_rows(batch: pa.RecordBatch) -> NDArray[np.bool_]:
-    """Return which rows hold a null, in a column or inside a list."""
+def _find_null_rows(batch: pa.RecordBatch) -> NDArray[np.bool_]:
+    """Return for each row whether a column, or an item of a list, is null."""
     is_null = np.zeros(len(batch), bool)
     for name in FEATURE_COLUMNS.names:
         column = batch[name]
         if column.null_count:
             is_null |= column.is_null().to_numpy(zero_copy_only=False)
-        if name in _LISTS and (items := column.flatten()).null_count:
-            is_null[_rows_of(column, items.is_null().to_numpy(zero_copy_only=False))] = True
+        if name in _LIST_COLUMNS and (items := column.flatten()).null_count:
+            is_null[_find_rows_of_items(column, items.is_null().to_numpy(zero_copy_only=False))] = True
     return is_null
 
 
-def _null_columns(batch: pa.RecordBatch) -> str:
-    """Return the names of the columns that hold a null."""
-    return ", ".join(
+def _find_null_columns(batch: pa.RecordBatch) -> list[str]:
+    """Return the names of the columns that contain a null."""
+    return [
         name
         for name in FEATURE_COLUMNS.names
-        if batch[name].null_count or (name in _LISTS and batch[name].flatten().null_count)
-    )
+        if batch[name].null_count or (name in _LIST_COLUMNS and batch[name].flatten().null_count)
+    ]
 
 
-def _rows_of(lists: pa.Array, is_item: NDArray[np.bool_]) -> Rows:
-    """Return the rows that those items of the lists belong to which are marked."""
+def _find_rows_of_items(lists: pa.Array, is_selected: NDArray[np.bool_]) -> Rows:
+    """Return the rows whose lists contain a selected item.
+
+    Args:
+        lists: (rows,), lists of items.
+        is_selected: (items of all lists,).
+    """
     ends = np.cumsum(pc.fill_null(pc.list_value_length(lists), 0).to_numpy().astype(np.int64))
-    return np.unique(np.searchsorted(ends, np.flatnonzero(is_item), side="right"))
+    return np.unique(np.searchsorted(ends, np.flatnonzero(is_selected), side="right"))
 
 
-def _shapes(column: pa.Array) -> dict[Shape, Rows]:
-    """Return the rows of each shape. Nearly always there is one, so that comes cheap."""
+def _group_by_shape(column: pa.Array) -> dict[Shape, Rows]:
+    """Return the row numbers of each shape. Nearly all batches have a single shape, which is fast."""
     rows, lengths = np.arange(len(column)), pc.list_value_length(column).to_numpy()
     if not len(column):
         return {}
@@ -164,42 +186,52 @@ def _shapes(column: pa.Array) -> dict[Shape, Rows]:
         sizes = column.flatten().to_numpy().reshape(len(column), lengths[0])
         if (sizes == sizes[0]).all():
             return {tuple(sizes[0].tolist()): rows}
-    found: dict[Shape, list[int]] = defaultdict(list)
+    rows_by_shape: dict[Shape, list[int]] = defaultdict(list)
     for row, shape in enumerate(column.to_pylist()):
-        found[tuple(shape)].append(row)
-    return {shape: np.array(rows) for shape, rows in found.items()}
+        rows_by_shape[tuple(shape)].append(row)
+    return {shape: np.array(rows) for shape, rows in rows_by_shape.items()}
 
 
-def _width_faults(batch: pa.RecordBatch, shapes: dict[Shape, Rows]) -> Iterator[Fault]:
+def _check_widths(batch: pa.RecordBatch, rows_by_shape: dict[Shape, Rows]) -> Iterator[Fault]:
     widths = pc.list_value_length(batch["feature"]).to_numpy()
-    for shape, rows in shapes.items():
+    for shape, rows in rows_by_shape.items():
         wrong = rows[widths[rows] != math.prod(shape)]
         if len(wrong):
             ids = batch["scan_id"].take(pa.array(wrong))
             detail = f"{ids[0].as_py()}: {widths[wrong[0]]} values of shape {shape}"
-            yield Fault(Kind.WRONG_WIDTH, ids, detail)
+            yield Fault(FindingKind.WRONG_WIDTH, ids, detail)
 
 
-def _value_faults(batch: pa.RecordBatch) -> Iterator[Fault]:
+def _check_values(batch: pa.RecordBatch) -> Iterator[Fault]:
     is_finite = np.isfinite(batch["feature"].flatten().to_numpy(zero_copy_only=False))
     if is_finite.all():
         return
-    ids = batch["scan_id"].take(pa.array(_rows_of(batch["feature"], ~is_finite)))
-    yield Fault(Kind.NOT_FINITE, ids, f"{ids[0].as_py()}: {np.count_nonzero(~is_finite)} values in its file")
+    ids = batch["scan_id"].take(pa.array(_find_rows_of_items(batch["feature"], ~is_finite)))
+    detail = f"{ids[0].as_py()}: {np.count_nonzero(~is_finite)} values in its file"
+    yield Fault(FindingKind.NOT_FINITE, ids, detail)
 
 
-def _misplaced(scan: Rows, ledger: Ledger, file: DataFile, ids: pa.Array) -> Iterator[Fault]:
-    """Yield where the folder, the log and the ledger say other things of the partition."""
+def _check_partition(file: DataFile, ids: pa.Array, scans: ScansTable) -> Iterator[Fault]:
+    """Compare the partition of a file in its path, in the log, and in the scans table.
+
+    Args:
+        file: The file as the log describes it.
+        ids: The scan_id of every row.
+        scans: All scans.
+    """
     folders = dict(part.split("=", 1) for part in file.path.split("/")[:-1] if "=" in part)
-    read = {key: None if value == _NULL_PARTITION else unquote(value) for key, value in folders.items()}
-    if read != file.partition_values:
+    in_path = {name: None if text == _NULL_PARTITION else unquote(text) for name, text in folders.items()}
+    if in_path != file.partition_values:
         detail = f"{file.path}: the log says {file.partition_values}"
-        yield Fault(Kind.WRONG_PARTITION, ids, detail, broken=True)
-    known = scan[scan >= 0]
-    for name, codes in ledger.partitions.items():
-        (code,) = codes.find(pa.array([file.partition_values.get(name) or ""]))
-        wrong = known[codes.of_row[known] != code]
+        yield Fault(FindingKind.WRONG_PARTITION, ids, detail, removes_file=True)
+    rows = np.unique(scans.find_rows(pc.unique(ids.drop_null())))
+    rows = rows[rows >= 0]
+    for name, column in scans.partitions.items():
+        (code,) = column.find_codes(pa.array([file.partition_values.get(name) or ""]))
+        wrong = rows[column.codes[rows] != code]
         if len(wrong):
-            names, belongs = ledger.names(wrong), codes.values[codes.of_row[wrong[0]]]
-            detail = f"{names[0].as_py()}: its {name} is {belongs!r}, {file.path} is in another folder"
-            yield Fault(Kind.WRONG_PARTITION, names, detail)
+            wrong_ids, expected = scans.get_ids(wrong), column.values[column.codes[wrong[0]]]
+            detail = (
+                f"{wrong_ids[0].as_py()}: its {name} is {expected!r}, but {file.path} is in another folder"
+            )
+            yield Fault(FindingKind.WRONG_PARTITION, wrong_ids, detail)

@@ -1,7 +1,7 @@
-"""The books: what the ledger promises beside the rows that are there, one layer at a time.
+"""Reconcile the two tables: compare the rows that the scans table requires with the rows of `features`.
 
-Of every promised row one byte is kept while its layer is read: whether it was seen. A million scans of one
-patch take 1 MB, of a hundred patches 100 MB.
+While a layer is read, one byte is kept per required row: whether the row was seen. A million scans of one
+patch take 1 MB; with a hundred patches each, they take 100 MB.
 """
 
 from __future__ import annotations
@@ -14,202 +14,232 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featray.commands.verify.findings import Fault, Findings, Kind
-from featray.commands.verify.read_features import FileRows, Rows, Shape
-from featray.commands.verify.read_scans import Ledger, covered
+from featray.commands.verify.findings import Fault, FindingKind, Findings
+from featray.commands.verify.read_features import FeaturesFile, Rows, Shape
+from featray.commands.verify.read_scans import ScansTable, can_be_in_files
 from featray.commands.verify.run_files import RecipeFacts
 from featray.output.dataset import FEATURES, SCANS
 from featray.schema import DataFile
 
-_SEEN, _SEEN_OTHER = 1, 2
+BrokenFiles = Sequence[tuple[DataFile, Fault]]
+"""Files whose rows cannot be read, each with the reason."""
+
+_SEEN, _SEEN_WITH_OTHER_RECIPE = 1, 2
 
 
-class LayerBooks:
-    """The rows of one layer against the ledger.
+class LayerReconciliation:
+    """The rows of one layer, compared with the scans table.
 
     Args:
-        layer: Its name.
-        ledger: All scans.
-        rows: Rows of the layer, as the log has it.
+        layer: Name of the layer.
+        scans: All scans.
+        rows: Number of rows of the layer according to the log.
     """
 
-    def __init__(self, layer: str, ledger: Ledger, rows: int) -> None:
-        self.layer, self.ledger = layer, ledger
-        # More patches than the layer has rows cannot be there; a damaged number must not cost the memory.
-        self._patches = np.minimum(ledger.patches, rows + 1)
+    def __init__(self, layer: str, scans: ScansTable, rows: int) -> None:
+        self.layer, self.scans = layer, scans
+        # A layer cannot have more patches than rows. This limits the memory if a stored number is damaged.
+        self._patches = np.minimum(scans.patches, rows + 1)
         self._ends = np.cumsum(self._patches)
-        self._seen = np.zeros(int(self._ends[-1]) if len(ledger) else 0, np.uint8)
+        self._seen = np.zeros(int(self._ends[-1]) if len(scans) else 0, np.uint8)
         self._shapes: dict[tuple[int, Shape], list[Rows]] = defaultdict(list)
         self.recipes: set[int] = set()
-        self.has_rows = np.zeros(len(ledger), bool)
+        self.has_rows = np.zeros(len(scans), bool)
 
-    def add(self, rows: FileRows) -> list[Fault]:
-        """Enter the rows of one file; return what is wrong with them."""
-        known = rows.scan >= 0
-        scan, patch, recipe = rows.scan[known], rows.patch[known].astype(np.int64), rows.recipe[known]
+    def add_file(self, file: FeaturesFile) -> list[Fault]:
+        """Add the rows of one file, and return the faults that the comparison finds."""
+        is_known = file.scan >= 0
+        scan, patch = file.scan[is_known], file.patch[is_known].astype(np.int64)
+        recipe, run = file.recipe[is_known], file.run[is_known]
         self.has_rows[scan] = True
-        is_other = recipe != self.ledger.recipe.of_row[scan]
-        is_ok, is_promised = self.ledger.is_ok[scan], (patch >= 0) & (patch < self._patches[scan])
-        self.recipes.update(np.unique(recipe[is_ok & ~is_other]).tolist())
-        self._add_shapes(rows.shapes)
-        slot = self._ends[scan] - self._patches[scan] + patch
-        doubled = self._see(slot, is_promised & ~is_other, _SEEN)
-        self._see(slot, is_promised & is_other, _SEEN_OTHER)
-        is_other_run = ~is_other & (rows.run[known] != self.ledger.run.of_row[scan])
-        found = (
-            (Kind.FEATURES_WITHOUT_LEDGER, ~is_ok),
-            (Kind.OTHER_RECIPE, is_ok & is_other),
-            (Kind.OTHER_RUN, is_ok & is_other_run),
-            (Kind.SURPLUS_PATCH, is_ok & ~is_promised),
-            (Kind.DOUBLED_ROW, doubled),
+        is_other_recipe = recipe != self.scans.recipe.codes[scan]
+        is_other_run = ~is_other_recipe & (run != self.scans.run.codes[scan])
+        is_ok, is_required = self.scans.is_ok[scan], (patch >= 0) & (patch < self._patches[scan])
+        self.recipes.update(np.unique(recipe[is_ok & ~is_other_recipe]).tolist())
+        self._add_shapes(file.shapes)
+        position = self._ends[scan] - self._patches[scan] + patch
+        is_doubled = self._mark_seen(position, is_required & ~is_other_recipe, _SEEN)
+        self._mark_seen(position, is_required & is_other_recipe, _SEEN_WITH_OTHER_RECIPE)
+        checks = (
+            (FindingKind.FEATURES_WITHOUT_LEDGER, ~is_ok),
+            (FindingKind.OTHER_RECIPE, is_ok & is_other_recipe),
+            (FindingKind.OTHER_RUN, is_ok & is_other_run),
+            (FindingKind.SURPLUS_PATCH, is_ok & ~is_required),
+            (FindingKind.DOUBLED_ROW, is_doubled),
         )
-        return [self._fault(kind, scan[mask], patch[mask]) for kind, mask in found if mask.any()]
+        return [self._make_fault(kind, scan[mask], patch[mask]) for kind, mask in checks if mask.any()]
 
-    def missing(self) -> tuple[Rows, Rows]:
-        """Return the scans that lack patches of this layer, and for each the first patch it lacks.
+    def find_missing_patches(self) -> tuple[Rows, Rows]:
+        """Return the scans that lack patches of this layer, and the first missing patch of each.
 
-        Among them are those whose recipe has no such layer.
+        They include scans whose recipe does not have this layer.
         """
-        lacking = np.flatnonzero(self._seen == 0)
-        scan = np.searchsorted(self._ends, lacking, side="right")
-        first = lacking - (self._ends[scan] - self._patches[scan])
-        scan, at = np.unique(scan, return_index=True)
-        return scan, first[at]
+        positions = np.flatnonzero(self._seen == 0)
+        scan = np.searchsorted(self._ends, positions, side="right")
+        patch = positions - (self._ends[scan] - self._patches[scan])
+        scan, first = np.unique(scan, return_index=True)
+        return scan, patch[first]
 
-    def of_recipes_with_layer(self, scan: Rows, facts: Mapping[int, RecipeFacts]) -> NDArray[np.bool_]:
-        """Return whether each scan's recipe has this layer, as far as rows or a run tell."""
-        codes = range(len(self.ledger.recipe.values))
-        have = [code for code in codes if code in self.recipes or self.layer in facts[code].layers]
-        return np.isin(self.ledger.recipe.of_row[scan], have)
+    def has_layer(self, scan: Rows, facts: Mapping[int, RecipeFacts]) -> NDArray[np.bool_]:
+        """Return whether the recipe of each scan has this layer, according to its rows or its runs.
 
-    def of_recipes_without(self, scan: Rows, facts: Mapping[int, RecipeFacts]) -> NDArray[np.bool_]:
-        """Return whether a run tells of each scan's recipe that it has no such layer."""
-        known = [code for code, told in facts.items() if told.layers and self.layer not in told.layers]
-        return np.isin(self.ledger.recipe.of_row[scan], known)
+        Args:
+            scan: Row numbers in the scans table.
+            facts: Facts by code of the recipe.
+        """
+        codes = range(len(self.scans.recipe.values))
+        with_layer = [code for code in codes if code in self.recipes or self.layer in facts[code].layers]
+        return np.isin(self.scans.recipe.codes[scan], with_layer)
 
-    def uneven(self, facts: Mapping[int, RecipeFacts]) -> list[Fault]:
-        """Return the scans whose shape is not that of most, by recipe, where the input has one size."""
+    def lacks_layer(self, scan: Rows, facts: Mapping[int, RecipeFacts]) -> NDArray[np.bool_]:
+        """Return whether a run recorded that the recipe of each scan does not have this layer.
+
+        Args:
+            scan: Row numbers in the scans table.
+            facts: Facts by code of the recipe.
+        """
+        without_layer = [
+            code for code, recipe in facts.items() if recipe.layers and self.layer not in recipe.layers
+        ]
+        return np.isin(self.scans.recipe.codes[scan], without_layer)
+
+    def find_uneven_shapes(self, facts: Mapping[int, RecipeFacts]) -> list[Fault]:
+        """Return one fault per recipe of a fixed input size and shape that is not its most frequent one."""
         faults = []
         for code in sorted({code for code, _ in self._shapes if facts[code].is_fixed_size}):
-            rows = {shape: np.concatenate(found) for (c, shape), found in self._shapes.items() if c == code}
-            usual = max(rows, key=lambda shape: len(rows[shape]))
-            for shape in sorted(set(rows) - {usual}):
-                names = self.ledger.names(rows[shape])
-                detail = f"{names[0].as_py()}: {shape}, others have {usual}"
-                faults.append(Fault(Kind.UNEVEN_SHAPE, names, detail))
+            scans_by_shape = {
+                shape: np.concatenate(parts)
+                for (other, shape), parts in self._shapes.items()
+                if other == code
+            }
+            usual = max(scans_by_shape, key=lambda shape: len(scans_by_shape[shape]))
+            for shape in sorted(set(scans_by_shape) - {usual}):
+                ids = self.scans.get_ids(scans_by_shape[shape])
+                detail = f"{ids[0].as_py()}: {shape}, others have {usual}"
+                faults.append(Fault(FindingKind.UNEVEN_SHAPE, ids, detail))
         return faults
 
     def _add_shapes(self, shapes: Mapping[Shape, Rows]) -> None:
         for shape, scan in shapes.items():
-            codes = self.ledger.recipe.of_row[scan]
+            codes = self.scans.recipe.codes[scan]
             for code in np.unique(codes).tolist():
                 self._shapes[code, shape].append(scan[codes == code].astype(np.int32))
 
-    def _see(self, slot: Rows, mask: NDArray[np.bool_], bit: int) -> NDArray[np.bool_]:
-        """Mark promised rows as seen; return which of all rows had been seen before, also by this call."""
-        chosen = np.flatnonzero(mask)
-        slots, first = np.unique(slot[chosen], return_index=True)
-        is_again = np.ones(len(chosen), bool)
-        is_again[first] = (self._seen[slots] & bit) > 0
-        self._seen[slots] |= bit
-        doubled = np.zeros(len(slot), bool)
-        doubled[chosen[is_again]] = True
-        return doubled
+    def _mark_seen(self, positions: Rows, mask: NDArray[np.bool_], bit: int) -> NDArray[np.bool_]:
+        """Mark required rows as seen; return which rows were seen before, or are duplicates of each other.
 
-    def _fault(self, kind: Kind, scan: Rows, patch: Rows) -> Fault:
-        example = f"{self.ledger.ids[int(scan[0])].as_py()}: patch {patch[0]}"
-        return Fault(kind, self.ledger.names(scan), example)
+        Args:
+            positions: (rows,), position of each row among all required rows.
+            mask: (rows,), which rows to mark.
+            bit: `_SEEN` or `_SEEN_WITH_OTHER_RECIPE`.
+        """
+        selected = np.flatnonzero(mask)
+        unique_positions, first = np.unique(positions[selected], return_index=True)
+        is_repeated = np.ones(len(selected), bool)
+        is_repeated[first] = (self._seen[unique_positions] & bit) > 0
+        self._seen[unique_positions] |= bit
+        is_doubled = np.zeros(len(positions), bool)
+        is_doubled[selected[is_repeated]] = True
+        return is_doubled
+
+    def _make_fault(self, kind: FindingKind, scan: Rows, patch: Rows) -> Fault:
+        example = f"{self.scans.ids[int(scan[0])].as_py()}: patch {patch[0]}"
+        return Fault(kind, self.scans.get_ids(scan), example)
 
 
 @dataclass
-class Books:
-    """What is left to settle when every layer has been read: what is there for a scan in any of them.
+class Reconciliation:
+    """The comparison of all layers with the scans table, for problems that no single layer shows.
 
     Attributes:
-        ledger: All scans.
-        has_rows: bool (scans,), whether any row of features was seen.
-        lost: bool (scans,), whether a file that cannot be read explains what the scan lacks.
-        missing: Layer → scans that lack patches for no such reason, and the first patch they lack.
-        unknown: Layer → ids of features without a ledger row.
+        scans: All scans.
+        has_rows: bool (scans,), whether any layer has a row of the scan.
+        is_in_broken_file: bool (scans,), whether missing patches of the scan may be in a broken file.
+        missing: Layer → scans with missing patches that no broken file explains, and the first missing patch.
+        unknown_ids: Layer → ids of features that are not in the scans table.
     """
 
-    ledger: Ledger
+    scans: ScansTable
     has_rows: NDArray[np.bool_] = field(init=False)
-    lost: NDArray[np.bool_] = field(init=False)
+    is_in_broken_file: NDArray[np.bool_] = field(init=False)
     missing: dict[str, tuple[Rows, Rows]] = field(default_factory=dict)
-    unknown: dict[str, pa.Array] = field(default_factory=dict)
+    unknown_ids: dict[str, pa.Array] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.has_rows = np.zeros(len(self.ledger), bool)
-        self.lost = np.zeros(len(self.ledger), bool)
+        self.has_rows = np.zeros(len(self.scans), bool)
+        self.is_in_broken_file = np.zeros(len(self.scans), bool)
 
-    def close(
+    def add_layer(
         self,
-        books: LayerBooks,
-        broken: Sequence[tuple[DataFile, Fault]],
+        layer: LayerReconciliation,
+        broken: BrokenFiles,
         facts: Mapping[int, RecipeFacts],
         findings: Findings,
     ) -> None:
-        """Enter a layer that has been read.
+        """Add a layer after all its files have been read.
 
         Args:
-            books: The layer's.
-            broken: Its files that could not be read, each with why.
-            facts: By the ledger's code of the recipe.
-            findings: Get what is wrong.
+            layer: The layer, with the rows of all readable files.
+            broken: Files of the layer that cannot be read.
+            facts: Facts by code of the recipe.
+            findings: Receives the problems of this layer.
         """
-        self.has_rows |= books.has_rows
-        for fault in books.uneven(facts):
-            findings.add(fault, FEATURES, books.layer)
-        scan, first = books.missing()
-        # With the only file of a layer its last trace may be lost, so a broken file concerns all it may hold.
-        may_have = scan[~books.of_recipes_without(scan, facts)]
-        explained = np.zeros(len(self.ledger), bool)
-        for kind, files in _by_kind(broken).items():
-            within = may_have[covered(self.ledger.ids, files)[may_have]]
-            explained[within] = True
-            findings.add(Fault(kind, self.ledger.names(within)), FEATURES, books.layer)
-        self.lost |= explained
-        left = books.of_recipes_with_layer(scan, facts) & ~explained[scan]
-        self.missing[books.layer] = scan[left], first[left]
+        self.has_rows |= layer.has_rows
+        for fault in layer.find_uneven_shapes(facts):
+            findings.add(fault, FEATURES, layer.layer)
+        scan, first_patch = layer.find_missing_patches()
+        # If the only file of a layer is broken, nothing else may show that a recipe has this layer. So every
+        # scan that the file can contain is affected, unless a run recorded that its recipe lacks the layer.
+        may_have_layer = scan[~layer.lacks_layer(scan, facts)]
+        is_explained = np.zeros(len(self.scans), bool)
+        for kind, files in _group_by_kind(broken).items():
+            affected = may_have_layer[can_be_in_files(self.scans.ids, files)[may_have_layer]]
+            is_explained[affected] = True
+            findings.add(Fault(kind, self.scans.get_ids(affected)), FEATURES, layer.layer)
+        self.is_in_broken_file |= is_explained
+        is_missing = layer.has_layer(scan, facts) & ~is_explained[scan]
+        self.missing[layer.layer] = scan[is_missing], first_patch[is_missing]
 
-    def settle(self, broken_scans: Iterable[tuple[DataFile, Fault]], findings: Findings) -> None:
-        """Report what only all layers together can tell.
+    def report(self, broken_scans: BrokenFiles, findings: Findings) -> None:
+        """Report the problems that only all layers together show.
 
         Args:
-            broken_scans: Files of `scans` that could not be read, each with why.
-            findings: Get what is wrong.
+            broken_scans: Files of the scans table that cannot be read.
+            findings: Receives the problems.
         """
-        has_none = self.ledger.is_ok & (self.ledger.patches > 0) & ~self.has_rows & ~self.lost
-        if has_none.any():
-            ids = self.ledger.names(np.flatnonzero(has_none))
-            findings.add(Fault(Kind.LEDGER_WITHOUT_FEATURES, ids, ids[0].as_py()), SCANS)
-        for layer, (scan, first) in self.missing.items():
-            partly = ~has_none[scan]
-            if partly.any():
-                ids = self.ledger.names(scan[partly])
-                detail = (
-                    f"{ids[0].as_py()}: patch {first[partly][0]} of {self.ledger.patches[scan[partly][0]]}"
-                )
-                findings.add(Fault(Kind.MISSING_PATCH, ids, detail), FEATURES, layer)
-        self._settle_unknown(_by_kind(broken_scans), findings)
+        must_have_rows = self.scans.is_ok & (self.scans.patches > 0)
+        has_nothing = must_have_rows & ~self.has_rows & ~self.is_in_broken_file
+        if has_nothing.any():
+            ids = self.scans.get_ids(np.flatnonzero(has_nothing))
+            findings.add(Fault(FindingKind.LEDGER_WITHOUT_FEATURES, ids, ids[0].as_py()), SCANS)
+        for layer, (scan, first_patch) in self.missing.items():
+            has_something = ~has_nothing[scan]
+            if has_something.any():
+                scan, first_patch = scan[has_something], first_patch[has_something]
+                ids = self.scans.get_ids(scan)
+                detail = f"{ids[0].as_py()}: patch {first_patch[0]} of {self.scans.patches[scan[0]]}"
+                findings.add(Fault(FindingKind.MISSING_PATCH, ids, detail), FEATURES, layer)
+        self._report_unknown_ids(_group_by_kind(broken_scans), findings)
 
-    def _settle_unknown(self, broken_scans: Mapping[Kind, list[DataFile]], findings: Findings) -> None:
-        for layer, unsorted in self.unknown.items():
-            ids = unsorted.cast(pa.large_string()).sort()
-            left = np.ones(len(ids), bool)
+    def _report_unknown_ids(
+        self, broken_scans: Mapping[FindingKind, list[DataFile]], findings: Findings
+    ) -> None:
+        """Report features of unknown scans: as part of a broken file of the scans table, or as surplus."""
+        for layer, unsorted_ids in self.unknown_ids.items():
+            ids = unsorted_ids.cast(pa.large_string()).sort()
+            is_unexplained = np.ones(len(ids), bool)
             for kind, files in broken_scans.items():
-                inside = covered(ids, files)
-                findings.add(Fault(kind, ids.filter(pa.array(inside))), SCANS)
-                left &= ~inside
-            if left.any():
-                names = ids.filter(pa.array(left))
-                detail = f"{names[0].as_py()}: no ledger row"
-                findings.add(Fault(Kind.FEATURES_WITHOUT_LEDGER, names, detail), FEATURES, layer)
+                is_in_files = can_be_in_files(ids, files)
+                findings.add(Fault(kind, ids.filter(pa.array(is_in_files))), SCANS)
+                is_unexplained &= ~is_in_files
+            if is_unexplained.any():
+                ids = ids.filter(pa.array(is_unexplained))
+                detail = f"{ids[0].as_py()}: not in the scans table"
+                findings.add(Fault(FindingKind.FEATURES_WITHOUT_LEDGER, ids, detail), FEATURES, layer)
 
 
-def _by_kind(broken: Iterable[tuple[DataFile, Fault]]) -> dict[Kind, list[DataFile]]:
-    files: dict[Kind, list[DataFile]] = defaultdict(list)
+def _group_by_kind(broken: Iterable[tuple[DataFile, Fault]]) -> dict[FindingKind, list[DataFile]]:
+    files: dict[FindingKind, list[DataFile]] = defaultdict(list)
     for file, fault in broken:
         files[fault.kind].append(file)
     return files

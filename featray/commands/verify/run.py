@@ -1,24 +1,24 @@
-"""The way of a verification: the ledger is read back, then layer by layer all features, then the folders."""
+"""Verify an output: read the scans table, then the features layer by layer, then the listing of its files."""
 
 from __future__ import annotations
 
 import functools
 import time
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.commands.verify.data_file import in_threads, schema_problems
-from featray.commands.verify.findings import Fault, Finding, Findings, Kind
-from featray.commands.verify.orphans import look_for_strays
-from featray.commands.verify.read_features import read_rows
-from featray.commands.verify.read_scans import Ledger, join, read_part
-from featray.commands.verify.reconcile import Books, LayerBooks
-from featray.commands.verify.run_files import RecipeFacts, recipe_facts
+from featray.commands.verify.data_file import find_schema_problems, map_files
+from featray.commands.verify.findings import Fault, Finding, FindingKind, Findings
+from featray.commands.verify.orphans import report_unreferenced_files
+from featray.commands.verify.read_features import read_features_file
+from featray.commands.verify.read_scans import ScansTable, join_files, read_scans_file
+from featray.commands.verify.reconcile import BrokenFiles, LayerReconciliation, Reconciliation
+from featray.commands.verify.run_files import RecipeFacts, read_recipe_facts
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
 from featray.job import lock_output
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
@@ -27,53 +27,51 @@ from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.stages.commit import Committer
 from featray.terminal.progress import Progress
 
-LOOKS = 5
-"""Times to begin again when a run has deleted superseded files before they were read."""
-_OWED = (
-    "the last commit was cut between the two tables; nothing is lost, and the next run (or --repair) writes "
-    "down its second half"
+MAX_ATTEMPTS = 5
+"""Number of snapshots to try if runs delete superseded files before they are read."""
+_PENDING_COMMIT_NOTE = (
+    "the last commit was interrupted between the two tables; nothing is lost, and the next run (or --repair) "
+    "finishes it"
 )
-
-_Broken = list[tuple[DataFile, Fault]]
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was read back and what is wrong with it.
+    """The result of reading an output completely.
 
     Attributes:
-        version: Of `features`, as it was read.
-        findings: What is wrong; empty when nothing is.
-        notes: What is worth knowing but no fault.
-        mended: What `--repair` or `--forget-damaged` did, before the output was read (again).
-        scans: Rows of the ledger by status.
-        rows: Rows of `features` that could be read, by layer.
-        files: Files read, of both tables.
-        size_bytes: Of those files.
+        version: Version of `features` that was read; -1 if the tables are out of sync and nothing was read.
+        findings: The problems; empty if there are none.
+        notes: Facts that are worth knowing but are not problems.
+        mended: What `--repair` or `--forget-damaged` changed before the output was read (again).
+        scans: Number of rows of the scans table by status.
+        rows: Number of readable rows of `features` by layer.
+        files: Number of files read, of both tables.
+        size_bytes: Total size of these files.
         seconds: Wall time.
-        exit_code: 0, or 3 when something is wrong.
+        exit_code: 0, or 3 if there are findings.
     """
 
     version: int
-    findings: tuple[Finding, ...]
-    notes: tuple[str, ...]
-    mended: tuple[str, ...]
-    scans: dict[str, int]
-    rows: dict[str, int]
-    files: int
-    size_bytes: int
-    seconds: float
-    exit_code: int
+    findings: tuple[Finding, ...] = ()
+    notes: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
+    scans: dict[str, int] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    files: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+    exit_code: int = 0
 
     def text(self) -> str:
-        """Return the verdict for a person."""
+        """Return the result as text."""
         scans = ", ".join(f"{count} {status}" for status, count in self.scans.items())
         lines = [
             *self.mended,
             *(finding.text() for finding in self.findings),
             *(f"note: {note}" for note in self.notes),
             f"version {self.version}: {scans}; {sum(self.rows.values())} rows of {len(self.rows)} layers",
-            f"read back {self.files} files, {self.size_bytes / 1e6:.2f} MB in {self.seconds:.1f} s",
+            f"read {self.files} files, {self.size_bytes / 1e6:.2f} MB in {self.seconds:.1f} s",
             f"findings: {len(self.findings)}" if self.findings else "everything is in order",
         ]
         return "\n".join(lines)
@@ -87,185 +85,40 @@ def verify(
     storage_options: Mapping[str, Any] | None = None,
     show: bool = False,
 ) -> Verification:
-    """Read an output back and say what is wrong with it. Changes nothing unless asked to mend.
+    """Read an output completely and return its problems.
+
+    Nothing is changed without `repair` or `forget_damaged`.
 
     Args:
-        output: Its folder or URL, or the config (.yaml) that names it.
-        repair: First finish a commit that a kill cut, and delete orphans.
-        forget_damaged: Also take the scans that anything is wrong with out of both tables, so that the next
-            run makes them again; then read everything a second time.
-        storage_options: For fsspec; those of the config by default.
+        output: Folder or URL of the output, or the config file (.yaml) that names it.
+        repair: First finish an interrupted commit, and delete orphan files.
+        forget_damaged: Do what `repair` does, and remove all scans that have a problem from both tables, so
+            that the next run extracts them again. Then read everything a second time.
+        storage_options: fsspec options; those of the config by default.
         show: Whether to show progress on stderr.
 
     Raises:
         ConfigError: There is no featray output here.
-        OutputBusyError: Asked to mend while a run holds the output; or the output changes faster than it
-            can be read.
+        OutputBusyError: A change was requested while a run holds the output, or a run changes the output
+            faster than it can be read.
         StorageError: The store does not answer.
     """
     start = time.monotonic()
     dataset = open_output(output, storage_options)
-    if _is_apart(dataset):
-        found, mended = _nothing_but(Kind.TABLES_APART), []
+    repairs: list[str] = []
+    if _are_tables_out_of_sync(dataset):
+        findings = Findings()
+        findings.add(Fault(FindingKind.TABLES_OUT_OF_SYNC), "features and scans")
+        verification = _make_verification(findings)
     else:
-        mended = _mend(dataset, forget_damaged, show) if repair or forget_damaged else []
-        found = _read_back(dataset, show)[0]
-    return replace(found, mended=tuple(mended), seconds=time.monotonic() - start)
+        if repair or forget_damaged:
+            repairs = _repair(dataset, forget_damaged=forget_damaged, show=show)
+        verification, _ = _read_output(dataset, show=show)
+    return replace(verification, mended=tuple(repairs), seconds=time.monotonic() - start)
 
 
-def _mend(dataset: Dataset, forget_damaged: bool, show: bool) -> list[str]:
-    """Mend what can be; return in words what was done."""
-    mended = []
-    with lock_output(dataset) as committer:
-        if committer.recovered:
-            mended.append("finished a commit that a run was killed in")
-        if forget_damaged:
-            mended += _forget(committer, _read_back(dataset, show)[1])
-        orphans = committer.delete_orphans()
-    if orphans:
-        more = ", …" if len(orphans) > 1 else ""
-        mended.append(f"deleted orphans: {len(orphans)} ({orphans[0]}{more})")
-    return mended
-
-
-def _forget(committer: Committer, findings: Findings) -> list[str]:
-    """Take what is damaged out of both tables; return in words what was done."""
-    damage = findings.damage()
-    if not damage.scan_ids and not damage.broken:
-        return []
-    if any(finding.kind is Kind.NO_ACCESS for finding in findings.listed()):
-        return ["nothing was taken out: the store refuses files, and what they hold must be known first"]
-    committer.delete_scans(damage.scan_ids, damage.broken)
-    scans, files = len(damage.scan_ids), sum(map(len, damage.broken.values()))
-    return [
-        f"took what is damaged out of both tables (scans: {scans}, files: {files}); the next "
-        "`featray extract CONFIG` makes it again"
-    ]
-
-
-def _read_back(dataset: Dataset, show: bool) -> tuple[Verification, Findings]:
-    """Read one commit back; begin again when a run deletes it meanwhile."""
-    for _ in range(LOOKS):
-        snapshot = dataset.open_snapshot()
-        reading = _Reading(dataset, snapshot, show)
-        try:
-            return reading.run(), reading.findings
-        except _SupersededError:
-            continue
-    raise OutputBusyError(
-        "a run changes this output faster than it can be read back; verify it when the run has ended, or set "
-        "output.keep_versions_days so that superseded files stay for a while"
-    )
-
-
-class _SupersededError(Exception):
-    """A file is gone because a newer commit does without it."""
-
-
-class _Reading:
-    """One reading of one commit."""
-
-    def __init__(self, dataset: Dataset, snapshot: Snapshot, show: bool) -> None:
-        self.dataset, self.snapshot, self.findings = dataset, snapshot, Findings()
-        self.files = {table: snapshot.files(table) for table in (SCANS, FEATURES)}
-        size = sum(file.size for files in self.files.values() for file in files)
-        self.progress = Progress(size, show=show, unit="B")
-
-    def run(self) -> Verification:
-        """Read everything; return the verdict."""
-        for table, fixed in ((FEATURES, FEATURE_COLUMNS), (SCANS, SCAN_COLUMNS)):
-            problems = schema_problems(self.snapshot.schema(table), fixed)
-            if problems:
-                self.findings.add(Fault(Kind.WRONG_SCHEMA, detail="; ".join(problems)), table)
-        with self.progress:
-            ledger, broken_scans = self._ledger()
-            facts = recipe_facts(self.dataset.store, ledger)
-            books, rows = Books(ledger), {}
-            for layer, files in self._layers(facts).items():
-                rows[layer] = self._layer(layer, files, books, facts)
-        books.settle(broken_scans, self.findings)
-        notes = look_for_strays(self.dataset, self.snapshot, self.findings)
-        return self._verdict(ledger, rows, ([_OWED] if self.snapshot.pending else []) + notes)
-
-    def _ledger(self) -> tuple[Ledger, _Broken]:
-        further = self.snapshot.partition_by[1:]
-        schema = self.snapshot.schema(SCANS)
-        work = functools.partial(read_part, self.dataset.store, schema, further)
-        parts, broken = [], []
-        for file, part in in_threads(work, self.files[SCANS]):
-            self.progress.add_bytes(file.size)
-            self._note(part.faults, SCANS, None, file)
-            if part.rows is None:
-                broken += [(file, fault) for fault in part.faults]
-            else:
-                parts.append(part.rows)
-        self._stop_if_superseded(SCANS, broken)
-        ledger, faults = join(parts, further)
-        for fault in faults:
-            self.findings.add(fault, SCANS)
-        return ledger, broken
-
-    def _layers(self, facts: dict[int, RecipeFacts]) -> dict[str, list[DataFile]]:
-        """Return the files of each layer, also of those that a run promised and that have none."""
-        files: dict[str, list[DataFile]] = defaultdict(list)
-        for file in self.files[FEATURES]:
-            files[file.partition_values.get("layer") or ""].append(file)
-        promised = {layer for told in facts.values() for layer in told.layers}
-        return {layer: files.get(layer, []) for layer in sorted({*files, *promised})}
-
-    def _layer(
-        self, layer: str, files: list[DataFile], all_books: Books, facts: dict[int, RecipeFacts]
-    ) -> int:
-        """Read one layer and enter it; return its rows."""
-        ledger = all_books.ledger
-        books = LayerBooks(layer, ledger, sum(file.rows or 0 for file in files))
-        shapes = any(told.is_fixed_size for told in facts.values())
-        schema = self.snapshot.schema(FEATURES)
-        work = functools.partial(read_rows, self.dataset.store, schema, ledger, shapes=shapes)
-        unknown, broken, rows = [], [], 0
-        for file, found in in_threads(work, files):
-            self.progress.add_bytes(file.size)
-            self._note(found.faults, FEATURES, layer, file)
-            if found.is_broken:
-                broken += [(file, fault) for fault in found.faults]
-                continue
-            self._note(books.add(found), FEATURES, layer, file)
-            unknown.append(found.unknown)
-            rows += len(found.scan)
-        self._stop_if_superseded(FEATURES, broken)
-        all_books.unknown[layer] = pc.unique(pa.chunked_array(unknown, pa.string()))
-        all_books.close(books, broken, facts, self.findings)
-        return rows
-
-    def _note(self, faults: list[Fault], table: str, layer: str | None, file: DataFile) -> None:
-        for fault in faults:
-            self.findings.add(fault, table, layer, file.path)
-
-    def _stop_if_superseded(self, table: str, broken: _Broken) -> None:
-        """Begin again when a file is missing because a newer commit does without it."""
-        gone = {file.path for file, fault in broken if fault.kind is Kind.MISSING_FILE}
-        if gone and not gone <= {file.path for file in self.dataset.open_snapshot().files(table)}:
-            raise _SupersededError
-
-    def _verdict(self, ledger: Ledger, rows: dict[str, int], notes: list[str]) -> Verification:
-        findings = self.findings.listed()
-        files = [file for files in self.files.values() for file in files]
-        return Verification(
-            version=self.snapshot.version,
-            findings=findings,
-            notes=tuple(notes),
-            mended=(),
-            scans=ledger.counts,
-            rows=rows,
-            files=len(files),
-            size_bytes=sum(file.size for file in files),
-            seconds=0.0,
-            exit_code=int(ExitCode.TOO_MANY_FAILED if findings else ExitCode.OK),
-        )
-
-
-def _is_apart(dataset: Dataset) -> bool:
-    """Whether the two tables do not belong together; raises what else `Dataset.open_snapshot` does."""
+def _are_tables_out_of_sync(dataset: Dataset) -> bool:
+    """Return whether the tables do not belong together; raise all other errors of `Dataset.open_snapshot`."""
     try:
         dataset.open_snapshot()
     except (UsageError, StorageError):
@@ -275,7 +128,187 @@ def _is_apart(dataset: Dataset) -> bool:
     return False
 
 
-def _nothing_but(kind: Kind) -> Verification:
-    findings = Findings()
-    findings.add(Fault(kind), "features and scans")
-    return Verification(-1, findings.listed(), (), (), {}, {}, 0, 0, 0.0, int(ExitCode.TOO_MANY_FAILED))
+def _repair(dataset: Dataset, *, forget_damaged: bool, show: bool) -> list[str]:
+    """Repair an output; return one sentence per change."""
+    repairs = []
+    with lock_output(dataset) as committer:
+        if committer.recovered:
+            repairs.append("finished an interrupted commit")
+        if forget_damaged:
+            repairs += _delete_damage(committer, _read_output(dataset, show=show)[1])
+        orphans = committer.delete_orphans()
+    if orphans:
+        more = ", …" if len(orphans) > 1 else ""
+        repairs.append(f"deleted orphan files: {len(orphans)} ({orphans[0]}{more})")
+    return repairs
+
+
+def _delete_damage(committer: Committer, findings: Findings) -> list[str]:
+    """Remove damaged scans and files from both tables; return one sentence per change."""
+    damage = findings.collect_damage()
+    if not damage.scan_ids and not damage.broken:
+        return []
+    if any(finding.kind is FindingKind.NO_ACCESS for finding in findings.list_findings()):
+        return [
+            "nothing was removed, because the store refuses to return some files and their contents must be "
+            "known first"
+        ]
+    committer.delete_scans(damage.scan_ids, damage.broken)
+    scans, files = len(damage.scan_ids), sum(map(len, damage.broken.values()))
+    return [
+        f"removed damaged data from both tables (scans: {scans}, files: {files}); the next "
+        "`featray extract CONFIG` extracts these scans again"
+    ]
+
+
+def _read_output(dataset: Dataset, *, show: bool) -> tuple[Verification, Findings]:
+    """Read one snapshot completely; start again with a newer one if a run deletes files of the first."""
+    for _ in range(MAX_ATTEMPTS):
+        reader = _SnapshotReader(dataset, dataset.open_snapshot(), show=show)
+        try:
+            return reader.read(), reader.findings
+        except _SupersededError:
+            continue
+    raise OutputBusyError(
+        "a run changes this output faster than it can be read; verify it after the run has ended, or set "
+        "output.keep_versions_days, which keeps superseded files for a while"
+    )
+
+
+def _make_verification(findings: Findings, version: int = -1, **fields: Any) -> Verification:
+    """Return the result of a verification, with the exit code that its findings require."""
+    listed = findings.list_findings()
+    exit_code = ExitCode.TOO_MANY_FAILED if listed else ExitCode.OK
+    return Verification(version, listed, exit_code=int(exit_code), **fields)
+
+
+class _SupersededError(Exception):
+    """A file is missing because a newer commit has replaced it."""
+
+
+class _CheckedFile(Protocol):
+    """The result of reading one file of a table."""
+
+    @property
+    def faults(self) -> list[Fault]: ...
+
+    @property
+    def is_broken(self) -> bool: ...
+
+
+_File = TypeVar("_File", bound=_CheckedFile)
+
+
+class _SnapshotReader:
+    """Reads one snapshot of an output, and collects what is wrong with it in `findings`."""
+
+    def __init__(self, dataset: Dataset, snapshot: Snapshot, *, show: bool) -> None:
+        self.dataset, self.snapshot, self.findings = dataset, snapshot, Findings()
+        self.files = {table: snapshot.files(table) for table in (SCANS, FEATURES)}
+        self.size_bytes = sum(file.size for files in self.files.values() for file in files)
+        self.progress = Progress(self.size_bytes, show=show, unit="B")
+
+    def read(self) -> Verification:
+        """Read all files, and return the result."""
+        self._check_table_schemas()
+        with self.progress:
+            scans, broken_scans = self._read_scans()
+            facts = read_recipe_facts(self.dataset.store, scans)
+            reconciliation, rows = Reconciliation(scans), {}
+            for layer, files in self._group_by_layer(facts).items():
+                rows[layer] = self._read_layer(layer, files, reconciliation, facts)
+        reconciliation.report(broken_scans, self.findings)
+        notes = report_unreferenced_files(self.dataset, self.snapshot, self.findings)
+        return _make_verification(
+            self.findings,
+            self.snapshot.version,
+            notes=(*((_PENDING_COMMIT_NOTE,) if self.snapshot.pending else ()), *notes),
+            scans=scans.counts,
+            rows=rows,
+            files=sum(map(len, self.files.values())),
+            size_bytes=self.size_bytes,
+        )
+
+    def _check_table_schemas(self) -> None:
+        for table, required in ((FEATURES, FEATURE_COLUMNS), (SCANS, SCAN_COLUMNS)):
+            problems = find_schema_problems(self.snapshot.schema(table), required)
+            if problems:
+                self.findings.add(Fault(FindingKind.WRONG_SCHEMA, detail="; ".join(problems)), table)
+
+    def _read_scans(self) -> tuple[ScansTable, BrokenFiles]:
+        partition_columns = self.snapshot.partition_by[1:]
+        schema = self.snapshot.schema(SCANS)
+        read = functools.partial(read_scans_file, self.dataset.store, schema, partition_columns)
+        broken: list[tuple[DataFile, Fault]] = []
+        parts = [
+            checked.rows
+            for _, checked in self._read_files(SCANS, self.files[SCANS], read, broken)
+            if checked.rows is not None
+        ]
+        self._raise_if_superseded(SCANS, broken)
+        scans, faults = join_files(parts, partition_columns)
+        for fault in faults:
+            self.findings.add(fault, SCANS)
+        return scans, broken
+
+    def _group_by_layer(self, facts: Mapping[int, RecipeFacts]) -> dict[str, list[DataFile]]:
+        """Return the files of each layer, including layers that a run recorded and that have no file."""
+        files: dict[str, list[DataFile]] = defaultdict(list)
+        for file in self.files[FEATURES]:
+            files[file.partition_values.get("layer") or ""].append(file)
+        recorded = {layer for recipe in facts.values() for layer in recipe.layers}
+        return {layer: files.get(layer, []) for layer in sorted({*files, *recorded})}
+
+    def _read_layer(
+        self,
+        name: str,
+        files: Sequence[DataFile],
+        reconciliation: Reconciliation,
+        facts: Mapping[int, RecipeFacts],
+    ) -> int:
+        """Read one layer, add it to the reconciliation, and return its number of readable rows."""
+        scans = reconciliation.scans
+        layer = LayerReconciliation(name, scans, sum(file.rows or 0 for file in files))
+        read = functools.partial(
+            read_features_file,
+            self.dataset.store,
+            self.snapshot.schema(FEATURES),
+            scans,
+            with_shapes=any(recipe.is_fixed_size for recipe in facts.values()),
+        )
+        broken: list[tuple[DataFile, Fault]] = []
+        unknown_ids, rows = [], 0
+        for file, checked in self._read_files(FEATURES, files, read, broken):
+            self._add_faults(layer.add_file(checked), FEATURES, file)
+            unknown_ids.append(checked.unknown_ids)
+            rows += len(checked.scan)
+        self._raise_if_superseded(FEATURES, broken)
+        reconciliation.unknown_ids[name] = pc.unique(pa.chunked_array(unknown_ids, pa.string()))
+        reconciliation.add_layer(layer, broken, facts, self.findings)
+        return rows
+
+    def _read_files(
+        self,
+        table: str,
+        files: Sequence[DataFile],
+        read: Callable[[DataFile], _File],
+        broken: list[tuple[DataFile, Fault]],
+    ) -> Iterator[tuple[DataFile, _File]]:
+        """Yield the readable files of a table in order, and add the other files to `broken`."""
+        for file, checked in map_files(read, files):
+            self.progress.add_bytes(file.size)
+            self._add_faults(checked.faults, table, file)
+            if checked.is_broken:
+                broken += [(file, fault) for fault in checked.faults]
+            else:
+                yield file, checked
+
+    def _add_faults(self, faults: Sequence[Fault], table: str, file: DataFile) -> None:
+        layer = (file.partition_values.get("layer") or "") if table == FEATURES else None
+        for fault in faults:
+            self.findings.add(fault, table, layer, file.path)
+
+    def _raise_if_superseded(self, table: str, broken: BrokenFiles) -> None:
+        missing = {file.path for file, fault in broken if fault.kind is FindingKind.MISSING_FILE}
+        if missing and not missing <= {file.path for file in self.dataset.open_snapshot().files(table)}:
+            raise _SupersededError

@@ -1,4 +1,4 @@
-"""What the runs' own files say of a recipe: which layers it has, and whether its input has one size."""
+"""Read the layers and the input size of each recipe from the run.json files of its runs."""
 
 from __future__ import annotations
 
@@ -8,41 +8,42 @@ from typing import Any
 
 import numpy as np
 
-from featray.commands.verify.read_scans import Ledger
+from featray.commands.verify.read_scans import ScansTable
 from featray.output.dataset import RUNS
 from featray.storage.store import Store
 
-LOOKS = 20
-"""Runs to ask about one recipe; a run that was killed has left no file."""
+MAX_RUNS_PER_RECIPE = 20
+"""Number of runs to try for one recipe; a run that was killed has no run.json."""
 
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """Of one recipe.
+    """What the runs of one recipe recorded about it.
 
     Attributes:
-        layers: Names of its layers; empty where no run tells.
-        is_fixed_size: Whether every input has the same size, so every feature of a layer the same shape.
+        layers: Names of its layers; empty if no run recorded them.
+        is_fixed_size: Whether all inputs have the same size, so that all features of a layer have one shape.
     """
 
     layers: frozenset[str] = frozenset()
     is_fixed_size: bool = False
 
 
-def recipe_facts(store: Store, ledger: Ledger) -> dict[int, RecipeFacts]:
-    """Return what is known of each recipe of the ledger, by its code."""
-    facts = {}
-    for code, recipe in enumerate(ledger.recipe.values):
-        rows = (ledger.recipe.of_row == code) & ledger.is_ok
-        runs = sorted((ledger.run.values[run] for run in np.unique(ledger.run.of_row[rows])), reverse=True)
-        told = (_facts(store, run, recipe) for run in runs[:LOOKS])
-        facts[code] = next((found for found in told if found), RecipeFacts())
-    return facts
+def read_recipe_facts(store: Store, scans: ScansTable) -> dict[int, RecipeFacts]:
+    """Return the facts about each recipe of the scans table, by the recipe's code in `scans.recipe`."""
+    facts_by_code = {}
+    for code, recipe in enumerate(scans.recipe.values):
+        is_of_recipe = (scans.recipe.codes == code) & scans.is_ok
+        run_codes = np.unique(scans.run.codes[is_of_recipe])
+        run_ids = sorted((scans.run.values[run_code] for run_code in run_codes), reverse=True)
+        candidates = (_read_facts(store, run_id, recipe) for run_id in run_ids[:MAX_RUNS_PER_RECIPE])
+        facts_by_code[code] = next((facts for facts in candidates if facts), RecipeFacts())
+    return facts_by_code
 
 
-def _facts(store: Store, run_id: str, recipe: str) -> RecipeFacts | None:
-    """Return what one run says of a recipe; None when it has left no file, or one about another recipe."""
-    if not run_id or "/" in run_id:  # no run has such an id; it must not lead out of the folder
+def _read_facts(store: Store, run_id: str, recipe: str) -> RecipeFacts | None:
+    """Return what a run recorded about a recipe; None without run.json, or if it is about another recipe."""
+    if not run_id or "/" in run_id:  # not the id of a run; the path must not lead out of the folder
         return None
     try:
         run: Any = json.loads(store.read(f"{RUNS}/{run_id}/run.json"))

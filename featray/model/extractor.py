@@ -216,13 +216,13 @@ class Extractor:
         path, rows = output.tap.path, len(trials.twin[output.name])
         if rows != len(trials.batch):
             return f"layers: {path!r} returns {rows} rows for {len(trials.batch)} inputs"
-        found = variations[output.name]
-        if found is Variation.SAMPLES and not self._spec.allow_stochastic:
+        output_variation = variations[output.name]
+        if output_variation is Variation.SAMPLES and not self._spec.allow_stochastic:
             return (
                 f"layers: {path!r} returns different values for the same input in each call, because it "
                 "samples; take the layer that feeds it, such as z_mean, or set model.allow_stochastic: true"
             )
-        return self._explain_batch_dependence(output) if found is Variation.BATCH else ""
+        return self._explain_batch_dependence(output) if output_variation is Variation.BATCH else ""
 
     def _explain_batch_dependence(self, output: OutputSpec) -> str:
         """Return the message for an output that depends on the batch, with the first layer that does."""
@@ -247,8 +247,8 @@ class Extractor:
         random_outputs = seeding.find_random_outputs(self._extract)
         candidates = [
             name
-            for name, found in variations.items()
-            if found is not Variation.SAMPLES and name in random_outputs
+            for name, output_variation in variations.items()
+            if output_variation is not Variation.SAMPLES and name in random_outputs
         ]
         runs = [self._run(trials.batch) for _ in range(_RARE_NOISE_CALLS)] if candidates else []
         return {

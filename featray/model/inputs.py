@@ -1,7 +1,8 @@
 """Find out which input a model takes, and make batches for it.
 
 In: a Keras model and the input size of the config. Out: the input shape to trace with, or a problem to
-report. A volume (z, y, x) gets a channel axis of size 1: the last axis, or the first if the model has its
+report. The variable input of a model is the one that receives the batch; constants of the config fill the
+others. A volume (z, y, x) gets a channel axis of size 1: the last axis, or the first if the model has its
 channels there. Inputs with another number of axes are passed on without a further axis.
 """
 
@@ -209,7 +210,7 @@ def format_shape(shape: Sequence[int | None]) -> str:
 
 
 def _find_variable_inputs(model: Any, constants: Mapping[str, Any]) -> dict[str, Shape]:
-    """Return {name: shape} of the one input that no constant fills; {} if the model declares no inputs.
+    """Return {name: shape} of the one variable input; {} if the model declares no inputs.
 
     Raises:
         ModelError: A constant names an unknown input, or the number of inputs without a constant is not one.

@@ -82,7 +82,7 @@ class Tap:
 class _AllTensorsReached(BaseException):
     """Raised inside the model when every selected tensor exists, to end the trace there.
 
-    It is no `Exception`, so that code of the model that catches `Exception` does not catch it.
+    It does not derive from `Exception`, so that code of the model that catches `Exception` does not catch it.
     """
 
 
@@ -147,7 +147,7 @@ def trace_truncated_model(
     Args:
         call: The model and how to call it.
         keys: Keys of the taps.
-        finish: Takes {key: tensor}; its result is what the traced function returns.
+        finish: Takes {key: tensor}; the traced function returns the result of `finish`.
         jit_compile: Whether XLA compiles the function.
 
     Returns:
@@ -375,7 +375,12 @@ def _strip_output_suffix(key: str) -> str:
 
 
 def _assign_path(tap: Tap, repeated: set[str]) -> Tap:
-    """Return the tap with its path; `repeated` has the keys, without the last number, called again."""
+    """Return the tap with its path.
+
+    Args:
+        tap: A tap without a path.
+        repeated: Call keys, without the last call number, of layers that one parent calls more than once.
+    """
     call_key = _strip_output_suffix(tap.key)
     suffix, prefix = tap.key[len(call_key) :], ""
     parts: list[tuple[str, ...]] = []

@@ -132,7 +132,7 @@ def test_an_empty_batch_gives_empty_arrays_of_the_right_width(spec: Spec, volume
     }
 
 
-def test_a_batch_may_have_its_channel_axis(spec: Spec, volumes: Any) -> None:
+def test_a_batch_may_include_the_channel_axis(spec: Spec, volumes: Any) -> None:
     extractor = Extractor(spec("z_mean"))
     np.testing.assert_array_equal(extractor(volumes)["z_mean"], extractor(volumes[..., None])["z_mean"])
 

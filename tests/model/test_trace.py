@@ -16,7 +16,7 @@ from featray.model.trace import ModelCall, Tap
 SHAPE = (4, 4, 4, 1)
 
 
-def _volumes(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
+def _make_volumes(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
     return np.random.default_rng(1).random((3, *shape), np.float32)
 
 
@@ -36,7 +36,7 @@ def _truncate(model: Any, path: str, shape: tuple[int, ...] = SHAPE) -> Any:
 
 
 def _compute(model: Any, path: str, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
-    return np.asarray(_truncate(model, path, shape)(tf.constant(_volumes(shape))))
+    return np.asarray(_truncate(model, path, shape)(tf.constant(_make_volumes(shape))))
 
 
 def _count_convolutions(function: Any) -> int:
@@ -85,18 +85,18 @@ def test_layers_of_a_subclassed_model_are_found_by_attribute_and_by_name() -> No
         "decoder/convs.1",
         "decoder",
     ]
-    codes = model.head(model.encoder(_volumes()))
+    codes = model.head(model.encoder(_make_volumes()))
     np.testing.assert_allclose(_compute(model, "z_mean"), codes, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(_compute(model, "head"), codes, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        _compute(model, "encoder/convs.0"), model.encoder.convs[0](_volumes()), rtol=1e-5, atol=1e-6
+        _compute(model, "encoder/convs.0"), model.encoder.convs[0](_make_volumes()), rtol=1e-5, atol=1e-6
     )
 
 
 def test_side_effects_after_the_last_selected_layer_do_not_happen(capfd: pytest.CaptureFixture[str]) -> None:
     model = SubclassedVae()
     function = _truncate(model, "z_mean")
-    function(tf.constant(_volumes()))
+    function(tf.constant(_make_volumes()))
     assert _count_convolutions(function) == 2
     assert float(model.seen.count) == 0
     assert "decoder ran" not in capfd.readouterr().err
@@ -111,16 +111,16 @@ def test_recording_the_taps_of_a_model_has_no_side_effects(capfd: pytest.Capture
 
 def test_truncating_a_model_does_not_change_the_model() -> None:
     model = SubclassedVae()
-    before = model(_volumes()).numpy()
+    before = model(_make_volumes()).numpy()
     _truncate(model, "z_mean")
-    np.testing.assert_array_equal(model(_volumes()).numpy(), before)
+    np.testing.assert_array_equal(model(_make_volumes()).numpy(), before)
 
 
 def test_each_call_of_a_shared_layer_has_its_own_path() -> None:
     shared, volume = keras.layers.Dense(1, name="shared"), keras.Input(SHAPE)
     model = keras.Model(volume, shared(shared(volume) * 2.0))
     assert _list_paths(model) == ["shared#1", "shared#2"]
-    once = shared(_volumes())
+    once = shared(_make_volumes())
     np.testing.assert_allclose(_compute(model, "shared#1"), once, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(_compute(model, "shared#2"), shared(once * 2.0), rtol=1e-5, atol=1e-6)
     assert len(select_layers.find_taps("shared", _record(model))) == 2
@@ -132,7 +132,7 @@ def test_layers_of_a_model_called_twice_are_numbered_by_the_call_of_the_model() 
     model = keras.Model(volume, inner(inner(volume)))
     assert _list_paths(model) == ["inner#1/dense", "inner#1", "inner#2/dense", "inner#2"]
     np.testing.assert_allclose(
-        _compute(model, "inner#2/dense"), inner(inner(_volumes())), rtol=1e-5, atol=1e-6
+        _compute(model, "inner#2/dense"), inner(inner(_make_volumes())), rtol=1e-5, atol=1e-6
     )
 
 
@@ -145,7 +145,7 @@ def test_layers_of_deeply_nested_models_are_found() -> None:
             volume, model(keras.layers.Rescaling(2.0, name="twice")(volume)), name=f"level_{level}"
         )
     path = "level_2/level_1/level_0/dense"
-    np.testing.assert_allclose(_compute(model, path), innermost(8 * _volumes()), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(_compute(model, path), innermost(8 * _make_volumes()), rtol=1e-4, atol=1e-5)
     assert path in _list_paths(model)
 
 
@@ -153,7 +153,7 @@ def test_a_sequential_model_that_was_never_built_can_be_truncated() -> None:
     model = keras.Sequential([keras.layers.Conv3D(2, 3, name="conv"), keras.layers.Flatten(name="flat")])
     assert _list_paths(model) == ["conv", "flat"]
     np.testing.assert_allclose(
-        _compute(model, "conv"), model.get_layer("conv")(_volumes()), rtol=1e-5, atol=1e-6
+        _compute(model, "conv"), model.get_layer("conv")(_make_volumes()), rtol=1e-5, atol=1e-6
     )
 
 
@@ -218,5 +218,5 @@ def test_dropout_does_nothing_and_batch_norm_uses_its_stored_statistics() -> Non
             keras.layers.Dropout(0.5, name="drop"),
         ]
     )
-    expected = _volumes() / np.sqrt(1 + model.get_layer("norm").epsilon)
+    expected = _make_volumes() / np.sqrt(1 + model.get_layer("norm").epsilon)
     np.testing.assert_allclose(_compute(model, "drop"), expected, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
-"""CT in plain NumPy: reading, geometry, intensities, resampling. Knows neither Ray nor Keras.
+"""Read CT scans and change their geometry, with NumPy: formats, affines, intensities, resampling.
 
-One form everywhere: voxels in Hounsfield units with axes (z, y, x); one frame, LPS in mm
-(x grows to the patient's Left, y to Posterior, z to Superior, as in DICOM).
+Voxels are Hounsfield units with axes (z, y, x). Positions are LPS in mm: x grows to the patient's Left, y to
+Posterior, z to Superior, as in DICOM. This package imports only itself and `featray.errors`: it must not know
+the configuration, storage, Ray or Keras.
 """

@@ -1,8 +1,8 @@
-"""Affines in, spacing, orientation letters and reordered views out; no files, no resampling.
+"""Compute spacing, orientation and problems of affines; no files, no voxel values, no resampling.
 
-One frame everywhere: LPS in mm (x grows to Left, y to Posterior, z to Superior, as in DICOM). An
-affine is 4x4 and maps a voxel index (x, y, z, 1) to millimetres; arrays have axes (z, y, x), so
-affine column i belongs to array axis 2 - i.
+All positions are LPS in mm (x grows to Left, y to Posterior, z to Superior, as in DICOM). An affine is a 4x4
+float64 matrix that maps a voxel index (x, y, z, 1) to a position. Arrays have axes (z, y, x), so column i of
+an affine belongs to array axis 2 - i.
 """
 
 from __future__ import annotations
@@ -17,99 +17,119 @@ from featray.errors import WarningCode
 Affine = NDArray[np.float64]
 
 POSITIVE, NEGATIVE = "LPS", "RAI"
-"""Letters of growth along +1 and -1 of the LPS frame's x, y and z."""
+"""Letters of the directions +1 and -1 along the x, y and z axes of the LPS frame."""
 
 OBLIQUE_DEGREES = 0.5
-"""Tables and gantries are level to about this; below it nothing is worth saying."""
+"""Angle between a voxel axis and its patient axis above which a volume counts as oblique.
+
+The table and the gantry of a scanner are level to about this angle.
+"""
 
 SHEAR_DEGREES = 0.1
-"""0.9 mm sideways over a 500 mm volume; rounding in real headers is a thousandth of it."""
+"""Deviation of two voxel axes from a right angle above which an affine counts as sheared.
+
+This angle moves the end of a 500 mm volume sideways by 0.9 mm. The rounding in real headers causes about a
+thousandth of it.
+"""
 
 ANISOTROPIC_RATIO = 10.0
-"""Largest to smallest spacing; 5 mm slices of 0.7 mm pixels are ordinary, 10 mm ones are not."""
+"""Ratio of the largest to the smallest spacing above which a volume counts as anisotropic.
+
+Slices of 5 mm with pixels of 0.7 mm are common; slices of 10 mm are not.
+"""
 
 MIN_SPACING_MM, MAX_SPACING_MM = 0.001, 100.0
-"""Outside of these the header is wrong (metres taken for millimetres?), not the scan fine or coarse."""
+"""Range of plausible voxel spacing. Outside of it the header is wrong: it may hold meters instead of mm."""
 
 MAX_ORIGIN_MM = 1e6
-"""A first voxel a kilometre from the scanner is no place in a patient."""
+"""Largest plausible coordinate of the first voxel: one kilometer from the origin."""
 
 
 def convert_ras_to_lps(affine_ras: Affine) -> Affine:
-    """Return the affine with millimetres in LPS instead of RAS (NIfTI), or the other way round."""
+    """Convert an affine from RAS (the frame of NIfTI) to LPS, or from LPS to RAS."""
     return affine_ras * [[-1.0], [-1.0], [1.0], [1.0]]
 
 
 def compute_spacing_zyx(affine_lps: Affine) -> tuple[float, float, float]:
-    """Return mm between voxel centres along array axes z, y and x: the lengths of the columns."""
+    """Return the distance in mm between voxel centers along array axes z, y and x."""
     x, y, z = np.linalg.norm(affine_lps[:3, :3], axis=0)
     return float(z), float(y), float(x)
 
 
 def compute_indices_xyz(affine_lps: Affine, points_lps: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return voxel indices (x, y, z), with fractions to a millionth, of points (n, 3) in mm."""
-    moved = points_lps - affine_lps[:3, 3]
-    return np.asarray(np.round(np.linalg.solve(affine_lps[:3, :3], moved.T).T, 6))
+    """Return the voxel indices (n, 3), ordered (x, y, z), of points (n, 3) in mm.
+
+    Indices are fractional and rounded to 1e-6.
+    """
+    offsets_mm = points_lps - affine_lps[:3, 3]
+    return np.asarray(np.round(np.linalg.solve(affine_lps[:3, :3], offsets_mm.T).T, 6))
 
 
 def compute_orientation(affine_lps: Affine) -> str:
-    """Return the patient directions in which x, y and z grow, e.g. `LPS`; nearest axes if oblique."""
-    directions = _directions(affine_lps)
+    """Return three letters: the patient directions in which x, y and z grow, for example `LPS`.
+
+    An oblique axis gets the letter of its nearest patient axis.
+    """
+    directions = _normalize_columns(affine_lps)
     return "".join(
         POSITIVE[axis] if directions[axis, column] > 0 else NEGATIVE[axis]
-        for column, axis in enumerate(_nearest_axes(directions))
+        for column, axis in enumerate(_find_nearest_axes(directions))
     )
 
 
 def is_oblique(affine_lps: Affine, degrees: float = OBLIQUE_DEGREES) -> bool:
     """Return whether a voxel axis is more than `degrees` away from its nearest patient axis."""
-    directions = _directions(affine_lps)
-    cosines = [abs(directions[axis, column]) for column, axis in enumerate(_nearest_axes(directions))]
+    directions = _normalize_columns(affine_lps)
+    cosines = [abs(directions[axis, column]) for column, axis in enumerate(_find_nearest_axes(directions))]
     return bool(min(cosines) < np.cos(np.radians(degrees)))
 
 
 def is_sheared(affine_lps: Affine, degrees: float = SHEAR_DEGREES) -> bool:
-    """Return whether two voxel axes are more than `degrees` away from a right angle."""
-    directions = _directions(affine_lps)
-    between = directions.T @ directions - np.eye(3)
-    return bool(np.abs(between).max() > np.sin(np.radians(degrees)))
+    """Return whether the angle between two voxel axes is more than `degrees` away from a right angle."""
+    directions = _normalize_columns(affine_lps)
+    cosines = directions.T @ directions - np.eye(3)
+    return bool(np.abs(cosines).max() > np.sin(np.radians(degrees)))
 
 
 def find_affine_problem(affine_lps: Affine) -> str | None:
-    """Return what makes an affine unusable (not finite, flat, absurd spacing or origin), or None."""
+    """Return a sentence that says why an affine is unusable, or None if it is usable.
+
+    An affine is unusable if it is not finite, is singular, or has an implausible spacing or origin.
+    """
     if not np.isfinite(affine_lps).all():
         return "the affine holds values that are not finite"
-    with np.errstate(all="ignore"):  # lengths beyond float64 are infinite, which is the answer
+    with np.errstate(all="ignore"):  # a length beyond float64 becomes infinite and fails the next check
         spacing = compute_spacing_zyx(affine_lps)
     if not MIN_SPACING_MM <= min(spacing) <= max(spacing) <= MAX_SPACING_MM:
         text = ", ".join(f"{mm:g}" for mm in spacing)
         return f"spacing (z, y, x) is {text} mm, expected {MIN_SPACING_MM:g} to {MAX_SPACING_MM:g}"
     if np.abs(affine_lps[:3, 3]).max() > MAX_ORIGIN_MM:
         return f"the first voxel lies more than {MAX_ORIGIN_MM:g} mm away from the origin"
-    if abs(np.linalg.det(_directions(affine_lps))) < 1e-3:
+    if abs(np.linalg.det(_normalize_columns(affine_lps))) < 1e-3:
         return "the affine is singular: two voxel axes point the same way"
     return None
 
 
 def find_geometry_warnings(affine_lps: Affine) -> tuple[str, ...]:
-    """Return the warning codes that an accepted geometry earns: `oblique`, `anisotropic`."""
+    """Return the warning codes of a usable affine: none, `oblique`, `anisotropic` or both."""
     spacing = compute_spacing_zyx(affine_lps)
-    found = {
+    conditions = {
         WarningCode.OBLIQUE: is_oblique(affine_lps),
         WarningCode.ANISOTROPIC: max(spacing) / min(spacing) > ANISOTROPIC_RATIO,
     }
-    return tuple(code.value for code, present in found.items() if present)
+    return tuple(code.value for code, holds in conditions.items() if holds)
 
 
-def _directions(affine_lps: Affine) -> Affine:
+def _normalize_columns(affine_lps: Affine) -> Affine:
+    """Return the unit vectors (3, 3) of the voxel axes x, y and z, one per column."""
     columns = affine_lps[:3, :3]
     return np.asarray(columns / np.linalg.norm(columns, axis=0), dtype=np.float64)
 
 
-def _nearest_axes(directions: Affine) -> tuple[int, ...]:
-    """Return for each voxel axis its patient axis: the assignment with the largest sum of |cosines|.
+def _find_nearest_axes(directions: Affine) -> tuple[int, ...]:
+    """Return the patient axis of each voxel axis: the assignment with the largest sum of |cosines|.
 
-    All three are chosen together, so no patient axis is named twice, even at 45 degrees.
+    All three axes are assigned together, so each patient axis is used once, even at 45 degrees.
     """
     weights = np.abs(directions)
     return max(permutations(range(3)), key=lambda axes: sum(weights[axes[i], i] for i in range(3)))

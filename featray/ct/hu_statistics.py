@@ -1,6 +1,7 @@
-"""Voxels in, their range, percentiles and "is it HU?" out; knows no file format and changes nothing.
+"""Compute the range and percentiles of a volume, and decide whether its values can be HU.
 
-All values are those after slope and intercept, before any window.
+In: voxels (z, y, x) after slope and intercept, before any window. Out: numbers and warning codes. This module
+changes no voxel and must not know any file format.
 """
 
 from __future__ import annotations
@@ -16,35 +17,47 @@ from numpy.typing import NDArray
 from featray.errors import WarningCode
 
 EXACT_VOXELS = 12_000_000
-"""Up to here percentiles of int16 use every voxel; also below 2**24, where calcHist's float32 is exact."""
+"""Largest int16 volume whose percentiles use every voxel.
+
+It is below 2**24, up to which the float32 counts of OpenCV's calcHist are exact.
+"""
 
 SAMPLE_VOXELS = 2_000_000
-"""Above it, at least this many voxels, in whole rows at one regular distance."""
+"""Number of voxels that `sample_rows` takes at least from a larger volume."""
 
 PERCENTILES = (1.0, 50.0, 99.0)
 
 AIR_HU = (-1100, -900)
-"""Air, with noise."""
+"""Range of air, with noise."""
 
 TISSUE_HU = (-250, 350)
-"""Fat to contrast-enhanced blood: most of any body, and little of a body whose values are off by 1000."""
+"""Range from fat to contrast-enhanced blood.
+
+Most voxels of a body lie in it, but few voxels of a body whose values are off by 1000.
+"""
 
 BELOW_FAT_HU = -30
-"""Fat, lung and air lie below; muscle, organs and blood hardly ever."""
+"""Upper bound of fat, lung and air. Muscle, organs and blood rarely lie below it."""
 
 HIGHEST_WINDOW_HU = 2000
-"""Upper bounds of windows lie below; where 12-bit scanners saturate lies above."""
+"""A maximum below it may be the upper bound of a window; scanners with 12 bits saturate above it."""
 
 _FIRST, _LAST = -32768, 32767
-_SPIKE_NEIGHBOURS = 20
+_SPIKE_NEIGHBORS = 20
 
 
 @dataclass(frozen=True)
 class HuStatistics:
-    """Range and percentiles of a volume, in the units of its voxels (HU if all is well).
+    """Range and percentiles of a volume, in the units of its voxels.
 
-    `counts` says how many voxels of `sample_rows` round to -32768, -32767 … 32767; values beyond are
-    counted at the ends.
+    Attributes:
+        minimum: Exact minimum.
+        p01: 1st percentile.
+        p50: Median.
+        p99: 99th percentile.
+        maximum: Exact maximum.
+        counts: Histogram (65536,) of the voxels that `sample_rows` returns: the number of values that round
+            to -32768, -32767 … 32767. Values outside of this range are in the first or the last bin.
     """
 
     minimum: float
@@ -56,23 +69,24 @@ class HuStatistics:
 
 
 def compute_statistics(voxels_zyx: NDArray[Any]) -> HuStatistics:
-    """Return minimum, maximum and the 1st, 50th and 99th percentile.
+    """Return the minimum, the maximum and the 1st, 50th and 99th percentile.
 
-    Minimum and maximum are exact. Percentiles (linear between the two nearest ranks, as
-    `numpy.percentile`) are exact for int16 up to `EXACT_VOXELS`; else they are those of `sample_rows`.
+    Minimum and maximum are exact. Percentiles interpolate linearly between the two nearest ranks, as
+    `numpy.percentile` does. They use every voxel of an int16 volume of up to `EXACT_VOXELS`, and otherwise
+    only the voxels that `sample_rows` returns.
     """
-    ends = [cv2.minMaxLoc(plane)[:2] for plane in voxels_zyx]  # both in one pass
-    minimum, maximum = min(low for low, _ in ends), max(high for _, high in ends)
+    ranges = [cv2.minMaxLoc(plane)[:2] for plane in voxels_zyx]  # finds both in one pass
+    minimum, maximum = min(low for low, _ in ranges), max(high for _, high in ranges)
     sample = sample_rows(voxels_zyx)
-    counts = _counts(sample)
+    counts = _count_values(sample)
     if voxels_zyx.dtype != np.int16:
         ordered = np.sort(sample, axis=None)  # faster than np.partition at six ranks
-        percentiles = _percentiles(ordered.size, lambda rank: float(ordered[rank]))
+        percentiles = _compute_percentiles(ordered.size, lambda rank: float(ordered[rank]))
     else:
-        exact = voxels_zyx.size <= EXACT_VOXELS and sample.size < voxels_zyx.size
-        every = _counts(np.ascontiguousarray(voxels_zyx)) if exact else counts
-        cumulative = np.cumsum(every)
-        percentiles = _percentiles(
+        needs_all = voxels_zyx.size <= EXACT_VOXELS and sample.size < voxels_zyx.size
+        all_counts = _count_values(np.ascontiguousarray(voxels_zyx)) if needs_all else counts
+        cumulative = np.cumsum(all_counts)
+        percentiles = _compute_percentiles(
             int(cumulative[-1]), lambda rank: float(np.searchsorted(cumulative, rank, side="right") + _FIRST)
         )
     p01, p50, p99 = percentiles
@@ -80,171 +94,199 @@ def compute_statistics(voxels_zyx: NDArray[Any]) -> HuStatistics:
 
 
 def sample_rows(voxels_zyx: NDArray[Any]) -> NDArray[Any]:
-    """Return about `SAMPLE_VOXELS` voxels (all, if fewer) as contiguous rows (n, x).
+    """Return rows of voxels (n, x) that represent the volume, as a contiguous array.
 
-    Rows lie at one regular distance through the whole volume, at other places in each slice, so
-    every region counts by its volume.
+    The rows have a constant distance in the order of the volume and together hold at least `SAMPLE_VOXELS`
+    voxels; a smaller volume is returned whole. The position of the rows differs from slice to slice, so each
+    region of the volume is represented in proportion to its size.
     """
     slices, rows, _ = voxels_zyx.shape
     step = max(1, voxels_zyx.size // SAMPLE_VOXELS)
     if step > 1 and rows % step == 0:
-        step -= 1  # else each slice would be met at the same rows
+        step -= 1  # with this step the rows would have the same position in all slices
     z, y = np.divmod(np.arange(0, slices * rows, step), rows)
     return np.ascontiguousarray(voxels_zyx[z, y])
 
 
-def find_hu_warnings(found: HuStatistics) -> tuple[str, ...]:
-    """Return `not_hu` and `padding_value` where the histogram speaks for it.
+def find_hu_warnings(statistics: HuStatistics) -> tuple[str, ...]:
+    """Return the warning codes `not_hu` and `padding_value`, if the histogram shows these cases.
 
-    `not_hu`, one of
-      - range: a minimum of 0 or more, a range of at most 256 (8 bit, normalised), a maximum above
-        32,767 (negative values read as unsigned);
-      - hardly anything below fat, air or not: stored values, MR, PET;
-      - bone throughout: soft tissue without its intercept, or with its sign turned;
-      - air where it lies with its intercept applied twice, or much below air and no soft tissue;
-      - a heap at the very end of the values, with a tail that it cuts off: clipped to a window.
-    `padding_value`: the minimum lies below air and at least 0.1 % of voxels have exactly that
-    value, as outside the circle of reconstruction (-2000, -3024), unlike interpolation overshoot.
+    `not_hu` means that the values cannot be HU, for one of these reasons:
+      - Impossible range: the minimum is 0 or more, the range is at most 256 (8-bit or normalized values), or
+        the maximum is above 32,767 (negative values that were read as unsigned).
+      - Almost no value lies below fat, not even air: stored values without rescale, MR or PET.
+      - Most of the content has the density of bone: soft tissue without its intercept, or with its sign
+        inverted.
+      - Air has the value that it gets if the intercept is applied twice, or much lies below air and there is
+        almost no soft tissue.
+      - The minimum or the maximum has a spike that cuts off a tail: the values were clipped to a window.
+    `padding_value` means that the minimum lies below air and that at least 0.1 % of the voxels have exactly
+    this value, as outside of the circle of reconstruction (-2000, -3024). The overshoot of interpolation is
+    not as frequent.
 
-    The judgement leaves out values that software has set (padding, masks, clamped air): heaps of
-    one value.
+    Spikes of the histogram are ignored in these decisions where possible, because software has set their
+    values (padding, masks, clamped air).
     """
-    histogram = _Histogram(found)
+    histogram = _Histogram(statistics)
     codes = []
-    if any(check(histogram) for check in _CHECKS):
+    if any(check(histogram) for check in _NOT_HU_CHECKS):
         codes.append(WarningCode.NOT_HU.value)
-    if found.minimum < AIR_HU[0] and histogram.share_at(found.minimum) >= 1e-3:
+    if statistics.minimum < AIR_HU[0] and histogram.get_fraction_at(statistics.minimum) >= 1e-3:
         codes.append(WarningCode.PADDING_VALUE.value)
     return tuple(codes)
 
 
 class _Histogram:
-    """Shares of voxels by value, with and without the heaps of one value."""
+    """Fractions of voxels by value, with and without spikes.
 
-    def __init__(self, found: HuStatistics) -> None:
-        self.found = found
-        self.total = max(int(found.counts.sum()), 1)
-        self._all = found.counts / self.total
-        self._heaps = _heaps(found.counts)
-        content = np.where(self._heaps, 0, found.counts)
-        # A volume of a few values, such as a phantom without noise, has no content to judge.
+    A spike is a single value that is much more frequent than its neighbors. The content of a volume is the
+    histogram without spikes.
+
+    Attributes:
+        minimum: Minimum of the volume.
+        maximum: Maximum of the volume.
+        total: Number of voxels that were counted, at least 1.
+        has_content: Whether more than 1 % of the voxels are content. A volume of a few values, such as a
+            phantom without noise, has no content that could be judged.
+    """
+
+    def __init__(self, statistics: HuStatistics) -> None:
+        self.minimum, self.maximum = statistics.minimum, statistics.maximum
+        self.total = max(int(statistics.counts.sum()), 1)
+        self._all = statistics.counts / self.total
+        self._is_spike = _find_spikes(statistics.counts)
+        content = np.where(self._is_spike, 0, statistics.counts)
         self.has_content = bool(content.sum() > 0.01 * self.total)
         self._content = content / max(int(content.sum()), 1)
 
-    def share_at(self, value: float) -> float:
-        """Return the share of voxels that round to `value`."""
-        return float(self._all[_bin(value)])
+    def get_fraction_at(self, value: float) -> float:
+        """Return the fraction of all voxels that round to `value`."""
+        return float(self._all[_get_bin(value)])
 
-    def share(self, low: float, high: float) -> float:
-        """Return which share of the content lies in [low, high]; heaps of one value do not count."""
-        return float(self._content[_bin(low) : _bin(high) + 1].sum())
+    def sum_content(self, low: float, high: float) -> float:
+        """Return the fraction of the content that lies in [low, high]."""
+        return float(self._content[_get_bin(low) : _get_bin(high) + 1].sum())
 
-    def heaped(self, low: float, high: float) -> float:
-        """Return which share of all voxels is in heaps of one value within [low, high]."""
-        within = slice(_bin(low), _bin(high) + 1)
-        return float(self._all[within][self._heaps[within]].sum())
+    def sum_spikes(self, low: float, high: float) -> float:
+        """Return the fraction of all voxels that belong to spikes in [low, high]."""
+        within = slice(_get_bin(low), _get_bin(high) + 1)
+        return float(self._all[within][self._is_spike[within]].sum())
 
-    def beside(self, low: float, high: float) -> float:
-        """Return which share of all voxels lies in [low, high], heaps left out."""
-        within = slice(_bin(low), _bin(high) + 1)
-        return float(self._all[within][~self._heaps[within]].sum())
+    def sum_without_spikes(self, low: float, high: float) -> float:
+        """Return the fraction of all voxels that lie in [low, high] and belong to no spike."""
+        within = slice(_get_bin(low), _get_bin(high) + 1)
+        return float(self._all[within][~self._is_spike[within]].sum())
 
 
-def _heaps(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """Tell values that more than 2 % of voxels have, and twenty times as many as have their neighbours."""
-    heaps = np.zeros(counts.shape, np.bool_)
+def _find_spikes(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Return a mask of the spikes of a histogram.
+
+    A spike holds more than 2 % of all voxels and more than 20 times the mean of its neighbors.
+    """
+    is_spike = np.zeros(counts.shape, np.bool_)
     for value in np.flatnonzero(counts > 0.02 * counts.sum()):
-        around = counts[max(value - _SPIKE_NEIGHBOURS, 0) : value + _SPIKE_NEIGHBOURS + 1]
-        others = (around.sum() - counts[value]) / (len(around) - 1)
-        heaps[value] = counts[value] > 20 * others
-    return heaps
+        around = counts[max(value - _SPIKE_NEIGHBORS, 0) : value + _SPIKE_NEIGHBORS + 1]
+        mean_of_neighbors = (around.sum() - counts[value]) / (len(around) - 1)
+        is_spike[value] = counts[value] > 20 * mean_of_neighbors
+    return is_spike
 
 
-def _bin(value: float) -> int:
+def _get_bin(value: float) -> int:
+    """Return the index of the histogram bin that counts `value`."""
     return round(min(max(value, _FIRST), _LAST)) - _FIRST
 
 
 def _has_impossible_range(histogram: _Histogram) -> bool:
-    found = histogram.found
-    narrow = found.maximum - found.minimum <= 256 and not _is_soft_tissue_alone(histogram)
-    return found.minimum >= 0 or narrow or found.maximum > _LAST
+    minimum, maximum = histogram.minimum, histogram.maximum
+    narrow = maximum - minimum <= 256 and not _is_soft_tissue_only(histogram)
+    return minimum >= 0 or narrow or maximum > _LAST
 
 
 def _lacks_fat_and_air(histogram: _Histogram) -> bool:
-    below = histogram.share(_FIRST, BELOW_FAT_HU)
-    lacks = histogram.has_content and below < 0.01 and histogram.heaped(*AIR_HU) < 0.01
-    return lacks and not _is_soft_tissue_alone(histogram)
+    below_fat = histogram.sum_content(_FIRST, BELOW_FAT_HU)
+    lacks = histogram.has_content and below_fat < 0.01 and histogram.sum_spikes(*AIR_HU) < 0.01
+    return lacks and not _is_soft_tissue_only(histogram)
 
 
-def _is_soft_tissue_alone(histogram: _Histogram) -> bool:
-    """Tell a box inside a brain or a liver: one peak above water, where MR and PET have theirs at 0."""
-    low, high = histogram.found.minimum, histogram.found.maximum
-    plausible = high - low > 64 and high < 3100 and histogram.share(700, 1400) < 0.15
-    return plausible and histogram.share(20, 100) > 0.5
+def _is_soft_tissue_only(histogram: _Histogram) -> bool:
+    """Return whether the volume may be a box inside a brain or a liver.
+
+    Such a box has one peak above water. MR and PET have their peak at 0.
+    """
+    low, high = histogram.minimum, histogram.maximum
+    plausible = high - low > 64 and high < 3100 and histogram.sum_content(700, 1400) < 0.15
+    return plausible and histogram.sum_content(20, 100) > 0.5
 
 
-def _is_dense_throughout(histogram: _Histogram) -> bool:
-    dense, fat = histogram.share(700, 1400), histogram.share(-200, BELOW_FAT_HU)
+def _is_mostly_dense(histogram: _Histogram) -> bool:
+    """Return whether so much has the density of bone that soft tissue must lack its intercept."""
+    dense, fat = histogram.sum_content(700, 1400), histogram.sum_content(-200, BELOW_FAT_HU)
     return dense > 0.4 or (dense > 0.25 and fat < 0.02)
 
 
-def _intercept_counts_twice(histogram: _Histogram) -> bool:
-    if histogram.share(*TISSUE_HU) > 0.1:
+def _has_intercept_applied_twice(histogram: _Histogram) -> bool:
+    tissue = histogram.sum_content(*TISSUE_HU)
+    if tissue > 0.1:
         return False
-    below_air, few = histogram.share(-2100, -1060) > 0.05, histogram.share(*TISSUE_HU) < 0.03
-    noisy_air, clamped_air = histogram.share(-2100, -1900) > 0.01, histogram.heaped(-2100, -1900) > 0.01
-    return noisy_air or (below_air and (few or clamped_air))
+    below_air = histogram.sum_content(-2100, -1060) > 0.05
+    noisy_air = histogram.sum_content(-2100, -1900) > 0.01
+    clamped_air = histogram.sum_spikes(-2100, -1900) > 0.01
+    return noisy_air or (below_air and (tissue < 0.03 or clamped_air))
 
 
-def _is_cut_off(histogram: _Histogram) -> bool:
-    low, high = histogram.found.minimum, histogram.found.maximum
+def _is_clipped_to_window(histogram: _Histogram) -> bool:
+    low, high = histogram.minimum, histogram.maximum
     reach = max((high - low) / 10, 2)
-    above = high < HIGHEST_WINDOW_HU and _ends_in_a_heap(histogram, high, high - reach, high - 1)
-    return above or (low > AIR_HU[1] and _ends_in_a_heap(histogram, low, low + 1, low + reach))
+    clipped_above = high < HIGHEST_WINDOW_HU and _ends_in_spike(histogram, high, (high - reach, high - 1))
+    return clipped_above or (low > AIR_HU[1] and _ends_in_spike(histogram, low, (low + 1, low + reach)))
 
 
-def _ends_in_a_heap(histogram: _Histogram, end: float, tail_from: float, tail_to: float) -> bool:
-    """Tell an end that holds more voxels than a tail that thins out could; the tail must be there."""
-    at_end, tail = histogram.share_at(end), histogram.beside(tail_from, tail_to)
+def _ends_in_spike(histogram: _Histogram, end: float, tail: tuple[float, float]) -> bool:
+    """Return whether far more voxels have the value `end` than the values of the tail next to it predict.
+
+    An empty tail means that the values are not clipped there.
+    """
+    at_end, in_tail = histogram.get_fraction_at(end), histogram.sum_without_spikes(*tail)
     return (
         at_end > max(5e-5, 10 / histogram.total)
-        and tail > 1e-5
-        and at_end > 10 * tail / max(tail_to - tail_from, 1)
+        and in_tail > 1e-5
+        and at_end > 10 * in_tail / max(tail[1] - tail[0], 1)
     )
 
 
-_CHECKS = (
+_NOT_HU_CHECKS = (
     _has_impossible_range,
     _lacks_fat_and_air,
-    _is_dense_throughout,
-    _intercept_counts_twice,
-    _is_cut_off,
+    _is_mostly_dense,
+    _has_intercept_applied_twice,
+    _is_clipped_to_window,
 )
 
 
-def _counts(rows: NDArray[Any]) -> NDArray[np.int64]:
-    """Return how many values round to each whole number of int16."""
+def _count_values(rows: NDArray[Any]) -> NDArray[np.int64]:
+    """Return the number of values that round to each whole number from -32768 to 32767."""
     if rows.dtype != np.int16:
         rows = np.clip(np.rint(rows), _FIRST, _LAST).astype(np.int16)
     counts = np.zeros(_LAST - _FIRST + 1, np.int64)
-    for piece in _pieces(rows.reshape(-1)):
-        # calcHist knows uint16 only: -32768 … -1 appear as 32768 … 65535, rolled back to the front.
+    for piece in _split(rows.reshape(-1)):
+        # calcHist supports uint16 but not int16. As uint16, -32768 … -1 are 32768 … 65535; the roll below
+        # moves their counts to the front.
         unsigned = piece.reshape(1, -1).view(np.uint16)  # one long row is faster than many
         counts += cv2.calcHist([unsigned], [0], None, [65536], [0, 65536]).ravel().astype(np.int64)
     return np.roll(counts, -_FIRST)
 
 
-def _pieces(flat: NDArray[Any]) -> Iterator[NDArray[Any]]:
-    """Yield parts whose counts stay exact in float32."""
+def _split(flat: NDArray[Any]) -> Iterator[NDArray[Any]]:
+    """Yield pieces so small that their counts are exact in float32."""
     for start in range(0, len(flat), EXACT_VOXELS):
         yield flat[start : start + EXACT_VOXELS]
 
 
-def _percentiles(count: int, value_at: Callable[[int], float]) -> list[float]:
-    """Return `PERCENTILES` of `count` values, given the value at any rank from 0."""
-    found = []
+def _compute_percentiles(count: int, value_at: Callable[[int], float]) -> list[float]:
+    """Return `PERCENTILES` of `count` values; `value_at` returns the value at a rank from 0."""
+    values = []
     for q in PERCENTILES:
         rank = q / 100 * (count - 1)
         low, high = value_at(int(rank)), value_at(min(int(rank) + 1, count - 1))
-        found.append(low + (high - low) * (rank - int(rank)))
-    return found
+        values.append(low + (high - low) * (rank - int(rank)))
+    return values

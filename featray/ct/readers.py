@@ -1,8 +1,8 @@
-"""The readers of all formats, imported together.
+"""Import the readers of all CT formats together.
 
-Their libraries take 0.4 s to import, so only processes that read scans import this module. The modules that
-`read_series` needs for some files only are imported here as well: a library that cannot be imported then
-shows before a scan is read, and no scan is blamed for it.
+The libraries of the readers take 0.4 s to import, so only processes that read scans import this module. It
+also imports the modules that `read_series` needs for some files only. A library that cannot be imported then
+fails before the first scan is read, and the failure is not attributed to a scan.
 """
 
 from featray.ct.dicom import decompress, multiframe, tags

@@ -1,6 +1,6 @@
-"""Stored numbers, slope and intercept in; Hounsfield units out, once, in the smallest right dtype.
+"""Apply rescale slope and intercept to stored values, once, in the smallest suitable dtype.
 
-Shared by all readers, so that a slope cannot be applied twice or rounded differently.
+All readers use these functions, so that no reader applies a slope twice or rounds differently.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 VOLUME_DTYPES = (np.dtype(np.int16), np.dtype(np.int32), np.dtype(np.float32))
-"""The dtypes a volume may have, narrow to wide."""
+"""The dtypes that a volume can have, from narrow to wide."""
 
 
 def find_extremes(stored: NDArray[Any]) -> tuple[float, float]:
-    """Return minimum and maximum as Python numbers; NaN, if there is one, is both."""
+    """Return the minimum and the maximum as Python numbers; both are NaN if the array holds a NaN."""
     with np.errstate(invalid="ignore"):
         return stored.min().item(), stored.max().item()
 
@@ -23,10 +23,18 @@ def find_extremes(stored: NDArray[Any]) -> tuple[float, float]:
 def choose_dtype(
     stored: np.dtype[Any], low: float, high: float, slope: float, intercept: float
 ) -> np.dtype[Any]:
-    """Return the narrowest of `VOLUME_DTYPES` for values between `low` and `high` after scaling.
+    """Return the narrowest of `VOLUME_DTYPES` that holds `value * slope + intercept` of all stored values.
 
-    An integer type needs whole numbers throughout. Slope and intercept must fit it too: then
-    wrap-around in between is harmless, because the result fits.
+    An integer dtype is returned only if the stored values, the slope and the intercept are whole numbers and
+    the slope and the intercept fit the dtype as well. Intermediate results may then wrap around without harm,
+    because the final result fits.
+
+    Args:
+        stored: The dtype of the stored values.
+        low: The smallest stored value.
+        high: The largest stored value.
+        slope: Rescale slope.
+        intercept: Rescale intercept.
     """
     numbers = (low * slope + intercept, high * slope + intercept, slope, intercept)
     whole = stored.kind in "iu" and all(float(number).is_integer() for number in numbers)
@@ -44,9 +52,10 @@ def rescale(
     dtype: np.dtype[Any],
     out: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Return `stored * slope + intercept` as `dtype`, computed in it; the input where nothing changes.
+    """Return `stored * slope + intercept`, computed in `dtype`.
 
-    `out`, if given, receives the result (same shape, `dtype`).
+    The result is `stored` itself if it already has `dtype`, slope and intercept change nothing, and there is
+    no `out`. If given, `out` must have the shape of `stored` and `dtype`; the result is written into it.
     """
     factor, offset = dtype.type(slope), dtype.type(intercept)
     if out is None and stored.dtype == dtype and (slope, intercept) == (1, 0):

@@ -1,4 +1,4 @@
-"""One CT volume in memory: HU voxels and where they lie in the patient."""
+"""Define `Volume`: the voxels of one CT scan in memory, and their position in the patient."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from featray.ct import geometry
 
 @dataclass(frozen=True)
 class Volume:
-    """Voxels and geometry of one scan, as read, before any preprocessing.
+    """Voxels and geometry of one scan, as a reader returns them, before any preprocessing.
 
     Attributes:
-        voxels_zyx: Values with slope and intercept already applied, once; axes (z, y, x).
-            Integer when the scaled values are whole numbers, else float32. May be read-only
-            and may be a strided view.
-        affine_lps: 4x4; maps a voxel index (x, y, z, 1) to millimetres in LPS.
-        slope: Rescale slope that was applied (1 when the file has none).
-        intercept: Rescale intercept that was applied (0 when the file has none).
-        warnings: Codes of `WarningCode` or `Reason` for what was odd but accepted.
-        tags: Header values asked for by name (`privacy.dicom_tags`), never filled otherwise.
-        slice_origins_lps: (n, 3) LPS mm of the first voxel of each slice, where slices lie shifted
-            sideways or unevenly and the caller allowed it; else None. Then `affine_lps` is that of the
-            upright, even grid to come and does not place the voxels: `regrid.resample_upright` must follow
-            before anything else looks at the geometry.
+        voxels_zyx: Values with axes (z, y, x), after slope and intercept. The dtype is an integer type if all
+            values are whole numbers, otherwise float32. The array may be read-only and may be a strided view.
+        affine_lps: 4x4 matrix that maps a voxel index (x, y, z, 1) to a position in LPS mm.
+        slope: Rescale slope that was applied (1 if the file has none).
+        intercept: Rescale intercept that was applied (0 if the file has none).
+        warnings: Codes of `WarningCode` or `Reason` for unusual properties of the file that were accepted.
+        tags: Header values by name: those that `privacy.dicom_tags` lists, and no others.
+        slice_origins_lps: None, or the positions (n, 3) in LPS mm of the first voxel of each slice, if the
+            slices are shifted sideways or unevenly spaced and the caller allowed that. `affine_lps` is then
+            the affine of the upright grid that the slices will be resampled to, and does not yet place the
+            voxels: call `regrid.resample_upright` before the geometry is used.
     """
 
     voxels_zyx: NDArray[np.generic]
@@ -39,10 +38,10 @@ class Volume:
 
     @property
     def spacing_zyx(self) -> tuple[float, float, float]:
-        """Millimetres between voxel centres along z, y and x."""
+        """Distance in mm between voxel centers along z, y and x."""
         return geometry.compute_spacing_zyx(self.affine_lps)
 
     @property
     def orientation(self) -> str:
-        """Three letters: the patient direction in which x, y and z grow, e.g. `LPS`."""
+        """Three letters: the patient directions in which x, y and z grow, for example `LPS`."""
         return geometry.compute_orientation(self.affine_lps)

@@ -65,12 +65,18 @@ def compute_indices_xyz(affine_lps: Affine, points_lps: NDArray[np.float64]) -> 
     return np.asarray(np.round(np.linalg.solve(affine_lps[:3, :3], offsets_mm.T).T, 6))
 
 
+def compute_directions(affine: Affine) -> NDArray[np.float64]:
+    """Return the directions (3, 3) of the voxel axes x, y and z as unit vectors, one per column."""
+    columns = affine[:3, :3]
+    return np.asarray(columns / np.linalg.norm(columns, axis=0), dtype=np.float64)
+
+
 def compute_orientation(affine_lps: Affine) -> str:
     """Return three letters: the patient directions in which x, y and z grow, for example `LPS`.
 
     An oblique axis gets the letter of its nearest patient axis.
     """
-    directions = _normalize_columns(affine_lps)
+    directions = compute_directions(affine_lps)
     return "".join(
         POSITIVE[axis] if directions[axis, column] > 0 else NEGATIVE[axis]
         for column, axis in enumerate(_find_nearest_axes(directions))
@@ -79,14 +85,14 @@ def compute_orientation(affine_lps: Affine) -> str:
 
 def is_oblique(affine_lps: Affine, degrees: float = OBLIQUE_DEGREES) -> bool:
     """Return whether a voxel axis is more than `degrees` away from its nearest patient axis."""
-    directions = _normalize_columns(affine_lps)
+    directions = compute_directions(affine_lps)
     cosines = [abs(directions[axis, column]) for column, axis in enumerate(_find_nearest_axes(directions))]
     return bool(min(cosines) < np.cos(np.radians(degrees)))
 
 
 def is_sheared(affine_lps: Affine, degrees: float = SHEAR_DEGREES) -> bool:
     """Return whether the angle between two voxel axes is more than `degrees` away from a right angle."""
-    directions = _normalize_columns(affine_lps)
+    directions = compute_directions(affine_lps)
     cosines = directions.T @ directions - np.eye(3)
     return bool(np.abs(cosines).max() > np.sin(np.radians(degrees)))
 
@@ -105,7 +111,7 @@ def find_affine_problem(affine_lps: Affine) -> str | None:
         return f"spacing (z, y, x) is {text} mm, expected {MIN_SPACING_MM:g} to {MAX_SPACING_MM:g}"
     if np.abs(affine_lps[:3, 3]).max() > MAX_ORIGIN_MM:
         return f"the first voxel lies more than {MAX_ORIGIN_MM:g} mm away from the origin"
-    if abs(np.linalg.det(_normalize_columns(affine_lps))) < 1e-3:
+    if abs(np.linalg.det(compute_directions(affine_lps))) < 1e-3:
         return "the affine is singular: two voxel axes point the same way"
     return None
 
@@ -120,13 +126,7 @@ def find_geometry_warnings(affine_lps: Affine) -> tuple[str, ...]:
     return tuple(code.value for code, holds in conditions.items() if holds)
 
 
-def _normalize_columns(affine_lps: Affine) -> Affine:
-    """Return the unit vectors (3, 3) of the voxel axes x, y and z, one per column."""
-    columns = affine_lps[:3, :3]
-    return np.asarray(columns / np.linalg.norm(columns, axis=0), dtype=np.float64)
-
-
-def _find_nearest_axes(directions: Affine) -> tuple[int, ...]:
+def _find_nearest_axes(directions: NDArray[np.float64]) -> tuple[int, ...]:
     """Return the patient axis of each voxel axis: the assignment with the largest sum of |cosines|.
 
     All three axes are assigned together, so each patient axis is used once, even at 45 degrees.

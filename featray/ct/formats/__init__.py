@@ -1,1 +1,4 @@
-"""Readers of single-file formats: NIfTI, NRRD, MetaImage, NumPy arrays, and zip archives that hold them."""
+"""Read single-file formats (NIfTI, NRRD, MetaImage, NumPy arrays), and zip archives that contain scans.
+
+Readers take the bytes of a file and return a checked `Volume` or array. They must not know paths or storage.
+"""

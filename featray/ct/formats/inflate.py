@@ -1,8 +1,9 @@
-"""Deflate streams in, never more bytes out than the caller allows; knows neither NIfTI nor DICOM.
+"""Inflate gzip, zlib and raw deflate streams, and never return more bytes than the caller allows.
 
-libdeflate is the fastest inflater on offer but sees one gzip member, wants the exact size and does
-not say why it failed. So it is tried first, and whatever it cannot vouch for goes the careful way,
-through zlib in bounded pieces, which also finds the reason.
+libdeflate is the fastest library, but it reads only one gzip member, needs the exact inflated size in advance
+and does not report why it failed. It is therefore tried first. If it does not return exactly the expected
+bytes, zlib inflates the data again in bounded pieces and finds the reason. This module must not know any
+image format.
 """
 
 from __future__ import annotations
@@ -17,97 +18,117 @@ from featray.errors import Reason, ScanError
 GZIP_MAGIC = b"\x1f\x8b"
 
 MAX_RATIO = 1032
-"""Deflate cannot expand further (258 bytes from 2 bits), so a smaller file cannot hold the claim."""
+"""Largest ratio of inflated to compressed size: deflate encodes at most 258 bytes in 2 bits.
 
-_FIRST_PIECE, _PIECE = 2**10, 2**18
-"""Small at first, for what lies behind the end of a short member is copied with it."""
+A header that claims more bytes than that is wrong, or the file is cut off.
+"""
+
+_FIRST_PIECE, _MAX_PIECE = 2**10, 2**18
+"""Bytes passed to zlib in the first step and, later, at most in one step.
+
+The first step is small because zlib copies all bytes that follow the end of a member.
+"""
 
 _LIBDEFLATE_LIMIT = 2**32
-"""`deflate` takes the size as a C unsigned int and wraps silently."""
+"""Sizes from here on are not supported: the `deflate` package passes the size as a C unsigned int."""
 
 Buffer = bytes | memoryview
 
 
 def inflate_gzip_head(data: bytes, count: int) -> bytes:
-    """Return the first `count` inflated bytes, or fewer if the stream ends or is cut before.
+    """Return the first `count` inflated bytes of a gzip file, or fewer if the stream ends or is cut earlier.
 
     Raises:
-        ScanError: `unreadable` if this is not a deflate stream.
+        ScanError: `unreadable`, if `data` is not a deflate stream.
     """
     return bytes(_inflate_members(data, count)[0])
 
 
 def inflate_gzip(data: Buffer, expected: int, most: int) -> bytearray:
-    """Return the inflated bytes of all gzip members: at least `expected`, at most `most`.
+    """Return the inflated bytes of all members of a gzip file.
 
-    Checksums are always verified. Bytes after the last member that are not gzip are ignored, as
-    gzip itself does: what was asked for is there and verified.
+    All checksums are verified. Bytes after the last member that are not gzip are ignored, as in the gzip
+    program.
+
+    Args:
+        data: The whole gzip file.
+        expected: Smallest accepted number of inflated bytes.
+        most: Largest accepted number of inflated bytes.
 
     Raises:
-        ScanError: `truncated` if the stream is cut or holds less than `expected`; `unreadable` if
-            it is damaged, its checksum is wrong, or it holds more than `most`.
+        ScanError: `truncated`, if the stream is cut or holds fewer than `expected` bytes; `unreadable`, if it
+            is damaged, a checksum is wrong, or it holds more than `most` bytes.
     """
-    _check_claim(data, expected)
-    whole = _at_once(deflate.gzip_decompress, data, expected)
+    _check_expected_size(data, expected)
+    whole = _try_libdeflate(deflate.gzip_decompress, data, expected)
     if whole is not None and int.from_bytes(data[-4:], "little") == expected:
-        return whole  # the one member's size field ends the data: nothing comes behind it
-    return _fitting(*_inflate_members(data, most + 1), expected, most)
+        return whole  # the data end with the size field of the first member, so no member follows
+    inflated, is_complete = _inflate_members(data, most + 1)
+    _check_size(inflated, expected, most, is_complete=is_complete)
+    return inflated
 
 
 def inflate_zlib(data: Buffer, expected: int, most: int) -> bytearray:
-    """Return the inflated bytes of one zlib stream, otherwise as `inflate_gzip`."""
-    _check_claim(data, expected)
-    whole = _at_once(deflate.zlib_decompress, data, expected)
+    """Return the inflated bytes of one zlib stream; arguments and errors are those of `inflate_gzip`."""
+    _check_expected_size(data, expected)
+    whole = _try_libdeflate(deflate.zlib_decompress, data, expected)
     if whole is not None:
         return whole
     inflated = bytearray()
     used = _append_stream(memoryview(data), inflated, most + 1, zlib.MAX_WBITS)
-    return _fitting(inflated, used is not None, expected, most)
+    _check_size(inflated, expected, most, is_complete=used is not None)
+    return inflated
 
 
 def inflate_raw(data: bytes, start: int, most: int) -> bytes:
-    """Return at most `most` bytes inflated from a raw deflate stream at `start`, cut or not.
+    """Return at most `most` bytes, inflated from the raw deflate stream that begins at byte `start`.
+
+    A stream that is cut off is not an error.
 
     Raises:
-        ScanError: `unreadable` if this is not a deflate stream.
+        ScanError: `unreadable`, if the data are not a deflate stream.
     """
-    return _pieces(zlib.decompressobj(wbits=-15), data[start:], most)
+    return _inflate_piece(zlib.decompressobj(wbits=-15), data[start:], most)
 
 
-def _check_claim(data: Buffer, expected: int) -> None:
+def _check_expected_size(data: Buffer, expected: int) -> None:
     if expected > MAX_RATIO * len(data):
         raise ScanError(
             Reason.TRUNCATED,
-            f"the header claims {expected} bytes, {len(data)} compressed bytes cannot hold them",
+            f"the header claims {expected} bytes, but {len(data)} compressed bytes cannot hold them; "
+            "copy the file again",
         )
 
 
-def _at_once(inflate: Callable[[Buffer, int], bytearray], data: Buffer, expected: int) -> bytearray | None:
+def _try_libdeflate(
+    inflate: Callable[[Buffer, int], bytearray], data: Buffer, expected: int
+) -> bytearray | None:
+    """Return the inflated bytes if there are exactly `expected`; None if libdeflate cannot tell or fails."""
     if not 0 < expected < _LIBDEFLATE_LIMIT:
         return None
     try:
         inflated = inflate(data, expected)
     except deflate.DeflateError:
-        return None  # cut, damaged, larger, or several members: the careful way tells
+        return None  # cut, damaged, larger than expected, or several members: zlib finds the reason
     return inflated if len(inflated) == expected else None
 
 
-def _fitting(inflated: bytearray, ended: bool, expected: int, most: int) -> bytearray:
+def _check_size(inflated: bytearray, expected: int, most: int, *, is_complete: bool) -> None:
+    """Raise a ScanError unless the stream is complete and holds `expected` to `most` bytes."""
     if len(inflated) > most:
         raise ScanError(
             Reason.UNREADABLE,
             f"the compressed data hold more than the {expected} bytes that the header accounts for",
         )
-    if not ended or len(inflated) < expected:
+    if not is_complete or len(inflated) < expected:
         raise ScanError(
             Reason.TRUNCATED,
             f"expected {expected} inflated bytes, got {len(inflated)}; copy the file again",
         )
-    return inflated
 
 
 def _inflate_members(data: Buffer, most: int) -> tuple[bytearray, bool]:
-    """Return at most `most` bytes of all gzip members, and whether every member came to its end."""
+    """Return at most `most` inflated bytes of all gzip members, and whether every member is complete."""
     inflated = bytearray()
     rest = memoryview(data)
     while bytes(rest[:2]) == GZIP_MAGIC:
@@ -119,10 +140,14 @@ def _inflate_members(data: Buffer, most: int) -> tuple[bytearray, bool]:
 
 
 def _append_stream(data: memoryview, inflated: bytearray, most: int, wbits: int) -> int | None:
-    """Inflate one stream onto `inflated`; return the bytes of `data` it took, None if it did not end."""
+    """Inflate one stream and append it to `inflated`, which grows to at most `most` bytes.
+
+    Return the number of bytes of `data` that belong to the stream, or None if its end was not reached.
+    `wbits` selects gzip or zlib as in `zlib.decompressobj`.
+    """
     inflater = zlib.decompressobj(wbits)
-    for start, piece in _growing_pieces(data):
-        inflated += _pieces(inflater, piece, most - len(inflated))
+    for start, piece in _split(data):
+        inflated += _inflate_piece(inflater, piece, most - len(inflated))
         if inflater.eof:
             return start + len(piece) - len(inflater.unused_data)
         if len(inflated) >= most:
@@ -130,15 +155,16 @@ def _append_stream(data: memoryview, inflated: bytearray, most: int, wbits: int)
     return None
 
 
-def _growing_pieces(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+def _split(data: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Yield the position and the bytes of pieces whose size doubles up to `_MAX_PIECE`."""
     start, size = 0, _FIRST_PIECE
     while start < len(data):
         yield start, data[start : start + size]
-        start, size = start + size, min(2 * size, _PIECE)
+        start, size = start + size, min(2 * size, _MAX_PIECE)
 
 
-def _pieces(inflater: zlib._Decompress, data: bytes | memoryview, most: int) -> bytes:
-    """Return what `data` inflates to, at most `most` bytes (0 or fewer: nothing)."""
+def _inflate_piece(inflater: zlib._Decompress, data: bytes | memoryview, most: int) -> bytes:
+    """Return the inflated bytes of `data`, at most `most`; no bytes if `most` is 0 or negative."""
     if most <= 0:
         return b""
     try:

@@ -1,23 +1,25 @@
-"""The bytes of one NIfTI file or .hdr/.img pair in, a checked Volume out; knows no paths and no storage.
+"""Read the bytes of one NIfTI file, or of a .hdr/.img pair, and return a checked `Volume`.
 
-Order of work: header, sizes, geometry, and only then memory for voxels. Nothing in the header is
-believed before it is compared with the limit and with the bytes at hand. Decisions:
+Header, sizes and geometry are checked before memory is allocated for voxels: every size that the header
+claims is compared with the limit and with the number of bytes in the file. Conventions:
 
-- Compression is recognised by content, not by name. ANALYZE headers, without NIfTI's magic, are
-  refused (`unsupported`): nothing in them says which side is left.
-- Of a file with several volumes the caller chooses one, or it is refused (`not_a_volume`). Further
-  axes (vectors, matrices) are always refused.
-- Geometry is the sform's if its code is above 0, else the qform's (as nibabel). With neither code,
-  NIfTI-1's "method 1": axes along RAS+, spacing from pixdim, and the warning `orientation_unknown`,
-  since nothing in the file says which side is left.
-- `sform_qform_differ`: two affines that disagree, or one code whose affine is unusable, or an sform
-  whose spacing is not that of pixdim.
-- Spatial units of meters or micrometres are converted to mm; unset counts as mm.
-- scl_slope of 0, NaN or infinity means no scaling at all; its scl_inter is then ignored too (as
-  nibabel; SimpleITK adds it).
-- A volume of one value holds no image: `not_a_volume`.
-- Content longer than the header accounts for is ignored as padding below the size of one slice;
-  from there on header and data contradict each other: `unreadable`.
+- Compression is detected from the content, not from the file name. ANALYZE headers, which lack the NIfTI
+  magic, are `unsupported`, because they do not state which side is left.
+- If a file holds several volumes, the caller chooses one; without a choice the file is `not_a_volume`. Files
+  with further axes (vectors, matrices) are always `not_a_volume`.
+- The affine is the sform if its code is above 0, else the qform, as in nibabel. If both codes are 0,
+  "method 1" of NIfTI-1 applies: axes along RAS+, spacing from pixdim. This causes the warning
+  `orientation_unknown`, because the file does not state which side is left.
+- The warning `sform_qform_differ` means that sform and qform disagree, that one has a code but an unusable
+  affine, or that the spacing of the sform differs from pixdim.
+- Spatial units of meters or micrometers are converted to mm; unknown units count as mm.
+- A scl_slope of 0, NaN or infinity means that values are not scaled. scl_inter is then ignored as well, as in
+  nibabel; SimpleITK would add it.
+- A volume whose voxels all have the same value is `not_a_volume`.
+- Content after the last voxel is ignored as padding if it is smaller than one slice. Otherwise header and
+  data contradict each other, and the file is `unreadable`.
+
+This module must not know paths or storage.
 """
 
 from __future__ import annotations
@@ -36,41 +38,43 @@ from featray.ct.formats.voxel_data import (
     Layout,
     check_geometry,
     check_layout,
+    check_length,
     decode_voxels,
-    plain,
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError, WarningCode
 
 MAX_EXTENSION_BYTES = 2**26
-"""Header extensions before the voxels; real ones are a few kB."""
+"""Largest accepted size of the header extensions before the voxels; real ones have a few kB."""
 
 DIFFERENT_MM, DIFFERENT_DEGREES = 0.1, 0.1
-"""sform and qform further apart than this, at any corner, earn `sform_qform_differ`."""
+"""Difference between sform and qform, at a corner or of an axis, that causes `sform_qform_differ`."""
 
-_HEADERS = {348: (nib.Nifti1Header, b"n+1", b"ni1"), 540: (nib.Nifti2Header, b"n+2", b"ni2")}
+_HEADER_TYPES = {348: (nib.Nifti1Header, b"n+1", b"ni1"), 540: (nib.Nifti2Header, b"n+2", b"ni2")}
+"""nibabel's header class, the magic of a single file and the magic of a pair, by the size of the header."""
+
 _MM_PER_UNIT = {1: 1e3, 3: 1e-3}
 
 
 def read_nifti(
     data: bytes, *, max_voxels: int, volume_index: int | None = None, keep_shear: bool = False
 ) -> Volume:
-    """Return the volume in a NIfTI-1 or NIfTI-2 file, plain or gzipped.
+    """Return the volume of a NIfTI-1 or NIfTI-2 file, plain or gzipped.
 
-    Voxels have axes (z, y, x) and dtype int16, int32 or float32, native byte order; they share
-    memory with `data` (then read-only) or its inflated copy where nothing had to be changed.
-    Slope and intercept are applied exactly once: in integers if both are whole numbers and the
-    result fits int32, else in float32.
+    Voxels have axes (z, y, x), dtype int16, int32 or float32, and native byte order. If no value had to be
+    changed, they share memory with `data`, or with its inflated copy, and may be read-only. Slope and
+    intercept are applied once: in integer arithmetic if both are whole numbers and the result fits int32,
+    else in float32. The affine is LPS in mm.
 
     Args:
-        data: The whole file.
-        max_voxels: More are refused, all volumes of the file counted.
-        volume_index: Which volume to take, from 0, of a file that holds several (warning
-            `not_a_volume`); None refuses such files. A file with one volume has no choice.
-        keep_shear: Return sheared axes, with their true affine and the warning `gantry_tilt`, instead
-            of refusing them; `voxel_data.convert_to_shifted_slices` prepares such a volume for
-            `regrid.resample_upright`.
+        data: Content of the file.
+        max_voxels: Largest accepted number of voxels in all volumes of the file together.
+        volume_index: Index, from 0, of the volume to read from a file that holds several; the result then has
+            the warning `not_a_volume`. None rejects such files. Ignored if the file holds one volume.
+        keep_shear: Whether a volume with sheared axes is returned, with its true affine and the warning
+            `gantry_tilt`, instead of rejected. `voxel_data.convert_to_shifted_slices` prepares such a volume
+            for `regrid.resample_upright`.
 
     Raises:
         ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume`,
@@ -78,47 +82,55 @@ def read_nifti(
     """
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")
-    header = _header(inflate_gzip_head(data, 540) if data[:2] == GZIP_MAGIC else data[:540])
-    if not _is_single(header):
-        raise ScanError(Reason.UNSUPPORTED, "the header of a pair, its voxels are in an .img file beside it")
-    return _read(header, data, max_voxels, volume_index, keep_shear)
+    header = _parse_header(inflate_gzip_head(data, 540) if data[:2] == GZIP_MAGIC else data[:540])
+    if not _is_single_file(header):
+        raise ScanError(Reason.UNSUPPORTED, "the header of a .hdr/.img pair; its voxels are in the .img file")
+    layout = _parse_layout(header, volume_index)
+    return _read_volume(header, layout, data, max_voxels=max_voxels, keep_shear=keep_shear)
 
 
 def read_nifti_pair(
     header: bytes, image: bytes, *, max_voxels: int, volume_index: int | None = None, keep_shear: bool = False
 ) -> Volume:
-    """Return the volume of a .hdr and an .img file, each plain or gzipped; otherwise as `read_nifti`."""
+    """Return the volume of a .hdr file and an .img file, each plain or gzipped.
+
+    `header` and `image` are the contents of the two files. All else is as in `read_nifti`.
+    """
     for name, data in ((".hdr", header), (".img", image)):
         if not data:
             raise ScanError(Reason.EMPTY, f"the {name} file has no bytes")
     if header[:2] == GZIP_MAGIC:
-        header = bytes(inflate_gzip(header, min(_HEADERS), MAX_EXTENSION_BYTES))
-    parsed = _header(header[:540])
-    if _is_single(parsed):
+        header = bytes(inflate_gzip(header, min(_HEADER_TYPES), MAX_EXTENSION_BYTES))
+    parsed = _parse_header(header[:540])
+    if _is_single_file(parsed):
         raise ScanError(
             Reason.UNREADABLE, "the .hdr file says that it holds the voxels itself; rename it to .nii"
         )
-    return _read(parsed, image, max_voxels, volume_index, keep_shear)
+    layout = _parse_layout(parsed, volume_index)
+    return _read_volume(parsed, layout, image, max_voxels=max_voxels, keep_shear=keep_shear)
 
 
-def _read(header: Any, data: bytes, max_voxels: int, volume: int | None, keep_shear: bool) -> Volume:
-    """Return the volume whose voxels are in `data`, behind vox_offset."""
-    layout = check_layout(_layout(header, volume), max_voxels)
-    affine_ras, warnings = _chosen_affine(header, layout.shape_zyx)
+def _read_volume(header: Any, layout: Layout, data: bytes, *, max_voxels: int, keep_shear: bool) -> Volume:
+    """Return the volume of a parsed header; `data` is the content of the file that holds the voxels."""
+    check_layout(layout, max_voxels)
+    affine_ras, warnings = _choose_affine(header, layout.shape_zyx)
     affine = geometry.convert_ras_to_lps(affine_ras)
     warnings += check_geometry(affine, keep_shear=keep_shear)
-    if layout.volumes > 1:
+    if layout.volume_count > 1:
         warnings += (Reason.NOT_A_VOLUME.value,)
-    slope, intercept = _scaling(header)
-    voxels = decode_voxels(_content(data, layout), layout, slope, intercept)
+    slope, intercept = _parse_scaling(header)
+    voxels = decode_voxels(_inflate(data, layout), layout, slope, intercept)
     return Volume(voxels, affine, slope, intercept, warnings)
 
 
-def _header(head: bytes) -> Any:
-    """Return the nibabel header; its size field tells version and byte order."""
+def _parse_header(head: bytes) -> Any:
+    """Return the first bytes of a file as a nibabel header.
+
+    The version of NIfTI and the byte order follow from the first field, the size of the header.
+    """
     if len(head) < 4:
-        raise ScanError(Reason.TRUNCATED, f"header of {len(head)} bytes, expected {min(_HEADERS)}")
-    for size, (kind, single, pair) in _HEADERS.items():
+        raise ScanError(Reason.TRUNCATED, f"header of {len(head)} bytes, expected {min(_HEADER_TYPES)}")
+    for size, (kind, single, pair) in _HEADER_TYPES.items():
         for endian, name in (("<", "little"), (">", "big")):
             if int.from_bytes(head[:4], name) != size:  # type: ignore[arg-type]
                 continue
@@ -128,30 +140,33 @@ def _header(head: bytes) -> Any:
             if not bytes(header["magic"]).startswith((single, pair)):
                 raise ScanError(
                     Reason.UNSUPPORTED,
-                    "no NIfTI magic (ANALYZE 7.5?), so no orientation; convert it to NIfTI",
+                    "the header has no NIfTI magic (ANALYZE 7.5?), so the orientation is unknown; "
+                    "convert the file to NIfTI",
                 )
             return header
     raise ScanError(
-        Reason.UNREADABLE, "not NIfTI: the first field is neither 348 nor 540, nor gzip around it"
+        Reason.UNREADABLE, "not NIfTI: the first field is neither 348 nor 540, and the file is not gzipped"
     )
 
 
-def _is_single(header: Any) -> bool:
+def _is_single_file(header: Any) -> bool:
+    """Return whether the file with this header holds the voxels, too."""
     return bytes(header["magic"])[1:2] == b"+"
 
 
-def _layout(header: Any, volume: int | None) -> Layout:
-    shape_zyx, volumes = _shape([int(n) for n in header["dim"]])
+def _parse_layout(header: Any, volume_index: int | None) -> Layout:
+    shape_zyx, volume_count = _parse_shape([int(n) for n in header["dim"]])
     offset = float(header["vox_offset"])
-    least = int(header["sizeof_hdr"]) + 4 if _is_single(header) else 0
-    if not least <= offset <= MAX_EXTENSION_BYTES:
+    min_offset = int(header["sizeof_hdr"]) + 4 if _is_single_file(header) else 0
+    if not min_offset <= offset <= MAX_EXTENSION_BYTES:
         raise ScanError(
-            Reason.UNREADABLE, f"vox_offset is {offset:g}, expected {least} to {MAX_EXTENSION_BYTES}"
+            Reason.UNREADABLE, f"vox_offset is {offset:g}, expected {min_offset} to {MAX_EXTENSION_BYTES}"
         )
-    return Layout(_dtype(header), shape_zyx, int(offset), volumes, _choice(volumes, volume))
+    dtype = _parse_dtype(header)
+    return Layout(dtype, shape_zyx, int(offset), volume_count, _choose_volume(volume_count, volume_index))
 
 
-def _dtype(header: Any) -> np.dtype[Any]:
+def _parse_dtype(header: Any) -> np.dtype[Any]:
     code = int(header["datatype"])
     try:
         dtype: np.dtype[Any] = header.get_data_dtype()
@@ -160,8 +175,8 @@ def _dtype(header: Any) -> np.dtype[Any]:
     return dtype
 
 
-def _shape(dim: list[int]) -> tuple[tuple[int, ...], int]:
-    """Return the shape (z, y, x) of a volume, and how many there are."""
+def _parse_shape(dim: list[int]) -> tuple[tuple[int, ...], int]:
+    """Return the shape (z, y, x) of one volume and the number of volumes."""
     axes = dim[0]
     if not 1 <= axes <= 7 or min(dim[1 : axes + 1]) < 1:
         raise ScanError(Reason.UNREADABLE, f"impossible dimensions {dim}")
@@ -173,99 +188,113 @@ def _shape(dim: list[int]) -> tuple[tuple[int, ...], int]:
     return (shape[2], shape[1], shape[0]), shape[3]
 
 
-def _choice(volumes: int, volume: int | None) -> int:
-    if volumes == 1:
+def _choose_volume(volume_count: int, volume_index: int | None) -> int:
+    """Return the index of the volume to read."""
+    if volume_count == 1:
         return 0
-    if volume is None:
+    if volume_index is None:
         raise ScanError(
             Reason.NOT_A_VOLUME,
-            f"the file holds {volumes} volumes; set source.volume to take one, or split it",
+            f"the file holds {volume_count} volumes; set source.volume to choose one, or split the file",
         )
-    if not 0 <= volume < volumes:
-        raise ScanError(Reason.NOT_A_VOLUME, f"source.volume is {volume}, the file holds 0 to {volumes - 1}")
-    return volume
+    if not 0 <= volume_index < volume_count:
+        raise ScanError(
+            Reason.NOT_A_VOLUME,
+            f"source.volume is {volume_index}, the file holds volumes 0 to {volume_count - 1}",
+        )
+    return volume_index
 
 
-def _content(data: bytes, layout: Layout) -> Buffer:
+def _inflate(data: bytes, layout: Layout) -> Buffer:
+    """Return the uncompressed content of the file, whose length is checked against the layout."""
     if data[:2] == GZIP_MAGIC:
-        return inflate_gzip(data, layout.least, layout.most)
-    return plain(data, layout)
+        return inflate_gzip(data, layout.min_bytes, layout.max_bytes)
+    check_length(data, layout)
+    return data
 
 
-def _chosen_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tuple[str, ...]]:
-    """Return the affine in RAS mm and what its source makes worth a warning."""
-    sform, qform = _sform(header), _qform(header)
-    coded = (int(header["sform_code"]) > 0, int(header["qform_code"]) > 0)
+def _choose_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tuple[str, ...]]:
+    """Return the affine in RAS mm, and the warning codes that concern its source."""
+    sform, qform = _parse_sform(header), _parse_qform(header)
+    has_sform, has_qform = int(header["sform_code"]) > 0, int(header["qform_code"]) > 0
     if sform is None and qform is None:
-        if any(coded):
+        if has_sform or has_qform:
             raise ScanError(Reason.UNREADABLE, "neither sform nor qform holds a usable affine")
-        return np.diag([*_pixdim_mm(header), 1.0]), (WarningCode.ORIENTATION_UNKNOWN.value,)
+        return np.diag([*_parse_pixdim_mm(header), 1.0]), (WarningCode.ORIENTATION_UNKNOWN.value,)
     if sform is None:
         assert qform is not None
-        code = WarningCode.SFORM_QFORM_DIFFER if coded[0] else WarningCode.QFORM_ONLY
+        code = WarningCode.SFORM_QFORM_DIFFER if has_sform else WarningCode.QFORM_ONLY
         return qform, (code.value,)
-    differ = coded[1] and (qform is None or _differ(sform, qform, shape_zyx))
-    differ = differ or _spacing_differs(header, sform, shape_zyx)
-    return sform, (WarningCode.SFORM_QFORM_DIFFER.value,) if differ else ()
+    differs = has_qform and (qform is None or _is_different(sform, qform, shape_zyx))
+    differs = differs or _has_other_spacing(header, sform, shape_zyx)
+    return sform, (WarningCode.SFORM_QFORM_DIFFER.value,) if differs else ()
 
 
-def _sform(header: Any) -> Affine | None:
+def _parse_sform(header: Any) -> Affine | None:
+    """Return the sform in RAS mm, or None if its code is 0 or it is unusable."""
     if int(header["sform_code"]) <= 0:
         return None
-    with np.errstate(all="ignore"):  # what is not finite is found below
-        affine = _in_mm(header, header.get_sform())
+    with np.errstate(all="ignore"):  # find_affine_problem reports values that are not finite
+        affine = _convert_to_mm(header, header.get_sform())
     return None if geometry.find_affine_problem(affine) else affine
 
 
-def _qform(header: Any) -> Affine | None:
+def _parse_qform(header: Any) -> Affine | None:
+    """Return the qform in RAS mm, or None if its code is 0 or it is unusable."""
     if int(header["qform_code"]) <= 0:
         return None
     header = header.copy()
-    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 and other values mean 1, as niftilib
+    header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 and other values mean 1, as in niftilib
     try:
         with np.errstate(all="ignore"):
-            affine = _in_mm(header, header.get_qform())
+            affine = _convert_to_mm(header, header.get_qform())
     except (ValueError, HeaderDataError):
-        return None  # not a rotation, or negative spacing
+        return None  # the quaternion is not a rotation, or the spacing is negative
     return None if geometry.find_affine_problem(affine) else affine
 
 
-def _in_mm(header: Any, affine: Affine) -> Affine:
+def _convert_to_mm(header: Any, affine: Affine) -> Affine:
+    """Return the affine in mm, from the spatial units of the header."""
     factor = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
-    return affine.astype(np.float64) * [[factor], [factor], [factor], [1.0]]  # matmul would spread infinities
+    return affine.astype(np.float64) * [
+        [factor],
+        [factor],
+        [factor],
+        [1.0],
+    ]  # matmul would turn infinities into NaN
 
 
-def _differ(first: Affine, second: Affine, shape_zyx: tuple[int, ...]) -> bool:
+def _is_different(first: Affine, second: Affine, shape_zyx: tuple[int, ...]) -> bool:
+    """Return whether two affines place a corner of the volume, or direct a voxel axis, differently."""
     z, y, x = shape_zyx
     corners = np.array([(i, j, k, 1.0) for i in (0, x - 1) for j in (0, y - 1) for k in (0, z - 1)])
-    apart = np.linalg.norm((corners @ (first - second).T)[:, :3], axis=1).max()
-    cosines = _unit_columns(first) * _unit_columns(second)
+    distance = np.linalg.norm((corners @ (first - second).T)[:, :3], axis=1).max()
+    cosines = geometry.compute_directions(first) * geometry.compute_directions(second)
     angle = np.degrees(np.arccos(np.clip(cosines.sum(axis=0), -1, 1))).max()
-    return bool(apart > DIFFERENT_MM or angle > DIFFERENT_DEGREES)
+    return bool(distance > DIFFERENT_MM or angle > DIFFERENT_DEGREES)
 
 
-def _spacing_differs(header: Any, sform: Affine, shape_zyx: tuple[int, ...]) -> bool:
-    """Tell an sform that nobody filled in: identity, with the true spacing in pixdim alone."""
-    pixdim = _pixdim_mm(header)
+def _has_other_spacing(header: Any, sform: Affine, shape_zyx: tuple[int, ...]) -> bool:
+    """Return whether the spacings of sform and pixdim differ by `DIFFERENT_MM` over the length of an axis.
+
+    Some programs leave the identity matrix in the sform and write the true spacing to pixdim only.
+    """
+    pixdim = _parse_pixdim_mm(header)
     known = np.isfinite(pixdim) & (pixdim > 0)
     steps = np.array(shape_zyx[::-1]) - 1
-    apart = np.abs(pixdim - np.linalg.norm(sform[:3, :3], axis=0))
-    return bool((apart[known] > DIFFERENT_MM / steps[known]).any())
+    difference = np.abs(pixdim - np.linalg.norm(sform[:3, :3], axis=0))
+    return bool((difference[known] > DIFFERENT_MM / steps[known]).any())
 
 
-def _pixdim_mm(header: Any) -> Affine:
-    """Return the spacing along x, y and z; negative ones mean nothing in NIfTI."""
+def _parse_pixdim_mm(header: Any) -> Affine:
+    """Return the spacing along x, y and z in mm, without its sign, which has no meaning in NIfTI."""
     with np.errstate(all="ignore"):
-        affine = _in_mm(header, np.diag([*header["pixdim"][1:4], 1.0]))
+        affine = _convert_to_mm(header, np.diag([*header["pixdim"][1:4], 1.0]))
     return np.abs(affine.diagonal()[:3])
 
 
-def _unit_columns(affine: Affine) -> Affine:
-    columns = affine[:3, :3]
-    return np.asarray(columns / np.linalg.norm(columns, axis=0))
-
-
-def _scaling(header: Any) -> tuple[float, float]:
+def _parse_scaling(header: Any) -> tuple[float, float]:
+    """Return slope and intercept; 1 and 0 if the header requests no scaling."""
     slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
     if slope == 0 or not math.isfinite(slope):
         return 1.0, 0.0

@@ -1,7 +1,7 @@
-"""NumPy array files: the samples of one `.npy` file in memory, for models that take no CT.
+"""Read the samples of one `.npy` file, for models whose input is not CT.
 
-In: the bytes of a file, whose header may lie. Out: float samples. Never unpickles anything, knows no
-paths and no model.
+In: the content of a file. Out: float32 samples. The header is checked before any data are read, and pickled
+objects are never loaded. This module must not know paths or models.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from numpy.typing import NDArray
 from featray.errors import Reason, ScanError
 
 SUFFIX = ".npy"
-_REAL = "iufb"
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_REAL_KINDS = "iufb"
+_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What one file holds.
+    """The samples of one file.
 
     Attributes:
-        values: float32 (n, *sample shape), all finite; n is 1 unless rows were asked for.
-        file_shape: Of the array as stored.
+        values: float32 (n, *shape of a sample), all finite. n is 1 if the whole file is one sample.
+        file_shape: Shape of the stored array.
     """
 
     values: NDArray[np.float32]
@@ -37,9 +37,9 @@ def read_npy(data: bytes, *, rows: bool, max_values: int) -> Samples:
     """Return the samples of one file.
 
     Args:
-        data: The whole file.
-        rows: Whether the first axis enumerates samples; else the file is one sample.
-        max_values: More are refused from the header, before anything is allocated.
+        data: Content of the file.
+        rows: Whether the first axis enumerates samples. If false, the whole array is one sample.
+        max_values: Largest accepted number of values, checked before memory is allocated.
 
     Raises:
         ScanError: `empty`, `unreadable`, `truncated`, `unsupported`, `too_large`, `not_a_volume` or
@@ -48,11 +48,11 @@ def read_npy(data: bytes, *, rows: bool, max_values: int) -> Samples:
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")
     stream = io.BytesIO(data)
-    shape, in_columns, dtype = _header(stream)
-    _check_claims(shape, dtype, len(data) - stream.tell(), rows=rows, max_values=max_values)
+    shape, is_fortran_order, dtype = _parse_header(stream)
+    _check_array(shape, dtype, len(data) - stream.tell(), rows=rows, max_values=max_values)
     flat = np.frombuffer(data, dtype, math.prod(shape), stream.tell())
-    array = flat.reshape(shape, order="F" if in_columns else "C")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite and is found below
+    array = flat.reshape(shape, order="F" if is_fortran_order else "C")
+    with np.errstate(over="ignore"):  # values beyond float32 become infinite and fail the next check
         values = np.ascontiguousarray(array, np.float32)
     if not np.isfinite(values).all():
         raise ScanError(Reason.NON_FINITE, "the array holds NaN, infinity or numbers beyond float32")
@@ -62,7 +62,10 @@ def read_npy(data: bytes, *, rows: bool, max_values: int) -> Samples:
 def apply_window(
     values: NDArray[np.float32], window: tuple[float, float] | None, scale: tuple[float, float]
 ) -> NDArray[np.float32]:
-    """Return the values clipped to `window` and mapped linearly onto `scale`; as they are if it is null."""
+    """Return the values, clipped to `window` and mapped linearly from there to `scale`.
+
+    If `window` is None, the values are returned unchanged.
+    """
     if window is None:
         return values
     low, high = window
@@ -74,41 +77,45 @@ def apply_window(
     return mapped
 
 
-def _header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-    """Return shape, whether columns come first, and type."""
+def _parse_header(stream: io.BytesIO) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+    """Return the shape, whether the array is stored in Fortran order, and the dtype."""
     try:
         version = np.lib.format.read_magic(stream)
-        if version in _HEADERS:
-            shape, in_columns, dtype = _HEADERS[version](stream)
-            return tuple(shape), bool(in_columns), dtype
-    except Exception as error:  # NumPy evaluates the header as Python literals, which may raise anything
+        if version in _HEADER_READERS:
+            shape, is_fortran_order, dtype = _HEADER_READERS[version](stream)
+            return tuple(shape), bool(is_fortran_order), dtype
+    except Exception as error:  # NumPy evaluates the header as a Python literal, which can raise any error
         raise ScanError(
-            Reason.UNREADABLE, f"no .npy file, or its header is damaged ({type(error).__name__})"
+            Reason.UNREADABLE,
+            f"the file is not a .npy file, or its header is damaged ({type(error).__name__})",
         ) from None
-    raise ScanError(Reason.UNSUPPORTED, f"a .npy file of version {version[0]}.{version[1]}; save it anew")
+    raise ScanError(
+        Reason.UNSUPPORTED, f"a .npy file of version {version[0]}.{version[1]}; save the array again"
+    )
 
 
-def _check_claims(
-    shape: tuple[int, ...], dtype: np.dtype[np.generic], there: int, *, rows: bool, max_values: int
+def _check_array(
+    shape: tuple[int, ...], dtype: np.dtype[np.generic], data_bytes: int, *, rows: bool, max_values: int
 ) -> None:
-    if dtype.kind not in _REAL:
-        what = "Python objects, which are never loaded" if dtype.hasobject else f"{dtype.kind!r} values"
-        raise ScanError(Reason.UNSUPPORTED, f"the array holds {what}; save real numbers")
+    """Raise a ScanError if the header does not fit the data or claims an array that cannot be used."""
+    if dtype.kind not in _REAL_KINDS:
+        content = "Python objects, which are never loaded" if dtype.hasobject else f"{dtype.kind!r} values"
+        raise ScanError(Reason.UNSUPPORTED, f"the array holds {content}; save real numbers")
     if len(shape) < (2 if rows else 1) or min(shape) < 0:
-        wanted = "samples along its first axis" if rows else "at least one axis"
-        raise ScanError(Reason.NOT_A_VOLUME, f"an array of shape {shape}; expected {wanted}")
+        expected_shape = "samples along its first axis" if rows else "at least one axis"
+        raise ScanError(Reason.NOT_A_VOLUME, f"an array of shape {shape}; expected {expected_shape}")
     values = math.prod(shape)
     if values == 0:
-        raise ScanError(Reason.EMPTY, f"an array of shape {shape} holds no value")
+        raise ScanError(Reason.EMPTY, f"an array of shape {shape} holds no values")
     if values > max_values:
         raise ScanError(
             Reason.TOO_LARGE,
             f"the header claims {values} values, more than limits.max_voxels ({max_values})",
         )
     expected = values * dtype.itemsize
-    if there < expected:
-        raise ScanError(Reason.TRUNCATED, f"expected {expected} bytes of values, the file has {there}")
-    if there > expected:
+    if data_bytes < expected:
+        raise ScanError(Reason.TRUNCATED, f"expected {expected} bytes of values, the file has {data_bytes}")
+    if data_bytes > expected:
         raise ScanError(
-            Reason.UNREADABLE, f"{there - expected} bytes follow the array (several arrays in one file?)"
+            Reason.UNREADABLE, f"{data_bytes - expected} bytes follow the array (several arrays in one file?)"
         )

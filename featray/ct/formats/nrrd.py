@@ -1,13 +1,17 @@
-"""The bytes of one .nrrd file in, a checked Volume out; knows no paths and no storage.
+"""Read the bytes of one .nrrd file and return a checked `Volume`.
 
-pynrrd parses the header; the data are inflated here, within what the header accounts for. Decisions:
+pynrrd parses the header. The data are inflated here, and never beyond the size that the header states.
+Conventions:
 
-- Data must be attached, raw or gzip. A detached header (.nhdr) and other encodings are `unsupported`.
-- `space` RAS, LAS or LPS is brought to LPS. Any other, or none, says nothing about the patient: axes
-  are taken as LPS, as ITK does, with the warning `orientation_unknown`.
+- The data must be in the file, in encoding raw or gzip. Detached headers (.nhdr) and other encodings are
+  `unsupported`.
+- The spaces RAS, LAS and LPS are converted to LPS. Other spaces, or a missing space, do not relate the axes
+  to the patient; the axes are then assumed to be LPS, as in ITK, with the warning `orientation_unknown`.
 - Without `space directions`, `spacings` are the steps along the axes of the space.
-- An axis of one sample that lies in no space (a list of one) is dropped; longer ones are refused.
-- NRRD has no slope and no intercept: values count as HU as they stand.
+- An axis outside of space is dropped if it has one sample. A file with longer ones is `not_a_volume`.
+- NRRD has no slope and no intercept: the stored values are assumed to be HU.
+
+This module must not know paths or storage.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 import nrrd
 import numpy as np
 from nrrd.errors import NRRDError
+from numpy.typing import NDArray
 
 from featray.ct.formats.inflate import inflate_gzip
 from featray.ct.formats.voxel_data import (
@@ -27,17 +32,17 @@ from featray.ct.formats.voxel_data import (
     Layout,
     check_geometry,
     check_layout,
+    check_length,
     decode_voxels,
-    plain,
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError, WarningCode
 
 MAX_HEADER_BYTES = 2**22
-"""Text before the data; with a whole DICOM header as key/value pairs it is some 100 kB."""
+"""Largest accepted header; one with a whole DICOM header as key/value pairs has some 100 kB."""
 
-_TO_LPS = {
+_SPACE_TO_LPS = {
     "left-posterior-superior": (1.0, 1.0, 1.0),
     "lps": (1.0, 1.0, 1.0),
     "right-anterior-superior": (-1.0, -1.0, 1.0),
@@ -45,6 +50,8 @@ _TO_LPS = {
     "left-anterior-superior": (1.0, -1.0, 1.0),
     "las": (1.0, -1.0, 1.0),
 }
+"""Signs that convert x, y and z of a space to LPS."""
+
 _MM_PER_UNIT = {"": 1.0, "mm": 1.0, "millimeter": 1.0, "millimeters": 1.0, "cm": 10.0, "m": 1e3, "um": 1e-3}
 _TYPES = {
     "i1": ("signed char", "int8", "int8_t"),
@@ -56,31 +63,32 @@ _TYPES = {
     "f4": ("float",),
     "f8": ("double",),
 }
-"""NumPy's code of each name NRRD has for a type, but for 64-bit integers, which no CT needs."""
+"""Names of the types in NRRD, by NumPy's code. 64-bit integers are missing, because CT does not need them."""
 
 
 def read_nrrd(data: bytes, *, max_voxels: int, keep_shear: bool = False) -> Volume:
-    """Return the volume in an NRRD file with attached data, raw or gzip.
+    """Return the volume of an NRRD file that contains its data, raw or gzip.
 
-    Voxels, arguments and errors are those of `featray.ct.formats.nifti.read_nifti`.
+    The voxels, the arguments and the errors are those of `featray.ct.formats.nifti.read_nifti`.
     """
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")
-    header, start = _header(data)
-    layout = check_layout(_layout(header), max_voxels)
-    affine, warnings = _affine(header)
+    header, start = _parse_header(data)
+    layout = _parse_layout(header)
+    check_layout(layout, max_voxels)
+    affine, warnings = _parse_affine(header)
     warnings += check_geometry(affine, keep_shear=keep_shear)
-    voxels = decode_voxels(_content(memoryview(data)[start:], header, layout), layout)
+    voxels = decode_voxels(_inflate(memoryview(data)[start:], header, layout), layout)
     return Volume(voxels, affine, warnings=warnings)
 
 
-def _header(data: bytes) -> tuple[dict[str, Any], int]:
-    """Return the fields as pynrrd types them, and where the data begin."""
+def _parse_header(data: bytes) -> tuple[dict[str, Any], int]:
+    """Return the fields, as pynrrd converts them, and the position of the first byte of the data."""
     if not data.startswith(b"NRRD"):
         raise ScanError(Reason.UNREADABLE, "not NRRD: the file does not begin with NRRD")
     end = re.compile(rb"\r?\n\r?\n").search(data, 0, MAX_HEADER_BYTES)
     if end is None:
-        raise _without_end(data)
+        raise _make_missing_end_error(data)
     lines = [line.decode("latin-1") for line in data[: end.start()].splitlines()]
     try:
         with np.errstate(all="raise"):
@@ -93,13 +101,14 @@ def _header(data: bytes) -> tuple[dict[str, Any], int]:
     return header, end.end()
 
 
-def _without_end(data: bytes) -> ScanError:
+def _make_missing_end_error(data: bytes) -> ScanError:
+    """Return the error for a header without a blank line at its end, which a detached header may lack."""
     if re.search(rb"\ndata ?file:", data[:MAX_HEADER_BYTES]):
-        return _detached()
+        return _make_detached_error()
     return ScanError(Reason.TRUNCATED, "the NRRD header has no end; copy the file again")
 
 
-def _detached() -> ScanError:
+def _make_detached_error() -> ScanError:
     return ScanError(
         Reason.UNSUPPORTED, "the voxels are in another file; write header and data into one .nrrd file"
     )
@@ -110,38 +119,45 @@ def _check_supported(header: Mapping[str, Any]) -> None:
     if missing:
         raise ScanError(Reason.UNREADABLE, f"the NRRD header lacks {', '.join(missing)}")
     if {"data file", "datafile"} & header.keys():
-        raise _detached()
+        raise _make_detached_error()
     skips = [header.get(name, 0) for name in ("line skip", "lineskip", "byte skip", "byteskip")]
     if any(skips):
-        raise ScanError(Reason.UNSUPPORTED, "line skip and byte skip; write the file anew without them")
+        raise ScanError(
+            Reason.UNSUPPORTED, "NRRD with line skip or byte skip; write the file again without them"
+        )
 
 
-def _layout(header: Mapping[str, Any]) -> Layout:
+def _parse_layout(header: Mapping[str, Any]) -> Layout:
     sizes = [int(size) for size in header["sizes"]]
     if header["dimension"] != len(sizes) or min(sizes) < 1:
         raise ScanError(Reason.UNREADABLE, f"dimension is {header['dimension']}, sizes are {sizes}")
-    shape_xyz = [sizes[axis] for axis in _space_axes(header, sizes)]
+    shape_xyz = [sizes[axis] for axis in _find_space_axes(header, sizes)]
     if math.prod(shape_xyz) != math.prod(sizes) or len(shape_xyz) != 3:
         raise ScanError(
             Reason.NOT_A_VOLUME,
             f"sizes are {sizes}, expected three axes; split a series of volumes into files",
         )
-    return Layout(_dtype(header), tuple(reversed(shape_xyz)))
+    return Layout(_parse_dtype(header), tuple(reversed(shape_xyz)))
 
 
-def _space_axes(header: Mapping[str, Any], sizes: list[int]) -> list[int]:
-    """Return the axes that lie in space; where nothing tells, the first three and all longer than one."""
+def _find_space_axes(header: Mapping[str, Any], sizes: list[int]) -> list[int]:
+    """Return the indices of the axes that lie in space.
+
+    If the header does not state them, these are the first three axes and all further ones with more than one
+    sample.
+    """
     directions = header.get("space directions")
     if directions is not None and len(directions) == len(sizes) > 3:
-        return [axis for axis, direction in enumerate(directions) if not _is_none(direction)]
+        return [axis for axis, direction in enumerate(directions) if not _is_outside_space(direction)]
     return [axis for axis, size in enumerate(sizes) if axis < 3 or size > 1]
 
 
-def _is_none(direction: Any) -> bool:
+def _is_outside_space(direction: Any) -> bool:
+    """Return whether the header states that an axis with this `space directions` entry has no direction."""
     return direction is None or bool(np.isnan(direction).all())
 
 
-def _dtype(header: Mapping[str, Any]) -> np.dtype[Any]:
+def _parse_dtype(header: Mapping[str, Any]) -> np.dtype[Any]:
     code = next((code for code, names in _TYPES.items() if header["type"] in names), None)
     if code is None:
         raise ScanError(Reason.UNSUPPORTED, f"NRRD type {header['type']!r:.40}, expected numbers")
@@ -151,48 +167,56 @@ def _dtype(header: Mapping[str, Any]) -> np.dtype[Any]:
     return np.dtype(orders.get(header.get("endian", "little"), "<") + code)
 
 
-def _affine(header: Mapping[str, Any]) -> tuple[Affine, tuple[str, ...]]:
-    """Return the affine in LPS mm, and the warning where nothing says that it is."""
-    to_lps = _TO_LPS.get(str(header.get("space", "")).lower())
+def _parse_affine(header: Mapping[str, Any]) -> tuple[Affine, tuple[str, ...]]:
+    """Return the affine in LPS mm, and a warning code if the frame is an assumption."""
+    to_lps = _SPACE_TO_LPS.get(str(header.get("space", "")).lower())
     affine = np.eye(4)
-    affine[:3, :3] = _directions(header).T
-    affine[:3, 3] = _vectors([header.get("space origin", np.zeros(3))], 1)[0]
-    affine[:3] *= _mm_per_unit(header)
+    affine[:3, :3] = _parse_directions(header).T
+    affine[:3, 3] = _convert_vectors([header.get("space origin", np.zeros(3))], 1)[0]
+    affine[:3] *= _parse_mm_per_unit(header)
     if to_lps is None:
         return affine, (WarningCode.ORIENTATION_UNKNOWN.value,)
     affine[:3] *= np.array(to_lps)[:, None]
     return affine, ()
 
 
-def _directions(header: Mapping[str, Any]) -> Affine:
-    """Return for each voxel axis (row) its step in space."""
+def _parse_directions(header: Mapping[str, Any]) -> NDArray[np.float64]:
+    """Return the steps (3, 3) from voxel to voxel in the space of the file, one row per voxel axis."""
     directions = header.get("space directions")
     if directions is not None:
-        return _vectors([direction for direction in directions if not _is_none(direction)], 3)
+        return _convert_vectors(
+            [direction for direction in directions if not _is_outside_space(direction)], 3
+        )
     spacings = [step for step in header.get("spacings", ()) if math.isfinite(step)]
     if len(spacings) != 3:
         raise ScanError(Reason.UNREADABLE, "the NRRD header has neither space directions nor three spacings")
     return np.diag(np.abs(np.array(spacings, np.float64)))
 
 
-def _vectors(vectors: list[Any], count: int) -> Affine:
+def _convert_vectors(vectors: list[Any], count: int) -> NDArray[np.float64]:
+    """Return `count` vectors as an array (count, 3)."""
     if len(vectors) != count or any(np.shape(vector) != (3,) for vector in vectors):
         raise ScanError(Reason.UNREADABLE, f"expected {count} vectors of three numbers in space")
     return np.array(vectors, np.float64)
 
 
-def _mm_per_unit(header: Mapping[str, Any]) -> float:
+def _parse_mm_per_unit(header: Mapping[str, Any]) -> float:
+    """Return the number of mm in a unit of the file's space; mm if the header names no unit."""
     units = {unit.lower() for unit in header.get("space units", [""])}
     unit = units.pop()
     if units or unit not in _MM_PER_UNIT:
-        raise ScanError(Reason.UNSUPPORTED, "space units are not millimetres; write the file anew in mm")
+        raise ScanError(
+            Reason.UNSUPPORTED, "space units are not a length that is known; write the file again in mm"
+        )
     return _MM_PER_UNIT[unit]
 
 
-def _content(data: memoryview, header: Mapping[str, Any], layout: Layout) -> Buffer:
+def _inflate(data: memoryview, header: Mapping[str, Any], layout: Layout) -> Buffer:
+    """Return the uncompressed voxels, whose length is checked against the layout."""
     encoding = header["encoding"].lower()
     if encoding in ("gzip", "gz"):
-        return inflate_gzip(data, layout.least, layout.most)
+        return inflate_gzip(data, layout.min_bytes, layout.max_bytes)
     if encoding != "raw":
         raise ScanError(Reason.UNSUPPORTED, f"NRRD encoding {encoding!r:.40}, expected raw or gzip")
-    return plain(data, layout)
+    check_length(data, layout)
+    return data

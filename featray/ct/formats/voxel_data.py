@@ -1,7 +1,8 @@
-"""What a header claims about its voxels in; after checks, the voxels in HU out, scaled once.
+"""Check the voxel layout and the geometry that a header claims, and decode the voxels to HU.
 
-Shared by the readers of single files, none of which it knows. A claim is compared with the limit and
-with the bytes at hand before memory is spent on it.
+In: a `Layout`, an affine and the bytes of a file. Out: voxels (z, y, x) and warning codes. The size that a
+header claims is compared with the limit and with the size of the file before memory is allocated. The readers
+of single-file formats share this module, which must not know any of these formats.
 """
 
 from __future__ import annotations
@@ -25,121 +26,132 @@ Buffer = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class Layout:
-    """Where voxels lie in the inflated bytes, and what they are.
+    """The dtype of the stored voxels and their place in the inflated bytes of a file.
 
     Attributes:
-        dtype: Type and byte order as stored.
-        shape_zyx: Voxels of one volume; x runs fastest.
-        offset: Bytes before the first voxel of the first volume.
-        volumes: Volumes that are stored one behind the other.
-        volume: The one to take.
+        dtype: Dtype and byte order of the stored voxels.
+        shape_zyx: Number of voxels of one volume along each axis; x varies fastest.
+        offset: Number of bytes before the first voxel of the first volume.
+        volume_count: Number of volumes, which are stored one after another.
+        volume_index: Index of the volume to read, from 0.
     """
 
     dtype: np.dtype[Any]
     shape_zyx: tuple[int, ...]
     offset: int = 0
-    volumes: int = 1
-    volume: int = 0
+    volume_count: int = 1
+    volume_index: int = 0
 
     @property
-    def least(self) -> int:
-        """Bytes that must be there."""
-        return self.offset + self.volumes * self._volume_bytes
+    def min_bytes(self) -> int:
+        """Number of bytes up to the end of the last volume."""
+        return self.offset + self.volume_count * self._volume_bytes
 
     @property
-    def most(self) -> int:
-        """Bytes that may be there: what is less than a slice counts as padding."""
-        return self.least + self._volume_bytes // self.shape_zyx[0] - 1
+    def max_bytes(self) -> int:
+        """Largest accepted number of bytes: less than one slice after the last volume counts as padding."""
+        return self.min_bytes + self._volume_bytes // self.shape_zyx[0] - 1
 
     @property
     def start(self) -> int:
-        """Where the volume to take begins."""
-        return self.offset + self.volume * self._volume_bytes
+        """Position of the first byte of the volume to read."""
+        return self.offset + self.volume_index * self._volume_bytes
 
     @property
     def _volume_bytes(self) -> int:
         return self.dtype.itemsize * math.prod(self.shape_zyx)
 
 
-def check_layout(layout: Layout, max_voxels: int) -> Layout:
-    """Return a layout that is worth reading.
+def check_layout(layout: Layout, max_voxels: int) -> None:
+    """Check that voxels of this layout can be read.
 
     Raises:
-        ScanError: `unsupported` unless voxels are plain numbers; `not_a_volume` for an axis of one
-            voxel; `too_large` above `max_voxels`, all volumes counted.
+        ScanError: `unsupported`, if the voxels are not integers or real numbers of at most 8 bytes;
+            `not_a_volume`, if there are not three axes with at least two voxels each; `too_large`, if all
+            volumes together have more than `max_voxels` voxels.
     """
     if layout.dtype.kind not in "iuf" or layout.dtype.itemsize > 8:
         raise ScanError(
-            Reason.UNSUPPORTED, f"voxels of type {layout.dtype} (colour, complex or exotic), expected numbers"
+            Reason.UNSUPPORTED, f"voxels of type {layout.dtype} (color or complex?), expected real numbers"
         )
     if len(layout.shape_zyx) != 3 or min(layout.shape_zyx) < 2:
         sizes = list(reversed(layout.shape_zyx))
         raise ScanError(Reason.NOT_A_VOLUME, f"sizes (x, y, z) are {sizes}, expected three of 2 or more")
-    voxels = layout.volumes * math.prod(layout.shape_zyx)
+    voxels = layout.volume_count * math.prod(layout.shape_zyx)
     if voxels > max_voxels:
         raise ScanError(
             Reason.TOO_LARGE,
             f"the header claims {voxels} voxels, more than limits.max_voxels ({max_voxels})",
         )
-    return layout
 
 
-def plain(data: Buffer, layout: Layout) -> Buffer:
-    """Return uncompressed data whose length fits the layout.
+def check_length(data: Buffer, layout: Layout) -> None:
+    """Check that the length of uncompressed data agrees with the layout.
 
     Raises:
-        ScanError: `truncated` or `unreadable`.
+        ScanError: `truncated`, if the data are too short; `unreadable`, if they are longer than padding
+            explains.
     """
-    if len(data) < layout.least:
+    if len(data) < layout.min_bytes:
         raise ScanError(
-            Reason.TRUNCATED, f"expected {layout.least} bytes, got {len(data)}; copy the file again"
+            Reason.TRUNCATED, f"expected {layout.min_bytes} bytes, got {len(data)}; copy the file again"
         )
-    if len(data) > layout.most:
+    if len(data) > layout.max_bytes:
         raise ScanError(
-            Reason.UNREADABLE, f"the header accounts for {layout.least} bytes, the file has {len(data)}"
+            Reason.UNREADABLE, f"the header accounts for {layout.min_bytes} bytes, the file has {len(data)}"
         )
-    return data
 
 
 def decode_voxels(
     content: Buffer, layout: Layout, slope: float = 1.0, intercept: float = 0.0
 ) -> NDArray[Any]:
-    """Return the volume to take, axes (z, y, x), as int16, int32 or float32 in native byte order.
+    """Return the voxels (z, y, x) of one volume in HU, as int16, int32 or float32 in native byte order.
 
-    It shares memory with `content` where nothing had to be changed and nothing else is in there.
+    The result shares memory with `content` if no value had to be changed and `content` holds no other volume.
+
+    Args:
+        content: Inflated bytes of the file.
+        layout: Layout of `content`, already checked.
+        slope: Rescale slope.
+        intercept: Rescale intercept.
 
     Raises:
-        ScanError: `non_finite`, or `not_a_volume` where all voxels have one value.
+        ScanError: `non_finite`, if a voxel is not finite in float32; `not_a_volume`, if all voxels have the
+            same value.
     """
     flat = np.frombuffer(content, layout.dtype, math.prod(layout.shape_zyx), layout.start)
     stored = flat.reshape(layout.shape_zyx)
-    _refuse_constant(stored)
-    if stored.dtype == np.int16 and (slope, intercept) == (1, 0):  # as most CT: nothing else can be wrong
-        return stored.copy() if layout.volumes > 1 else stored
+    _check_not_constant(stored)
+    if stored.dtype == np.int16 and (slope, intercept) == (1, 0):  # most CT: all values are finite
+        return stored.copy() if layout.volume_count > 1 else stored
     low, high = find_extremes(stored)
     ends = (low * slope + intercept, high * slope + intercept)
     if not max(abs(ends[0]), abs(ends[1])) <= float(np.finfo(np.float32).max):
         raise ScanError(Reason.NON_FINITE, "voxels are NaN, infinite or beyond float32")
     voxels = rescale(stored, slope, intercept, choose_dtype(stored.dtype, low, high, slope, intercept))
-    return voxels.copy() if voxels is stored and layout.volumes > 1 else voxels
+    return voxels.copy() if voxels is stored and layout.volume_count > 1 else voxels
 
 
-def _refuse_constant(stored: NDArray[Any]) -> None:
+def _check_not_constant(stored: NDArray[Any]) -> None:
     first = stored[0, 0, 0]
-    if all((plane == first).all() for plane in stored):  # ends at the first plane that differs
+    if all((plane == first).all() for plane in stored):  # stops at the first plane with another value
         raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is stored as {first:g}")
 
 
 def check_geometry(affine_lps: Affine, *, keep_shear: bool) -> tuple[str, ...]:
-    """Return the warning codes of a geometry that can be used.
+    """Check that an affine (LPS mm) is usable, and return its warning codes.
+
+    Args:
+        affine_lps: 4x4 affine.
+        keep_shear: Whether sheared axes cause the warning `gantry_tilt` instead of an error.
 
     Raises:
-        ScanError: `unreadable` for an unusable affine; `gantry_tilt` for sheared axes, unless
-            `keep_shear` makes that a warning.
+        ScanError: `unreadable`, if the affine is unusable; `gantry_tilt`, if its axes are sheared and
+            `keep_shear` is false.
     """
-    wrong = geometry.find_affine_problem(affine_lps)
-    if wrong:
-        raise ScanError(Reason.UNREADABLE, wrong)
+    problem = geometry.find_affine_problem(affine_lps)
+    if problem:
+        raise ScanError(Reason.UNREADABLE, problem)
     if not geometry.is_sheared(affine_lps):
         return geometry.find_geometry_warnings(affine_lps)
     if not keep_shear:
@@ -151,31 +163,34 @@ def check_geometry(affine_lps: Affine, *, keep_shear: bool) -> tuple[str, ...]:
 
 
 def convert_to_shifted_slices(volume: Volume) -> Volume:
-    """Return a sheared volume as `regrid.resample_upright` takes it: slices that lie shifted sideways.
+    """Return a sheared volume in the form that `regrid.resample_upright` needs: as shifted slices.
 
-    Slices are planes along two axes at right angles, those of the file if they are. Voxels are a view.
-    A volume that is not sheared is returned as it is.
+    The slices are planes along two axes at right angles. These are the slices of the file (along z) if
+    possible, else planes along other axes. The voxels are a view. A volume that is not sheared is returned
+    unchanged.
 
     Raises:
-        ScanError: `gantry_tilt`; no two axes are at right angles.
+        ScanError: `gantry_tilt`, if no two axes are at right angles.
     """
     if not geometry.is_sheared(volume.affine_lps):
         return volume
     for slice_axis in (2, 1, 0):
         order = [*(axis for axis in range(3) if axis != slice_axis), slice_axis]
         affine = volume.affine_lps[:, [*order, 3]]
-        if not _shears_in_plane(affine):
+        if not _is_sheared_in_plane(affine):
             break
     else:
-        raise ScanError(Reason.GANTRY_TILT, "no two voxel axes are at right angles: no gantry does that")
+        raise ScanError(
+            Reason.GANTRY_TILT, "no two voxel axes are at right angles, which a gantry tilt cannot cause"
+        )
     voxels = volume.voxels_zyx.transpose([2 - axis for axis in reversed(order)])
     origins = affine[:3, 3] + np.arange(len(voxels))[:, None] * affine[:3, 2]
     grid = make_upright_grid(affine, origins)
     return replace(volume, voxels_zyx=voxels, affine_lps=grid, slice_origins_lps=origins)
 
 
-def _shears_in_plane(affine_lps: Affine) -> bool:
-    """Return whether the first two axes are away from a right angle; the third is put upright first."""
-    upright = affine_lps.copy()
-    upright[:3, 2] = np.cross(upright[:3, 0], upright[:3, 1])
-    return geometry.is_sheared(upright)
+def _is_sheared_in_plane(affine_lps: Affine) -> bool:
+    """Return whether the first two axes are not at right angles, whatever the direction of the third."""
+    with_normal = affine_lps.copy()
+    with_normal[:3, 2] = np.cross(with_normal[:3, 0], with_normal[:3, 1])
+    return geometry.is_sheared(with_normal)

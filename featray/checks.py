@@ -13,7 +13,7 @@ import pyarrow as pa
 from featray import config as configuration
 from featray.config import Config, ConfigInput, LimitsConfig
 from featray.errors import ConfigError, FeatrayError, UsageError
-from featray.job import carried, load_extractor
+from featray.job import extra_columns, load_extractor
 from featray.model import Extractor
 from featray.output.dataset import RUNS
 from featray.output.lease import raise_if_locked
@@ -99,7 +99,7 @@ def _remembered(config: Config) -> HeaderCache | None:
         return None
 
 
-def remember(listing: Listing, store: Store) -> None:
+def save_listing_cache(listing: Listing, store: Store) -> None:
     """Keep for the next run what listing has found, if it is other than before."""
     if listing.header_cache is not None and listing.header_cache.is_changed:
         store.write(MEMORY, listing.header_cache.to_bytes())
@@ -139,7 +139,7 @@ def _problems_of_tags(config: Config) -> list[str]:
 def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
     texts = [field.name for field in SCAN_COLUMNS if pa.types.is_string(field.type)]
     known = [name for name in texts if name not in FEATURE_COLUMNS.names]  # those are inside the files
-    known += [name for name in carried(config, listing) if name not in SCAN_COLUMNS.names]
+    known += [name for name in extra_columns(config, listing) if name not in SCAN_COLUMNS.names]
     further = config.output.partition_by[1:]
     problems = [
         f"output.partition_by: {name!r} is none of {', '.join(known)}"

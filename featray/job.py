@@ -1,4 +1,4 @@
-"""One run: its config, its model, its recipe and its engine."""
+"""One run: its scope, its options, its engine, its model, and the stages made from them."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from featray import config as configuration
 from featray.config import Config
-from featray.engines.base import Engine, Stages
+from featray.engines.base import Decoding, Engine, Stages
 from featray.errors import ModelError
 from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.model import Extractor
 from featray.output.dataset import Dataset, Snapshot
 from featray.output.lease import Lease
-from featray.recipe import recipe, recipe_id
-from featray.schema import SCAN_COLUMNS
+from featray.recipe import make_recipe, recipe_id
+from featray.schema import SCAN_COLUMNS, Receipt
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
@@ -31,22 +34,29 @@ from featray.stages.write import write
 log = logging.getLogger(__name__)
 
 INLINE_MAX_SCANS = 100
-"""Scans up to which engine auto does without Ray when no cluster is named."""
-
-
+"""Number of scans up to which engine `auto` uses no Ray, unless the config names a cluster."""
 MIN_SCANS_PER_FILE = 8
-
-
 MAX_FILE_BYTES = 64 * 2**20
+
+Instrument = Callable[[str, Any], Any]
+"""Takes the name of a stage (`decode`, `model`, `write`) and its callable; returns a callable with the same
+behavior that does more, such as timing each call."""
+
+
+def keep_stage(name: str, stage: Any) -> Any:
+    """Return the stage as it is: the instrument of a run that nobody measures."""
+    return stage
 
 
 @dataclass(frozen=True)
 class RunScope:
-    """What a command takes up beside new scans.
+    """Which scans a run processes besides new ones.
 
     Attributes:
-        refresh: Changed scans and stale recipes; and scans that are no longer listed go.
-        retry: Reasons of failed scans to try again though nothing has changed; None for the passing ones.
+        refresh: Whether changed scans and scans with another recipe are processed, and scans that are no
+            longer listed are removed.
+        retry: Reasons of failed scans that are tried again although nothing has changed; None for the reasons
+            that may pass by themselves.
     """
 
     refresh: bool = False
@@ -54,154 +64,177 @@ class RunScope:
 
     @property
     def command(self) -> str:
-        """Name of the command that wants this."""
+        """Name of the command with this scope."""
         return "refresh" if self.refresh else "extract"
 
 
-def early_decoder(config: Config) -> Decoder:
-    """Return the decoder of a run whose recipe is not known yet."""
-    return Decoder.of(config)
+@dataclass(frozen=True)
+class RunOptions:
+    """How the caller follows a run.
+
+    Attributes:
+        show: Whether to show progress on stderr.
+        stop: Event that stops the run cleanly when it is set.
+        started: Time at which the command began, in seconds since the epoch.
+        instrument: Wraps each stage, for measurements.
+    """
+
+    show: bool = False
+    stop: threading.Event = field(default_factory=threading.Event)
+    started: float = field(default_factory=time.time)
+    instrument: Instrument = keep_stage
+
+    @classmethod
+    def create(cls, *, show: bool, stop: threading.Event | None) -> RunOptions:
+        """Return the options of a run that begins now."""
+        return cls(show=show, stop=stop or threading.Event())
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run's config with the model loaded and the recipe known."""
+    """The config of one run with the model loaded and the recipe known."""
 
     config: Config
     extractor: Extractor
     run: Run
     threads: ModelThreads
+    options: RunOptions
 
     @classmethod
     def prepare(
-        cls,
-        config: Config,
-        engine: str,
-        started: float,
-        command: str = "plan",
-        threads: ModelThreads = DEFAULT_THREADS,
+        cls, config: Config, engine: Engine, command: str = "plan", options: RunOptions | None = None
     ) -> Job:
-        """Load the model and fix the recipe."""
-        extractor = load_extractor(config, threads)
-        made = recipe(config, extractor.recipe_part())
+        """Load the model and make the recipe.
+
+        Raises:
+            ModelError: The model cannot be loaded or cut as configured.
+        """
+        options = options or RunOptions()
+        extractor = load_extractor(config, engine.threads)
+        recipe = make_recipe(config, extractor.recipe_part())
         run = Run(
             run_id=new_run_id(),
             command=command,
-            started=started,
-            engine=engine,
-            recipe_id=recipe_id(made),
-            recipe=made,
+            started=options.started,
+            engine=engine.name,
+            recipe_id=recipe_id(recipe),
+            recipe=recipe,
             layers=tuple(layer.name for layer in extractor.layers),
             model_sha256=extractor.files["model"],
             config=configuration.without_secrets(config),
             max_failed_fraction=config.limits.max_failed_fraction,
         )
-        return cls(config, extractor, run, threads)
+        return cls(config, extractor, run, engine.threads, options)
 
-    def plan(self, listing: Listing, stored: Snapshot | None, wanted: RunScope) -> Plan:
-        """Return what is left to do, given what is stored."""
+    def identify(self, receipt: Receipt) -> Receipt:
+        """Write this run and its recipe into the records of a receipt, and return it."""
+        receipt.set_run(self.run.recipe_id, self.run.run_id)
+        return receipt
+
+    def make_plan(self, listing: Listing, stored: Snapshot | None, scope: RunScope) -> Plan:
+        """Return the scans that are due, given the stored ones."""
         ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.read_scans(PLANNING_COLUMNS)
-        return make_plan(listing, ledger, self.run.recipe_id, refresh=wanted.refresh, retry=wanted.retry)
+        return make_plan(listing, ledger, self.run.recipe_id, refresh=scope.refresh, retry=scope.retry)
 
-    def committer(self, dataset: Dataset, listing: Listing, lease: Lease) -> Committer:
-        """Open the output for this run's commits, and finish what a killed one left half done."""
+    def open_committer(self, dataset: Dataset, listing: Listing, lease: Lease) -> Committer:
+        """Open the output for this run's commits, and complete the commit of a run that was killed."""
         output = self.config.output
         return Committer(
             dataset,
             output.partition_by,
-            carried(self.config, listing),
+            extra_columns(self.config, listing),
             run_id=self.run.run_id,
             keep_versions_days=output.keep_versions_days,
             check_lease=lease.check,
         )
 
-    def stages(self, dataset: Dataset, scans: int) -> Stages:
-        """Return what the engine runs for that many scans."""
-        config, run = self.config, self.run
-        decoder = Decoder.of(config, run.recipe_id, run.run_id)
+    def make_stages(self, dataset: Dataset, scans: int) -> Stages:
+        """Return the stages behind decoding for a run over `scans` scans."""
+        config, run, instrument = self.config, self.run, self.options.instrument
+        load = functools.partial(load_same_extractor, config, self.threads, self.extractor.sha256)
+        write_run = functools.partial(
+            write,
+            dataset=dataset,
+            partition_by=config.output.partition_by,
+            recipe=run.recipe_id,
+            run_id=run.run_id,
+        )
         return Stages(
-            decode=decoder,
-            extractor=self.extractor,
-            load_extractor=functools.partial(_load_same, config, self.threads, self.extractor.sha256),
-            write=functools.partial(
-                write,
-                dataset=dataset,
-                partition_by=config.output.partition_by,
-                recipe=run.recipe_id,
-                run_id=run.run_id,
-            ),
-            batch_scans=_batch_scans(config),
+            extractor=instrument("model", self.extractor),
+            load_extractor=functools.partial(_load_instrumented, load, instrument),
+            recipe=run.recipe_id,
+            write=instrument("write", write_run),
             scans_per_file=_scans_per_file(scans, sum(layer.values for layer in self.extractor.layers)),
         )
 
 
-def choose_engine(config: Config, scans: int) -> Engine:
-    """Return the engine asked for; `auto` takes Ray for many scans or a named cluster."""
+def make_engine(config: Config, scans: int, instrument: Instrument = keep_stage) -> Engine:
+    """Return the configured engine; `auto` means Ray for many scans or if a cluster is named."""
     from featray.engines.inline import InlineEngine
     from featray.engines.ray.cluster import named_address
 
+    decoding = make_decoding(config, instrument)
     address = named_address(config.run)
-    small = scans <= INLINE_MAX_SCANS and not address
     name = config.run.engine
     if name == "auto":
-        name = "inline" if small else "ray"
-        why = f"{scans} scans and {'a' if address else 'no'} cluster address"
-        log.info("engine %s, chosen for %s; set run.engine to choose yourself", name, why)
+        name = "inline" if scans <= INLINE_MAX_SCANS and not address else "ray"
+        reason = f"{scans} scans and {'a' if address else 'no'} cluster address"
+        log.info("engine %s, chosen because of %s; set run.engine to choose yourself", name, reason)
     if name == "inline":
-        return InlineEngine(config.run.decode.workers, config.limits, config.run.decode.memory)
+        return InlineEngine(config.run.decode.workers, decoding)
     from featray.engines.ray.engine import RayEngine
 
-    return RayEngine(config.run, config.limits)
+    return RayEngine(config.run, decoding)
 
 
-def _load_same(config: Config, threads: ModelThreads, sha256: str) -> Extractor:
-    """Load the model in another process, where it must be what the recipe was made from."""
-    extractor = load_extractor(config, threads)
-    if extractor.sha256 != sha256:
-        raise ModelError("the model or its code changed while the run was starting; start it again")
-    return extractor
-
-
-def _batch_scans(config: Config) -> int:
-    """Return how many scans the model is given at once; one that has patches fills its batches alone."""
+def make_decoding(config: Config, instrument: Instrument = keep_stage) -> Decoding:
+    """Return how an engine decodes the scans of a config."""
     has_patches = config.preprocess.fit == "patches" or config.source.rows
-    return 1 if has_patches else config.model.batch_size
-
-
-def _scans_per_file(scans: int, values: int) -> int:
-    """Return how many scans share a file, and are lost at most by a kill: the square root of all.
-
-    So a run has about as many commits as a file has scans; files are of at most 64 MB a layer.
-    """
-    wanted = max(MIN_SCANS_PER_FILE, math.isqrt(scans))
-    return max(1, min(wanted, MAX_FILE_BYTES // (4 * max(1, values))))
+    return Decoding(
+        decoder=instrument("decode", Decoder.from_config(config)),
+        batch_scans=1 if has_patches else config.model.batch_size,  # one scan's patches fill batches alone
+        limits=config.limits,
+        memory=config.run.decode.memory,
+    )
 
 
 def load_extractor(config: Config, threads: ModelThreads = DEFAULT_THREADS) -> Extractor:
-    """Load the model for the inputs that preprocessing gives.
+    """Load the model for the inputs that preprocessing makes.
 
     Raises:
-        ModelError: As `Extractor`; or it cannot take each scan at its own size, as asked.
+        ModelError: As `Extractor`; or the model cannot take each scan at its own size, as configured.
     """
-    asked = config.input_zyx
-    extractor = Extractor(config.model, input_zyx=asked, threads=threads)
+    input_zyx = config.input_zyx
+    extractor = Extractor(config.model, input_zyx=input_zyx, threads=threads)
     is_volume = config.source.format != "npy"
-    if is_volume and asked and None in asked and None not in extractor.input_shape:
+    if is_volume and input_zyx and None in input_zyx and None not in extractor.input_shape:
         raise ModelError(
-            "preprocess.size: null keeps each scan's own size, but the model takes "
-            f"{extractor.input_shape} only (z, y, x, channel); give that size"
+            "preprocess.size: null keeps each scan's own size, but the model takes only "
+            f"{extractor.input_shape} (z, y, x, channel); give that size"
         )
     return extractor
 
 
-def carried(config: Config, listing: Listing) -> list[str]:
-    """Return the names of further columns of `scans`: the manifest's and the asked-for DICOM tags."""
+def load_same_extractor(config: Config, threads: ModelThreads, sha256: str) -> Extractor:
+    """Load the model in another process.
+
+    Raises:
+        ModelError: The model is not the one that the recipe was made from.
+    """
+    extractor = load_extractor(config, threads)
+    if extractor.sha256 != sha256:
+        raise ModelError("the model or its code changed while the run was starting; start the run again")
+    return extractor
+
+
+def extra_columns(config: Config, listing: Listing) -> list[str]:
+    """Return the names of further columns of `scans`: the manifest's, and the DICOM tags of the config."""
     names = listing.extra_columns
     return [*names, *(tag for tag in config.privacy.dicom_tags if tag not in names)]
 
 
 def new_run_id() -> str:
-    """Return an id that sorts by time and is unique."""
+    """Return a new run id; ids are unique and sort by time."""
     now = datetime.now(UTC)
     return f"{now:%Y%m%dT%H%M%S}{now.microsecond // 1000:03}-{os.urandom(3).hex()}"
 
@@ -220,3 +253,21 @@ def lock_output(dataset: Dataset) -> Iterator[Committer]:
     run_id = new_run_id()
     with Lease(dataset.store, run_id) as lease:
         yield Committer(dataset, partition_by, run_id=run_id, check_lease=lease.check)
+
+
+def _load_instrumented(load: Callable[[], Extractor], instrument: Instrument) -> Any:
+    return instrument("model", load())
+
+
+def _scans_per_file(scans: int, values: int) -> int:
+    """Return the number of scans that share a file: the square root of all scans, within limits.
+
+    A kill loses at most that many scans. A run makes about as many commits as a file has scans. A file has at
+    most 64 MB per layer.
+
+    Args:
+        scans: Scans of the run.
+        values: Values of all layers of one scan.
+    """
+    target = max(MIN_SCANS_PER_FILE, math.isqrt(scans))
+    return max(1, min(target, MAX_FILE_BYTES // (4 * max(1, values))))

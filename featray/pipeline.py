@@ -1,34 +1,27 @@
-"""START HERE. The way of a scan: listed → read → preprocessed → extracted → written → committed → reported.
+"""START HERE: the way of a scan: listed → read → preprocessed → extracted → written → committed → reported.
 
-`_run` shows it on one screen. Each step is one file of `featray/stages`; the engines run the middle
-ones, on helper processes or on Ray; this file alone knows their order.
+`run` shows it on one screen. Each step is one file of `featray/stages`. The engines run the middle steps, in
+worker processes or on Ray; only this file knows the order of the steps.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.checks import check, check_output, refuse_mass_removal, refuse_other_recipe, remember
+from featray.checks import check, check_output, refuse_mass_removal, refuse_other_recipe, save_listing_cache
 from featray.config import Config, ConfigInput
 from featray.engines.base import Engine
-from featray.engines.source_outage import stop_when_source_is_gone
-from featray.job import (
-    Job,
-    RunScope,
-    _batch_scans,
-    choose_engine,
-    early_decoder,
-)
+from featray.engines.source_outage import SourceOutageDetector
+from featray.job import Job, RunOptions, RunScope, make_engine
 from featray.output.dataset import Dataset, Snapshot
 from featray.output.lease import Lease
-from featray.schema import Receipt, ScanRecord
+from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
@@ -36,12 +29,10 @@ from featray.stages.plan import Plan
 from featray.stages.report import RunTotals, Summary, announce, report
 from featray.terminal.progress import Progress
 
-log = logging.getLogger(__name__)
-
 PREFETCH_LIMIT = 1_000
-"""Scans that an engine may start on while the model is loaded; it has room for fewer."""
-COMMIT_SHARE = 20
-"""After a commit nothing is committed for this many times as long as it took: commits cost 5 % at most."""
+"""Scans that are offered to the engine while the model is loaded; it has room for fewer."""
+COMMIT_INTERVAL = 20
+"""After a commit, the next one waits for this many times as long as it took: commits cost at most 5 %."""
 
 
 def extract(
@@ -55,19 +46,20 @@ def extract(
 
     Args:
         config: Path of a YAML file, a dict, or a `Config`.
-        overrides: `key.path=value` texts that win over the file.
-        show: Whether to report progress on stderr.
-        stop: Set it from another thread to stop cleanly after what is in flight.
+        overrides: `key.path=value` texts that override the config.
+        show: Whether to show progress on stderr.
+        stop: Set this event from another thread to stop cleanly: scans in flight are finished and committed.
 
     Returns:
-        What was found and done; its `exit_code` is the one of the command line.
+        What was found and done; `exit_code` is the exit code of the command line.
 
     Raises:
         UsageError: The config, the source or the model cannot be used; lists every problem.
         OutputBusyError: Another run holds the output.
-        StorageError: The output's store does not answer; what was committed is kept.
+        StorageError: The store of the output does not answer; committed scans are kept.
     """
-    return _run(config, overrides, RunScope(), show, stop or threading.Event())
+    options = RunOptions.create(show=show, stop=stop)
+    return run(*check(config, overrides), RunScope(), options)
 
 
 def refresh(
@@ -78,120 +70,130 @@ def refresh(
     show: bool = False,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Bring the output in step with the collection; when nothing has changed, write nothing.
+    """Bring the output in step with the collection; if nothing has changed, write nothing.
 
-    New scans are added, those of other content or another recipe replaced, those no longer listed dropped.
+    New scans are added. Scans with other content or another recipe are replaced. Scans that are no longer
+    listed are removed.
 
     Args:
-        config: As for `extract`, and so are overrides, show and stop, the result and the errors.
+        config: As for `extract`; the same holds for overrides, show, stop, the result and the errors.
         overrides: `key.path=value` texts.
-        retry: Reason codes of failed scans to try again although nothing about them has changed.
-        show: Whether to report progress.
-        stop: Set it to stop cleanly.
+        retry: Reason codes of failed scans to try again although neither content nor recipe has changed.
+        show: Whether to show progress.
+        stop: Set this event to stop cleanly.
     """
-    return _run(config, overrides, RunScope(refresh=True, retry=retry), show, stop or threading.Event())
+    options = RunOptions.create(show=show, stop=stop)
+    return run(*check(config, overrides), RunScope(refresh=True, retry=retry), options)
 
 
-def _run(
-    config: ConfigInput, overrides: list[str] | None, wanted: RunScope, show: bool, stop: threading.Event
-) -> Summary:
-    started = time.time()
-    config, listing = check(config, overrides)
+def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) -> Summary:
+    """Process the listed scans that are due: the whole way, one line per step.
+
+    Args:
+        config: Checked config.
+        listing: Every scan of the collection.
+        scope: Which scans are due.
+        options: How the caller follows the run.
+    """
     dataset = Dataset.open(config.output)
     check_output(dataset.store)
-    with choose_engine(config, len(listing.scans)) as engine:
-        _begin(engine, config, listing, dataset)
-        job = Job.prepare(config, engine.name, started, wanted.command, engine.threads)
+    with make_engine(config, len(listing.scans), options.instrument) as engine:
+        if new_scans := _find_new_scans(listing, dataset):
+            engine.prefetch_scans(new_scans)
+        job = Job.prepare(config, engine, scope.command, options)
         with Lease(dataset.store, job.run.run_id) as lease:
-            committer = job.committer(dataset, listing, lease)
-            plan = job.plan(listing, committer.snapshot(), wanted)
-            refuse_other_recipe(plan, job.run.recipe_id, refresh=wanted.refresh)
-            refuse_mass_removal(plan, config.limits, refresh=wanted.refresh)
+            committer = job.open_committer(dataset, listing, lease)
+            plan = job.make_plan(listing, committer.snapshot(), scope)
+            refuse_other_recipe(plan, job.run.recipe_id, refresh=scope.refresh)
+            refuse_mass_removal(plan, config.limits, refresh=scope.refresh)
             committer.delete_orphans()
-            remember(listing, dataset.store)
-            gone = plan.removed if wanted.refresh else ()
-            progress = Progress(len(plan.todo), show=show)
+            save_listing_cache(listing, dataset.store)
+            progress = Progress(len(plan.todo), show=options.show)
             lease.set_progress_source(progress.state)
-            done = _bring_in_step(engine, plan, gone, job, committer, progress, stop)
-            return report(job.run, dataset, listing, plan, done, interrupted=stop.is_set())
+            removed = plan.removed if scope.refresh else ()
+            totals = _process(engine, plan, removed, job, committer, progress)
+            return report(job.run, dataset, listing, plan, totals, interrupted=options.stop.is_set())
 
 
-def _begin(engine: Engine, config: Config, listing: Listing, dataset: Dataset) -> None:
-    """Let the engine start on scans that no run has met yet: they are due whatever the model is."""
-    due = _unmet(listing, dataset.find_snapshot())[:PREFETCH_LIMIT]
-    if scans := [scan for scan in listing.take(due) if scan.reason is None]:
-        engine.begin(scans, early_decoder(config), _batch_scans(config))
-
-
-def _unmet(listing: Listing, stored: Snapshot | None) -> NDArray[np.int64]:
-    """Return the places of the scans that are in no ledger."""
-    if stored is None:  # without columns: for the first of them pyarrow imports pandas, 0.2 s
-        return np.arange(len(listing.scans))
-    ids = listing.scan_ids  # columns: a million known scans are looked at in no time
-    known = stored.read_scans(("scan_id",))["scan_id"].cast(ids.type).combine_chunks()
-    return np.flatnonzero(~pc.is_in(ids, value_set=known).to_numpy())
-
-
-def _bring_in_step(
-    engine: Engine,
-    plan: Plan,
-    gone: Sequence[str],
-    job: Job,
-    committer: Committer,
-    progress: Progress,
-    stop: threading.Event,
+def _process(
+    engine: Engine, plan: Plan, removed: Sequence[str], job: Job, committer: Committer, progress: Progress
 ) -> RunTotals:
-    """Extract and commit what is to do, drop what is gone, tidy up; return what was committed."""
-    dataset, done = committer.dataset, RunTotals()
-    if not plan.todo and not gone:
-        return done
-    announce(job.run, dataset)
+    """Extract and commit the scans that are due, delete the removed ones, and compact; return the totals."""
+    totals, stop = RunTotals(), job.options.stop
+    if not plan.todo and not removed:
+        return totals
+    announce(job.run, committer.dataset)
     with progress:
-        for receipt in _committed(_receipts(engine, plan, job, dataset, stop), committer.commit):
-            progress.add_records(receipt.records)
-            done.add(receipt)
-        done.seconds, done.workers = progress.state()["seconds"], engine.workers()
+        _extract_scans(engine, plan.todo, job, _CommitQueue(committer, progress, totals))
+        totals.seconds, totals.workers = progress.state()["seconds"], engine.workers()
     if not stop.is_set():
-        committer.delete_scans(gone)
-        done.removed = len(gone)
+        committer.delete_scans(removed)
+        totals.removed = len(removed)
         committer.compact()
     committer.delete_orphans()
-    return done
+    return totals
 
 
-def _receipts(
-    engine: Engine, plan: Plan, job: Job, dataset: Dataset, stop: threading.Event
-) -> Iterator[Receipt]:
-    """Yield the receipts of scans that listing has settled, then those of the engine's."""
-    settled = [scan for scan in plan.todo if scan.reason is not None]
-    readable = [scan for scan in plan.todo if scan.reason is None]
-    if settled:
-        yield Receipt((), tuple(ScanRecord.of(scan, job.run.recipe_id, job.run.run_id) for scan in settled))
-    if readable:
-        receipts = engine.receipts(readable, job.stages(dataset, len(readable)), stop)
-        yield from stop_when_source_is_gone(receipts, readable, Decoder.of(job.config).reader)
+def _extract_scans(engine: Engine, scans: Sequence[Scan], job: Job, queue: _CommitQueue) -> None:
+    """Put the receipts of all scans into the queue, those that listing settled first."""
+    settled = [scan for scan in scans if scan.reason is not None]
+    readable = [scan for scan in scans if scan.reason is None]
+    outage = SourceOutageDetector(readable, Decoder.from_config(job.config).reader)
+    with queue:
+        if settled:
+            queue.put(job.identify(Receipt((), tuple(ScanRecord.from_scan(scan) for scan in settled))))
+        if readable:
+            stages = job.make_stages(queue.dataset, len(readable))
+            for receipt in engine.receipts(readable, stages, job.options.stop):
+                queue.put(job.identify(receipt))
+                outage.check(receipt)
 
 
-def _committed(receipts: Iterator[Receipt], commit: Callable[[Sequence[Receipt]], None]) -> Iterator[Receipt]:
-    """Commit receipts as they come, several at once where commits are slow; yield what was committed.
+class _CommitQueue:
+    """Commits receipts as they come, several at once if commits are slow; counts committed scans.
 
-    When the engine fails, what it has finished is committed before the error goes on.
+    At the end of the `with` block the waiting receipts are committed, also when the engine has failed.
     """
-    waiting: list[Receipt] = []
-    not_before = 0.0
-    try:
+
+    def __init__(self, committer: Committer, progress: Progress, totals: RunTotals) -> None:
+        self.dataset = committer.dataset
+        self._committer, self._progress, self._totals = committer, progress, totals
+        self._waiting: list[Receipt] = []
+        self._next_commit = 0.0
+
+    def __enter__(self) -> _CommitQueue:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if self._waiting and (kind is None or issubclass(kind, Exception)):
+            self._commit()
+
+    def put(self, receipt: Receipt) -> None:
+        """Add a receipt, and commit all waiting ones unless the last commit was too recent."""
+        self._waiting.append(receipt)
+        start = time.monotonic()
+        if start >= self._next_commit:
+            self._commit()
+            self._next_commit = start + (1 + COMMIT_INTERVAL) * (time.monotonic() - start)
+
+    def _commit(self) -> None:
+        receipts, self._waiting = self._waiting, []
+        self._committer.commit(receipts)
         for receipt in receipts:
-            waiting.append(receipt)
-            start = time.monotonic()
-            if start >= not_before:
-                finished, waiting = waiting, []
-                commit(finished)
-                not_before = start + (1 + COMMIT_SHARE) * (time.monotonic() - start)
-                yield from finished
-    except Exception:
-        if waiting:
-            commit(waiting)
-        raise
-    if waiting:
-        commit(waiting)
-        yield from waiting
+            self._progress.add_records(receipt.records)
+            self._totals.add(receipt)
+
+
+def _find_new_scans(listing: Listing, dataset: Dataset) -> list[Scan]:
+    """Return the first readable scans that are in no ledger: they are due with any model."""
+    new = _find_new_positions(listing, dataset.find_snapshot())[:PREFETCH_LIMIT]
+    return [scan for scan in listing.take(new) if scan.reason is None]
+
+
+def _find_new_positions(listing: Listing, stored: Snapshot | None) -> NDArray[np.int64]:
+    """Return the positions in the listing of scans that are not stored."""
+    if stored is None:  # no columns here: pyarrow would import pandas for the first one, 0.2 s
+        return np.arange(len(listing.scans))
+    ids = listing.scan_ids  # a column: a million stored scans are compared in a fraction of a second
+    known = stored.read_scans(("scan_id",))["scan_id"].cast(ids.type).combine_chunks()
+    return np.flatnonzero(~pc.is_in(ids, value_set=known).to_numpy())

@@ -17,7 +17,7 @@ NUMERICS = 1
 """Version of featray's numeric behaviour; raise it when the same input would give other values."""
 
 
-def recipe(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
+def make_recipe(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
     """Return the recipe as a JSON-ready dict.
 
     Args:

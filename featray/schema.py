@@ -165,8 +165,8 @@ class ScanRecord:
     uri: str
     format: str
     content: str
-    recipe: str
-    run_id: str
+    recipe: str = ""
+    run_id: str = ""
     status: Status = "ok"
     reason: str | None = None
     stage: str | None = None
@@ -192,15 +192,13 @@ class ScanRecord:
     columns: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, scan: Scan, recipe: str, run_id: str) -> ScanRecord:
+    def from_scan(cls, scan: Scan) -> ScanRecord:
         """Return the record of a listed scan; one that was listed with a reason is settled already."""
         record = cls(
             scan_id=scan.scan_id,
             uri=scan.uri,
             format=scan.format,
             content=scan.content,
-            recipe=recipe,
-            run_id=run_id,
             warnings=list(scan.warnings),
             columns=dict(scan.columns),
         )
@@ -247,13 +245,13 @@ class Decoded:
         tensor: float32 (patches, z, y, x), or (patches, *shape) of an array's samples; no patches when
             the scan failed.
         origins: int32 (patches, 3), voxel index (z, y, x) of each patch in the preprocessed volume.
-        parked: The tensor's shape while it travels through shared memory instead of in here.
+        shared_shape: Shape of the tensor while it is in shared memory instead of in `tensor`.
     """
 
     record: ScanRecord
     tensor: NDArray[np.float32]
     origins: NDArray[np.int32]
-    parked: tuple[int, ...] | None = None
+    shared_shape: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -301,6 +299,11 @@ class Receipt:
     files: tuple[DataFile, ...]
     records: tuple[ScanRecord, ...]
     units: tuple[UnitsSeen, ...] = ()
+
+    def set_run(self, recipe: str, run_id: str) -> None:
+        """Name the recipe and the run in all records: the stages that made them know neither."""
+        for record in self.records:
+            record.recipe, record.run_id = recipe, run_id
 
     def to_json(self) -> str:
         """Return the receipt as one JSON text, for a row of Ray Data."""

@@ -84,7 +84,7 @@ def _receipt(dataset: Dataset, scan_ids: Sequence[str]) -> Receipt:
         )
         for scan_id in scan_ids
     ]
-    return write(extract(_random_layers, decoded), dataset, ("layer",), "recipe", "run")
+    return write(extract(_random_layers, decoded, recipe="recipe"), dataset, ("layer",), "recipe", "run")
 
 
 def _random_layers(batch: NDArray[np.float32], seeds: Sequence[str]) -> dict[str, NDArray[np.float32]]:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,10 @@ def _write_ledger(manifest: Path, output: Path) -> None:
     scans = list_scans(SourceConfig(uri=str(manifest), id_column="case")).scans
     committer = Committer(Dataset(Store(str(output))), ("layer",), (), run_id="20260101T000000000-000000")
     for start in range(0, len(scans), SCANS_PER_COMMIT):
-        records = [ScanRecord.of(s, RECIPE, "run") for s in scans[start : start + SCANS_PER_COMMIT]]
+        records = [
+            replace(ScanRecord.from_scan(s), recipe=RECIPE, run_id="run")
+            for s in scans[start : start + SCANS_PER_COMMIT]
+        ]
         committer.commit([Receipt((), tuple(records))])
 
 

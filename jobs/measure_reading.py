@@ -63,7 +63,7 @@ def decode(folder: Path) -> Any:
     preprocess = {"size": list(INPUT_ZYX), "window": list(WINDOW)}
     config = load({"source": {"uri": str(folder)}, "preprocess": preprocess, **unused})
     (scan,) = list_scans(config.source).scans
-    decoded = Decoder.of(config)(scan)
+    decoded = Decoder.from_config(config)(scan)
     assert decoded.record.status == "ok", decoded.record.message
     return decoded
 

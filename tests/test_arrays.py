@@ -195,7 +195,7 @@ def tensor_of(config: dict[str, Any], scan_id: str) -> np.ndarray:
 
     checked = load(config)
     (scan,) = (scan for scan in list_scans(checked.source).scans if scan.scan_id == scan_id)
-    return Decoder.of(checked)(scan).tensor
+    return Decoder.from_config(checked)(scan).tensor
 
 
 def test_e_z_differs_from_call_to_call_and_z_mean_does_not(tmp_path: Path) -> None:

@@ -381,7 +381,7 @@ class Collection:
     def of(cls, kind: Kind, folder: Path) -> Collection:
         kind.write(folder)
         config = config_of(folder, kind.source)
-        found = cls(folder, config, Decoder.of(config), [])
+        found = cls(folder, config, Decoder.from_config(config), [])
         found.before.extend(found.outcomes())
         return found
 

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,10 @@ from featray import checks, pipeline
 from featray.errors import ConfigError
 from featray.job import _scans_per_file
 from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.schema import Receipt
+from featray.stages.report import RunTotals
 from featray.storage.store import Store
+from featray.terminal.progress import Progress
 
 
 def dataset_of(config: dict[str, Any]) -> Dataset:
@@ -207,20 +212,26 @@ def test_an_interrupted_refresh_is_not_called_done_and_goes_on_where_it_was(conf
     assert featray.refresh(config, ["preprocess.window=[-500, 500]"]).exit_code == 0
 
 
-def test_what_is_finished_when_the_engine_fails_is_committed_first() -> None:
-    committed: list[int] = []
+def test_finished_receipts_are_committed_when_the_engine_fails() -> None:
+    committed: list[Receipt] = []
 
-    def receipts() -> Any:
-        yield from (1, 2, 3)
-        raise RuntimeError("the cluster is gone")
+    def commit_slowly(receipts: Sequence[Receipt]) -> None:
+        committed.extend(receipts)
+        threading.Event().wait(0.01)  # so that the next receipts are held back for a while
 
-    def slowly(batch: Any) -> None:
-        committed.extend(batch)
-        threading.Event().wait(0.01)  # so that the next ones are held back for a while
+    receipts = [Receipt((), ()) for _ in range(3)]
+    committer: Any = SimpleNamespace(commit=commit_slowly, dataset=None)
+    queue = pipeline._CommitQueue(committer, Progress(3, show=False), RunTotals())
+
+    def put_and_fail() -> None:
+        with queue:
+            for receipt in receipts:
+                queue.put(receipt)
+            raise RuntimeError("the cluster is gone")
 
     with pytest.raises(RuntimeError, match="gone"):
-        list(pipeline._committed(receipts(), slowly))  # type: ignore[arg-type]
-    assert committed == [1, 2, 3]
+        put_and_fail()
+    assert committed == receipts
 
 
 def test_versions_are_kept_for_readers_when_asked(config: dict[str, Any], collection: Path) -> None:

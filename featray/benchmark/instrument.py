@@ -12,12 +12,9 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from featray.engines.base import Stages
-from featray.stages.decode import Decoder
 
 STAGES = ("decode", "model", "write")
 
@@ -46,20 +43,15 @@ class Work:
     pids: frozenset[int]
 
 
-def observed(stages: Stages, folder: Path) -> Stages:
-    """Return the stages with every call noted in `folder`."""
-    return replace(
-        stages,
-        decode=observed_decoder(stages.decode, folder),
-        extractor=_Observed(stages.extractor, "model", str(folder)),
-        load_extractor=functools.partial(_loaded, stages.load_extractor, str(folder)),
-        write=_Observed(stages.write, "write", str(folder)),
-    )
+@dataclass(frozen=True)
+class StageRecorder:
+    """The instrument of a measured run: each call of a stage is recorded in a file of `folder`."""
 
+    folder: str
 
-def observed_decoder(decode: Decoder, folder: Path) -> Decoder:
-    """Return a decoder with every call noted in `folder`."""
-    return _Observed(decode, "decode", str(folder))  # type: ignore[return-value]  # behaves like one
+    def __call__(self, name: str, stage: Callable[..., Any]) -> Any:
+        """Return the stage with every call recorded."""
+        return _Observed(stage, name, self.folder)
 
 
 def noted(folder: Path) -> dict[str, Work]:
@@ -130,10 +122,6 @@ class _Observed:
         if name.startswith("_"):  # also while it is unpickled and has no `_stage` yet
             raise AttributeError(name)
         return getattr(self._stage, name)
-
-
-def _loaded(load: Callable[[], Any], folder: str) -> Any:
-    return _Observed(load(), "model", folder)
 
 
 def _note(folder: str, line: list[str | float]) -> None:

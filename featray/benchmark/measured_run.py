@@ -12,21 +12,17 @@ import gc
 import json
 import logging
 import sys
-from pathlib import Path
-from typing import Any
 
 from featray.engines.decoding.process_pool import start_early
 
 if __name__ == "__main__":
     start_early()  # as the command line does, before what takes long to import
 
-from featray import pipeline
-from featray.benchmark.instrument import observed, observed_decoder
-from featray.config import Config, load
-from featray.engines.base import Stages
+from featray.benchmark.instrument import StageRecorder
+from featray.config import load
 from featray.errors import FeatrayError
-from featray.job import Job
-from featray.output.dataset import Dataset
+from featray.job import RunOptions, RunScope
+from featray.pipeline import run
 from featray.schema import Scan
 from featray.stages.list import Listing
 
@@ -36,36 +32,17 @@ def main() -> int:
     atexit.register(gc.freeze)  # as the command line does
     logging.basicConfig(level=logging.ERROR, format="featray: %(message)s", stream=sys.stderr)
     asked = json.load(sys.stdin)
-    _take_listed([Scan.from_json(text) for text in asked["scans"]])
-    _observe(Path(asked["notes"]))
+    scans = [Scan.from_json(text) for text in asked["scans"]]
+    # A sample, or the same few scans several times, lies in no folder: the run gets it as its listing.
+    listing = Listing(tuple(sorted(scans, key=lambda scan: scan.scan_id)))
+    options = RunOptions(instrument=StageRecorder(asked["notes"]))
     try:
-        summary = pipeline.extract(asked["config"])
+        summary = run(load(asked["config"]), listing, RunScope(), options)
     except FeatrayError as error:
         sys.stderr.write(f"{error}\n")
         return int(error.exit_code)
     sys.stdout.write(json.dumps(dataclasses.asdict(summary)))
     return int(summary.exit_code)
-
-
-def _take_listed(scans: list[Scan]) -> None:
-    """Let `extract` find these scans: a sample, or the same few several times, is in no folder."""
-    listing = Listing(tuple(sorted(scans, key=lambda scan: scan.scan_id)))
-
-    def check(config: Any, overrides: list[str] | None = None) -> tuple[Config, Listing]:
-        return load(config, overrides), listing
-
-    pipeline.check = check  # type: ignore[attr-defined]  # what the pipeline calls
-
-
-def _observe(folder: Path) -> None:
-    stages_of = Job.stages
-
-    def stages(job: Job, dataset: Dataset, scans: int) -> Stages:
-        return observed(stages_of(job, dataset, scans), folder)
-
-    early = pipeline.early_decoder  # type: ignore[attr-defined]
-    pipeline.early_decoder = lambda config: observed_decoder(early(config), folder)  # type: ignore[attr-defined]
-    Job.stages = stages  # type: ignore[method-assign, assignment]  # it exists to be measured
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from featray.benchmark import lower_bounds
 from featray.config import Config, load
 from featray.ct.formats.inflate import GZIP_MAGIC
 from featray.ct.volume import Volume
-from featray.engines.base import Stages
-from featray.engines.prefetch import mapped
+from featray.engines.base import Decoding, Stages
+from featray.engines.inline import InlineEngine
+from featray.engines.prefetch import parallel_map
 from featray.errors import FeatrayError
-from featray.job import Job
+from featray.job import Job, make_decoding
 from featray.model import Extractor
 from featray.model.batch_buffers import concatenate_rows
 from featray.output.dataset import Dataset
@@ -69,25 +70,26 @@ def measure(
     Raises:
         FeatrayError: No scan can be decoded, or as `Job.prepare`.
     """
-    job = Job.prepare(config, "inline", time.time())
-    stages = job.stages(Dataset.open(config.output), len(scans))
+    decoding = make_decoding(config)
+    job = Job.prepare(config, InlineEngine(0, decoding))
+    stages = job.make_stages(Dataset.open(config.output), len(scans))
     tally = _Tally(repeats)
     decoded: list[Decoded] = []
     for scan in scans:
-        one = stages.decode(scan)
+        one = decoding.decoder(scan)
         if one.record.status != "ok":
             continue
         if not model_only:
-            _measure_scan(tally, stages, config, scan, one)
+            _measure_scan(tally, decoding, config, scan, one)
         if sum(other.tensor.nbytes for other in decoded) < MAX_INPUT_BYTES:
             decoded.append(one)
-        if model_only and len(decoded) >= MODEL_BATCHES * stages.batch_scans:
+        if model_only and len(decoded) >= MODEL_BATCHES * decoding.batch_scans:
             break
     if not decoded:
         raise FeatrayError("none of the sampled scans can be decoded; see `featray doctor`")
-    _measure_model(tally, job.extractor, stages.batch_scans, decoded, calls)
+    _measure_model(tally, job.extractor, decoding.batch_scans, decoded, calls)
     if not model_only:
-        _measure_write(tally, stages, decoded)
+        _measure_write(tally, stages, decoded[: MODEL_BATCHES * decoding.batch_scans])
     layers = [{"name": one.name, "path": one.path, "pool": one.pool} for one in job.extractor.layers]
     return {**tally.result(), "layers": layers, "batch": config.model.batch_size}
 
@@ -144,13 +146,13 @@ def _timed(way: Callable[[], Any]) -> Seconds:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def _measure_scan(tally: _Tally, stages: Stages, config: Config, scan: Scan, decoded: Decoded) -> None:
-    reader = stages.decode.reader
+def _measure_scan(tally: _Tally, decoding: Decoding, config: Config, scan: Scan, decoded: Decoded) -> None:
+    reader = decoding.decoder.reader
     result = reader.read(scan)
     tally.time("read", {"fetch": lambda: _fetch(reader, scan)})
     tally.time("decompress", _decompressors(reader, scan))
     _measure_resize(tally, config, scan, result, decoded)
-    tally.time("decode", {"featray": lambda: stages.decode(scan)})
+    tally.time("decode", {"featray": lambda: decoding.decoder(scan)})
     tally.size("bytes_read", result.bytes_read)
     tally.size("bytes_raw", _raw_bytes(result))
     tally.size("bytes_input", decoded.tensor.nbytes)
@@ -210,13 +212,13 @@ def _measure_model(
 
 def _run_model(model: Extractor, inputs: Sequence[Any], calls: int) -> None:
     """Call the model on each, on several at once, as the inline engine does."""
-    for _ in mapped(model, inputs, calls):
+    for _ in parallel_map(model, inputs, calls):
         pass
 
 
 def _measure_write(tally: _Tally, stages: Stages, decoded: Sequence[Decoded]) -> None:
-    few = decoded[: min(stages.scans_per_file, MODEL_BATCHES * stages.batch_scans)]
-    rows = extract(stages.extractor, few)
+    few = decoded[: stages.scans_per_file]
+    rows = extract(stages.extractor, few, recipe=stages.recipe)
     tally.time("write", {"featray": lambda: stages.write(rows)}, scans=len(few))
 
 

@@ -132,7 +132,7 @@ def _train(config: Config, path: Path) -> None:
 
 
 def _volume(config: Config, scan: Scan) -> NDArray[np.float32]:
-    decoded = Decoder.of(config)(scan)
+    decoded = Decoder.from_config(config)(scan)
     if decoded.record.status != "ok":
         raise FeatrayError(f"demo scan {scan.scan_id}: {decoded.record.message}")
     return decoded.tensor

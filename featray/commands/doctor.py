@@ -23,11 +23,11 @@ from featray.collection.listing import sample_by_size
 from featray.config import Config, ConfigInput
 from featray.errors import ExitCode, FeatrayError
 from featray.hardware import count_usable_cores
-from featray.job import choose_engine, load_extractor
+from featray.job import load_extractor, make_engine
 from featray.model import Extractor, OutputLayer, check_invariance, list_layers
 from featray.output.dataset import Dataset
 from featray.output.lease import raise_if_locked
-from featray.recipe import recipe, recipe_id
+from featray.recipe import make_recipe, recipe_id
 from featray.schema import Decoded
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
@@ -141,7 +141,7 @@ class _Patient:
 
     def scans(self) -> Found:
         config = self._config
-        decoder = Decoder.of(config)
+        decoder = Decoder.from_config(config)
         sample = [
             decoder(scan)
             for scan in sample_by_size([s for s in self._listing.scans if s.reason is None], SAMPLE_SCANS)
@@ -196,7 +196,7 @@ class _Patient:
         stored = {row["recipe"] for row in rows if row["status"] == "ok"}
         yield "PASS", f"can be written; {len(rows)} scans are there"
         if self._extractor is not None:
-            mine = recipe_id(recipe(config, self._extractor.recipe_part()))
+            mine = recipe_id(make_recipe(config, self._extractor.recipe_part()))
             if stored - {mine}:
                 other = f"holds features of another recipe than this config's ({mine})"
                 yield "WARN", f"{other}: `featray refresh` makes them anew, `extract` refuses"
@@ -240,7 +240,7 @@ class _Patient:
             yield "PASS", f"no GPU on this machine; the model runs on {count_usable_cores()} cores"
 
     def engine(self) -> Found:
-        engine = choose_engine(self._config, len(self._listing.scans))
+        engine = make_engine(self._config, len(self._listing.scans))
         with engine:
             engine.connect()
         yield "PASS", f"{engine.name}, for {len(self._listing.scans)} scans"

@@ -16,10 +16,10 @@ import psutil
 from featray.checks import check
 from featray.collection.listing import sample_by_size
 from featray.config import ConfigInput
-from featray.engines.base import Stages
-from featray.engines.prefetch import mapped
+from featray.engines.base import Decoding, Stages
+from featray.engines.prefetch import parallel_map
 from featray.hardware import ModelThreads, count_usable_cores
-from featray.job import Job, RunScope, choose_engine
+from featray.job import Job, RunScope, make_decoding, make_engine
 from featray.model.runtime import list_gpu_names
 from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
@@ -143,15 +143,16 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
     Raises:
         UsageError: The config, the source or the model cannot be used; lists every problem.
     """
-    started = time.time()
     checked, listing = check(config, overrides)
     dataset = Dataset.open(checked.output)
-    engine = choose_engine(checked, len(listing.scans))
-    job = Job.prepare(checked, engine.name, started, threads=engine.threads)
+    engine = make_engine(checked, len(listing.scans))
+    job = Job.prepare(checked, engine)
     stored = dataset.find_snapshot()
-    found = job.plan(listing, stored, RunScope())
+    found = job.make_plan(listing, stored, RunScope())
     wanted = (
-        found if found.todo or not found.refresh_todo else job.plan(listing, stored, RunScope(refresh=True))
+        found
+        if found.todo or not found.refresh_todo
+        else job.make_plan(listing, stored, RunScope(refresh=True))
     )
     return PlanResult(
         found=len(listing.scans),
@@ -180,11 +181,10 @@ def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -
     Raises:
         UsageError: As `plan`; or no scan has that id.
     """
-    started = time.time()
     checked, listing = check(config, overrides)
     dataset = Dataset.open(checked.output)
-    job = Job.prepare(checked, choose_engine(checked, len(listing.scans)).name, started)
-    return job.plan(listing, dataset.find_snapshot(), RunScope()).explain_scan(scan_id)
+    job = Job.prepare(checked, make_engine(checked, len(listing.scans)))
+    return job.make_plan(listing, dataset.find_snapshot(), RunScope()).explain_scan(scan_id)
 
 
 def _duration(seconds: float) -> str:
@@ -202,14 +202,14 @@ def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     some = plan.todo[:: -(-len(plan.todo) // _MAX_CANDIDATES)]
     readable = [scan for scan in some if scan.reason is None]
     count = len(readable) * len(plan.todo) // len(some)
-    stages = job.stages(dataset, count)
-    decoded = _decoded(stages, sample_by_size(readable, SAMPLE_SCANS))
+    stages, decoding = job.make_stages(dataset, count), make_decoding(job.config)
+    decoded = _decoded(decoding, sample_by_size(readable, SAMPLE_SCANS))
     good = [one for _, one in decoded if one.record.status == "ok"]
     if not good:
         return Estimate()
-    extract(stages.extractor, good)
+    extract(stages.extractor, good, recipe=stages.recipe)
     decode_s = _decode_seconds(decoded, readable)
-    infer_s = _model_seconds(stages, good, job.threads.calls)
+    infer_s = _model_seconds(stages, good, decoding.batch_scans, job.threads.calls)
     scans_per_s = _rate(decode_s, infer_s, job.threads)
     patches = statistics.mean(scan.record.patches for scan in good)
     values = sum(layer.values for layer in job.extractor.layers)
@@ -224,16 +224,16 @@ def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     )
 
 
-def _decoded(stages: Stages, scans: Sequence[Scan]) -> list[tuple[Scan, Decoded]]:
+def _decoded(decoding: Decoding, scans: Sequence[Scan]) -> list[tuple[Scan, Decoded]]:
     """Decode scans, as many as there is time for; the first one twice, for the first time is start-up."""
     found: list[tuple[Scan, Decoded]] = []
     until = time.monotonic() + SAMPLE_SECONDS
     for scan in scans:
         if not found:
-            stages.decode(scan)
+            decoding.decoder(scan)
         elif time.monotonic() > until:
             break
-        found.append((scan, stages.decode(scan)))
+        found.append((scan, decoding.decoder(scan)))
     return found
 
 
@@ -247,14 +247,14 @@ def _decode_seconds(decoded: Sequence[tuple[Scan, Decoded]], scans: Sequence[Sca
     return mean * statistics.mean(sizes) / statistics.mean(sampled)
 
 
-def _model_seconds(stages: Stages, decoded: Sequence[Decoded], calls: int) -> float:
+def _model_seconds(stages: Stages, decoded: Sequence[Decoded], batch_scans: int, calls: int) -> float:
     """Return the model's wall seconds per scan when it is called as often at once as the engine does."""
-    batch = [decoded[number % len(decoded)] for number in range(stages.batch_scans)]
-    run_model = functools.partial(extract, stages.extractor)
+    batch = [decoded[number % len(decoded)] for number in range(batch_scans)]
+    run_model = functools.partial(extract, stages.extractor, recipe=stages.recipe)
     took = []
     for _ in range(_MODEL_ROUNDS):
         start = time.perf_counter()
-        list(mapped(run_model, [batch] * calls, calls))
+        list(parallel_map(run_model, [batch] * calls, calls))
         took.append((time.perf_counter() - start) / (calls * len(batch)))
     return statistics.median(took)
 

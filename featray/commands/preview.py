@@ -141,7 +141,7 @@ def preview(
     """
     checked, listing = check(config, overrides)
     wanted = listing.scans if scan is None else [_named(listing, scan)]
-    used, decoded, skipped = _first_usable(wanted, Decoder.of(checked, run_id="preview"))
+    used, decoded, skipped = _first_usable(wanted, Decoder.from_config(checked))
     found = replace(_described(decoded), skipped=skipped)
     if found.status != "ok":
         return found

@@ -1,8 +1,4 @@
-"""Engines: the same stages, run by this process and its helpers (`inline`) or by Ray Data (`ray`).
-
-An engine moves scans through decode, extract and write, and yields receipts. It knows nothing of CT,
-of the model or of the tables, and never commits.
-"""
+"""The protocol of an engine, and the records that it is given."""
 
 from __future__ import annotations
 
@@ -13,39 +9,57 @@ from typing import TYPE_CHECKING, Protocol
 
 from featray.hardware import ModelThreads, Workers
 
-if TYPE_CHECKING:  # helpers come through here, and must start fast
+if TYPE_CHECKING:  # worker processes import this module, and must start fast
     import pyarrow as pa
 
+    from featray.config import LimitsConfig
     from featray.schema import Receipt, Scan
     from featray.stages.decode import Decoder
     from featray.stages.extract import LayerExtractor
 
 
 @dataclass(frozen=True)
-class Stages:
-    """What an engine runs, in this order; all but `extractor` is picklable.
+class Decoding:
+    """How an engine decodes scans. It depends on neither the model nor the run, and it can be pickled.
 
     Attributes:
-        decode: Scan → Decoded; never raises.
-        extractor: The model as this process holds it.
-        load_extractor: Called once in every other process that is to hold it.
-        write: Arrow rows of extracted scans → Receipt.
-        batch_scans: Scans handed to the model at once.
-        scans_per_file: Scans whose features share a file, and so the grain of a commit.
+        decoder: Scan → Decoded; never raises.
+        batch_scans: Number of scans that are given to the model in one call.
+        limits: Timeout and number of attempts of a scan.
+        memory: Bytes that decoding one scan may take; None for most of the machine's memory.
     """
 
-    decode: Decoder
+    decoder: Decoder
+    batch_scans: int
+    limits: LimitsConfig
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages behind decoding, in their order. All except `extractor` can be pickled.
+
+    Attributes:
+        extractor: The model, loaded in this process.
+        load_extractor: Loads the model; called once in every other process that runs it.
+        recipe: Recipe id, from which the seeds of random layers are made.
+        write: Arrow rows of extracted scans → Receipt.
+        scans_per_file: Number of scans whose features share one file, and so are committed together.
+    """
+
     extractor: LayerExtractor
     load_extractor: Callable[[], LayerExtractor]
+    recipe: str
     write: Callable[[pa.Table], Receipt]
-    batch_scans: int
     scans_per_file: int
 
 
 class Engine(Protocol):
-    """One way to run the stages; used as a context manager that starts and stops its processes.
+    """One way to run the stages: a context manager that starts and stops its processes.
 
-    `threads` says how it uses the cores for the model, in each process that it runs it in.
+    Attributes:
+        name: `inline` or `ray`.
+        threads: CPU threads of the model in each process that runs it.
     """
 
     name: str
@@ -56,27 +70,26 @@ class Engine(Protocol):
     def __exit__(self, *error: object) -> None: ...
 
     def connect(self) -> None:
-        """Join or start what the engine runs on, if it is not yet.
+        """Join or start the cluster that the engine runs on, unless that has been done.
 
         Raises:
-            ConfigError: It cannot be reached, or can never meet what `run` claims.
+            ConfigError: The cluster cannot be reached, or can never provide the resources that `run` asks
+                for.
         """
         ...
 
-    def begin(self, scans: Sequence[Scan], decode: Decoder, batch_scans: int) -> None:
-        """Do what can be done before the model is loaded: these scans, or most of them, will be asked for.
+    def prefetch_scans(self, scans: Sequence[Scan]) -> None:
+        """Begin to decode some of these scans while the model is loaded.
 
         Args:
-            scans: Due whatever the model.
-            decode: As in `Stages`, but for recipe and run, which are not known yet.
-            batch_scans: As in `Stages`.
+            scans: Scans that no run has processed yet, so that they are due with any model.
         """
         ...
 
     def workers(self) -> Workers | None:
-        """Return what the engine works with; None as long as it has not begun to."""
+        """Return the number of workers of each kind; None before the first scan is processed."""
         ...
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
-        """Yield receipts that together hold a record of every scan, unless `stop` is set."""
+        """Yield receipts that together hold one record of every scan, unless `stop` is set."""
         ...

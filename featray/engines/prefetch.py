@@ -1,4 +1,4 @@
-"""Iterators and threads: items made ready while earlier ones are in use, or several worked on at once."""
+"""Iterators and threads: prefetch items while earlier ones are in use, or process several items at once."""
 
 from __future__ import annotations
 
@@ -13,64 +13,89 @@ from typing import TypeVar
 T = TypeVar("T")
 U = TypeVar("U")
 
-SPARE = 1
-"""Results that `mapped` may hold because an earlier one takes longer."""
-_PATIENCE_S = 5.0
+EXTRA_RESULTS = 1
+"""Finished results that `parallel_map` may hold while an earlier item takes longer."""
+_POLL_S = 0.2
+_JOIN_S = 5.0
+"""Seconds to wait for a thread when an iterator is closed early."""
 
 
 @dataclass(frozen=True)
 class _End:
-    """Nothing more comes: all is done, or `error` was raised."""
+    """Marks the end of the items: all were made, or making one raised `error`."""
 
     error: BaseException | None = None
 
 
-def ahead(items: Generator[T], count: int = 1) -> Generator[T]:
-    """Yield the items, of which up to `count` wait ready; what making them raises is raised here.
+def prefetch(items: Generator[T], count: int = 1, stop: threading.Event | None = None) -> Generator[T]:
+    """Yield the items; a thread makes up to `count` of them ahead. An error in the thread is raised here.
 
-    While one is in use, `count` are ready and the next one is being made, or waits to be taken. Closed early,
-    it closes `items`, and waits a few seconds at most for the one that is being made.
+    Closing the iterator early closes `items`, after waiting a few seconds at most for the item being made.
+
+    Args:
+        items: Iterated and closed in the thread.
+        count: Finished items that may wait to be used; 0 for any number.
+        stop: When it is set, yield the finished items and end at once, also while an item is being made. The
+            thread then ends by itself after that item.
     """
     ready: queue.Queue[T | _End] = queue.Queue(count)
     closed = threading.Event()
-    thread = threading.Thread(target=_fill, args=(items, ready, closed), name="featray-ahead", daemon=True)
+    thread = threading.Thread(
+        target=_make_items, args=(items, ready, closed), name="featray-prefetch", daemon=True
+    )
     thread.start()
     try:
-        while not isinstance(item := ready.get(), _End):
+        while not isinstance(item := _wait_for_item(ready, stop), _End):
             yield item
         if item.error is not None:
             raise item.error
     finally:
+        item = _End()  # a reference from this frame to its own error would keep both alive
         closed.set()
         while not ready.empty():
-            ready.get()  # makes room for the one that is being made
-        thread.join(_PATIENCE_S)
+            ready.get()  # makes room for the item that is being made
+        if stop is None or not stop.is_set():
+            thread.join(_JOIN_S)
 
 
-def mapped(work: Callable[[T], U], items: Iterable[T], at_once: int) -> Generator[U]:
-    """Yield `work(item)` of each item in order, up to `at_once` of them under way in threads.
+def parallel_map(work: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[U]:
+    """Yield `work(item)` of each item in the order of the items, with up to `threads` calls at once.
 
-    An item is asked for when there is a thread for it; with those whose results are held, up to
-    `at_once + SPARE` items are in use. Closed early, it waits a few seconds at most for what is under way.
+    An item is taken from `items` only when a thread is free for it; up to `threads + EXTRA_RESULTS` items are
+    in use. Closing the iterator early waits a few seconds at most for the calls that are running.
     """
-    if at_once == 1:
+    if threads == 1:
         yield from map(work, items)
         return
     running: deque[Future[U]] = deque()
     try:
         for item in items:
-            running.append(begun(work, item))
-            while len(busy := _unfinished(running)) == at_once or len(running) == at_once + SPARE:
-                wait(busy if len(busy) == at_once else [running[0]], return_when=FIRST_COMPLETED)
-                yield from _taken_while_done(running)
-            yield from _taken_while_done(running)
+            running.append(run_in_thread(work, item))
+            while len(busy := _unfinished(running)) == threads or len(running) == threads + EXTRA_RESULTS:
+                wait(busy if len(busy) == threads else [running[0]], return_when=FIRST_COMPLETED)
+                yield from _take_finished(running)
+            yield from _take_finished(running)
         while running:
             yield running.popleft().result()
     finally:
-        wait(running, _PATIENCE_S)
+        wait(running, _JOIN_S)
 
 
-def _taken_while_done(futures: deque[Future[U]]) -> Iterator[U]:
+def run_in_thread(work: Callable[[T], U], item: T) -> Future[U]:
+    """Start `work(item)` in a daemon thread, which does not keep the process alive; return its future."""
+    future: Future[U] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work(item))
+        except BaseException as error:  # raised again by `future.result()`
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="featray-work", daemon=True).start()
+    return future
+
+
+def _take_finished(futures: deque[Future[U]]) -> Iterator[U]:
     while futures and futures[0].done():
         yield futures.popleft().result()
 
@@ -79,22 +104,18 @@ def _unfinished(futures: Iterable[Future[U]]) -> list[Future[U]]:
     return [future for future in futures if not future.done()]
 
 
-def begun(work: Callable[[T], U], item: T) -> Future[U]:
-    """Return what `work(item)` will be; its thread is no reason for this process to live on."""
-    future: Future[U] = Future()
-
-    def run() -> None:
+def _wait_for_item(ready: queue.Queue[T | _End], stop: threading.Event | None) -> T | _End:
+    if stop is None:
+        return ready.get()
+    while not (stop.is_set() and ready.empty()):
         try:
-            future.set_result(work(item))
-        except BaseException as error:  # raised again where the result is asked for
-            future.set_exception(error)
-
-    threading.Thread(target=run, name="featray-mapped", daemon=True).start()
-    return future
+            return ready.get(timeout=_POLL_S)
+        except queue.Empty:
+            continue
+    return _End()
 
 
-def _fill(items: Generator[T], ready: queue.Queue[T | _End], closed: threading.Event) -> None:
-    end = _End()
+def _make_items(items: Generator[T], ready: queue.Queue[T | _End], closed: threading.Event) -> None:
     try:
         for item in items:
             ready.put(item)
@@ -102,5 +123,6 @@ def _fill(items: Generator[T], ready: queue.Queue[T | _End], closed: threading.E
                 items.close()
                 return
     except BaseException as error:  # raised again where the items are used
-        end = _End(error)
-    ready.put(end)
+        ready.put(_End(error))
+        return
+    ready.put(_End())

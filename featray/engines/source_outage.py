@@ -1,49 +1,56 @@
-"""A source that goes away in the middle of a run: noticed, instead of failing a million scans one by one."""
+"""Detect a source that becomes unreachable during a run, instead of failing a million scans one by one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Sequence
 
 from featray.errors import Reason, StorageError
 from featray.schema import Receipt, Scan
 from featray.stages.read import Reader
 
-IN_A_ROW = 20
-"""Scans that cannot be fetched one after the other, upon which one that could be is looked for again."""
+MAX_FETCH_FAILURES = 20
+"""Number of consecutive fetch failures after which a scan that was readable before is looked for."""
 
 
-def stop_when_source_is_gone(
-    receipts: Iterator[Receipt], scans: Sequence[Scan], reader: Reader
-) -> Iterator[Receipt]:
-    """Yield receipts, as long as what was fetched earlier in this run can still be found.
+class SourceOutageDetector:
+    """Follows the receipts of a run and stops the run if the source has become unreachable.
 
-    Many unreadable scans alone stop nothing: a folder without permission costs no other scan. Nor does an
-    outage before anything was fetched, for then the two look the same.
+    Many unreadable scans alone stop nothing: a folder without permission costs no other scan. An outage
+    before the first scan was fetched stops nothing either, because it cannot be told from unreadable scans.
 
     Args:
-        receipts: Of the engine.
-        scans: That they are of.
-        reader: Of the collection.
-
-    Raises:
-        StorageError: It cannot be found. All receipts were yielded before; `storage` scans are tried again.
+        scans: Scans of the run.
+        reader: Reader of the collection.
     """
-    by_id: dict[str, Scan] = {}
-    fetched, in_a_row = "", 0
-    for receipt in receipts:
+
+    def __init__(self, scans: Sequence[Scan], reader: Reader) -> None:
+        self._scans, self._reader = scans, reader
+        self._last_fetched = ""
+        self._failures_in_a_row = 0
+
+    def check(self, receipt: Receipt) -> None:
+        """Take note of a receipt.
+
+        Raises:
+            StorageError: The last scans could not be fetched, and one that was fetched before is missing too.
+        """
         for record in receipt.records:
             if record.reason == Reason.STORAGE:
-                in_a_row += 1
+                self._failures_in_a_row += 1
             elif record.bytes_read:
-                fetched, in_a_row = record.scan_id, 0
-        yield receipt
-        if in_a_row < IN_A_ROW or not fetched:
-            continue
-        by_id = by_id or {scan.scan_id: scan for scan in scans}  # once, and only where it is needed
-        if not reader.is_there(by_id[fetched]):
+                self._last_fetched, self._failures_in_a_row = record.scan_id, 0
+        if self._failures_in_a_row < MAX_FETCH_FAILURES or not self._last_fetched:
+            return
+        if not self._reader.has_scan(self._by_id[self._last_fetched]):
             raise StorageError(
-                f"the source is gone: the last {in_a_row} scans could not be fetched, and one that was "
-                "fetched before cannot be found either. What was committed is kept; when the source is back, "
-                "run the same command again, and these scans are tried again."
+                f"the source is unreachable: the last {self._failures_in_a_row} scans could not be fetched, "
+                "and one that was fetched before cannot be found either. Committed scans are kept. When the "
+                "source is back, run the same command again; it tries these scans again."
             )
-        in_a_row = 0
+        self._failures_in_a_row = 0
+
+    @functools.cached_property
+    def _by_id(self) -> dict[str, Scan]:
+        """The scans by id; built only when fetches fail."""
+        return {scan.scan_id: scan for scan in self._scans}

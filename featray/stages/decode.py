@@ -38,33 +38,29 @@ class Decoder:
         policy: As configured.
         preprocess: As configured.
         limits: As configured.
-        recipe: Recipe id for the record.
-        run_id: Run id for the record.
     """
 
     reader: Reader
     policy: PolicyConfig
     preprocess: PreprocessConfig
     limits: LimitsConfig
-    recipe: str = ""
-    run_id: str = ""
 
     @classmethod
-    def of(cls, config: Config, recipe: str = "", run_id: str = "") -> Decoder:
+    def from_config(cls, config: Config) -> Decoder:
         """Return the decoder of a config."""
         tags = config.privacy.dicom_tags
         reader = Reader(config.source, config.policy, config.limits.max_voxels, tags)
-        return cls(reader, config.policy, config.preprocess, config.limits, recipe, run_id)
+        return cls(reader, config.policy, config.preprocess, config.limits)
 
     def __repr__(self) -> str:
-        """Name the run only: the options may hold credentials."""
-        return f"Decoder(run_id={self.run_id!r})"
+        """Name the class only, because the options may hold credentials."""
+        return "Decoder()"
 
     def __call__(self, scan: Scan) -> Decoded:
         """Return the scan's model input, or its record with the reason why there is none."""
         self.prepare()
         scan = locate(scan, self.reader.source, self.policy)
-        record = ScanRecord.of(scan, self.recipe, self.run_id)
+        record = ScanRecord.from_scan(scan)
         if record.status != "ok":
             return _without_tensor(record)
         try:
@@ -82,16 +78,16 @@ class Decoder:
         """Make this process ready, once; a library that is missing shows here, and is no scan's fault."""
         _prepare_process()
 
-    def failed(self, scan: Scan, reason: Reason, message: str, attempts: int) -> Decoded:
+    def fail(self, scan: Scan, reason: Reason, message: str, attempts: int) -> Decoded:
         """Return the outcome of a scan whose decoding could not even report one."""
-        record = ScanRecord.of(scan, self.recipe, self.run_id)
+        record = ScanRecord.from_scan(scan)
         record.attempts = attempts
         return _failed(record, "read", ScanError(reason, message))
 
-    def late(self, scan: Scan, attempts: int) -> Decoded:
+    def fail_late(self, scan: Scan, attempts: int) -> Decoded:
         """Return the outcome of a scan that an engine gave up for taking too long."""
         message = f"no result after {self.limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
-        return self.failed(scan, Reason.TIMEOUT, message, attempts)
+        return self.fail(scan, Reason.TIMEOUT, message, attempts)
 
     def _read(self, scan: Scan) -> ReadResult:
         try:

@@ -1,14 +1,15 @@
 """Extract: decoded scans in, one Arrow row per scan with the values of all layers out.
 
-Holds no model itself: the extractor is given. A scan whose values are not finite, or that the model
-cannot take, becomes a failed record and costs its batch neighbours nothing.
+This stage is given the extractor and holds no model itself. If the model cannot take a scan, or gives values
+that are not finite, the scan's record fails; the other scans of its batch keep their values.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,94 +19,108 @@ from featray.errors import InputShapeError, Reason, ScanError
 from featray.model.batch_buffers import concatenate_rows, release_buffer
 from featray.schema import EXTRACTED, EXTRACTED_ROW, Decoded
 
-Values = Mapping[str, NDArray[np.float32]]
-LayerExtractor = Callable[[NDArray[np.float32], Sequence[str]], Values]
+LayerValues = Mapping[str, NDArray[np.float32]]
+"""Layer name → float32 (rows, *shape)."""
+LayerExtractor = Callable[[NDArray[np.float32], Sequence[str]], LayerValues]
+"""float32 (rows, …) and one seed text per row → values of all layers."""
 
 MAX_VALUES = 2**31 - 1
-"""Of one scan, over all layers and patches: what one Arrow list holds."""
+"""Values of one scan over all layers and patches, at most: the capacity of one Arrow list."""
 
 
-def extract(extractor: LayerExtractor, decoded: Sequence[Decoded]) -> pa.Table:
+def extract(extractor: LayerExtractor, decoded: Sequence[Decoded], *, recipe: str) -> pa.Table:
     """Return one row per scan: its record, and its features of all layers and patches.
 
     Args:
-        extractor: float32 (n, …) → {layer: (n, *shape)}; further takes one text per row that seeds what a
-            layer draws at random.
-        decoded: Scans of any input shapes; failed ones pass through without features.
+        extractor: The model.
+        decoded: Scans with model inputs of any shapes; scans that have failed stay in it, without features.
+        recipe: Recipe id, from which the seeds of random layers are made.
+
+    Returns:
+        Rows of `schema.EXTRACTED`, in the order of `decoded`.
     """
-    values: dict[str, Values] = {}
-    for group in _same_shape(scan for scan in decoded if scan.record.status == "ok"):
-        values |= _infer(extractor, group)
-    tables = [_row(scan, values.get(scan.record.scan_id, {})) for scan in decoded]
+    values: dict[str, LayerValues] = {}
+    for group in _group_by_shape(scan for scan in decoded if scan.record.status == "ok"):
+        values |= _infer(functools.partial(_call_model, extractor, recipe=recipe), group)
+    tables = [_make_row(scan, values.get(scan.record.scan_id, {})) for scan in decoded]
     return pa.concat_tables(tables) if tables else EXTRACTED.empty_table()
 
 
-def _same_shape(decoded: Iterable[Decoded]) -> list[list[Decoded]]:
+def _group_by_shape(decoded: Iterable[Decoded]) -> list[list[Decoded]]:
     groups: dict[tuple[int, ...], list[Decoded]] = defaultdict(list)
     for scan in decoded:
         groups[scan.tensor.shape[1:]].append(scan)
     return list(groups.values())
 
 
-def _infer(extractor: LayerExtractor, group: list[Decoded]) -> dict[str, Values]:
-    """Return {scan_id: values}; when a batch fails, each scan is tried alone."""
+def _infer(
+    call_model: Callable[[list[Decoded]], LayerValues], group: list[Decoded]
+) -> dict[str, LayerValues]:
+    """Return {scan_id: values}; if the model fails on a batch, call it with each scan alone."""
     start = time.perf_counter()
     try:
-        found = _call(extractor, group)
-    except Exception as error:  # whatever the user's model raises must cost only its own scan
+        values = call_model(group)
+    except Exception as error:  # any error of the user's model must cost only the scan that causes it
         if len(group) > 1:
-            return {key: value for scan in group for key, value in _infer(extractor, [scan]).items()}
-        ours = isinstance(error, InputShapeError)
-        message = str(error) if ours else f"the model raised {type(error).__name__}"
+            return {key: value for scan in group for key, value in _infer(call_model, [scan]).items()}
+        is_shape_error = isinstance(error, InputShapeError)
+        message = str(error) if is_shape_error else f"the model raised {type(error).__name__}"
         group[0].record.fail("extract", ScanError(Reason.MODEL, message))
         return {}
     seconds = (time.perf_counter() - start) / len(group)
-    return dict(_split(found, group, seconds))
+    return dict(_split_by_scan(values, group, seconds))
 
 
-def _call(extractor: LayerExtractor, group: list[Decoded]) -> Values:
-    """Return what the extractor finds in the rows of all scans."""
+def _call_model(extractor: LayerExtractor, group: list[Decoded], recipe: str) -> LayerValues:
+    """Return the layer values of the rows of all scans."""
+    seeds = _make_seeds(group, recipe)
     if len(group) == 1:
-        return extractor(group[0].tensor, _make_seeds(group))
+        return extractor(group[0].tensor, seeds)
     rows, memory = concatenate_rows([scan.tensor for scan in group])
-    found = extractor(rows, _make_seeds(group))
-    release_buffer(memory, found.values())
-    return found
+    values = extractor(rows, seeds)
+    release_buffer(memory, values.values())
+    return values
 
 
-def _make_seeds(group: list[Decoded]) -> list[str]:
-    """Return what seeds each row's draw: its scan, patch and recipe alone, so that a retry agrees."""
-    records = [scan.record for scan in group for _ in scan.tensor]
-    patches = [patch for scan in group for patch in range(len(scan.tensor))]
+def _make_seeds(group: list[Decoded], recipe: str) -> list[str]:
+    """Return one seed text per row: recipe, scan and patch alone decide it, so a retry gives equal values."""
     return [
-        f"{record.recipe}\n{record.scan_id}\n{patch}" for record, patch in zip(records, patches, strict=True)
+        f"{recipe}\n{scan.record.scan_id}\n{patch}" for scan in group for patch in range(len(scan.tensor))
     ]
 
 
-def _split(found: Values, group: list[Decoded], seconds: float) -> Iterable[tuple[str, Values]]:
+def _split_by_scan(
+    values: LayerValues, group: list[Decoded], seconds: float
+) -> Iterator[tuple[str, LayerValues]]:
+    """Yield scan_id and values of each scan; a scan with too many or non-finite values fails instead."""
     first = 0
     for scan in group:
         last = first + len(scan.tensor)
-        values = {name: array[first:last] for name, array in found.items()}
+        of_scan = {name: array[first:last] for name, array in values.items()}
         first, scan.record.infer_s = last, seconds
-        count = sum(array.size for array in values.values())
-        if count > MAX_VALUES:
-            message = f"{count} values, more than a scan may have ({MAX_VALUES}); pool, or cut fewer patches"
-            scan.record.fail("extract", ScanError(Reason.TOO_LARGE, message))
-            continue
-        broken = [name for name, array in values.items() if not np.isfinite(array).all()]
-        if broken:
-            message = f"NaN or infinity in layer {', '.join(broken)}; check the model and the window"
-            scan.record.fail("extract", ScanError(Reason.NON_FINITE_FEATURES, message))
+        error = _find_error(of_scan)
+        if error is not None:
+            scan.record.fail("extract", error)
         else:
-            yield scan.record.scan_id, values
+            yield scan.record.scan_id, of_scan
 
 
-def _row(scan: Decoded, values: Values) -> pa.Table:
-    patches = len(scan.origins) if values else 0
-    scan.record.patches = patches
+def _find_error(values: LayerValues) -> ScanError | None:
+    count = sum(array.size for array in values.values())
+    if count > MAX_VALUES:
+        message = f"{count} values, more than a scan may have ({MAX_VALUES}); pool, or cut fewer patches"
+        return ScanError(Reason.TOO_LARGE, message)
+    non_finite = [name for name, array in values.items() if not np.isfinite(array).all()]
+    if non_finite:
+        message = f"NaN or infinity in layer {', '.join(non_finite)}; check the model and the window"
+        return ScanError(Reason.NON_FINITE_FEATURES, message)
+    return None
+
+
+def _make_row(scan: Decoded, values: LayerValues) -> pa.Table:
+    scan.record.patches = len(scan.origins) if values else 0
     rows = [
-        _layer_rows(scan, name, np.ascontiguousarray(array, dtype=np.float32))
+        _make_layer_rows(scan, name, np.ascontiguousarray(array, dtype=np.float32))
         for name, array in values.items()
     ]
     features = pa.concat_arrays(rows) if rows else pa.array([], EXTRACTED_ROW)
@@ -113,21 +128,22 @@ def _row(scan: Decoded, values: Values) -> pa.Table:
     return pa.Table.from_arrays([pa.array([scan.record.to_json()]), nested], schema=EXTRACTED)
 
 
-def _layer_rows(scan: Decoded, name: str, array: NDArray[np.float32]) -> pa.StructArray:
-    """Return one struct per patch; the values are handed to Arrow without a copy."""
+def _make_layer_rows(scan: Decoded, name: str, array: NDArray[np.float32]) -> pa.StructArray:
+    """Return one struct per patch; Arrow takes the values without a copy."""
     patches = len(array)
     columns = [
         pa.array([scan.record.scan_id] * patches),
         pa.array([name] * patches),
         pa.array(np.arange(patches, dtype=np.int32)),
-        _lists(scan.origins.astype(np.int32)),
-        _lists(array.reshape(patches, -1)),
-        _lists(np.tile(np.array(array.shape[1:], np.int32), (patches, 1))),
+        _make_lists(scan.origins.astype(np.int32)),
+        _make_lists(array.reshape(patches, -1)),
+        _make_lists(np.tile(np.array(array.shape[1:], np.int32), (patches, 1))),
     ]
     arrays = [column.cast(field.type) for column, field in zip(columns, EXTRACTED_ROW, strict=True)]
     return pa.StructArray.from_arrays(arrays, fields=list(EXTRACTED_ROW))
 
 
-def _lists(rows: NDArray[np.generic]) -> pa.ListArray:
+def _make_lists(rows: NDArray[np.generic]) -> pa.ListArray:
+    """Return one Arrow list per row of a 2-D array."""
     offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.reshape(-1)))

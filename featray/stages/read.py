@@ -82,7 +82,7 @@ class Reader:
         total = sum(len(data) for _, data in files)
         return ReadResult(content, mask, total, fetched - start, done - fetched)
 
-    def is_there(self, scan: Scan) -> bool:
+    def has_scan(self, scan: Scan) -> bool:
         """Return whether the store still has the scan's first file, and lets it be looked at."""
         fs = self._fs(scan)
         fs.invalidate_cache()

@@ -245,7 +245,7 @@ def test_the_single_pass_resize_gives_what_the_pipeline_gives(
 ) -> None:
     config = load(config_of(preprocess={"scale": list(scale), "orientation": orientation}))
     scan = next(scan for scan in list_scans(config.source).scans if scan.format == "nifti")
-    decoder = Decoder.of(config)
+    decoder = Decoder.from_config(config)
     volume, decoded = decoder.reader.read(scan).content, decoder(scan)
     ways = lower_bounds.resizers(volume, config, decoded.tensor)  # type: ignore[arg-type]
     assert list(ways) == ["single pass"]
@@ -255,7 +255,7 @@ def test_the_single_pass_resize_gives_what_the_pipeline_gives(
 def test_the_single_pass_resize_is_not_taken_where_it_is_another_one(config_of: Any) -> None:
     config = load(config_of(preprocess={"interpolation": "area"}))
     scan = next(scan for scan in list_scans(config.source).scans if scan.format == "nifti")
-    decoder = Decoder.of(config)
+    decoder = Decoder.from_config(config)
     volume = decoder.reader.read(scan).content
     assert lower_bounds.resizers(volume, config, decoder(scan).tensor) == {}  # type: ignore[arg-type]
 

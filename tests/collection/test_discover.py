@@ -34,7 +34,7 @@ def listed(config: Config) -> dict[str, Scan]:
 
 
 def decoded(config: Config) -> dict[str, Decoded]:
-    decoder = Decoder.of(config)
+    decoder = Decoder.from_config(config)
     return {name: decoder(Scan.from_json(scan.to_json())) for name, scan in listed(config).items()}
 
 
@@ -185,10 +185,10 @@ def test_a_file_that_changed_since_it_was_listed_is_not_taken(tmp_path: Path) ->
     path = volume(tmp_path / "v.nii")
     config = config_for(tmp_path)
     (scan,) = listed(config).values()
-    assert Decoder.of(config)(scan).record.status == "ok"
+    assert Decoder.from_config(config)(scan).record.status == "ok"
     volume(path, seed=9)
     os.utime(path, (1, 1))
-    record = Decoder.of(config)(scan).record
+    record = Decoder.from_config(config)(scan).record
     assert (record.reason, record.message) == ("storage", "changed since it was listed; run again")
 
 

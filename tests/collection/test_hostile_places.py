@@ -40,7 +40,7 @@ def listed(folder: Path, **source: Any) -> Listing:
 
 
 def read(folder: Path, listing: Listing) -> dict[str, Decoded]:
-    decode = Decoder.of(config_of(folder))
+    decode = Decoder.from_config(config_of(folder))
     return {scan.scan_id: decode(scan) for scan in listing.scans}
 
 
@@ -191,7 +191,7 @@ def test_an_array_file_of_no_bytes_is_empty(folder: Path) -> None:
     (folder / "x.npy").write_bytes(b"")
     config = config_of(folder, format="npy")
     (scan,) = list_scans(config.source, config.policy).scans
-    assert Decoder.of(config)(scan).record.reason == "empty"
+    assert Decoder.from_config(config)(scan).record.reason == "empty"
 
 
 def test_a_slice_of_no_bytes_fails_its_series_or_is_named(folder: Path, series: Path) -> None:

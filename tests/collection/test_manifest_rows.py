@@ -54,7 +54,7 @@ def listing(path: Path, **source: Any) -> Listing:
 
 
 def decoded(path: Path, **source: Any) -> dict[str, Decoded]:
-    decoder = Decoder.of(config_of(path, **source))
+    decoder = Decoder.from_config(config_of(path, **source))
     found = listing(path, **source).scans
     return {scan.scan_id: decoder(Scan.from_json(scan.to_json())) for scan in found}
 
@@ -120,7 +120,7 @@ def test_what_a_row_leaves_open_is_found_from_another_working_directory(
     monkeypatch.chdir(tmp_path)
     (scan,) = listing(Path("m.csv")).scans
     monkeypatch.chdir("/")
-    assert (scan.uri, Decoder.of(config_of(Path("m.csv")))(scan).record.status) == ("s", "ok")
+    assert (scan.uri, Decoder.from_config(config_of(Path("m.csv")))(scan).record.status) == ("s", "ok")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +41,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(estimate, "_estimate", lambda *_: Estimate())
     write_manifest(tmp_path, dict.fromkeys(NAMES, "1"))
     records = [
-        ScanRecord.of(scan, "r", "run-1")
+        replace(ScanRecord.from_scan(scan), recipe="r", run_id="run-1")
         for scan in list_scans(SourceConfig(uri=str(tmp_path / "m.csv"))).scans
     ]
     committer = Committer(Dataset(Store(str(tmp_path / "out"))), ("layer",), run_id="run-1")
@@ -113,7 +114,7 @@ def test_before_the_first_run_everything_is_new(config: Path, capsys: pytest.Cap
 
 def timed(size: int, seconds: float, status: str = "ok") -> tuple[Scan, Decoded]:
     scan = Scan("s", "/s", "nifti", ("/s",), "c", size=size)
-    record = ScanRecord.of(scan, "r", "run")
+    record = replace(ScanRecord.from_scan(scan), recipe="r", run_id="run")
     record.decode_s, record.status = seconds, status  # type: ignore[assignment]  # a literal
     return scan, Decoded(record, np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 3), np.int32))
 

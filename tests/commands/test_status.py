@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def hold(dataset: Dataset, progress: dict[str, Any]) -> None:
 
 
 def commit(dataset: Dataset) -> None:
-    records = [ScanRecord.of(Scan(name, f"/{name}", "nifti", (), "c"), "r", "run-1") for name in "ab"]
+    records = [
+        replace(ScanRecord.from_scan(Scan(name, f"/{name}", "nifti", (), "c")), recipe="r", run_id="run-1")
+        for name in "ab"
+    ]
     Committer(dataset, ("layer",), run_id="run-1").commit([Receipt((), tuple(records))])
 
 

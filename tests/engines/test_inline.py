@@ -1,4 +1,4 @@
-"""Engine inline: helpers, their crashes, and shared memory that is given back."""
+"""Engine inline: worker processes, their crashes, and shared memory that is freed."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import numpy as np
 import pytest
 
 from featray.config import LimitsConfig, load
-from featray.engines.base import Stages
+from featray.engines.base import Decoding, Stages
 from featray.engines.inline import InlineEngine
 from featray.hardware import count_usable_cores
 from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
-from featray.stages.extract import Extractor
+from featray.stages.extract import LayerExtractor
 from featray.stages.write import write
 from featray.storage.store import Store
 
 
 class Poisoned(Decoder):
-    """A decoder that dies on scans named poison, hangs on hang, and dies once on flaky."""
+    """Decoder that kills its process on poison and once on flaky, and hangs on hang."""
 
     def __call__(self, scan: Scan) -> Decoded:
         marker = Path(self.reader.source.uri) / scan.scan_id
@@ -39,7 +39,7 @@ class Poisoned(Decoder):
             os.kill(os.getpid(), signal.SIGKILL)
         if scan.scan_id.startswith("hang"):
             time.sleep(60)
-        record = ScanRecord.of(scan, self.recipe, self.run_id)
+        record = ScanRecord.from_scan(scan)
         record.patches = 1
         value = float(scan.scan_id.removeprefix("s")) if scan.scan_id.startswith("s") else -1.0
         return Decoded(record, np.full((1, 2, 2, 2), value, np.float32), np.zeros((1, 3), np.int32))
@@ -54,30 +54,39 @@ def corner(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stages:
-    monkeypatch.syspath_prepend(os.path.dirname(__file__))  # so that helpers can import Poisoned
+def decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Decoder:
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))  # so that worker processes can import Poisoned
     import test_inline
 
     (tmp_path / "marks").mkdir()
     sections = {"source": {"uri": str(tmp_path / "marks")}, "preprocess": {"size": [2, 2, 2]}}
     unused = {"model": {"uri": "m.keras", "layers": ["corner"]}, "output": {"uri": "out"}}
-    decoder = test_inline.Poisoned.of(load({**sections, **unused}), "r", "run")
+    poisoned: Decoder = test_inline.Poisoned.from_config(load({**sections, **unused}))
+    return poisoned
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> Stages:
     dataset = Dataset(Store(str(tmp_path / "out")))
-    put = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
-    return Stages(decoder, corner, lambda: corner, put, batch_scans=3, scans_per_file=5)
+    write_run = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
+    return Stages(corner, lambda: corner, "r", write_run, scans_per_file=5)
 
 
-def run(stages: Stages, names: list[str], **limits: Any) -> dict[str, ScanRecord]:
-    with InlineEngine(2, LimitsConfig(**limits)) as engine:
+def make_engine(decoder: Decoder, workers: int = 2, batch_scans: int = 3, **limits: Any) -> InlineEngine:
+    return InlineEngine(workers, Decoding(decoder, batch_scans, LimitsConfig(**limits)))
+
+
+def run(engine: InlineEngine, stages: Stages, names: list[str]) -> dict[str, ScanRecord]:
+    with engine:
         receipts = list(engine.receipts(scans(*names), stages, threading.Event()))
     records = [record for receipt in receipts for record in receipt.records]
     assert sorted(record.scan_id for record in records) == sorted(names)
     return {record.scan_id: record for record in records}
 
 
-def test_scans_that_kill_or_hang_their_helper_cost_no_other(stages: Stages) -> None:
+def test_scans_that_kill_or_hang_their_process_cost_no_other_scan(decoder: Decoder, stages: Stages) -> None:
     names = [*(f"s{n}" for n in range(12)), "poison", "hang", "flaky"]
-    records = run(stages, names, attempts=2, scan_timeout_s=3)
+    records = run(make_engine(decoder, attempts=2, scan_timeout_s=3), stages, names)
     assert {name: record.reason for name, record in records.items() if record.reason} == {
         "poison": "worker_crash",
         "hang": "timeout",
@@ -85,29 +94,30 @@ def test_scans_that_kill_or_hang_their_helper_cost_no_other(stages: Stages) -> N
     assert (records["poison"].attempts, records["flaky"].attempts, records["s0"].attempts) == (2, 2, 1)
 
 
-def test_several_scans_that_kill_their_helper_cost_no_other(stages: Stages) -> None:
+def test_several_scans_that_kill_their_process_cost_no_other_scan(decoder: Decoder, stages: Stages) -> None:
     poison = ["poison0", "poison1", "poison2"]
-    records = run(stages, [*poison[:1], *(f"s{n}" for n in range(12)), *poison[1:], "s12"], attempts=2)
+    names = [*poison[:1], *(f"s{n}" for n in range(12)), *poison[1:], "s12"]
+    records = run(make_engine(decoder, attempts=2), stages, names)
     assert sorted(name for name, record in records.items() if record.reason == "worker_crash") == poison
     assert {records[name].attempts for name in poison} == {2}
     assert sum(record.status == "ok" for record in records.values()) == 13
 
 
 def late_corner(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
-    time.sleep(0.01)  # decoding is far ahead when the values are looked at
+    time.sleep(0.01)  # decoding is far ahead when the model reads the tensors
     return corner(batch, seeds)
 
 
-@pytest.mark.parametrize("batch_scans", [1, 3])  # one alone is seen by the model where decoding put it
+@pytest.mark.parametrize("batch_scans", [1, 3])  # the model gets a single scan in the shared memory itself
 @pytest.mark.parametrize("model", [corner, late_corner])
 def test_each_scan_keeps_its_own_tensor_through_shared_memory(
-    stages: Stages, model: Extractor, batch_scans: int
+    decoder: Decoder, stages: Stages, model: LayerExtractor, batch_scans: int
 ) -> None:
     seen: dict[str, float] = {}
     names = [f"s{n}" for n in range(40)]
-    with InlineEngine(2, LimitsConfig()) as engine:
+    with make_engine(decoder, batch_scans=batch_scans) as engine:
         tables = []
-        watched = replace(stages, extractor=model, write=tables.append, batch_scans=batch_scans)
+        watched = replace(stages, extractor=model, write=tables.append)
         list(engine.receipts(scans(*names), watched, threading.Event()))
     for table in tables:
         for row in table["features"].to_pylist():
@@ -115,36 +125,36 @@ def test_each_scan_keeps_its_own_tensor_through_shared_memory(
     assert seen == {f"s{n}": float(n) for n in range(40)}
 
 
-@pytest.mark.skipif(count_usable_cores() < 2, reason="with one core the model is called once at a time")
-def test_the_model_is_called_twice_at_once(stages: Stages) -> None:
+@pytest.mark.skipif(count_usable_cores() < 2, reason="with one core, one call of the model runs at a time")
+def test_two_calls_of_the_model_run_at_once(decoder: Decoder, stages: Stages) -> None:
     together = threading.Barrier(2, timeout=30)
 
-    def paired(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+    def wait_for_other_call(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
         together.wait()
         return corner(batch, seeds)
 
-    paired_stages = replace(stages, extractor=paired)
-    records = run(paired_stages, [f"s{n}" for n in range(12)])  # four batches
+    names = [f"s{n}" for n in range(12)]  # four batches
+    records = run(make_engine(decoder), replace(stages, extractor=wait_for_other_call), names)
     assert {record.status for record in records.values()} == {"ok"}
 
 
-def test_what_was_begun_before_the_model_was_there_is_done_once_and_in_the_name_of_the_run(
-    stages: Stages,
+def test_prefetched_scans_are_processed_once_and_unwanted_ones_are_dropped(
+    decoder: Decoder, stages: Stages
 ) -> None:
     names = [f"s{n}" for n in range(12)]
-    early = replace(stages.decode, recipe="", run_id="")
-    with InlineEngine(2, LimitsConfig()) as engine:
-        engine.begin(scans(*names, "unwanted"), early, stages.batch_scans)
+    with make_engine(decoder) as engine:
+        engine.prefetch_scans(scans(*names, "unwanted"))
         receipts = list(engine.receipts(scans(*names[2:], "late"), stages, threading.Event()))
     records = [record for receipt in receipts for record in receipt.records]
     assert sorted(record.scan_id for record in records) == sorted([*names[2:], "late"])
-    assert {(record.recipe, record.run_id) for record in records} == {("r", "run")}
 
 
-def test_begun_scans_that_kill_or_hang_their_helper_are_settled_like_any_other(stages: Stages) -> None:
+def test_prefetched_scans_that_kill_or_hang_their_process_fail_like_others(
+    decoder: Decoder, stages: Stages
+) -> None:
     names = ["poison", "s1", "hang", "flaky", "s2"]
-    with InlineEngine(2, LimitsConfig(attempts=2, scan_timeout_s=3)) as engine:
-        engine.begin(scans(*names), stages.decode, stages.batch_scans)
+    with make_engine(decoder, attempts=2, scan_timeout_s=3) as engine:
+        engine.prefetch_scans(scans(*names))
         receipts = list(engine.receipts(scans(*names), stages, threading.Event()))
     records = {record.scan_id: record for receipt in receipts for record in receipt.records}
     assert {name: record.reason for name, record in records.items()} == {
@@ -154,10 +164,10 @@ def test_begun_scans_that_kill_or_hang_their_helper_are_settled_like_any_other(s
     }
 
 
-def test_tiny_scans_travel_together_and_the_guilty_one_is_found(stages: Stages) -> None:
+def test_among_tiny_scans_of_one_message_only_the_guilty_scan_fails(decoder: Decoder, stages: Stages) -> None:
     names = [*(f"s{n}" for n in range(50)), "poison", "flaky", *(f"s{n}" for n in range(50, 100)), "hang"]
     tiny = [replace(scan, size=100) for scan in scans(*names)]
-    with InlineEngine(2, LimitsConfig(attempts=3, scan_timeout_s=3)) as engine:
+    with make_engine(decoder, attempts=3, scan_timeout_s=3) as engine:
         receipts = list(engine.receipts(tiny, stages, threading.Event()))
     records = {record.scan_id: record for receipt in receipts for record in receipt.records}
     assert records.keys() == set(names)
@@ -166,23 +176,23 @@ def test_tiny_scans_travel_together_and_the_guilty_one_is_found(stages: Stages) 
     assert records["s99"].attempts <= 2
 
 
-def test_shared_memory_has_no_name_under_which_it_could_be_left(stages: Stages) -> None:
+def test_shared_memory_has_no_name_that_could_outlive_the_run(decoder: Decoder, stages: Stages) -> None:
     before = set(os.listdir("/dev/shm"))
-    with InlineEngine(1, LimitsConfig()) as engine:
+    with make_engine(decoder, workers=1) as engine:
         receipts = engine.receipts(scans(*(f"s{n}" for n in range(20))), stages, threading.Event())
         next(receipts)
         assert set(os.listdir("/dev/shm")) <= before
         receipts.close()
 
 
-def test_a_set_stop_yields_only_what_was_in_flight(stages: Stages) -> None:
+def test_after_a_stop_no_further_scan_is_submitted(decoder: Decoder, stages: Stages) -> None:
     stop = threading.Event()
     stop.set()
-    with InlineEngine(2, LimitsConfig()) as engine:
+    with make_engine(decoder) as engine:
         assert list(engine.receipts(scans("s1", "s2"), stages, stop)) == []
 
 
-def test_a_script_without_a_main_guard_may_use_helpers(config_of: Any, tmp_path: Path) -> None:
+def test_a_script_without_a_main_guard_may_use_worker_processes(config_of: Any, tmp_path: Path) -> None:
     config = config_of(run={"decode": {"workers": 2}})
     script = tmp_path / "script.py"
     script.write_text(f"import featray\nprint(featray.extract({config!r}).ok)\n")

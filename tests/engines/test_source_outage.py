@@ -1,8 +1,9 @@
-"""A source that goes away for good ends the run; unreadable scans alone do not."""
+"""A source that becomes unreachable ends the run; unreadable scans alone do not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import featray
 from featray.commands.status import status
 from featray.config import PolicyConfig, SourceConfig
-from featray.engines.source_outage import IN_A_ROW, stop_when_source_is_gone
+from featray.engines.source_outage import MAX_FETCH_FAILURES, SourceOutageDetector
 from featray.errors import Reason, StorageError
 from featray.output.dataset import Dataset
 from featray.schema import Receipt, Scan, ScanRecord
@@ -44,40 +45,62 @@ def scans(source: Path) -> list[Scan]:
 
 
 def receipt_of(scan: Scan, reason: Reason | None = None) -> Receipt:
-    record = ScanRecord.of(scan, "r", "run")
+    record = replace(ScanRecord.from_scan(scan), recipe="r", run_id="run")
     record.bytes_read = 0 if reason is Reason.STORAGE else 1
     if reason is not None:
         record.status, record.reason = "failed", str(reason)
     return Receipt((), (record,))
 
 
-def receipts(scans: list[Scan], gone_from: int, between: Any = lambda: None) -> Iterator[Receipt]:
+def check_all(detector: SourceOutageDetector, receipts: Iterable[Receipt]) -> list[Receipt]:
+    """Give the receipts to the detector, one after the other; return those it was given."""
+    return check_each(detector, receipts, [])
+
+
+def check_each(
+    detector: SourceOutageDetector, receipts: Iterable[Receipt], seen: list[Receipt]
+) -> list[Receipt]:
+    """Give the receipts to the detector; add each one to `seen` before it is checked."""
+    for receipt in receipts:
+        seen.append(receipt)
+        detector.check(receipt)
+    return seen
+
+
+def receipts_before_outage(
+    scans: list[Scan], first_failed: int, at_outage: Any = lambda: None
+) -> Iterator[Receipt]:
+    """Yield receipts; from `first_failed` on, the scans could not be fetched."""
     for number, scan in enumerate(scans):
-        if number == gone_from:
-            between()
-        yield receipt_of(scan, Reason.STORAGE if number >= gone_from else None)
+        if number == first_failed:
+            at_outage()
+        yield receipt_of(scan, Reason.STORAGE if number >= first_failed else None)
 
 
-def test_a_run_ends_when_what_was_fetched_before_is_gone_too(
+def test_a_run_ends_when_an_earlier_fetched_scan_is_missing_too(
     reader: Reader, scans: list[Scan], source: Path, tmp_path: Path
 ) -> None:
     seen: list[Receipt] = []
-    coming = receipts(scans, 5, lambda: source.rename(tmp_path / "away"))
+    detector = SourceOutageDetector(scans, reader)
+    receipts = receipts_before_outage(scans, 5, lambda: source.rename(tmp_path / "away"))
     with pytest.raises(StorageError, match=r"the last 20 scans .* run the same command again"):
-        seen.extend(stop_when_source_is_gone(coming, scans, reader))
-    assert len(seen) == 5 + IN_A_ROW, "what was done before must be committed"
+        check_each(detector, receipts, seen)
+    assert len(seen) == 5 + MAX_FETCH_FAILURES
 
 
-def test_unreadable_scans_stop_nothing_while_the_source_is_there(reader: Reader, scans: list[Scan]) -> None:
-    found = list(stop_when_source_is_gone(receipts(scans, 5), scans, reader))
-    assert len(found) == len(scans)
+def test_unreadable_scans_stop_nothing_while_the_source_is_reachable(
+    reader: Reader, scans: list[Scan]
+) -> None:
+    detector = SourceOutageDetector(scans, reader)
+    assert len(check_all(detector, receipts_before_outage(scans, 5))) == len(scans)
 
 
-def test_a_run_that_never_fetched_anything_goes_on(
+def test_a_run_that_never_fetched_a_scan_continues(
     reader: Reader, scans: list[Scan], source: Path, tmp_path: Path
 ) -> None:
     source.rename(tmp_path / "away")
-    assert len(list(stop_when_source_is_gone(receipts(scans, 0), scans, reader))) == len(scans)
+    detector = SourceOutageDetector(scans, reader)
+    assert len(check_all(detector, receipts_before_outage(scans, 0))) == len(scans)
 
 
 def test_other_failures_are_no_outage(
@@ -85,10 +108,10 @@ def test_other_failures_are_no_outage(
 ) -> None:
     source.rename(tmp_path / "away")
     failed = [receipt_of(scan, Reason.TRUNCATED) for scan in scans]
-    assert len(list(stop_when_source_is_gone(iter(failed), scans, reader))) == len(scans)
+    assert len(check_all(SourceOutageDetector(scans, reader), failed)) == len(scans)
 
 
-def test_a_run_goes_on_where_it_was_when_the_source_is_back(
+def test_a_run_continues_when_the_source_is_back(
     config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, away = tmp_path / "ct", tmp_path / "away"
@@ -97,16 +120,16 @@ def test_a_run_goes_on_where_it_was_when_the_source_is_back(
     config["source"] = {"uri": str(source)}
     commit = Committer.commit
 
-    def unmount(self: Committer, some: Any) -> None:
-        commit(self, some)
+    def commit_then_unmount(self: Committer, receipts: Any) -> None:
+        commit(self, receipts)
         if source.exists():
             source.rename(away)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Committer, "commit", unmount)
-        with pytest.raises(StorageError, match="source is gone"):
+        patch.setattr(Committer, "commit", commit_then_unmount)
+        with pytest.raises(StorageError, match="source is unreachable"):
             featray.extract(config)
     away.rename(source)
-    assert 0 < status(Dataset(Store(config["output"]["uri"]))).ok < 70 - IN_A_ROW
+    assert 0 < status(Dataset(Store(config["output"]["uri"]))).ok < 70 - MAX_FETCH_FAILURES
     summary = featray.extract(config)
     assert (summary.ok, summary.failed) == (70, 0)

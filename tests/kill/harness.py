@@ -185,7 +185,7 @@ def _plays(found: psutil.Process, round_: Round) -> bool:
         above = " ".join(parent.cmdline()) if parent else ""
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
-    is_helper = "spawn_main" in line and (round_.engine == "inline" or above.startswith("ray::"))
+    is_helper = "worker_process" in line and (round_.engine == "inline" or above.startswith("ray::"))
     parts = {
         "decoder": is_helper,
         "actor": "MapWorker" in line and "ExtractBatch" in line,

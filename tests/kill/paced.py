@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 
 import featray.stages.write
-from featray import pipeline
+from featray import job, pipeline
 from featray.output.delta_log import TableLog
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.commit import Committer
@@ -89,11 +89,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _slow_down(marker: str, nth: int) -> None:
-    patched: Any = pipeline
+    patched: Any = job
     patched.Decoder = PacedDecoder
     patched.write = functools.partial(write, marker=marker, nth=nth)
     patched._scans_per_file = lambda scans, values: SCANS_PER_FILE
-    patched.COMMIT_SHARE = 0
+    pipeline.COMMIT_INTERVAL = 0
 
 
 def _put_points(point: _Point) -> None:

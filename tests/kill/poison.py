@@ -19,7 +19,7 @@ class Poisoned(Decoder):
     """Dies on scans named poison…, hangs in C on hang…; the sum over what killer… gives is negative."""
 
     def __call__(self, scan: Scan) -> Decoded:
-        record = ScanRecord.of(scan, self.recipe, self.run_id)
+        record = ScanRecord.from_scan(scan)
         if record.status != "ok":
             return super().__call__(scan)
         if scan.scan_id.startswith("poison"):
@@ -35,7 +35,7 @@ class Numbered(Decoder):
     """Gives scan s7 a tensor of sevens, of a shape of its own."""
 
     def __call__(self, scan: Scan) -> Decoded:
-        record, value = ScanRecord.of(scan, self.recipe, self.run_id), int(scan.scan_id[1:])
+        record, value = ScanRecord.from_scan(scan), int(scan.scan_id[1:])
         shape = ((1, 2, 2, 2), (1, 8, 1, 1))[value % 2]
         record.patches = 1
         return Decoded(record, np.full(shape, value, np.float32), np.zeros((1, 3), np.int32))

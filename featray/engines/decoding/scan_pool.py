@@ -1,9 +1,9 @@
-"""Decoding apart from the process that asks: each scan in a helper, tried again when its helper dies.
+"""Decode scans in worker processes: listed scans in, decoded scans out, in order of completion.
 
-Scans in, decoded scans out, in order of completion. What kills its helper every time ends as
-`worker_crash`, what takes too long as `timeout`. Tensors come back through shared memory. Tiny scans go to
-a helper many at a time, and one by one when that did not end well. Both engines decode this way: `inline` in
-the driver's helpers, `ray` in helpers of each worker.
+A scan whose process dies is decoded again; if its process dies in every attempt, the scan fails with
+`worker_crash`. A scan that takes too long fails with `timeout`. Tensors return through shared memory. Tiny
+scans are sent many at a time, and one by one if that fails. Engine `inline` uses a pool in the driver, engine
+`ray` a pool in each of its workers.
 """
 
 from __future__ import annotations
@@ -18,217 +18,218 @@ from typing import Any
 
 import numpy as np
 
-from featray.config import LimitsConfig
-from featray.engines.decoding.process_pool import Helpers, Outcome
-from featray.engines.decoding.shared_memory import attach, make_slots
+from featray.engines.base import Decoding
+from featray.engines.decoding.process_pool import TaskResult, WorkerPool
+from featray.engines.decoding.shared_memory import attach_buffer, create_buffers
 from featray.errors import Reason
 from featray.schema import NO_TENSOR, Decoded, Scan
 from featray.stages.decode import Decoder
 
-SLOT_BYTES = 64 * 2**20
-"""Largest tensor that travels through shared memory; a larger one is sent through the pipe."""
-TINY_BYTES = 64 * 2**10
-"""Scans of at most so many bytes as listed share a message: asking and answering costs more than decoding."""
-TINY_SCANS = 32
+MAX_BUFFER_BYTES = 64 * 2**20
+"""Size of the largest tensor that is returned through shared memory; a larger one goes through the pipe."""
+TINY_SCAN_BYTES = 64 * 2**10
+"""Listed size up to which scans share a message, because a message costs more than decoding them."""
+TINY_SCANS_PER_TASK = 32
 
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One try to decode one scan into a slot of shared memory (None: through the pipe), or several tiny ones.
+    """One attempt to decode one scan, or several tiny ones.
 
     Attributes:
-        scans: One; or several, whose tensors all go through the pipe.
-        slot: Where the tensor of a single one is put.
-        number: From 1.
-        has_place: Whether it takes up one of the places between the list and the model.
+        scans: One scan; or several, whose tensors all go through the pipe.
+        buffer: Name of the shared-memory buffer for the tensor of a single scan; None for the pipe.
+        number: Number of the attempt, from 1.
+        holds_place: Whether the attempt takes one of the pool's places.
     """
 
     scans: tuple[Scan, ...]
-    slot: str | None
+    buffer: str | None
     number: int = 1
-    has_place: bool = True
+    holds_place: bool = True
 
 
-_Settled = tuple[Decoded, _Attempt]
+_SettledScan = tuple[Decoded, _Attempt]
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What a helper does with an attempt."""
+class _DecodeWork:
+    """The function that a worker process runs on each attempt."""
 
-    decode: Decoder
-    attached: dict[str, mmap.mmap | None] = field(default_factory=dict)
+    decoder: Decoder
+    buffers: dict[str, mmap.mmap | None] = field(default_factory=dict)
 
     def prepare(self) -> None:
-        """Make the helper ready before the first attempt."""
-        self.decode.prepare()
+        """Prepare the worker process before the first attempt."""
+        self.decoder.prepare()
 
     def __call__(self, attempt: _Attempt) -> list[Decoded]:
-        found = [self.decode(scan) for scan in attempt.scans]
-        for decoded in found:
-            decoded.record.attempts = attempt.number
-        if attempt.slot is None or len(found) > 1:
-            return found
-        return [_park(found[0], self._slot(attempt.slot))]
+        decoded = [self.decoder(scan) for scan in attempt.scans]
+        for scan in decoded:
+            scan.record.attempts = attempt.number
+        if attempt.buffer is None or len(decoded) > 1:
+            return decoded
+        return [_move_to_buffer(decoded[0], self._attach(attempt.buffer))]
 
-    def _slot(self, name: str) -> mmap.mmap | None:
-        if name not in self.attached:
-            self.attached[name] = attach(name)
-        return self.attached[name]
+    def _attach(self, name: str) -> mmap.mmap | None:
+        if name not in self.buffers:
+            self.buffers[name] = attach_buffer(name)
+        return self.buffers[name]
 
 
-class Attempts:
-    """Up to `size` scans between the list and the model, each decoded in one of the helpers.
+class ScanDecodePool:
+    """Decodes scans in a pool of worker processes, with a limited number of scans in flight.
 
     Args:
-        helpers: Where; they decode for this object alone until it is closed.
-        decode: What they do with a scan.
-        limits: `attempts` of each scan.
-        size: Scans, or messages of tiny ones, in flight or waiting for the model.
-        dumps: Pickles `decode` for the helpers.
+        pool: The processes; they work for this object alone until it is closed.
+        decoding: How scans are decoded.
+        size: Number of scans (or messages with tiny scans) that are being decoded or wait for the model.
+        dumps: Pickles the decoder for the processes.
     """
 
     def __init__(
         self,
-        helpers: Helpers,
-        decode: Decoder,
-        limits: LimitsConfig,
+        pool: WorkerPool,
+        decoding: Decoding,
         size: int,
         dumps: Callable[[Any], bytes] = pickle.dumps,
     ) -> None:
-        self._helpers, self._decode, self._limits = helpers, decode, limits
-        self._slots = {slot.name: slot for slot in make_slots(size, _slot_bytes(decode))}
-        self._free: list[str | None] = [*self._slots] or [None] * size
-        self._begun: set[str] = set()
+        self._pool, self._decoding = pool, decoding
+        self._buffers = {
+            buffer.name: buffer for buffer in create_buffers(size, _buffer_bytes(decoding.decoder))
+        }
+        self._free_places: list[str | None] = [*self._buffers] or [None] * size
+        self._prefetched: set[str] = set()
         self._running = 0
-        helpers.use(dumps(_Work(decode)))
+        pool.set_work(dumps(_DecodeWork(decoding.decoder)))
 
     def close(self) -> None:
-        """Give the shared memory back."""
-        for slot in self._slots.values():
-            slot.close()
+        """Free the shared memory."""
+        for buffer in self._buffers.values():
+            buffer.close()
 
-    def begin(self, scans: Sequence[Scan]) -> None:
-        """Start on as many scans as there is room for; the next `batches` goes on from there."""
+    def prefetch(self, scans: Sequence[Scan]) -> None:
+        """Submit as many scans as there are places; the next call of `batches` yields them first."""
         waiting = deque(scans)
-        while waiting and self._free:
-            self._begun |= {scan.scan_id for scan in self._submit_next(waiting)}
+        while waiting and self._free_places:
+            self._prefetched |= {scan.scan_id for scan in self._submit_next(waiting)}
 
     def batches(
-        self,
-        scans: Sequence[Scan],
-        batch: int,
-        stop: threading.Event,
-        decode: Decoder | None = None,
-        kept: int = 1,
+        self, scans: Sequence[Scan], stop: threading.Event, batches_in_use: int = 1
     ) -> Generator[list[Decoded]]:
-        """Yield lists of `batch` decoded scans, each of them valid until `kept` later ones are asked for.
+        """Yield lists of `batch_scans` decoded scans, in order of completion.
 
         Args:
-            scans: To decode. What was begun and is not among them is left out.
-            batch: Scans per list; the last one may have fewer.
-            stop: Once set, only what is under way is still yielded.
-            decode: Whose run and recipe the records are to name, if it was not known to begin with.
-            kept: Lists in use at once. The last ones stay valid, and keep their places, until the end.
+            scans: Scans to decode. A prefetched scan that is not among them is dropped.
+            stop: Once it is set, only scans that were submitted are still yielded.
+            batches_in_use: Number of lists that the caller uses at once: a list stays valid until that many
+                later lists are asked for. The last lists stay valid, and keep their places.
 
         Raises:
-            FeatrayError: No helper comes up.
+            FeatrayError: No worker process can start.
         """
-        self._decode = decode or self._decode
-        begun, self._begun = self._begun, set()
-        waiting = deque(scan for scan in scans if scan.scan_id not in begun)
-        unwanted = begun - {scan.scan_id for scan in scans} if begun else begun
-        ready: list[_Settled] = []
-        in_use: deque[list[_Settled]] = deque()
+        prefetched, self._prefetched = self._prefetched, set()
+        waiting = deque(scan for scan in scans if scan.scan_id not in prefetched)
+        unwanted = prefetched - {scan.scan_id for scan in scans} if prefetched else prefetched
+        size = self._decoding.batch_scans
+        ready: list[_SettledScan] = []
+        in_use: deque[list[_SettledScan]] = deque()
         while waiting or self._running or ready:
             if stop.is_set():
                 waiting.clear()
-            while waiting and self._free:
+            while waiting and self._free_places:
                 self._submit_next(waiting)
-            if self._running and len(ready) < batch:
+            if self._running and len(ready) < size:
                 ready += self._collect(unwanted)
-            while len(ready) >= batch or (ready and not self._running and not waiting):
-                taken, ready = ready[:batch], ready[batch:]
-                yield [decoded for decoded, _ in taken]
-                in_use.append(taken)
-                for decoded, attempt in in_use.popleft() if len(in_use) == kept else ():
-                    decoded.tensor = NO_TENSOR  # lets go of the slot
-                    self._release(attempt)
+            while len(ready) >= size or (ready and not self._running and not waiting):
+                batch, ready = ready[:size], ready[size:]
+                yield [decoded for decoded, _ in batch]
+                in_use.append(batch)
+                if len(in_use) == batches_in_use:
+                    self._release_batch(in_use.popleft())
 
     def _submit_next(self, waiting: deque[Scan]) -> tuple[Scan, ...]:
-        """Give a helper the next scan, or all of the next tiny ones; return them."""
+        """Submit the next scan, or the next tiny scans together; return them."""
         scans = [waiting.popleft()]
-        while waiting and len(scans) < TINY_SCANS and _is_tiny(scans[-1]) and _is_tiny(waiting[0]):
+        while waiting and len(scans) < TINY_SCANS_PER_TASK and _is_tiny(scans[-1]) and _is_tiny(waiting[0]):
             scans.append(waiting.popleft())
-        self._submit(_Attempt(tuple(scans), self._free.pop()))
+        self._submit(_Attempt(tuple(scans), self._free_places.pop()))
         return tuple(scans)
 
     def _submit(self, attempt: _Attempt) -> None:
-        self._helpers.submit(attempt)
+        self._pool.submit(attempt)
         self._running += 1
 
-    def _release(self, attempt: _Attempt) -> None:
-        if attempt.has_place:
-            self._free.append(attempt.slot)
+    def _release_batch(self, batch: list[_SettledScan]) -> None:
+        for decoded, attempt in batch:
+            decoded.tensor = NO_TENSOR  # the buffer may be written again
+            self._release_place(attempt)
 
-    def _collect(self, unwanted: set[str]) -> list[_Settled]:
-        """Wait for outcomes; return the scans that are settled, and try the others again."""
-        wanted = []
-        for outcome in self._helpers.wait():
+    def _release_place(self, attempt: _Attempt) -> None:
+        if attempt.holds_place:
+            self._free_places.append(attempt.buffer)
+
+    def _collect(self, unwanted: set[str]) -> list[_SettledScan]:
+        """Wait for results; return the settled scans, and submit the others again."""
+        settled = []
+        for result in self._pool.wait():
             self._running -= 1
-            for decoded, attempt in self._settled(outcome):
+            for decoded, attempt in self._settle(result):
                 if decoded.record.scan_id in unwanted:
-                    self._release(attempt)
+                    self._release_place(attempt)
                 else:
-                    wanted.append((decoded, attempt))
-        return wanted
+                    settled.append((decoded, attempt))
+        return settled
 
-    def _settled(self, outcome: Outcome) -> list[_Settled]:
-        attempt: _Attempt = outcome.task
+    def _settle(self, result: TaskResult) -> list[_SettledScan]:
+        attempt: _Attempt = result.task
+        max_attempts = self._decoding.limits.attempts
         if len(attempt.scans) > 1:
-            self._release(attempt)
-            attempt = replace(attempt, slot=None, has_place=False)
-        if outcome.error and len(attempt.scans) > 1:  # one of them is to blame: each is tried alone
-            number = min(attempt.number + 1, self._limits.attempts)
+            self._release_place(attempt)
+            attempt = replace(attempt, buffer=None, holds_place=False)
+        if result.failure and len(attempt.scans) > 1:  # one of them caused it: each is decoded alone
+            number = min(attempt.number + 1, max_attempts)
             for scan in attempt.scans:
                 self._submit(replace(attempt, scans=(scan,), number=number))
             return []
-        if outcome.error == "crash" and attempt.number < self._limits.attempts:
+        if result.failure == "crash" and attempt.number < max_attempts:
             self._submit(replace(attempt, number=attempt.number + 1))
             return []
-        found = [self._given_up(outcome)] if outcome.error else outcome.result
-        return [(self._completed(decoded, attempt), attempt) for decoded in found]
+        scans = [self._fail(result)] if result.failure else result.result
+        return [(self._load_tensor(decoded, attempt), attempt) for decoded in scans]
 
-    def _given_up(self, outcome: Outcome) -> Decoded:
-        attempt: _Attempt = outcome.task
+    def _fail(self, result: TaskResult) -> Decoded:
+        attempt: _Attempt = result.task
         (scan,) = attempt.scans
-        if outcome.error == "timeout":
-            return self._decode.late(scan, attempt.number)
-        message = f"its process died in each of {attempt.number} attempts (exit code {outcome.exit_code})"
-        return self._decode.failed(scan, Reason.WORKER_CRASH, message, attempt.number)
+        decoder = self._decoding.decoder
+        if result.failure == "timeout":
+            return decoder.fail_late(scan, attempt.number)
+        message = f"its process died in each of {attempt.number} attempts (exit code {result.exit_code})"
+        return decoder.fail(scan, Reason.WORKER_CRASH, message, attempt.number)
 
-    def _completed(self, decoded: Decoded, attempt: _Attempt) -> Decoded:
-        """Return a scan with its tensor out of shared memory, in the name of this run."""
-        decoded.record.recipe, decoded.record.run_id = self._decode.recipe, self._decode.run_id
-        if attempt.slot is None or decoded.parked is None:
+    def _load_tensor(self, decoded: Decoded, attempt: _Attempt) -> Decoded:
+        """Return the scan with its tensor in the shared-memory buffer, if it was returned through one."""
+        if attempt.buffer is None or decoded.shared_shape is None:
             return decoded
-        return replace(decoded, tensor=self._slots[attempt.slot].tensor(decoded.parked))
+        return replace(decoded, tensor=self._buffers[attempt.buffer].tensor(decoded.shared_shape))
 
 
 def _is_tiny(scan: Scan) -> bool:
-    return 0 < scan.size <= TINY_BYTES  # 0: nobody knows
+    return 0 < scan.size <= TINY_SCAN_BYTES  # 0: the size is not known
 
 
-def _park(decoded: Decoded, slot: mmap.mmap | None) -> Decoded:
-    """Move the tensor into the slot if it fits; what remains says its shape and weighs nothing."""
+def _move_to_buffer(decoded: Decoded, buffer: mmap.mmap | None) -> Decoded:
+    """Copy the tensor into the buffer if it fits; the returned scan then has only the tensor's shape."""
     tensor = decoded.tensor
-    if slot is None or tensor.size == 0 or tensor.nbytes > len(slot):
+    if buffer is None or tensor.size == 0 or tensor.nbytes > len(buffer):
         return decoded
-    np.copyto(np.ndarray(tensor.shape, np.float32, slot), tensor)
-    return replace(decoded, tensor=NO_TENSOR, parked=tensor.shape)
+    np.copyto(np.ndarray(tensor.shape, np.float32, buffer), tensor)
+    return replace(decoded, tensor=NO_TENSOR, shared_shape=tensor.shape)
 
 
-def _slot_bytes(decode: Decoder) -> int:
-    """Return the size of a whole-volume input where it is known."""
-    size, fit = decode.preprocess.size, decode.preprocess.fit
-    return SLOT_BYTES if size is None or fit == "patches" else min(SLOT_BYTES, 4 * int(np.prod(size)))
+def _buffer_bytes(decoder: Decoder) -> int:
+    """Return the size of a whole-volume model input if the config fixes it, else the maximum."""
+    size, fit = decoder.preprocess.size, decoder.preprocess.fit
+    if size is None or fit == "patches":
+        return MAX_BUFFER_BYTES
+    return min(MAX_BUFFER_BYTES, 4 * int(np.prod(size)))

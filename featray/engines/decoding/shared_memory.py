@@ -1,6 +1,7 @@
-"""Memory that two processes share, without a name: it is gone with the last of them, however they end.
+"""Shared-memory buffers without a name, through which worker processes return tensors.
 
-Named shared memory outlives a process group that is killed; this does not.
+A named shared-memory segment outlives a process group that is killed. These buffers are freed with the last
+process that uses them, however it ends.
 """
 
 from __future__ import annotations
@@ -16,39 +17,39 @@ from numpy.typing import NDArray
 _numbers = itertools.count()
 
 
-class Slot:
-    """Room for one float32 tensor that another process of this machine writes and this one reads.
+class SharedBuffer:
+    """Memory for one float32 tensor, which another process of this machine writes and this process reads.
 
     Attributes:
-        name: What the other process finds it by, with `attach`; unique in this process.
+        name: Identifies the buffer for `attach_buffer` in the other process; unique in this process.
     """
 
     def __init__(self, size: int) -> None:
-        file = os.memfd_create("featray-slot")
-        os.ftruncate(file, size)  # pages are taken when they are first written
+        file = os.memfd_create("featray-buffer")
+        os.ftruncate(file, size)  # the kernel allocates a page when it is first written
         self._file, self._memory = file, mmap.mmap(file, size)
         self.name = f"{next(_numbers)}:/proc/{os.getpid()}/fd/{file}"
 
     def tensor(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Return what was written, in place; valid until the slot is written again."""
+        """Return the tensor in the buffer, not copied; valid until the buffer is written again."""
         return np.ndarray(shape, np.float32, self._memory)
 
     def close(self) -> None:
-        """Let go of the memory, or leave that to the last tensor in it."""
+        """Free the memory; if a tensor still uses it, the memory is freed with the last such tensor."""
         os.close(self._file)
-        with contextlib.suppress(BufferError):  # a batch in use when the run was cut short
+        with contextlib.suppress(BufferError):  # a batch was in use when the run was stopped
             self._memory.close()
 
 
-def make_slots(count: int, size: int) -> list[Slot]:
-    """Return that many slots of `size` bytes, or none where the system has no such memory (not Linux)."""
+def create_buffers(count: int, size: int) -> list[SharedBuffer]:
+    """Return `count` buffers of `size` bytes, or none if the system has no such memory (it is not Linux)."""
     if not hasattr(os, "memfd_create") or not os.path.exists(f"/proc/{os.getpid()}/fd"):
         return []
-    return [Slot(size) for _ in range(count)]
+    return [SharedBuffer(size) for _ in range(count)]
 
 
-def attach(name: str) -> mmap.mmap | None:
-    """Return another process's slot for writing; None where the system does not let this one see it."""
+def attach_buffer(name: str) -> mmap.mmap | None:
+    """Open another process's buffer for writing; return None if the system does not allow it."""
     try:
         file = os.open(name.partition(":")[2], os.O_RDWR)
     except OSError:

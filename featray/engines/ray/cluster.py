@@ -1,4 +1,4 @@
-"""The cluster of a run: joined where it has an address, else started on this machine; and what it has."""
+"""The Ray cluster of a run: join it at its address, or start one on this machine; and its resources."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from featray.terminal.native_stderr import filter_stderr
 
 log = logging.getLogger(__name__)
 
-_CHATTER = re.compile(rb".* logging\.cc:\d+: Set ray log level")
-_KNOCK_S = 10.0
+_RAY_LOG_LINES = re.compile(rb".* logging\.cc:\d+: Set ray log level")
+_CONNECT_TIMEOUT_S = 10.0
 
 
 def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one; return whether it was started.
 
     Raises:
-        ConfigError: Nothing answers at the address, or a local Ray has not what a stage claims.
+        ConfigError: Nothing answers at the address, or a local Ray lacks the resources that a stage claims.
     """
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's own chatter; user code still speaks
-    # A thread of Ray Data that outlives a stopped run would else start a cluster of its own.
+    # Ray's own log lines are hidden; output of user code is still shown.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    # Otherwise a thread of Ray Data that outlives a stopped run starts a cluster of its own.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    # Ray alone would try a task for ever that it kills for lack of memory.
+    # Otherwise Ray retries a task for ever that it kills when memory runs out.
     os.environ.setdefault("RAY_task_oom_retries", str(limits.attempts - 1))
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # ours are handled; these are of Ray's own
-    # What a local Ray would tell its makers about this machine is for its owner to allow.
+    # Errors of featray's tasks are handled; the unhandled ones are Ray's own.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    # Usage statistics leave this machine only if its owner switches them on.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A local Ray starts workers at once; they import meanwhile what they will need.
+    # A local Ray starts workers at once; they import this module before the first task.
     os.environ.setdefault("RAY_preload_python_modules", "ray.data")
     import ray
 
@@ -43,17 +45,17 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     _refuse_unreachable(address)
     starts = not ray.is_initialized()
     if starts:
-        with filter_stderr(_CHATTER):
+        with filter_stderr(_RAY_LOG_LINES):
             ray.init(
-                address=address or "local",  # none: whatever else runs on this machine, not that
+                address=address or "local",  # "local" never joins another Ray on this machine
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                **({} if address else _local()),
+                **({} if address else _local_options()),
             )
-    import ray.data  # here, and not where the run waits for it
+    import ray.data  # takes seconds: here it runs while the model is loaded
 
     try:
-        compare_claims(run, ray.cluster_resources(), grows=bool(address))
+        check_claims(run, ray.cluster_resources(), grows=bool(address))
     except ConfigError:
         if starts:
             ray.shutdown()
@@ -62,26 +64,26 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
 
 
 def is_to_start(run: RunConfig) -> bool:
-    """Return whether `connect` would start a local Ray: none is named, and this process is in none."""
+    """Return whether `connect` would start a local Ray: no address is given, and no cluster is joined."""
     ray = sys.modules.get("ray")
     joined = ray is not None and ray.is_initialized()
     return not (named_address(run) or joined)
 
 
 def named_address(run: RunConfig) -> str | None:
-    """Return where the cluster is, as configured or as the environment says; None where none is named."""
+    """Return the address from the config or from RAY_ADDRESS; None if neither gives one."""
     return run.address or os.environ.get("RAY_ADDRESS")
 
 
 def cpus() -> float:
-    """Return how many CPUs all nodes together have."""
+    """Return the number of CPUs of all nodes together."""
     import ray
 
     return float(ray.cluster_resources().get("CPU", 1))
 
 
 def nodes() -> list[dict[str, float]]:
-    """Return what the nodes have that can decode."""
+    """Return the resources of each node that can decode."""
     import ray
 
     found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -89,32 +91,43 @@ def nodes() -> list[dict[str, float]]:
 
 
 def _refuse_unreachable(address: str | None) -> None:
-    """Knock at HOST:PORT first: Ray itself would try for minutes."""
+    """Try HOST:PORT before Ray does, because Ray itself tries for minutes."""
     found = re.fullmatch(r"(?:ray://)?\[?([^\s\]]+)\]?:(\d+)", address or "")
     if not found:
         return
     try:
-        socket.create_connection((found[1], int(found[2])), timeout=_KNOCK_S).close()
+        socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
         problem = f"run.address: nothing answers at {address} ({type(error).__name__})"
-        raise ConfigError(f"{problem}; is the cluster up, and the port that of its head?") from None
+        raise ConfigError(
+            f"{problem}; check that the cluster is up and that the port is the one of its head node"
+        ) from None
 
 
-def _local() -> dict[str, Any]:
-    """Return how to start a Ray on this machine: an actor and a decode task share a lone core."""
+def _local_options() -> dict[str, Any]:
+    """Return options for a Ray on this machine; on one core, an actor and a decode task share it."""
     return {"include_dashboard": False, **({"num_cpus": 2} if count_usable_cores() < 2 else {})}
 
 
-def compare_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:
-    """Refuse claims a local Ray can never meet: Ray would wait for ever. A cluster may still grow."""
+def check_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:
+    """Refuse claims that a local Ray can never meet, because Ray would wait for ever.
+
+    Args:
+        run: Claims of actors and decode tasks.
+        resources: Resources of all nodes together.
+        grows: Whether the cluster may still grow; then claims that it cannot meet are only logged.
+
+    Raises:
+        ConfigError: Lists every claim that is too large.
+    """
     pool = run.actors.min * run.actors.num_cpus
-    beside = run.decode.num_cpus if run.actors.num_gpus else 0
+    decode_cpus = run.decode.num_cpus if run.actors.num_gpus else 0
     claims = {
         "run.actors.num_cpus": (run.actors.num_cpus, "CPU"),
         "run.actors.num_gpus": (run.actors.num_gpus, "GPU"),
-        "run.decode.num_cpus": (beside, "CPU"),
+        "run.decode.num_cpus": (decode_cpus, "CPU"),
         "run.decode.memory": (run.decode.memory or 0, "memory"),
-        "run.actors (min times num_cpus) beside run.decode": (pool + beside, "CPU"),
+        "run.actors (min times num_cpus) plus run.decode": (pool + decode_cpus, "CPU"),
     }
     problems = [
         f"{key}: {claim:g} is claimed, Ray has {resources.get(kind, 0):g} {kind}"

@@ -1,8 +1,8 @@
-"""Scans that a driver sees to itself while its local Ray comes up, as engine `inline` does.
+"""The first scans, processed in the driver with engine `inline` while a local Ray starts.
 
-Starting a Ray, and the actors on it that each load the model, takes some ten seconds; this process holds the
-model before that. So a few scans are decoded in one helper and go through the model here: the first is
-opened as soon as with engine `inline`, and what is wrong with all scans shows as soon.
+Starting Ray and its actors, each of which loads the model, takes about ten seconds; the driver has the model
+loaded before that. A few scans are therefore decoded in one worker process and extracted in the driver. The
+first scan is opened as soon as with engine `inline`, and a fault that concerns all scans is seen as soon.
 """
 
 from __future__ import annotations
@@ -11,71 +11,69 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
 
-from featray.config import LimitsConfig
-from featray.engines.base import Stages
+from featray.engines.base import Decoding, Stages
 from featray.engines.inline import InlineEngine
-from featray.engines.prefetch import begun
+from featray.engines.prefetch import run_in_thread
 from featray.hardware import ModelThreads
 from featray.schema import Receipt, Scan
-from featray.stages.decode import Decoder
 
 _BATCHES = 2
-_SHARE = 8
-"""At most one in so many scans is seen to here: Ray is what was asked for."""
-_PATIENCE_S = 5.0
+_MAX_SHARE = 8
+"""At most one eighth of the scans is processed in the driver, because the user asked for Ray."""
+_CLOSE_TIMEOUT_S = 5.0
 
 
-class Meanwhile:
-    """See the module.
+class HeadStart:
+    """Processes the first scans in the driver; see the module.
 
     Args:
-        limits: As configured.
-        memory: Bytes decoding one scan may take; None for most of what the machine has.
-        threads: What the model of this process was, or will be, loaded with.
+        decoding: How scans are decoded.
+        threads: CPU threads that this process's model was loaded with, or will be.
     """
 
-    def __init__(self, limits: LimitsConfig, memory: int | None, threads: ModelThreads) -> None:
-        self._engine = InlineEngine(1, limits, memory, threads)
-        self._begun: frozenset[str] = frozenset()
-        self._done: Future[list[Receipt]] | None = None
+    def __init__(self, decoding: Decoding, threads: ModelThreads) -> None:
+        self._decoding = decoding
+        self._engine = InlineEngine(1, decoding, threads)
+        self._prefetched: frozenset[str] = frozenset()
+        self._receipts: Future[list[Receipt]] | None = None
 
-    def begin(self, scans: Sequence[Scan], decode: Decoder, batch_scans: int) -> None:
-        """Begin to decode a few of these scans; arguments as of `Engine.begin`.
+    def prefetch_scans(self, scans: Sequence[Scan]) -> None:
+        """Begin to decode the first few scans.
 
-        Where inputs have no size of their own the model may take any amount of memory for one, and the
-        driver must not die of it: nothing is begun then.
+        Does nothing if each scan keeps its own size: the model may then need any amount of memory for one
+        scan, and the driver must not be killed for it.
         """
-        few = scans[: min(_BATCHES * batch_scans, len(scans) // _SHARE)]
-        if few and decode.preprocess.size is not None:
-            self._begun = frozenset(scan.scan_id for scan in few)
+        count = min(_BATCHES * self._decoding.batch_scans, len(scans) // _MAX_SHARE)
+        if count and self._decoding.decoder.preprocess.size is not None:
+            self._prefetched = frozenset(scan.scan_id for scan in scans[:count])
             self._engine.__enter__()
-            self._engine.begin(few, decode, batch_scans)
+            self._engine.prefetch_scans(scans[:count])
 
     def start(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Sequence[Scan]:
-        """Start to see to those that were begun and are still asked for; return the others."""
-        if not self._begun:
+        """Start to process the prefetched scans that are among `scans`; return the other scans."""
+        if not self._prefetched:
             return scans
-        here = [scan for scan in scans if scan.scan_id in self._begun]
-        self._done = begun(lambda some: list(self._engine.receipts(some, stages, stop)), here)
-        return [scan for scan in scans if scan.scan_id not in self._begun]
+        here = [scan for scan in scans if scan.scan_id in self._prefetched]
+        self._receipts = run_in_thread(lambda scans: list(self._engine.receipts(scans, stages, stop)), here)
+        return [scan for scan in scans if scan.scan_id not in self._prefetched]
 
-    def taken(self, timeout_s: float | None) -> list[Receipt]:
-        """Return the receipts, once, as soon as they are complete; none if they are not in that time.
+    def take_receipts(self, timeout_s: float | None) -> list[Receipt]:
+        """Return the receipts, once, when all are made; return none if that takes longer than `timeout_s`.
 
         Raises:
-            FeatrayError: As `InlineEngine.receipts`.
+            FeatrayError: The model or the worker process failed, as in `InlineEngine.receipts`.
         """
-        done = self._done
-        if done is None or not wait([done], timeout_s).done:
+        receipts = self._receipts
+        if receipts is None or not wait([receipts], timeout_s).done:
             return []
-        self._done = None
+        self._receipts = None
         self.close()
-        return done.result()
+        return receipts.result()
 
     def close(self) -> None:
-        """End the helper, once what it is at is done or has taken a few seconds."""
-        if self._done is not None:
-            wait([self._done], _PATIENCE_S)
-        if self._begun:
+        """End the worker process, after waiting a few seconds at most for its scans."""
+        if self._receipts is not None:
+            wait([self._receipts], _CLOSE_TIMEOUT_S)
+        if self._prefetched:
             self._engine.__exit__()
-            self._begun = frozenset()
+            self._prefetched = frozenset()

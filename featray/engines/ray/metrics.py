@@ -1,7 +1,7 @@
-"""What a run on Ray shows to Prometheus, through Ray's own metrics: counted in the driver as receipts come.
+"""Metrics of a run for Prometheus, through Ray's own metrics; the driver counts them from receipts.
 
-Ray puts `ray_` before each name and answers at every node's metrics port; its own metrics of Ray Data and of
-nodes are there as well. How busy the model's actors are is
+Ray prefixes each name with `ray_` and serves them at every node's metrics port, next to its own metrics of
+Ray Data and of nodes. The share of time that the model's actors work is
 `rate(ray_featray_stage_seconds_total{stage="infer"}[5m]) / ray_featray_workers{kind="model"}`.
 """
 
@@ -14,21 +14,23 @@ from featray.schema import STAGE_TIMES, Receipt
 
 
 class Metrics:
-    """Counters and gauges of one run; nothing of a scan but its status, reason and times gets into them."""
+    """Counters and gauges of one run. Of a scan they contain only its status, reason and times."""
 
     def __init__(self, scans: int) -> None:
-        """Begin with so many scans to do."""
-        self._left = scans
+        """Create the metrics of a run over `scans` scans."""
+        self._unsettled = scans
         self._scans = Counter("featray_scans", "Scans settled, by status.", ("status",))
         self._failures = Counter("featray_failures", "Scans not ok, by reason.", ("reason",))
         self._seconds = Counter("featray_stage_seconds", "Seconds of work, by stage.", ("stage",))
         self._bytes = Counter("featray_read_bytes", "Bytes of scans read from the store.")
-        self._waiting = Gauge("featray_waiting_scans", "Scans that are still to be settled.")
-        self._workers = Gauge("featray_workers", "Workers at most, decode or model.", ("kind",))
+        self._waiting = Gauge("featray_waiting_scans", "Scans that have no result yet.")
+        self._workers = Gauge(
+            "featray_workers", "Maximum number of workers, by kind: decode or model.", ("kind",)
+        )
         self._waiting.set(scans)
 
     def add(self, receipt: Receipt, workers: Workers | None) -> None:
-        """Count the scans of one receipt; `workers` is what they were done with."""
+        """Count the scans of one receipt, which these workers processed."""
         for record in receipt.records:
             self._scans.inc(1, {"status": record.status})
             if record.reason is not None:
@@ -36,13 +38,13 @@ class Metrics:
         for name in STAGE_TIMES:
             _add(self._seconds, sum(getattr(record, name) for record in receipt.records), stage=name[:-2])
         _add(self._bytes, sum(record.bytes_read for record in receipt.records))
-        self._left -= len(receipt.records)
-        self._waiting.set(self._left)
+        self._unsettled -= len(receipt.records)
+        self._waiting.set(self._unsettled)
         if workers is not None:
             self._workers.set(workers.decode, {"kind": "decode"})
             self._workers.set(workers.model, {"kind": "model"})
 
 
 def _add(counter: Counter, value: float, **tags: str) -> None:
-    if value > 0:  # Ray refuses others
+    if value > 0:  # Ray refuses other values
         counter.inc(value, tags)

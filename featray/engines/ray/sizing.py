@@ -1,6 +1,6 @@
-"""How much at once: tasks that scans make, memory that they claim, actors in a pool. Knows no Ray.
+"""Sizes of a Ray run: number of tasks, the memory that they claim, actors in a pool. Knows no Ray.
 
-A node is what it has of each resource: `CPU`, `memory` in bytes, and `GPU` where it has some.
+A node is a mapping of its resources: `CPU`, `memory` in bytes, and `GPU` if it has any.
 """
 
 from __future__ import annotations
@@ -12,66 +12,76 @@ from typing import NamedTuple
 from featray.config import RunConfig
 from featray.schema import Scan
 
-_BLOCK_BYTES = 256 * 2**20
-_BLOCK_SCANS = 512
-"""Scans share a task, for a task costs some 30 ms: up to so many bytes of files and so many scans."""
-_TASKS_PER_CPU = 8
-"""Tasks that the scans make at least, for each CPU, as long as each fills a batch: else some CPUs would be
-idle in the end."""
-_INFLATED = 5
-"""Bytes that decoding takes for each one of a file: compressed, inflated, and what is made of it."""
+_MAX_TASK_BYTES = 256 * 2**20
+_MAX_TASK_SCANS = 512
+"""Limits of the scans in one task; scans share tasks because a task costs about 30 ms."""
+_MIN_TASKS_PER_CPU = 8
+"""Tasks per CPU at least, as long as each task fills a batch; with fewer, some CPUs are idle at the end."""
+_DECODE_BYTES_PER_FILE_BYTE = 5
+"""Memory that decoding takes per byte of a file: the compressed bytes, the inflated ones, and the result."""
 _BASE_BYTES = 2**28
-"""What a helper takes before it has read anything."""
+"""Memory of a worker process before it reads a scan."""
 
 Node = Mapping[str, float]
 
 
-def task_count(scans: Sequence[Scan], cpus: float, batch: int, alone: bool) -> int:
-    """Return how many tasks the scans make; each fills a batch of the model where it can."""
-    if alone:
+def task_count(scans: Sequence[Scan], cpus: float, batch: int, *, isolates: bool) -> int:
+    """Return the number of tasks for the scans; each task fills a batch of the model if possible.
+
+    Args:
+        scans: Scans to process.
+        cpus: CPUs of the cluster.
+        batch: Scans per call of the model.
+        isolates: Whether each scan gets a task of its own.
+    """
+    if isolates:
         return len(scans)
-    by_size = math.ceil(sum(scan.size for scan in scans) / _BLOCK_BYTES)
-    by_count = math.ceil(len(scans) / _BLOCK_SCANS)
-    wanted = max(by_size, by_count, int(_TASKS_PER_CPU * cpus))
-    return min(wanted, math.ceil(len(scans) / batch))
+    by_size = math.ceil(sum(scan.size for scan in scans) / _MAX_TASK_BYTES)
+    by_count = math.ceil(len(scans) / _MAX_TASK_SCANS)
+    tasks = max(by_size, by_count, int(_MIN_TASKS_PER_CPU * cpus))
+    return min(tasks, math.ceil(len(scans) / batch))
 
 
 def memory_claims(
     scans: Sequence[Scan], run: RunConfig, nodes: Sequence[Node]
 ) -> Iterator[tuple[int | None, Sequence[Scan]]]:
-    """Yield the memory that each worker claims that decodes, and scans to do with that claim.
+    """Yield the memory that each decoding worker claims, and the scans to process with that claim.
 
-    It is as asked; without nodes, on a cluster that is still to grow, none is claimed.
+    A configured claim is used for all scans. Without nodes, on a cluster that has yet to grow, nothing is
+    claimed.
     """
-    asked = run.decode.memory
-    if asked is not None or not nodes:
-        yield asked, scans
+    configured = run.decode.memory
+    if configured is not None or not nodes:
+        yield configured, scans
         return
     per_cpu = min(int(node["memory"] / node["CPU"]) for node in nodes)
-    most = int(max(node["memory"] for node in nodes) / max(1, int(run.actors.num_cpus)))
-    yield from by_memory(scans, per_cpu, most)
+    largest = int(max(node["memory"] for node in nodes) / max(1, int(run.actors.num_cpus)))
+    yield from group_by_memory(scans, per_cpu, largest)
 
 
-def by_memory(scans: Sequence[Scan], per_cpu: int, most: int) -> Iterator[tuple[int | None, Sequence[Scan]]]:
-    """Yield scans of which one fits beside each CPU, without a claim; then larger ones, each with its like.
+def group_by_memory(
+    scans: Sequence[Scan], per_cpu: int, largest: int
+) -> Iterator[tuple[int | None, Sequence[Scan]]]:
+    """Yield the scans that fit into the memory of one CPU, without a claim; then larger ones by size class.
 
-    A claim keeps Ray from decoding more of them at once than there is memory for.
+    A claim keeps Ray from decoding more scans at once than there is memory for.
 
     Args:
-        scans: As listed.
-        per_cpu: Bytes there are for each CPU.
-        most: Bytes that can be claimed at all.
+        scans: Listed scans.
+        per_cpu: Bytes of memory per CPU.
+        largest: Largest claim in bytes that some node can meet.
     """
-    classes: dict[int, list[Scan]] = {}
+    size_classes: dict[int, list[Scan]] = {}
     for scan in scans:
-        need = _BASE_BYTES + _INFLATED * scan.size
-        classes.setdefault(max(0, math.ceil(math.log2(need / per_cpu))), []).append(scan)
-    for doublings in sorted(classes):
-        yield (min(per_cpu * 2**doublings, most) if doublings else None), classes[doublings]
+        needed = _BASE_BYTES + _DECODE_BYTES_PER_FILE_BYTE * scan.size
+        size_classes.setdefault(max(0, math.ceil(math.log2(needed / per_cpu))), []).append(scan)
+    for doublings in sorted(size_classes):
+        claim = min(per_cpu * 2**doublings, largest) if doublings else None
+        yield claim, size_classes[doublings]
 
 
 class PoolSize(NamedTuple):
-    """Actors: at least, to begin with, at most."""
+    """Number of actors in a pool: minimum, at the start, maximum."""
 
     least: int
     first: int
@@ -79,9 +89,9 @@ class PoolSize(NamedTuple):
 
 
 def cpu_pool_size(run: RunConfig, nodes: Sequence[Node], tasks: int, memory: int) -> PoolSize:
-    """Return the size of the pool of actors that decode for themselves: as asked, or one for each CPU.
+    """Return the size of the pool of actors without GPUs: as configured, or one actor per `num_cpus` CPUs.
 
-    It starts as large as there is room and work for, since nothing else needs the CPUs.
+    The pool starts as large as CPUs, memory and tasks allow, because nothing else needs the CPUs.
     """
     actors = run.actors
     fit = sum(
@@ -93,9 +103,9 @@ def cpu_pool_size(run: RunConfig, nodes: Sequence[Node], tasks: int, memory: int
 
 
 def gpu_pool_size(run: RunConfig, nodes: Sequence[Node]) -> PoolSize:
-    """Return the size of the pool of actors that have GPUs.
+    """Return the size of the pool of actors with GPUs.
 
-    It is as asked, or what leaves every node a CPU to decode with.
+    It is as configured, or the number of actors that leaves one decode task's CPUs free on every node.
     """
     actors, decode = run.actors, run.decode.num_cpus
     fit = sum(

@@ -1,8 +1,9 @@
-"""What Ray's workers run: rows of listed scans in, rows of features or of receipts out.
+"""The callables that Ray's workers run: rows of listed scans in, rows of features or of receipts out.
 
-Rows between the stages: a listed scan as JSON → its record and features → one receipt per file's worth of
-scans. Where actors have GPUs, decoding is apart from them, on any CPU of the cluster, and in between are rows
-of a record, a tensor and its origins. Without GPUs an actor decodes for itself: nothing large travels.
+Rows between the stages: a listed scan as JSON → its record and features → one receipt for a file of scans. If
+actors have GPUs, decoding runs apart from them, on any CPU of the cluster; the rows in between hold a record,
+a tensor and its origins. Without GPUs an actor decodes its own scans, and nothing large moves between
+processes.
 """
 
 from __future__ import annotations
@@ -19,156 +20,173 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featray.config import LimitsConfig
+from featray.engines.base import Decoding
 from featray.engines.decoding.memory_limit import decode_memory
-from featray.engines.decoding.process_pool import Helpers
-from featray.engines.decoding.scan_pool import Attempts
+from featray.engines.decoding.process_pool import WorkerPool
+from featray.engines.decoding.scan_pool import ScanDecodePool
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
-from featray.stages.decode import Decoder
 from featray.stages.extract import LayerExtractor, extract
 
 _NEVER = threading.Event()
-_HELPERS_FIRST_S = 5.0
-"""How long an actor's model waits for its helpers to come up."""
+_POOL_START_S = 5.0
+"""Seconds that an actor waits for its worker processes before it loads the model."""
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How workers decode; travels to them.
+class WorkerDecoding:
+    """How one Ray worker decodes; travels to the worker.
 
     Attributes:
-        decode: What to do with a scan.
-        limits: As configured.
-        memory: Bytes one scan may take; None for most of what the machine has.
-        helpers: Processes of each worker.
-        ahead: Scans decoded at most while the worker is busy with earlier ones.
+        decoding: How scans are decoded.
+        processes: Number of worker processes in each Ray worker.
+        scans_ahead: Number of scans that are decoded while the Ray worker is busy with earlier ones.
     """
 
-    decode: Decoder
-    limits: LimitsConfig
-    memory: int | None
-    helpers: int
-    ahead: int
+    decoding: Decoding
+    processes: int
+    scans_ahead: int
 
 
-class Decoders:
-    """The helpers of one worker process."""
+@dataclass(frozen=True)
+class ModelLoading:
+    """How an actor gets the model; travels to the actor.
 
-    def __init__(self, how: Decoding) -> None:
-        from ray import cloudpickle  # what a decoder is made of may be known to the driver alone
+    Attributes:
+        load_extractor: Loads the model.
+        recipe: Recipe id, from which the seeds of random layers are made.
+    """
 
-        self._helpers = Helpers(how.helpers, how.limits.scan_timeout_s, decode_memory(how.memory))
-        size = how.helpers + how.ahead
-        self._attempts = Attempts(self._helpers, how.decode, how.limits, size, cloudpickle.dumps)
+    load_extractor: Callable[[], LayerExtractor]
+    recipe: str
 
-    def batches(self, scans: Sequence[Scan], batch: int) -> Iterator[list[Decoded]]:
-        """Yield lists of `batch` decoded scans; a list is valid until the next one is asked for."""
-        return self._attempts.batches(scans, batch, _NEVER)
 
-    def are_up(self) -> bool:
-        """Return whether the helpers can decode, as far as is known from the last batch."""
-        return self._helpers.are_up()
+class WorkerScanPool:
+    """The worker processes of one Ray worker, and the scans they decode."""
+
+    def __init__(self, setup: WorkerDecoding) -> None:
+        from ray import cloudpickle  # pickles a decoder whose class only the driver can import
+
+        decoding = setup.decoding
+        self._processes = WorkerPool(
+            setup.processes, decoding.limits.scan_timeout_s, decode_memory(decoding.memory)
+        )
+        size = setup.processes + setup.scans_ahead
+        self._pool = ScanDecodePool(self._processes, decoding, size, cloudpickle.dumps)
+
+    def batches(self, scans: Sequence[Scan]) -> Iterator[list[Decoded]]:
+        """Yield lists of decoded scans; a list is valid until the next one is asked for."""
+        return self._pool.batches(scans, _NEVER)
+
+    def has_started(self) -> bool:
+        """Return whether the worker processes can decode, as of the last batch."""
+        return self._processes.has_started()
 
     def close(self) -> None:
-        """End the helpers at once."""
-        self._helpers.close()
-        self._attempts.close()
+        """End the worker processes at once."""
+        self._processes.close()
+        self._pool.close()
 
 
 class DecodeBatch:
-    """Rows of listed scans → rows of model inputs, made in a helper of this worker."""
+    """Rows of listed scans → rows of model inputs, decoded in a worker process of this Ray worker."""
 
-    def __init__(self, how: Decoding) -> None:
-        self._how, self._run = how, uuid.uuid4().hex
+    def __init__(self, setup: WorkerDecoding) -> None:
+        self._setup, self._id = setup, uuid.uuid4().hex
 
     def __call__(self, batch: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-        """Yield one row at a time: a block of tensors need not fit into memory as a whole."""
-        with _ended_on_error(self._decoders()) as decoders:
-            for (decoded,) in decoders.batches(_scans(batch), 1):
+        """Yield one row at a time, because all tensors of a block need not fit into memory."""
+        with _close_pools_on_error():
+            for batch_of_one in self._get_pool().batches(_parse_scans(batch)):
+                (decoded,) = batch_of_one
                 yield {
                     "record": [decoded.record.to_json()],
-                    # Flat, for Ray mixes no ranks in a column; a copy, for the next scan takes its place.
+                    # Flat, because Ray accepts only one rank in a column; copied, because the next scan
+                    # overwrites the buffer.
                     "tensor": decoded.tensor.reshape(1, -1).copy(),
                     "shape": np.array([decoded.tensor.shape]),
                     "origins": decoded.origins[None],
                 }
 
-    def _decoders(self) -> Decoders:
-        """Return this worker's helpers; they start with the first scan, and end with the worker."""
-        if self._run not in _workers:
-            _end_workers()  # of an earlier run
-            _workers[self._run] = Decoders(self._how)
-        return _workers[self._run]
+    def _get_pool(self) -> WorkerScanPool:
+        """Return this Ray worker's pool; it starts with the first scan and ends with the Ray worker."""
+        if self._id not in _pools:
+            _close_pools()  # of an earlier run
+            _pools[self._id] = WorkerScanPool(self._setup)
+        return _pools[self._id]
 
 
-_workers: dict[str, Decoders] = {}
-"""By run, the helpers of this worker process: Ray unpickles `DecodeBatch` anew for each task."""
+_pools: dict[str, WorkerScanPool] = {}
+"""The pool of this Ray worker by run. Ray unpickles a new `DecodeBatch` for each task, so it cannot hold one.
+"""
 
 
-def _end_workers() -> None:
-    for decoders in _workers.values():
-        decoders.close()
-    _workers.clear()
+def _close_pools() -> None:
+    for pool in _pools.values():
+        pool.close()
+    _pools.clear()
 
 
 @contextlib.contextmanager
-def _ended_on_error(decoders: Decoders) -> Iterator[Decoders]:
-    """End the helpers when work is broken off: what they are at must not answer for the next scan."""
+def _close_pools_on_error() -> Iterator[None]:
+    """Close the pool when work is interrupted: its running tasks must not answer for the next scans."""
     try:
-        yield decoders
-    except BaseException:  # such as a cancelled pass
-        _end_workers()
+        yield
+    except BaseException:  # a cancelled pass, for example
+        _close_pools()
         raise
 
 
 class ExtractBatch:
     """Rows of model inputs → rows of features; holds the model."""
 
-    def __init__(self, load_extractor: Callable[[], LayerExtractor]) -> None:
-        self._extractor = load_extractor()
+    def __init__(self, model: ModelLoading) -> None:
+        self._recipe = model.recipe
+        self._extractor = model.load_extractor()
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
-        """Return one row for each."""
+        """Return one row of features per row of model inputs."""
         decoded = [
             Decoded(ScanRecord.from_json(record), np.asarray(tensor).reshape(shape), np.asarray(origins))
             for record, tensor, shape, origins in zip(
                 batch["record"], batch["tensor"], batch["shape"], batch["origins"], strict=True
             )
         ]
-        return extract(self._extractor, decoded)
+        return extract(self._extractor, decoded, recipe=self._recipe)
 
 
 class DecodeAndExtractBatch:
-    """Rows of listed scans → rows of features; holds the model, and helpers that decode ahead of it."""
+    """Rows of listed scans → rows of features; holds the model, and a pool that decodes ahead of it."""
 
-    def __init__(self, load_extractor: Callable[[], LayerExtractor], how: Decoding, batch_scans: int) -> None:
-        self._how, self._batch_scans = how, batch_scans
-        self._decoders = Decoders(how)
-        # In a thread, so that the first scans are decoded while TensorFlow is imported.
-        self._extractor: Future[LayerExtractor] = ThreadPoolExecutor(1).submit(self._loaded, load_extractor)
+    def __init__(self, model: ModelLoading, setup: WorkerDecoding) -> None:
+        self._recipe, self._setup = model.recipe, setup
+        self._pool = WorkerScanPool(setup)
+        # The model is loaded in a thread, so that the first scans are decoded while TensorFlow is imported.
+        self._extractor: Future[LayerExtractor] = ThreadPoolExecutor(1).submit(
+            self._load_after_pool, model.load_extractor
+        )
 
-    def _loaded(self, load_extractor: Callable[[], LayerExtractor]) -> LayerExtractor:
-        """Load the model once decoding has begun: both import for seconds, and this one can wait."""
-        until = time.monotonic() + _HELPERS_FIRST_S
-        while not self._decoders.are_up() and time.monotonic() < until:
+    def _load_after_pool(self, load_extractor: Callable[[], LayerExtractor]) -> LayerExtractor:
+        """Load the model when the pool has started: both import for seconds, and the model can wait."""
+        deadline = time.monotonic() + _POOL_START_S
+        while not self._pool.has_started() and time.monotonic() < deadline:
             time.sleep(0.02)
         return load_extractor()
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
-        """Return one row for each."""
+        """Return one row of features per listed scan."""
         try:
             return pa.concat_tables(
-                extract(self._extractor.result(), decoded)
-                for decoded in self._decoders.batches(_scans(batch), self._batch_scans)
+                extract(self._extractor.result(), decoded, recipe=self._recipe)
+                for decoded in self._pool.batches(_parse_scans(batch))
             )
-        except BaseException:  # what helpers are at must not answer for the scans of the next call
-            self._decoders.close()
-            self._decoders = Decoders(self._how)
+        except BaseException:  # the pool's running tasks must not answer for the scans of the next call
+            self._pool.close()
+            self._pool = WorkerScanPool(self._setup)
             raise
 
 
 class WriteBatch:
-    """Rows of features → one receipt."""
+    """Rows of features → one row with a receipt."""
 
     def __init__(self, write: Callable[[pa.Table], Receipt]) -> None:
         self._write = write
@@ -178,5 +196,5 @@ class WriteBatch:
         return pa.table({"receipt": [self._write(table).to_json()]})
 
 
-def _scans(batch: Mapping[str, Any]) -> list[Scan]:
+def _parse_scans(batch: Mapping[str, Any]) -> list[Scan]:
     return [Scan.from_json(text) for text in batch["scan"]]

@@ -1,4 +1,4 @@
-"""A few scans are seen to by the driver while its own Ray comes up: once, and no crash is too much."""
+"""The head start: the driver processes the first scans, once, while its local Ray starts."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from kill import poison
 
 import featray
 from featray.config import LimitsConfig, RunConfig, load
-from featray.engines.base import Stages
+from featray.engines.base import Decoding, Stages
 from featray.engines.ray import cluster
-from featray.engines.ray import head_start as meanwhile_module
+from featray.engines.ray import head_start as head_start_module
 from featray.engines.ray.engine import RayEngine
-from featray.engines.ray.head_start import Meanwhile
+from featray.engines.ray.head_start import HeadStart
 from featray.errors import FeatrayError
 from featray.hardware import ModelThreads
 from featray.output.dataset import Dataset
 from featray.schema import Scan
-from featray.stages.decode import Decoder
 from featray.stages.write import write
 from featray.storage.store import Store
 
@@ -32,79 +31,80 @@ SCANS = [
 ]
 
 
-def _decoder(**preprocess: Any) -> Decoder:
+def make_decoding(**preprocess: Any) -> Decoding:
     model = {"uri": "m.keras", "layers": ["sum"]}
     config = {"source": {"uri": "/"}, "preprocess": preprocess, "model": model, "output": {"uri": "out"}}
-    return poison.Poisoned.of(load(config), "r", "run")
+    decoder = poison.Poisoned.from_config(load(config))
+    return Decoding(decoder, batch_scans=2, limits=LimitsConfig(attempts=2))
 
 
 @pytest.fixture
 def stages(tmp_path: Path) -> Stages:
-    put = functools.partial(
+    write_run = functools.partial(
         write, dataset=Dataset(Store(str(tmp_path))), partition_by=("layer",), recipe="r", run_id="run"
     )
-    return Stages(_decoder(), poison.summing, poison.load_summing, put, batch_scans=2, scans_per_file=3)
+    return Stages(poison.summing, poison.load_summing, "r", write_run, scans_per_file=3)
 
 
-def _begun(decoder: Decoder, batch_scans: int = 2, scans: list[Scan] = SCANS) -> Meanwhile:
-    meanwhile = Meanwhile(LimitsConfig(attempts=2), None, ModelThreads(each=1))
-    meanwhile.begin(scans, decoder, batch_scans)
-    return meanwhile
+def prefetch(scans: list[Scan] = SCANS, **preprocess: Any) -> HeadStart:
+    head_start = HeadStart(make_decoding(**preprocess), ModelThreads(each=1))
+    head_start.prefetch_scans(scans)
+    return head_start
 
 
-def test_what_was_begun_comes_through_here_and_the_others_are_left(stages: Stages) -> None:
-    meanwhile = _begun(stages.decode)
-    others = meanwhile.start(SCANS, stages, threading.Event())
+def test_prefetched_scans_are_processed_here_and_the_others_are_returned(stages: Stages) -> None:
+    head_start = prefetch()
+    others = head_start.start(SCANS, stages, threading.Event())
     assert others == SCANS[4:]
-    records = [record for receipt in meanwhile.taken(60) for record in receipt.records]
+    records = [record for receipt in head_start.take_receipts(60) for record in receipt.records]
     found = {record.scan_id: (record.status, record.attempts) for record in records}
     assert found == {"poison0": ("failed", 2), "s0": ("ok", 1), "s1": ("ok", 1), "s2": ("ok", 1)}
-    assert not meanwhile.taken(0)
-    assert not _helpers()
+    assert not head_start.take_receipts(0)
+    assert not find_worker_processes()
 
 
-def test_a_scan_that_is_no_longer_asked_for_is_left_out(stages: Stages) -> None:
-    meanwhile = _begun(stages.decode)
+def test_a_prefetched_scan_that_is_not_due_is_dropped(stages: Stages) -> None:
+    head_start = prefetch()
     asked = [SCANS[0], *SCANS[2:]]
-    assert meanwhile.start(asked, stages, threading.Event()) == SCANS[4:]
-    records = [record.scan_id for receipt in meanwhile.taken(60) for record in receipt.records]
+    assert head_start.start(asked, stages, threading.Event()) == SCANS[4:]
+    records = [record.scan_id for receipt in head_start.take_receipts(60) for record in receipt.records]
     assert sorted(records) == ["poison0", "s1", "s2"]
 
 
 @pytest.mark.parametrize(
-    ("preprocess", "scans"), [({"size": None}, SCANS), ({}, SCANS[:7])], ids=["any size of input", "so few"]
+    ("preprocess", "scans"),
+    [({"size": None}, SCANS), ({}, SCANS[:7])],
+    ids=["inputs of any size", "few scans"],
 )
-def test_nothing_is_begun_where(preprocess: dict[str, Any], scans: list[Scan], stages: Stages) -> None:
-    meanwhile = _begun(_decoder(**preprocess), scans=scans)
-    assert meanwhile.start(scans, stages, threading.Event()) == scans
-    assert not meanwhile.taken(None)
-    assert not _helpers()
+def test_nothing_is_prefetched_with(preprocess: dict[str, Any], scans: list[Scan], stages: Stages) -> None:
+    head_start = prefetch(scans, **preprocess)
+    assert head_start.start(scans, stages, threading.Event()) == scans
+    assert not head_start.take_receipts(None)
+    assert not find_worker_processes()
 
 
-def test_what_has_not_come_through_in_time_comes_later(stages: Stages) -> None:
-    meanwhile, go_on = _begun(stages.decode), threading.Event()
+def test_receipts_that_are_not_ready_in_time_come_later(stages: Stages) -> None:
+    head_start, resume = prefetch(), threading.Event()
 
-    def held(scans: Any) -> Any:
-        go_on.wait(60)
+    def wait_and_write(scans: Any) -> Any:
+        resume.wait(60)
         return stages.write(scans)
 
-    meanwhile.start(SCANS, replace(stages, write=held), threading.Event())
-    assert not meanwhile.taken(0.05)
-    go_on.set()
-    assert sum(len(receipt.records) for receipt in meanwhile.taken(60)) == 4
+    head_start.start(SCANS, replace(stages, write=wait_and_write), threading.Event())
+    assert not head_start.take_receipts(0.05)
+    resume.set()
+    assert sum(len(receipt.records) for receipt in head_start.take_receipts(60)) == 4
 
 
-def test_closed_before_they_are_through_no_helper_is_left(
-    stages: Stages, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(meanwhile_module, "_PATIENCE_S", 0.1)
+def test_closing_early_leaves_no_worker_process(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_start_module, "_CLOSE_TIMEOUT_S", 0.1)
     scans = [replace(SCANS[0], scan_id="hang"), *SCANS[1:]]
-    meanwhile = _begun(stages.decode, scans=scans)
-    meanwhile.start(scans, stages, threading.Event())
-    meanwhile.close()
-    assert not _helpers()
+    head_start = prefetch(scans)
+    head_start.start(scans, stages, threading.Event())
+    head_start.close()
+    assert not find_worker_processes()
     with pytest.raises((FeatrayError, OSError)):
-        meanwhile.taken(60)
+        head_start.take_receipts(60)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_closed_before_they_are_through_no_helper_is_left(
     [({}, {}, True), ({"address": "ray://head:10001"}, {}, False), ({}, {"RAY_ADDRESS": "auto"}, False)],
     ids=["local", "an address", "an address in the environment"],
 )
-def test_only_where_a_ray_is_to_be_started(
+def test_a_local_ray_is_started_only_without_an_address(
     run: dict[str, Any], environment: dict[str, str], starts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -124,35 +124,33 @@ def test_only_where_a_ray_is_to_be_started(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_run_has_every_scan_once_wherever_it_was_seen_to(
-    config_of: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert not cluster.is_to_start(RunConfig()), "it has been joined already"
+def test_a_run_with_a_head_start_has_every_scan_once(config_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not cluster.is_to_start(RunConfig()), "this process has joined a cluster"
     monkeypatch.setattr(cluster, "is_to_start", lambda run: True)
     here: list[str] = []
-    taken = Meanwhile.taken
+    take_receipts = HeadStart.take_receipts
 
-    def noted(self: Meanwhile, timeout_s: float | None) -> Any:
-        found = taken(self, timeout_s)
-        here.extend(record.scan_id for receipt in found for record in receipt.records)
-        return found
+    def take_and_note(self: HeadStart, timeout_s: float | None) -> Any:
+        receipts = take_receipts(self, timeout_s)
+        here.extend(record.scan_id for receipt in receipts for record in receipt.records)
+        return receipts
 
-    monkeypatch.setattr(Meanwhile, "taken", noted)
+    monkeypatch.setattr(HeadStart, "take_receipts", take_and_note)
     config = config_of()
     summary = featray.extract(config, ["run.engine=ray"])
     assert (summary.ok, summary.failed, summary.exit_code, len(here)) == (12, 0, 0, 1)
     assert featray.verify(config["output"]["uri"]).exit_code == 0
 
 
-def test_with_gpus_none_is_begun_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_gpus_there_is_no_head_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "is_to_start", lambda run: True)
     monkeypatch.setattr(cluster, "connect", lambda run, limits: False)
     run = RunConfig.model_validate({"actors": {"num_gpus": 1}})
-    with RayEngine(run, LimitsConfig()) as engine:
-        engine.begin(SCANS, _decoder(), 2)
-        assert not _helpers()
+    with RayEngine(run, make_decoding()) as engine:
+        engine.prefetch_scans(SCANS)
+        assert not find_worker_processes()
 
 
-def _helpers() -> list[psutil.Process]:
+def find_worker_processes() -> list[psutil.Process]:
     children = psutil.Process().children()
-    return [child for child in children if any("spawn_main" in word for word in child.cmdline())]
+    return [child for child in children if any("worker_process" in word for word in child.cmdline())]

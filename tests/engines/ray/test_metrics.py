@@ -1,4 +1,4 @@
-"""What Prometheus sees of a run on Ray; for Ray to serve it takes `ray[default]`, which tests do without."""
+"""Metrics of a run on Ray. Serving them needs `ray[default]`, which the tests do not install."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ seen: dict[tuple[str, ...], float] = defaultdict(float)
 
 
 class Metric:
-    """A counter or gauge that writes down what it is told, as strict about it as Ray's."""
+    """Counter or gauge that stores its values, and is as strict about them as Ray's."""
 
     def __init__(self, name: str, description: str, tag_keys: tuple[str, ...] = ()) -> None:
         assert description
@@ -41,7 +41,7 @@ def metrics(monkeypatch: pytest.MonkeyPatch) -> Metrics:
     return Metrics(10)
 
 
-def record(name: str, status: str = "ok", reason: str | None = None) -> ScanRecord:
+def make_record(name: str, status: str = "ok", reason: str | None = None) -> ScanRecord:
     found = ScanRecord(name, f"/{name}", "nifti", "c", "r", "run", status=status, reason=reason)  # type: ignore[arg-type]
     found.read_s, found.infer_s, found.bytes_read = 0.5, 2.0, 100
     return found
@@ -49,8 +49,8 @@ def record(name: str, status: str = "ok", reason: str | None = None) -> ScanReco
 
 def test_scans_failures_seconds_and_bytes_are_counted(metrics: Metrics) -> None:
     assert seen == {("featray_waiting_scans",): 10}
-    metrics.add(Receipt((), (record("a"), record("b"))), None)
-    metrics.add(Receipt((), (record("c", "failed", "truncated"),)), Workers(decode=4, model=2, cores=4))
+    metrics.add(Receipt((), (make_record("a"), make_record("b"))), None)
+    metrics.add(Receipt((), (make_record("c", "failed", "truncated"),)), Workers(decode=4, model=2, cores=4))
     assert seen == {
         ("featray_scans", "ok"): 2,
         ("featray_scans", "failed"): 1,
@@ -64,8 +64,8 @@ def test_scans_failures_seconds_and_bytes_are_counted(metrics: Metrics) -> None:
     }
 
 
-def test_nothing_of_a_scan_but_counts_is_shown(metrics: Metrics) -> None:
-    found = record("patient-name", "failed", "unreadable")
+def test_metrics_hold_neither_ids_nor_messages_of_scans(metrics: Metrics) -> None:
+    found = make_record("patient-name", "failed", "unreadable")
     found.message = "secret words"
     metrics.add(Receipt((), (found,)), None)
     assert "patient" not in str(seen)

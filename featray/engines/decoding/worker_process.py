@@ -1,0 +1,157 @@
+"""One worker process: how it is started, the messages it takes, and what runs in it.
+
+The process is started with `python -c` and one end of a pipe, not with `multiprocessing`: a user's script
+then need not guard its call of featray with `if __name__ == "__main__"`, because nothing imports it again.
+All that a worker runs can be imported from featray itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from multiprocessing.connection import Connection, Pipe
+from typing import Any
+
+from featray.engines.decoding.memory_limit import limit_memory, prefer_oom_kill
+
+GRACE_S = 5.0
+"""A worker ends itself when its task is late by this much: the driver that should kill it may be dead."""
+_BOOTSTRAP = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from featray.engines.decoding.worker_process import main; main(int(sys.argv[1]), sys.argv[3:])"
+)
+
+
+class Message(Enum):
+    """What a message to a worker process contains; its value is the first byte of the message."""
+
+    LIMITS = b"l"
+    WORK = b"w"
+    TASK = b"t"
+
+
+@dataclass(frozen=True)
+class TaskLimits:
+    """What one task may take: seconds, and bytes of memory beyond what its process uses (None: no limit)."""
+
+    timeout_s: float
+    memory: int | None
+
+
+@dataclass(eq=False)
+class WorkerProcess:
+    """A worker process, its pipe, and its tasks in order; the process works on the first of them.
+
+    Attributes:
+        process: The process.
+        connection: This process's end of the pipe.
+        tasks: Tasks sent whose results have not arrived.
+        deadline: Monotonic clock at which the first task is late.
+        unconfirmed: Number of work functions sent that the process has not confirmed yet; it confirms one
+            when it has loaded and prepared it.
+    """
+
+    process: subprocess.Popen[bytes]
+    connection: Connection[bytes, Any]
+    tasks: deque[Any] = field(default_factory=deque)
+    deadline: float = 0.0
+    unconfirmed: int = 0
+
+    def send(self, kind: Message, content: bytes) -> None:
+        """Send a message whose content is pickled.
+
+        A dead process is not reported here: the pool notices it when it waits for results.
+        """
+        with contextlib.suppress(OSError):
+            self.connection.send_bytes(kind.value + content)
+
+    def end(self, grace_s: float = 0.0) -> int:
+        """Kill the process unless it ends by itself within `grace_s` seconds; return its exit code."""
+        self.connection.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(grace_s)
+        self.process.kill()
+        return self.process.wait()
+
+
+def start_worker_process(modules: Sequence[str] = ()) -> WorkerProcess:
+    """Start a worker process.
+
+    Args:
+        modules: Modules that it imports before it takes messages.
+    """
+    ours, theirs = Pipe()
+    path = json.dumps([entry or os.getcwd() for entry in sys.path])
+    process = subprocess.Popen(
+        [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), path, *modules],
+        stdin=subprocess.DEVNULL,
+        pass_fds=[theirs.fileno()],
+    )
+    theirs.close()  # so that the pipe is closed when the worker dies
+    return WorkerProcess(process, ours)
+
+
+def main(file: int, modules: Sequence[str]) -> None:
+    """Run in the worker process: take limits and work first, then tasks, until the pipe is closed.
+
+    Args:
+        file: File descriptor of this process's end of the pipe.
+        modules: Modules to import first.
+    """
+    # Ctrl-C reaches the whole process group; only the driver decides how to react.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside of C code
+    prefer_oom_kill()
+    connection: Connection[Any, bytes] = Connection(file)
+    messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    # A thread reads ahead, because the driver and the worker could otherwise both wait to send.
+    threading.Thread(target=_read_messages, args=(connection, messages), daemon=True).start()
+    for name in modules:
+        importlib.import_module(name)
+    _process_messages(connection, messages)
+
+
+def _process_messages(connection: Connection[Any, bytes], messages: queue.SimpleQueue[bytes]) -> None:
+    limits, work = TaskLimits(0.0, None), None
+    while True:
+        message = messages.get()
+        kind, content = Message(message[:1]), pickle.loads(message[1:])
+        if kind is Message.LIMITS:
+            limits = content
+        elif kind is Message.WORK:
+            work = content
+            if hasattr(work, "prepare"):
+                work.prepare()
+            connection.send(None)
+        else:
+            assert work is not None, "the driver sends the work before the first task"
+            connection.send(_run_task(work, content, limits))
+
+
+def _run_task(work: Callable[[Any], Any], task: Any, limits: TaskLimits) -> Any:
+    signal.setitimer(signal.ITIMER_REAL, limits.timeout_s + GRACE_S)
+    with limit_memory(limits.memory):
+        result = work(task)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    return result
+
+
+def _read_messages(connection: Connection[Any, bytes], messages: queue.SimpleQueue[bytes]) -> None:
+    while True:
+        try:
+            messages.put(connection.recv_bytes())
+        except (EOFError, OSError):
+            os._exit(0)  # the driver is dead, so nobody waits for a result

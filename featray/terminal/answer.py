@@ -42,7 +42,7 @@ def align_columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def to_json_value(value: Any) -> Any:
-    """Return a value that `json` can write: a dataclass as a dict, a set or tuple as a list, else a text."""
+    """Return a value that `json` can write: a dict for a dataclass, a list for a set or tuple, or a text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     if isinstance(value, frozenset | set | tuple):

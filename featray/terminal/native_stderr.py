@@ -1,4 +1,4 @@
-"""Filter what native libraries write to stderr, because they bypass Python's logging."""
+"""Filter the output of native libraries on stderr, because they bypass Python's logging."""
 
 from __future__ import annotations
 

@@ -152,20 +152,19 @@ def map_files(
     work: Callable[[DataFile], _Result], files: Sequence[DataFile]
 ) -> Iterator[tuple[DataFile, _Result]]:
     """Yield each file and the result of `work(file)`, in order; several threads work at the same time."""
-    with ThreadPoolExecutor(THREADS, "featray-verify") as pool:
-        pending: deque[tuple[DataFile, Future[_Result]]] = deque()
-        try:
-            for file in files:
-                while pending and sum(other.size for other, _ in pending) + file.size > MAX_BYTES_IN_FLIGHT:
-                    yield _wait_for_first(pending)
-                pending.append((file, pool.submit(work, file)))
-                if len(pending) > 2 * THREADS:
-                    yield _wait_for_first(pending)
-            while pending:
+    pool = ThreadPoolExecutor(THREADS, "featray-verify")
+    pending: deque[tuple[DataFile, Future[_Result]]] = deque()
+    try:
+        for file in files:
+            while pending and sum(other.size for other, _ in pending) + file.size > MAX_BYTES_IN_FLIGHT:
                 yield _wait_for_first(pending)
-        finally:
-            for _, future in pending:
-                future.cancel()
+            pending.append((file, pool.submit(work, file)))
+            if len(pending) > 2 * THREADS:
+                yield _wait_for_first(pending)
+        while pending:
+            yield _wait_for_first(pending)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _wait_for_first(pending: deque[tuple[DataFile, Future[_Result]]]) -> tuple[DataFile, _Result]:

@@ -180,7 +180,7 @@ class _FaultGroup:
 
 @dataclass(frozen=True)
 class Damage:
-    """What `--forget-damaged` removes from an output.
+    """The scans and files that `--forget-damaged` removes from an output.
 
     Attributes:
         scan_ids: Scans to remove from both tables; some may be in neither.

@@ -22,7 +22,7 @@ from featray.output.dataset import FEATURES, SCANS
 from featray.schema import DataFile
 
 BrokenFiles = Sequence[tuple[DataFile, Fault]]
-"""Files whose rows cannot be read, each with the reason."""
+"""Unreadable files, each with the reason."""
 
 _SEEN, _SEEN_WITH_OTHER_RECIPE = 1, 2
 
@@ -72,7 +72,7 @@ class LayerReconciliation:
     def find_missing_patches(self) -> tuple[Rows, Rows]:
         """Return the scans that lack patches of this layer, and the first missing patch of each.
 
-        They include scans whose recipe does not have this layer.
+        Scans of recipes without this layer are among them.
         """
         positions = np.flatnonzero(self._seen == 0)
         scan = np.searchsorted(self._ends, positions, side="right")

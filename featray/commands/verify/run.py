@@ -43,7 +43,7 @@ class Verification:
         version: Version of `features` that was read; -1 if the tables are out of sync and nothing was read.
         findings: The problems; empty if there are none.
         notes: Facts that are worth knowing but are not problems.
-        mended: What `--repair` or `--forget-damaged` changed before the output was read (again).
+        mended: Changes that `--repair` or `--forget-damaged` made before the output was read (again).
         scans: Number of rows of the scans table by status.
         rows: Number of readable rows of `features` by layer.
         files: Number of files read, of both tables.
@@ -52,7 +52,7 @@ class Verification:
         exit_code: 0, or 3 if there are findings.
     """
 
-    version: int
+    version: int = -1
     findings: tuple[Finding, ...] = ()
     notes: tuple[str, ...] = ()
     mended: tuple[str, ...] = ()
@@ -105,16 +105,20 @@ def verify(
     """
     start = time.monotonic()
     dataset = open_output(output, storage_options)
-    repairs: list[str] = []
+    verification, findings, repairs = Verification(), Findings(), []
     if _are_tables_out_of_sync(dataset):
-        findings = Findings()
         findings.add(Fault(FindingKind.TABLES_OUT_OF_SYNC), "features and scans")
-        verification = _make_verification(findings)
     else:
         if repair or forget_damaged:
             repairs = _repair(dataset, forget_damaged=forget_damaged, show=show)
-        verification, _ = _read_output(dataset, show=show)
-    return replace(verification, mended=tuple(repairs), seconds=time.monotonic() - start)
+        verification, findings = _read_output(dataset, show=show)
+    return replace(
+        verification,
+        findings=findings.list_findings(),
+        mended=tuple(repairs),
+        seconds=time.monotonic() - start,
+        exit_code=int(ExitCode.TOO_MANY_FAILED if findings else ExitCode.OK),
+    )
 
 
 def _are_tables_out_of_sync(dataset: Dataset) -> bool:
@@ -162,7 +166,11 @@ def _delete_damage(committer: Committer, findings: Findings) -> list[str]:
 
 
 def _read_output(dataset: Dataset, *, show: bool) -> tuple[Verification, Findings]:
-    """Read one snapshot completely; start again with a newer one if a run deletes files of the first."""
+    """Read one snapshot completely; start again with a newer one if a run deletes files of the first.
+
+    Returns:
+        A verification without findings, repairs, time and exit code; and the findings.
+    """
     for _ in range(MAX_ATTEMPTS):
         reader = _SnapshotReader(dataset, dataset.open_snapshot(), show=show)
         try:
@@ -173,13 +181,6 @@ def _read_output(dataset: Dataset, *, show: bool) -> tuple[Verification, Finding
         "a run changes this output faster than it can be read; verify it after the run has ended, or set "
         "output.keep_versions_days, which keeps superseded files for a while"
     )
-
-
-def _make_verification(findings: Findings, version: int = -1, **fields: Any) -> Verification:
-    """Return the result of a verification, with the exit code that its findings require."""
-    listed = findings.list_findings()
-    exit_code = ExitCode.TOO_MANY_FAILED if listed else ExitCode.OK
-    return Verification(version, listed, exit_code=int(exit_code), **fields)
 
 
 class _SupersededError(Exception):
@@ -200,7 +201,7 @@ _File = TypeVar("_File", bound=_CheckedFile)
 
 
 class _SnapshotReader:
-    """Reads one snapshot of an output, and collects what is wrong with it in `findings`."""
+    """Reads one snapshot of an output, and collects its problems in `findings`."""
 
     def __init__(self, dataset: Dataset, snapshot: Snapshot, *, show: bool) -> None:
         self.dataset, self.snapshot, self.findings = dataset, snapshot, Findings()
@@ -209,7 +210,7 @@ class _SnapshotReader:
         self.progress = Progress(self.size_bytes, show=show, unit="B")
 
     def read(self) -> Verification:
-        """Read all files, and return the result."""
+        """Read all files; return which version and how many scans, rows, files and bytes were read."""
         self._check_table_schemas()
         with self.progress:
             scans, broken_scans = self._read_scans()
@@ -219,9 +220,8 @@ class _SnapshotReader:
                 rows[layer] = self._read_layer(layer, files, reconciliation, facts)
         reconciliation.report(broken_scans, self.findings)
         notes = report_unreferenced_files(self.dataset, self.snapshot, self.findings)
-        return _make_verification(
-            self.findings,
-            self.snapshot.version,
+        return Verification(
+            version=self.snapshot.version,
             notes=(*((_PENDING_COMMIT_NOTE,) if self.snapshot.pending else ()), *notes),
             scans=scans.counts,
             rows=rows,

@@ -1,4 +1,4 @@
-"""Made-up data for the demo, the benchmark and the tests: CT phantoms and a small VAE.
+"""Make synthetic data for the demo, the benchmark and the tests: CT phantoms and a small VAE.
 
-Nothing that reads real scans may depend on this package.
+Code that reads real scans must not import this package.
 """

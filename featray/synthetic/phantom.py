@@ -1,9 +1,9 @@
-"""Made-up chest CT with known truth: a seed in, HU voxels, NIfTI files, DICOM series and labels out.
+"""Make synthetic chest CT with known parameters, and write it as NIfTI files, DICOM series and labels.
 
-A body of soft tissue in air with two lungs, a spine, at times a table, and one lesion of varying size and
-place, under noise; no patient is behind any of it. Millimetres are LPS with the origin in the middle of
-the volume. One seed gives the same voxels and files, byte for byte, with one version of the libraries.
-Knows no config and no model.
+A phantom is a body of soft tissue in air, with two lungs, a spine, sometimes a table, one lesion of random
+size and position, and noise. It contains no patient data. Positions are LPS in mm; the origin is the center
+of the volume. With the same versions of the libraries, a seed always gives the same voxels and files, byte
+for byte. This module must not know the configuration or models.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from pydicom.valuerep import format_number_as_ds
 
 AIR_HU, LUNG_HU, TISSUE_HU, LESION_HU, TABLE_HU = -1000, -850, 40, 60, -150
 SPINE_HU = (500, 700)
-"""Discs and vertebrae; the spine swings between them along z, every `_VERTEBRA_MM`."""
+"""Values of discs and vertebrae. Along z the spine alternates between them with period `_VERTEBRA_MM`."""
 
 STORED_HU = (-1024, 3071)
-"""What 12 bits hold with an intercept of -1024, as scanners write it."""
+"""Range of 12-bit values with an intercept of -1024, as scanners store them."""
 
 _VERTEBRA_MM = 30.0
 _SPINE_RADIUS_MM = 18.0
@@ -45,7 +45,7 @@ _EMPTY_TAGS = (
     "ReferringPhysicianName",
     "PositionReferenceIndicator",
 )
-"""Must be in a CT image, may be empty."""
+"""Tags that a CT image must contain, but that may be empty."""
 
 _Shape = tuple[int, int, int]
 _Spacing = tuple[float, float, float]
@@ -53,36 +53,36 @@ _Spacing = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class PhantomParameters:
-    """What differs from phantom to phantom: the truth that features can be held against."""
+    """The properties that differ between phantoms, with which extracted features can be compared."""
 
     lesion_radius_mm: float
-    """Of a ball; its surface is smoothed over one voxel, so that small changes of radius show."""
+    """Radius of the spherical lesion. Its surface is smoothed over one voxel, so small differences show."""
     lesion_x_mm: float
-    """Centre, towards the left of the patient."""
+    """Center of the lesion along x, which grows to the left of the patient."""
     lesion_y_mm: float
-    """Centre, towards the back."""
+    """Center of the lesion along y, which grows to the back."""
     lesion_z_mm: float
-    """Centre, towards the head."""
+    """Center of the lesion along z, which grows to the head."""
     body_width_mm: float
-    """Full width of the body's ellipse along x."""
+    """Full width of the elliptic body along x."""
     body_depth_mm: float
-    """Full depth along y."""
+    """Full depth of the elliptic body along y."""
     lung_size: float
-    """Scale of both lungs; 1 is the usual size."""
+    """Scale factor of both lungs; 1 is the usual size."""
     noise_hu: float
-    """Standard deviation of the white noise on every voxel, air included."""
+    """Standard deviation of the white noise of every voxel, including air."""
     table: bool
-    """Whether the patient's table is in view."""
+    """Whether the table of the scanner is visible."""
 
 
 @dataclass(frozen=True)
 class Phantom:
-    """One phantom and its truth.
+    """The voxels of a phantom and the parameters they were made from.
 
     Attributes:
-        voxels_zyx: HU, int16, within `STORED_HU`; x grows to Left, y to Posterior, z to Superior.
-        affine_lps: 4x4; maps a voxel index (x, y, z, 1) to millimetres in LPS.
-        parameters: What was drawn.
+        voxels_zyx: HU, int16, in the range `STORED_HU`. x grows to Left, y to Posterior, z to Superior.
+        affine_lps: 4x4 matrix that maps a voxel index (x, y, z, 1) to a position in LPS mm.
+        parameters: The parameters of this phantom.
     """
 
     voxels_zyx: NDArray[np.int16]
@@ -99,35 +99,42 @@ def make_phantom(
     """Return the phantom of a seed.
 
     Args:
-        seed: Draws the parameters, if none are given, and the noise.
-        shape_zyx: Voxels.
-        spacing_zyx: Millimetres; None spreads the voxels over 300 x 400 x 400 mm. Where the grid is
-            smaller than the body, the body is cut off.
-        parameters: A truth to use in place of a drawn one.
+        seed: Seed of the noise, and of the parameters if none are given.
+        shape_zyx: Number of voxels along each axis.
+        spacing_zyx: Voxel spacing in mm. None distributes the voxels over 300 x 400 x 400 mm (z, y, x). A
+        body
+            that is larger than the grid is cut off.
+        parameters: Parameters to use instead of random ones.
     """
     rng = np.random.default_rng(seed)
-    drawn = _draw(rng)
-    truth = parameters or drawn
+    random_parameters = _draw_parameters(rng)
+    parameters = parameters or random_parameters
     z, y, x = (field / count for field, count in zip(_FIELD_OF_VIEW_ZYX_MM, shape_zyx, strict=True))
-    affine = _centred_affine(shape_zyx, spacing_zyx or (z, y, x))
+    affine = _make_centered_affine(shape_zyx, spacing_zyx or (z, y, x))
     voxels = np.empty(shape_zyx, np.int16)
     noise = np.empty(shape_zyx[1:], np.float32)
-    for slice_out, slice_hu in zip(voxels, _clean_slices(shape_zyx, affine, truth), strict=True):
+    slices = _draw_slices(shape_zyx, affine, parameters)
+    for slice_out, slice_hu in zip(voxels, slices, strict=True):
         rng.standard_normal(out=noise, dtype=np.float32)
-        noise *= truth.noise_hu
+        noise *= parameters.noise_hu
         noise += slice_hu
         np.clip(np.rint(noise, out=noise), *STORED_HU, out=noise)
         np.copyto(slice_out, noise, casting="unsafe")
-    return Phantom(voxels, affine, truth)
+    return Phantom(voxels, affine, parameters)
 
 
 def write_nifti(phantom: Phantom, path: str | os.PathLike[str], compresslevel: int = 1) -> None:
-    """Write the phantom as int16 NIfTI; gzip of `compresslevel` (1 to 12) when the name ends in .gz.
+    """Write the phantom as an int16 NIfTI file, which is gzipped if its name ends in .gz.
 
-    Rows run from back to front (orientation LAS), as common DICOM converters store them, so that the
-    file differs from the DICOM series in storage order but not in the patient's space.
+    The rows are stored from back to front (orientation LAS), as common DICOM converters do. The file
+    therefore differs from the DICOM series in the order of the voxels, but not in their positions.
+
+    Args:
+        phantom: The phantom to write.
+        path: Name of the new file.
+        compresslevel: Compression level of gzip, from 1 to 12.
     """
-    # Index y of the file is n - 1 - y of the phantom; NIfTI millimetres are RAS.
+    # Index y of the file is n - 1 - y of the phantom. NIfTI affines are RAS.
     rows = phantom.voxels_zyx.shape[1]
     from_file_index = np.array([[1, 0, 0, 0], [0, -1, 0, rows - 1], [0, 0, 1, 0], [0, 0, 0, 1]], np.float64)
     affine_ras = np.diag([-1.0, -1, 1, 1]) @ phantom.affine_lps @ from_file_index
@@ -145,20 +152,20 @@ def write_nifti(phantom: Phantom, path: str | os.PathLike[str], compresslevel: i
 def write_dicom_series(
     phantom: Phantom, folder: str | os.PathLike[str], *, name: str = "phantom", signed: bool = False
 ) -> None:
-    """Write the phantom as CT Image Storage, one file per slice, intercept -1024.
+    """Write the phantom as a CT series of one file per slice, with intercept -1024.
 
-    File names follow no order in space; only the position in each header does. UIDs follow from `name`
-    alone, so two series in one collection need two names.
+    The order of the file names differs from the order of the slices, which only the positions in the headers
+    give. The UIDs depend on `name` alone, so each series of a collection needs its own name.
 
     Args:
-        phantom: What to write.
-        folder: Made if missing.
-        name: Becomes PatientID, and the seed of the UIDs.
-        signed: Store signed instead of unsigned numbers.
+        phantom: The phantom to write.
+        folder: Folder of the files; it is created if it does not exist.
+        name: PatientID, and the seed of the UIDs.
+        signed: Whether signed instead of unsigned numbers are stored.
     """
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    series = _dicom_series(phantom, name, signed)
+    series = _make_series_dataset(phantom, name, signed=signed)
     count = len(phantom.voxels_zyx)
     for z, number in enumerate(np.random.default_rng(count).permutation(count)):
         _fill_slice(series, phantom, z, name)
@@ -173,13 +180,20 @@ def make_collection(
     seed: int = 0,
     dicom_count: int = 1,
 ) -> Path:
-    """Write `count` phantoms and their truth; return the path of the labels.
+    """Write `count` phantoms and a table of their parameters; return the path of the table.
 
-    FOLDER/nifti/phantom_000.nii.gz …   all but the last `dicom_count` scans
-    FOLDER/dicom/phantom_023/IM0001.dcm …   the last ones, a folder each
-    FOLDER/labels.csv   scan_id (the path below FOLDER) and one column for each of `PhantomParameters`
+    FOLDER/nifti/phantom_000.nii.gz …       the first scans, one NIfTI file each
+    FOLDER/dicom/phantom_023/IM0001.dcm …   the last `dicom_count` scans, one folder each
+    FOLDER/labels.csv                       scan_id (path relative to FOLDER), one column per parameter
 
-    Scan i is the phantom of seed [seed, i], whatever `count` is.
+    Scan i is the phantom of the seed [`seed`, i]; it does not depend on `count`.
+
+    Args:
+        folder: Folder of the collection; it is created if it does not exist.
+        count: Number of phantoms.
+        shape_zyx: Number of voxels of each phantom along each axis.
+        seed: First part of the seed of each phantom.
+        dicom_count: Number of phantoms that are written as DICOM series.
     """
     root = Path(folder)
     (root / "nifti").mkdir(parents=True, exist_ok=True)
@@ -197,16 +211,16 @@ def make_collection(
     return _write_labels(root / "labels.csv", rows)
 
 
-def _draw(rng: np.random.Generator) -> PhantomParameters:
-    """Draw a truth; rounded, so that the labels' text holds it exactly."""
+def _draw_parameters(rng: np.random.Generator) -> PhantomParameters:
+    """Return random parameters, rounded so that the text of the labels holds them exactly."""
     width = rng.uniform(300, 360)
     depth = width * rng.uniform(0.62, 0.72)
     lung_size = rng.uniform(0.85, 1.1)
-    # In either lung, and near enough to its middle that the whole lesion lies inside.
-    towards = rng.standard_normal(3)
-    place = 0.4 * rng.uniform() ** (1 / 3) * towards / np.linalg.norm(towards)
-    centre, half = _lung(width, depth, lung_size)
-    x, y, z = (np.array([centre * rng.choice([-1, 1]), 0, 0]) + place * half).tolist()
+    # The lesion is in one of the lungs, and so near to its center that the lung contains the whole lesion.
+    direction = rng.standard_normal(3)
+    offset = 0.4 * rng.uniform() ** (1 / 3) * direction / np.linalg.norm(direction)
+    center, half = _compute_lung(width, depth, lung_size)
+    x, y, z = (np.array([center * rng.choice([-1, 1]), 0, 0]) + offset * half).tolist()
     return PhantomParameters(
         lesion_radius_mm=round(rng.uniform(6, 24), 3),
         lesion_x_mm=round(x, 3),
@@ -220,57 +234,59 @@ def _draw(rng: np.random.Generator) -> PhantomParameters:
     )
 
 
-def _lung(width_mm: float, depth_mm: float, size: float) -> tuple[float, NDArray[np.float64]]:
-    """Return the left lung's centre along x and the half axes (x, y, z) of either, in mm."""
+def _compute_lung(width_mm: float, depth_mm: float, size: float) -> tuple[float, NDArray[np.float64]]:
+    """Return the center of the left lung along x, and the half axes (x, y, z) of each lung, in mm."""
     half = np.array([0.18 * width_mm, 0.36 * depth_mm, _LUNG_HALF_HEIGHT_MM]) * size
     return 0.24 * width_mm, half
 
 
-def _centred_affine(shape_zyx: _Shape, spacing_zyx: _Spacing) -> NDArray[np.float64]:
+def _make_centered_affine(shape_zyx: _Shape, spacing_zyx: _Spacing) -> NDArray[np.float64]:
+    """Return the affine (LPS mm) that places the center of the volume at the origin."""
     affine = np.diag([*spacing_zyx[::-1], 1.0])
     affine[:3, 3] = [-(n - 1) / 2 * s for n, s in zip(shape_zyx[::-1], spacing_zyx[::-1], strict=True)]
     return affine
 
 
-def _clean_slices(
-    shape_zyx: _Shape, affine: NDArray[np.float64], truth: PhantomParameters
+def _draw_slices(
+    shape_zyx: _Shape, affine: NDArray[np.float64], parameters: PhantomParameters
 ) -> Iterator[NDArray[np.float32]]:
-    """Yield each slice (y, x) in HU without noise, feet to head; valid until the next one."""
+    """Yield each slice (y, x) in HU without noise, from feet to head; it is valid until the next slice."""
     z_mm, y_mm, x_mm = (
         affine[axis, 3] + affine[axis, axis] * np.arange(n, dtype=np.float32)
         for axis, n in zip((2, 1, 0), shape_zyx, strict=True)
     )
-    body = _body(y_mm[:, None], x_mm[None, :], truth)
-    lungs = _lungs_squared(y_mm[:, None], x_mm[None, :], truth)
-    spine = x_mm[None, :] ** 2 + (y_mm[:, None] - 0.3 * truth.body_depth_mm) ** 2 <= _SPINE_RADIUS_MM**2
-    half_height = _LUNG_HALF_HEIGHT_MM * truth.lung_size
+    body = _draw_body(y_mm[:, None], x_mm[None, :], parameters)
+    lungs = _compute_lung_distance(y_mm[:, None], x_mm[None, :], parameters)
+    spine = x_mm[None, :] ** 2 + (y_mm[:, None] - 0.3 * parameters.body_depth_mm) ** 2 <= _SPINE_RADIUS_MM**2
+    half_height = _LUNG_HALF_HEIGHT_MM * parameters.lung_size
     plane = np.empty_like(body)
     for z in z_mm:
         np.copyto(plane, body)
         plane[lungs <= 1 - (z / half_height) ** 2] = LUNG_HU
         plane[spine] = np.mean(SPINE_HU) + np.ptp(SPINE_HU) / 2 * np.cos(2 * np.pi * z / _VERTEBRA_MM)
-        _add_lesion(plane, z, y_mm, x_mm, truth)
+        _add_lesion(plane, z, y_mm, x_mm, parameters)
         yield plane
 
 
-def _body(
-    y_mm: NDArray[np.float32], x_mm: NDArray[np.float32], truth: PhantomParameters
+def _draw_body(
+    y_mm: NDArray[np.float32], x_mm: NDArray[np.float32], parameters: PhantomParameters
 ) -> NDArray[np.float32]:
-    half_depth = truth.body_depth_mm / 2
-    body = (2 * x_mm / truth.body_width_mm) ** 2 + (y_mm / half_depth) ** 2 <= 1
+    """Return a slice (y, x) in HU with the body and the table."""
+    half_depth = parameters.body_depth_mm / 2
+    body = (2 * x_mm / parameters.body_width_mm) ** 2 + (y_mm / half_depth) ** 2 <= 1
     plane = np.where(body, np.float32(TISSUE_HU), np.float32(AIR_HU))
-    if truth.table:
+    if parameters.table:
         below = y_mm - half_depth
         plane[(below > 2) & (below < 14) & (np.abs(x_mm) < 180)] = TABLE_HU
     return plane
 
 
-def _lungs_squared(
-    y_mm: NDArray[np.float32], x_mm: NDArray[np.float32], truth: PhantomParameters
+def _compute_lung_distance(
+    y_mm: NDArray[np.float32], x_mm: NDArray[np.float32], parameters: PhantomParameters
 ) -> NDArray[np.float32]:
-    """Return the squared distance to the nearer lung's axis, 1 on its outline at z = 0."""
-    centre, half = _lung(truth.body_width_mm, truth.body_depth_mm, truth.lung_size)
-    squared: NDArray[np.float32] = ((np.abs(x_mm) - centre) / half[0]) ** 2 + (y_mm / half[1]) ** 2
+    """Return the squared distance (y, x) to the axis of the nearer lung; it is 1 on the outline at z = 0."""
+    center, half = _compute_lung(parameters.body_width_mm, parameters.body_depth_mm, parameters.lung_size)
+    squared: NDArray[np.float32] = ((np.abs(x_mm) - center) / half[0]) ** 2 + (y_mm / half[1]) ** 2
     return squared
 
 
@@ -279,23 +295,24 @@ def _add_lesion(
     z: float,
     y_mm: NDArray[np.float32],
     x_mm: NDArray[np.float32],
-    truth: PhantomParameters,
+    parameters: PhantomParameters,
 ) -> None:
+    """Add the lesion to a slice (y, x) at `z` mm whose rows lie at `y_mm` and whose columns lie at `x_mm`."""
     step = float(x_mm[1] - x_mm[0]) if len(x_mm) > 1 else 1.0
-    reach = truth.lesion_radius_mm + step
-    rows = np.flatnonzero(np.abs(y_mm - truth.lesion_y_mm) <= reach)
-    columns = np.flatnonzero(np.abs(x_mm - truth.lesion_x_mm) <= reach)
-    if abs(z - truth.lesion_z_mm) > reach or not len(rows) or not len(columns):
+    reach = parameters.lesion_radius_mm + step
+    rows = np.flatnonzero(np.abs(y_mm - parameters.lesion_y_mm) <= reach)
+    columns = np.flatnonzero(np.abs(x_mm - parameters.lesion_x_mm) <= reach)
+    if abs(z - parameters.lesion_z_mm) > reach or not len(rows) or not len(columns):
         return
-    near = plane[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    across = (y_mm[rows, None] - truth.lesion_y_mm) ** 2 + (x_mm[None, columns] - truth.lesion_x_mm) ** 2
-    distance = np.sqrt(across + (z - truth.lesion_z_mm) ** 2)
-    share = np.clip((truth.lesion_radius_mm - distance) / step + 0.5, 0, 1)
-    near += share * (LESION_HU - near)
+    region = plane[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    dy, dx = y_mm[rows, None] - parameters.lesion_y_mm, x_mm[None, columns] - parameters.lesion_x_mm
+    distance = np.sqrt(dy**2 + dx**2 + (z - parameters.lesion_z_mm) ** 2)
+    fraction = np.clip((parameters.lesion_radius_mm - distance) / step + 0.5, 0, 1)
+    region += fraction * (LESION_HU - region)
 
 
-def _dicom_series(phantom: Phantom, name: str, signed: bool) -> Dataset:
-    """Return what all slices of the series share; `_fill_slice` adds the rest."""
+def _make_series_dataset(phantom: Phantom, name: str, *, signed: bool) -> Dataset:
+    """Return a dataset with the tags that all slices of the series share; `_fill_slice` adds the others."""
     spacing_xyz = np.diag(phantom.affine_lps)[:3]
     series = Dataset()
     series.file_meta = FileMetaDataset()
@@ -313,7 +330,9 @@ def _dicom_series(phantom: Phantom, name: str, signed: bool) -> Dataset:
     series.SeriesNumber = series.AcquisitionNumber = 1
     series.KVP = "120"
     series.SliceThickness = format_number_as_ds(float(spacing_xyz[2]))
-    series.PixelSpacing = [format_number_as_ds(float(step)) for step in spacing_xyz[1::-1]]  # rows first
+    series.PixelSpacing = [
+        format_number_as_ds(float(step)) for step in spacing_xyz[1::-1]
+    ]  # row spacing first
     series.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
     series.SamplesPerPixel = 1
     series.PhotometricInterpretation = "MONOCHROME2"
@@ -326,13 +345,14 @@ def _dicom_series(phantom: Phantom, name: str, signed: bool) -> Dataset:
 
 
 def _fill_slice(series: Dataset, phantom: Phantom, z: int, name: str) -> None:
+    """Set the tags and the pixels of slice `z` in the dataset of the series."""
     position = phantom.affine_lps @ [0, 0, z, 1]
-    series.ImagePositionPatient = [format_number_as_ds(float(millimetres)) for millimetres in position[:3]]
+    series.ImagePositionPatient = [format_number_as_ds(float(mm)) for mm in position[:3]]
     series.InstanceNumber = z + 1
     series.SOPInstanceUID = generate_uid(entropy_srcs=[name, "slice", str(z)])
     series.file_meta.MediaStorageSOPInstanceUID = series.SOPInstanceUID
     series.file_meta.MediaStorageSOPClassUID = series.SOPClassUID
-    # Non-negative after the intercept, so signed and unsigned numbers have the same bytes.
+    # The stored values are not negative, so signed and unsigned numbers have the same bytes.
     series.PixelData = (phantom.voxels_zyx[z] - STORED_HU[0]).astype("<u2").tobytes()
 
 

@@ -1,13 +1,13 @@
-"""A 3-D variational autoencoder for CT volumes: the demo's model, and the tests' stand-in for yours.
+"""Build and train a 3-D variational autoencoder (VAE) of CT volumes, for the demo and the tests.
 
-In: sizes, or volumes (n, z, y, x) float32 in [0, 1]. Out: Keras models with explicit layer names.
-This module imports Keras at its top, because it defines a layer; import it only where a model is made.
+In: sizes, and volumes (n, z, y, x) float32 in [0, 1]. Out: Keras models with explicit layer names. Import
+this module only inside functions that make a model: it defines a layer and therefore imports Keras.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -18,27 +18,30 @@ from numpy.typing import NDArray
 SizeZYX = tuple[int, int, int]
 
 BATCH_SIZE = 4
+"""Number of volumes in a training step."""
+
 LEARNING_RATE = 1e-3
+"""Learning rate of the Adam optimizer."""
 
 
 @keras.saving.register_keras_serializable(package="featray")
 class Sampling(keras.layers.Layer):  # type: ignore[misc]  # Keras ships no types
-    """Draw z from N(z_mean, exp(z_log_var)); a new draw on every call, also at inference."""
+    """Draw z from N(z_mean, exp(z_log_var)); every call draws new values, also at inference."""
 
     def __init__(self, seed: int = 0, **kwargs: Any) -> None:
-        """Keep `seed`; the draws of one process follow it."""
+        """Create the layer; `seed` determines the sequence of draws in one process."""
         super().__init__(**kwargs)
         self.seed = seed
         self.seed_generator = keras.random.SeedGenerator(seed)
 
     def call(self, inputs: tuple[Any, Any]) -> Any:
-        """(z_mean, z_log_var), both (n, latent) -> z (n, latent)."""
+        """Return z (n, latent) for the inputs z_mean and z_log_var, both (n, latent)."""
         mean, log_variance = inputs
         noise = keras.random.normal(keras.ops.shape(mean), dtype=mean.dtype, seed=self.seed_generator)
         return mean + keras.ops.exp(0.5 * log_variance) * noise
 
     def get_config(self) -> dict[str, Any]:
-        """Return what `__init__` takes."""
+        """Return the arguments of `__init__`."""
         return {**super().get_config(), "seed": self.seed}
 
 
@@ -49,10 +52,17 @@ def build_vae(
     latent: int = 32,
     seed: int = 0,
 ) -> Any:
-    """Return the functional model `vae`: `encoder` (z_mean, z_log_var, z), then `decoder` on z.
+    """Return the functional model `vae`: `encoder`, followed by `decoder` on its output z.
 
-    One block per entry of `filters`: convolution, ReLU, and max pooling by 2 of each axis that
-    is even and longer than 1. Equal seeds give equal weights.
+    Equal seeds give equal weights.
+
+    Args:
+        input_zyx: Size of the input volumes in voxels.
+        filters: Number of filters of each block of the encoder. A block is a convolution with ReLU and a max
+            pooling by 2 along each axis whose size is even and above 1. The decoder mirrors the blocks.
+        dense: Width of the dense layer before z_mean and z_log_var, and of the one after z.
+        latent: Width of z_mean, z_log_var and z.
+        seed: Seed of the weights and of the sampling layer.
     """
     encoder = build_encoder(input_zyx, filters, dense, latent, seed)
     decoder = _build_decoder(input_zyx, filters, dense, latent, seed)
@@ -68,21 +78,23 @@ def build_encoder(
     latent: int = 32,
     seed: int = 0,
 ) -> Any:
-    """Return the functional model `encoder`, volumes (n, z, y, x, 1) -> [z_mean, z_log_var, z].
+    """Return the functional model `encoder`: volumes (n, z, y, x, 1) to [z_mean, z_log_var, z].
 
-    Layers: `conv_1`, `pool_1`, …, `flatten`, `pre_latent`, `z_mean`, `z_log_var`, `z`.
+    Its layers are `conv_1`, `pool_1`, …, `flatten`, `pre_latent`, `z_mean`, `z_log_var` and `z`. The
+    arguments are those of `build_vae`.
     """
     volume = keras.Input((*input_zyx, 1), name="volume")
-    x, start = volume, _initial(seed)
-    for number, (count, pool) in enumerate(zip(filters, _pools(input_zyx, len(filters)), strict=True), 1):
+    x, init = volume, _make_initializers(seed)
+    pools = _choose_pools(input_zyx, len(filters))
+    for number, (count, pool) in enumerate(zip(filters, pools, strict=True), 1):
         x = keras.layers.Conv3D(
-            count, 3, padding="same", activation="relu", kernel_initializer=start(), name=f"conv_{number}"
+            count, 3, padding="same", activation="relu", kernel_initializer=next(init), name=f"conv_{number}"
         )(x)
         x = keras.layers.MaxPool3D(pool, name=f"pool_{number}")(x)
     x = keras.layers.Flatten(name="flatten")(x)
-    x = keras.layers.Dense(dense, activation="relu", kernel_initializer=start(), name="pre_latent")(x)
-    mean = keras.layers.Dense(latent, kernel_initializer=start(), name="z_mean")(x)
-    log_variance = keras.layers.Dense(latent, kernel_initializer=start(), name="z_log_var")(x)
+    x = keras.layers.Dense(dense, activation="relu", kernel_initializer=next(init), name="pre_latent")(x)
+    mean = keras.layers.Dense(latent, kernel_initializer=next(init), name="z_mean")(x)
+    log_variance = keras.layers.Dense(latent, kernel_initializer=next(init), name="z_log_var")(x)
     z = Sampling(seed=seed, name="z")([mean, log_variance])
     return keras.Model(volume, [mean, log_variance, z], name="encoder")
 
@@ -114,30 +126,34 @@ def train_vae(
         ValueError: `volumes` does not have four axes, or holds no volume.
     """
     _check_volumes(volumes)
-    _start_at_mean(vae, float(volumes.mean()))
-    step = _training_step(vae, keras.optimizers.Adam(LEARNING_RATE))
-    order = np.random.default_rng(seed)
+    _initialize_output_bias(vae, float(volumes.mean()))
+    train_step = _make_train_step(vae, keras.optimizers.Adam(LEARNING_RATE))
+    rng = np.random.default_rng(seed)
     for epoch in range(1, epochs + 1):
-        shuffled = volumes[order.permutation(len(volumes)), ..., np.newaxis]
-        batches = [shuffled[at : at + BATCH_SIZE] for at in range(0, len(shuffled), BATCH_SIZE)]
-        weight = tf.constant(min(1.0, 3 * epoch / epochs), tf.float32)
-        losses = [float(step(tf.constant(batch, tf.float32), weight)) for batch in batches]
+        shuffled = volumes[rng.permutation(len(volumes)), ..., np.newaxis]
+        batches = [shuffled[start : start + BATCH_SIZE] for start in range(0, len(shuffled), BATCH_SIZE)]
+        kl_weight = tf.constant(min(1.0, 3 * epoch / epochs), tf.float32)
+        losses = [float(train_step(tf.constant(batch, tf.float32), kl_weight)) for batch in batches]
         if on_epoch:
             on_epoch(epoch, float(np.mean(losses)))
 
 
-def _start_at_mean(vae: Any, mean: float) -> None:
-    """Let the untrained decoder answer with the mean grey: the first steps then learn what differs."""
+def _initialize_output_bias(vae: Any, mean: float) -> None:
+    """Set the bias of the output so that the untrained decoder returns the mean of the volumes.
+
+    The first training steps then learn the differences between volumes instead of their mean.
+    """
     level = min(max(mean, 1e-3), 1 - 1e-3)
     vae.get_layer("decoder").get_layer("reconstruction").bias.assign([math.log(level / (1 - level))])
 
 
-def _training_step(vae: Any, optimizer: Any) -> Any:
+def _make_train_step(vae: Any, optimizer: Any) -> Any:
+    """Return a function that trains on a batch (n, z, y, x, 1) and returns the mean loss of the batch."""
     encoder, decoder = vae.get_layer("encoder"), vae.get_layer("decoder")
     optimizer.build(vae.trainable_variables)
 
     @tf.function(reduce_retracing=True)  # type: ignore[untyped-decorator]  # TensorFlow ships no types
-    def step(batch: Any, kl_weight: Any) -> Any:
+    def train_step(batch: Any, kl_weight: Any) -> Any:
         with tf.GradientTape() as tape:
             mean, log_variance, z = encoder(batch, training=True)
             error = tf.reduce_sum(tf.square(decoder(z, training=True) - batch), axis=(1, 2, 3, 4)) / (
@@ -152,32 +168,38 @@ def _training_step(vae: Any, optimizer: Any) -> Any:
         )
         return loss
 
-    return step
+    return train_step
 
 
 def _build_decoder(input_zyx: SizeZYX, filters: tuple[int, ...], dense: int, latent: int, seed: int) -> Any:
-    pools = _pools(input_zyx, len(filters))
+    """Return the functional model `decoder`: z (n, latent) to volumes (n, z, y, x, 1) in [0, 1]."""
+    pools = _choose_pools(input_zyx, len(filters))
     corner = [size // math.prod(pool[axis] for pool in pools) for axis, size in enumerate(input_zyx)]
-    start = _initial(seed + 1000)
+    init = _make_initializers(seed + 1000)
     z = keras.Input((latent,), name="latent")
-    x = keras.layers.Dense(dense, activation="relu", kernel_initializer=start(), name="post_latent")(z)
+    x = keras.layers.Dense(dense, activation="relu", kernel_initializer=next(init), name="post_latent")(z)
     x = keras.layers.Dense(
-        math.prod(corner) * filters[-1], activation="relu", kernel_initializer=start(), name="unflatten"
+        math.prod(corner) * filters[-1], activation="relu", kernel_initializer=next(init), name="unflatten"
     )(x)
     x = keras.layers.Reshape((*corner, filters[-1]), name="reshape")(x)
     for number, (count, pool) in enumerate(zip(reversed(filters), reversed(pools), strict=True), 1):
         x = keras.layers.UpSampling3D(pool, name=f"up_{number}")(x)
         x = keras.layers.Conv3D(
-            count, 3, padding="same", activation="relu", kernel_initializer=start(), name=f"deconv_{number}"
+            count,
+            3,
+            padding="same",
+            activation="relu",
+            kernel_initializer=next(init),
+            name=f"deconv_{number}",
         )(x)
     x = keras.layers.Conv3D(
-        1, 3, padding="same", activation="sigmoid", kernel_initializer=start(), name="reconstruction"
+        1, 3, padding="same", activation="sigmoid", kernel_initializer=next(init), name="reconstruction"
     )(x)
     return keras.Model(z, x, name="decoder")
 
 
-def _pools(input_zyx: SizeZYX, blocks: int) -> list[SizeZYX]:
-    """Return the pooling of each block: 2 along an axis that can still be halved, else 1."""
+def _choose_pools(input_zyx: SizeZYX, blocks: int) -> list[SizeZYX]:
+    """Return the pooling factors (z, y, x) per block: 2 along an axis that can still be halved, else 1."""
     pools, sizes = [], list(input_zyx)
     for _ in range(blocks):
         pool = [2 if size > 1 and size % 2 == 0 else 1 for size in sizes]
@@ -186,10 +208,10 @@ def _pools(input_zyx: SizeZYX, blocks: int) -> list[SizeZYX]:
     return pools
 
 
-def _initial(seed: int) -> Callable[[], Any]:
-    """Return a maker of initialisers, each with the next seed, so that weights follow the seed alone."""
-    numbers = iter(range(seed * 1_000, seed * 1_000 + 1_000))
-    return lambda: keras.initializers.GlorotUniform(seed=next(numbers))
+def _make_initializers(seed: int) -> Iterator[Any]:
+    """Yield initializers with different seeds, so that weights depend only on `seed` and the layer order."""
+    for number in range(seed * 1_000, seed * 1_000 + 1_000):
+        yield keras.initializers.GlorotUniform(seed=number)
 
 
 def _check_volumes(volumes: NDArray[np.float32]) -> None:

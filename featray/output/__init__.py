@@ -1,4 +1,4 @@
-"""The output: two Delta tables, `features` and `scans`, as one consistent snapshot, and how to read them.
+"""The output: the Delta tables `features` and `scans` as consistent snapshots, the lease, and reading.
 
-Only `featray.stages.commit` changes both tables. Nothing here knows CT or a model.
+Only `featray.stages.commit` changes the tables. This package does not know CT scans or models.
 """

@@ -1,7 +1,7 @@
-"""Features in memory: Arrow tables of one layer's files in, one float32 array aligned with one table out.
+"""Features in memory: Arrow tables of one layer in, a float32 array and a table with the same rows out.
 
-Knows no store and no log. Values are held once: `Features.array` and the table's column `feature` are two
-views of the same memory.
+Values are in memory once: `Features.array` and the column `feature` of the table are two views of the same
+memory. This module does not know stores or logs.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from featray.schema import FEATURE_COLUMNS
 FEATURE = "feature"
 KEYS = ("scan_id", "patch")
 MAX_ITEMS = 2**31 - 1
-"""Values that one Arrow list array can hold: its offsets are 32-bit."""
+"""Most values in one Arrow list array, because its offsets are 32-bit."""
 FLOATS = FEATURE_COLUMNS.field(FEATURE).type
-_SHOWN = 3
+_MAX_SHAPES_SHOWN = 3
 
 Floats = NDArray[np.float32]
 Indices = NDArray[np.int64]
@@ -31,16 +31,16 @@ Flags = NDArray[np.bool_]
 
 
 class Features:
-    """Rows of one layer, sorted by scan_id and patch; what `featray.read` returns.
+    """Rows of one layer, sorted by scan_id and patch; the result of `featray.read`.
 
     All memory is shared and read-only; copy an array before changing it.
 
     Attributes:
-        layer: As the output calls it.
-        version: The version of the output that was read.
-        recipe: Recipe id of every row; None when there are no rows.
-        table: Arrow table, one row per value; with `scans=`, also columns of the scans.
-        missing: Scan ids that were asked for and have no row, because they failed or were never found.
+        layer: Name of the layer in the output.
+        version: Version of the output that was read.
+        recipe: Recipe id of all rows; None if there are no rows.
+        table: Arrow table with one row per feature value; with `scans=`, also with columns of the scans.
+        missing: Requested scan ids that have no row, because the scan failed or was never found.
     """
 
     def __init__(
@@ -63,103 +63,104 @@ class Features:
         return len(self.table)
 
     def __repr__(self) -> str:
-        """Say what it is, not what is in it."""
+        """Return layer, version, recipe and number of rows, without the values."""
         return f"Features({self.layer!r}, version={self.version}, recipe={self.recipe!r}, rows={len(self)})"
 
     @cached_property
     def scan_ids(self) -> NDArray[np.object_]:
-        """One scan_id (str) per row."""
+        """The scan_id (str) of each row."""
         ids: NDArray[np.object_] = self.table["scan_id"].to_numpy()
         return ids
 
     @property
     def array(self) -> Floats:
-        """float32 (rows, *shape of one value), read-only.
+        """Values as float32 (rows, *shape of one value), read-only.
 
         Raises:
-            UsageError: Values differ in shape, as those of native-size inputs do, or were not read.
+            UsageError: The values differ in shape, as happens with inputs of native size, or were not read.
         """
-        values, shapes = self._loaded()
+        values, shapes = self._get_values()
         if shapes.common is None:
             raise UsageError(
-                f"layer {self.layer}: its values have {shapes.distinct()}, so they are no one array; take "
+                f"layer {self.layer}: its values have {shapes.describe()}, so they cannot be one array. Use "
                 "`.arrays`, a list with one array per row, or pool the layer (`pool: avg`) when extracting"
             )
         return values.reshape(len(self), *shapes.common)
 
     @property
     def arrays(self) -> list[Floats]:
-        """One float32 array per row, each in its own shape; views without a copy, read-only.
+        """One float32 array per row, each in its own shape; read-only views without a copy.
 
         Raises:
             UsageError: The values were not read.
         """
-        values, shapes = self._loaded()
+        values, shapes = self._get_values()
         return shapes.split(values)
 
-    def _loaded(self) -> tuple[Floats, Shapes]:
+    def _get_values(self) -> tuple[Floats, Shapes]:
         if self._values is None or self._shapes is None:
             raise UsageError(f"the values were not read; add {FEATURE!r} to columns, or leave columns out")
         return self._values, self._shapes
 
 
 class Shapes:
-    """Shapes of values that lie one behind the other in one flat array.
+    """Shapes of values that are stored one after the other in a flat array.
 
     Args:
         shapes: Arrow list<int32>, one shape per value.
-        otherwise: Shape to assume when there are no values.
+        default: Common shape if there are no values.
 
     Attributes:
-        common: The shape of all of them; None when they differ.
-        lengths: int64 (rows,), how many numbers each has.
+        common: Shape of all values; None if they differ in shape.
+        lengths: int64 (rows,), number of numbers in each value.
     """
 
-    def __init__(self, shapes: pa.ChunkedArray, otherwise: tuple[int, ...] = ()) -> None:
+    def __init__(self, shapes: pa.ChunkedArray, default: tuple[int, ...] = ()) -> None:
         self._shapes = shapes
-        matrix = matrix_of(shapes)
+        matrix = make_matrix(shapes)
         if matrix is None:
             self.common: tuple[int, ...] | None = None
             self.lengths = np.array([np.prod(row, dtype=np.int64) for row in self.rows], np.int64)
             return
-        first = tuple(matrix[0].tolist()) if len(matrix) else otherwise
+        first = tuple(matrix[0].tolist()) if len(matrix) else default
         self.common = first if (matrix == matrix[:1]).all() else None
         self.lengths = matrix.prod(axis=1, dtype=np.int64)
 
     @cached_property
     def rows(self) -> list[tuple[int, ...]]:
-        """Each value's shape."""
+        """Shape of each value."""
         return [tuple(shape) for shape in self._shapes.to_pylist()]
 
     @cached_property
     def starts(self) -> Indices:
-        """int64 (rows + 1,): where each value begins, and the end of the last."""
+        """int64 (rows + 1,): position of the start of each value, and of the end of the last value."""
         return np.concatenate([[0], np.cumsum(self.lengths)]).astype(np.int64)
 
     def split(self, values: Floats) -> list[Floats]:
-        """Return flat numbers as one array per value, without a copy."""
+        """Return a flat array as one array per value, without a copy."""
         bounds = zip(self.starts[:-1], self.starts[1:], self.rows, strict=True)
         return [values[first:last].reshape(shape) for first, last, shape in bounds]
 
-    def distinct(self) -> str:
-        """Return in words how many shapes there are and what the first ones look like."""
-        found = list(dict.fromkeys(self.rows))
-        some = ", ".join("x".join(map(str, shape)) or "()" for shape in found[:_SHOWN])
-        return f"{len(found)} different shapes ({some}{', …' if len(found) > _SHOWN else ''})"
+    def describe(self) -> str:
+        """Return the number of different shapes and the first of them, as a text for messages."""
+        distinct = list(dict.fromkeys(self.rows))
+        examples = ", ".join("x".join(map(str, shape)) or "()" for shape in distinct[:_MAX_SHAPES_SHOWN])
+        more = ", …" if len(distinct) > _MAX_SHAPES_SHOWN else ""
+        return f"{len(distinct)} different shapes ({examples}{more})"
 
 
-def sorted_order(rows: pa.Table) -> Indices | None:
-    """Return the row numbers that put a table in order of scan_id and patch; None when it is already."""
-    found: Indices = pc.sort_indices(rows, [(name, "ascending") for name in KEYS]).to_numpy()
-    found = found.astype(np.int64)
-    return None if (found == np.arange(len(found))).all() else found
+def find_sort_order(rows: pa.Table) -> Indices | None:
+    """Return the row numbers that sort a table by scan_id and patch; None if it is sorted already."""
+    order: Indices = pc.sort_indices(rows, [(name, "ascending") for name in KEYS]).to_numpy()
+    order = order.astype(np.int64)
+    return None if (order == np.arange(len(order))).all() else order
 
 
-def values_of(column: pa.ChunkedArray, shapes: Shapes) -> Floats | None:
-    """Return all numbers of a list column as one flat array without a copy; None when it is in pieces.
+def view_values(column: pa.ChunkedArray, shapes: Shapes) -> Floats | None:
+    """Return all numbers of a list column as a flat array without a copy; None if it has several chunks.
 
     Raises:
-        FeatrayError: A row has not as many numbers as its shape says.
+        FeatrayError: The number of values of a row does not match its shape.
     """
     if column.num_chunks != 1:
         return None
@@ -168,17 +169,17 @@ def values_of(column: pa.ChunkedArray, shapes: Shapes) -> Floats | None:
     return items
 
 
-def put(values: Floats, shapes: Shapes, positions: Indices, chunk: pa.ListArray) -> None:
-    """Copy the numbers of some rows to their places.
+def scatter_values(values: Floats, shapes: Shapes, positions: Indices, chunk: pa.ListArray) -> None:
+    """Copy the numbers of some rows to their positions in a flat array.
 
     Args:
-        values: The numbers of all rows, flat, in their final order.
-        shapes: Of all rows.
-        positions: Row numbers of the chunk's rows.
-        chunk: A list array.
+        values: Flat array for the numbers of all rows; it is changed.
+        shapes: Shapes of all rows, in the order of `values`.
+        positions: Row number in `values` of each row of the chunk.
+        chunk: The rows to copy, a list array.
 
     Raises:
-        FeatrayError: A row has not as many numbers as its shape says.
+        FeatrayError: The number of values of a row does not match its shape.
     """
     check_lengths(chunk, shapes.lengths[positions])
     items: Floats = chunk.flatten().to_numpy()
@@ -192,24 +193,28 @@ def put(values: Floats, shapes: Shapes, positions: Indices, chunk: pa.ListArray)
         first += length
 
 
-def empty_values(shapes: Shapes) -> Floats:
-    """Return room for the numbers of all rows."""
+def allocate_values(shapes: Shapes) -> Floats:
+    """Return an uninitialized flat array for the numbers of all rows."""
     return np.empty(shapes.starts[-1], np.float32)
 
 
-def flat_values(column: pa.ChunkedArray, shapes: Shapes) -> Floats:
-    """Return all numbers of a list column as one flat array, without a copy if it is in one piece."""
-    values = values_of(column, shapes)
+def flatten_values(column: pa.ChunkedArray, shapes: Shapes) -> Floats:
+    """Return all numbers of a list column as a flat array; without a copy if the column has one chunk.
+
+    Raises:
+        FeatrayError: The number of values of a row does not match its shape.
+    """
+    values = view_values(column, shapes)
     if values is None:
-        values, first = empty_values(shapes), 0
+        values, first = allocate_values(shapes), 0
         for chunk in column.chunks:
-            put(values, shapes, np.arange(first, first + len(chunk)), chunk)
+            scatter_values(values, shapes, np.arange(first, first + len(chunk)), chunk)
             first += len(chunk)
     return values
 
 
-def list_column(values: Floats, shapes: Shapes) -> pa.ChunkedArray:
-    """Return flat numbers as a list column over the same memory, in chunks that Arrow can address."""
+def make_list_column(values: Floats, shapes: Shapes) -> pa.ChunkedArray:
+    """Return a flat array as a list column over the same memory, in chunks of at most MAX_ITEMS numbers."""
     starts, chunks, first = shapes.starts, [], 0
     while first < len(starts) - 1:
         last = int(np.searchsorted(starts, starts[first] + MAX_ITEMS, side="right")) - 1
@@ -220,8 +225,8 @@ def list_column(values: Floats, shapes: Shapes) -> pa.ChunkedArray:
     return pa.chunked_array(chunks, FLOATS)
 
 
-def matrix_of(column: pa.ChunkedArray) -> NDArray[Any] | None:
-    """Return a list column as (rows, items); None when its rows differ in length."""
+def make_matrix(column: pa.ChunkedArray) -> NDArray[Any] | None:
+    """Return a list column as an array (rows, items); None if its rows differ in length."""
     lengths = pc.list_value_length(column)
     width = lengths[0].as_py() if len(column) else 0
     if len(column) and not pc.all(pc.equal(lengths, width)).as_py():
@@ -231,13 +236,13 @@ def matrix_of(column: pa.ChunkedArray) -> NDArray[Any] | None:
 
 
 def check_lengths(column: pa.ChunkedArray | pa.ListArray, lengths: Indices) -> None:
-    """Make sure that every row of a list column has as many items as expected.
+    """Check that each row of a list column has the expected number of items.
 
     Raises:
-        FeatrayError: One has not.
+        FeatrayError: A row has another number of items.
     """
     if not np.array_equal(pc.list_value_length(column).to_numpy(zero_copy_only=False), lengths):
         raise FeatrayError(
-            "a row has another number of values than its shape says; `featray verify` tells which file is "
-            "damaged, and how to mend it"
+            "the number of values of a row does not match its shape; `featray verify` reports the damaged "
+            "file and how to repair the output"
         )

@@ -1,6 +1,7 @@
-"""What is to be read: an output and a user's wishes in, one version's files, columns and filter out.
+"""Choose what to read: an output and a user's request in, files, columns and filters of one version out.
 
-Everything that reads an output back starts here: `reading`, `ray_reading` and `exporting`.
+All code that reads features back starts here: `output/read.py`, `output/read_ray.py` and
+`commands/export.py`.
 """
 
 from __future__ import annotations
@@ -25,41 +26,61 @@ from featray.schema import DataFile
 from featray.storage.store import Store
 
 Output = str | os.PathLike[str] | Dataset
+"""An output as users name it: folder, URL, configuration file (.yaml), or an open `Dataset`."""
 Result = TypeVar("Result")
 
-TRIES = 10
-"""Versions to try when each is superseded, and its files deleted, while it is being read."""
-_SHOWN = 20
+MAX_VERSIONS_TRIED = 10
+"""Versions to try if each one is superseded, and its files are deleted, while it is read."""
+_MAX_NAMES_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class ReadRequest:
+    """What a user wants to read of one layer.
+
+    Attributes:
+        layer: Name of the layer, with `/` or `.`.
+        scan_ids: Ids of the scans to read, sorted and unique; None for all scans.
+        columns: Columns of `features` to return; None for all.
+        scan_columns: Columns of `scans` to add to each row.
+        recipe: Recipe id of the rows to read; None if all rows have the same recipe.
+    """
+
+    layer: str
+    scan_ids: pa.Array | None = None
+    columns: Sequence[str] | None = None
+    scan_columns: Sequence[str] = ()
+    recipe: str | None = None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What to read of one layer, in one version.
+    """What to read of one layer in one version.
 
     Attributes:
         snapshot: The version.
-        layer: As the output calls it.
-        files: Those of its files that may hold a wanted scan.
-        columns: Columns of `features` that the answer has.
-        joined: Columns of `scans` that it has → what they are called there.
-        scan_ids: The wanted scans, sorted; None for all.
-        recipe: The wanted recipe id; None for the only one.
+        layer: Name of the layer in the output.
+        files: Files of the layer that may contain rows of the requested scans.
+        columns: Columns of `features` to return.
+        scan_columns: Column of `scans` → its name in the result.
+        scan_ids: Ids of the scans to read, sorted and unique; None for all scans.
+        recipe: Recipe id of the rows to read; None if all rows have the same recipe.
     """
 
     snapshot: Snapshot
     layer: str
     files: tuple[DataFile, ...]
     columns: tuple[str, ...]
-    joined: Mapping[str, str]
+    scan_columns: Mapping[str, str]
     scan_ids: pa.Array | None
     recipe: str | None
 
-    def rows(self, file: DataFile, columns: Sequence[str]) -> pa.Table:
-        """Return all rows of one file.
+    def read_rows(self, file: DataFile, columns: Sequence[str]) -> pa.Table:
+        """Return columns of all rows of one file.
 
         Raises:
-            FileNotFoundError: It has been deleted since.
-            FeatrayError: It is damaged.
+            FileNotFoundError: The file has been deleted since.
+            FeatrayError: The file is damaged.
             StorageError: The store does not answer.
         """
         (fragment,) = self.snapshot.make_fragments(FEATURES, [file])
@@ -68,16 +89,16 @@ class Selection:
             lambda: read_file_rows(fragment, schema, columns, None, file.rows)
         )
 
-    def values(self, file: DataFile, at_once: int) -> Iterator[pa.ListArray]:
-        """Yield the values of all rows of one file, some rows at a time.
+    def iter_values(self, file: DataFile, rows_per_batch: int) -> Iterator[pa.ListArray]:
+        """Yield the values of all rows of one file in batches.
 
         Args:
             file: One of `files`.
-            at_once: Rows to decode at once; Arrow needs several times the memory of what it decodes.
+            rows_per_batch: Rows to decode at once. Arrow needs several times the memory of the decoded rows.
 
         Raises:
-            FileNotFoundError: It has been deleted since.
-            FeatrayError: It is damaged.
+            FileNotFoundError: The file has been deleted since.
+            FeatrayError: The file is damaged.
         """
         (fragment,) = self.snapshot.make_fragments(FEATURES, [file])
         with (
@@ -85,15 +106,19 @@ class Selection:
             fragment.open() as source,
             pq.ParquetFile(source, pre_buffer=True) as parquet,
         ):
-            for batch in parquet.iter_batches(at_once, columns=[FEATURE]):
+            for batch in parquet.iter_batches(rows_per_batch, columns=[FEATURE]):
                 yield batch.column(FEATURE)
 
-    def scans(self) -> pa.Table:
-        """Return the wanted columns of the wanted scans, named as in the answer; raises as `rows`."""
-        return self.read_scans(list(self.joined)).rename_columns(["scan_id", *self.joined.values()])
+    def read_scan_columns(self) -> pa.Table:
+        """Return scan_id and `scan_columns` of the requested scans, with their names in the result.
+
+        Raises as `read_rows`.
+        """
+        rows = self.read_scans(list(self.scan_columns))
+        return rows.rename_columns(["scan_id", *self.scan_columns.values()])
 
     def read_scans(self, columns: Sequence[str], where: pads.Expression | None = None) -> pa.Table:
-        """Return scan_id and columns of `scans` for the wanted scans; raises as `rows`."""
+        """Return scan_id and columns of `scans` for the requested scans; raises as `read_rows`."""
 
         def read() -> pa.Table:
             with translate_arrow_errors("a file of scans"):
@@ -105,105 +130,114 @@ class Selection:
         return rows.filter(pc.is_in(rows["scan_id"], value_set=self.scan_ids))
 
 
-def open_output(
-    output: str | os.PathLike[str] | Dataset, storage_options: Mapping[str, Any] | None = None
-) -> Dataset:
-    """Return the output that a user names by its place, by the config that makes it, or itself.
+def open_output(output: Output, storage_options: Mapping[str, Any] | None = None) -> Dataset:
+    """Return the output that a user names.
+
+    Args:
+        output: Folder or URL of the output, a configuration file (.yaml) that names it, or a `Dataset`.
+        storage_options: fsspec options; None for those of the configuration file.
 
     Raises:
-        ConfigError: The config cannot be read, or the URL's protocol is unknown.
+        ConfigError: The configuration cannot be read, or the protocol of the URL is unknown.
     """
     if isinstance(output, Dataset):
         return output
-    place = os.fspath(output)
+    uri = os.fspath(output)
     options = None if storage_options is None else dict(storage_options)
-    if place.endswith((".yaml", ".yml")):
-        config = load(place).output
+    if uri.endswith((".yaml", ".yml")):
+        config = load(uri).output
         return Dataset.open(
             config if options is None else config.model_copy(update={"storage_options": options})
         )
-    return Dataset(Store(place, options))
+    return Dataset(Store(uri, options))
 
 
-def read_one_version(dataset: Dataset, version: int | None, work: Callable[[Snapshot], Result]) -> Result:
-    """Return what `work` makes of a version; of a newer one when its files were deleted under its hands.
+def read_one_version(dataset: Dataset, version: int | None, read: Callable[[Snapshot], Result]) -> Result:
+    """Return the result of `read` on a snapshot.
+
+    If a refresh supersedes the newest version and deletes its files while they are read, `read` is called
+    again with the version that is newest then.
+
+    Args:
+        dataset: The output.
+        version: Version of `features`; None for the newest. A version given by number is not replaced.
+        read: Raises FileNotFoundError if a file of the snapshot is missing.
 
     Raises:
-        ConfigError: There is no such output or version, or a version asked for by number has lost its files.
-        FeatrayError: A file is missing though nobody superseded it.
-        StorageError: Every version was superseded before the work on it was done.
+        ConfigError: There is no such output or version, or the requested version has lost its files.
+        FeatrayError: A file of the newest version is missing.
+        StorageError: Every version was superseded before it was read.
     """
-    for _ in range(TRIES):
-        dataset.store.fs.invalidate_cache()  # else a file newer than an earlier listing seems to be missing
+    for _ in range(MAX_VERSIONS_TRIED):
+        dataset.store.fs.invalidate_cache()  # a file newer than a cached listing would seem to be missing
         snapshot = dataset.open_snapshot(version)
         try:
-            return work(snapshot)
+            return read(snapshot)
         except FileNotFoundError as error:
-            newest, gone = dataset.open_snapshot(), f"a file of version {snapshot.version} is missing"
+            newest, problem = dataset.open_snapshot(), f"a file of version {snapshot.version} is missing"
             if newest.versions == snapshot.versions:
                 raise FeatrayError(
-                    f"{dataset.store!r}: {gone}; `featray verify` says which, and how to mend it"
+                    f"{dataset.store!r}: {problem}; `featray verify` reports which file it is and how to "
+                    "repair the output"
                 ) from error
             if version is not None:
                 raise ConfigError(
-                    f"{gone}: superseded files are kept for {snapshot.retention_days:g} days "
-                    "(output.keep_versions_days). Leave the version out to have the newest"
+                    f"{problem}: superseded files are kept for {snapshot.retention_days:g} days "
+                    "(output.keep_versions_days). Leave the version out to read the newest version"
                 ) from error
     raise StorageError(
-        f"{dataset.store!r}: {TRIES} versions in a row were superseded while they were read; wait until the "
-        "refresh has ended, or let superseded versions stay for a while (output.keep_versions_days)"
+        f"{dataset.store!r}: {MAX_VERSIONS_TRIED} versions in a row were superseded while they were read. "
+        "Wait until the refresh has ended, or keep superseded versions for some time "
+        "(output.keep_versions_days)"
     )
 
 
-def select(
-    snapshot: Snapshot,
-    layer: str,
-    scan_ids: pa.Array | None = None,
-    columns: Sequence[str] | None = None,
-    scans: Sequence[str] = (),
-    recipe: str | None = None,
-) -> Selection:
-    """Return what is to be read, checked against what there is; arguments as those of `read`.
+def select(snapshot: Snapshot, request: ReadRequest) -> Selection:
+    """Return what to read of a version, after checking that the version has the requested names.
 
     Raises:
-        UsageError: No such layer or column.
+        UsageError: The version has no such layer or column.
     """
     files = snapshot.files(FEATURES)
-    name = find_layer(layer, files)
-    schema, ledger = snapshot.schema(FEATURES), snapshot.schema(SCANS)
-    asked = schema.names if columns is None else columns
-    _refuse_unknown("columns", asked, schema.names)
-    _refuse_unknown("scans", scans, ledger.names)
-    wanted = [file for file in files if file.partition_values["layer"] == name]
-    if scan_ids is not None:
-        ordered = scan_ids.to_pylist()
-        wanted = [file for file in wanted if can_contain_any(file, ordered)]
+    layer = find_layer(request.layer, files)
+    names, scan_names = snapshot.schema(FEATURES).names, snapshot.schema(SCANS).names
+    columns = names if request.columns is None else request.columns
+    _check_names("columns", columns, names)
+    _check_names("scans", request.scan_columns, scan_names)
+    layer_files = [file for file in files if file.partition_values["layer"] == layer]
+    if request.scan_ids is not None:
+        sorted_ids = request.scan_ids.to_pylist()
+        layer_files = [file for file in layer_files if can_contain_any(file, sorted_ids)]
     return Selection(
-        snapshot,
-        name,
-        tuple(sorted(wanted, key=lambda file: (file.min_id, file.path))),
-        tuple(dict.fromkeys((*KEYS, *asked))),
-        {
-            column: f"scan_{column}" if column in schema.names else column
-            for column in scans
+        snapshot=snapshot,
+        layer=layer,
+        files=tuple(sorted(layer_files, key=lambda file: (file.min_id, file.path))),
+        columns=tuple(dict.fromkeys((*KEYS, *columns))),
+        scan_columns={
+            column: f"scan_{column}" if column in names else column
+            for column in request.scan_columns
             if column != "scan_id"
         },
-        scan_ids,
-        recipe,
+        scan_ids=request.scan_ids,
+        recipe=request.recipe,
     )
 
 
 def find_layer(layer: str, files: Iterable[DataFile]) -> str:
-    """Return the layer's name in the output.
+    """Return the name of a layer in the output.
+
+    Args:
+        layer: The name, with `/` or `.`.
+        files: Files of `features`.
 
     Raises:
-        UsageError: There is none; names the nearest, and those there are.
+        UsageError: There is no such layer; the message names a similar one and lists all layers.
     """
     known = sorted({str(file.partition_values["layer"]) for file in files})
     for name in (layer, layer.replace("/", ".")):
         if name in known:
             return name
-    raise UsageError(f"this output has no layer {layer!r}{_nearest(layer.replace('/', '.'), known)}")
+    raise UsageError(f"this output has no layer {layer!r}{_suggest_name(layer.replace('/', '.'), known)}")
 
 
 def read_file_rows(
@@ -213,18 +247,18 @@ def read_file_rows(
     where: pads.Expression | None,
     rows: int,
 ) -> pa.Table:
-    """Return chosen rows of one file, in one piece as far as Arrow can.
+    """Return rows of one file, in one chunk if Arrow can do that.
 
     Args:
         fragment: The file.
-        schema: Of the whole table.
-        columns: Some of its names.
+        schema: Schema of the whole table.
+        columns: Names of the columns to return.
         where: Filter; None for all rows.
         rows: Number of rows in the file.
 
     Raises:
-        FileNotFoundError: It has been deleted since.
-        FeatrayError: It is damaged.
+        FileNotFoundError: The file has been deleted since.
+        FeatrayError: The file is damaged.
     """
     with translate_arrow_errors(fragment.path):
         return fragment.to_table(schema=schema, columns=list(columns), filter=where, batch_size=max(1, rows))
@@ -232,97 +266,102 @@ def read_file_rows(
 
 @contextlib.contextmanager
 def translate_arrow_errors(path: str) -> Iterator[None]:
-    """Tell in the `with` block what Arrow says of a Parquet file that it cannot decode.
+    """Raise FeatrayError in place of the errors that Arrow raises for a damaged Parquet file.
 
     Args:
-        path: Of the file.
+        path: Path of the file that is read in the `with` block.
 
     Raises:
-        FeatrayError: It is damaged.
+        FeatrayError: The file is damaged.
     """
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
+        # If Arrow cannot decode a file, it raises a plain OSError without errno. The store raises the others.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
-            raise  # the store's; Arrow's own OSError, of a file that it cannot decode, is bare
+            raise
         raise FeatrayError(
-            f"{posixpath.basename(path)} is damaged ({type(error).__name__}); `featray verify` says what is "
-            "wrong with the output, and how to mend it"
+            f"{posixpath.basename(path)} is damaged ({type(error).__name__}); `featray verify` reports all "
+            "damage of the output and how to repair it"
         ) from None
 
 
 def join_scans(rows: pa.Table, scans: pa.Table) -> pa.Table:
-    """Return rows with the columns of their scans; Arrow's own joins refuse columns of lists.
+    """Return rows with the columns of their scans. Arrow's own joins do not support list columns.
 
     Args:
-        rows: With a column scan_id.
-        scans: With a column scan_id, in which every id is once.
+        rows: Table with a column scan_id.
+        scans: Table with scan_id as the first column; each id occurs once.
     """
-    places = pc.index_in(rows["scan_id"], value_set=scans["scan_id"].combine_chunks())
+    positions = pc.index_in(rows["scan_id"], value_set=scans["scan_id"].combine_chunks())
     for name in scans.column_names[1:]:
-        rows = rows.append_column(scans.schema.field(name), scans[name].take(places))
+        rows = rows.append_column(scans.schema.field(name), scans[name].take(positions))
     return rows
 
 
-def resolve_recipe(counts: Mapping[str, int], asked: str | None, layer: str) -> str | None:
-    """Return the recipe of what is to be read, None when there is nothing.
+def resolve_recipe(counts: Mapping[str, int], requested: str | None, layer: str) -> str | None:
+    """Return the recipe id of the rows to read; None if there are no rows.
 
     Args:
-        counts: Recipe id → wanted scans.
-        asked: The one that the user asks for, if any.
-        layer: For the message.
+        counts: Recipe id → number of the requested scans that have rows of it.
+        requested: Recipe id that the user requests; None if the user leaves it open.
+        layer: Name of the layer, for the message.
 
     Raises:
-        UsageError: There are several and none is asked for, or not the one that is; names them.
+        UsageError: There are several recipes and none is requested, or the requested one does not occur. The
+            message lists the recipes.
     """
-    if asked is None and len(counts) > 1:
+    if requested is None and len(counts) > 1:
         raise UsageError(
-            f"layer {layer}: values of {len(counts)} recipes, which must not be compared: "
-            f"{format_recipes(counts)}. Give recipe= to have one of them, or wait until the refresh that "
+            f"layer {layer}: there are values of {len(counts)} recipes, which must not be compared: "
+            f"{format_recipes(counts)}. Choose one of them with recipe=, or wait until the refresh that "
             "replaces the older one has ended"
         )
-    if asked is not None and counts and asked not in counts:
+    if requested is not None and counts and requested not in counts:
         raise UsageError(
-            f"layer {layer}: no row of recipe {asked!r} among the wanted scans; there are "
+            f"layer {layer}: the requested scans have no row of recipe {requested!r}; there are "
             f"{format_recipes(counts)}"
         )
-    return (asked or next(iter(counts))) if counts else None
+    return (requested or next(iter(counts))) if counts else None
 
 
 def format_recipes(counts: Mapping[str, int]) -> str:
-    """Return recipes and their numbers of scans for a message."""
+    """Return recipe ids and their numbers of scans as a text for messages."""
     return ", ".join(f"{name} ({count} scans)" for name, count in counts.items())
 
 
 def sort_scan_ids(scan_ids: Iterable[str]) -> pa.Array:
-    """Return ids, of any kind of list, column or set, each once and sorted.
+    """Return the unique ids of a list, set, Arrow or NumPy array, sorted.
 
     Raises:
-        UsageError: They are not texts, or one text instead of several.
+        UsageError: The ids are not strings, or `scan_ids` is one string.
     """
     if isinstance(scan_ids, str):
-        raise UsageError(f"scan_ids: expected several ids, got the one text {scan_ids!r}; put it into a list")
+        raise UsageError(f"scan_ids: expected several ids, got one string {scan_ids!r}; put it into a list")
     is_arrow = isinstance(scan_ids, pa.Array | pa.ChunkedArray)
     try:
-        given = pc.cast(scan_ids, pa.string()) if is_arrow else pa.array(list(scan_ids), pa.string())
+        ids = pc.cast(scan_ids, pa.string()) if is_arrow else pa.array(list(scan_ids), pa.string())
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):
-        raise UsageError("scan_ids: expected texts, as the column scan_id holds them") from None
-    unique = pc.unique(given.drop_null())
+        raise UsageError("scan_ids: expected strings, as in the column scan_id") from None
+    unique = pc.unique(ids.drop_null())
     return unique.take(pc.sort_indices(unique))
 
 
-def _refuse_unknown(argument: str, asked: Iterable[str], known: Sequence[str]) -> None:
-    if isinstance(asked, str):
-        raise UsageError(
-            f"{argument}: expected several names, got the one text {asked!r}; put it into a list"
-        )
-    for name in asked:
+def _check_names(argument: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise UsageError if one of the names is not known, or if `names` is one string."""
+    if isinstance(names, str):
+        raise UsageError(f"{argument}: expected several names, got one string {names!r}; put it into a list")
+    for name in names:
         if name not in known:
-            raise UsageError(f"{argument}: no column {name!r}{_nearest(name, known)}")
+            raise UsageError(f"{argument}: no column {name!r}{_suggest_name(name, known)}")
 
 
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = find_similar_names(name, known)
-    meant = f"; did you mean {close[0]!r}?" if close else "."
-    some = ", ".join(known[:_SHOWN]) + (f" and {len(known) - _SHOWN} more" if len(known) > _SHOWN else "")
-    return f"{meant} There are: {some}" if known else "; it has none at all"
+def _suggest_name(name: str, known: Sequence[str]) -> str:
+    """Return the rest of a message about an unknown name: a similar name, and the known names."""
+    if not known:
+        return "; it has none"
+    similar = find_similar_names(name, known)
+    suggestion = f"; did you mean {similar[0]!r}?" if similar else "."
+    hidden = len(known) - _MAX_NAMES_SHOWN
+    more = f" and {hidden} more" if hidden > 0 else ""
+    return f"{suggestion} Known names: {', '.join(known[:_MAX_NAMES_SHOWN])}{more}"

@@ -1,8 +1,8 @@
-"""Read back: an output, a layer and what is wanted of it in, `Features` of exactly one version out.
+"""Read features: an output, a layer and a user's request in, `Features` of exactly one version out.
 
-Only the layer's files are opened, of these only those that may hold a wanted scan, and of each only the
-wanted columns. The values go file by file to their places in one array, so that besides it little more than
-the files in hand are in memory.
+Only files of the layer that may contain a requested scan are opened, and of these only the requested columns
+are read. The values of one file after the other are copied to their positions in one array. So apart from
+this array, only the files that are being read are in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featray.errors import FeatrayError
-from featray.output.dataset import FEATURES, Snapshot
+from featray.output.dataset import FEATURES
 from featray.output.features import (
     FEATURE,
     KEYS,
@@ -25,14 +25,15 @@ from featray.output.features import (
     Floats,
     Indices,
     Shapes,
-    empty_values,
-    list_column,
-    put,
-    sorted_order,
-    values_of,
+    allocate_values,
+    find_sort_order,
+    make_list_column,
+    scatter_values,
+    view_values,
 )
 from featray.output.query import (
     Output,
+    ReadRequest,
     Selection,
     join_scans,
     open_output,
@@ -44,11 +45,11 @@ from featray.output.query import (
 from featray.schema import DataFile
 
 _READERS = 8
-"""Files whose small columns are read at once: on an object store, waiting is most of it."""
-_IN_HAND_BYTES = 128 * 2**20
-"""Size of all files whose values are being read at one moment, unless one alone is larger."""
-_CHUNK_VALUES = 2**20
-"""Values that are decoded at once: of a whole file they would take several times their own memory."""
+"""Files that are read in parallel; on an object store, most of the time is spent waiting."""
+_MAX_PARALLEL_BYTES = 128 * 2**20
+"""Most bytes of files whose values are read in parallel. A larger file is read alone."""
+_BATCH_VALUES = 2**20
+"""Numbers to decode at once, because decoding needs several times the memory of its result."""
 
 
 def read(
@@ -62,167 +63,198 @@ def read(
     recipe: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> Features:
-    """Return one layer's features, as of one commit, sorted by scan_id and patch.
+    """Return the features of one layer as of one commit, sorted by scan_id and patch.
 
-    A version that is superseded and deleted while it is read, as with `keep_versions_days: 0` during a
-    refresh, is given up for the newest; a version that is asked for by number never is.
+    If a refresh supersedes and deletes the newest version while it is read (`keep_versions_days: 0`), reading
+    starts again with the version that is newest then. A version given by number is never replaced.
 
     Args:
-        output: Folder or URL of an output, the config (.yaml) that names it, or a `Dataset`.
-        layer: Its name, with `/` or `.`.
+        output: Folder or URL of an output, a configuration file (.yaml) that names it, or a `Dataset`.
+        layer: Name of the layer, with `/` or `.`.
         version: Version of the output; None for the newest.
-        scan_ids: Only these scans, in whatever order; those without rows are in `.missing`.
-        columns: Only these columns of `features` in `.table` (scan_id and patch are always there). Without
-            `feature` among them no values are read, and there is no `.array`.
-        scans: Columns of the table `scans` to add to each row. One that `features` has too, such as
-            `shape`, becomes `scan_shape`.
-        recipe: Only rows of this recipe id; needed while a refresh is half done and there are two.
-        storage_options: fsspec options of `output`; None for those of the config, if it is one.
+        scan_ids: Ids of the scans to read, in any order; None for all scans. `.missing` lists the ids without
+            rows.
+        columns: Columns of `features` in `.table`; None for all. scan_id and patch are always included.
+            Without `feature`, no values are read, and `.array` raises an error.
+        scans: Columns of the table `scans` to add to each row. A column that `features` has too gets the
+            prefix `scan_`, such as `scan_shape`.
+        recipe: Recipe id of the rows to read. Required if the scans have rows of several recipes, as during a
+            refresh.
+        storage_options: fsspec options of `output`; None for those of the configuration file, if it is one.
 
     Raises:
         ConfigError: There is no such output or version.
-        UsageError: No such layer, column or recipe, or rows of several recipes.
-        StorageError: The store does not answer, or refreshes kept outrunning this reader.
+        UsageError: There is no such layer, column or recipe, or the scans have rows of several recipes.
+        StorageError: The store does not answer, or each version was superseded before it was read.
     """
     dataset = open_output(output, storage_options)
     ids = None if scan_ids is None else sort_scan_ids(scan_ids)
-
-    def once(snapshot: Snapshot) -> Features:
-        return _load(select(snapshot, layer, ids, columns, scans, recipe))
-
-    return read_one_version(dataset, version, once)
+    request = ReadRequest(layer, ids, columns, scans, recipe)
+    return read_one_version(dataset, version, lambda snapshot: _load_features(select(snapshot, request)))
 
 
-def _load(selection: Selection) -> Features:
-    parts = _parts(selection)
+def _load_features(selection: Selection) -> Features:
+    parts = _read_rows_of_files(selection)
     rows = pa.concat_tables(parts)
-    kept, recipe = _kept(selection, rows)
-    rows = rows if kept is None else rows.filter(pa.array(kept))
-    order = sorted_order(rows)
+    mask, recipe = _select_rows(selection, rows)
+    rows = rows if mask is None else rows.filter(pa.array(mask))
+    order = find_sort_order(rows)
     if order is not None:
         rows = rows.select([name for name in rows.column_names if name != FEATURE]).take(pa.array(order))
     values, shapes = None, None
     if FEATURE in selection.columns:
-        shapes = Shapes(rows["shape"], () if len(rows) else _sample_shape(selection))
-        values, column = _values(selection, parts, kept, order, shapes)
-        others = [name for name in rows.column_names if name != FEATURE]
-        rows = rows.select(others).append_column(FEATURE, column)
-    missing = _missing(selection.scan_ids, rows["scan_id"])
+        shapes = Shapes(rows["shape"], () if len(rows) else _read_sample_shape(selection))
+        values, column = _load_values(selection, parts, mask, order, shapes)
+        other_columns = [name for name in rows.column_names if name != FEATURE]
+        rows = rows.select(other_columns).append_column(FEATURE, column)
+    missing = _list_missing(selection.scan_ids, rows["scan_id"])
     table = rows.select(selection.columns)
-    if selection.joined:
-        table = join_scans(table, selection.scans())
+    if selection.scan_columns:
+        table = join_scans(table, selection.read_scan_columns())
     version = selection.snapshot.version
     return Features(selection.layer, version, recipe, table, missing, values=values, shapes=shapes)
 
 
-def _parts(selection: Selection) -> list[pa.Table]:
-    """Return all rows of each file, without the values unless they can stay where they are then."""
+def _read_rows_of_files(selection: Selection) -> list[pa.Table]:
+    """Return all rows of each file.
+
+    The values are included only if all rows of a single file are requested, because then they can be used
+    without a copy.
+    """
     columns = dict.fromkeys((*KEYS, "shape", "recipe", *selection.columns))
-    is_all = selection.scan_ids is None and selection.recipe is None
-    if len(selection.files) != 1 or not is_all:
+    needs_all_rows = selection.scan_ids is None and selection.recipe is None
+    if len(selection.files) != 1 or not needs_all_rows:
         columns.pop(FEATURE, None)
     if not selection.files:
         schema = selection.snapshot.schema(FEATURES)
         return [pa.schema([schema.field(name) for name in columns]).empty_table()]
     with ThreadPoolExecutor(_READERS) as pool:
-        return list(pool.map(lambda file: selection.rows(file, list(columns)), selection.files))
+        return list(pool.map(lambda file: selection.read_rows(file, list(columns)), selection.files))
 
 
-def _kept(selection: Selection, rows: pa.Table) -> tuple[Flags | None, str | None]:
-    """Return which rows are wanted, None for all, and their recipe, None when there are none.
+def _select_rows(selection: Selection, rows: pa.Table) -> tuple[Flags | None, str | None]:
+    """Return a mask of the requested rows (None for all rows), and their recipe (None if there are no rows).
 
-    One look at all rows: a filter of each file would hash half a million ids once per file.
+    The ids are looked up once in the rows of all files. A filter per file would hash all requested ids, which
+    may be half a million, for each file.
     """
-    wanted, kept = rows.select(["scan_id", "recipe"]), None
+    requested, mask = rows.select(["scan_id", "recipe"]), None
     if selection.scan_ids is not None:
-        kept = pc.is_in(rows["scan_id"], value_set=selection.scan_ids).to_numpy()
-        wanted = wanted.filter(pa.array(kept))
-    recipe = resolve_recipe(_recipes(wanted), selection.recipe, selection.layer)
+        mask = pc.is_in(rows["scan_id"], value_set=selection.scan_ids).to_numpy()
+        requested = requested.filter(pa.array(mask))
+    recipe = resolve_recipe(_count_recipes(requested), selection.recipe, selection.layer)
     if selection.recipe is not None:
-        of_recipe = pc.equal(rows["recipe"], selection.recipe).to_numpy()
-        kept = of_recipe if kept is None else of_recipe & kept
-    return kept, recipe
+        has_recipe = pc.equal(rows["recipe"], selection.recipe).to_numpy()
+        mask = has_recipe if mask is None else has_recipe & mask
+    return mask, recipe
 
 
-def _recipes(rows: pa.Table) -> dict[str, int]:
-    """Return recipe id → scans."""
+def _count_recipes(rows: pa.Table) -> dict[str, int]:
+    """Return recipe id → number of scans."""
     counted = rows.group_by("recipe").aggregate([("scan_id", "count_distinct")])
     return dict(
         zip(counted["recipe"].to_pylist(), counted["scan_id_count_distinct"].to_pylist(), strict=True)
     )
 
 
-def _values(
+def _load_values(
     selection: Selection,
     parts: Sequence[pa.Table],
-    kept: Flags | None,
+    mask: Flags | None,
     order: Indices | None,
     shapes: Shapes,
 ) -> tuple[Floats, pa.ChunkedArray]:
-    """Return the numbers of all wanted rows, flat and as a list column over the same memory."""
+    """Return the numbers of all requested rows as a flat array, and as a list column over the same memory."""
     if order is None and FEATURE in parts[0].column_names:
         column = parts[0][FEATURE]
-        if (values := values_of(column, shapes)) is not None:
+        if (values := view_values(column, shapes)) is not None:
             return values, column
-    values = _filled(selection, _places(parts, kept, order), shapes)
-    return values, list_column(values, shapes)
+    values = _read_values(selection, _compute_positions(parts, mask, order), shapes)
+    return values, make_list_column(values, shapes)
 
 
-def _places(parts: Sequence[pa.Table], kept: Flags | None, order: Indices | None) -> list[Indices]:
-    """Return, for each file, the places that its rows have in the answer; -1 for those not wanted."""
+def _compute_positions(parts: Sequence[pa.Table], mask: Flags | None, order: Indices | None) -> list[Indices]:
+    """Return for each file the row numbers in the result of its rows; -1 for rows that are not requested."""
     count = sum(map(len, parts))
-    rows = np.arange(count) if kept is None else np.flatnonzero(kept)
-    places = np.full(count, -1)
-    places[rows if order is None else rows[order]] = np.arange(len(rows))
-    return np.split(places, np.cumsum([len(part) for part in parts[:-1]]))
+    rows = np.arange(count) if mask is None else np.flatnonzero(mask)
+    positions = np.full(count, -1)
+    positions[rows if order is None else rows[order]] = np.arange(len(rows))
+    return np.split(positions, np.cumsum([len(part) for part in parts[:-1]]))
 
 
-def _filled(selection: Selection, places: Sequence[Indices], shapes: Shapes) -> Floats:
-    """Return the numbers of all wanted rows in one new array, read file by file.
+def _read_values(selection: Selection, positions: Sequence[Indices], shapes: Shapes) -> Floats:
+    """Return the numbers of all requested rows in a new flat array.
+
+    Args:
+        selection: What to read.
+        positions: For each file, the row numbers in the result of its rows; -1 for rows to leave out.
+        shapes: Shapes of the rows of the result.
 
     Raises:
         FileNotFoundError: A file has been deleted since.
         FeatrayError: A file is damaged.
         StorageError: The store does not answer.
     """
-    values, store = empty_values(shapes), selection.snapshot.store
+    values, store = allocate_values(shapes), selection.snapshot.store
 
-    def fill(file: DataFile, places: Indices) -> None:
-        wanted = places >= 0
-        if wanted.any():
-            at_once = max(1, _CHUNK_VALUES // max(1, int(shapes.lengths[places[wanted]].max())))
-            # Tried again after an error that passes, it puts the same numbers to the same places.
-            store.run_operation(lambda: _fill(values, shapes, places, selection.values(file, at_once)))
+    def read_file(file: DataFile, positions: Indices) -> None:
+        is_requested = positions >= 0
+        if is_requested.any():
+            longest = int(shapes.lengths[positions[is_requested]].max())
+            rows_per_batch = max(1, _BATCH_VALUES // max(1, longest))
+            # This can be repeated after a transient error: it writes the same numbers to the same positions.
+            store.run_operation(
+                lambda: _scatter_batches(
+                    values, shapes, positions, selection.iter_values(file, rows_per_batch)
+                )
+            )
 
     largest = max((file.size for file in selection.files), default=1)
-    with ThreadPoolExecutor(min(_READERS, max(1, _IN_HAND_BYTES // largest))) as pool:
-        list(pool.map(fill, selection.files, places))
+    with ThreadPoolExecutor(min(_READERS, max(1, _MAX_PARALLEL_BYTES // largest))) as pool:
+        list(pool.map(read_file, selection.files, positions))
     values.flags.writeable = False
     return values
 
 
-def _fill(values: Floats, shapes: Shapes, places: Indices, chunks: Iterable[pa.ListArray]) -> None:
+def _scatter_batches(
+    values: Floats, shapes: Shapes, positions: Indices, batches: Iterable[pa.ListArray]
+) -> None:
+    """Copy the numbers of one file to their positions in a flat array.
+
+    Args:
+        values: Flat array for the numbers of the result; it is changed.
+        shapes: Shapes of the rows of the result.
+        positions: Row number in the result of each row of the file; -1 for rows to leave out.
+        batches: The values of all rows of the file.
+
+    Raises:
+        FeatrayError: The file has another number of rows than before, or a row does not match its shape.
+    """
     first = 0
-    for chunk in chunks:
-        place = places[first : first + len(chunk)]
-        first += len(chunk)
-        if (place < 0).any():
-            chunk, place = chunk.filter(pa.array(place >= 0)), place[place >= 0]
-        put(values, shapes, place, chunk)
-    if first != len(places):
-        raise FeatrayError("a file has lost rows while it was read; what else writes to this output?")
+    for batch in batches:
+        batch_positions = positions[first : first + len(batch)]
+        first += len(batch)
+        is_requested = batch_positions >= 0
+        if not is_requested.all():
+            batch, batch_positions = batch.filter(pa.array(is_requested)), batch_positions[is_requested]
+        scatter_values(values, shapes, batch_positions, batch)
+    if first != len(positions):
+        raise FeatrayError(
+            "a file has lost rows while it was read; check whether another program writes to this output"
+        )
 
 
-def _sample_shape(selection: Selection) -> tuple[int, ...]:
-    """Return the shape of the layer's first value, for an answer that has none."""
+def _read_sample_shape(selection: Selection) -> tuple[int, ...]:
+    """Return the shape of the layer's first value, for a result without rows."""
     files = selection.snapshot.files(FEATURES)
     file = next(file for file in files if file.partition_values["layer"] == selection.layer)
-    return tuple(selection.rows(file, ["shape"])["shape"][0].as_py())
+    return tuple(selection.read_rows(file, ["shape"])["shape"][0].as_py())
 
 
-def _missing(scan_ids: pa.Array | None, found: pa.ChunkedArray) -> list[str]:
+def _list_missing(scan_ids: pa.Array | None, found_ids: pa.ChunkedArray) -> list[str]:
+    """Return the requested ids that have no row; empty if all scans are requested."""
     if scan_ids is None:
         return []
-    there = pc.is_in(scan_ids, value_set=pc.unique(found))
-    missing: list[str] = scan_ids.filter(pc.invert(there)).to_pylist()
+    is_found = pc.is_in(scan_ids, value_set=pc.unique(found_ids))
+    missing: list[str] = scan_ids.filter(pc.invert(is_found)).to_pylist()
     return missing

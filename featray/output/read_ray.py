@@ -1,7 +1,7 @@
-"""Read back inside Ray: an output and a layer in, a Ray Dataset over exactly one version's files out.
+"""Read features in Ray: an output and a layer in, a Ray Dataset over the files of exactly one version out.
 
-The driver reads the log and chosen columns of `scans`; values are read by tasks, one file at a time.
-The only file that imports Ray beside the engine's.
+The driver reads the log and the requested columns of `scans`. Ray tasks read the values, one file at a time.
+Apart from `engines/ray`, this is the only module that imports Ray.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.dataset as pads
 
-from featray.output.dataset import FEATURES, Snapshot
-from featray.output.features import FEATURE, Shapes, flat_values, matrix_of
+from featray.output.dataset import FEATURES
+from featray.output.features import FEATURE, Shapes, flatten_values, make_matrix
 from featray.output.query import (
     Output,
+    ReadRequest,
     Selection,
     join_scans,
     open_output,
@@ -33,10 +34,10 @@ from featray.storage import retry
 if TYPE_CHECKING:
     from ray.data import Dataset as RayDataset
 
-_MOST_BLOCKS = 2000
-"""Blocks of file names; a task takes one block, file by file."""
-_INTEGERS = {"origin", "shape"}
-"""Columns that are lists of integers, and of one length unless inputs differ in rank."""
+_MAX_BLOCKS = 2000
+"""Most blocks of file names. A task reads the files of one block, one after the other."""
+_INTEGER_LISTS = {"origin", "shape"}
+"""Columns with lists of integers. The lists of a column have the same length unless inputs differ in rank."""
 
 
 def read_ray(
@@ -50,43 +51,41 @@ def read_ray(
     recipe: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> RayDataset:
-    """Return one layer's features, as of one commit, as a `ray.data.Dataset`; nothing is read yet.
+    """Return the features of one layer as of one commit, as a lazy `ray.data.Dataset`.
 
-    Rows come file by file, in no promised order. `feature` is a tensor column: a row's value is a float32
-    array in its own shape, a batch's is (rows, *shape); where shapes differ, each row keeps its own.
-    Workers open the same files as this driver: a local output must be on a file system that all share.
+    The order of rows is not defined. `feature` is a tensor column: in a row, it is a float32 array with the
+    shape of the value; in a batch, it is (rows, *shape). If values differ in shape, each row keeps its shape.
+    Workers open the same files as this driver, so a local output must be on a file system that all nodes
+    share.
 
-    The version stays what it is for as long as its files do. Where a refresh may run meanwhile, let the
-    output keep superseded files for longer than you read (`output.keep_versions_days`).
+    The dataset can be read as long as the files of its version exist. If a refresh may run at the same time,
+    let the output keep superseded files for longer than you read (`output.keep_versions_days`).
 
     Args:
-        output: Folder or URL of an output, the config (.yaml) that names it, or a `featray` dataset.
-        layer: Its name, with `/` or `.`.
+        output: Folder or URL of an output, a configuration file (.yaml) that names it, or a `Dataset`.
+        layer: Name of the layer, with `/` or `.`.
         version: Version of the output; None for the newest.
-        scan_ids: Only these scans.
-        columns: Only these columns of `features` (scan_id and patch are always there).
+        scan_ids: Ids of the scans to read; None for all scans.
+        columns: Columns of `features` to return; None for all. scan_id and patch are always included.
         scans: Columns of the table `scans` to add to each row, named as by `featray.read`.
-        recipe: Only rows of this recipe id.
-        storage_options: fsspec options of `output`; None for those of the config, if it is one.
+        recipe: Recipe id of the rows to read. Required if the scans have rows of several recipes.
+        storage_options: fsspec options of `output`; None for those of the configuration file, if it is one.
 
     Raises:
         ConfigError: There is no such output or version.
-        UsageError: No such layer, column or recipe, or values of several recipes.
+        UsageError: There is no such layer, column or recipe, or the scans have rows of several recipes.
         StorageError: The store does not answer.
     """
     dataset = open_output(output, storage_options)
     ids = None if scan_ids is None else sort_scan_ids(scan_ids)
-
-    def once(snapshot: Snapshot) -> RayDataset:
-        return _lazily(select(snapshot, layer, ids, columns, scans, recipe))
-
-    return read_one_version(dataset, version, once)
+    request = ReadRequest(layer, ids, columns, scans, recipe)
+    return read_one_version(dataset, version, lambda snapshot: _make_dataset(select(snapshot, request)))
 
 
-def _lazily(selection: Selection) -> RayDataset:
+def _make_dataset(selection: Selection) -> RayDataset:
     import ray
 
-    resolve_recipe(_recipes(selection), selection.recipe, selection.layer)
+    resolve_recipe(_count_recipes(selection), selection.recipe, selection.layer)
     schema = selection.snapshot.schema(FEATURES)
     fragments = selection.snapshot.make_fragments(FEATURES, selection.files)
     files = [
@@ -101,15 +100,15 @@ def _lazily(selection: Selection) -> RayDataset:
         _read_files,
         schema=schema,
         columns=selection.columns,
-        where=_where(selection),
-        scans=ray.put(selection.scans()) if selection.joined else None,
+        where=_make_filter(selection),
+        scans=ray.put(selection.read_scan_columns()) if selection.scan_columns else None,
     )
-    listed = ray.data.from_items(files, override_num_blocks=min(len(files), _MOST_BLOCKS))
-    return listed.map_batches(task, batch_size=1, batch_format="pyarrow")
+    file_list = ray.data.from_items(files, override_num_blocks=min(len(files), _MAX_BLOCKS))
+    return file_list.map_batches(task, batch_size=1, batch_format="pyarrow")
 
 
-def _where(selection: Selection) -> pads.Expression | None:
-    """Return the filter of rows that a task applies to each file."""
+def _make_filter(selection: Selection) -> pads.Expression | None:
+    """Return the filter that tasks apply to the rows of each file; None for all rows."""
     ids = None if selection.scan_ids is None else pads.field("scan_id").isin(selection.scan_ids)
     if selection.recipe is None:
         return ids
@@ -117,8 +116,8 @@ def _where(selection: Selection) -> pads.Expression | None:
     return recipe if ids is None else ids & recipe
 
 
-def _recipes(selection: Selection) -> dict[str, int]:
-    """Return recipe id → wanted scans that have features, from the ledger: no file of values is opened."""
+def _count_recipes(selection: Selection) -> dict[str, int]:
+    """Return recipe id → number of requested scans with features. Reads `scans`, and no file of features."""
     rows = selection.read_scans(["recipe"], pads.field("status") == "ok")
     return dict(Counter(rows["recipe"].to_pylist()).most_common())
 
@@ -131,43 +130,43 @@ def _read_files(
     where: pads.Expression | None,
     scans: Any,
 ) -> Iterator[pa.Table]:
-    """Yield the wanted rows of each file; runs in a task.
+    """Yield the requested rows of each file. Runs in a Ray task.
 
     Args:
-        files: Columns `fragment` (pickled) and `rows`.
-        schema: Of `features`.
-        columns: Of the answer.
-        where: Filter of the rows.
-        scans: Reference to a table with scan_id and the columns to add; None for none.
+        files: Table with the columns `fragment` (pickled) and `rows`.
+        schema: Schema of `features`.
+        columns: Columns to return.
+        where: Filter of the rows; None for all rows.
+        scans: Ray reference to a table with scan_id and the columns of scans to add; None for no columns.
     """
     import ray
 
     needed = list(dict.fromkeys((*columns, "shape")))
     for file in files.to_pylist():
         fragment = pickle.loads(file["fragment"])
-        act = partial(read_file_rows, fragment, schema, needed, where, file["rows"])
-        rows = retry.run_with_retries(act, retry.OUTPUT_DEADLINE_S)
-        answer = _with_tensors(rows).select(columns)
-        if len(answer):
-            yield answer if scans is None else join_scans(answer, ray.get(scans))
+        read_rows = partial(read_file_rows, fragment, schema, needed, where, file["rows"])
+        rows = retry.run_with_retries(read_rows, retry.OUTPUT_DEADLINE_S)
+        result = _convert_to_tensors(rows).select(columns)
+        if len(result):
+            yield result if scans is None else join_scans(result, ray.get(scans))
 
 
-def _with_tensors(rows: pa.Table) -> pa.Table:
-    """Return rows with lists of numbers as tensors, which reach the user as NumPy arrays."""
+def _convert_to_tensors(rows: pa.Table) -> pa.Table:
+    """Return rows with lists of numbers as tensors, which Ray gives to users as NumPy arrays."""
     from ray.data.extensions import ArrowTensorArray, ArrowVariableShapedTensorArray
 
     columns = {name: rows[name] for name in rows.column_names}
     if FEATURE in columns:
         shapes = Shapes(rows["shape"])
-        values = flat_values(rows[FEATURE], shapes)
+        values = flatten_values(rows[FEATURE], shapes)
         if shapes.common is None:
             columns[FEATURE] = ArrowVariableShapedTensorArray.from_numpy(shapes.split(values))
         elif shapes.common:
             columns[FEATURE] = ArrowTensorArray.from_numpy(values.reshape(len(rows), *shapes.common))
         else:
             columns[FEATURE] = pa.array(values)
-    for name in _INTEGERS & columns.keys():
-        matrix = matrix_of(columns[name])
+    for name in _INTEGER_LISTS & columns.keys():
+        matrix = make_matrix(columns[name])
         if matrix is not None and matrix.shape[1]:
             columns[name] = ArrowTensorArray.from_numpy(matrix)
     return pa.table(columns)

@@ -1,6 +1,6 @@
-"""Write: extracted scans in, one Parquet file per layer and partition out, and a receipt for them.
+"""Write: extracted scans in, one Parquet file per layer and partition and a receipt out.
 
-The files are not part of any table yet; only `stages.commit` makes them so.
+The files are not part of a table until `stages/commit.py` commits the receipt.
 """
 
 from __future__ import annotations
@@ -17,25 +17,29 @@ from featray.output.dataset import FEATURES, Dataset
 from featray.schema import FEATURE_COLUMNS, Receipt, ScanRecord, UnitsSeen
 
 MAX_BYTES = 256 * 2**20
-"""Values that are sorted and written at once."""
+"""Most bytes of values that are sorted and written to one file."""
 MAX_UNITS = 2**16
-"""Layers with more units are whole feature maps, of which nobody asks for a dead unit."""
+"""Most units of a layer for which active units are recorded. Larger layers are whole feature maps; dead units
+are of no interest there."""
 
 
 def write(
     extracted: pa.Table, dataset: Dataset, partition_by: Sequence[str], recipe: str, run_id: str
 ) -> Receipt:
-    """Put the features of all layers and return the receipt to commit.
+    """Write the features of all layers to files, and return the receipt to commit.
 
     Args:
-        extracted: Rows of `schema.EXTRACTED`.
+        extracted: Table with the schema `schema.EXTRACTED`.
         dataset: The output.
-        partition_by: `layer`, then columns of the scans.
-        recipe: Recipe id of every value.
+        partition_by: Partition columns: `layer`, then columns of `scans`.
+        recipe: Recipe id of all values.
         run_id: The run that writes.
+
+    Raises:
+        StorageError: The store does not answer, or no space is left.
     """
     receipt = Receipt((), ())
-    for part in _bounded(extracted):
+    for part in _split_by_size(extracted):
         records = tuple(ScanRecord.from_json(text) for text in part["record"].to_pylist())
         features = pa.Table.from_struct_array(pc.list_flatten(part["features"]).combine_chunks())
         rows = features.append_column("recipe", pa.repeat(recipe, len(features)))
@@ -44,15 +48,18 @@ def write(
             dataset.write_file(
                 FEATURES, partition, rows.select(FEATURE_COLUMNS.names).cast(FEATURE_COLUMNS), run_id
             )
-            for partition, rows in _partitions(rows, records, partition_by)
+            for partition, rows in _split_by_partition(rows, records, partition_by)
         )
-        units = tuple(_units_seen(features))
+        units = tuple(_find_active_units(features))
         receipt = Receipt(receipt.files + files, receipt.records + records, receipt.units + units)
     return receipt
 
 
-def _bounded(extracted: pa.Table) -> Iterator[pa.Table]:
-    """Yield the rows in slices of about MAX_BYTES: a table of all patches of all scans may not fit."""
+def _split_by_size(extracted: pa.Table) -> Iterator[pa.Table]:
+    """Yield the rows in slices of at most MAX_BYTES, but of at least one scan.
+
+    So only one slice at a time is copied, because a copy of all rows may not fit into memory.
+    """
     first = 0
     for last in range(1, len(extracted) + 1):
         if last == len(extracted) or extracted.slice(first, last + 1 - first).nbytes > MAX_BYTES:
@@ -60,7 +67,8 @@ def _bounded(extracted: pa.Table) -> Iterator[pa.Table]:
             first = last
 
 
-def _units_seen(features: pa.Table) -> Iterator[UnitsSeen]:
+def _find_active_units(features: pa.Table) -> Iterator[UnitsSeen]:
+    """Yield for each layer which of its units have a value other than 0; no units if their number varies."""
     for layer in pc.unique(features["layer"]).to_pylist():
         values = features.filter(pc.equal(features["layer"], layer))["feature"].combine_chunks()
         width = len(values[0])
@@ -71,23 +79,25 @@ def _units_seen(features: pa.Table) -> Iterator[UnitsSeen]:
             yield UnitsSeen(layer, width, len(values), np.packbits(active).tobytes().hex())
 
 
-def _partitions(
+def _split_by_partition(
     rows: pa.Table, records: Sequence[ScanRecord], partition_by: Sequence[str]
 ) -> Iterator[tuple[dict[str, str | None], pa.Table]]:
-    groups: dict[tuple[str | None, ...], list[str]] = defaultdict(list)
+    """Yield the partition values (column → value) and the sorted rows of each partition."""
+    scan_ids_by_values: dict[tuple[str | None, ...], list[str]] = defaultdict(list)
     for record in records:
-        groups[tuple(_partition_value(record.to_row(), name) for name in partition_by[1:])].append(
-            record.scan_id
-        )
+        values = tuple(_get_partition_value(record.to_row(), name) for name in partition_by[1:])
+        scan_ids_by_values[values].append(record.scan_id)
     for layer in pc.unique(rows["layer"]).to_pylist():
-        of_layer = rows.filter(pc.equal(rows["layer"], layer))
-        for values, scan_ids in groups.items():
-            part = of_layer.filter(pc.is_in(of_layer["scan_id"], pa.array(scan_ids, pa.string())))
-            if len(part):
-                named = dict(zip(partition_by, (layer, *values), strict=True))
-                yield named, part.sort_by([("scan_id", "ascending"), ("patch", "ascending")])
+        layer_rows = rows.filter(pc.equal(rows["layer"], layer))
+        for values, scan_ids in scan_ids_by_values.items():
+            is_in_partition = pc.is_in(layer_rows["scan_id"], pa.array(scan_ids, pa.string()))
+            partition_rows = layer_rows.filter(is_in_partition)
+            if len(partition_rows):
+                partition = dict(zip(partition_by, (layer, *values), strict=True))
+                yield partition, partition_rows.sort_by([("scan_id", "ascending"), ("patch", "ascending")])
 
 
-def _partition_value(row: dict[str, Any], name: str) -> str | None:
+def _get_partition_value(row: dict[str, Any], name: str) -> str | None:
+    """Return the value of a partition column as a text; None if the scan has no value."""
     value = row.get(name)
     return None if value is None or value == "" else str(value)

@@ -1,4 +1,4 @@
-"""Writing and reading back: what a reader of the output may rely on."""
+"""The output: other programs read its files and tables, and the columns are those of the contract."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from featray.storage.store import Store
 RUN = "20260101T000000-abcdef"
 
 
-def record(scan_id: str, **values: object) -> ScanRecord:
+def make_record(scan_id: str, **values: object) -> ScanRecord:
     return ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", "r0", RUN, **values)  # type: ignore[arg-type]
 
 
-def decoded(scan_id: str, value: float, patches: int = 1) -> Decoded:
+def make_decoded(scan_id: str, value: float, patches: int = 1) -> Decoded:
     tensor = np.full((patches, 2, 2, 2), value, np.float32)
-    return Decoded(record(scan_id), tensor, np.zeros((patches, 3), np.int32))
+    return Decoded(make_record(scan_id), tensor, np.zeros((patches, 3), np.int32))
 
 
-def layers_of(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
-    """Stand in for a model: two layers whose values say which input they came from."""
+def compute_layers(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Replace a model: two layers whose values show from which input they are."""
     first = batch[:, 0, 0, 0]
     return {"z_mean": np.stack([first, first + 1], axis=1), "map": np.tile(first[:, None, None], (1, 2, 3))}
 
 
-def receipt(dataset: Dataset, *scans: Decoded, partition_by: tuple[str, ...] = ("layer",)) -> Receipt:
-    return write(extract(layers_of, scans), dataset, partition_by, "r0", RUN)
+def write_receipt(dataset: Dataset, *scans: Decoded, partition_by: tuple[str, ...] = ("layer",)) -> Receipt:
+    return write(extract(compute_layers, scans), dataset, partition_by, "r0", RUN)
 
 
 @pytest.fixture
@@ -51,19 +51,19 @@ def dataset(tmp_path: Path) -> Dataset:
 @pytest.fixture
 def committed(dataset: Dataset) -> Path:
     committer = Committer(dataset, ("layer",), run_id=RUN)
-    committer.commit([receipt(dataset, decoded("b", 2), decoded("a", 1))])
-    committer.commit([receipt(dataset, decoded("c", 3, patches=2))])
+    committer.commit([write_receipt(dataset, make_decoded("b", 2), make_decoded("a", 1))])
+    committer.commit([write_receipt(dataset, make_decoded("c", 3, patches=2))])
     return Path(dataset.store.root)
 
 
-def test_pyarrow_reads_a_layer_folder_as_it_is(committed: Path) -> None:
+def test_pyarrow_reads_a_layer_folder(committed: Path) -> None:
     found = pads.dataset(str(committed / "features"), format="parquet", partitioning="hive")
     table = found.to_table(filter=pads.field("layer") == "z_mean")
     rows = zip(table["scan_id"].to_pylist(), table["feature"].to_pylist(), strict=True)
     assert sorted(rows) == [("a", [1, 2]), ("b", [2, 3]), ("c", [3, 4]), ("c", [3, 4])]
 
 
-def test_pandas_reads_a_layer_folder_as_it_is(committed: Path) -> None:
+def test_pandas_reads_a_layer_folder(committed: Path) -> None:
     frames = [pd.read_parquet(path) for path in sorted((committed / "features/layer=map").glob("*.parquet"))]
     frame = pd.concat(frames).set_index(["scan_id", "patch"]).sort_index()
     assert frame.loc[("b", 0), "feature"].tolist() == [2] * 6
@@ -77,14 +77,14 @@ def test_polars_reads_a_layer_folder_and_the_table(committed: Path) -> None:
     assert table.sort("scan_id", "patch")["feature"].to_list() == [[1, 2], [2, 3], [3, 4], [3, 4]]
 
 
-def test_duckdb_reads_a_layer_folder_as_it_is(committed: Path) -> None:
+def test_duckdb_reads_a_layer_folder(committed: Path) -> None:
     rows = duckdb.sql(
         f"select scan_id, patch, feature[2] from '{committed}/features/layer=z_mean/*.parquet' order by all"
     ).fetchall()
     assert rows == [("a", 0, 2.0), ("b", 0, 3.0), ("c", 0, 4.0), ("c", 1, 4.0)]
 
 
-def test_features_hold_the_contracts_columns_with_their_types(committed: Path) -> None:
+def test_features_have_the_columns_and_types_of_the_contract(committed: Path) -> None:
     schema = pq.read_schema(next((committed / "features/layer=z_mean").glob("*.parquet")))
     assert [(field.name, str(field.type)) for field in schema] == [
         ("scan_id", "string"),
@@ -97,16 +97,19 @@ def test_features_hold_the_contracts_columns_with_their_types(committed: Path) -
     ]
 
 
-def test_a_retried_writer_writes_the_same_file_again(dataset: Dataset) -> None:
-    assert receipt(dataset, decoded("a", 1)).files == receipt(dataset, decoded("a", 1)).files
+def test_a_retried_writer_writes_the_same_files_again(dataset: Dataset) -> None:
+    assert (
+        write_receipt(dataset, make_decoded("a", 1)).files
+        == write_receipt(dataset, make_decoded("a", 1)).files
+    )
     assert len(dataset.store.list_files("features")) == 2
 
 
-def test_further_partition_columns_come_from_the_scans(dataset: Dataset) -> None:
-    one, two = decoded("a", 1), decoded("b", 2)
-    one.record.columns["site"], two.record.columns["site"] = "A/B ü", ""
+def test_additional_partition_columns_come_from_the_scans(dataset: Dataset) -> None:
+    first, second = make_decoded("a", 1), make_decoded("b", 2)
+    first.record.columns["site"], second.record.columns["site"] = "A/B ü", ""
     committer = Committer(dataset, ("layer", "site"), ["site"], run_id=RUN)
-    committer.commit([receipt(dataset, one, two, partition_by=("layer", "site"))])
+    committer.commit([write_receipt(dataset, first, second, partition_by=("layer", "site"))])
     found = pl.scan_delta(str(dataset.store.path("features"))).filter(pl.col("layer") == "map").collect()
     assert dict(found.select("scan_id", "site").iter_rows()) == {"a": "A/B ü", "b": None}
     assert dict(
@@ -117,25 +120,25 @@ def test_further_partition_columns_come_from_the_scans(dataset: Dataset) -> None
     }
 
 
-def test_a_layer_that_is_not_finite_fails_its_scan_alone(dataset: Dataset) -> None:
-    table = extract(layers_of, [decoded("good", 1), decoded("bad", float("nan"))])
+def test_non_finite_features_fail_only_their_scan(dataset: Dataset) -> None:
+    table = extract(compute_layers, [make_decoded("good", 1), make_decoded("bad", float("nan"))])
     records = {r.scan_id: r for r in map(ScanRecord.from_json, table["record"].to_pylist())}
     assert records["good"].status == "ok"
     assert (records["bad"].status, records["bad"].reason) == ("failed", "non_finite_features")
     assert [len(features) for features in table["features"].to_pylist()] == [2, 0]
 
 
-def test_a_scan_the_model_cannot_take_costs_its_batch_neighbours_nothing() -> None:
-    def picky(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+def test_a_scan_that_the_model_rejects_does_not_affect_the_other_scans_of_its_batch() -> None:
+    def reject_sevens(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
         if (batch == 7).any():
             raise ValueError("no sevens")
-        return layers_of(batch, seeds)
+        return compute_layers(batch, seeds)
 
-    table = extract(picky, [decoded("a", 1), decoded("seven", 7), decoded("c", 3)])
+    table = extract(reject_sevens, [make_decoded("a", 1), make_decoded("seven", 7), make_decoded("c", 3)])
     records = [ScanRecord.from_json(text) for text in table["record"].to_pylist()]
     assert [(r.scan_id, r.reason) for r in records] == [("a", None), ("seven", "model"), ("c", None)]
 
 
-def test_an_empty_output_has_an_empty_ledger(dataset: Dataset) -> None:
+def test_an_empty_output_has_an_empty_scans_table(dataset: Dataset) -> None:
     assert len(dataset.read_scans(("scan_id",))) == 0
     assert isinstance(dataset.read_scans(("scan_id",)), pa.Table)

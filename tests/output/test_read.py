@@ -1,4 +1,4 @@
-"""Reading back: one layer of exactly one version as an array, its ids and a table, of any store."""
+"""Reading features: one layer of exactly one version as an array, scan ids and a table, from any store."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from featray.storage.store import Store
 RUN = "20260101T000000000-abcdef"
 
 
-def layers_of(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
-    """Stand in for a model: values say which input they came from, `native` has the input's own shape."""
+def compute_layers(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Replace a model: values show from which input they are, and `native` has the shape of the input."""
     first = batch[:, 0, 0, 0]
     counted = first[:, None, None] + np.arange(6, dtype=np.float32).reshape(2, 3)
     return {"enc.z_mean": np.stack([first, first + 1], axis=1), "map": counted, "native": batch, "one": first}
 
 
-def decoded(scan_id: str, value: float, patches: int = 1, recipe: str = "r0", width: int = 2) -> Decoded:
+def make_decoded(scan_id: str, value: float, patches: int = 1, recipe: str = "r0", width: int = 2) -> Decoded:
     record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", recipe, RUN, warnings=["oblique"])
     record.shape, record.columns = [9, 9, width], {"site": f"site of {scan_id}"}
     return Decoded(
@@ -43,48 +43,50 @@ def decoded(scan_id: str, value: float, patches: int = 1, recipe: str = "r0", wi
     )
 
 
-def failed(scan_id: str) -> Receipt:
-    record = decoded(scan_id, 0).record
+def make_failed_receipt(scan_id: str) -> Receipt:
+    record = make_decoded(scan_id, 0).record
     record.fail("read", ScanError(Reason.TRUNCATED, "gone"))
     return Receipt((), (record,))
 
 
 class Output:
-    """An output that tests commit to, one file per layer and call."""
+    """An output with a committer; each call of `add` writes one file per layer."""
 
-    def __init__(self, uri: str, options: dict[str, Any] | None = None, keep_days: float = 0) -> None:
+    def __init__(
+        self, uri: str, options: dict[str, Any] | None = None, keep_versions_days: float = 0
+    ) -> None:
         self.dataset = Dataset(Store(uri, options))
-        self.uri, self._keep_days = uri, keep_days
+        self.uri, self._keep_versions_days = uri, keep_versions_days
 
     def add(self, *scans: Decoded, recipe: str = "r0", partition_by: Sequence[str] = ("layer",)) -> int:
         """Commit scans and return the version of the output."""
-        receipt = write(extract(layers_of, scans), self.dataset, partition_by, recipe, RUN)
+        receipt = write(extract(compute_layers, scans), self.dataset, partition_by, recipe, RUN)
         return self.commit(receipt, partition_by)
 
     def commit(self, receipt: Receipt, partition_by: Sequence[str] = ("layer",)) -> int:
-        kept = self._keep_days
-        committer = Committer(self.dataset, partition_by, ["site"], run_id=RUN, keep_versions_days=kept)
+        days = self._keep_versions_days
+        committer = Committer(self.dataset, partition_by, ["site"], run_id=RUN, keep_versions_days=days)
         committer.commit([receipt])
         return self.dataset.open_snapshot().version
 
 
 @pytest.fixture
 def output(tmp_path: Path) -> Output:
-    """Return an output of three scans in two overlapping files per layer, and one scan that failed."""
-    made = Output(str(tmp_path / "out"))
-    made.add(decoded("c", 3), decoded("a", 1))
-    made.add(decoded("b", 2, patches=2))
-    made.commit(failed("x"))
-    return made
+    """Return an output with three scans in two overlapping files per layer, and one failed scan."""
+    output = Output(str(tmp_path / "out"))
+    output.add(make_decoded("c", 3), make_decoded("a", 1))
+    output.add(make_decoded("b", 2, patches=2))
+    output.commit(make_failed_receipt("x"))
+    return output
 
 
-def address(array: np.ndarray | pa.Array) -> int:
+def get_address(array: np.ndarray | pa.Array) -> int:
     if isinstance(array, np.ndarray):
         return int(array.__array_interface__["data"][0])
     return int(array.flatten().buffers()[1].address) + 4 * array.flatten().offset
 
 
-def test_ids_array_and_table_are_of_the_same_rows_in_order_of_scan_and_patch(output: Output) -> None:
+def test_ids_array_and_table_have_the_same_rows_sorted_by_scan_and_patch(output: Output) -> None:
     found = featray.read(output.uri, "map")
     assert found.scan_ids.tolist() == ["a", "b", "b", "c"]
     assert (found.array.shape, found.array.dtype) == ((4, 2, 3), np.float32)
@@ -98,53 +100,53 @@ def test_ids_array_and_table_are_of_the_same_rows_in_order_of_scan_and_patch(out
 
 
 @pytest.mark.parametrize("name", ["enc/z_mean", "enc.z_mean"])
-def test_a_layer_is_named_with_slashes_or_dots(output: Output, name: str) -> None:
+def test_a_layer_can_be_named_with_slashes_or_dots(output: Output, name: str) -> None:
     assert featray.read(output.uri, name).array.tolist() == [[1, 2], [2, 3], [2, 3], [3, 4]]
 
 
-def test_an_output_is_named_by_place_by_config_or_is_at_hand(output: Output, tmp_path: Path) -> None:
+def test_an_output_can_be_given_as_url_path_config_file_or_dataset(output: Output, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     model = {"uri": "m.keras", "layers": ["map"]}
     config.write_text(
         yaml.safe_dump({"source": {"uri": "ct"}, "model": model, "output": {"uri": output.uri}})
     )
-    for named in (output.uri, Path(output.uri), str(config), output.dataset):
-        assert len(featray.read(named, "map")) == 4
+    for reference in (output.uri, Path(output.uri), str(config), output.dataset):
+        assert len(featray.read(reference, "map")) == 4
 
 
-def test_one_file_is_read_without_a_copy(tmp_path: Path) -> None:
+def test_a_single_file_is_read_without_a_copy(tmp_path: Path) -> None:
     output = Output(str(tmp_path / "out"))
-    output.add(decoded("a", 1), decoded("b", 2))
+    output.add(make_decoded("a", 1), make_decoded("b", 2))
     found = featray.read(output.uri, "map")
     (chunk,) = found.table["feature"].chunks
-    assert address(found.array) == address(chunk)
+    assert get_address(found.array) == get_address(chunk)
     assert not found.array.flags.writeable
 
 
-def test_of_several_files_array_and_table_share_one_memory(output: Output) -> None:
+def test_array_and_table_share_memory_if_there_are_several_files(output: Output) -> None:
     found = featray.read(output.uri, "map")
     (chunk,) = found.table["feature"].chunks
-    assert address(found.array) == address(chunk)
+    assert get_address(found.array) == get_address(chunk)
     assert not found.array.flags.writeable
 
 
-def test_more_values_than_an_arrow_array_can_hold_are_one_array_and_several_chunks(
+def test_more_values_than_an_arrow_array_can_hold_become_one_array_and_several_chunks(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(features_module, "MAX_ITEMS", 13)
     found = featray.read(output.uri, "map")
     assert [len(chunk) for chunk in found.table["feature"].chunks] == [2, 2]
-    assert [address(chunk) for chunk in found.table["feature"].chunks] == [
-        address(found.array),
-        address(found.array[2:]),
+    assert [get_address(chunk) for chunk in found.table["feature"].chunks] == [
+        get_address(found.array),
+        get_address(found.array[2:]),
     ]
     assert found.table["feature"].to_pylist() == [row.ravel().tolist() for row in found.array]
 
 
-def test_values_take_little_more_memory_than_their_array(tmp_path: Path) -> None:
+def test_reading_needs_little_more_memory_than_the_array(tmp_path: Path) -> None:
     output = Output(str(tmp_path / "out"))
     for number in range(16):  # 16 files of 8 MiB
-        output.add(*(decoded(f"s{number:02}{half}", number, width=2**18) for half in "ab"))
+        output.add(*(make_decoded(f"s{number:02}{half}", number, width=2**18) for half in "ab"))
     code = (
         "import resource, sys, featray\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024\n"
@@ -160,17 +162,17 @@ def test_values_take_little_more_memory_than_their_array(tmp_path: Path) -> None
     assert int(done.stdout) < 64 * 2**20
 
 
-def test_only_wanted_scans_are_read_and_only_from_files_that_may_hold_them(
+def test_only_requested_scans_are_read_and_only_from_files_that_may_contain_them(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[str] = []
     original = Snapshot.make_fragments
 
-    def watched(self: Snapshot, table: str, files: Any = None) -> Any:
+    def record_and_make(self: Snapshot, table: str, files: Any = None) -> Any:
         opened.extend(file.path for file in files or () if table == FEATURES)
         return original(self, table, files)
 
-    monkeypatch.setattr(Snapshot, "make_fragments", watched)
+    monkeypatch.setattr(Snapshot, "make_fragments", record_and_make)
     found = featray.read(output.uri, "map", scan_ids=["c", "x", "a"])
     assert found.scan_ids.tolist() == ["a", "c"]
     assert found.array[:, 0, 0].tolist() == [1, 3]
@@ -179,26 +181,28 @@ def test_only_wanted_scans_are_read_and_only_from_files_that_may_hold_them(
     assert file.startswith("layer=map/")
 
 
-def large(ids: list[str]) -> pa.ChunkedArray:
+def make_large_dictionary_array(ids: list[str]) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array([*ids, None], pa.large_string()).dictionary_encode()])
 
 
 @pytest.mark.parametrize(
-    "kind", [list, tuple, set, pa.array, np.array, iter, large], ids=lambda kind: kind.__name__
+    "kind",
+    [list, tuple, set, pa.array, np.array, iter, make_large_dictionary_array],
+    ids=lambda kind: kind.__name__,
 )
-def test_wanted_scans_may_be_any_kind_of_collection(output: Output, kind: Any) -> None:
+def test_scan_ids_can_be_any_iterable_or_array(output: Output, kind: Any) -> None:
     assert featray.read(output.uri, "map", scan_ids=kind(["b", "a"])).scan_ids.tolist() == ["a", "b", "b"]
 
 
-def test_no_wanted_scan_there_is_an_empty_array_of_the_layers_shape(output: Output) -> None:
-    for wanted in (["nobody"], ["aa"], []):
-        found = featray.read(output.uri, "map", scan_ids=wanted, scans=["site"])
+def test_without_matching_scans_the_array_is_empty_and_has_the_layers_shape(output: Output) -> None:
+    for scan_ids in (["nobody"], ["aa"], []):
+        found = featray.read(output.uri, "map", scan_ids=scan_ids, scans=["site"])
         assert (found.array.shape, found.arrays, found.recipe) == ((0, 2, 3), [], None)
-        assert found.missing == wanted
+        assert found.missing == scan_ids
         assert {"feature", "site"} <= set(found.table.column_names)
 
 
-def test_only_wanted_columns_are_in_the_table(output: Output) -> None:
+def test_only_requested_columns_are_in_the_table(output: Output) -> None:
     found = featray.read(output.uri, "map", columns=["feature", "origin"])
     assert found.table.column_names == ["scan_id", "patch", "feature", "origin"]
     assert found.array.shape == (4, 2, 3)
@@ -208,7 +212,7 @@ def test_only_wanted_columns_are_in_the_table(output: Output) -> None:
         _ = without.array
 
 
-def test_columns_of_the_scans_stand_beside_each_row(output: Output) -> None:
+def test_columns_of_scans_are_added_to_each_row(output: Output) -> None:
     found = featray.read(output.uri, "map", columns=[], scans=["site", "warnings", "shape"])
     assert found.table.column_names == ["scan_id", "patch", "site", "warnings", "scan_shape"]
     assert found.table["site"].to_pylist() == ["site of a", "site of b", "site of b", "site of c"]
@@ -216,21 +220,21 @@ def test_columns_of_the_scans_stand_beside_each_row(output: Output) -> None:
     assert found.table["scan_shape"].to_pylist() == [[9, 9, 2]] * 4
 
 
-def test_further_partition_columns_are_columns(tmp_path: Path) -> None:
+def test_additional_partition_columns_are_columns_of_the_table(tmp_path: Path) -> None:
     output = Output(str(tmp_path / "out"))
-    output.add(decoded("a", 1), decoded("b", 2), partition_by=("layer", "site"))
+    output.add(make_decoded("a", 1), make_decoded("b", 2), partition_by=("layer", "site"))
     found = featray.read(output.uri, "map")
     assert found.table["site"].to_pylist() == ["site of a", "site of b"]
     assert found.array[:, 0, 0].tolist() == [1, 2]
 
 
-def test_a_single_number_per_row_is_a_flat_array(output: Output) -> None:
+def test_a_layer_with_one_number_per_row_is_a_flat_array(output: Output) -> None:
     assert featray.read(output.uri, "one").array.tolist() == [1, 2, 2, 3]
 
 
-def test_values_of_differing_shape_are_a_list_of_arrays(output: Output) -> None:
-    output.add(decoded("d", 4, width=3))
-    output.add(decoded("bb", 5, width=5), decoded("e", 6, width=1))
+def test_values_of_different_shapes_are_a_list_of_arrays(output: Output) -> None:
+    output.add(make_decoded("d", 4, width=3))
+    output.add(make_decoded("bb", 5, width=5), make_decoded("e", 6, width=1))
     found = featray.read(output.uri, "native")
     with pytest.raises(UsageError, match=r"4 different shapes \(2x2x2, 2x2x5, 2x2x3, …\).*\.arrays"):
         _ = found.array
@@ -241,8 +245,8 @@ def test_values_of_differing_shape_are_a_list_of_arrays(output: Output) -> None:
     assert featray.read(output.uri, "native", scan_ids=["d"]).array.shape == (1, 2, 2, 3)
 
 
-def test_two_recipes_are_refused_until_one_is_chosen(output: Output) -> None:
-    output.add(decoded("d", 4, recipe="r1"), recipe="r1")
+def test_two_recipes_are_an_error_until_one_is_chosen(output: Output) -> None:
+    output.add(make_decoded("d", 4, recipe="r1"), recipe="r1")
     with pytest.raises(UsageError, match=r"2 recipes.*r0 \(3 scans\), r1 \(1 scans\).*recipe="):
         featray.read(output.uri, "map")
     assert featray.read(output.uri, "map", recipe="r1").scan_ids.tolist() == ["d"]
@@ -252,9 +256,9 @@ def test_two_recipes_are_refused_until_one_is_chosen(output: Output) -> None:
         featray.read(output.uri, "map", recipe="r9")
 
 
-def test_wrong_names_are_told_with_what_there_is(output: Output) -> None:
+def test_messages_about_unknown_names_suggest_known_names(output: Output) -> None:
     with pytest.raises(
-        UsageError, match=r"'enc/z_men'; did you mean 'enc.z_mean'\? There are: enc.z_mean, map"
+        UsageError, match=r"'enc/z_men'; did you mean 'enc.z_mean'\? Known names: enc.z_mean, map"
     ):
         featray.read(output.uri, "enc/z_men")
     with pytest.raises(UsageError, match=r"columns: no column 'featur'; did you mean 'feature'\?"):
@@ -265,75 +269,75 @@ def test_wrong_names_are_told_with_what_there_is(output: Output) -> None:
         featray.read(output.uri, "map", scan_ids="a")
     with pytest.raises(UsageError, match="put it into a list"):
         featray.read(output.uri, "map", columns="feature")
-    with pytest.raises(UsageError, match="expected texts"):
+    with pytest.raises(UsageError, match="expected strings"):
         featray.read(output.uri, "map", scan_ids=[1, 2])  # type: ignore[list-item]
 
 
-def test_no_output_and_no_version_are_told(output: Output, tmp_path: Path) -> None:
+def test_a_missing_output_or_version_is_a_config_error(output: Output, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is this a featray output"):
         featray.read(tmp_path / "nowhere", "map")
     with pytest.raises(ConfigError, match="no version 99"):
         featray.read(output.uri, "map", 99)
 
 
-def test_a_version_asked_for_stays_what_it_was(tmp_path: Path) -> None:
-    output = Output(str(tmp_path / "out"), keep_days=1)
-    before = output.add(decoded("a", 1), decoded("b", 2))
-    after = output.add(decoded("a", 7), recipe="r0")
+def test_a_version_given_by_number_does_not_change(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"), keep_versions_days=1)
+    before = output.add(make_decoded("a", 1), make_decoded("b", 2))
+    after = output.add(make_decoded("a", 7), recipe="r0")
     for version, values in ((before, [1, 2]), (after, [7, 2]), (None, [7, 2])):
         found = featray.read(output.uri, "one", version)
         assert (found.array.tolist(), found.version) == (values, version or after)
 
 
-def test_a_version_whose_files_are_gone_is_told(output: Output) -> None:
+def test_a_version_whose_files_were_deleted_is_a_config_error(output: Output) -> None:
     before = output.dataset.open_snapshot().version
-    output.add(decoded("a", 7))
+    output.add(make_decoded("a", 7))
     with pytest.raises(ConfigError, match=r"kept for 0 days .*Leave the version out"):
         featray.read(output.uri, "map", before)
 
 
-def test_a_version_superseded_while_it_is_read_is_given_up_for_the_newest(
+def test_reading_starts_again_with_the_newest_version_if_files_are_deleted(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = iter([10, 11, 12])
     original = Dataset.open_snapshot
 
-    def overtaken(self: Dataset, version: int | None = None) -> Snapshot:
-        found = original(self, version)
-        with monkeypatch.context() as undisturbed:
-            undisturbed.setattr(Dataset, "open_snapshot", original)
+    def open_then_commit(self: Dataset, version: int | None = None) -> Snapshot:
+        snapshot = original(self, version)
+        with monkeypatch.context() as unpatched:
+            unpatched.setattr(Dataset, "open_snapshot", original)
             if (value := next(values, None)) is not None:
-                output.add(decoded("a", value))
-        return found
+                output.add(make_decoded("a", value))
+        return snapshot
 
-    monkeypatch.setattr(Dataset, "open_snapshot", overtaken)
+    monkeypatch.setattr(Dataset, "open_snapshot", open_then_commit)
     found = featray.read(output.uri, "one")
     assert found.array.tolist() == [12, 2, 2, 3]
 
 
-def test_every_read_beside_a_refresh_shows_one_commit(tmp_path: Path) -> None:
+def test_every_read_during_a_refresh_shows_one_commit(tmp_path: Path) -> None:
     output, generations = Output(str(tmp_path / "out")), 12
-    output.add(*(decoded(scan_id, 0) for scan_id in "abc"))
+    output.add(*(make_decoded(scan_id, 0) for scan_id in "abc"))
 
     def refresh() -> None:
         for value in range(1, generations):
-            output.add(*(decoded(scan_id, value) for scan_id in "abc"))
+            output.add(*(make_decoded(scan_id, value) for scan_id in "abc"))
 
     with ThreadPoolExecutor(1) as pool:
-        refreshed = pool.submit(refresh)
+        future = pool.submit(refresh)
         seen = []
-        while not refreshed.done():
+        while not future.done():
             found = featray.read(output.uri, "one", scans=["status"])
             assert found.scan_ids.tolist() == ["a", "b", "c"]
             assert found.table["status"].to_pylist() == ["ok"] * 3
             assert len(set(found.array.tolist())) == 1
             seen.append(found.array[0])
-        refreshed.result()
+        future.result()
     assert seen == sorted(seen)
     assert featray.read(output.uri, "one").array.tolist() == [generations - 1] * 3
 
 
-def test_a_file_that_is_missing_or_damaged_is_told_with_what_to_do(output: Output) -> None:
+def test_the_message_about_a_missing_or_damaged_file_says_what_to_do(output: Output) -> None:
     (path,) = [file.path for file in output.dataset.open_snapshot().files(FEATURES) if "map" in file.path][:1]
     file = Path(output.uri) / FEATURES / path
     content = file.read_bytes()
@@ -347,44 +351,48 @@ def test_a_file_that_is_missing_or_damaged_is_told_with_what_to_do(output: Outpu
     assert len(featray.read(output.uri, "one")) == 4
 
 
-def test_a_row_whose_width_is_not_its_shapes_is_refused(output: Output) -> None:
+def test_a_row_whose_width_does_not_match_its_shape_is_an_error(output: Output) -> None:
     snapshot = output.dataset.open_snapshot()
     rows = snapshot.read(FEATURES, None, pads.field("layer") == "map")
     short = pa.array([[1.0]] * len(rows), rows.schema.field("feature").type)
     rows = rows.set_column(rows.schema.get_field_index("feature"), "feature", short).drop_columns(["layer"])
     rows = rows.set_column(0, "scan_id", pa.array([f"w{row}" for row in range(len(rows))]))
     file = output.dataset.write_file(FEATURES, {"layer": "map"}, rows, RUN)
-    output.commit(Receipt((file,), (decoded("w0", 0).record,)))
-    with pytest.raises(FeatrayError, match="another number of values than its shape says"):
+    output.commit(Receipt((file,), (make_decoded("w0", 0).record,)))
+    with pytest.raises(FeatrayError, match="number of values of a row does not match its shape"):
         featray.read(output.uri, "map")
-    with pytest.raises(FeatrayError, match="another number of values than its shape says"):
+    with pytest.raises(FeatrayError, match="number of values of a row does not match its shape"):
         featray.read(output.uri, "map", scan_ids=["w0"])
 
 
-def test_a_half_committed_scan_is_read_whole(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_commit_that_was_killed_between_the_tables_is_read_completely(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from featray.output.delta_log import TableLog
 
     original = TableLog.append
 
-    def killed(self: TableLog, *args: Any, **kwargs: Any) -> None:
+    def append_or_die(self: TableLog, *args: Any, **kwargs: Any) -> None:
         if self.table == SCANS:
             raise KeyboardInterrupt
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(TableLog, "append", killed)
+    monkeypatch.setattr(TableLog, "append", append_or_die)
     with pytest.raises(KeyboardInterrupt):
-        output.add(decoded("d", 4))
+        output.add(make_decoded("d", 4))
     found = featray.read(output.uri, "map", scans=["site"])
     assert found.table["site"].to_pylist()[-1] == "site of d"
 
 
-def test_another_store_gives_the_same(s3_folder: str, s3_options: dict[str, Any]) -> None:
+def test_an_output_in_an_object_store_is_read_like_a_local_one(
+    s3_folder: str, s3_options: dict[str, Any]
+) -> None:
     remote = Output(s3_folder, s3_options)
-    remote.add(decoded("a", 1), decoded("c", 3))
-    remote.add(decoded("b", 2, patches=2))
+    remote.add(make_decoded("a", 1), make_decoded("c", 3))
+    remote.add(make_decoded("b", 2, patches=2))
     found = featray.read(s3_folder, "map", scans=["site"], storage_options=s3_options)
     assert found.array[:, 0, 0].tolist() == [1, 2, 2, 3]
-    remote.add(decoded("a", 7))
+    remote.add(make_decoded("a", 7))
     again = featray.read(s3_folder, "map", storage_options=s3_options)
     assert again.array[:, 0, 0].tolist() == [7, 2, 2, 3]
 
@@ -402,19 +410,19 @@ def test_ray_reads_the_same_rows_as_numpy_arrays(output: Output) -> None:
     assert set(rows[0]) == set(expected.table.column_names)
     assert rows[0]["origin"].tolist() == [0, 0, 0]
 
-    def halved(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def halve(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {"half": batch["feature"] / 2}  # (rows, 2, 3)
 
-    wanted = featray.read_ray(output.uri, "map", scan_ids=["b", "c"], columns=["feature"])
-    batches = wanted.map_batches(halved).iter_batches(batch_size=None, batch_format="numpy")
+    features = featray.read_ray(output.uri, "map", scan_ids=["b", "c"], columns=["feature"])
+    batches = features.map_batches(halve).iter_batches(batch_size=None, batch_format="numpy")
     assert sorted(value for batch in batches for value in batch["half"][:, 0, 0]) == [1, 1, 1.5]
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_ray_reads_values_of_differing_shape_each_in_its_own(output: Output) -> None:
-    output.add(decoded("d", 4, width=3))
-    output.add(decoded("e", 5, width=5), decoded("f", 6, width=1))
+def test_ray_gives_each_value_its_own_shape_if_shapes_differ(output: Output) -> None:
+    output.add(make_decoded("d", 4, width=3))
+    output.add(make_decoded("e", 5, width=5), make_decoded("f", 6, width=1))
     rows = featray.read_ray(output.uri, "native", columns=["feature", "shape"]).take_all()
     shapes = {row["scan_id"]: row["feature"].shape for row in rows}
     assert shapes == {s: (2, 2, width) for s, width in zip("abcdef", (2, 2, 2, 3, 5, 1), strict=True)}
@@ -423,24 +431,24 @@ def test_ray_reads_values_of_differing_shape_each_in_its_own(output: Output) -> 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_ray_refuses_what_read_refuses_before_anything_is_read(output: Output) -> None:
-    output.add(decoded("d", 4, recipe="r1"), recipe="r1")
+def test_read_ray_raises_the_errors_of_read_before_it_reads_values(output: Output) -> None:
+    output.add(make_decoded("d", 4, recipe="r1"), recipe="r1")
     with pytest.raises(UsageError, match=r"2 recipes.*r0 \(3 scans\), r1 \(1 scans\)"):
         featray.read_ray(output.uri, "one")
     with pytest.raises(UsageError, match="did you mean 'one'"):
         featray.read_ray(output.uri, "on")
     with pytest.raises(UsageError, match="no row of recipe 'r9'"):
         featray.read_ray(output.uri, "one", recipe="r9")
-    chosen = featray.read_ray(output.uri, "one", recipe="r1", scan_ids=["a", "d"])
-    assert [(row["scan_id"], float(row["feature"])) for row in chosen.take_all()] == [("d", 4.0)]
+    rows = featray.read_ray(output.uri, "one", recipe="r1", scan_ids=["a", "d"])
+    assert [(row["scan_id"], float(row["feature"])) for row in rows.take_all()] == [("d", 4.0)]
     assert featray.read_ray(output.uri, "one", scan_ids=["nobody"]).take_all() == []
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_ray_reads_the_version_it_was_asked_for(tmp_path: Path) -> None:
-    output = Output(str(tmp_path / "out"), keep_days=1)
-    before = output.add(decoded("a", 1), decoded("b", 2))
-    lazily = featray.read_ray(output.uri, "one", before)
-    output.add(decoded("a", 7))
-    assert sorted(float(row["feature"]) for row in lazily.take_all()) == [1, 2]
+def test_read_ray_reads_the_requested_version(tmp_path: Path) -> None:
+    output = Output(str(tmp_path / "out"), keep_versions_days=1)
+    before = output.add(make_decoded("a", 1), make_decoded("b", 2))
+    lazy = featray.read_ray(output.uri, "one", before)
+    output.add(make_decoded("a", 7))
+    assert sorted(float(row["feature"]) for row in lazy.take_all()) == [1, 2]

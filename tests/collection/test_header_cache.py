@@ -1,4 +1,4 @@
-"""A listing that remembers is the listing that does not; unchanged headers are not read again."""
+"""A listing with a header cache equals a listing without one, and does not read unchanged headers again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FOLDERS = ("", "a", "b", "a/c", "export/p0", "export/p1", "d-é")
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    """Return slices of four series, whole, of another modality, cut, and what is no DICOM."""
+    """Return file contents: CT slices of four series, MR slices, truncated slices, and other data."""
     folder = tmp_path_factory.mktemp("pool")
     for seed in range(4):
         write_dicom_series(make_phantom(seed, SHAPE), folder / str(seed), name=f"series-{seed}")
@@ -40,22 +40,22 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 
 @pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list that names every file whose header is read."""
+def header_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list to which the name of every file whose header is read is added."""
     names: list[str] = []
     for module, name in ((discover, "_read_header"), (zip_archives, "_read_archived_header")):
         original: Callable[..., Any] = getattr(module, name)
 
-        def counted(place: Any, file: Any, original: Callable[..., Any] = original) -> Any:
+        def read_and_record(source: Any, file: Any, original: Callable[..., Any] = original) -> Any:
             names.append(file.name)
-            return original(place, file)
+            return original(source, file)
 
-        monkeypatch.setattr(module, name, counted)
+        monkeypatch.setattr(module, name, read_and_record)
     return names
 
 
 class Tree:
-    """A collection that is edited at random; no two versions of a file have one time."""
+    """A collection that is edited at random; no two versions of a file have the same modification time."""
 
     def __init__(self, root: Path, pool: list[bytes], seed: int) -> None:
         self.root, self.pool, self.random, self.clock = root, pool, random.Random(seed), count(1)
@@ -63,34 +63,34 @@ class Tree:
 
     def edit(self) -> None:
         edits = (
-            self.put,
-            self.put,
-            self.put,
-            self.delete,
-            self.move,
+            self.write_file,
+            self.write_file,
+            self.write_file,
+            self.delete_file,
+            self.move_file,
             self.copy_folder,
-            self.pack,
-            self.touch,
+            self.write_archive,
+            self.touch_file,
         )
         self.random.choice(edits)()
 
-    def put(self) -> None:
+    def write_file(self) -> None:
         folder = self.root / self.random.choice(FOLDERS)
         end = self.random.choice(["", ".dcm", ".img", ".nii"])
         self.write(folder / f"IM{self.random.randrange(8)}{end}", self.random.choice(self.pool))
 
-    def delete(self) -> None:
-        for path in self.files()[:1]:
+    def delete_file(self) -> None:
+        for path in self.list_files()[:1]:
             path.unlink()
 
-    def move(self) -> None:
-        for path in self.files()[:1]:
+    def move_file(self) -> None:
+        for path in self.list_files()[:1]:
             target = self.root / self.random.choice(FOLDERS) / path.name
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
 
-    def touch(self) -> None:
-        for path in self.files()[:1]:
+    def touch_file(self) -> None:
+        for path in self.list_files()[:1]:
             self.write(path, path.read_bytes())
 
     def copy_folder(self) -> None:
@@ -98,7 +98,7 @@ class Tree:
         for path in sorted(source.glob("IM*")) if source != target else []:
             self.write(target / path.name, path.read_bytes())
 
-    def pack(self) -> None:
+    def write_archive(self) -> None:
         path = self.root / self.random.choice(FOLDERS) / "case.zip"
         path.parent.mkdir(parents=True, exist_ok=True)
         with zipfile.ZipFile(path, "w") as archive:
@@ -106,10 +106,10 @@ class Tree:
                 folder = self.random.choice(["", "x/", "y/"])
                 archive.writestr(f"{folder}{number}", self.random.choice(self.pool))
 
-    def files(self) -> list[Path]:
-        found = sorted(path for path in self.root.rglob("*") if path.is_file())
-        self.random.shuffle(found)
-        return found
+    def list_files(self) -> list[Path]:
+        files = sorted(path for path in self.root.rglob("*") if path.is_file())
+        self.random.shuffle(files)
+        return files
 
     def write(self, path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,16 +117,16 @@ class Tree:
         os.utime(path, (0, next(self.clock)))
 
 
-def listed(root: Path, memory: HeaderCache | None = None, **policy: Any) -> Listing:
+def list_folder(root: Path, cache: HeaderCache | None = None, **policy: Any) -> Listing:
     try:
-        return list_scans(SourceConfig(uri=str(root)), PolicyConfig(**policy), memory)
-    except ConfigError:  # a collection without scans is told so
+        return list_scans(SourceConfig(uri=str(root)), PolicyConfig(**policy), cache)
+    except ConfigError:  # raised for a collection without scans
         return Listing(())
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_listing_with_memory_is_listing_without(
-    tmp_path: Path, pool: list[bytes], seed: int, opened: list[str]
+def test_a_listing_with_a_cache_equals_a_listing_without(
+    tmp_path: Path, pool: list[bytes], seed: int, header_reads: list[str]
 ) -> None:
     tree = Tree(tmp_path / "ct", pool, seed)
     data = HeaderCache().to_bytes()
@@ -134,110 +134,112 @@ def test_listing_with_memory_is_listing_without(
         for _ in range(tree.random.randrange(4)):
             tree.edit()
         policy = {"not_ct": tree.random.choice(["exclude"] * 5 + ["warn"])}
-        memory = HeaderCache.from_bytes(data)
-        found = listed(tree.root, memory, **policy)
-        assert found == listed(tree.root, **policy)
-        data = memory.to_bytes()
+        cache = HeaderCache.from_bytes(data)
+        listing = list_folder(tree.root, cache, **policy)
+        assert listing == list_folder(tree.root, **policy)
+        data = cache.to_bytes()
         again = HeaderCache.from_bytes(data)
-        opened.clear()
-        assert listed(tree.root, again, **policy) == found
-        assert (opened, again.is_changed) == ([], False)
-        assert table(again.to_bytes()).equals(table(data), check_metadata=True)
+        header_reads.clear()
+        assert list_folder(tree.root, again, **policy) == listing
+        assert (header_reads, again.is_changed) == ([], False)
+        assert read_table(again.to_bytes()).equals(read_table(data), check_metadata=True)
 
 
-def table(data: bytes) -> pa.Table:
+def read_table(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data))
 
 
-def series(folder: Path, seed: int) -> list[Path]:
+def write_series(folder: Path, seed: int) -> list[Path]:
     write_dicom_series(make_phantom(seed, SHAPE), folder, name=f"series-{seed}")
     return sorted(folder.iterdir())
 
 
-def test_only_what_changed_is_read_and_what_shares_a_series_with_it(
-    tmp_path: Path, opened: list[str]
+def test_only_changed_folders_and_folders_that_share_a_series_with_them_are_read(
+    tmp_path: Path, header_reads: list[str]
 ) -> None:
     for seed in range(3):
-        series(tmp_path / f"s{seed}", seed)
-    memory = HeaderCache()
-    before = listed(tmp_path, memory)
-    assert (len(opened), memory.is_changed) == (12, True)
-    opened.clear()
-    memory = HeaderCache.from_bytes(memory.to_bytes())
-    assert listed(tmp_path, memory) == before
-    assert opened == []
-    (tmp_path / "s0" / "notes").write_bytes(b"words")  # a new file beside a series
-    listed(tmp_path, memory)
-    assert {name.split("/")[0] for name in opened} == {"s0"}
-    opened.clear()
+        write_series(tmp_path / f"s{seed}", seed)
+    cache = HeaderCache()
+    before = list_folder(tmp_path, cache)
+    assert (len(header_reads), cache.is_changed) == (12, True)
+    header_reads.clear()
+    cache = HeaderCache.from_bytes(cache.to_bytes())
+    assert list_folder(tmp_path, cache) == before
+    assert header_reads == []
+    (tmp_path / "s0" / "notes").write_bytes(b"words")  # a new file in the folder of a series
+    list_folder(tmp_path, cache)
+    assert {name.split("/")[0] for name in header_reads} == {"s0"}
+    header_reads.clear()
     (tmp_path / "part").mkdir()
     moved = min((tmp_path / "s1").iterdir())
-    moved.replace(tmp_path / "part" / moved.name)  # now one series lies in two folders
-    memory = HeaderCache.from_bytes(memory.to_bytes())
-    found = {scan.scan_id: len(scan.files) for scan in listed(tmp_path, memory).scans}
-    assert {name.split("/")[0] for name in opened} == {"s1", "part"}
-    assert sorted(found.values()) == [4, 4, 4]
-    opened.clear()
-    shutil.copytree(tmp_path / "s2", tmp_path / "copy")  # another copy of a series that is not touched
-    memory = HeaderCache.from_bytes(memory.to_bytes())
-    listed(tmp_path, memory)
-    assert {name.split("/")[0] for name in opened} == {"s2", "copy"}
+    moved.replace(tmp_path / "part" / moved.name)  # now the series lies in two folders
+    cache = HeaderCache.from_bytes(cache.to_bytes())
+    file_counts = {scan.scan_id: len(scan.files) for scan in list_folder(tmp_path, cache).scans}
+    assert {name.split("/")[0] for name in header_reads} == {"s1", "part"}
+    assert sorted(file_counts.values()) == [4, 4, 4]
+    header_reads.clear()
+    shutil.copytree(tmp_path / "s2", tmp_path / "copy")  # a copy of an unchanged series
+    cache = HeaderCache.from_bytes(cache.to_bytes())
+    list_folder(tmp_path, cache)
+    assert {name.split("/")[0] for name in header_reads} == {"s2", "copy"}
 
 
-def test_what_could_not_be_opened_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = series(tmp_path / "s", 0)
+def test_a_file_that_cannot_be_opened_is_read_again_by_the_next_listing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write_series(tmp_path / "s", 0)
     original = discover.read_header
 
-    def failing(stream: Any, name: str) -> Any:
+    def fail_for_one_file(stream: Any, name: str) -> Any:
         if name.endswith(files[1].name):
             raise PermissionError
         return original(stream, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(discover, "read_header", failing)
-        memory = HeaderCache()
-        assert any(scan.reason == "storage" for scan in listed(tmp_path, memory).scans)
-    memory = HeaderCache.from_bytes(memory.to_bytes())
-    assert [(scan.reason, len(scan.files)) for scan in listed(tmp_path, memory).scans] == [(None, 4)]
+        patch.setattr(discover, "read_header", fail_for_one_file)
+        cache = HeaderCache()
+        assert any(scan.reason == "storage" for scan in list_folder(tmp_path, cache).scans)
+    cache = HeaderCache.from_bytes(cache.to_bytes())
+    assert [(scan.reason, len(scan.files)) for scan in list_folder(tmp_path, cache).scans] == [(None, 4)]
 
 
-def test_folders_that_a_manifest_names_are_remembered_too(tmp_path: Path, opened: list[str]) -> None:
+def test_folders_named_by_a_manifest_are_cached_too(tmp_path: Path, header_reads: list[str]) -> None:
     for seed in range(3):
-        series(tmp_path / f"s{seed}", seed)
-    first = series(tmp_path / "flat", 3)[0]
+        write_series(tmp_path / f"s{seed}", seed)
+    first = write_series(tmp_path / "flat", 3)[0]
     (tmp_path / "m.csv").write_text(f"uri\ns0\ns1\ns2\nflat/{first.name}\n")
-    memory = HeaderCache()
-    before = listed(tmp_path / "m.csv", memory)
+    cache = HeaderCache()
+    before = list_folder(tmp_path / "m.csv", cache)
     assert [len(scan.files) for scan in before.scans] == [1, 4, 4, 4]
-    opened.clear()
-    memory = HeaderCache.from_bytes(memory.to_bytes())
-    assert [scan.files for scan in listed(tmp_path / "m.csv", memory).scans] == [
+    header_reads.clear()
+    cache = HeaderCache.from_bytes(cache.to_bytes())
+    assert [scan.files for scan in list_folder(tmp_path / "m.csv", cache).scans] == [
         scan.files for scan in before.scans
     ]
-    assert opened == []
+    assert header_reads == []
 
 
-def test_the_memory_names_no_file_and_no_uid(tmp_path: Path) -> None:
-    files = series(tmp_path / "DOE^JANE", 0)
+def test_the_cache_holds_no_file_name_and_no_uid(tmp_path: Path) -> None:
+    files = write_series(tmp_path / "DOE^JANE", 0)
     files[0].rename(files[0].with_name("DOE_JANE.dcm"))
     write_nifti(make_phantom(1, SHAPE), tmp_path / "DOE.nii")
-    memory = HeaderCache()
-    listed(tmp_path, memory)
-    (tmp_path / "memory.parquet").write_bytes(memory.to_bytes())
-    table = pq.read_table(tmp_path / "memory.parquet")
+    cache = HeaderCache()
+    list_folder(tmp_path, cache)
+    (tmp_path / "cache.parquet").write_bytes(cache.to_bytes())
+    table = pq.read_table(tmp_path / "cache.parquet")
     assert len(table) == 1
-    assert not {"DOE", "JANE", "1.2"} & set(_words(str(table.to_pylist())))
+    assert not {"DOE", "JANE", "1.2"} & set(_find_words(str(table.to_pylist())))
 
 
-def _words(text: str) -> list[str]:
+def _find_words(text: str) -> list[str]:
     return [word for word in ("DOE", "JANE", "1.2") if word in text]
 
 
 @pytest.mark.parametrize("data", [b"", b"junk", b"PAR1"])
-def test_a_damaged_memory_is_told_and_forgotten(
+def test_a_damaged_cache_is_reported_and_not_used(
     tmp_path: Path, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    series(tmp_path / "s", 0)
-    found: list[Scan] = list(listed(tmp_path, HeaderCache.from_bytes(data)).scans)
-    assert found == list(listed(tmp_path).scans)
+    write_series(tmp_path / "s", 0)
+    scans: list[Scan] = list(list_folder(tmp_path, HeaderCache.from_bytes(data)).scans)
+    assert scans == list(list_folder(tmp_path).scans)
     assert "every header is read again" in caplog.text

@@ -1,4 +1,4 @@
-"""Places that are not what they look like: files that vanish or change, links in circles, odd names."""
+"""Folders with files that disappear or change, circular links, special files and unusual names."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from featray.synthetic.phantom import make_phantom, write_dicom_series, write_ni
 
 SHAPE = (5, 16, 12)
 SECONDS = 5
-"""What hangs is given up after this."""
+"""Time after which a test gives up waiting."""
 
 
-def config_of(folder: Path, **source: Any) -> Config:
+def make_config(folder: Path, **source: Any) -> Config:
     return load(
         {
             "source": {"uri": str(folder), **source},
@@ -34,28 +34,31 @@ def config_of(folder: Path, **source: Any) -> Config:
     )
 
 
-def listed(folder: Path, **source: Any) -> Listing:
-    config = config_of(folder, **source)
+def list_folder(folder: Path, **source: Any) -> Listing:
+    config = make_config(folder, **source)
     return list_scans(config.source, config.policy)
 
 
-def read(folder: Path, listing: Listing) -> dict[str, Decoded]:
-    decode = Decoder.from_config(config_of(folder))
+def decode_all(folder: Path, listing: Listing) -> dict[str, Decoded]:
+    decode = Decoder.from_config(make_config(folder))
     return {scan.scan_id: decode(scan) for scan in listing.scans}
 
 
-def reasons(folder: Path, listing: Listing | None = None) -> dict[str, str | None]:
-    """Return each scan's reason, None for what is ok."""
-    return {name: decoded.record.reason for name, decoded in read(folder, listing or listed(folder)).items()}
+def get_reasons(folder: Path, listing: Listing | None = None) -> dict[str, str | None]:
+    """Return scan id → reason; None for an ok scan."""
+    return {
+        name: decoded.record.reason
+        for name, decoded in decode_all(folder, listing or list_folder(folder)).items()
+    }
 
 
-def in_time(work: Callable[[], Any]) -> Any:
-    """Return what `work` returns, or fail when it hangs."""
+def run_with_timeout(work: Callable[[], Any]) -> Any:
+    """Return what `work` returns; fail if it takes longer than `SECONDS`."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     thread.start()
     thread.join(SECONDS)
-    assert results, "it hangs, or it raised"
+    assert results, "the work hangs, or it raised an error"
     return results[0]
 
 
@@ -70,136 +73,134 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def series(folder: Path) -> Path:
-    """Return the folder of a DICOM series beside it."""
+    """Return the folder of a DICOM series below `folder`."""
     write_dicom_series(make_phantom(2, SHAPE), folder / "series")
     return folder / "series"
 
 
-def test_a_file_that_vanishes_after_listing_is_a_storage_failure(folder: Path) -> None:
-    listing = listed(folder)
+def test_a_file_that_disappears_after_listing_is_a_storage_failure(folder: Path) -> None:
+    listing = list_folder(folder)
     (folder / "good.nii.gz").unlink()
-    assert reasons(folder, listing) == {"good.nii.gz": "storage"}
+    assert get_reasons(folder, listing) == {"good.nii.gz": "storage"}
 
 
-def test_a_slice_that_vanishes_after_listing_fails_its_series(folder: Path, series: Path) -> None:
-    listing = listed(folder)
+def test_a_slice_that_disappears_after_listing_fails_its_series(folder: Path, series: Path) -> None:
+    listing = list_folder(folder)
     (series / "IM0003.dcm").unlink()
-    assert reasons(folder, listing) == {"good.nii.gz": None, "series": "storage"}
+    assert get_reasons(folder, listing) == {"good.nii.gz": None, "series": "storage"}
 
 
-def test_a_slice_that_vanishes_before_listing_fails_its_series_too(folder: Path, series: Path) -> None:
-    inner = sorted(series.iterdir(), key=_height)[2]
+def test_a_slice_that_disappears_before_listing_fails_its_series(folder: Path, series: Path) -> None:
+    inner = sorted(series.iterdir(), key=_read_z)[2]
     inner.unlink()
-    assert reasons(folder)["series"] == "missing_slices"
+    assert get_reasons(folder)["series"] == "missing_slices"
 
 
-def _height(path: Path) -> float:
+def _read_z(path: Path) -> float:
     import pydicom
 
     return float(pydicom.dcmread(path).ImagePositionPatient[2])
 
 
-def test_a_file_that_is_cut_after_listing_is_not_taken_for_what_was_listed(folder: Path) -> None:
-    listing = listed(folder)
+def test_a_file_that_is_truncated_after_listing_is_a_storage_failure(folder: Path) -> None:
+    listing = list_folder(folder)
     os.truncate(folder / "good.nii.gz", 500)
-    assert reasons(folder, listing) == {"good.nii.gz": "storage"}
+    assert get_reasons(folder, listing) == {"good.nii.gz": "storage"}
 
 
 @pytest.mark.parametrize("name", ["good.nii.gz", "series/IM0003.dcm"])
-def test_a_file_of_the_same_size_but_newer_is_not_taken_for_what_was_listed(
-    folder: Path, series: Path, name: str
-) -> None:
-    listing = listed(folder)
+def test_a_newer_file_of_the_same_size_is_a_storage_failure(folder: Path, series: Path, name: str) -> None:
+    listing = list_folder(folder)
     changed = folder / name
     status = changed.stat()
     os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000_000))
     scan = name.partition("/")[0]
-    assert reasons(folder, listing)[scan] == "storage"
-    assert reasons(folder)[scan] is None
+    assert get_reasons(folder, listing)[scan] == "storage"
+    assert get_reasons(folder)[scan] is None
 
 
-def test_a_folder_with_the_name_of_a_volume_is_a_folder(folder: Path) -> None:
+def test_a_folder_named_like_a_volume_is_listed_as_a_folder(folder: Path) -> None:
     (folder / "empty.nii.gz").mkdir()
     write_dicom_series(make_phantom(2, SHAPE), folder / "full.nii.gz")
-    assert reasons(folder) == {"good.nii.gz": None, "full.nii.gz": None}
+    assert get_reasons(folder) == {"good.nii.gz": None, "full.nii.gz": None}
 
 
-def test_links_in_a_circle_are_not_followed(folder: Path) -> None:
+def test_circular_links_are_not_followed(folder: Path) -> None:
     (folder / "inner").mkdir()
     (folder / "inner" / "up").symlink_to(folder)
     (folder / "self.nii.gz").symlink_to(folder / "self.nii.gz")
     (folder / "a.nii").symlink_to(folder / "b.nii")
     (folder / "b.nii").symlink_to(folder / "a.nii")
-    found = in_time(lambda: reasons(folder))
-    assert found.pop("good.nii.gz") is None
-    assert set(found.values()) <= {"storage"}
+    reasons = run_with_timeout(lambda: get_reasons(folder))
+    assert reasons.pop("good.nii.gz") is None
+    assert set(reasons.values()) <= {"storage"}
 
 
-def test_a_link_to_nowhere_costs_only_itself(folder: Path) -> None:
+def test_a_broken_link_fails_only_its_own_scan(folder: Path) -> None:
     (folder / "gone.nii.gz").symlink_to(folder / "nowhere")
     (folder / "gone.dcm").symlink_to(folder / "nowhere")
-    found = reasons(folder)
-    assert found["good.nii.gz"] is None
-    assert found["gone.nii.gz"] == "storage"
+    reasons = get_reasons(folder)
+    assert reasons["good.nii.gz"] is None
+    assert reasons["gone.nii.gz"] == "storage"
 
 
-def test_a_link_to_a_volume_is_that_volume(folder: Path, tmp_path: Path) -> None:
+def test_a_link_to_a_volume_is_listed_as_that_volume(folder: Path, tmp_path: Path) -> None:
     write_nifti(make_phantom(3, SHAPE), tmp_path / "elsewhere.nii")
     (folder / "linked.nii").symlink_to(tmp_path / "elsewhere.nii")
-    assert reasons(folder) == {"good.nii.gz": None, "linked.nii": None}
+    assert get_reasons(folder) == {"good.nii.gz": None, "linked.nii": None}
 
 
 @pytest.mark.parametrize("name", ["pipe.nii.gz", "pipe.dcm", "pipe", "pipe.zip"])
-def test_a_pipe_is_not_waited_for(folder: Path, name: str) -> None:
+def test_listing_does_not_wait_for_a_named_pipe(folder: Path, name: str) -> None:
     os.mkfifo(folder / name)
     try:
-        found = in_time(lambda: reasons(folder))
+        reasons = run_with_timeout(lambda: get_reasons(folder))
     finally:
-        os.close(os.open(folder / name, os.O_RDWR | os.O_NONBLOCK))  # lets go of who waits
-    assert found.pop("good.nii.gz") is None
-    assert set(found.values()) <= {"storage"}
+        os.close(os.open(folder / name, os.O_RDWR | os.O_NONBLOCK))  # ends a read that still waits
+    assert reasons.pop("good.nii.gz") is None
+    assert set(reasons.values()) <= {"storage"}
 
 
-def test_a_socket_costs_only_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)  # the whole path may be too long for a socket's name
+def test_a_socket_fails_only_its_own_scan(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)  # an absolute path may be too long for a socket
     with socket.socket(socket.AF_UNIX) as server:
         server.bind("socket.nii")
-        found = in_time(lambda: reasons(folder))
-    assert found.pop("good.nii.gz") is None
-    assert set(found.values()) <= {"storage"}
+        reasons = run_with_timeout(lambda: get_reasons(folder))
+    assert reasons.pop("good.nii.gz") is None
+    assert set(reasons.values()) <= {"storage"}
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_what_may_not_be_read_costs_only_itself(folder: Path, series: Path) -> None:
+@pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")
+def test_a_file_without_read_permission_fails_only_its_own_scan(folder: Path, series: Path) -> None:
     write_nifti(make_phantom(3, SHAPE), folder / "closed.nii.gz")
     (folder / "closed.nii.gz").chmod(0)
     (series / "IM0003.dcm").chmod(0)
     (folder / "closed").mkdir(mode=0)
-    found = reasons(folder)
-    assert found["good.nii.gz"] is None
-    assert found["closed.nii.gz"] == "storage"
-    assert found["series"] in ("storage", "unreadable", "missing_slices")
+    reasons = get_reasons(folder)
+    assert reasons["good.nii.gz"] is None
+    assert reasons["closed.nii.gz"] == "storage"
+    assert reasons["series"] in ("storage", "unreadable", "missing_slices")
 
 
 @pytest.mark.parametrize("name", ["x.nii", "x.nii.gz", "x.nrrd", "x.mha", "x.zip", "x.dcm"])
-def test_a_file_of_no_bytes_is_empty(folder: Path, name: str) -> None:
+def test_a_file_without_bytes_is_empty(folder: Path, name: str) -> None:
     (folder / name).write_bytes(b"")
-    assert reasons(folder) == {"good.nii.gz": None, name: "empty"}
+    assert get_reasons(folder) == {"good.nii.gz": None, name: "empty"}
 
 
-def test_an_array_file_of_no_bytes_is_empty(folder: Path) -> None:
+def test_an_array_file_without_bytes_is_empty(folder: Path) -> None:
     (folder / "x.npy").write_bytes(b"")
-    config = config_of(folder, format="npy")
+    config = make_config(folder, format="npy")
     (scan,) = list_scans(config.source, config.policy).scans
     assert Decoder.from_config(config)(scan).record.reason == "empty"
 
 
-def test_a_slice_of_no_bytes_fails_its_series_or_is_named(folder: Path, series: Path) -> None:
-    inner = sorted(series.iterdir(), key=_height)[2]
+def test_a_slice_without_bytes_fails_its_series_or_is_a_failed_scan(folder: Path, series: Path) -> None:
+    inner = sorted(series.iterdir(), key=_read_z)[2]
     inner.write_bytes(b"")
-    found = reasons(folder)
-    assert found["good.nii.gz"] is None
-    assert None not in [reason for name, reason in found.items() if name.startswith("series")]
+    reasons = get_reasons(folder)
+    assert reasons["good.nii.gz"] is None
+    assert None not in [reason for name, reason in reasons.items() if name.startswith("series")]
 
 
 @pytest.mark.parametrize(
@@ -214,21 +215,21 @@ def test_a_slice_of_no_bytes_fails_its_series_or_is_named(folder: Path, series: 
         "-rf.nii.gz",
     ],
 )
-def test_any_name_may_be_an_id(folder: Path, name: str) -> None:
+def test_every_file_name_can_be_an_id(folder: Path, name: str) -> None:
     (folder / "good.nii.gz").rename(folder / name)
-    assert reasons(folder) == {name: None}
+    assert get_reasons(folder) == {name: None}
 
 
-def test_a_name_that_is_no_unicode_becomes_an_id_that_tables_can_hold(folder: Path) -> None:
+def test_a_name_that_is_not_utf8_becomes_an_id_that_tables_can_hold(folder: Path) -> None:
     strange = os.fsencode(folder) + b"/\xff\xfe.nii.gz"
     os.rename(folder / "good.nii.gz", strange)
-    ((name, decoded),) = read(folder, listed(folder)).items()
+    ((name, decoded),) = decode_all(folder, list_folder(folder)).items()
     name.encode("utf-8")
     decoded.record.to_json().encode("utf-8")
     decoded.record.uri.encode("utf-8")
 
 
-def test_a_folder_of_nothing_usable_says_so(tmp_path: Path) -> None:
+def test_a_folder_without_scans_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "empty.nii.gz").mkdir()
     with pytest.raises(ConfigError, match="no scan"):
-        listed(tmp_path)
+        list_folder(tmp_path)

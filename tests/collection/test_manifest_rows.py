@@ -1,4 +1,4 @@
-"""The scans of a manifest: what costs the store a question, what is a copy, what only the worker finds."""
+"""The scans of a manifest: which rows need requests to the store, which are copies, which are left open."""
 
 from __future__ import annotations
 
@@ -26,101 +26,101 @@ from featray.synthetic.phantom import make_phantom, write_dicom_series, write_ni
 SHAPE = (6, 16, 16)
 
 
-def nifti(path: Path, seed: int = 0) -> Path:
+def write_volume(path: Path, seed: int = 0) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_nifti(make_phantom(seed, SHAPE), path)
     return path
 
 
-def series(folder: Path, seed: int = 0) -> Path:
+def write_series(folder: Path, seed: int = 0) -> Path:
     write_dicom_series(make_phantom(seed, SHAPE), folder, name=f"series-{seed}")
     return folder
 
 
-def manifest(path: Path, *lines: str) -> Path:
+def write_manifest(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(lines))
     return path
 
 
-def config_of(path: Path, **source: Any) -> Any:
+def make_config(path: Path, **source: Any) -> Any:
     rest = {"model": {"uri": "m.keras", "layers": ["a"]}, "output": {"uri": "out"}}
     return load(
         {"source": {"uri": str(path), **source}, "preprocess": {"size": None, "window": None}, **rest}
     )
 
 
-def listing(path: Path, **source: Any) -> Listing:
-    return list_scans(config_of(path, **source).source)
+def list_source(path: Path, **source: Any) -> Listing:
+    return list_scans(make_config(path, **source).source)
 
 
-def decoded(path: Path, **source: Any) -> dict[str, Decoded]:
-    decoder = Decoder.from_config(config_of(path, **source))
-    found = listing(path, **source).scans
-    return {scan.scan_id: decoder(Scan.from_json(scan.to_json())) for scan in found}
+def decode_by_id(path: Path, **source: Any) -> dict[str, Decoded]:
+    decoder = Decoder.from_config(make_config(path, **source))
+    scans = list_source(path, **source).scans
+    return {scan.scan_id: decoder(Scan.from_json(scan.to_json())) for scan in scans}
 
 
 @pytest.fixture
-def forbidden(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Return a function that lets no file be asked about but one."""
+def forbid_requests(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Return a function after whose call a request about any file except one fails the test."""
 
     def forbid(allowed: Path) -> None:
         for name in ("info", "isfile", "isdir", "exists", "find", "ls", "open", "cat_file"):
             original = getattr(LocalFileSystem, name)
 
-            def guarded(fs: Any, path: str, *args: Any, original: Any = original, **kwargs: Any) -> Any:
-                assert path == str(allowed), f"the store was asked about {path}"
+            def check_path(fs: Any, path: str, *args: Any, original: Any = original, **kwargs: Any) -> Any:
+                assert path == str(allowed), f"there was a request to the store about {path}"
                 return original(fs, path, *args, **kwargs)
 
-            monkeypatch.setattr(LocalFileSystem, name, guarded)
+            monkeypatch.setattr(LocalFileSystem, name, check_path)
 
     return forbid
 
 
 @pytest.mark.parametrize("fingerprint", ["store", "bytes"])
-def test_a_row_with_a_version_costs_the_store_no_question_whatever_it_names(
-    tmp_path: Path, forbidden: Callable[[Path], None], fingerprint: str
+def test_a_row_with_a_version_needs_no_request_to_the_store(
+    tmp_path: Path, forbid_requests: Callable[[Path], None], fingerprint: str
 ) -> None:
     names = ("x.nii.gz", "y.NRRD", "folder", "case.zip", "slice.dcm", "pair.img")
-    path = manifest(tmp_path / "m.csv", "uri,version", *(f"a/{name},v1" for name in names))
-    forbidden(path)
-    found = {scan.scan_id: scan for scan in listing(path, fingerprint=fingerprint).scans}
-    assert {name: (scan.format, len(scan.files)) for name, scan in found.items()} == {
+    path = write_manifest(tmp_path / "m.csv", "uri,version", *(f"a/{name},v1" for name in names))
+    forbid_requests(path)
+    scans = {scan.scan_id: scan for scan in list_source(path, fingerprint=fingerprint).scans}
+    assert {name: (scan.format, len(scan.files)) for name, scan in scans.items()} == {
         "a/x.nii.gz": ("nifti", 1),
         "a/y.NRRD": ("nrrd", 1),
         **{f"a/{name}": ("auto", 0) for name in names[2:]},
     }
-    before = found["a/folder"].content
-    manifest(path, "uri,version", "a/folder,v2", "a/x.nii.gz,v1")
-    again = {scan.scan_id: scan.content for scan in listing(path, fingerprint=fingerprint).scans}
+    before = scans["a/folder"].content
+    write_manifest(path, "uri,version", "a/folder,v2", "a/x.nii.gz,v1")
+    again = {scan.scan_id: scan.content for scan in list_source(path, fingerprint=fingerprint).scans}
     assert again["a/folder"] != before
-    assert again["a/x.nii.gz"] == found["a/x.nii.gz"].content
+    assert again["a/x.nii.gz"] == scans["a/x.nii.gz"].content
 
 
-def test_what_a_row_leaves_open_is_found_where_it_is_read(tmp_path: Path) -> None:
-    series(tmp_path / "s")
+def test_the_files_of_an_open_row_are_found_when_it_is_read(tmp_path: Path) -> None:
+    write_series(tmp_path / "s")
     with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         for file in sorted((tmp_path / "s").iterdir()):
             archive.write(file, file.name)
-    path = manifest(tmp_path / "m.csv", "uri,version,site", "s,1,A", "s.zip,1,B")
-    found = decoded(path)
-    plain = decoded(tmp_path / "s")["s"]
-    content = {scan.scan_id: scan.content for scan in listing(path).scans}
+    path = write_manifest(tmp_path / "m.csv", "uri,version,site", "s,1,A", "s.zip,1,B")
+    decoded = decode_by_id(path)
+    plain = decode_by_id(tmp_path / "s")["s"]
+    content = {scan.scan_id: scan.content for scan in list_source(path).scans}
     for name, site in (("s", "A"), ("s.zip", "B")):
-        record = found[name].record
+        record = decoded[name].record
         assert (record.status, record.format, record.columns["site"]) == ("ok", "dicom", site)
         assert (record.uri, record.content) == (str(tmp_path / name), content[name])
-        assert (found[name].tensor == plain.tensor).all()
+        assert (decoded[name].tensor == plain.tensor).all()
 
 
-def test_what_a_row_leaves_open_is_found_from_another_working_directory(
+def test_the_files_of_an_open_row_are_found_from_another_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    series(tmp_path / "s")
-    manifest(tmp_path / "m.csv", "uri,version", "s,1")
+    write_series(tmp_path / "s")
+    write_manifest(tmp_path / "m.csv", "uri,version", "s,1")
     monkeypatch.chdir(tmp_path)
-    (scan,) = listing(Path("m.csv")).scans
+    (scan,) = list_source(Path("m.csv")).scans
     monkeypatch.chdir("/")
-    assert (scan.uri, Decoder.from_config(config_of(Path("m.csv")))(scan).record.status) == ("s", "ok")
+    assert (scan.uri, Decoder.from_config(make_config(Path("m.csv")))(scan).record.status) == ("s", "ok")
 
 
 @pytest.mark.parametrize(
@@ -133,42 +133,48 @@ def test_what_a_row_leaves_open_is_found_from_another_working_directory(
         ("half.img", "failed", "unreadable", "header (.hdr)"),
     ],
 )
-def test_what_cannot_be_found_then_is_told_as_from_listing(
+def test_a_row_with_a_version_fails_for_the_same_reason_as_a_row_without(
     tmp_path: Path, name: str, status: str, reason: str, message: str
 ) -> None:
-    series(tmp_path / "two" / "a", 1)
-    series(tmp_path / "two" / "b", 2)
-    nifti(tmp_path / "else" / "x.nii").rename(tmp_path / "half.img")
+    write_series(tmp_path / "two" / "a", 1)
+    write_series(tmp_path / "two" / "b", 2)
+    write_volume(tmp_path / "else" / "x.nii").rename(tmp_path / "half.img")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "notes.txt").write_text("words")
-    for file in series(tmp_path / "mr").iterdir():
+    for file in write_series(tmp_path / "mr").iterdir():
         file.write_bytes(file.read_bytes().replace(b"CS\x02\x00CT", b"CS\x02\x00MR"))
     for version in ("1", ""):
-        (one,) = decoded(manifest(tmp_path / "m.csv", "uri,version", f"{name},{version}")).values()
-        assert (one.record.status, one.record.reason, one.record.stage) == (status, reason, "list")
-        assert message in str(one.record.message)
+        (decoded,) = decode_by_id(
+            write_manifest(tmp_path / "m.csv", "uri,version", f"{name},{version}")
+        ).values()
+        assert (decoded.record.status, decoded.record.reason, decoded.record.stage) == (
+            status,
+            reason,
+            "list",
+        )
+        assert message in str(decoded.record.message)
 
 
-def test_rows_without_a_version_are_asked_about_several_at_once(
+def test_several_rows_without_a_version_are_looked_up_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import threading
 
     for number in range(4):
-        nifti(tmp_path / f"{number}.nii")
+        write_volume(tmp_path / f"{number}.nii")
     meeting = threading.Barrier(4, timeout=20)
     original = manifest_row.list_path
 
-    def together(*args: Any) -> Any:
-        meeting.wait()  # breaks if the rows are asked about one after the other
+    def wait_for_others(*args: Any) -> Any:
+        meeting.wait()  # raises if the rows are looked up one after the other
         return original(*args)
 
-    monkeypatch.setattr(manifest_row, "list_path", together)
-    path = manifest(tmp_path / "m.csv", "uri", *(f"{number}.nii" for number in range(4)))
-    assert [scan.reason for scan in listing(path).scans] == [None] * 4
+    monkeypatch.setattr(manifest_row, "list_path", wait_for_others)
+    path = write_manifest(tmp_path / "m.csv", "uri", *(f"{number}.nii" for number in range(4)))
+    assert [scan.reason for scan in list_source(path).scans] == [None] * 4
 
 
-def test_a_store_that_refuses_while_looking_for_files_is_a_storage_failure(
+def test_a_store_error_while_finding_the_files_of_an_open_row_is_a_storage_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from botocore.exceptions import NoCredentialsError
@@ -176,49 +182,51 @@ def test_a_store_that_refuses_while_looking_for_files_is_a_storage_failure(
     def refuse(*_: Any) -> Any:
         raise NoCredentialsError
 
-    path = manifest(tmp_path / "m.csv", "uri,version", "folder,1")
+    path = write_manifest(tmp_path / "m.csv", "uri,version", "folder,1")
     monkeypatch.setattr(manifest_row, "list_path", refuse)
-    (one,) = decoded(path).values()
-    assert (one.record.reason, one.record.stage) == ("storage", "list")
-    assert "NoCredentialsError" in str(one.record.message)
+    (decoded,) = decode_by_id(path).values()
+    assert (decoded.record.reason, decoded.record.stage) == ("storage", "list")
+    assert "NoCredentialsError" in str(decoded.record.message)
 
 
-def test_a_protocol_that_cannot_be_opened_fails_its_rows_alone(tmp_path: Path) -> None:
-    path = manifest(tmp_path / "m.csv", "uri,version", "nosuch://a.nii,1", "nosuch://b,1", "c.nii,1")
-    found = {scan.scan_id: (scan.reason, scan.message) for scan in listing(path).scans}
-    assert found["c.nii"] == (None, "")
+def test_a_protocol_that_cannot_be_opened_fails_only_its_rows(tmp_path: Path) -> None:
+    path = write_manifest(tmp_path / "m.csv", "uri,version", "nosuch://a.nii,1", "nosuch://b,1", "c.nii,1")
+    problems = {scan.scan_id: (scan.reason, scan.message) for scan in list_source(path).scans}
+    assert problems["c.nii"] == (None, "")
     for name in ("nosuch://a.nii", "nosuch://b"):
-        reason, message = found[name]
+        reason, message = problems[name]
         assert (reason, f"cannot open {name}" in message) == ("storage", True)
 
 
 def test_credentials_in_a_uri_are_never_shown(tmp_path: Path) -> None:
-    path = manifest(tmp_path / "m.csv", "uri,version", "https://me:secret@host/x.nii,1")
-    (scan,) = listing(path).scans
+    path = write_manifest(tmp_path / "m.csv", "uri,version", "https://me:secret@host/x.nii,1")
+    (scan,) = list_source(path).scans
     assert (scan.uri, scan.format) == ("https://host/x.nii", "nifti")
 
 
-def test_scans_of_rows_are_a_sequence_built_on_demand(tmp_path: Path) -> None:
-    path = manifest(tmp_path / "m.csv", "uri,version,site", *(f"{n:04},{n},s{n % 3}" for n in range(5000)))
-    found = listing(path)
-    assert isinstance(found.scans, LazyScans)
-    everything = list(found.scans)
+def test_the_scans_of_a_manifest_are_a_sequence(tmp_path: Path) -> None:
+    path = write_manifest(
+        tmp_path / "m.csv", "uri,version,site", *(f"{n:04},{n},s{n % 3}" for n in range(5000))
+    )
+    listing = list_source(path)
+    assert isinstance(listing.scans, LazyScans)
+    everything = list(listing.scans)
     assert [scan.scan_id for scan in everything] == [f"{n:04}" for n in range(5000)]
-    assert found.scans[-1] == everything[-1]
-    assert found.scans[4100] == everything[4100]
-    assert list(found.scans[4090:4110:5]) == everything[4090:4110:5]
+    assert listing.scans[-1] == everything[-1]
+    assert listing.scans[4100] == everything[4100]
+    assert list(listing.scans[4090:4110:5]) == everything[4090:4110:5]
     assert everything[7].columns == {"site": "s1"}
     with pytest.raises(IndexError):
-        found.scans[5000]
-    assert found.table.equals(make_listing_table(everything))
-    assert (found.extra_columns, found.has_centers) == (("site",), False)
+        listing.scans[5000]
+    assert listing.table.equals(make_listing_table(everything))
+    assert (listing.extra_columns, listing.has_centers) == (("site",), False)
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_rows_taken_as_columns_give_the_scans_that_rows_one_by_one_give(
+def test_processing_columns_gives_the_same_scans_as_processing_rows_one_by_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """Every rule at once: copies, ids used twice, masks, centres, credentials, several protocols."""
+    """Combine all rules: copies, repeated ids, masks, centers, credentials, several protocols."""
     pick = random.Random(seed).choice
     lines = [
         {
@@ -245,9 +253,9 @@ def test_rows_taken_as_columns_give_the_scans_that_rows_one_by_one_give(
     ]
     pq.write_table(pa.Table.from_pylist(lines), tmp_path / "m.parquet")
     more: dict[str, Any] = {"id_column": "case", "center_frame": pick(["RAS", "LPS"])}
-    fast = listing(tmp_path / "m.parquet", **more)
+    fast = list_source(tmp_path / "m.parquet", **more)
     monkeypatch.setattr(manifest_rows, "_is_plain", lambda uris: pa.repeat(False, len(uris)).to_numpy(False))
-    slow = listing(tmp_path / "m.parquet", **more)
+    slow = list_source(tmp_path / "m.parquet", **more)
     assert list(fast.scans) == list(slow.scans)
     assert fast.table.equals(slow.table)
     ids = [scan.scan_id for scan in fast.scans]
@@ -259,35 +267,35 @@ def test_rows_taken_as_columns_give_the_scans_that_rows_one_by_one_give(
 CENTERS = [("", "", ""), ("", "", ""), ("1", "2", "3"), ("0", "2", "3"), ("-0", "2.0", "3"), ("1", "", "x")]
 
 
-def test_an_id_used_twice_never_takes_the_id_of_another(tmp_path: Path) -> None:
+def test_a_numbered_id_never_repeats_the_id_of_another_scan(tmp_path: Path) -> None:
     text = "uri,version,case", "a.nii,1,x", "b.nii,1,x", "c.nii,1,x#2", "d.nii,1,x", "e.nii,1,x!"
-    found = listing(manifest(tmp_path / "m.csv", *text), id_column="case").scans
-    assert {scan.scan_id: Path(scan.files[0]).name for scan in found} == {
+    scans = list_source(write_manifest(tmp_path / "m.csv", *text), id_column="case").scans
+    assert {scan.scan_id: Path(scan.files[0]).name for scan in scans} == {
         "x": "a.nii", "x!": "e.nii", "x#2": "c.nii", "x#3": "b.nii", "x#4": "d.nii"
     }  # fmt: skip
-    assert [scan.scan_id for scan in found if scan.reason] == ["x#3", "x#4"]
+    assert [scan.scan_id for scan in scans if scan.reason] == ["x#3", "x#4"]
 
 
-def test_content_by_bytes_follows_the_bytes_and_nothing_else(tmp_path: Path) -> None:
+def test_content_by_bytes_depends_only_on_the_bytes(tmp_path: Path) -> None:
     root = tmp_path / "ct"
-    nifti(root / "x.nii")
-    folder = series(root / "s")
+    write_volume(root / "x.nii")
+    folder = write_series(root / "s")
     (tmp_path / "m.csv").write_text("uri,mask\nct/x.nii,m.nii\nct/s,\n")
-    nifti(tmp_path / "m.nii", 3)
+    write_volume(tmp_path / "m.nii", 3)
 
-    def contents() -> list[str]:
-        found = [listing(place, fingerprint="bytes") for place in (root, tmp_path / "m.csv")]
-        return [scan.content for one in found for scan in one.scans]
+    def get_contents() -> list[str]:
+        listings = [list_source(place, fingerprint="bytes") for place in (root, tmp_path / "m.csv")]
+        return [scan.content for listing in listings for scan in listing.scans]
 
-    before = contents()
-    by_store = [scan.content for scan in listing(root).scans]
+    before = get_contents()
+    by_store = [scan.content for scan in list_source(root).scans]
     for path in (root / "x.nii", tmp_path / "m.nii", *folder.iterdir()):
         shutil.copyfile(path, tmp_path / "copy")
         (tmp_path / "copy").replace(path)
         os.utime(path, (1, 1))
-    assert contents() == before
-    assert [scan.content for scan in listing(root).scans] != by_store
-    assert all(one.record.status == "ok" for one in decoded(root, fingerprint="bytes").values())
+    assert get_contents() == before
+    assert [scan.content for scan in list_source(root).scans] != by_store
+    assert all(scan.record.status == "ok" for scan in decode_by_id(root, fingerprint="bytes").values())
     for place, changed in (
         (root / "x.nii", {1, 3}),
         (tmp_path / "m.nii", {3}),
@@ -296,21 +304,23 @@ def test_content_by_bytes_follows_the_bytes_and_nothing_else(tmp_path: Path) -> 
         data = bytearray(place.read_bytes())
         data[-1] ^= 1
         place.write_bytes(data)
-        after = contents()
-        assert {at for at, (old, new) in enumerate(zip(before, after, strict=True)) if old != new} == changed
+        after = get_contents()
+        assert {
+            number for number, (old, new) in enumerate(zip(before, after, strict=True)) if old != new
+        } == changed
         before = after
 
 
-def test_a_file_whose_bytes_cannot_be_read_is_a_storage_failure(
+def test_a_file_whose_bytes_cannot_be_hashed_is_a_storage_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from featray.collection import digests
 
-    nifti(tmp_path / "x.nii")
+    write_volume(tmp_path / "x.nii")
 
     def refuse(fs: Any, path: str) -> str:
         raise PermissionError
 
     monkeypatch.setattr(digests, "hash_file", refuse)
-    (scan,) = listing(tmp_path, fingerprint="bytes").scans
+    (scan,) = list_source(tmp_path, fingerprint="bytes").scans
     assert (scan.reason, "could not be read for its fingerprint" in scan.message) == ("storage", True)

@@ -82,7 +82,7 @@ def test_new_changed_and_removed_scans_are_followed_in_one_refresh(
     (collection / "c.nii.gz").unlink()
     summary = featray.refresh(config)
     assert (summary.found, summary.ok, summary.done, summary.removed) == (6, 6, 2, 1)
-    assert "1 scans are no longer in the collection and were dropped" in summary.text()
+    assert "removed 1 scans that are no longer in the collection" in summary.text()
 
     after = values_of(config)
     assert (

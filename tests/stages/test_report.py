@@ -1,15 +1,17 @@
-"""What a run says of itself: what it was bound by."""
+"""What a run reports: what limited its speed, and how long each stage took."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import pytest
 
 from featray.hardware import Workers
-from featray.stages.report import RunTotals, verdict
+from featray.stages.report import RunTotals, Summary, describe_bottleneck
 
 
-def tally(read_s: float, decode_s: float, infer_s: float, workers: Workers) -> RunTotals:
-    """Return what a run of ten seconds did."""
+def make_totals(read_s: float, decode_s: float, infer_s: float, workers: Workers) -> RunTotals:
+    """Return the totals of a run of ten seconds."""
     seconds = {"read_s": read_s, "decode_s": decode_s, "preprocess_s": 0.0, "infer_s": infer_s}
     return RunTotals(scans=5, seconds=10.0, workers=workers, stage_seconds=seconds)
 
@@ -18,26 +20,59 @@ INLINE, GPUS = Workers(2, 2, 2), Workers(8, 2, 9, has_gpus=True)
 
 
 @pytest.mark.parametrize(
-    ("done", "words"),
+    ("totals", "words"),
     [
-        (tally(1, 15, 16, INLINE), "bound by the cores: 50 % of their time went into decoding"),
-        (tally(1, 9, 19, GPUS), "bound by the model: more actors"),
-        (tally(1, 79, 5, GPUS), "bound by decoding: more decode workers"),
-        (tally(70, 9, 5, GPUS), "bound by reading from the store: more decode workers"),
-        (tally(1, 9, 5, GPUS), "bound by neither"),
-        (tally(1, 4, 5, INLINE), "bound by neither"),
+        (make_totals(1, 15, 16, INLINE), "limited by the cores: decoding took 50 % of their time"),
+        (make_totals(1, 9, 19, GPUS), "limited by the model: more actors"),
+        (make_totals(1, 79, 5, GPUS), "limited by decoding: more decode workers"),
+        (make_totals(70, 9, 5, GPUS), "limited by reading from the store: more decode workers"),
+        (make_totals(1, 9, 5, GPUS), "limited by neither"),
+        (make_totals(1, 4, 5, INLINE), "limited by neither"),
     ],
 )
-def test_a_run_says_what_it_was_bound_by(done: RunTotals, words: str) -> None:
-    assert verdict(done).startswith(words)
+def test_a_run_reports_what_limited_it(totals: RunTotals, words: str) -> None:
+    assert describe_bottleneck(totals).startswith(words)
 
 
-def test_it_says_how_much_of_its_workers_was_at_work() -> None:
-    found = verdict(tally(1, 9, 5, GPUS))
-    assert found.endswith(
-        "on average 1.0 of 8 decode workers and 0.5 of 2 calls of the model were at work, on 9 cores"
-    )
+def test_a_run_reports_how_many_workers_were_busy() -> None:
+    text = describe_bottleneck(make_totals(1, 9, 5, GPUS))
+    assert text.endswith("On average 1.0 of 8 decode workers and 0.5 of 2 model calls were busy, on 9 cores.")
 
 
-def test_a_run_that_decoded_nothing_says_nothing() -> None:
-    assert verdict(RunTotals()) == ""
+def test_a_run_that_decoded_nothing_reports_no_limit() -> None:
+    assert describe_bottleneck(RunTotals()) == ""
+
+
+SUMMARY = Summary(
+    run_id="r1",
+    command="extract",
+    engine="inline",
+    recipe="abc",
+    layers=("z_mean", "conv"),
+    found=4,
+    ok=4,
+    failed=0,
+    excluded=0,
+    missing=0,
+    done=4,
+    removed=0,
+    states={"up_to_date": 0, "changed": 0, "removed": 0},
+    reasons={},
+    ignored={},
+    seconds=2.0,
+    stage_seconds={"read_s": 0.04, "decode_s": 0.36, "preprocess_s": 0.4, "infer_s": 1.2},
+    output="out",
+)
+
+
+def test_a_summary_gives_the_speed_the_share_of_each_stage_and_the_place_of_the_features() -> None:
+    lines = SUMMARY.text().splitlines()
+    speed = "2.00 scans/s including start-up, 0 MB read"
+    assert lines[0] == f"run r1: 4 scans in 2.0 s with engine inline, {speed}"
+    decoding = "read 10.0 ms (2 %), decode 90.0 ms (18 %), preprocess 0.10 s (20 %)"
+    assert lines[2] == f"time per scan: {decoding}, model 0.30 s (60 %)"
+    assert lines[-1] == "features: out/features, 2 layers"
+
+
+def test_a_summary_without_features_names_no_place_of_them() -> None:
+    assert "features:" not in replace(SUMMARY, ok=0, failed=4).text()

@@ -1,0 +1,133 @@
+"""The result of a run: its counts, times and exit code, and a text of them for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+_STAGE_NAMES = {"read_s": "read", "decode_s": "decode", "preprocess_s": "preprocess", "infer_s": "model"}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run found and did.
+
+    Attributes:
+        run_id: Id of the run; empty if there was nothing to do.
+        command: `extract` or `refresh`.
+        engine: `inline` or `ray`.
+        recipe: Recipe id.
+        layers: Output names.
+        found: Number of listed scans.
+        ok, failed, excluded: Number of listed scans by status in the scans table; they add up to `found`.
+        missing: Number of listed scans without a row in the scans table; 0 unless the run was interrupted.
+        done: Number of scans that this run processed.
+        removed: Number of scans that this run removed because they are no longer listed.
+        states: Number of scans by state before the run: new, changed, stale, failed, removed, up_to_date.
+        reasons: Number of failed and excluded scans of the whole collection by reason.
+        ignored: Number of files that are no scans by suffix.
+        seconds: Wall time of the command.
+        stage_seconds: Seconds of each stage, summed over the scans of this run.
+        verdict: A sentence that says what limited the run; empty if nothing was decoded.
+        bytes_read: Bytes that this run read.
+        dead_units: Layer → number of its units that were 0 for every scan of this run, if there are any.
+        interrupted: Whether the run was stopped before all scans were processed.
+        exit_code: Exit code of the command line.
+        output: Place of the output, without credentials.
+    """
+
+    run_id: str
+    command: str
+    engine: str
+    recipe: str
+    layers: tuple[str, ...]
+    found: int
+    ok: int
+    failed: int
+    excluded: int
+    missing: int
+    done: int
+    removed: int
+    states: dict[str, int]
+    reasons: dict[str, int]
+    ignored: dict[str, int]
+    seconds: float
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    verdict: str = ""
+    bytes_read: int = 0
+    dead_units: dict[str, int] = field(default_factory=dict)
+    interrupted: bool = False
+    exit_code: int = 0
+    output: str = ""
+
+    def text(self) -> str:
+        """Return the summary for a person."""
+        return "\n".join(self.lines())
+
+    def lines(self) -> list[str]:
+        """Return the facts of the summary, one per line."""
+        lines = [self._describe_run(), self._describe_counts()]
+        if self.removed:
+            lines.append(f"removed {self.removed} scans that are no longer in the collection")
+        lines += self._describe_what_refresh_would_do()
+        if self.reasons:
+            lines.append(f"reasons: {_join_counts(self.reasons)}")
+        if self.done:
+            lines.append(f"time per scan: {self._describe_stage_times()}")
+        if self.verdict:
+            lines.append(self.verdict)
+        lines += [_warn_of_dead_units(layer, count) for layer, count in self.dead_units.items()]
+        if self.ignored:
+            lines.append(f"ignored files: {_join_counts(self.ignored)}")
+        if self.output and self.ok:
+            lines.append(f"features: {self.output}/features, {len(self.layers)} layers")
+        return lines
+
+    def _describe_run(self) -> str:
+        if not self.run_id:
+            count = self.states["up_to_date"]
+            return f"nothing to do: {count} scans are up to date (recipe {self.recipe})"
+        rate = self.done / self.seconds if self.seconds else 0.0
+        return (
+            f"run {self.run_id}: {self.done} scans in {self.seconds:.1f} s with engine {self.engine}, "
+            f"{rate:.2f} scans/s including start-up, {self.bytes_read / 1e6:.0f} MB read"
+        )
+
+    def _describe_counts(self) -> str:
+        text = f"found {self.found} = {self.ok} ok + {self.failed} failed + {self.excluded} excluded"
+        return f"{text} + {self.missing} not yet processed" if self.missing else text
+
+    def _describe_stage_times(self) -> str:
+        total = sum(self.stage_seconds.values()) or 1.0
+        return ", ".join(
+            f"{_STAGE_NAMES[name]} {_format_seconds(seconds / self.done)} ({100 * seconds / total:.0f} %)"
+            for name, seconds in self.stage_seconds.items()
+        )
+
+    def _describe_what_refresh_would_do(self) -> list[str]:
+        """Return what `extract` has noticed and leaves as it is."""
+        if self.command == "refresh":
+            return []
+        lines = []
+        if changed := self.states["changed"]:
+            lines.append(f"{changed} scans have changed; `featray refresh` replaces their features")
+        if removed := self.states["removed"]:
+            lines.append(
+                f"{removed} stored scans are no longer in the collection; `featray refresh` removes them"
+            )
+        return lines
+
+
+def _join_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _format_seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+
+
+def _warn_of_dead_units(layer: str, count: int) -> str:
+    return (
+        f"warning: {count} units of layer {layer} were 0 for every scan of this run (dead_units_possible); "
+        "`featray layers` shows the layer before it, which may be a ReLU"
+    )

@@ -1,0 +1,119 @@
+"""Totals of a run: receipts in, sums out, and the part of the run that limited its speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from featray.hardware import Workers
+from featray.schema import STAGE_TIMES, Receipt, UnitsSeen
+
+MIN_ROWS_FOR_DEAD_UNITS = 2
+"""With fewer rows, a unit that is 0 means nothing."""
+BUSY_SHARE = 0.9
+"""Share of time above which workers count as always busy."""
+
+
+@dataclass
+class UnitTotals:
+    """Which units of one layer have had a value other than 0.
+
+    Attributes:
+        width: Number of units.
+        rows: Number of values seen per unit.
+        active: One bit per unit; 1 if the unit had a value other than 0.
+        is_uneven: Whether the number of units differs between rows.
+    """
+
+    width: int = 0
+    rows: int = 0
+    active: int = 0
+    is_uneven: bool = False
+
+    def add(self, seen: UnitsSeen) -> None:
+        """Count the units of one file."""
+        self.is_uneven |= not seen.width or (self.rows > 0 and seen.width != self.width)
+        self.width = seen.width
+        self.rows += seen.rows
+        self.active |= int(seen.active or "0", 16)
+
+    @property
+    def dead(self) -> int:
+        """Number of units that were 0 in every row; 0 if there are too few rows to tell."""
+        can_tell = self.rows >= MIN_ROWS_FOR_DEAD_UNITS and not self.is_uneven
+        return self.width - self.active.bit_count() if can_tell else 0
+
+
+@dataclass
+class RunTotals:
+    """What a run has committed. It holds sums only, because a run may have a million scans.
+
+    Attributes:
+        scans: Number of scans.
+        removed: Number of scans that were removed from the output.
+        bytes_read: Bytes of the scans' files.
+        seconds: Wall time of extraction, from the plan to the last commit.
+        workers: Number of workers of each kind.
+        units: Active units by layer.
+        stage_seconds: Seconds of each stage, summed over scans.
+    """
+
+    scans: int = 0
+    removed: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    workers: Workers | None = None
+    units: dict[str, UnitTotals] = field(default_factory=dict)
+    stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_TIMES, 0.0))
+
+    @property
+    def has_changes(self) -> bool:
+        """Whether the run has committed anything."""
+        return bool(self.scans or self.removed)
+
+    def add(self, receipt: Receipt) -> None:
+        """Count a committed receipt."""
+        records = receipt.records
+        self.scans += len(records)
+        self.bytes_read += sum(record.bytes_read for record in records)
+        for name in STAGE_TIMES:
+            self.stage_seconds[name] += sum(getattr(record, name) for record in records)
+        for seen in receipt.units:
+            self.units.setdefault(seen.layer, UnitTotals()).add(seen)
+
+
+def describe_bottleneck(totals: RunTotals) -> str:
+    """Return a sentence that says what limited the run's speed; empty if nothing was decoded.
+
+    It follows from the share of time in which workers were busy. Start-up, such as that of actors, is part of
+    the time, so short runs are limited by it.
+    """
+    seconds = totals.stage_seconds
+    decode_s = seconds["read_s"] + seconds["decode_s"] + seconds["preprocess_s"]
+    if totals.workers is None or not totals.seconds or not decode_s:
+        return ""
+    decoding, calls = decode_s / totals.seconds, seconds["infer_s"] / totals.seconds
+    busy = (
+        f"On average {decoding:.1f} of {totals.workers.decode} decode workers and {calls:.1f} of "
+        f"{totals.workers.model} model calls were busy, on {totals.workers.cores:g} cores."
+    )
+    return f"{_describe_limit(totals.workers, decoding, calls, seconds['read_s'] / decode_s)}. {busy}"
+
+
+def _describe_limit(workers: Workers, decoding: float, calls: float, read_share: float) -> str:
+    """Return what limited a run.
+
+    Args:
+        workers: Number of workers of each kind.
+        decoding: Average number of workers that were decoding.
+        calls: Average number of model calls that were running.
+        read_share: Share of reading in the time of decode workers.
+    """
+    used_cores = decoding + (0.0 if workers.has_gpus else calls)
+    if used_cores >= BUSY_SHARE * workers.cores and workers.decode + workers.model > workers.cores:
+        return f"limited by the cores: decoding took {100 * decoding / used_cores:.0f} % of their time"
+    if calls >= BUSY_SHARE * workers.model:
+        return "limited by the model: more actors or faster devices would help"
+    if decoding >= BUSY_SHARE * workers.decode:
+        part = "reading from the store" if read_share > 0.5 else "decoding"
+        return f"limited by {part}: more decode workers would help"
+    return "limited by neither decoding nor the model: start-up and waiting took the other time"

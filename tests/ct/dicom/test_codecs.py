@@ -1,4 +1,4 @@
-"""Every common transfer syntax gives the stored values back, and no frame that lies reaches a decoder."""
+"""Every common transfer syntax is decoded to the stored values; inconsistent frames never reach a decoder."""
 
 from __future__ import annotations
 
@@ -20,12 +20,23 @@ from featray.ct.dicom.read import read_series
 from featray.errors import Reason, ScanError
 
 Files = list[tuple[str, bytes]]
-SeriesOf = Callable[..., dict[str, Dataset]]
-ToBytes = Callable[[Dataset], bytes]
+MakeSeries = Callable[..., dict[str, Dataset]]
+EncodeFile = Callable[[Dataset], bytes]
 
-LOSSLESS = ["ImplicitVRLittleEndian", "ExplicitVRBigEndian", "DeflatedExplicitVRLittleEndian", "RLELossless"]
-LOSSLESS += ["JPEGLosslessProcess14", "JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEGLSNearLossless"]
-LOSSLESS += ["JPEG2000Lossless", "JPEG2000"]
+LOSSLESS_SYNTAXES = [
+    "ImplicitVRLittleEndian",
+    "ExplicitVRBigEndian",
+    "DeflatedExplicitVRLittleEndian",
+    "RLELossless",
+    "JPEGLosslessProcess14",
+    "JPEGLosslessProcess14_1",
+    "JPEGLSLossless",
+    "JPEGLSNearLossless",
+    "JPEG2000Lossless",
+    "JPEG2000",
+]
+"""GDCM's names of transfer syntaxes that preserve the test volume exactly."""
+
 SHAPE = (3, 24, 20)
 
 HTJ2K = base64.b64decode(
@@ -33,11 +44,11 @@ HTJ2K = base64.b64decode(
     "kJCQkJCQkJCQkJCQiIiI/2QAFwABT3BlbkpQSCBWZXIgMC4yNi4zLv+QAAoAAAAAAEwAAf+TwAAmq/gFB3QAAADAABMARv0DB3QA"
     "wAATQAASgMCBAYt0AOMAh3QAwAAqYAATgEaj8QBCMQJ2AB57/ICCtAD/2Q=="
 )
-"""6 rows x 4 columns counting up by 100 from 0, reversible, by OpenJPH."""
+"""Codestream of 6 rows x 4 columns with the values 0, 100, 200 ..., written losslessly by OpenJPH."""
 
 
-def transcoded(dataset: Dataset, syntax: str) -> bytes:
-    """The slice in another transfer syntax, named as GDCM does, written by GDCM."""
+def transcode(dataset: Dataset, syntax: str) -> bytes:
+    """Return the file content after GDCM has changed the transfer syntax; `syntax` is GDCM's name for it."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = f"{folder}/source", f"{folder}/target"
         dataset.save_as(source)
@@ -54,28 +65,30 @@ def transcoded(dataset: Dataset, syntax: str) -> bytes:
         return Path(target).read_bytes()
 
 
-def values(bits: int, signed: bool) -> NDArray[np.int64]:
-    """A smooth volume that uses all bits, negative numbers included."""
+def make_values(bits: int, *, signed: bool) -> NDArray[np.int64]:
+    """Return a smooth volume that uses the whole range of `bits`, with negative values if `signed`."""
     z, y, x = np.indices(SHAPE)
     wave = np.sin(x / 5 + z) * np.cos(y / 7)
     lowest = -(2 ** (bits - 1)) if signed else 0
     return np.asarray(np.rint((wave + 1) / 2 * (2**bits - 1)) + lowest, dtype=np.int64)
 
 
-def made(series_of: SeriesOf, stored: NDArray[np.int64], bits: int, signed: bool) -> dict[str, Dataset]:
-    wide = 16 if bits > 8 else 8
-    slices = series_of(
+def make_slices(
+    make_series: MakeSeries, stored: NDArray[np.int64], bits: int, *, signed: bool
+) -> dict[str, Dataset]:
+    allocated = 16 if bits > 8 else 8
+    slices = make_series(
         SHAPE[0],
         Rows=SHAPE[1],
         Columns=SHAPE[2],
-        BitsAllocated=wide,
+        BitsAllocated=allocated,
         BitsStored=bits,
         HighBit=bits - 1,
         PixelRepresentation=int(signed),
         RescaleIntercept=0,
     )
     for dataset, plane in zip(slices.values(), stored, strict=True):
-        dataset.PixelData = plane.astype(f"{'i' if signed else 'u'}{wide // 8}").tobytes()
+        dataset.PixelData = plane.astype(f"{'i' if signed else 'u'}{allocated // 8}").tobytes()
     return slices
 
 
@@ -83,88 +96,106 @@ def read(files: Files) -> NDArray[np.generic]:
     return read_series(files, max_voxels=10**7).voxels_zyx
 
 
-def refusal(files: Files) -> Reason:
-    with pytest.raises(ScanError) as refused:
+def read_refusal_reason(files: Files) -> Reason:
+    with pytest.raises(ScanError) as caught:
         read(files)
-    return refused.value.reason
+    return caught.value.reason
 
 
-@pytest.mark.parametrize("syntax", LOSSLESS)
+@pytest.mark.parametrize("syntax", LOSSLESS_SYNTAXES)
 @pytest.mark.parametrize(("bits", "signed"), [(12, False), (16, False), (16, True), (12, True), (8, False)])
-def test_lossless_syntaxes_give_every_value_back(
-    series_of: SeriesOf, syntax: str, bits: int, signed: bool
+def test_lossless_transfer_syntaxes_preserve_every_value(
+    make_series: MakeSeries, syntax: str, bits: int, signed: bool
 ) -> None:
-    stored = values(bits, signed)
-    slices = made(series_of, stored, bits, signed)
+    stored = make_values(bits, signed=signed)
+    slices = make_slices(make_series, stored, bits, signed=signed)
 
-    assert np.array_equal(read([(name, transcoded(d, syntax)) for name, d in slices.items()]), stored)
+    assert np.array_equal(read([(name, transcode(d, syntax)) for name, d in slices.items()]), stored)
 
 
 @pytest.mark.parametrize(("syntax", "bits"), [("JPEGBaselineProcess1", 8), ("JPEGExtendedProcess2_4", 12)])
-def test_lossy_jpeg_gives_nearly_every_value_back(series_of: SeriesOf, syntax: str, bits: int) -> None:
-    stored = values(bits, signed=False)
-    slices = made(series_of, stored, bits, signed=False)
-    found = read([(name, transcoded(d, syntax)) for name, d in slices.items()])
+def test_lossy_jpeg_changes_values_by_at_most_two(make_series: MakeSeries, syntax: str, bits: int) -> None:
+    stored = make_values(bits, signed=False)
+    slices = make_slices(make_series, stored, bits, signed=False)
+    voxels = read([(name, transcode(d, syntax)) for name, d in slices.items()])
 
-    assert np.abs(found.astype(int) - stored).max() <= 2
+    assert np.abs(voxels.astype(int) - stored).max() <= 2
 
 
-def compressed(
-    series_of: SeriesOf, to_bytes: ToBytes, syntax: str, stream: bytes, pieces: int = 1, **tags: object
+def make_compressed_files(
+    make_series: MakeSeries,
+    encode_file: EncodeFile,
+    syntax: str,
+    stream: bytes,
+    fragments: int = 1,
+    **tags: object,
 ) -> Files:
-    """Two slices of which the second holds zeros, natively; the first has the given code stream."""
-    slices = series_of(2, PixelRepresentation=0, RescaleIntercept=0, **tags)
+    """Return the files of two slices: the first has the given codestream, the second uncompressed zeros.
+
+    `fragments` is the number of fragments, `tags` are attributes of both slices.
+    """
+    slices = make_series(2, PixelRepresentation=0, RescaleIntercept=0, **tags)
     first, second = slices.values()
     second.PixelData = bytes(len(second.PixelData))
     first.file_meta.TransferSyntaxUID = syntax
-    first.PixelData = encapsulate([stream], fragments_per_frame=pieces)
+    first.PixelData = encapsulate([stream], fragments_per_frame=fragments)
     first["PixelData"].is_undefined_length = True
-    return [(name, to_bytes(dataset)) for name, dataset in slices.items()]
+    return [(name, encode_file(dataset)) for name, dataset in slices.items()]
 
 
-def frame(series_of: SeriesOf, syntax: str, bits: int = 12, signed: bool = False) -> bytes:
-    """One code stream of `SHAPE`."""
+def make_frame(make_series: MakeSeries, syntax: str) -> bytes:
+    """Return the codestream of one unsigned 12-bit slice of `SHAPE`."""
     from pydicom import dcmread
     from pydicom.encaps import get_frame
     from pydicom.filebase import DicomBytesIO
 
-    slices = made(series_of, values(bits, signed), bits, signed)
+    slices = make_slices(make_series, make_values(12, signed=False), 12, signed=False)
     return get_frame(
-        dcmread(DicomBytesIO(transcoded(slices["001.dcm"], syntax))).PixelData, 0, number_of_frames=1
+        dcmread(DicomBytesIO(transcode(slices["001.dcm"], syntax))).PixelData, 0, number_of_frames=1
     )
 
 
-def test_htj2k_is_decoded(series_of: SeriesOf, file_bytes: ToBytes) -> None:
-    found = read(compressed(series_of, file_bytes, HTJ2KLossless, HTJ2K))
+def test_htj2k_is_decoded(make_series: MakeSeries, encode_file: EncodeFile) -> None:
+    voxels = read(make_compressed_files(make_series, encode_file, HTJ2KLossless, HTJ2K))
 
-    assert found[0].tolist() == (100 * np.arange(24).reshape(6, 4)).tolist()
+    assert voxels[0].tolist() == (100 * np.arange(24).reshape(6, 4)).tolist()
 
 
-def test_a_frame_in_several_fragments_is_joined(series_of: SeriesOf, file_bytes: ToBytes) -> None:
-    stream = frame(series_of, "JPEG2000Lossless")
-    files = compressed(series_of, file_bytes, JPEG2000Lossless, stream, pieces=5, Rows=24, Columns=20,
-                       PixelData=bytes(960), BitsStored=12, HighBit=11)  # fmt: skip
+def test_a_frame_in_several_fragments_is_joined(make_series: MakeSeries, encode_file: EncodeFile) -> None:
+    stream = make_frame(make_series, "JPEG2000Lossless")
+    files = make_compressed_files(
+        make_series,
+        encode_file,
+        JPEG2000Lossless,
+        stream,
+        fragments=5,
+        Rows=24,
+        Columns=20,
+        PixelData=bytes(960),
+        BitsStored=12,
+        HighBit=11,
+    )
 
-    assert np.array_equal(read(files)[0], values(12, signed=False)[0])
+    assert np.array_equal(read(files)[0], make_values(12, signed=False)[0])
 
 
 @pytest.mark.parametrize("name", ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"])
-def test_a_stream_says_what_it_holds(series_of: SeriesOf, name: str) -> None:
-    stream = parse_codestream(frame(series_of, name))
+def test_a_codestream_states_its_size_and_precision(make_series: MakeSeries, name: str) -> None:
+    stream = parse_codestream(make_frame(make_series, name))
 
     assert (stream.rows, stream.columns, stream.precision) == (24, 20, 16)
 
 
 @pytest.mark.parametrize("name", ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"])
-def test_a_stream_cut_anywhere_is_found_out(series_of: SeriesOf, name: str) -> None:
-    stream = frame(series_of, name)
+def test_a_codestream_cut_anywhere_is_rejected(make_series: MakeSeries, name: str) -> None:
+    stream = make_frame(make_series, name)
     for length in range(0, len(stream) - 1, 7):
         with pytest.raises(InvalidCodestreamError):
             parse_codestream(stream[:length])
 
 
-def test_a_stream_with_another_marker_in_its_data_is_damaged(series_of: SeriesOf) -> None:
-    stream = bytearray(frame(series_of, "JPEGLosslessProcess14_1"))
+def test_a_codestream_with_a_marker_inside_its_coded_data_is_damaged(make_series: MakeSeries) -> None:
+    stream = bytearray(make_frame(make_series, "JPEGLosslessProcess14_1"))
     stream[-20:-18] = b"\xff\xda"
 
     with pytest.raises(InvalidCodestreamError, match="damaged"):
@@ -172,71 +203,84 @@ def test_a_stream_with_another_marker_in_its_data_is_damaged(series_of: SeriesOf
 
 
 @pytest.mark.parametrize("bits", [24, 48, 8, 0])
-def test_a_precision_that_would_overrun_the_decoder_is_refused(
-    series_of: SeriesOf, file_bytes: ToBytes, bits: int
+def test_a_precision_that_would_overrun_the_decoder_is_unreadable(
+    make_series: MakeSeries, encode_file: EncodeFile, bits: int
 ) -> None:
-    stream = bytearray(frame(series_of, "JPEGLosslessProcess14_1"))
+    stream = bytearray(make_frame(make_series, "JPEGLosslessProcess14_1"))
     stream[stream.index(b"\xff\xc3") + 4] = bits
-    files = compressed(series_of, file_bytes, JPEGLosslessSV1, bytes(stream), Rows=24, Columns=20,
-                       PixelData=bytes(960))  # fmt: skip
-
-    assert refusal(files) == Reason.UNREADABLE
-
-
-def test_another_compression_than_the_header_says_is_refused(
-    series_of: SeriesOf, file_bytes: ToBytes
-) -> None:
-    stream = frame(series_of, "JPEGLosslessProcess14_1")
-    files = compressed(
-        series_of, file_bytes, JPEGLSLossless, stream, Rows=24, Columns=20, PixelData=bytes(960)
+    files = make_compressed_files(
+        make_series, encode_file, JPEGLosslessSV1, bytes(stream), Rows=24, Columns=20, PixelData=bytes(960)
     )
 
-    assert refusal(files) == Reason.UNREADABLE
+    assert read_refusal_reason(files) == Reason.UNREADABLE
+
+
+def test_a_frame_in_another_compression_than_its_transfer_syntax_is_unreadable(
+    make_series: MakeSeries, encode_file: EncodeFile
+) -> None:
+    stream = make_frame(make_series, "JPEGLosslessProcess14_1")
+    files = make_compressed_files(
+        make_series, encode_file, JPEGLSLossless, stream, Rows=24, Columns=20, PixelData=bytes(960)
+    )
+
+    assert read_refusal_reason(files) == Reason.UNREADABLE
 
 
 @pytest.mark.parametrize(("syntax", "highest"), [(JPEG2000Lossless, None), (JPEG2000, 1023)])
-def test_decoded_values_beyond_the_stored_bits_are_refused_or_clipped_if_lossy(
-    series_of: SeriesOf, file_bytes: ToBytes, syntax: str, highest: int | None
+def test_decoded_values_beyond_bits_stored_are_unreadable_or_clipped_if_lossy(
+    make_series: MakeSeries, encode_file: EncodeFile, syntax: str, highest: int | None
 ) -> None:
-    stream = frame(series_of, "JPEG2000Lossless")
-    files = compressed(series_of, file_bytes, syntax, stream, Rows=24, Columns=20, PixelData=bytes(960),
-                       BitsStored=10, HighBit=9)  # fmt: skip
+    stream = make_frame(make_series, "JPEG2000Lossless")
+    files = make_compressed_files(
+        make_series,
+        encode_file,
+        syntax,
+        stream,
+        Rows=24,
+        Columns=20,
+        PixelData=bytes(960),
+        BitsStored=10,
+        HighBit=9,
+    )
 
     if highest is None:
-        assert refusal(files) == Reason.UNREADABLE
+        assert read_refusal_reason(files) == Reason.UNREADABLE
     else:
         assert read(files)[0].max() == highest
 
 
-def test_a_tiny_stream_that_claims_gigabytes_is_refused_before_anything_is_allocated(
-    series_of: SeriesOf, file_bytes: ToBytes
+def test_a_tiny_codestream_that_claims_gigabytes_is_rejected_before_allocation(
+    make_series: MakeSeries, encode_file: EncodeFile
 ) -> None:
-    files = compressed(series_of, file_bytes, JPEG2000Lossless, HTJ2K, Rows=40_000, Columns=40_000,
-                       PixelData=bytes(48))  # fmt: skip
+    files = make_compressed_files(
+        make_series, encode_file, JPEG2000Lossless, HTJ2K, Rows=40_000, Columns=40_000, PixelData=bytes(48)
+    )
 
-    with pytest.raises(ScanError, match="cannot hold") as refused:
+    with pytest.raises(ScanError, match="cannot hold") as caught:
         read_series(files[:1], max_voxels=2 * 10**9)
-    assert refused.value.reason == Reason.UNREADABLE
+    assert caught.value.reason == Reason.UNREADABLE
 
 
 @pytest.mark.parametrize(("bits", "padding"), [(16, 63_536), (12, 63_536)])
-def test_padding_that_only_makes_sense_as_a_negative_number_is_one(
-    series_of: SeriesOf, file_bytes: ToBytes, bits: int, padding: int
+def test_padding_written_as_a_large_unsigned_number_becomes_negative(
+    make_series: MakeSeries, encode_file: EncodeFile, bits: int, padding: int
 ) -> None:
-    slices = series_of(3, PixelRepresentation=0, BitsStored=bits, HighBit=bits - 1)
+    slices = make_series(3, PixelRepresentation=0, BitsStored=bits, HighBit=bits - 1)
     for dataset in slices.values():
         dataset.add_new(0x00280120, "US", padding)
         dataset.PixelData = np.array([padding, 4095] + [5] * 22, np.uint16).tobytes()
 
-    found = read([(name, file_bytes(dataset)) for name, dataset in slices.items()])
+    voxels = read([(name, encode_file(dataset)) for name, dataset in slices.items()])
 
-    assert found[1].ravel()[:3].tolist() == [-3024, 3071, 5 - 1024]
+    assert voxels[1].ravel()[:3].tolist() == [-3024, 3071, 5 - 1024]
 
 
-def test_padding_that_fits_is_a_value_like_others(series_of: SeriesOf, file_bytes: ToBytes) -> None:
-    slices = series_of(3, PixelRepresentation=0, BitsStored=12, HighBit=11)
+def test_padding_within_the_stored_range_is_an_ordinary_value(
+    make_series: MakeSeries, encode_file: EncodeFile
+) -> None:
+    slices = make_series(3, PixelRepresentation=0, BitsStored=12, HighBit=11)
     for dataset in slices.values():
         dataset.add_new(0x00280120, "US", 4000)
         dataset.PixelData = np.array([4000] + [5] * 23, np.uint16).tobytes()
 
-    assert read([(name, file_bytes(d)) for name, d in slices.items()])[0, 0, 0] == 4000 - 1024
+    assert read([(name, encode_file(d)) for name, d in slices.items()])[0, 0, 0] == 4000 - 1024

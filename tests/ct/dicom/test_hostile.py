@@ -1,4 +1,4 @@
-"""Whatever bytes a DICOM file has: the right volume or a reason, soon, small, and the process lives."""
+"""Damaged and hostile DICOM files give a volume or a reason, in limited time and memory, without a crash."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ from featray.ct.dicom.read import read_series
 from featray.errors import Reason, ScanError
 
 Files = list[tuple[str, bytes]]
-SeriesOf = Callable[..., dict[str, Dataset]]
-ToBytes = Callable[[Dataset], bytes]
+MakeSeries = Callable[..., dict[str, Dataset]]
+EncodeFile = Callable[[Dataset], bytes]
 
-SYNTAXES = ["ExplicitVRLittleEndian", "ImplicitVRLittleEndian", "ExplicitVRBigEndian", "RLELossless"]
-SYNTAXES += [
+TRANSFER_SYNTAXES = ["ExplicitVRLittleEndian", "ImplicitVRLittleEndian", "ExplicitVRBigEndian", "RLELossless"]
+TRANSFER_SYNTAXES += [
     "DeflatedExplicitVRLittleEndian",
     "JPEGLosslessProcess14_1",
     "JPEGLSLossless",
     "JPEG2000Lossless",
 ]
 SHAPE = (3, 24, 20)
-SECONDS_EACH, BYTES_MORE = 5, 2**29
+SECONDS_PER_FILE, EXTRA_BYTES = 5, 2**29
 
 
-def transcoded(dataset: Dataset, syntax: str) -> bytes:
-    """The slice in another transfer syntax, named as GDCM does, written by GDCM."""
+def transcode(dataset: Dataset, syntax: str) -> bytes:
+    """Return the file content after GDCM has changed the transfer syntax; `syntax` is GDCM's name for it."""
     import gdcm
 
     with tempfile.TemporaryDirectory() as folder:
@@ -63,107 +63,112 @@ def transcoded(dataset: Dataset, syntax: str) -> bytes:
         return Path(target).read_bytes()
 
 
-def smooth_series(series_of: SeriesOf, syntax: str) -> Files:
-    """Three slices of 12 bits that compress."""
+def make_smooth_files(make_series: MakeSeries, syntax: str) -> Files:
+    """Return the files of three slices of 12 bits whose values compress well."""
     y, x = np.mgrid[: SHAPE[1], : SHAPE[2]]
-    slices = series_of(
+    slices = make_series(
         SHAPE[0], Rows=SHAPE[1], Columns=SHAPE[2], BitsStored=12, HighBit=11, PixelRepresentation=0
     )
     for z, dataset in enumerate(slices.values()):
         dataset.PixelData = ((x * y * 3 + 40 * z + x % 3) % 4096).astype(np.uint16).tobytes()
-    return [(name, transcoded(dataset, syntax)) for name, dataset in slices.items()]
+    return [(name, transcode(dataset, syntax)) for name, dataset in slices.items()]
 
 
-def mutated(data: bytes, chance: random.Random) -> bytes:
-    """The file with a few bytes changed, a piece lost or put in, or a length that lies."""
+def mutate(data: bytes, rng: random.Random) -> bytes:
+    """Return the file with a few random changes: bytes or lengths changed, pieces deleted or inserted."""
     changed = bytearray(data)
-    for _ in range(chance.choice((1, 1, 2, 4, 8))):
-        place = chance.randrange(chance.choice((len(data), min(len(data), 1200))))
-        kind = chance.randrange(6)
-        if kind < 2:
-            changed[place % len(changed)] = chance.choice((0, 1, 127, 255, chance.randrange(256)))
-        elif kind == 2:
-            changed[place % len(changed)] ^= 1 << chance.randrange(8)
-        elif kind == 3:
-            changed[place : place + 4] = chance.choice((0, 1, 2**31, 2**32 - 1, 2**16)).to_bytes(4, "little")
-        elif kind == 4:
-            del changed[place : place + chance.randrange(1, 40)]
+    for _ in range(rng.choice((1, 1, 2, 4, 8))):
+        offset = rng.randrange(rng.choice((len(data), min(len(data), 1200))))
+        change = rng.randrange(6)
+        if change < 2:
+            changed[offset % len(changed)] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
+        elif change == 2:
+            changed[offset % len(changed)] ^= 1 << rng.randrange(8)
+        elif change == 3:
+            changed[offset : offset + 4] = rng.choice((0, 1, 2**31, 2**32 - 1, 2**16)).to_bytes(4, "little")
+        elif change == 4:
+            del changed[offset : offset + rng.randrange(1, 40)]
         else:
-            changed[place:place] = chance.randbytes(chance.randrange(1, 20))
+            changed[offset:offset] = rng.randbytes(rng.randrange(1, 20))
         if len(changed) < 2:
             break
     return bytes(changed)
 
 
-def outcome(files: Files) -> str:
+def read_outcome(files: Files) -> str:
     group_into_scans([read_header(io.BytesIO(data), name) for name, data in files])
     try:
         volume = read_series(files, max_voxels=10**6)
-    except ScanError as refused:
-        return refused.reason.value
+    except ScanError as caught:
+        return caught.reason.value
     assert volume.voxels_zyx.shape == SHAPE
     assert np.isfinite(volume.affine_lps).all()
     return "ok"
 
 
-def mutate_for(seconds: float, seed: int) -> dict[str, int]:
-    """Run in a process of its own: anything but a volume or a ScanError ends it."""
-    sys.path.insert(0, str(Path(__file__).parent.parent))
-    from conftest import _series
+def run_mutations(seconds: float, seed: int) -> dict[str, int]:
+    """Read damaged files for `seconds` and count the outcomes.
 
-    series = [smooth_series(_series, syntax) for syntax in SYNTAXES]
+    Runs in a separate process, which every outcome except a volume and a ScanError ends.
+    """
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    from conftest import make_datasets
+
+    series = [make_smooth_files(make_datasets, syntax) for syntax in TRANSFER_SYNTAXES]
     for files in series:
-        assert outcome(files) == "ok"
+        assert read_outcome(files) == "ok"
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES_MORE,) * 2)
-    chance, found = random.Random(seed), Counter[str]()
+    resource.setrlimit(resource.RLIMIT_AS, (used + EXTRA_BYTES,) * 2)
+    rng, counts = random.Random(seed), Counter[str]()
     end = time.monotonic() + seconds
     while time.monotonic() < end:
-        files = list(chance.choice(series))
-        which = chance.randrange(3)
-        files[which] = (files[which][0], mutated(files[which][1], chance))
-        signal.alarm(SECONDS_EACH)
-        found[outcome(files)] += 1
+        files = list(rng.choice(series))
+        index = rng.randrange(3)
+        files[index] = (files[index][0], mutate(files[index][1], rng))
+        signal.alarm(SECONDS_PER_FILE)
+        counts[read_outcome(files)] += 1
     signal.alarm(0)
-    return dict(found)
+    return dict(counts)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory limit works only on Linux")
 def test_thousands_of_damaged_files_give_a_volume_or_a_reason_and_no_crash() -> None:
     run = subprocess.run(
         [sys.executable, __file__, "8", "20"], capture_output=True, text=True, timeout=120, check=False
     )
 
     assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert sum(found.values()) > 1000
-    assert set(found) - {"ok"} <= set(Reason)
-    assert {"ok", "unreadable", "truncated"} <= set(found)
+    outcomes = json.loads(run.stdout.splitlines()[-1])
+    assert sum(outcomes.values()) > 1000
+    assert set(outcomes) - {"ok"} <= set(Reason)
+    assert {"ok", "unreadable", "truncated"} <= set(outcomes)
 
 
-def refusal(files: Files, max_voxels: int = 10**9) -> Reason:
-    with pytest.raises(ScanError) as refused:
+def read_refusal_reason(files: Files, max_voxels: int = 10**9) -> Reason:
+    with pytest.raises(ScanError) as caught:
         read_series(files, max_voxels=max_voxels)
-    return refused.value.reason
+    return caught.value.reason
 
 
-@pytest.mark.parametrize("lie", [0, 1, 2**16, 2**31, 2**32 - 2, 2**32 - 1])
-def test_every_length_may_lie(series_of: SeriesOf, file_bytes: ToBytes, lie: int) -> None:
-    slices = series_of(3)
+@pytest.mark.parametrize("length", [0, 1, 2**16, 2**31, 2**32 - 2, 2**32 - 1])
+def test_a_wrong_length_at_any_offset_gives_a_volume_or_a_reason(
+    make_series: MakeSeries, encode_file: EncodeFile, length: int
+) -> None:
+    slices = make_series(3)
     slices["002.dcm"].add_new(0x00091001, "OB", b"private!")
-    files = [(name, file_bytes(dataset)) for name, dataset in slices.items()]
+    files = [(name, encode_file(dataset)) for name, dataset in slices.items()]
     data = files[1][1]
-    found = Counter[str]()
-    for place in range(132, len(data) - 4, 2):
-        files[1] = ("002.dcm", data[:place] + lie.to_bytes(4, "little") + data[place + 4 :])
+    outcomes = Counter[str]()
+    for offset in range(132, len(data) - 4, 2):
+        files[1] = ("002.dcm", data[:offset] + length.to_bytes(4, "little") + data[offset + 4 :])
         try:
             volume = read_series(files, max_voxels=10**6)
-        except ScanError as refused:
-            found[refused.reason.value] += 1
+        except ScanError as caught:
+            outcomes[caught.reason.value] += 1
         else:
             assert volume.voxels_zyx.shape == (3, 6, 4)
-            found["ok"] += 1
-    assert found["truncated"] or found["unreadable"]
+            outcomes["ok"] += 1
+    assert outcomes["truncated"] or outcomes["unreadable"]
 
 
 @pytest.mark.parametrize(
@@ -176,56 +181,56 @@ def test_every_length_may_lie(series_of: SeriesOf, file_bytes: ToBytes, lie: int
         ({"BitsAllocated": 32, "BitsStored": 32, "HighBit": 31}, Reason.TRUNCATED),
     ],
 )
-def test_claims_cost_no_memory(
-    series_of: SeriesOf, file_bytes: ToBytes, tags: dict[str, int], reason: Reason
+def test_large_claims_in_a_header_allocate_no_memory(
+    make_series: MakeSeries, encode_file: EncodeFile, tags: dict[str, int], reason: Reason
 ) -> None:
-    files = [(name, file_bytes(dataset)) for name, dataset in series_of(1, **tags).items()]
+    files = [(name, encode_file(dataset)) for name, dataset in make_series(1, **tags).items()]
     tracemalloc.start()
 
-    assert refusal(files) == reason
+    assert read_refusal_reason(files) == reason
     assert tracemalloc.get_traced_memory()[1] < 10**6
     tracemalloc.stop()
 
 
-def test_a_deflated_bomb_is_inflated_no_further_than_its_header_claims(
-    series_of: SeriesOf, file_bytes: ToBytes
+def test_a_deflate_bomb_is_inflated_only_up_to_the_header_limit(
+    make_series: MakeSeries, encode_file: EncodeFile
 ) -> None:
-    dataset = series_of(1)["001.dcm"]
+    dataset = make_series(1)["001.dcm"]
     dataset.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
     dataset.PixelData = bytes(300_000_000)
-    data = file_bytes(dataset)
+    data = encode_file(dataset)
     del dataset
     tracemalloc.start()
 
-    refusal([("001.dcm", data)])
+    read_refusal_reason([("001.dcm", data)])
     assert tracemalloc.get_traced_memory()[1] < 2.5 * MAX_HEADER_BYTES
     tracemalloc.stop()
 
 
-def test_a_sequence_nested_without_end_is_refused(series_of: SeriesOf, file_bytes: ToBytes) -> None:
-    data = file_bytes(series_of(1)["001.dcm"])
-    place = data.index(b"\x28\0\x02\0")
+def test_a_deeply_nested_sequence_is_unreadable(make_series: MakeSeries, encode_file: EncodeFile) -> None:
+    data = encode_file(make_series(1)["001.dcm"])
+    offset = data.index(b"\x28\0\x02\0")
     deep = b"\x09\0\x01\x10SQ\0\0\xff\xff\xff\xff\xfe\xff\0\xe0\xff\xff\xff\xff" * 20_000
 
-    assert refusal([("1", data[:place] + deep + data[place:])]) == Reason.UNREADABLE
+    assert read_refusal_reason([("1", data[:offset] + deep + data[offset:])]) == Reason.UNREADABLE
 
 
-def test_no_message_repeats_what_a_header_says(series_of: SeriesOf, file_bytes: ToBytes) -> None:
-    """Identifiers stand wherever text may stand, in whole and in damaged files."""
-    slices = series_of(4)
+def test_no_message_repeats_text_from_a_header(make_series: MakeSeries, encode_file: EncodeFile) -> None:
+    """Put identifiers into all text elements, of intact and of damaged files, and search all messages."""
+    slices = make_series(4)
     for dataset in slices.values():
         dataset.PatientBirthDate, dataset.AccessionNumber = "19010203", "ACC0815"
-    good = [(f"folder/{name}", file_bytes(dataset)) for name, dataset in slices.items()]
-    chance, texts = random.Random(6), set()
+    good = [(f"folder/{name}", encode_file(dataset)) for name, dataset in slices.items()]
+    rng, texts = random.Random(6), set()
     for _ in range(1500):
         data = bytearray(good[1][1])
-        tag, secret = chance.choice(TEXT_TAGS), b"OTTOKAR4711"
-        place = data.find(tag)
-        if place > 0:
-            length = data[place + 6]
-            data[place + 8 : place + 8 + length] = (secret * 9)[:length]
-        files = [good[0], (good[1][0], mutated(bytes(data), chance)), *good[2:]]
-        texts |= messages(files)
+        tag, secret = rng.choice(TEXT_TAGS), b"OTTOKAR4711"
+        offset = data.find(tag)
+        if offset > 0:
+            length = data[offset + 6]
+            data[offset + 8 : offset + 8 + length] = (secret * 9)[:length]
+        files = [good[0], (good[1][0], mutate(bytes(data), rng)), *good[2:]]
+        texts |= collect_messages(files)
     assert len(texts) > 15
     secrets = ("OTTOK", "TOKAR", "4711", "Quirin", "1901", "0815", "Nirgends", "folder/")
     assert not [text for text in texts if any(secret in text for secret in secrets)]
@@ -241,18 +246,18 @@ TEXT_TAGS = [
 ]  # fmt: skip
 
 
-def messages(files: Files) -> set[str]:
-    """What grouping and reading say of the files."""
-    said = {
-        found.message for found in group_into_scans([read_header(io.BytesIO(d), name) for name, d in files])
+def collect_messages(files: Files) -> set[str]:
+    """Return the messages of grouping and reading the files."""
+    texts = {
+        scan.message for scan in group_into_scans([read_header(io.BytesIO(d), name) for name, d in files])
     }
     try:
         read_series(files, max_voxels=10**6, dicom_tags=["Manufacturer"])
-    except ScanError as refused:
-        said.add(str(refused))
-    return said - {""}
+    except ScanError as caught:
+        texts.add(str(caught))
+    return texts - {""}
 
 
 if __name__ == "__main__":
-    counts = mutate_for(float(sys.argv[1]), int(sys.argv[2]))
+    counts = run_mutations(float(sys.argv[1]), int(sys.argv[2]))
     os.write(1, ("\n" + json.dumps(counts) + "\n").encode())

@@ -40,7 +40,7 @@ def compute_layers(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndar
 
 
 def write_receipt(dataset: Dataset, *scans: Decoded, partition_by: tuple[str, ...] = ("layer",)) -> Receipt:
-    return write(extract(compute_layers, scans), dataset, partition_by, "r0", RUN)
+    return write(extract(compute_layers, scans, recipe="r0"), dataset, partition_by, "r0", RUN)
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_additional_partition_columns_come_from_the_scans(dataset: Dataset) -> N
 
 
 def test_non_finite_features_fail_only_their_scan(dataset: Dataset) -> None:
-    table = extract(compute_layers, [make_decoded("good", 1), make_decoded("bad", float("nan"))])
+    table = extract(compute_layers, [make_decoded("good", 1), make_decoded("bad", float("nan"))], recipe="r0")
     records = {r.scan_id: r for r in map(ScanRecord.from_json, table["record"].to_pylist())}
     assert records["good"].status == "ok"
     assert (records["bad"].status, records["bad"].reason) == ("failed", "non_finite_features")
@@ -134,7 +134,9 @@ def test_a_scan_that_the_model_rejects_does_not_affect_the_other_scans_of_its_ba
             raise ValueError("no sevens")
         return compute_layers(batch, seeds)
 
-    table = extract(reject_sevens, [make_decoded("a", 1), make_decoded("seven", 7), make_decoded("c", 3)])
+    table = extract(
+        reject_sevens, [make_decoded("a", 1), make_decoded("seven", 7), make_decoded("c", 3)], recipe="r0"
+    )
     records = [ScanRecord.from_json(text) for text in table["record"].to_pylist()]
     assert [(r.scan_id, r.reason) for r in records] == [("a", None), ("seven", "model"), ("c", None)]
 

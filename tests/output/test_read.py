@@ -60,7 +60,9 @@ class Output:
 
     def add(self, *scans: Decoded, recipe: str = "r0", partition_by: Sequence[str] = ("layer",)) -> int:
         """Commit scans and return the version of the output."""
-        receipt = write(extract(compute_layers, scans), self.dataset, partition_by, recipe, RUN)
+        receipt = write(
+            extract(compute_layers, scans, recipe=recipe), self.dataset, partition_by, recipe, RUN
+        )
         return self.commit(receipt, partition_by)
 
     def commit(self, receipt: Receipt, partition_by: Sequence[str] = ("layer",)) -> int:

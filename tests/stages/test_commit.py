@@ -47,7 +47,7 @@ def make_decoded(scan_id: str, value: float, patches: int = 1, recipe: str = "r0
 
 
 def write_receipt(dataset: Dataset, *scans: Decoded, partition_by: tuple[str, ...] = ("layer",)) -> Receipt:
-    return write(extract(compute_layers, scans), dataset, partition_by, "r0", RUN)
+    return write(extract(compute_layers, scans, recipe="r0"), dataset, partition_by, "r0", RUN)
 
 
 def make_failed_receipt(scan_id: str, reason: Reason = Reason.TRUNCATED) -> Receipt:

@@ -89,32 +89,33 @@ EXTRACTED = pa.schema([("record", pa.string()), ("features", pa.list_(EXTRACTED_
 
 @dataclass(frozen=True, slots=True)
 class Scan:
-    """One scan as listed, before any voxel is read.
+    """One listed scan, before any voxel is read.
 
-    A manifest's row with a version whose name does not tell what it is (a DICOM folder, an archive) is left
-    open: it has a place and no files, format `auto`; the files are found where the scan is read.
+    A manifest row with a version is listed without a request to the store. If its name does not tell the
+    format (a DICOM folder, an archive), the scan is left open: the format is `auto`, there are no files, and
+    `open_path` says where to search for the files when the scan is read.
 
     Attributes:
-        scan_id: Unique in the collection.
-        uri: Where it is, without credentials; what the `scans` table shows.
-        format: `nifti`, `dicom`, `nrrd`, `mha` or `npy`; `auto` while it is open.
-        files: Paths in the source's file system, or in `archive`. In no particular order, but for the
-            header and the image of a NIfTI pair.
-        content: Fingerprint of all that the scan is made of: files, mask, centre.
-        size: Bytes of all files.
-        listed: Fingerprint of the store's version of the files, to tell whether they changed since; empty
-            where it is not known.
-        checksum: The store's own of the bytes of a single file; empty where it has none.
-        series: Hash of the SeriesInstanceUID; empty where there is none.
-        archive: Path of the zip file that holds the files; empty where they lie in the store itself.
-        place: Path in the store of what is left open; else empty.
-        mask: Uri of a mask whose bounding box is cut out; empty for the whole volume.
-        center_lps: Point (x, y, z) in mm to centre on; None for the volume's own centre.
-        columns: Manifest columns to carry along.
-        warnings: Codes found while listing.
-        reason: Why it cannot or shall not be read; None when it can.
-        excluded: With a reason: left out by rule, not failed.
-        message: With a reason: what to do.
+        scan_id: Id of the scan, unique in the collection.
+        uri: Location without credentials, for the scans table.
+        format: `nifti`, `dicom`, `nrrd`, `mha` or `npy`; `auto` for a scan that is left open.
+        files: Paths in the source's file system, or in `archive`. For a NIfTI pair the header comes first;
+            other formats have no fixed order.
+        content: Fingerprint of everything that the scan consists of: files, mask, center.
+        size: Total size of the files in bytes.
+        files_version: Fingerprint of the files' versions in the store, for noticing that they changed after
+            listing; empty if it is not known.
+        checksum: Checksum that the store reports for the bytes of a single file; empty if it reports none.
+        series: Hash of the SeriesInstanceUID; empty without a UID.
+        archive: Path of the zip file that contains the files; empty for files in the store itself.
+        open_path: Path in the store of a scan that is left open; empty for other scans.
+        mask: URI of a mask; the mask's bounding box is cut out. Empty for the whole volume.
+        center_lps: Point (x, y, z) in mm to crop around; None for the center of the volume.
+        columns: Values of further manifest columns, for the scans table.
+        warnings: Warning codes from listing.
+        reason: Why the scan is not read; None for a scan that is to be read.
+        excluded: For a scan with a reason: true if a rule excludes it, false if it failed.
+        message: For a scan with a reason: the reason in words.
     """
 
     scan_id: str
@@ -123,11 +124,11 @@ class Scan:
     files: tuple[str, ...]
     content: str
     size: int = 0
-    listed: str = ""
+    files_version: str = ""
     checksum: str = ""
     series: str = ""
     archive: str = ""
-    place: str = ""
+    open_path: str = ""
     mask: str = ""
     center_lps: tuple[float, ...] | None = None
     columns: dict[str, str] = field(default_factory=dict)

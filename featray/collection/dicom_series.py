@@ -133,7 +133,7 @@ def _make_entries(
     """Yield the cache entries for folders that were just read.
 
     Folders with a file that could not be opened get no entry, because the file may be readable next time.
-    Neither do folders whose files have no version, because a change would not be noticed.
+    Folders with a file without a version get none either, because a change of the file would not be noticed.
     """
     uids: dict[str, set[str]] = defaultdict(set)
     failing = set()
@@ -199,7 +199,7 @@ def _make_ids(all_series: Sequence[HashedSeries], default: str) -> list[str]:
 
     Args:
         all_series: The series of one group of files.
-        default: Id for a series whose files have no common folder below the root.
+        default: Id for a series without a common folder below the root.
     """
     paths = [find_common_path(series.scan.files) or default for series in all_series]
     path_count = Counter(paths)

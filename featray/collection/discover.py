@@ -1,8 +1,8 @@
 """A file, a folder or a glob pattern in, the scans in it out. Reads DICOM headers and no voxels.
 
-File names tell single-file formats. Headers tell which files are DICOM and which of them form one series. Zip
-archives are searched without unpacking them. Files that belong to no scan are counted as ignored; a file is
-never silently dropped from a series.
+Single-file formats are recognized by the file name. DICOM files, and the series that they form, are
+recognized by their headers. Zip archives are searched without unpacking them. Files that belong to no scan
+are counted as ignored; a file is never silently dropped from a series.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def _find_scans(group: FileGroup, options: ListingOptions) -> list[FoundScan]:
 
 
 def _match_pairs(group: FileGroup) -> tuple[list[tuple[File, File]], list[File]]:
-    """Return the NIfTI pairs (header, image) of a group, and the files whose other part is missing."""
+    """Return the NIfTI pairs (header, image) of a group, and the files without their other part."""
     parts: dict[str, dict[int, File]] = defaultdict(dict)
     for file in group.files:
         if suffix := get_pair_suffix(file.name):
@@ -144,7 +144,7 @@ def _match_pairs(group: FileGroup) -> tuple[list[tuple[File, File]], list[File]]
 
 
 def _make_unpaired_scan(file: File, group: FileGroup, options: ListingOptions) -> FoundScan:
-    """Return the failed scan for one part of a NIfTI pair whose other part does not exist."""
+    """Return the failed scan for one part of a NIfTI pair without the other part."""
     missing = "image (.img)" if PAIR_PARTS[get_pair_suffix(file.name)] == 0 else "header (.hdr)"
     message = f"the {missing} of this NIfTI pair is missing in the same folder; copy both files"
     scan = make_scan((file,), file.name, "nifti", options, group.archive)

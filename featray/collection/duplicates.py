@@ -29,7 +29,7 @@ def mark_duplicates(scans: Sequence[Scan], policy: PolicyConfig) -> list[Scan]:
 
     Args:
         scans: Listed scans. A scan that has a reason is not compared and not changed.
-        policy: `policy.duplicates` decides what happens to copies.
+        policy: `policy.duplicates` decides between the warning and the exclusion.
     """
     ordered = sorted(scans, key=lambda scan: scan.scan_id)
     checksums = _find_checksums([scan for scan in ordered if scan.reason is None])
@@ -50,7 +50,7 @@ def make_ids_unique(scans: Sequence[Scan], other_ids: Collection[str] = frozense
     """Return the scans sorted by id; the second of two scans with equal ids fails under a numbered id.
 
     Args:
-        scans: Scans whose ids may occur more than once.
+        scans: Scans; ids may occur more than once.
         other_ids: Ids of further scans of the collection, which the numbered ids must not repeat.
     """
     ordered = sorted(scans, key=lambda scan: (scan.scan_id, scan.files))
@@ -73,7 +73,7 @@ def make_ids_unique(scans: Sequence[Scan], other_ids: Collection[str] = frozense
 def _make_keys(scan: Scan, checksum: str) -> Iterator[tuple[object, ...]]:
     """Yield keys such that two scans with a common key are copies."""
     region = scan.mask, scan.center_lps
-    yield (*region, "files", scan.archive, scan.files, scan.place, scan.uri)
+    yield (*region, "files", scan.archive, scan.files, scan.open_path, scan.uri)
     if scan.series:
         yield (*region, "series", scan.series, len(scan.files))
     if checksum:
@@ -107,11 +107,11 @@ def _find_checksums(scans: Sequence[Scan]) -> dict[int, str]:
 
 
 def _can_read_locally(scan: Scan) -> bool:
-    """Return whether a scan is one local file whose bytes can be compared with those of others.
+    """Return whether a scan is one local file, so that its bytes can be compared with other files.
 
     Array files are not compared, because they are small and there are many of them.
     """
-    is_file = len(scan.files) == 1 and bool(scan.listed) and not scan.archive and not scan.checksum
+    is_file = len(scan.files) == 1 and bool(scan.files_version) and not scan.archive and not scan.checksum
     is_local = "://" not in scan.uri or scan.uri.startswith(("file://", "local://"))
     return is_file and is_local and scan.size > 0 and scan.format != "npy"
 

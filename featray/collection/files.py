@@ -1,6 +1,6 @@
-"""The files of a collection and what their names tell: which of them may be scans, and in which format.
+"""The files of a collection, and the rules by which their names show scans and formats. Opens no file.
 
-Opens no file. Also defines what every part of a listing shares: files, groups of files, options, found scans.
+Also defines the types that all parts of a listing share: files, groups of files, options, found scans.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FORMAT_SUFFIXES = {
     "mha": (".mha", ".mhd"),
     "npy": (npy.SUFFIX,),
 }
-"""Format → file name suffixes, for the formats with one file per scan.
+"""Format → file name suffixes. Holds only formats with one file per scan.
 
 Detached headers (.nhdr, .mhd) are listed as scans, so that reading can refuse them with advice.
 """
@@ -51,8 +51,8 @@ class File:
         path: Path in the file system, or in the archive that holds the file.
         name: Path relative to the root of the collection or archive.
         size: Size in bytes.
-        version: Version that the store reports; empty if it reports none.
-        checksum: Checksum of the bytes that the store reports; empty if it reports none.
+        version: Version that the store reports, or empty.
+        checksum: Checksum of the bytes that the store reports, or empty.
     """
 
     path: str
@@ -91,7 +91,7 @@ class FoundScan:
 
 @dataclass(frozen=True)
 class ListingOptions:
-    """What a listing searches for.
+    """Options of a listing.
 
     Attributes:
         source: Configuration of the collection.
@@ -106,7 +106,7 @@ class ListingOptions:
     @property
     def formats(self) -> set[str]:
         """Formats to search for."""
-        # "auto" does not include arrays, because nothing in an array file says what its values mean.
+        # "auto" does not include arrays, because an array file does not state the meaning of its values.
         return set(VOLUME_FORMATS) if self.source.format == "auto" else {self.source.format}
 
     def make_shown_uri(self, path: str) -> str:
@@ -121,15 +121,15 @@ def make_scan(
 ) -> Scan:
     """Return the scan that consists of some files, which lie in `archive` unless that is empty."""
     paths = [file.path for file in files]
-    listed = fingerprint_files((file.path, file.size, file.version) for file in files)
+    version = fingerprint_files((file.path, file.size, file.version) for file in files)
     return Scan(
         scan_id=scan_id,
         uri=options.make_shown_uri(archive or find_common_path(paths)),
         format=scan_format,
         files=tuple(paths),
-        content=listed,
+        content=version,
         size=sum(file.size for file in files),
-        listed="" if archive else listed,
+        files_version="" if archive else version,
         checksum=files[0].checksum if len(files) == 1 else "",
         archive=archive,
     )
@@ -175,7 +175,7 @@ def can_be_dicom(name: str) -> bool:
 
 
 def get_suffix(name: str) -> str:
-    """Return the last suffix of a file name in lower case; empty if there is none."""
+    """Return the last suffix of a file name in lower case; empty for a name without a suffix."""
     return PurePosixPath(name).suffix.lower()
 
 

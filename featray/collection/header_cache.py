@@ -1,8 +1,9 @@
 """Results of reading DICOM headers, kept from one listing to the next, so that unchanged files are not read.
 
-One cache entry covers a set of folders that share DICOM series. An entry is valid while its folders hold the
-same candidate files with the same sizes and versions, and while no folder whose headers had to be read holds
-one of its series. Grouping depends on nothing else, so a listing with the cache equals a listing without it.
+One cache entry covers a set of folders that share DICOM series. An entry is valid under two conditions: its
+folders hold the same candidate files with the same sizes and versions, and no folder outside the entry that
+had to be read holds one of its series. Grouping depends on nothing else, so a listing with the cache equals a
+listing without it.
 
 The cache holds only hashes of folder names and UIDs. The only file names in it are those in messages about
 damaged files, which the scans table shows too.
@@ -53,7 +54,7 @@ class HashedSeries:
 
     Attributes:
         scan: The grouped files, and the reason if the series is not to be read. `series_uid` is the hash of
-            the SeriesInstanceUID; empty if there is none. `files` is empty in a cache entry.
+            the SeriesInstanceUID, or empty without a UID. `files` is empty in a cache entry.
         series_hash: Hash that differs between series of one UID.
         file_numbers: In a cache entry: positions of the files among the sorted names of all candidate files
             of the entry; None if the series consists of all of them.
@@ -71,7 +72,7 @@ class CacheEntry:
     Attributes:
         folders: Hashes of the folder names, sorted.
         fingerprint: Hash of the names, sizes and versions of all candidate files in the folders.
-        uids: Hashes of all SeriesInstanceUIDs in the folders, including those of files that are no scan.
+        uids: Hashes of all SeriesInstanceUIDs in the folders, including UIDs of files that belong to no scan.
         series: The series, sorted by their file names.
     """
 
@@ -136,7 +137,7 @@ class HeaderCache:
         self._stamp, self._current = stamp, {}
 
     def get(self, key: str) -> tuple[CacheEntry, ...]:
-        """Return the entries that an earlier listing put under a key; empty if there are none."""
+        """Return the entries that an earlier listing put under a key, or an empty tuple."""
         return self._previous.get(key, ())
 
     def put(self, key: str, entries: Iterable[CacheEntry]) -> None:

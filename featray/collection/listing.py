@@ -1,7 +1,7 @@
 """The result of a listing, with its scans as Arrow columns. `Scan` objects are built only on request.
 
 A manifest may have millions of rows of which a refresh processes a few. Ids and contents are therefore Arrow
-columns, which planning compares as a whole; a `Scan` is built when somebody accesses it.
+columns, which planning compares as a whole; a `Scan` is built when it is accessed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LISTING_COLUMNS = pa.schema(
         ("has_files", pa.bool_()),
     ]
 )
-"""Columns that planning compares; `has_files` is false for scans whose files are found when they are read."""
+"""Columns that planning compares; `has_files` is false for scans that listing left open."""
 
 _BLOCK = 4096
 
@@ -45,7 +45,7 @@ class ScanColumns:
 
     Attributes:
         main: Columns scan_id, uri (without credentials), format, content, mask; no nulls.
-        extra: Further columns of the manifest, for the scans table.
+        extra: Further columns of the manifest, which are copied to the scans table.
         centers_lps: (rows, 3), mm; NaN for a row without a center. None if no row has a center.
     """
 
@@ -164,7 +164,7 @@ class LazyScans(Sequence[Scan]):
             format=row.format,
             files=() if is_open else (path,),
             content=row.content,
-            place=path if is_open else "",
+            open_path=path if is_open else "",
             mask=row.mask,
             center_lps=row.center_lps,
             columns=dict(zip(self._columns.extra.column_names, row.extra, strict=True)),
@@ -179,7 +179,7 @@ class Listing:
         scans: Every scan, sorted by id; ids are unique. Scans of a manifest are built when they are
             accessed, so use `table` to look at all of them.
         ignored: File name suffix → number of files that belong to no scan.
-        header_cache: Cache for the next listing of the same collection; None if there is no cache.
+        header_cache: Cache for the next listing of the same collection; None for a listing without a cache.
     """
 
     scans: Sequence[Scan]

@@ -1,7 +1,6 @@
-"""A manifest in, CSV or Parquet; its rows out as columns: which scans, their versions and their regions.
+"""The bytes of a manifest in, CSV or Parquet; its rows out as columns: scans, their versions, their regions.
 
-In: the bytes of the file and the source configuration. Out: a `Manifest`, with Arrow columns, because there
-may be millions of rows. Opens none of the files that the rows name.
+The columns are Arrow arrays, because there may be millions of rows. Opens none of the files that rows name.
 """
 
 from __future__ import annotations
@@ -46,8 +45,8 @@ class ManifestRow:
     Attributes:
         scan_id: Value of the `id_column`, or, without one, the `uri` as written.
         uri: Full URI: absolute, or joined to the manifest's folder. Empty if the row names none.
-        version: Text that changes when the scan does. Empty if the store is to be asked.
-        mask: Full URI of the mask whose bounding box is cut out; empty for the whole volume.
+        version: Text that changes when the scan does. If empty, the store is asked.
+        mask: Full URI of a mask; the mask's bounding box is cut out. Empty for the whole volume.
         center_lps: Point (x, y, z) in mm to crop around; None for the center of the volume.
         columns: Values for the scans table: every column except uri, version and id.
         problem: Why the row cannot be used; empty if it can.
@@ -69,7 +68,7 @@ class Manifest:
     Attributes:
         scan_id: Value of the `id_column`, or, without one, the `uri` as written.
         uri: Full URIs; empty if the row names none.
-        version: Texts that change when the scan does. Empty if the store is to be asked.
+        version: Texts that change when the scan does. If empty, the store is asked.
         mask: Full URIs of masks; empty for the whole volume.
         centers_lps: (rows, 3), mm; NaN for a row without a center. None if the manifest has no centers.
         extra_columns: Values for the scans table: every column except uri, version and id.
@@ -160,7 +159,7 @@ def _make_table(columns: dict[str, pa.Array], row_count: int) -> pa.Table:
 def _parse_centers(
     texts: dict[str, pa.Array], source: SourceConfig
 ) -> tuple[NDArray[np.float64] | None, list[int]]:
-    """Return the centers and the numbers of rows whose values are not a point.
+    """Return the centers, and the numbers of the rows with values that are not a point.
 
     The centers have the shape (rows, 3), in mm and LPS, with NaN for a row without a center.
     """
@@ -218,7 +217,7 @@ def _parse_plain_csv(data: bytes, names: list[str]) -> list[pa.Array] | None:
             pacsv.ParseOptions(newlines_in_values=True),
             pacsv.ConvertOptions(column_types=dict.fromkeys(numbers, _TEXT)),
         )
-    except pa.ArrowInvalid:  # rows of different lengths, or not UTF-8: `_parse_any_csv` reports what is wrong
+    except pa.ArrowInvalid:  # rows of different lengths, or not UTF-8: `_parse_any_csv` reports the problem
         return None
     return [_combine(column) for column in table.columns]
 

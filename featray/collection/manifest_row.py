@@ -1,7 +1,7 @@
 """One row of a manifest in, its scan out. The store is asked about the scan only if the row gives no version.
 
 A row with a version and a file name that tells the format gives a complete scan. Other names (a DICOM folder,
-an archive) are left open: the format is "auto" and there are no files. `find_files` finds them later, in the
+an archive) are left open: they have the format "auto" and no files. `find_files` finds them later, in the
 process that reads the scan.
 """
 
@@ -50,24 +50,24 @@ def find_files(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:
         source: Configuration of the collection.
         policy: Decides, as in listing, which scans are excluded.
     """
-    if not scan.place or scan.reason is not None:
+    if not scan.open_path or scan.reason is not None:
         return scan
     # The content of the scan is known already, so the bytes need not be read to compute it.
     options = ListingOptions(source.model_copy(update={"fingerprint": "store"}), policy)
     try:
         fs, _ = _open_uri(scan.uri if "://" in scan.uri else source.uri, source)
-        found = _find_only_scan(fs, scan.place, _set_uri(options, scan.uri))
+        found = _find_only_scan(fs, scan.open_path, _set_uri(options, scan.uri))
     except ScanError as error:
         return replace(scan, reason=error.reason, message=str(error))
     except Exception as error:  # each store has its own exceptions; here one costs this scan, not the run
         if not retry.is_store_error(error):
             raise
         return replace(scan, reason=Reason.STORAGE, message=_describe_unreadable("path", error))
-    return replace(_merge(scan, found), content=scan.content, listed="")
+    return replace(_merge(scan, found), content=scan.content, files_version="")
 
 
 def hash_version(version: str) -> str:
-    """Return the content of a scan whose row gives a version."""
+    """Return the content of a scan for the version that its row gives."""
     return hashlib.sha256(version.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
@@ -90,7 +90,7 @@ def _list_version(scan: Scan, row: ManifestRow, options: ListingOptions) -> Scan
     content = add_region(scan.content, row.mask, row.center_lps)
     if scan_format:
         return replace(scan, content=content, format=scan_format, files=(path,))
-    return replace(scan, content=content, place=path)
+    return replace(scan, content=content, open_path=path)
 
 
 def _look_up(scan: Scan, row: ManifestRow, options: ListingOptions) -> Scan:

@@ -30,7 +30,7 @@ def find_in_archive(
     Args:
         fs: File system that holds the archive.
         file: The archive.
-        options: What to search for.
+        options: Options of the listing.
         find_scans: Finds the scans in a group of files.
     """
 

@@ -40,7 +40,7 @@ def list_scans(
         source: Configuration of the collection.
         policy: Decides which scans are excluded and which only get a warning; default: `PolicyConfig()`.
         header_cache: Cache of an earlier listing of the same collection. Headers of unchanged DICOM files
-            are then not read again; the result is the same. Afterwards it holds what this listing found.
+            are then not read again; the result is the same. Afterwards it holds the results of this listing.
 
     Raises:
         ConfigError: `source.uri` does not exist, cannot be listed, or holds no scan.

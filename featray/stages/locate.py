@@ -1,7 +1,7 @@
 """Locate: one listed scan in, the same scan with the paths of its files out. Never raises for one scan.
 
-Only scans that listing left open need this: rows of a manifest whose name does not tell the format, such as a
-DICOM folder or a zip archive. Reads no voxels.
+Only scans that listing left open need this. They come from manifest rows that name a DICOM folder, a zip
+archive, or another path that does not tell the format. Reads no voxels.
 """
 
 from __future__ import annotations

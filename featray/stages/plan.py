@@ -7,7 +7,7 @@ new         has no row in the scans table
 changed     has other content than its row, or the policy now excludes it and did not before, or vice versa
 stale       has a row that was made with another recipe
 failed      failed before; content and recipe are unchanged
-removed     has a row, but is no longer listed
+removed     has a row, but is not listed any more
 up_to_date  has a row with the same content and recipe, or is excluded and unchanged, or cannot be reached now
 """
 
@@ -52,10 +52,10 @@ class Plan:
     Attributes:
         counts: State → number of scans, in the order of `STATES`.
         todo: Scans that this run processes, sorted by id.
-        removed: Ids of stored scans that are no longer listed, sorted.
-        other_recipe: Number of ok scans whose stored features were made with another recipe.
+        removed: Ids of stored scans that are not listed any more, sorted.
+        other_recipe: Number of ok scans with stored features of another recipe.
         refresh_todo: Number of scans that a refresh would process.
-        unreachable: Number of stored scans that the listing could not reach. What is stored of them is kept.
+        unreachable: Number of stored scans that the listing could not reach. Their rows are kept.
     """
 
     counts: dict[str, int]
@@ -137,7 +137,7 @@ class _Comparison:
         listed: The columns of the listing, one row per listed scan.
         ledger_rows: Row of each listed scan in the ledger; -1 if it has none.
         has_same_content: Whether the scan has the content that the ledger says.
-        is_unlisted: For each row of the ledger, whether its scan is no longer listed.
+        is_unlisted: For each row of the ledger, whether its scan is not listed any more.
     """
 
     ledger: pa.Table
@@ -208,7 +208,7 @@ def _select_due(
 
 
 def _find_removed(listing: Listing, comparison: _Comparison) -> list[str]:
-    """Return the ids of stored scans that are no longer listed, sorted.
+    """Return the ids of stored scans that are not listed any more, sorted.
 
     A scan in an archive or a folder that cannot be read now does not count as removed.
     """

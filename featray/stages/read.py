@@ -171,13 +171,13 @@ def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> 
 
     Stores are asked once more only where that is one quick question; elsewhere the size has to do.
     """
-    if not scan.listed:
+    if not scan.files_version:
         return
     same = sum(len(data) for _, data in files) == scan.size
     if same and (len(files) == 1 or isinstance(fs, LocalFileSystem)):
         fs.invalidate_cache()
         there = [(path, _asked(path, functools.partial(fs.info, path))) for path, _ in files]
-        same = scan.listed == fingerprint_files(
+        same = scan.files_version == fingerprint_files(
             (path, info["size"], file_version(info)) for path, info in there
         )
     if not same:

@@ -15,7 +15,7 @@ from featray.synthetic.phantom import make_phantom, write_dicom_series
 
 
 def make_open_scan(folder: Path) -> Scan:
-    return Scan("a", str(folder), "auto", (), "c", place=str(folder))
+    return Scan("a", str(folder), "auto", (), "c", open_path=str(folder))
 
 
 def test_an_open_scan_gets_its_files_and_keeps_its_content(tmp_path: Path) -> None:

@@ -200,7 +200,7 @@ def test_engine_auto_chooses_inline_for_few_scans_and_reports_it(config: Path) -
         text=True,
         check=True,
     )
-    assert "engine inline, chosen for 12 scans and no cluster address" in done.stderr
+    assert "engine inline, chosen because of 12 scans and no cluster address" in done.stderr
     assert "WARNING" not in done.stderr
     assert "cuda" not in done.stderr.lower(), "TensorFlow's own messages are off by default"
 

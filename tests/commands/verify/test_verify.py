@@ -60,7 +60,7 @@ def make_receipt(
     extractor: Any = compute_layers,
     partition_by: Sequence[str] = ("layer",),
 ) -> Receipt:
-    return write(extract(extractor, scans), dataset, partition_by, recipe, run_id)
+    return write(extract(extractor, scans, recipe=recipe), dataset, partition_by, recipe, run_id)
 
 
 def make_failed_record(scan_id: str, status: str = "failed") -> ScanRecord:

@@ -148,7 +148,7 @@ def _make_decoder_options(header: SliceHeader) -> dict[str, Any]:
 
 
 def _check_encapsulation(header: SliceHeader, elements: Elements) -> None:
-    """Raise ScanError unless the pixel data consist of an offset table and a fragment or more per frame."""
+    """Raise ScanError unless the pixel data have an offset table and at least one fragment per frame."""
     if elements.pixel_length is not None:
         raise ScanError(
             Reason.UNREADABLE,

@@ -159,7 +159,7 @@ def _has_explicit_vr(data: bytes, start: int) -> bool:
 
 
 class _ParseEndError(Exception):
-    """Leave the nested loops of `_ElementParser`; never raised out of this module."""
+    """End parsing from inside nested loops; `_ElementParser.parse` catches it."""
 
     def __init__(self, end: ParseEnd) -> None:
         self.end = end

@@ -41,13 +41,16 @@ from featray.ct.dicom.split import split_by_fields, split_volumes
 from featray.errors import Reason, WarningCode
 
 MAX_COSINE_DIFFERENCE = 1e-3
-"""Cosines that differ by no more are one orientation, because headers are rounded to 4 to 6 digits."""
+"""Orientations are equal if their cosines differ by at most this; headers are rounded to 4 to 6 digits."""
 
 MAX_LOCALIZER_IMAGES, MIN_LOCALIZER_DEGREES = 3, 10.0
 """Localizers are at most this many images, at an angle of at least this to the other slices."""
 
 MAX_DISTANCE_IN_LINE_MM = 5.0
-"""Distance from the line through the slices' first pixels; that of a localizer is a field of view away."""
+"""Images at most this far from the line through the slices' first pixels are in line with the slices.
+
+The first pixel of a localizer is about a field of view away from that line.
+"""
 
 _CT_CLASSES = frozenset(
     f"1.2.840.10008.5.1.4.1.1.{tail}" for tail in ("2", "2.1", "2.2")
@@ -63,7 +66,7 @@ _KNOWN_MODALITIES = frozenset(
 """Modalities other than CT that a message may name. Any other text may identify the patient."""
 
 _SECONDARY_CAPTURE_PREFIX = "1.2.840.10008.5.1.4.1.1.7."
-"""SOP class of Secondary Capture Image Storage; the multi-frame variants end with a further 1 to 4."""
+"""SOP class of Secondary Capture Image Storage; the multi-frame variants append 1 to 4."""
 
 _LOCALIZER_IMAGE_TYPES = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
@@ -361,7 +364,7 @@ def _add_damaged_files(scan: DicomScan, damaged: list[SliceHeader]) -> DicomScan
 
 
 def _add_damaged_file(scan: DicomScan, header: SliceHeader) -> DicomScan:
-    """Return the scan with a damaged file added and failed for it; an excluded scan stays excluded."""
+    """Return the scan with a damaged file added: now failed, unless it had a reason before."""
     files = tuple(sorted({*scan.files, header.name}))
     if scan.reason:
         return replace(scan, files=files)

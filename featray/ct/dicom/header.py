@@ -76,7 +76,7 @@ _MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 """SOP class of a DICOMDIR."""
 
 _READ_SIZES = (2**15, 2**18, 2**21, MAX_HEADER_BYTES)
-"""Bytes from the start of the file after which parsing is tried, until the header is complete."""
+"""Numbers of bytes from the start of the file that are parsed in turn, until the header is complete."""
 
 _PROBLEMS = {
     ParseEnd.CUT: (

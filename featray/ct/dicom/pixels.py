@@ -16,7 +16,7 @@ from featray.ct.formats.inflate import MAX_RATIO
 from featray.errors import Reason, ScanError
 
 NATIVE_SYNTAXES = frozenset({"", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1", DEFLATED, BIG_ENDIAN})
-"""Transfer syntaxes with uncompressed pixels ("native format", PS3.5 section 8.2); a missing UID is one."""
+"""Transfer syntaxes with uncompressed pixels ("native format", PS3.5 section 8.2); "" is a missing UID."""
 
 MAX_COMPRESSION_RATIO, COMPRESSION_ALLOWANCE_BYTES = 10_000, 2**20
 """A file may decode to `MAX_COMPRESSION_RATIO` times its size plus the allowance.
@@ -168,7 +168,7 @@ def _fit_to_bits_stored(values: NDArray[Any], header: SliceHeader) -> NDArray[An
 
 
 def _restore_negative_padding(values: NDArray[Any], raw: NDArray[Any], header: SliceHeader) -> NDArray[Any]:
-    """Return the values as int32 with negative padding if padding was written as 2**16 minus its size.
+    """Return the values as int32 if unsigned padding stands for a negative number (its value - 2**16).
 
     `raw` holds the stored values with all their bits, `values` those without unused bits.
     """

@@ -23,7 +23,7 @@ STEP_TOLERANCE_MM, STEP_TOLERANCE_FRACTION = 0.01, 0.01
 """A step is regular within the larger of 0.01 mm and 1 % of the median step, because headers are rounded."""
 
 MAX_DRIFT_MM = 0.1
-"""Sideways shift from one slice to the next above which the gantry was tilted."""
+"""Sideways shift from one slice to the next above which the gantry counts as tilted."""
 
 MAX_GAP_SHARE = 0.25
 """Up to this share of irregular steps, whole multiples of the median step are taken for missing slices."""

@@ -60,7 +60,7 @@ def write_zip(path: Path, *places: Path, below: str = "") -> Path:
 
 
 def write_grid(path: Path, values: np.ndarray, affine_lps: np.ndarray) -> Path:
-    """Write a NIfTI file whose array axes are (x, y, z)."""
+    """Write a NIfTI file with the array axes (x, y, z)."""
     nib.save(nib.Nifti1Image(values, RAS_TO_LPS @ affine_lps), path)
     return path
 
@@ -154,7 +154,7 @@ def test_a_copy_of_a_series_is_accepted_with_a_warning_or_excluded(tmp_path: Pat
     assert {name: scan.excluded for name, scan in scans.items()} == {"a": False, "b": True}
     assert (scans["b"].reason, "a copy of a" in scans["b"].message) == ("duplicate_id", True)
     first = min((tmp_path / "a").iterdir())
-    first.write_bytes(first.read_bytes()[:-100])  # only reading tells which of the two is complete
+    first.write_bytes(first.read_bytes()[:-100])  # the complete one of the two can only be found by reading
     scans = list_by_id(make_config(tmp_path, policy={"duplicates": "exclude"}))
     assert {name: (scan.excluded, scan.warnings) for name, scan in scans.items()} == {
         "a": (False, ()),

@@ -41,7 +41,7 @@ def pool(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
 
 @pytest.fixture
 def header_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Return a list to which the name of every file whose header is read is added."""
+    """Return a list that records the name of every file when its header is read."""
     names: list[str] = []
     for module, name in ((discover, "_read_header"), (zip_archives, "_read_archived_header")):
         original: Callable[..., Any] = getattr(module, name)

@@ -61,7 +61,7 @@ def decode_by_id(path: Path, **source: Any) -> dict[str, Decoded]:
 
 @pytest.fixture
 def forbid_requests(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Return a function after whose call a request about any file except one fails the test."""
+    """Return a function that makes the test fail at a request about any file except one."""
 
     def forbid(allowed: Path) -> None:
         for name in ("info", "isfile", "isdir", "exists", "find", "ls", "open", "cat_file"):
@@ -77,7 +77,7 @@ def forbid_requests(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
 
 
 @pytest.mark.parametrize("fingerprint", ["store", "bytes"])
-def test_a_row_with_a_version_needs_no_request_to_the_store(
+def test_a_row_with_a_version_needs_no_request_to_the_store_for_any_kind_of_path(
     tmp_path: Path, forbid_requests: Callable[[Path], None], fingerprint: str
 ) -> None:
     names = ("x.nii.gz", "y.NRRD", "folder", "case.zip", "slice.dcm", "pair.img")

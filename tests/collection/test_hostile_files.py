@@ -53,7 +53,7 @@ def get_reasons(folder: Path, listing: Listing | None = None) -> dict[str, str |
 
 
 def run_with_timeout(work: Callable[[], Any]) -> Any:
-    """Return what `work` returns; fail if it takes longer than `SECONDS`."""
+    """Return the result of `work`; fail if it takes longer than `SECONDS`."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(work()), daemon=True)
     thread.start()

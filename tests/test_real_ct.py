@@ -1,4 +1,4 @@
-"""Real CT with known answers: the whole job on the collection, both engines, twins included."""
+"""Test complete runs on real CT with known properties, with both engines."""
 
 from __future__ import annotations
 
@@ -30,8 +30,10 @@ def large_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(source: Path, vae: Path, output: Path, engine: str = "inline") -> dict[str, dict[str, Any]]:
-    """Extract and return, by scan, its row and the features of its layers."""
+def extract_features(
+    source: Path, vae: Path, output: Path, engine: str = "inline"
+) -> dict[str, dict[str, Any]]:
+    """Extract features; return the row of each scan by its id, with its features under `layers`."""
     summary = featray.extract(
         {
             "source": {"uri": str(source)},
@@ -55,10 +57,12 @@ def run(source: Path, vae: Path, output: Path, engine: str = "inline") -> dict[s
 
 @pytest.fixture(scope="module")
 def inline(shared_ct: Path, large_vae: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return run(shared_ct / "collection", large_vae, tmp_path_factory.mktemp("inline"))
+    return extract_features(shared_ct / "collection", large_vae, tmp_path_factory.mktemp("inline"))
 
 
-def test_every_scan_of_the_collection_is_as_its_facts_say(shared_ct: Path, inline: dict[str, Any]) -> None:
+def test_every_scan_of_the_collection_has_its_known_properties(
+    shared_ct: Path, inline: dict[str, Any]
+) -> None:
     with (shared_ct / "collection" / "facts.csv").open() as file:
         facts = {row["path"].removeprefix("collection/"): row for row in csv.DictReader(file)}
     assert inline.keys() == facts.keys()
@@ -80,7 +84,7 @@ def test_every_scan_of_the_collection_is_as_its_facts_say(shared_ct: Path, inlin
         }
 
 
-def test_twins_give_equal_features_from_dicom_and_nifti(inline: dict[str, Any]) -> None:
+def test_dicom_and_nifti_twins_have_equal_features(inline: dict[str, Any]) -> None:
     for name in ("STS_002", "CRLM-CT-1004"):
         dicom, nifti = inline[f"dicom/{name}"], inline[f"nifti/{name}.nii.gz"]
         for layer, values in nifti["layers"].items():
@@ -89,18 +93,20 @@ def test_twins_give_equal_features_from_dicom_and_nifti(inline: dict[str, Any]) 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_ray_gives_the_same_rows_and_numbers(
+def test_ray_gives_the_same_scans_and_features(
     shared_ct: Path, large_vae: Path, inline: dict[str, Any], tmp_path: Path
 ) -> None:
-    ray = run(shared_ct / "collection", large_vae, tmp_path, engine="ray")
+    ray = extract_features(shared_ct / "collection", large_vae, tmp_path, engine="ray")
     assert ray.keys() == inline.keys()
     for name, scan in inline.items():
         for layer, values in scan["layers"].items():
             np.testing.assert_allclose(ray[name]["layers"][layer], values, rtol=1e-5, atol=1e-6)
 
 
-def test_no_odd_case_becomes_a_silent_wrong_volume(shared_ct: Path, vae_file: Path, tmp_path: Path) -> None:
-    """One run over all odd cases at once; what each may become is in odd/cases.csv."""
+def test_only_readable_unusual_scans_are_ok_and_have_their_known_properties(
+    shared_ct: Path, vae_file: Path, tmp_path: Path
+) -> None:
+    """Run once over all unusual cases; odd/cases.csv states the acceptable outcome of each."""
     summary = featray.extract(
         {
             "source": {"uri": str(shared_ct / "odd")},

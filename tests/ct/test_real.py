@@ -1,4 +1,4 @@
-"""Real CT with known answers: every item of the collection, every twin, every odd case."""
+"""Test real CT with known properties: all scans of the collection, all twins, all unusual cases."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ ODD: dict[str, dict[str, set[str]]] = {
     "slice-unparsable": {"000000.dcm": {"unreadable", "truncated", "missing_slices"}},
     "slice-without-preamble": {"000000.dcm": {OK}},
 }
-"""Case → beginning of an entry's first file → outcomes that are acceptable there (cases.csv)."""
+"""Acceptable outcomes (cases.csv) by case and by the beginning of the first file name of a scan."""
 
 
-def grouped(folder: Path) -> list[DicomScan]:
+def group_files(folder: Path) -> list[DicomScan]:
     headers = []
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -55,25 +55,25 @@ def grouped(folder: Path) -> list[DicomScan]:
     return group_into_scans(headers)
 
 
-def read_entry(folder: Path, series: DicomScan) -> Volume:
+def read_dicom_scan(folder: Path, series: DicomScan) -> Volume:
     files = [(name, (folder / name).read_bytes()) for name in series.files]
     return read_series(files, max_voxels=LIMIT)
 
 
-def read_item(path: Path) -> Volume:
+def read_scan(path: Path) -> Volume:
     if path.is_file():
         return read_nifti(path.read_bytes(), max_voxels=LIMIT)
-    (series,) = grouped(path)
-    return read_entry(path, series)
+    (series,) = group_files(path)
+    return read_dicom_scan(path, series)
 
 
-def outcome(folder: Path, series: DicomScan) -> str:
+def find_outcome(folder: Path, series: DicomScan) -> str:
     if series.reason:
         return series.reason.value
     try:
-        read_entry(folder, series)
-    except ScanError as refused:
-        return refused.reason.value
+        read_dicom_scan(folder, series)
+    except ScanError as error:
+        return error.reason.value
     return OK
 
 
@@ -84,11 +84,11 @@ def facts(shared_ct: Path) -> dict[str, dict[str, str]]:
 
 
 @pytest.mark.parametrize("item", COLLECTION)
-def test_every_item_of_the_collection_reads_as_measured(
+def test_every_scan_of_the_collection_has_its_known_properties(
     shared_ct: Path, facts: dict[str, dict[str, str]], item: str
 ) -> None:
     fact = facts[item]
-    volume = read_item(shared_ct / item)
+    volume = read_scan(shared_ct / item)
     found = hu_statistics.compute_statistics(volume.voxels_zyx)
 
     assert list(volume.voxels_zyx.shape) == [int(n) for n in fact["shape_zyx"].split()]
@@ -101,23 +101,23 @@ def test_every_item_of_the_collection_reads_as_measured(
     assert hu_statistics.find_hu_warnings(found) == (("padding_value",) if "CRLM" in item else ())
 
 
-def test_the_facts_have_no_item_that_is_not_tested(facts: dict[str, dict[str, str]]) -> None:
+def test_every_scan_with_known_properties_is_tested(facts: dict[str, dict[str, str]]) -> None:
     assert set(facts) == set(COLLECTION)
 
 
 @pytest.mark.parametrize("folder", TWINS)
-def test_dicom_and_nifti_twins_have_the_same_voxels_at_the_same_places(shared_ct: Path, folder: str) -> None:
-    dicom, nifti = read_item(shared_ct / folder), read_item(shared_ct / TWINS[folder])
+def test_dicom_and_nifti_twins_have_the_same_voxels_and_positions(shared_ct: Path, folder: str) -> None:
+    dicom, nifti = read_scan(shared_ct / folder), read_scan(shared_ct / TWINS[folder])
 
     assert np.array_equal(dicom.voxels_zyx, nifti.voxels_zyx)
     assert dicom.affine_lps == pytest.approx(nifti.affine_lps, abs=1e-3)
 
 
-def test_the_nrrd_twin_agrees_as_simpleitk_reads_it(shared_ct: Path) -> None:
+def test_a_dicom_series_agrees_with_its_nrrd_twin_in_simpleitk(shared_ct: Path) -> None:
     sitk = pytest.importorskip("SimpleITK")
     image = sitk.ReadImage(str(shared_ct / "twins" / "ct-64.nrrd"))
 
-    volume = read_item(shared_ct / "collection/dicom/ct-64")
+    volume = read_scan(shared_ct / "collection/dicom/ct-64")
 
     assert np.array_equal(volume.voxels_zyx, sitk.GetArrayFromImage(image))
     assert volume.spacing_zyx == pytest.approx(image.GetSpacing()[::-1], abs=0.01)
@@ -127,14 +127,14 @@ def test_the_nrrd_twin_agrees_as_simpleitk_reads_it(shared_ct: Path) -> None:
 
 
 @pytest.mark.parametrize("case", ODD)
-def test_every_odd_series_ends_as_it_may(shared_ct: Path, case: str) -> None:
+def test_every_unusual_series_has_an_acceptable_outcome(shared_ct: Path, case: str) -> None:
     folder = shared_ct / "odd" / case
-    found = grouped(folder)
+    found = group_files(folder)
 
     assert len(found) == len(ODD[case])
     for series, (first, acceptable) in zip(found, ODD[case].items(), strict=True):
         assert series.files[0].startswith(first)
-        assert outcome(folder, series) in acceptable
+        assert find_outcome(folder, series) in acceptable
 
 
 @pytest.mark.parametrize(
@@ -145,11 +145,11 @@ def test_every_odd_series_ends_as_it_may(shared_ct: Path, case: str) -> None:
         ("slice-without-preamble", (48, 143, 161), (3.27, 0.9766, 0.9766), (-1000, 1156)),
     ],
 )
-def test_odd_series_that_are_read_are_read_right(
+def test_unusual_series_that_are_read_have_their_known_properties(
     shared_ct: Path, case: str, shape: tuple[int, ...], spacing: tuple[float, ...], extremes: tuple[int, int]
 ) -> None:
     folder = shared_ct / "odd" / case
-    volume = read_entry(folder, grouped(folder)[0])
+    volume = read_dicom_scan(folder, group_files(folder)[0])
 
     assert volume.voxels_zyx.shape == shape
     assert volume.spacing_zyx == pytest.approx(spacing, abs=1e-3)
@@ -157,7 +157,7 @@ def test_odd_series_that_are_read_are_read_right(
 
 
 @pytest.mark.parametrize("encoding", ["jpeg-lossless", "jpeg-ls", "jpeg2000"])
-def test_a_code_stream_without_its_end_is_truncated(shared_ct: Path, encoding: str) -> None:
+def test_a_compressed_slice_without_its_end_marker_is_rejected(shared_ct: Path, encoding: str) -> None:
     paths = sorted((shared_ct / "encodings" / f"STS_002-{encoding}").iterdir())[:3]
     files = [(path.name, path.read_bytes()) for path in paths]
     end = files[1][1].rindex(b"\xff\xd9")
@@ -167,45 +167,45 @@ def test_a_code_stream_without_its_end_is_truncated(shared_ct: Path, encoding: s
         read_series(files, max_voxels=LIMIT)
 
 
-def test_single_frames_and_their_multiframe_copy_read_the_same(shared_ct: Path) -> None:
+def test_single_frames_and_their_multiframe_copy_give_the_same_volume(shared_ct: Path) -> None:
     folder = shared_ct / "odd" / "multiframe-and-singles-one-uid"
-    singles, copy = (read_entry(folder, series) for series in grouped(folder))
+    singles, copy = (read_dicom_scan(folder, series) for series in group_files(folder))
 
     assert np.array_equal(singles.voxels_zyx, copy.voxels_zyx)
     assert singles.affine_lps == pytest.approx(copy.affine_lps, abs=1e-4)
 
 
-def test_a_slice_without_preamble_is_not_lost(shared_ct: Path) -> None:
+def test_a_slice_without_preamble_is_read(shared_ct: Path) -> None:
     folder = shared_ct / "odd" / "slice-without-preamble"
-    volume = read_entry(folder, grouped(folder)[0])
+    volume = read_dicom_scan(folder, group_files(folder)[0])
 
     assert np.array_equal(
-        volume.voxels_zyx, read_item(shared_ct / "collection/nifti/STS_002.nii.gz").voxels_zyx
+        volume.voxels_zyx, read_scan(shared_ct / "collection/nifti/STS_002.nii.gz").voxels_zyx
     )
 
 
-def test_an_eight_bit_file_with_slope_is_scaled_once_and_told(shared_ct: Path) -> None:
-    volume = read_item(shared_ct / "odd/uint8-slope/STS_019_uint8.nii.gz")
+def test_an_8_bit_file_with_a_slope_is_scaled_once_and_causes_a_warning(shared_ct: Path) -> None:
+    volume = read_scan(shared_ct / "odd/uint8-slope/STS_019_uint8.nii.gz")
     found = hu_statistics.compute_statistics(volume.voxels_zyx)
 
     assert (found.minimum, found.maximum) == pytest.approx((0, 563.19), abs=0.01)
     assert hu_statistics.find_hu_warnings(found) == ("not_hu",)
 
 
-def test_a_windowed_oblique_file_is_told_twice(shared_ct: Path) -> None:
-    volume = read_item(shared_ct / "odd/oblique-8bit-windowed/CT_pitch.nii.gz")
+def test_a_windowed_oblique_file_causes_two_warnings(shared_ct: Path) -> None:
+    volume = read_scan(shared_ct / "odd/oblique-8bit-windowed/CT_pitch.nii.gz")
 
     assert volume.warnings == ("oblique",)
     assert volume.orientation == "RAS"
     assert hu_statistics.find_hu_warnings(hu_statistics.compute_statistics(volume.voxels_zyx)) == ("not_hu",)
 
 
-def test_the_whole_tree_groups_as_its_folders_do(shared_ct: Path) -> None:
+def test_all_files_together_form_the_same_scans_as_each_folder_alone(shared_ct: Path) -> None:
     folders = [
         *shared_ct.glob("collection/dicom/*"),
         *shared_ct.glob("encodings/*"),
         *shared_ct.glob("odd/*"),
     ]
-    apart = [len(series.files) for folder in folders for series in grouped(folder)]
+    counts = [len(series.files) for folder in folders for series in group_files(folder)]
 
-    assert sorted(len(series.files) for series in grouped(shared_ct)) == sorted(apart)
+    assert sorted(len(series.files) for series in group_files(shared_ct)) == sorted(counts)

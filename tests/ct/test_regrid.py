@@ -1,4 +1,4 @@
-"""Tilted, uneven and oblique volumes made upright: what lies where in the patient stays there."""
+"""Test that resampling of tilted, unevenly spaced and oblique volumes keeps positions in the patient."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from featray.errors import Reason, ScanError
 
 WINDOW = (-1000.0, 1000.0)
 LESION = np.array([6.0, -4.0, 9.0])
-"""Its centre in LPS mm."""
+"""Center of the lesion in LPS mm."""
 
 EVEN = list(range(-30, 34, 3))
 UNEVEN = [*range(-30, 0, 3), *np.arange(0, 33, 4.4)]
 
 
-def patient() -> sitk.Image:
-    """A smooth ball of 900 HU, 12 mm wide, in air, on a fine upright grid."""
+def make_patient() -> sitk.Image:
+    """Return a smooth sphere of 900 HU, 12 mm wide, in air, on a fine upright grid."""
     z, y, x = np.meshgrid(*(np.arange(-50, 50.5, 1.0) for _ in range(3)), indexing="ij")
     squared = (x - LESION[0]) ** 2 + (y - LESION[1]) ** 2 + (z - LESION[2]) ** 2
     image = sitk.GetImageFromArray((-1000 + 1900 * np.exp(-squared / (2 * 6**2))).astype(np.float32))
@@ -46,17 +46,19 @@ def patient() -> sitk.Image:
     return image
 
 
-def seen_on(affine: NDArray[np.float64], shape_zyx: Sequence[int]) -> NDArray[np.float32]:
-    """The patient on a grid, as SimpleITK resamples it."""
+def resample_with_simpleitk(affine: NDArray[np.float64], shape_zyx: Sequence[int]) -> NDArray[np.float32]:
+    """Return the patient on another grid, resampled by SimpleITK."""
     grid = sitk.Image([int(n) for n in shape_zyx[::-1]], sitk.sitkFloat32)
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     grid.SetOrigin(affine[:3, 3].tolist())
     grid.SetSpacing(spacing.tolist())
     grid.SetDirection((affine[:3, :3] / spacing).ravel().tolist())
-    return sitk.GetArrayFromImage(sitk.Resample(patient(), grid, sitk.Transform(), sitk.sitkLinear, -1000.0))
+    return sitk.GetArrayFromImage(
+        sitk.Resample(make_patient(), grid, sitk.Transform(), sitk.sitkLinear, -1000.0)
+    )
 
 
-def turned(degrees: float, axis: int = 0) -> NDArray[np.float64]:
+def make_rotation(degrees: float, axis: int = 0) -> NDArray[np.float64]:
     cosine, sine = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     matrix = np.eye(3)
     first, second = (axis + 1) % 3, (axis + 2) % 3
@@ -65,15 +67,15 @@ def turned(degrees: float, axis: int = 0) -> NDArray[np.float64]:
     return matrix
 
 
-def tilted(degrees: float, table_mm: Sequence[float]) -> Volume:
-    """Slices of a gantry tilted about x while the table moves along z; 0.8 (y) and 0.9 mm (x)."""
-    axes = turned(degrees) @ np.diag([0.9, 0.8, 1.0])
+def make_tilted_scan(degrees: float, table_mm: Sequence[float]) -> Volume:
+    """Return slices of a gantry tilted about x, at table positions along z; pixels of 0.8 x 0.9 mm."""
+    axes = make_rotation(degrees) @ np.diag([0.9, 0.8, 1.0])
     origins = np.array([[-27.0, -24.0 * np.cos(np.radians(degrees)), z] for z in table_mm])
     slices = []
     for origin in origins:
         affine = np.eye(4)
         affine[:3, :3], affine[:3, 3] = axes, origin
-        slices.append(seen_on(affine, (1, 60, 60))[0])
+        slices.append(resample_with_simpleitk(affine, (1, 60, 60))[0])
     sheared = np.eye(4)
     sheared[:3, :2] = axes[:, :2]
     sheared[:3, 2] = (origins[-1] - origins[0]) / (len(origins) - 1)
@@ -81,66 +83,70 @@ def tilted(degrees: float, table_mm: Sequence[float]) -> Volume:
     return Volume(np.stack(slices), grid, slice_origins_lps=origins)
 
 
-def lesion_mm(volume: Volume) -> NDArray[np.float64]:
-    """Where the lesion is in the volume: the centre of mass of what is bright."""
+def find_lesion_lps(volume: Volume) -> NDArray[np.float64]:
+    """Return the position of the lesion in LPS mm: the center of mass of the bright voxels."""
     weights = np.clip(volume.voxels_zyx.astype(np.float64) + 500, 0, None)
     z, y, x = (np.average(np.indices(weights.shape)[axis], weights=weights) for axis in range(3))
     return np.asarray((volume.affine_lps @ (x, y, z, 1))[:3])
 
 
-def inside(volume: Volume) -> NDArray[np.bool_]:
-    """Where the result is made of source voxels alone, by resampling a volume of ones."""
+def find_covered_voxels(volume: Volume) -> NDArray[np.bool_]:
+    """Return a mask of the resampled voxels that depend on source voxels only and not on the fill value."""
     ones = np.ones(volume.voxels_zyx.shape, np.float32)
     marked = replace(volume, voxels_zyx=ones)
-    made = (
+    resampled = (
         resample_upright(marked, (0, 1))
         if volume.slice_origins_lps is not None
         else resample_to_axes(marked, (0, 1))
     )
-    return np.asarray(made.voxels_zyx > 0.9999)
+    return np.asarray(resampled.voxels_zyx > 0.9999)
 
 
 @pytest.mark.parametrize("degrees", [20, -20, 0])
 @pytest.mark.parametrize("table", [EVEN, UNEVEN], ids=["even", "uneven"])
-def test_a_lesion_stays_where_it_is_in_mm(degrees: float, table: list[float]) -> None:
-    scan = tilted(degrees, table)
+def test_resampling_keeps_the_position_of_a_lesion_in_mm(degrees: float, table: list[float]) -> None:
+    scan = make_tilted_scan(degrees, table)
     result = resample_upright(scan, WINDOW)
 
-    assert np.abs(lesion_mm(result) - LESION).max() < 0.5 * min(result.spacing_zyx)
+    assert np.abs(find_lesion_lps(result) - LESION).max() < 0.5 * min(result.spacing_zyx)
     assert not geometry.is_sheared(result.affine_lps)
     assert result.slice_origins_lps is None
 
 
 @pytest.mark.parametrize("degrees", [20, -20])
-def test_an_upright_volume_is_what_simpleitk_sees_on_its_grid(degrees: float) -> None:
-    scan = tilted(degrees, UNEVEN)
+def test_an_upright_volume_agrees_with_simpleitk_on_its_grid(degrees: float) -> None:
+    scan = make_tilted_scan(degrees, UNEVEN)
     result = resample_upright(scan, WINDOW)
-    difference = np.abs(result.voxels_zyx - seen_on(result.affine_lps, result.voxels_zyx.shape))
+    difference = np.abs(
+        result.voxels_zyx - resample_with_simpleitk(result.affine_lps, result.voxels_zyx.shape)
+    )
 
-    assert inside(scan).mean() > 0.5
-    assert difference[inside(scan)].max() < 120  # of 1900 HU, linear over 4.4 mm in a ball 12 mm wide
-    assert difference[inside(scan)].mean() < 4
+    assert find_covered_voxels(scan).mean() > 0.5
+    assert (
+        difference[find_covered_voxels(scan)].max() < 120
+    )  # of 1900 HU, linear over 4.4 mm in a ball 12 mm wide
+    assert difference[find_covered_voxels(scan)].mean() < 4
 
 
-def test_first_and_last_slice_lie_on_the_grid_and_none_is_cut() -> None:
-    scan = tilted(20, UNEVEN)
+def test_the_first_and_the_last_slice_lie_on_the_grid_and_are_not_cropped() -> None:
+    scan = make_tilted_scan(20, UNEVEN)
     scan = replace(scan, voxels_zyx=np.random.default_rng(0).integers(0, 100, scan.voxels_zyx.shape))
-    result = resample_upright(scan, (0, 100))  # with a fill of 0 a shift keeps the sum
+    result = resample_upright(scan, (0, 100))  # a fill value of 0 keeps the sum of a shifted slice
 
     for place in (0, -1):
         sums = [volume.voxels_zyx[place].sum() for volume in (scan, result)]
         assert sums[0] == pytest.approx(sums[1], rel=1e-4)
 
 
-@pytest.mark.parametrize("turned_round", [False, True])
-def test_a_tilted_scan_that_was_converted_with_a_sheared_affine_gives_the_same(turned_round: bool) -> None:
-    slices = tilted(15, EVEN)
+@pytest.mark.parametrize("is_reversed", [False, True])
+def test_a_tilted_scan_with_a_sheared_affine_gives_the_same_volume(is_reversed: bool) -> None:
+    slices = make_tilted_scan(15, EVEN)
     assert slices.slice_origins_lps is not None
     sheared = slices.affine_lps.copy()
     sheared[:3, 2] = slices.slice_origins_lps[1] - slices.slice_origins_lps[0]
     sheared[:3, 3] = slices.slice_origins_lps[0]
     converted = Volume(slices.voxels_zyx, sheared)
-    if turned_round:
+    if is_reversed:
         sheared[:3, 3] += (len(slices.voxels_zyx) - 1) * sheared[:3, 2]
         sheared[:3, 2] *= -1
         converted = Volume(slices.voxels_zyx[::-1], sheared)
@@ -150,7 +156,7 @@ def test_a_tilted_scan_that_was_converted_with_a_sheared_affine_gives_the_same(t
     np.testing.assert_allclose(found.voxels_zyx, expected.voxels_zyx, atol=1e-2)
 
 
-def test_uneven_slices_of_a_linear_ramp_give_the_ramp() -> None:
+def test_unevenly_spaced_slices_of_a_linear_ramp_give_the_ramp() -> None:
     heights = np.array([0, 1, 2.5, 4, 6, 8.0])
     voxels = np.broadcast_to((10 * heights)[:, None, None], (6, 3, 4)).astype(np.int16)
     sheared = np.diag([1.0, 1, heights[-1] / 5, 1])
@@ -164,7 +170,7 @@ def test_uneven_slices_of_a_linear_ramp_give_the_ramp() -> None:
     assert result.voxels_zyx.dtype == np.float32
 
 
-def test_values_are_clipped_before_they_are_blended() -> None:
+def test_values_are_clipped_before_the_interpolation() -> None:
     voxels = np.stack([np.full((2, 2), value, np.int16) for value in (0, 3000, 0)])
     origins = np.array([[0, 0, 0], [0, 0, 1], [0, 0, 3.0]])
     scan = Volume(voxels, make_upright_grid(np.diag([1, 1, 1.5, 1]), origins), slice_origins_lps=origins)
@@ -173,7 +179,7 @@ def test_values_are_clipped_before_they_are_blended() -> None:
 
 
 @pytest.mark.parametrize(("window", "fill"), [(WINDOW, -1000), (None, 7)])
-def test_what_no_slice_covers_has_the_lower_bound_or_the_minimum(window: Any, fill: float) -> None:
+def test_voxels_that_no_slice_covers_have_the_lower_bound_or_the_minimum(window: Any, fill: float) -> None:
     origins = np.array([[0, 0, 0], [4, 0, 2], [8, 0, 4.0]])
     voxels = np.full((3, 2, 5), 7, np.int16)
     voxels[1, 1, 1] = 9
@@ -187,25 +193,27 @@ def test_what_no_slice_covers_has_the_lower_bound_or_the_minimum(window: Any, fi
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_an_oblique_volume_goes_onto_the_axes_with_its_lesion_in_place(axis: int) -> None:
+def test_resampling_to_the_axes_keeps_the_position_of_a_lesion(axis: int) -> None:
     affine = np.eye(4)
-    affine[:3, :3] = turned(20, axis) @ np.diag([-0.9, 0.8, 1.5])
+    affine[:3, :3] = make_rotation(20, axis) @ np.diag([-0.9, 0.8, 1.5])
     affine[:3, 3] = LESION - affine[:3, :3] @ [35, 30, 20]
-    scan = Volume(seen_on(affine, (42, 62, 72)), affine)
+    scan = Volume(resample_with_simpleitk(affine, (42, 62, 72)), affine)
 
     result = resample_to_axes(scan, WINDOW)
 
     assert result.orientation == scan.orientation
     assert result.spacing_zyx == pytest.approx(scan.spacing_zyx)
     assert not geometry.is_oblique(result.affine_lps, degrees=0.01)
-    assert np.abs(lesion_mm(result) - LESION).max() < 0.4
-    difference = np.abs(result.voxels_zyx - seen_on(result.affine_lps, result.voxels_zyx.shape))
-    assert difference[inside(scan)].max() < 40
+    assert np.abs(find_lesion_lps(result) - LESION).max() < 0.4
+    difference = np.abs(
+        result.voxels_zyx - resample_with_simpleitk(result.affine_lps, result.voxels_zyx.shape)
+    )
+    assert difference[find_covered_voxels(scan)].max() < 40
 
 
-def test_the_grid_on_the_axes_holds_every_corner() -> None:
+def test_the_grid_on_the_patient_axes_contains_every_corner() -> None:
     affine = np.eye(4)
-    affine[:3, :3] = turned(20) @ turned(-12, 2)
+    affine[:3, :3] = make_rotation(20) @ make_rotation(-12, 2)
     scan = Volume(np.zeros((8, 9, 10), np.int16), affine)
     size, result = compute_axes_size(scan), resample_to_axes(scan, None)
 
@@ -216,7 +224,7 @@ def test_the_grid_on_the_axes_holds_every_corner() -> None:
     assert (places[:, :3] < np.array(size[::-1]) - 1 + 0.01).all()
 
 
-def test_what_is_upright_already_is_left_alone() -> None:
+def test_an_upright_volume_is_returned_unchanged() -> None:
     scan = Volume(np.zeros((2, 3, 4), np.int16), np.eye(4))
 
     assert resample_upright(scan, WINDOW) is scan
@@ -225,8 +233,8 @@ def test_what_is_upright_already_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [">i2", "u1", "i4", "f4"])
-def test_every_kind_of_voxel_is_taken(dtype: str) -> None:
-    scan = tilted(10, EVEN)
+def test_every_dtype_is_accepted(dtype: str) -> None:
+    scan = make_tilted_scan(10, EVEN)
     values = np.clip(scan.voxels_zyx, 0, 200).astype(dtype)
 
     result = resample_upright(replace(scan, voxels_zyx=values), (0, 200)).voxels_zyx
@@ -237,16 +245,16 @@ def test_every_kind_of_voxel_is_taken(dtype: str) -> None:
     assert 190 < resample_to_axes(oblique, (0.0, 200.5)).voxels_zyx.max() <= 200
 
 
-def test_the_tilted_head_is_read_whole_when_both_may_be_resampled(shared_ct: Path) -> None:
+def test_a_tilted_uneven_head_is_read_completely_if_both_may_be_resampled(shared_ct: Path) -> None:
     folder = shared_ct / "odd" / "gantry-tilt-variable-step"
     files = [(path.name, path.read_bytes()) for path in sorted(folder.iterdir())]
     (series,) = group_into_scans([read_header(io.BytesIO(data), name) for name, data in files])
     files = [file for file in files if file[0] in series.files]
 
     for only in ({"resample_tilt": True}, {"resample_steps": True}):
-        with pytest.raises(ScanError) as refused:
+        with pytest.raises(ScanError) as caught:
             read_series(files, max_voxels=10**9, **only)
-        assert refused.value.reason in (Reason.GANTRY_TILT, Reason.IRREGULAR_SPACING)
+        assert caught.value.reason in (Reason.GANTRY_TILT, Reason.IRREGULAR_SPACING)
     scan = read_series(files, max_voxels=10**9, resample_tilt=True, resample_steps=True)
     result = resample_upright(scan, WINDOW)
 

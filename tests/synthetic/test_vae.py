@@ -1,4 +1,4 @@
-"""The project's own VAE: its shape, its names, and that training teaches it something."""
+"""Test the shapes, the layer names, the seeds and the training of the synthetic VAE."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import pytest
 SHAPE = (4, 32, 32)
 
 
-def _blobs(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return volumes with a bright cylinder of varying radius, and the radii."""
+def make_cylinders(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return volumes (n, z, y, x) with a bright cylinder, and the radius of each cylinder in voxels."""
     radii = np.linspace(2, 14, count)
     y, x = np.mgrid[-15.5:16:1, -15.5:16:1]
     discs = (x**2 + y**2 < radii[:, None, None] ** 2).astype(np.float32)
     return np.repeat(discs[:, None], SHAPE[0], axis=1), radii
 
 
-def test_the_default_vae_takes_a_32_256_256_volume_down_to_one_slice() -> None:
+def test_the_default_encoder_reduces_32_slices_to_one() -> None:
     from featray.synthetic import vae
 
     encoder = vae.build_encoder()
@@ -28,14 +28,14 @@ def test_the_default_vae_takes_a_32_256_256_volume_down_to_one_slice() -> None:
 
 
 @pytest.mark.parametrize("size", [(8, 16, 16), (1, 16, 16), (6, 20, 14)])
-def test_the_decoder_gives_back_the_size_even_where_axes_cannot_be_halved(size: tuple[int, int, int]) -> None:
+def test_the_decoder_restores_sizes_that_cannot_be_halved(size: tuple[int, int, int]) -> None:
     from featray.synthetic import vae
 
     model = vae.build_vae(size, (2, 2, 2), 4, 3)
     assert model.output_shape == (None, *size, 1)
 
 
-def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
+def test_weights_are_equal_for_equal_seeds_and_differ_for_others() -> None:
     from featray.synthetic import vae
 
     def weights(seed: int) -> list[Any]:
@@ -45,10 +45,10 @@ def test_equal_seeds_give_equal_weights_and_others_do_not() -> None:
     assert not all(np.array_equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
-def test_training_lowers_the_loss_and_the_latent_follows_what_varies() -> None:
+def test_training_lowers_the_loss_and_the_latent_encodes_the_radius() -> None:
     from featray.synthetic import vae
 
-    volumes, radii = _blobs(16)
+    volumes, radii = make_cylinders(16)
     losses: list[float] = []
     model = vae.build_vae(SHAPE, filters=(2, 4), dense=16, latent=2)
     vae.train_vae(model, volumes, epochs=60, on_epoch=lambda _, loss: losses.append(loss))
@@ -59,7 +59,7 @@ def test_training_lowers_the_loss_and_the_latent_follows_what_varies() -> None:
     assert unexplained < 0.3 * ((radii - radii.mean()) ** 2).sum()
 
 
-def test_volumes_of_another_rank_are_refused() -> None:
+def test_volumes_of_another_rank_are_rejected() -> None:
     from featray.synthetic import vae
 
     with pytest.raises(ValueError, match=r"expected volumes \(n, z, y, x\)"):

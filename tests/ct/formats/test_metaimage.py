@@ -1,4 +1,4 @@
-"""MetaImage bytes: voxels, frames and refusals, with SimpleITK as the other hand."""
+"""Test the MetaImage reader: voxels, positions and rejected files; SimpleITK is the reference."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ HEADER = {
 }
 
 
-def file_of(data: bytes = RAW, **fields: str | None) -> bytes:
-    """A file by hand; a field of None is left out."""
+def make_file(data: bytes = RAW, **fields: str | None) -> bytes:
+    """Return a file with the given header fields; a field of None is left out."""
     header = {name: value for name, value in (HEADER | fields).items() if name != "ElementDataFile"}
     header["ElementDataFile"] = fields.get("ElementDataFile", "LOCAL")
     lines = [f"{name} = {value}\n" for name, value in header.items() if value is not None]
@@ -45,8 +45,8 @@ def read(data: bytes, **options: Any) -> Volume:
     return read_metaimage(data, **({"max_voxels": MANY} | options))
 
 
-def test_voxels_come_as_z_y_x_with_the_affine_in_lps() -> None:
-    volume = read(file_of())
+def test_voxels_have_axes_z_y_x_and_the_affine_is_lps() -> None:
+    volume = read(make_file())
 
     assert (volume.voxels_zyx == STORED_XYZ.T).all()
     assert volume.voxels_zyx.dtype == np.int16
@@ -55,21 +55,21 @@ def test_voxels_come_as_z_y_x_with_the_affine_in_lps() -> None:
     assert volume.affine_lps[:3, 3].tolist() == [-7, 11, 13]
 
 
-def test_a_row_of_the_matrix_is_where_one_voxel_axis_goes() -> None:
-    volume = read(file_of(TransformMatrix="0 1 0 0 0 -1 -1 0 0"))
+def test_a_row_of_the_matrix_is_the_direction_of_a_voxel_axis() -> None:
+    volume = read(make_file(TransformMatrix="0 1 0 0 0 -1 -1 0 0"))
 
     assert volume.orientation == "PIR"
 
 
-def test_without_a_matrix_the_guess_is_told() -> None:
-    volume = read(file_of(TransformMatrix=None))
+def test_a_missing_matrix_causes_the_warning_orientation_unknown() -> None:
+    volume = read(make_file(TransformMatrix=None))
 
     assert (volume.orientation, volume.warnings) == ("LPS", ("orientation_unknown",))
 
 
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64])
-def test_what_simpleitk_writes_is_where_simpleitk_saw_it(
+def test_a_file_of_simpleitk_has_the_voxels_and_positions_of_simpleitk(
     tmp_path: Path, compressed: bool, dtype: type
 ) -> None:
     sitk = pytest.importorskip("SimpleITK")
@@ -84,12 +84,12 @@ def test_what_simpleitk_writes_is_where_simpleitk_saw_it(
 
     assert np.array_equal(volume.voxels_zyx, stored)
     for index in ((0, 0, 0), (5, 0, 0), (0, 4, 0), (0, 0, 3), (5, 4, 3)):
-        ours = (volume.affine_lps @ [*index, 1])[:3]
-        assert ours == pytest.approx(image.TransformIndexToPhysicalPoint(index), abs=1e-6)
+        position = (volume.affine_lps @ [*index, 1])[:3]
+        assert position == pytest.approx(image.TransformIndexToPhysicalPoint(index), abs=1e-6)
 
 
 def test_big_endian_voxels_are_read() -> None:
-    data = file_of(STORED_XYZ.astype(">i2").tobytes(order="F"), BinaryDataByteOrderMSB="True")
+    data = make_file(STORED_XYZ.astype(">i2").tobytes(order="F"), BinaryDataByteOrderMSB="True")
 
     assert (read(data).voxels_zyx == STORED_XYZ.T).all()
 
@@ -103,7 +103,7 @@ def test_a_trailing_axis_of_one_is_dropped() -> None:
         "TransformMatrix": "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1",
     }
 
-    volume = read(file_of(**fields))
+    volume = read(make_file(**fields))
 
     assert (volume.voxels_zyx == STORED_XYZ.T).all()
     assert (volume.spacing_zyx, volume.orientation) == ((2.0, 1.0, 0.5), "LPS")
@@ -112,16 +112,16 @@ def test_a_trailing_axis_of_one_is_dropped() -> None:
 PACKED = zlib.compress(RAW)
 
 
-def compressed(data: bytes, **fields: str) -> bytes:
-    return file_of(data, CompressedData="True", **fields)
+def make_compressed_file(data: bytes, **fields: str) -> bytes:
+    return make_file(data, CompressedData="True", **fields)
 
 
-def test_bytes_behind_the_compressed_data_are_ignored() -> None:
-    assert (read(compressed(PACKED + b"garbage")).voxels_zyx == STORED_XYZ.T).all()
+def test_bytes_after_the_compressed_data_are_ignored() -> None:
+    assert (read(make_compressed_file(PACKED + b"garbage")).voxels_zyx == STORED_XYZ.T).all()
 
 
-def test_padding_inside_the_compressed_data_is_ignored_below_a_slice() -> None:
-    assert (read(compressed(zlib.compress(RAW + bytes(16)))).voxels_zyx == STORED_XYZ.T).all()
+def test_padding_below_one_slice_in_the_compressed_data_is_ignored() -> None:
+    assert (read(make_compressed_file(zlib.compress(RAW + bytes(16)))).voxels_zyx == STORED_XYZ.T).all()
 
 
 @pytest.mark.parametrize(
@@ -130,43 +130,43 @@ def test_padding_inside_the_compressed_data_is_ignored_below_a_slice() -> None:
         pytest.param(b"", Reason.EMPTY, id="empty"),
         pytest.param(b"\0" * 400, Reason.UNREADABLE, id="zeros"),
         pytest.param(b"ObjectType = Image\nNDims = 3\n", Reason.TRUNCATED, id="header-alone"),
-        pytest.param(file_of()[:-1], Reason.TRUNCATED, id="one-byte-short"),
-        pytest.param(file_of() + bytes(60), Reason.UNREADABLE, id="a-slice-too-many"),
-        pytest.param(compressed(PACKED[:-5]), Reason.TRUNCATED, id="stream-cut"),
-        pytest.param(compressed(PACKED[:-1] + b"!"), Reason.UNREADABLE, id="checksum-wrong"),
-        pytest.param(compressed(zlib.compress(RAW[:-2])), Reason.TRUNCATED, id="stream-short"),
-        pytest.param(compressed(zlib.compress(RAW * 2)), Reason.UNREADABLE, id="stream-of-too-much"),
-        pytest.param(file_of(CompressedData="True"), Reason.UNREADABLE, id="not-compressed"),
-        pytest.param(file_of(DimSize="30000 30000 30000"), Reason.TOO_LARGE, id="claims-30000-cubed"),
-        pytest.param(file_of(DimSize="90 90 90"), Reason.TRUNCATED, id="claims-90-cubed"),
-        pytest.param(file_of(DimSize="6 5 4 1"), Reason.UNREADABLE, id="sizes-and-dimensions-differ"),
-        pytest.param(file_of(DimSize="6 0 4"), Reason.UNREADABLE, id="size-0"),
-        pytest.param(file_of(DimSize="6.5 5 4"), Reason.UNREADABLE, id="half-a-voxel"),
-        pytest.param(file_of(NDims="2", DimSize="6 20"), Reason.NOT_A_VOLUME, id="an-image"),
-        pytest.param(file_of(NDims="4", DimSize="6 5 2 2"), Reason.NOT_A_VOLUME, id="two-volumes"),
-        pytest.param(file_of(ElementNumberOfChannels="3"), Reason.UNSUPPORTED, id="colour"),
-        pytest.param(file_of(ElementType="MET_LONG_LONG"), Reason.UNSUPPORTED, id="64-bit"),
-        pytest.param(file_of(BinaryData="False"), Reason.UNSUPPORTED, id="text"),
-        pytest.param(file_of(HeaderSize="-1"), Reason.UNSUPPORTED, id="header-size"),
-        pytest.param(file_of(ElementDataFile="a.raw"), Reason.UNSUPPORTED, id="detached"),
-        pytest.param(file_of(ElementToIntensityFunctionSlope="2"), Reason.UNSUPPORTED, id="slope"),
-        pytest.param(file_of(ElementSpacing=None), Reason.UNREADABLE, id="no-spacing"),
-        pytest.param(file_of(ElementSpacing="0.5 1 -2"), Reason.UNREADABLE, id="spacing-negative"),
-        pytest.param(file_of(ElementSpacing="0.5 1 nan"), Reason.UNREADABLE, id="spacing-nan"),
-        pytest.param(file_of(Offset="0 0"), Reason.UNREADABLE, id="offset-of-two"),
-        pytest.param(file_of(TransformMatrix="2 0 0 0 1 0 0 0 1"), Reason.UNREADABLE, id="no-unit-vector"),
+        pytest.param(make_file()[:-1], Reason.TRUNCATED, id="one-byte-short"),
+        pytest.param(make_file() + bytes(60), Reason.UNREADABLE, id="a-slice-too-many"),
+        pytest.param(make_compressed_file(PACKED[:-5]), Reason.TRUNCATED, id="stream-cut"),
+        pytest.param(make_compressed_file(PACKED[:-1] + b"!"), Reason.UNREADABLE, id="checksum-wrong"),
+        pytest.param(make_compressed_file(zlib.compress(RAW[:-2])), Reason.TRUNCATED, id="stream-short"),
+        pytest.param(make_compressed_file(zlib.compress(RAW * 2)), Reason.UNREADABLE, id="stream-too-long"),
+        pytest.param(make_file(CompressedData="True"), Reason.UNREADABLE, id="not-compressed"),
+        pytest.param(make_file(DimSize="30000 30000 30000"), Reason.TOO_LARGE, id="claims-30000-cubed"),
+        pytest.param(make_file(DimSize="90 90 90"), Reason.TRUNCATED, id="claims-90-cubed"),
+        pytest.param(make_file(DimSize="6 5 4 1"), Reason.UNREADABLE, id="sizes-and-dimensions-differ"),
+        pytest.param(make_file(DimSize="6 0 4"), Reason.UNREADABLE, id="size-0"),
+        pytest.param(make_file(DimSize="6.5 5 4"), Reason.UNREADABLE, id="half-a-voxel"),
+        pytest.param(make_file(NDims="2", DimSize="6 20"), Reason.NOT_A_VOLUME, id="an-image"),
+        pytest.param(make_file(NDims="4", DimSize="6 5 2 2"), Reason.NOT_A_VOLUME, id="two-volumes"),
+        pytest.param(make_file(ElementNumberOfChannels="3"), Reason.UNSUPPORTED, id="color"),
+        pytest.param(make_file(ElementType="MET_LONG_LONG"), Reason.UNSUPPORTED, id="64-bit"),
+        pytest.param(make_file(BinaryData="False"), Reason.UNSUPPORTED, id="text"),
+        pytest.param(make_file(HeaderSize="-1"), Reason.UNSUPPORTED, id="header-size"),
+        pytest.param(make_file(ElementDataFile="a.raw"), Reason.UNSUPPORTED, id="detached"),
+        pytest.param(make_file(ElementToIntensityFunctionSlope="2"), Reason.UNSUPPORTED, id="slope"),
+        pytest.param(make_file(ElementSpacing=None), Reason.UNREADABLE, id="no-spacing"),
+        pytest.param(make_file(ElementSpacing="0.5 1 -2"), Reason.UNREADABLE, id="spacing-negative"),
+        pytest.param(make_file(ElementSpacing="0.5 1 nan"), Reason.UNREADABLE, id="spacing-nan"),
+        pytest.param(make_file(Offset="0 0"), Reason.UNREADABLE, id="offset-of-two"),
+        pytest.param(make_file(TransformMatrix="2 0 0 0 1 0 0 0 1"), Reason.UNREADABLE, id="no-unit-vector"),
         pytest.param(
-            file_of(TransformMatrix="1 0 0 0 1 0 0 0.6 0.8"), Reason.GANTRY_TILT, id="sheared"
+            make_file(TransformMatrix="1 0 0 0 1 0 0 0.6 0.8"), Reason.GANTRY_TILT, id="sheared"
         ),
-        pytest.param(file_of(bytes(240)), Reason.NOT_A_VOLUME, id="constant"),
+        pytest.param(make_file(bytes(240)), Reason.NOT_A_VOLUME, id="constant"),
         pytest.param(
-            file_of(np.repeat(np.float32([0, np.inf]), 60).tobytes(), ElementType="MET_FLOAT"),
+            make_file(np.repeat(np.float32([0, np.inf]), 60).tobytes(), ElementType="MET_FLOAT"),
             Reason.NON_FINITE,
             id="infinite",
         ),
     ],
 )  # fmt: skip
-def test_bad_files_are_refused_with_their_reason(data: bytes, reason: Reason) -> None:
-    with pytest.raises(ScanError) as refused:
+def test_invalid_files_are_rejected_with_their_reason(data: bytes, reason: Reason) -> None:
+    with pytest.raises(ScanError) as caught:
         read(data)
-    assert refused.value.reason == reason
+    assert caught.value.reason == reason

@@ -1,4 +1,4 @@
-"""NRRD bytes: voxels, frames and refusals, with SimpleITK and pynrrd as the other hands."""
+"""Test the NRRD reader: voxels, positions and rejected files; SimpleITK and pynrrd are the references."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ HEADER = {
 }
 
 
-def file_of(data: bytes = STORED_XYZ.tobytes(order="F"), **fields: str | None) -> bytes:
-    """A file by hand; a field of None is left out."""
+def make_file(data: bytes = STORED_XYZ.tobytes(order="F"), **fields: str | None) -> bytes:
+    """Return a file with the given header fields; a field of None is left out."""
     header = HEADER | {name.replace("_", " "): value for name, value in fields.items()}
     lines = [f"{name}: {value}" for name, value in header.items() if value is not None]
     return "\n".join(["NRRD0005", "# a comment", *lines, "", ""]).encode() + data
@@ -42,8 +42,8 @@ def read(data: bytes, **options: Any) -> Volume:
     return read_nrrd(data, **({"max_voxels": MANY} | options))
 
 
-def test_voxels_come_as_z_y_x_with_the_affine_in_lps() -> None:
-    volume = read(file_of())
+def test_voxels_have_axes_z_y_x_and_the_affine_is_lps() -> None:
+    volume = read(make_file())
 
     assert (volume.voxels_zyx == STORED_XYZ.T).all()
     assert volume.voxels_zyx.dtype == np.int16
@@ -63,8 +63,8 @@ def test_voxels_come_as_z_y_x_with_the_affine_in_lps() -> None:
         ("LAS", "LAS", [-7, -11, 13]),
     ],
 )
-def test_every_patient_space_is_brought_to_lps(space: str, orientation: str, origin: list[float]) -> None:
-    volume = read(file_of(space=space))
+def test_every_patient_space_is_converted_to_lps(space: str, orientation: str, origin: list[float]) -> None:
+    volume = read(make_file(space=space))
 
     assert (volume.orientation, volume.warnings) == (orientation, ())
     assert volume.affine_lps[:3, 3].tolist() == origin
@@ -83,7 +83,7 @@ def test_every_patient_space_is_brought_to_lps(space: str, orientation: str, ori
     ],
 )
 def test_a_space_that_is_not_the_patients_is_told(fields: dict[str, str | None]) -> None:
-    volume = read(file_of(**fields))
+    volume = read(make_file(**fields))
 
     assert (volume.orientation, volume.warnings) == ("LPS", ("orientation_unknown",))
     assert volume.spacing_zyx == (2.0, 1.0, 0.5)
@@ -91,7 +91,9 @@ def test_a_space_that_is_not_the_patients_is_told(fields: dict[str, str | None])
 
 @pytest.mark.parametrize("space", [LPS, "right-anterior-superior", "left-anterior-superior"])
 @pytest.mark.parametrize("encoding", ["raw", "gzip"])
-def test_what_pynrrd_writes_is_where_simpleitk_sees_it(tmp_path: Path, space: str, encoding: str) -> None:
+def test_a_file_of_pynrrd_has_the_voxels_and_positions_of_simpleitk(
+    tmp_path: Path, space: str, encoding: str
+) -> None:
     sitk = pytest.importorskip("SimpleITK")
     turn = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))[0]
     header = {
@@ -102,12 +104,12 @@ def test_what_pynrrd_writes_is_where_simpleitk_sees_it(tmp_path: Path, space: st
     }
     nrrd.write(str(tmp_path / "oblique.nrrd"), STORED_XYZ, header)
 
-    assert_same(
+    assert_agrees_with_simpleitk(
         read((tmp_path / "oblique.nrrd").read_bytes()), sitk.ReadImage(str(tmp_path / "oblique.nrrd"))
     )
 
 
-def assert_same(volume: Volume, image: Any) -> None:
+def assert_agrees_with_simpleitk(volume: Volume, image: Any) -> None:
     sitk = pytest.importorskip("SimpleITK")
 
     assert np.array_equal(volume.voxels_zyx, sitk.GetArrayViewFromImage(image))
@@ -117,7 +119,9 @@ def assert_same(volume: Volume, image: Any) -> None:
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-def test_what_simpleitk_writes_is_read_back(tmp_path: Path, compressed: bool) -> None:
+def test_a_file_of_simpleitk_has_the_voxels_and_positions_of_simpleitk(
+    tmp_path: Path, compressed: bool
+) -> None:
     sitk = pytest.importorskip("SimpleITK")
     image = sitk.GetImageFromArray(STORED_XYZ.T.astype(np.float32) / 4)
     image.SetSpacing((0.5, 1, 2))
@@ -127,7 +131,7 @@ def test_what_simpleitk_writes_is_read_back(tmp_path: Path, compressed: bool) ->
 
     volume = read((tmp_path / "a.nrrd").read_bytes())
 
-    assert_same(volume, image)
+    assert_agrees_with_simpleitk(volume, image)
     assert volume.warnings == ("oblique",)
 
 
@@ -135,10 +139,10 @@ def test_what_simpleitk_writes_is_read_back(tmp_path: Path, compressed: bool) ->
     ("name", "code"), [("uchar", "u1"), ("ushort", "u2"), ("int32", "i4"), ("float", "f4"), ("double", "f8")]
 )
 @pytest.mark.parametrize("endian", ["little", "big"])
-def test_every_number_type_and_byte_order_gives_the_same_values(name: str, code: str, endian: str) -> None:
+def test_every_dtype_and_byte_order_gives_the_same_values(name: str, code: str, endian: str) -> None:
     stored = (STORED_XYZ + 60).astype((">" if endian == "big" else "<") + code)
 
-    voxels = read(file_of(stored.tobytes(order="F"), type=name, endian=endian)).voxels_zyx
+    voxels = read(make_file(stored.tobytes(order="F"), type=name, endian=endian)).voxels_zyx
 
     assert (voxels == stored.T).all()
     assert voxels.dtype.isnative
@@ -151,8 +155,8 @@ def test_every_number_type_and_byte_order_gives_the_same_values(name: str, code:
         {"dimension": "4", "sizes": "1 6 5 4", "space_directions": "none (0.5,0,0) (0,1,0) (0,0,2)"},
     ],
 )
-def test_an_axis_of_one_outside_of_space_is_dropped(fields: dict[str, str]) -> None:
-    volume = read(file_of(**fields, kinds=None))
+def test_an_axis_of_one_sample_outside_of_space_is_dropped(fields: dict[str, str]) -> None:
+    volume = read(make_file(**fields, kinds=None))
 
     assert (volume.voxels_zyx == STORED_XYZ.T).all()
     assert volume.spacing_zyx == (2.0, 1.0, 0.5)
@@ -166,20 +170,20 @@ def test_an_axis_of_one_outside_of_space_is_dropped(fields: dict[str, str]) -> N
         ("um", "(500,0,0) (0,1000,0) (0,0,2000)"),
     ],
 )
-def test_units_become_millimetres(unit: str, directions: str) -> None:
-    volume = read(file_of(space_directions=directions, space_units=" ".join([f'"{unit}"'] * 3)))
+def test_units_are_converted_to_mm(unit: str, directions: str) -> None:
+    volume = read(make_file(space_directions=directions, space_units=" ".join([f'"{unit}"'] * 3)))
 
     assert volume.spacing_zyx == pytest.approx((2, 1, 0.5))
 
 
-def test_lines_may_end_as_on_windows() -> None:
-    head, data = file_of().split(b"\n\n", 1)
+def test_lines_may_end_with_carriage_return_and_line_feed() -> None:
+    head, data = make_file().split(b"\n\n", 1)
 
     assert (read(head.replace(b"\n", b"\r\n") + b"\r\n\r\n" + data).voxels_zyx == STORED_XYZ.T).all()
 
 
-def test_key_value_pairs_of_any_text_are_ignored() -> None:
-    head, data = file_of().split(b"\n\n", 1)
+def test_key_value_pairs_are_ignored() -> None:
+    head, data = make_file().split(b"\n\n", 1)
     pairs = "\nDICOM_0010_0010:=Müller: a, b\nsegmentation extent:=0 1 2".encode()
 
     assert (read(head + pairs + b"\n\n" + data).voxels_zyx == STORED_XYZ.T).all()
@@ -195,61 +199,63 @@ TILTED = "(0.5,0,0) (0,1,0) (0,0.5,2)"
         pytest.param(b"", Reason.EMPTY, id="empty"),
         pytest.param(b"\0" * 400, Reason.UNREADABLE, id="zeros"),
         pytest.param(b"NRRD0005\ntype: short\n", Reason.TRUNCATED, id="header-alone"),
-        pytest.param(file_of()[:-1], Reason.TRUNCATED, id="one-byte-short"),
-        pytest.param(file_of() + bytes(60), Reason.UNREADABLE, id="a-slice-too-many"),
-        pytest.param(file_of(gzip.compress(RAW)[:-9], encoding="gzip"), Reason.TRUNCATED, id="gzip-cut"),
-        pytest.param(file_of(gzip.compress(RAW[:-2]), encoding="gzip"), Reason.TRUNCATED, id="gzip-short"),
-        pytest.param(file_of(sizes="6 5 4 1"), Reason.UNREADABLE, id="sizes-and-dimension-differ"),
-        pytest.param(file_of(sizes="6 0 4"), Reason.UNREADABLE, id="size-0"),
-        pytest.param(file_of(sizes="6 5e300 4"), Reason.UNREADABLE, id="size-beyond-integers"),
-        pytest.param(file_of(sizes="30000 30000 30000"), Reason.TOO_LARGE, id="claims-30000-cubed"),
-        pytest.param(file_of(sizes="90 90 90"), Reason.TRUNCATED, id="claims-90-cubed"),
+        pytest.param(make_file()[:-1], Reason.TRUNCATED, id="one-byte-short"),
+        pytest.param(make_file() + bytes(60), Reason.UNREADABLE, id="a-slice-too-many"),
+        pytest.param(make_file(gzip.compress(RAW)[:-9], encoding="gzip"), Reason.TRUNCATED, id="gzip-cut"),
+        pytest.param(make_file(gzip.compress(RAW[:-2]), encoding="gzip"), Reason.TRUNCATED, id="gzip-short"),
+        pytest.param(make_file(sizes="6 5 4 1"), Reason.UNREADABLE, id="sizes-and-dimension-differ"),
+        pytest.param(make_file(sizes="6 0 4"), Reason.UNREADABLE, id="size-0"),
+        pytest.param(make_file(sizes="6 5e300 4"), Reason.UNREADABLE, id="size-beyond-integers"),
+        pytest.param(make_file(sizes="30000 30000 30000"), Reason.TOO_LARGE, id="claims-30000-cubed"),
+        pytest.param(make_file(sizes="90 90 90"), Reason.TRUNCATED, id="claims-90-cubed"),
         pytest.param(
-            file_of(dimension="2", sizes="6 20", space_directions=None, spacings="1 1"),
+            make_file(dimension="2", sizes="6 20", space_directions=None, spacings="1 1"),
             Reason.NOT_A_VOLUME,
             id="an-image",
         ),
         pytest.param(
-            file_of(dimension="4", sizes="2 3 5 4", space_directions="none " + HEADER["space directions"]),
+            make_file(dimension="4", sizes="2 3 5 4", space_directions="none " + HEADER["space directions"]),
             Reason.NOT_A_VOLUME,
             id="two-volumes",
         ),
         pytest.param(
-            file_of(dimension="4", sizes="3 2 5 4", space_directions=None, spacings="nan 1 1 1"),
+            make_file(dimension="4", sizes="3 2 5 4", space_directions=None, spacings="nan 1 1 1"),
             Reason.NOT_A_VOLUME,
-            id="colour",
+            id="color",
         ),
-        pytest.param(file_of(type="block"), Reason.UNSUPPORTED, id="block"),
-        pytest.param(file_of(type=None), Reason.UNREADABLE, id="no-type"),
-        pytest.param(file_of(endian=None), Reason.UNREADABLE, id="no-endian"),
-        pytest.param(file_of(encoding="bzip2"), Reason.UNSUPPORTED, id="bzip2"),
-        pytest.param(file_of(encoding="ascii"), Reason.UNSUPPORTED, id="ascii"),
-        pytest.param(file_of(byte_skip="10"), Reason.UNSUPPORTED, id="byte-skip"),
-        pytest.param(file_of(data_file="a.raw"), Reason.UNSUPPORTED, id="detached"),
-        pytest.param(file_of(b"", data_file="a.raw")[:-2], Reason.UNSUPPORTED, id="nhdr"),
-        pytest.param(file_of(space_units='"inch" "inch" "inch"'), Reason.UNSUPPORTED, id="inches"),
-        pytest.param(file_of(space_directions="(1,0) (0,1) (1,1)"), Reason.UNREADABLE, id="flat-directions"),
-        pytest.param(file_of(space_directions=None), Reason.UNREADABLE, id="no-directions"),
-        pytest.param(file_of(space_origin="(nan,0,0)"), Reason.UNREADABLE, id="origin-nan"),
-        pytest.param(file_of(space_origin="7 8 9"), Reason.UNREADABLE, id="origin-unparsable"),
-        pytest.param(file_of(space_directions=TILTED), Reason.GANTRY_TILT, id="sheared"),
-        pytest.param(file_of(bytes(240)), Reason.NOT_A_VOLUME, id="constant"),
+        pytest.param(make_file(type="block"), Reason.UNSUPPORTED, id="block"),
+        pytest.param(make_file(type=None), Reason.UNREADABLE, id="no-type"),
+        pytest.param(make_file(endian=None), Reason.UNREADABLE, id="no-endian"),
+        pytest.param(make_file(encoding="bzip2"), Reason.UNSUPPORTED, id="bzip2"),
+        pytest.param(make_file(encoding="ascii"), Reason.UNSUPPORTED, id="ascii"),
+        pytest.param(make_file(byte_skip="10"), Reason.UNSUPPORTED, id="byte-skip"),
+        pytest.param(make_file(data_file="a.raw"), Reason.UNSUPPORTED, id="detached"),
+        pytest.param(make_file(b"", data_file="a.raw")[:-2], Reason.UNSUPPORTED, id="nhdr"),
+        pytest.param(make_file(space_units='"inch" "inch" "inch"'), Reason.UNSUPPORTED, id="inches"),
         pytest.param(
-            file_of(np.full(120, np.nan, "<f4").tobytes(), type="float"), Reason.NON_FINITE, id="nan"
+            make_file(space_directions="(1,0) (0,1) (1,1)"), Reason.UNREADABLE, id="flat-directions"
+        ),
+        pytest.param(make_file(space_directions=None), Reason.UNREADABLE, id="no-directions"),
+        pytest.param(make_file(space_origin="(nan,0,0)"), Reason.UNREADABLE, id="origin-nan"),
+        pytest.param(make_file(space_origin="7 8 9"), Reason.UNREADABLE, id="origin-unparsable"),
+        pytest.param(make_file(space_directions=TILTED), Reason.GANTRY_TILT, id="sheared"),
+        pytest.param(make_file(bytes(240)), Reason.NOT_A_VOLUME, id="constant"),
+        pytest.param(
+            make_file(np.full(120, np.nan, "<f4").tobytes(), type="float"), Reason.NON_FINITE, id="nan"
         ),
     ],
 )
-def test_bad_files_are_refused_with_their_reason(data: bytes, reason: Reason) -> None:
-    with pytest.raises(ScanError) as refused:
+def test_invalid_files_are_rejected_with_their_reason(data: bytes, reason: Reason) -> None:
+    with pytest.raises(ScanError) as caught:
         read(data)
-    assert refused.value.reason == reason
+    assert caught.value.reason == reason
 
 
-def test_sheared_axes_can_be_kept() -> None:
-    assert "gantry_tilt" in read(file_of(space_directions=TILTED), keep_shear=True).warnings
+def test_sheared_axes_are_kept_if_requested() -> None:
+    assert "gantry_tilt" in read(make_file(space_directions=TILTED), keep_shear=True).warnings
 
 
-def test_the_real_nrrd_equals_its_nifti_twin(shared_ct: Path) -> None:
+def test_a_real_nrrd_file_equals_its_nifti_twin(shared_ct: Path) -> None:
     from featray.ct.formats.nifti import read_nifti
 
     ours = read((shared_ct / "twins/ct-64.nrrd").read_bytes())
@@ -260,7 +266,7 @@ def test_the_real_nrrd_equals_its_nifti_twin(shared_ct: Path) -> None:
 
 
 def test_plain_int16_is_not_copied() -> None:
-    data = file_of()
+    data = make_file()
 
     shared: NDArray[np.uint8] = np.frombuffer(data, np.uint8)
     assert np.shares_memory(read(data).voxels_zyx, shared)

@@ -219,7 +219,7 @@ def _is_soft_tissue_only(histogram: _Histogram) -> bool:
 
 
 def _is_mostly_dense(histogram: _Histogram) -> bool:
-    """Return whether so much has the density of bone that soft tissue must lack its intercept."""
+    """Return whether soft tissue must lack its intercept, because most content is as dense as bone."""
     dense, fat = histogram.sum_content(700, 1400), histogram.sum_content(-200, BELOW_FAT_HU)
     return dense > 0.4 or (dense > 0.25 and fat < 0.02)
 

@@ -297,7 +297,7 @@ def _add_lesion(
     x_mm: NDArray[np.float32],
     parameters: PhantomParameters,
 ) -> None:
-    """Add the lesion to a slice (y, x) at `z` mm whose rows lie at `y_mm` and whose columns lie at `x_mm`."""
+    """Add the lesion to a slice (y, x) at `z` mm, with rows at `y_mm` and columns at `x_mm`."""
     step = float(x_mm[1] - x_mm[0]) if len(x_mm) > 1 else 1.0
     reach = parameters.lesion_radius_mm + step
     rows = np.flatnonzero(np.abs(y_mm - parameters.lesion_y_mm) <= reach)

@@ -38,7 +38,7 @@ LESION_ZYX = (5, 3, 7)
 ORIENTATIONS = ["".join(letters) for pairs in permutations(("LR", "PA", "SI")) for letters in product(*pairs)]
 STEP = {"L": (1, 0, 0), "R": (-1, 0, 0), "P": (0, 1, 0), "A": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
 RIGHT_HANDED = [o for o in ORIENTATIONS if np.linalg.det([STEP[letter] for letter in o]) > 0]
-WANTED = ("LPS", "RAS", "LAS", "SPR", "AIL")
+TARGETS = ("LPS", "RAS", "LAS", "SPR", "AIL")
 
 
 @cache
@@ -96,11 +96,11 @@ def test_a_reoriented_nifti_file_agrees_with_simpleitk(stored: str, tmp_path: Pa
     volume = read_nifti(path.read_bytes(), max_voxels=1000)
     image = sitk.ReadImage(str(path))
 
-    for wanted in WANTED:
-        ours, theirs = reorient(volume, wanted), sitk.DICOMOrient(image, wanted)
-        assert np.array_equal(ours.voxels_zyx, sitk.GetArrayViewFromImage(theirs))
-        assert ours.affine_lps[:3, 3] == pytest.approx(theirs.GetOrigin(), abs=1e-3)
-        assert ours.spacing_zyx == pytest.approx(theirs.GetSpacing()[::-1], abs=1e-4)
+    for wanted in TARGETS:
+        actual, reference = reorient(volume, wanted), sitk.DICOMOrient(image, wanted)
+        assert np.array_equal(actual.voxels_zyx, sitk.GetArrayViewFromImage(reference))
+        assert actual.affine_lps[:3, 3] == pytest.approx(reference.GetOrigin(), abs=1e-3)
+        assert actual.spacing_zyx == pytest.approx(reference.GetSpacing()[::-1], abs=1e-4)
 
 
 @pytest.mark.parametrize("stored", ORIENTATIONS)
@@ -189,7 +189,7 @@ def test_a_dicom_lesion_has_its_position_for_every_orientation_and_file_order(
     volume = read_series(files, max_voxels=1000)
 
     assert compute_position_mm(volume, find_brightest_index(volume)) == pytest.approx(LESION_MM, abs=1e-3)
-    for wanted in WANTED:
+    for wanted in TARGETS:
         expected = reorient_with_simpleitk(*make_phantom_lps(), wanted)
         config = PreprocessConfig(orientation=wanted, window=None, size=None)
         (tensor,) = preprocess(volume, config).tensor
@@ -204,9 +204,9 @@ def test_a_reoriented_dicom_series_agrees_with_simpleitk(stored: str, tmp_path: 
         (tmp_path / name).write_bytes(content)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(tmp_path)))
-    theirs = sitk.DICOMOrient(reader.Execute(), "LPS")
+    reference = sitk.DICOMOrient(reader.Execute(), "LPS")
 
-    ours = reorient(read_series(files, max_voxels=1000), "LPS")
+    actual = reorient(read_series(files, max_voxels=1000), "LPS")
 
-    assert np.array_equal(ours.voxels_zyx, sitk.GetArrayViewFromImage(theirs))
-    assert ours.affine_lps[:3, 3] == pytest.approx(theirs.GetOrigin(), abs=1e-3)
+    assert np.array_equal(actual.voxels_zyx, sitk.GetArrayViewFromImage(reference))
+    assert actual.affine_lps[:3, 3] == pytest.approx(reference.GetOrigin(), abs=1e-3)

@@ -89,16 +89,16 @@ def test_every_scan_of_the_collection_has_its_known_properties(
 ) -> None:
     fact = facts[item]
     volume = read_scan(shared_ct / item)
-    found = hu_statistics.compute_statistics(volume.voxels_zyx)
+    statistics = hu_statistics.compute_statistics(volume.voxels_zyx)
 
     assert list(volume.voxels_zyx.shape) == [int(n) for n in fact["shape_zyx"].split()]
     assert volume.spacing_zyx == pytest.approx([float(mm) for mm in fact["spacing_zyx"].split()], abs=1e-4)
     assert volume.orientation == fact["orientation"]
-    assert (found.minimum, found.maximum) == (float(fact["hu_min"]), float(fact["hu_max"]))
+    assert (statistics.minimum, statistics.maximum) == (float(fact["hu_min"]), float(fact["hu_max"]))
     percentiles = [float(fact[name]) for name in ("hu_p01", "hu_p50", "hu_p99")]
-    assert [found.p01, found.p50, found.p99] == pytest.approx(percentiles, abs=1)
+    assert [statistics.p01, statistics.p50, statistics.p99] == pytest.approx(percentiles, abs=1)
     assert ("qform_only" in volume.warnings) == ("nifti/STS" in item)
-    assert hu_statistics.find_hu_warnings(found) == (("padding_value",) if "CRLM" in item else ())
+    assert hu_statistics.find_hu_warnings(statistics) == (("padding_value",) if "CRLM" in item else ())
 
 
 def test_every_scan_with_known_properties_is_tested(facts: dict[str, dict[str, str]]) -> None:
@@ -122,19 +122,19 @@ def test_a_dicom_series_agrees_with_its_nrrd_twin_in_simpleitk(shared_ct: Path) 
     assert np.array_equal(volume.voxels_zyx, sitk.GetArrayFromImage(image))
     assert volume.spacing_zyx == pytest.approx(image.GetSpacing()[::-1], abs=0.01)
     last = [n - 1 for n in image.GetSize()]
-    ours = (volume.affine_lps @ (*last, 1))[:3]
-    assert ours == pytest.approx(image.TransformIndexToPhysicalPoint(last), abs=0.01)
+    position = (volume.affine_lps @ (*last, 1))[:3]
+    assert position == pytest.approx(image.TransformIndexToPhysicalPoint(last), abs=0.01)
 
 
 @pytest.mark.parametrize("case", ODD)
 def test_every_unusual_series_has_an_acceptable_outcome(shared_ct: Path, case: str) -> None:
     folder = shared_ct / "odd" / case
-    found = group_files(folder)
+    scans = group_files(folder)
 
-    assert len(found) == len(ODD[case])
-    for series, (first, acceptable) in zip(found, ODD[case].items(), strict=True):
-        assert series.files[0].startswith(first)
-        assert find_outcome(folder, series) in acceptable
+    assert len(scans) == len(ODD[case])
+    for scan, (first, acceptable) in zip(scans, ODD[case].items(), strict=True):
+        assert scan.files[0].startswith(first)
+        assert find_outcome(folder, scan) in acceptable
 
 
 @pytest.mark.parametrize(
@@ -186,10 +186,10 @@ def test_a_slice_without_preamble_is_read(shared_ct: Path) -> None:
 
 def test_an_8_bit_file_with_a_slope_is_scaled_once_and_causes_a_warning(shared_ct: Path) -> None:
     volume = read_scan(shared_ct / "odd/uint8-slope/STS_019_uint8.nii.gz")
-    found = hu_statistics.compute_statistics(volume.voxels_zyx)
+    statistics = hu_statistics.compute_statistics(volume.voxels_zyx)
 
-    assert (found.minimum, found.maximum) == pytest.approx((0, 563.19), abs=0.01)
-    assert hu_statistics.find_hu_warnings(found) == ("not_hu",)
+    assert (statistics.minimum, statistics.maximum) == pytest.approx((0, 563.19), abs=0.01)
+    assert hu_statistics.find_hu_warnings(statistics) == ("not_hu",)
 
 
 def test_a_windowed_oblique_file_causes_two_warnings(shared_ct: Path) -> None:

@@ -133,8 +133,8 @@ def test_the_first_and_the_last_slice_lie_on_the_grid_and_are_not_cropped() -> N
     scan = replace(scan, voxels_zyx=np.random.default_rng(0).integers(0, 100, scan.voxels_zyx.shape))
     result = resample_upright(scan, (0, 100))  # a fill value of 0 keeps the sum of a shifted slice
 
-    for place in (0, -1):
-        sums = [volume.voxels_zyx[place].sum() for volume in (scan, result)]
+    for index in (0, -1):
+        sums = [volume.voxels_zyx[index].sum() for volume in (scan, result)]
         assert sums[0] == pytest.approx(sums[1], rel=1e-4)
 
 
@@ -151,9 +151,9 @@ def test_a_tilted_scan_with_a_sheared_affine_gives_the_same_volume(is_reversed: 
         sheared[:3, 2] *= -1
         converted = Volume(slices.voxels_zyx[::-1], sheared)
     volumes = resample_upright(convert_to_shifted_slices(converted), WINDOW), resample_upright(slices, WINDOW)
-    found, expected = (reorient(volume, "LPS") for volume in volumes)
-    np.testing.assert_allclose(found.affine_lps, expected.affine_lps, atol=1e-9)
-    np.testing.assert_allclose(found.voxels_zyx, expected.voxels_zyx, atol=1e-2)
+    actual, expected = (reorient(volume, "LPS") for volume in volumes)
+    np.testing.assert_allclose(actual.affine_lps, expected.affine_lps, atol=1e-9)
+    np.testing.assert_allclose(actual.voxels_zyx, expected.voxels_zyx, atol=1e-2)
 
 
 def test_unevenly_spaced_slices_of_a_linear_ramp_give_the_ramp() -> None:
@@ -218,10 +218,10 @@ def test_the_grid_on_the_patient_axes_contains_every_corner() -> None:
     size, result = compute_axes_size(scan), resample_to_axes(scan, None)
 
     corners = np.indices((2, 2, 2)).reshape(3, -1).T * (9, 8, 7)
-    places = np.c_[corners, np.ones(8)] @ affine.T @ np.linalg.inv(result.affine_lps).T
+    indices_xyz = np.c_[corners, np.ones(8)] @ affine.T @ np.linalg.inv(result.affine_lps).T
     assert result.voxels_zyx.shape == size
-    assert places[:, :3].min() > -0.01
-    assert (places[:, :3] < np.array(size[::-1]) - 1 + 0.01).all()
+    assert indices_xyz[:, :3].min() > -0.01
+    assert (indices_xyz[:, :3] < np.array(size[::-1]) - 1 + 0.01).all()
 
 
 def test_an_upright_volume_is_returned_unchanged() -> None:

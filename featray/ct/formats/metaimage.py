@@ -50,6 +50,9 @@ _TYPES = {
     "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
 }
+_ONLY_VALUES = {"HeaderSize": 0, "ElementToIntensityFunctionOffset": 0, "ElementToIntensityFunctionSlope": 1}
+"""The only supported value of some fields, which is also their default."""
+
 _MATRIX_KEYS = ("TransformMatrix", "Rotation", "Orientation")
 _OFFSET_KEYS = ("Offset", "Position", "Origin")
 
@@ -97,16 +100,10 @@ def _check_supported(header: _Header) -> None:
         raise ScanError(
             Reason.UNSUPPORTED, "the voxels are in another file; write header and data into one .mha file"
         )
-    unsupported = [
-        *(key for key in ("ElementNumberOfChannels",) if header.get(key, "1") != "1"),
-        *(
-            key
-            for key in ("HeaderSize", "ElementToIntensityFunctionOffset")
-            if _parse_number(header, key, 0) != 0
-        ),
-        *(key for key in ("ElementToIntensityFunctionSlope",) if _parse_number(header, key, 1) != 1),
-        *(key for key in ("DistanceUnits",) if header.get(key, "mm") not in ("mm", "?")),
-    ]
+    unsupported = [] if header.get("ElementNumberOfChannels", "1") == "1" else ["ElementNumberOfChannels"]
+    unsupported += [key for key, value in _ONLY_VALUES.items() if _parse_number(header, key, value) != value]
+    if header.get("DistanceUnits", "mm") not in ("mm", "?"):
+        unsupported.append("DistanceUnits")
     if header.get("ObjectType", "Image").lower() != "image":
         unsupported.append("ObjectType")
     if not _parse_flag(header, "BinaryData"):
@@ -124,7 +121,8 @@ def _parse_layout(header: _Header) -> Layout:
         raise ScanError(Reason.UNREADABLE, f"NDims is {dimensions:g}, DimSize {sizes}")
     if len(sizes) < 3 or math.prod(sizes[3:]) != 1:
         raise ScanError(
-            Reason.NOT_A_VOLUME, f"DimSize is {sizes}, expected three; split a series of volumes into files"
+            Reason.NOT_A_VOLUME,
+            f"DimSize is {sizes}, expected three sizes; split a series of volumes into files",
         )
     code = _TYPES.get(header.get("ElementType", ""))
     if code is None:

@@ -7,7 +7,7 @@ claims is compared with the limit and with the number of bytes in the file. Conv
   magic, are `unsupported`, because they do not state which side is left.
 - If a file holds several volumes, the caller chooses one; without a choice the file is `not_a_volume`. Files
   with further axes (vectors, matrices) are always `not_a_volume`.
-- The affine is the sform if its code is above 0, else the qform, as in nibabel. If both codes are 0,
+- The affine is the sform if its code is above 0, otherwise the qform, as in nibabel. If both codes are 0,
   "method 1" of NIfTI-1 applies: axes along RAS+, spacing from pixdim. This causes the warning
   `orientation_unknown`, because the file does not state which side is left.
 - The warning `sform_qform_differ` means that sform and qform disagree, that one has a code but an unusable
@@ -256,12 +256,8 @@ def _parse_qform(header: Any) -> Affine | None:
 def _convert_to_mm(header: Any, affine: Affine) -> Affine:
     """Return the affine in mm, from the spatial units of the header."""
     factor = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
-    return affine.astype(np.float64) * [
-        [factor],
-        [factor],
-        [factor],
-        [1.0],
-    ]  # matmul would turn infinities into NaN
+    # A matrix product would turn infinities into NaN.
+    return affine.astype(np.float64) * [[factor], [factor], [factor], [1.0]]
 
 
 def _is_different(first: Affine, second: Affine, shape_zyx: tuple[int, ...]) -> bool:

@@ -205,9 +205,7 @@ def _parse_mm_per_unit(header: Mapping[str, Any]) -> float:
     units = {unit.lower() for unit in header.get("space units", [""])}
     unit = units.pop()
     if units or unit not in _MM_PER_UNIT:
-        raise ScanError(
-            Reason.UNSUPPORTED, "space units are not a length that is known; write the file again in mm"
-        )
+        raise ScanError(Reason.UNSUPPORTED, "unknown space units; write the file again in mm")
     return _MM_PER_UNIT[unit]
 
 

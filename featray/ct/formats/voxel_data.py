@@ -190,7 +190,7 @@ def convert_to_shifted_slices(volume: Volume) -> Volume:
 
 
 def _is_sheared_in_plane(affine_lps: Affine) -> bool:
-    """Return whether the first two axes are not at right angles, whatever the direction of the third."""
+    """Return whether the first two axes are not at right angles; ignore the direction of the third."""
     with_normal = affine_lps.copy()
     with_normal[:3, 2] = np.cross(with_normal[:3, 0], with_normal[:3, 1])
     return geometry.is_sheared(with_normal)

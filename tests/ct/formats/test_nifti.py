@@ -331,8 +331,8 @@ BALL_LPS = np.array([20.0, 15.0, 30.0])
 def make_ball(affine_lps: NDArray[np.float64], shape_zyx: tuple[int, ...]) -> NDArray[np.float32]:
     """Return a smooth sphere around `BALL_LPS`, sampled on the given grid."""
     z, y, x = np.indices(shape_zyx)
-    places = np.stack([x, y, z], -1) @ affine_lps[:3, :3].T + affine_lps[:3, 3]
-    return (1000 * np.exp(-((places - BALL_LPS) ** 2).sum(-1) / 200) - 500).astype(np.float32)
+    positions_lps = np.stack([x, y, z], -1) @ affine_lps[:3, :3].T + affine_lps[:3, 3]
+    return (1000 * np.exp(-((positions_lps - BALL_LPS) ** 2).sum(-1) / 200) - 500).astype(np.float32)
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))

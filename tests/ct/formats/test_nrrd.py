@@ -114,8 +114,8 @@ def assert_agrees_with_simpleitk(volume: Volume, image: Any) -> None:
 
     assert np.array_equal(volume.voxels_zyx, sitk.GetArrayViewFromImage(image))
     for index in ((0, 0, 0), (5, 0, 0), (0, 4, 0), (0, 0, 3), (5, 4, 3)):
-        ours = (volume.affine_lps @ [*index, 1])[:3]
-        assert ours == pytest.approx(image.TransformIndexToPhysicalPoint(index), abs=1e-6)
+        position = (volume.affine_lps @ [*index, 1])[:3]
+        assert position == pytest.approx(image.TransformIndexToPhysicalPoint(index), abs=1e-6)
 
 
 @pytest.mark.parametrize("compressed", [False, True])
@@ -258,11 +258,11 @@ def test_sheared_axes_are_kept_if_requested() -> None:
 def test_a_real_nrrd_file_equals_its_nifti_twin(shared_ct: Path) -> None:
     from featray.ct.formats.nifti import read_nifti
 
-    ours = read((shared_ct / "twins/ct-64.nrrd").read_bytes())
+    volume = read((shared_ct / "twins/ct-64.nrrd").read_bytes())
     twin = read_nifti((shared_ct / "twins/ct-64.nii.gz").read_bytes(), max_voxels=MANY)
 
-    assert np.array_equal(ours.voxels_zyx, twin.voxels_zyx)
-    assert ours.affine_lps == pytest.approx(twin.affine_lps, abs=1e-3)
+    assert np.array_equal(volume.voxels_zyx, twin.voxels_zyx)
+    assert volume.affine_lps == pytest.approx(twin.affine_lps, abs=1e-3)
 
 
 def test_plain_int16_is_not_copied() -> None:

@@ -40,9 +40,9 @@ def read_reason(data: bytes, max_bytes: int = MANY) -> Reason:
     return caught.value.reason
 
 
-def edit_directory(data: bytes, place: int, value: bytes) -> bytes:
+def edit_directory(data: bytes, offset: int, value: bytes) -> bytes:
     """Return the archive with changed bytes in the first entry of its central directory."""
-    start = data.index(b"PK\x01\x02") + place
+    start = data.index(b"PK\x01\x02") + offset
     return data[:start] + value + data[start + len(value) :]
 
 

@@ -1,8 +1,8 @@
-"""What travels between the stages, and the columns of the two tables.
+"""The records that travel between the stages, and the columns of the two tables.
 
-A `Scan` is listed; decoding makes it a `Decoded`; extraction makes rows of features; writing makes
-a `Receipt`. A `ScanRecord` goes all the way and ends as one row of `scans`. Everything here is plain
-data that pickles and turns into JSON; no stage logic.
+Listing makes a `Scan`; decoding makes it a `Decoded`; extraction makes rows of features; writing makes a
+`Receipt`. A `ScanRecord` goes through all stages and becomes one row of `scans`. Everything here is plain
+data that can be pickled and written as JSON. It contains no logic of a stage.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from featray.errors import Reason, ScanError
 
 Status = Literal["ok", "failed", "excluded"]
 
-# The item is named "element" because that is what a Delta log and Parquet both call it, and it is a
-# plain list: fixed-size lists are not readable through every Delta reader.
+# Delta logs and Parquet both name the item "element". Lists have no fixed size, because not every Delta
+# reader can read fixed-size lists.
 _FLOATS = pa.list_(pa.field("element", pa.float32()))
 _INTS = pa.list_(pa.field("element", pa.int32()))
 _DOUBLES = pa.list_(pa.field("element", pa.float64()))
@@ -37,41 +37,7 @@ FEATURE_COLUMNS = pa.schema(
         ("run_id", pa.string()),
     ]
 )
-"""Columns inside one file of `features`; `layer` is the folder's name."""
-
-SCAN_COLUMNS = pa.schema(
-    [
-        ("scan_id", pa.string()),
-        ("uri", pa.string()),
-        ("format", pa.string()),
-        ("status", pa.string()),
-        ("reason", pa.string()),
-        ("stage", pa.string()),
-        ("message", pa.string()),
-        ("attempts", pa.int32()),
-        ("content", pa.string()),
-        ("recipe", pa.string()),
-        ("run_id", pa.string()),
-        ("patches", pa.int32()),
-        ("shape", _INTS),
-        ("spacing", _DOUBLES),
-        ("orientation", pa.string()),
-        ("slope", pa.float64()),
-        ("intercept", pa.float64()),
-        ("hu_min", pa.float32()),
-        ("hu_p01", pa.float32()),
-        ("hu_p50", pa.float32()),
-        ("hu_p99", pa.float32()),
-        ("hu_max", pa.float32()),
-        ("warnings", _STRINGS),
-        ("bytes_read", pa.int64()),
-        ("read_s", pa.float32()),
-        ("decode_s", pa.float32()),
-        ("preprocess_s", pa.float32()),
-        ("infer_s", pa.float32()),
-    ]
-)
-"""Columns of `scans`; the manifest's further columns and asked-for DICOM tags follow as strings."""
+"""Columns inside a file of `features`; `layer` is in the name of the folder."""
 
 EXTRACTED_ROW = pa.struct(
     [
@@ -84,7 +50,8 @@ EXTRACTED_ROW = pa.struct(
     ]
 )
 EXTRACTED = pa.schema([("record", pa.string()), ("features", pa.list_(EXTRACTED_ROW))])
-"""One row per scan between extraction and writing: its record as JSON, its features of all layers."""
+"""Columns between extraction and writing, one row per scan: its record as JSON, its features of all layers.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,49 +119,55 @@ class Scan:
 
 
 STAGE_TIMES = ("read_s", "decode_s", "preprocess_s", "infer_s")
-"""Columns of `scans` that say how long a scan took in each stage."""
+"""Columns of `scans` with the seconds that a scan took in each stage."""
+
+
+def _column(kind: pa.DataType, **options: Any) -> Any:
+    """Return a field of `ScanRecord` that is a column of `scans` with this type."""
+    return field(metadata={"type": kind}, **options)
 
 
 @dataclass
 class ScanRecord:
-    """One row of `scans` in the making; each stage fills in what it learnt.
+    """One row of `scans`, filled in by the stages. The fields, in this order, are the columns of the table.
 
-    Geometry is that of the input: axes (z, y, x), spacing in mm, HU before windowing, times in seconds.
+    Geometry is that of the input: axes (z, y, x), spacing in mm, HU before windowing. Times are in seconds.
+    `columns` holds the manifest's further columns and the configured DICOM tags, which follow as strings.
     """
 
-    scan_id: str
-    uri: str
-    format: str
-    content: str
-    recipe: str = ""
-    run_id: str = ""
-    status: Status = "ok"
-    reason: str | None = None
-    stage: str | None = None
-    message: str | None = None
-    attempts: int = 1
-    patches: int = 0
-    shape: list[int] | None = None
-    spacing: list[float] | None = None
-    orientation: str | None = None
-    slope: float | None = None
-    intercept: float | None = None
-    hu_min: float | None = None
-    hu_p01: float | None = None
-    hu_p50: float | None = None
-    hu_p99: float | None = None
-    hu_max: float | None = None
-    warnings: list[str] = field(default_factory=list)
-    bytes_read: int = 0
-    read_s: float = 0.0
-    decode_s: float = 0.0
-    preprocess_s: float = 0.0
-    infer_s: float = 0.0
+    scan_id: str = _column(pa.string())
+    uri: str = _column(pa.string())
+    format: str = _column(pa.string())
+    status: Status = _column(pa.string(), default="ok")
+    reason: str | None = _column(pa.string(), default=None)
+    stage: str | None = _column(pa.string(), default=None)
+    message: str | None = _column(pa.string(), default=None)
+    attempts: int = _column(pa.int32(), default=1)
+    content: str = _column(pa.string(), default="")
+    recipe: str = _column(pa.string(), default="")
+    run_id: str = _column(pa.string(), default="")
+    patches: int = _column(pa.int32(), default=0)
+    shape: list[int] | None = _column(_INTS, default=None)
+    spacing: list[float] | None = _column(_DOUBLES, default=None)
+    orientation: str | None = _column(pa.string(), default=None)
+    slope: float | None = _column(pa.float64(), default=None)
+    intercept: float | None = _column(pa.float64(), default=None)
+    hu_min: float | None = _column(pa.float32(), default=None)
+    hu_p01: float | None = _column(pa.float32(), default=None)
+    hu_p50: float | None = _column(pa.float32(), default=None)
+    hu_p99: float | None = _column(pa.float32(), default=None)
+    hu_max: float | None = _column(pa.float32(), default=None)
+    warnings: list[str] = _column(_STRINGS, default_factory=list)
+    bytes_read: int = _column(pa.int64(), default=0)
+    read_s: float = _column(pa.float32(), default=0.0)
+    decode_s: float = _column(pa.float32(), default=0.0)
+    preprocess_s: float = _column(pa.float32(), default=0.0)
+    infer_s: float = _column(pa.float32(), default=0.0)
     columns: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def from_scan(cls, scan: Scan) -> ScanRecord:
-        """Return the record of a listed scan; one that was listed with a reason is settled already."""
+        """Return the record of a listed scan; a scan with a reason is failed or excluded already."""
         record = cls(
             scan_id=scan.scan_id,
             uri=scan.uri,
@@ -209,7 +182,7 @@ class ScanRecord:
         return record
 
     def fail(self, stage: str, error: ScanError) -> None:
-        """Settle the record as failed in `stage`, for the error's reason."""
+        """Set the status to failed in `stage`, with the reason and message of the error."""
         self.status, self.stage = "failed", stage
         self.reason, self.message = str(error.reason), str(error)
         self.patches = 0
@@ -228,23 +201,27 @@ class ScanRecord:
         return cls(**json.loads(text))
 
     def to_row(self) -> dict[str, Any]:
-        """Return the record as a row of `scans`, the carried columns beside the fixed ones."""
-        row = {name.name: getattr(self, name.name) for name in fields(self) if name.name != "columns"}
-        return {**self.columns, **row}
+        """Return the record as a row of `scans`, including the extra columns."""
+        return {**self.columns, **{name: getattr(self, name) for name in SCAN_COLUMNS.names}}
 
+
+SCAN_COLUMNS = pa.schema(
+    [(column.name, column.metadata["type"]) for column in fields(ScanRecord) if "type" in column.metadata]
+)
+"""Columns of `scans`; the manifest's further columns and the configured DICOM tags follow as strings."""
 
 NO_TENSOR: NDArray[np.float32] = np.zeros((0, 1, 1, 1), np.float32)
-"""The model input of a scan that has none (any more)."""
+"""The model input of a scan that has failed, or whose tensor was released."""
 
 
 @dataclass
 class Decoded:
-    """One scan ready for the model, or settled as failed.
+    """One scan that is ready for the model, or has failed.
 
     Attributes:
-        record: What is known so far.
-        tensor: float32 (patches, z, y, x), or (patches, *shape) of an array's samples; no patches when
-            the scan failed.
+        record: What is known of the scan so far.
+        tensor: float32 (patches, z, y, x), or (patches, *shape) for an array's samples; no patches if the
+            scan has failed.
         origins: int32 (patches, 3), voxel index (z, y, x) of each patch in the preprocessed volume.
         shared_shape: Shape of the tensor while it is in shared memory instead of in `tensor`.
     """
@@ -278,13 +255,13 @@ class DataFile:
 
 @dataclass(frozen=True)
 class UnitsSeen:
-    """Which units of a layer were ever anything but 0.
+    """Which units of a layer have a value other than 0 in one file.
 
     Attributes:
         layer: Output name.
-        width: Number of units; 0 where it differs from value to value.
-        rows: Number of values seen per unit.
-        active: One bit per unit, packed, in hexadecimal.
+        width: Number of units; 0 if it differs between rows.
+        rows: Number of values per unit.
+        active: One bit per unit, packed, in hexadecimal; 1 if the unit has a value other than 0.
     """
 
     layer: str
@@ -295,14 +272,20 @@ class UnitsSeen:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a writer hands to the committer: files on disk, the records of their scans, units seen."""
+    """What a writer hands to the committer.
+
+    Attributes:
+        files: Written files that are part of no table yet.
+        records: Records of the scans in the files, and of failed scans.
+        units: Active units by layer.
+    """
 
     files: tuple[DataFile, ...]
     records: tuple[ScanRecord, ...]
     units: tuple[UnitsSeen, ...] = ()
 
     def set_run(self, recipe: str, run_id: str) -> None:
-        """Name the recipe and the run in all records: the stages that made them know neither."""
+        """Write the recipe and the run into all records; the stages that made them know neither."""
         for record in self.records:
             record.recipe, record.run_id = recipe, run_id
 

@@ -78,7 +78,14 @@ def _commit(committer: Committer, dataset: Dataset, scan_ids: Sequence[str]) -> 
 def _receipt(dataset: Dataset, scan_ids: Sequence[str]) -> Receipt:
     decoded = [
         Decoded(
-            ScanRecord(scan_id, f"/data/{scan_id}", "nifti", f"content of {scan_id}", "recipe", "run"),
+            ScanRecord(
+                scan_id,
+                f"/data/{scan_id}",
+                "nifti",
+                content=f"content of {scan_id}",
+                recipe="recipe",
+                run_id="run",
+            ),
             np.zeros((1, 1, 1, 1), np.float32),
             np.zeros((1, 3), np.int32),
         )

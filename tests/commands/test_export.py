@@ -53,7 +53,7 @@ def add(
     """Commit scans (id, value, patches); return the version of the output."""
     made = []
     for scan_id, value, patches in scans:
-        record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", recipe, RUN)
+        record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content="c0", recipe=recipe, run_id=RUN)
         record.columns = {name: f"{name} {scan_id}" for name in carried}
         tensor = np.full((patches, 2, 2, 2), value, np.float32)
         made.append(Decoded(record, tensor, np.zeros((patches, 3), np.int32)))

@@ -198,9 +198,7 @@ def test_the_voxels_of_the_input_are_measured_in_mm_along_its_own_axes(
     from featray.commands.preview import _voxel_mm
 
     # stored along z: right to left, 4 voxels of 2 mm; y: back to front, 8 of 0.5; x: up, 12 of 5 mm
-    record = ScanRecord(
-        "id", "", "nifti", "", "", "", shape=[4, 8, 12], spacing=[2, 0.5, 5], orientation="SAL"
-    )
+    record = ScanRecord("id", "", "nifti", shape=[4, 8, 12], spacing=[2, 0.5, 5], orientation="SAL")
     sections = {"source": {"uri": "ct"}, "model": {"uri": "m", "layers": ["z"]}, "output": {"uri": "out"}}
     config = load({**sections, "preprocess": {"size": None, **options}})
     assert _voxel_mm(record, config) == pytest.approx(want)

@@ -66,7 +66,9 @@ def test_a_buffer_that_holds_results_is_not_used_again() -> None:
 def test_features_that_are_the_input_itself_do_not_change_with_the_next_batch() -> None:
     def make_scans(value: float) -> list[Decoded]:
         names = ("a", "b")
-        records = [ScanRecord(name, f"/{name}", "npy", "c", "r", "run") for name in names]
+        records = [
+            ScanRecord(name, f"/{name}", "npy", content="c", recipe="r", run_id="run") for name in names
+        ]
         return [
             Decoded(record, tensor, np.zeros((1, 3), np.int32))
             for record, tensor in zip(records, make_tensors(1, 1, value=value), strict=True)

@@ -25,7 +25,7 @@ RUN = "20260101T000000-abcdef"
 
 
 def make_record(scan_id: str, **values: object) -> ScanRecord:
-    return ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", "r0", RUN, **values)  # type: ignore[arg-type]
+    return ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content="c0", recipe="r0", run_id=RUN, **values)  # type: ignore[arg-type]
 
 
 def make_decoded(scan_id: str, value: float, patches: int = 1) -> Decoded:

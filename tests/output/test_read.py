@@ -36,7 +36,9 @@ def compute_layers(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndar
 
 
 def make_decoded(scan_id: str, value: float, patches: int = 1, recipe: str = "r0", width: int = 2) -> Decoded:
-    record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", recipe, RUN, warnings=["oblique"])
+    record = ScanRecord(
+        scan_id, f"/data/{scan_id}", "nifti", content="c0", recipe=recipe, run_id=RUN, warnings=["oblique"]
+    )
     record.shape, record.columns = [9, 9, width], {"site": f"site of {scan_id}"}
     return Decoded(
         record, np.full((patches, 2, 2, width), value, np.float32), np.zeros((patches, 3), np.int32)

@@ -41,7 +41,7 @@ def compute_layers(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndar
 
 
 def make_decoded(scan_id: str, value: float, patches: int = 1, recipe: str = "r0") -> Decoded:
-    record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", recipe, RUN)
+    record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content="c0", recipe=recipe, run_id=RUN)
     tensor = np.full((patches, 2, 2, 2), value, np.float32)
     return Decoded(record, tensor, np.zeros((patches, 3), np.int32))
 

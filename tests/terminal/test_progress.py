@@ -13,7 +13,9 @@ from featray.terminal.progress import Progress, format_bytes, format_scans
 
 
 def make_record(status: str, size: int) -> ScanRecord:
-    return ScanRecord("a", "/a", "nifti", "c", "r", "run", status=status, bytes_read=size)  # type: ignore[arg-type]
+    return ScanRecord(
+        "a", "/a", "nifti", content="c", recipe="r", run_id="run", status=status, bytes_read=size
+    )  # type: ignore[arg-type]
 
 
 def test_a_line_names_done_and_failed_scans_rates_and_eta() -> None:

@@ -38,7 +38,15 @@ Change = Callable[[pa.Table], pa.Table]
 
 def make_record(scan_id: str, recipe: str = "r0", run_id: str = RUN) -> ScanRecord:
     site = "north" if scan_id < "c" else ""
-    return ScanRecord(scan_id, f"/data/{scan_id}", "nifti", "c0", recipe, run_id, columns={"site": site})
+    return ScanRecord(
+        scan_id,
+        f"/data/{scan_id}",
+        "nifti",
+        content="c0",
+        recipe=recipe,
+        run_id=run_id,
+        columns={"site": site},
+    )
 
 
 def make_decoded(scan_id: str, value: float, patches: int = 1, **more: str) -> Decoded:

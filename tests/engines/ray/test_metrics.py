@@ -42,7 +42,9 @@ def metrics(monkeypatch: pytest.MonkeyPatch) -> Metrics:
 
 
 def make_record(name: str, status: str = "ok", reason: str | None = None) -> ScanRecord:
-    found = ScanRecord(name, f"/{name}", "nifti", "c", "r", "run", status=status, reason=reason)  # type: ignore[arg-type]
+    found = ScanRecord(
+        name, f"/{name}", "nifti", content="c", recipe="r", run_id="run", status=status, reason=reason
+    )  # type: ignore[arg-type]
     found.read_s, found.infer_s, found.bytes_read = 0.5, 2.0, 100
     return found
 

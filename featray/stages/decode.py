@@ -1,7 +1,7 @@
-"""Decode: one listed scan in, the model's input out. Joins read and preprocess; never raises.
+"""Decode: one listed scan in, its model input out. Joins locate, read and preprocess, and never raises.
 
-Runs where the voxels are: a helper process or a Ray task. Whatever goes wrong with a scan is in its
-record; the tensor then has no patches.
+This stage runs in a worker process or a Ray task. If a scan fails, its record has the reason, and its tensor
+has no patches.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decoder:
-    """Everything decoding needs besides the scan; picklable, so it travels to where it runs.
+    """Everything that decoding needs besides the scan: can be pickled, knows neither model nor run.
 
     Attributes:
-        reader: Reads a scan's files.
-        policy: As configured.
-        preprocess: As configured.
-        limits: As configured.
+        reader: Reads the files of a scan.
+        policy: How unusual scans are handled.
+        preprocess: The preprocessing.
+        limits: Maximum number of voxels, and the timeout.
     """
 
     reader: Reader
@@ -57,7 +57,7 @@ class Decoder:
         return "Decoder()"
 
     def __call__(self, scan: Scan) -> Decoded:
-        """Return the scan's model input, or its record with the reason why there is none."""
+        """Return the model input of the scan, or its record with the reason why it has none."""
         self.prepare()
         scan = locate(scan, self.reader.source, self.policy)
         record = ScanRecord.from_scan(scan)
@@ -65,27 +65,27 @@ class Decoder:
             return _without_tensor(record)
         try:
             result = self._read(scan)
-            _describe(record, result)
+            _fill_record(record, result)
             self._refuse_by_policy(record)
         except ScanError as error:
-            return _failed(record, "read", _too_large(error) or error)
+            return _fail(record, "read", _find_memory_error(error) or error)
         try:
             return self._preprocess(record, scan, result)
         except ScanError as error:
-            return _failed(record, "preprocess", _too_large(error) or error)
+            return _fail(record, "preprocess", _find_memory_error(error) or error)
 
     def prepare(self) -> None:
-        """Make this process ready, once; a library that is missing shows here, and is no scan's fault."""
+        """Prepare this process, once. A missing library raises here, so that no scan is blamed for it."""
         _prepare_process()
 
     def fail(self, scan: Scan, reason: Reason, message: str, attempts: int) -> Decoded:
-        """Return the outcome of a scan whose decoding could not even report one."""
+        """Return the failed scan if decoding could not return one, because its process died."""
         record = ScanRecord.from_scan(scan)
         record.attempts = attempts
-        return _failed(record, "read", ScanError(reason, message))
+        return _fail(record, "read", ScanError(reason, message))
 
     def fail_late(self, scan: Scan, attempts: int) -> Decoded:
-        """Return the outcome of a scan that an engine gave up for taking too long."""
+        """Return the failed scan if an engine stopped it because it took too long."""
         message = f"no result after {self.limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
         return self.fail(scan, Reason.TIMEOUT, message, attempts)
 
@@ -94,61 +94,61 @@ class Decoder:
             return self.reader.read(scan)
         except ScanError:
             raise
-        except Exception as error:  # a reader's bug must cost one scan, not the run
+        except Exception as error:  # a bug in a reader must cost one scan, not the run
             log.debug("unexpected error while reading", exc_info=True)
             raise ScanError(Reason.UNREADABLE, f"the reader raised {type(error).__name__}") from None
 
     def _refuse_by_policy(self, record: ScanRecord) -> None:
         if self.policy.not_hu == "refuse" and WarningCode.NOT_HU in record.warnings:
-            message = "the values do not look like HU (policy.not_hu: refuse); look at `featray preview`"
+            message = "the values do not look like HU (policy.not_hu: refuse); check with `featray preview`"
             raise ScanError(Reason.NOT_CT, message)
 
     def _preprocess(self, record: ScanRecord, scan: Scan, result: ReadResult) -> Decoded:
         start = time.perf_counter()
         try:
             if isinstance(result.content, Samples):
-                model_input = _samples_input(result.content, self.preprocess)
+                model_input = _make_samples_input(result.content, self.preprocess)
             else:
-                volume = self._region(result.content, result.mask)
+                volume = self._regrid_and_crop(result.content, result.mask)
                 _check_size(volume, self.preprocess, self.limits.max_voxels)
                 model_input = preprocess(volume, self.preprocess, center_lps=scan.center_lps)
         except ScanError:
             raise
-        except Exception as error:  # as above
+        except Exception as error:  # a bug must cost one scan, not the run
             log.debug("unexpected error while preprocessing", exc_info=True)
             raise ScanError(Reason.PREPROCESS, f"preprocessing raised {type(error).__name__}") from None
         record.preprocess_s = time.perf_counter() - start
         record.patches = len(model_input.tensor)
         return Decoded(record, model_input.tensor, model_input.origins)
 
-    def _region(self, volume: Volume, mask: Volume | None) -> Volume:
-        """Return the volume on an even, rectangular grid, as far as policy asks, cut to its mask."""
+    def _regrid_and_crop(self, volume: Volume, mask: Volume | None) -> Volume:
+        """Return the volume on the grid that the policy requires, cropped to its mask."""
         window = self.preprocess.window
-        self._check_regridded(regrid.compute_upright_size(volume))
+        self._check_regridded_size(regrid.compute_upright_size(volume))
         volume = regrid.resample_upright(volume, window)
         if self.policy.oblique == "resample":
-            self._check_regridded(regrid.compute_axes_size(volume))
+            self._check_regridded_size(regrid.compute_axes_size(volume))
             volume = regrid.resample_to_axes(volume, window)
         return volume if mask is None else mask_crop.crop_to_mask(volume, mask, self.preprocess.margin)
 
-    def _check_regridded(self, shape: tuple[int, ...]) -> None:
+    def _check_regridded_size(self, shape: tuple[int, ...]) -> None:
         if math.prod(shape) > self.limits.max_voxels:
             message = f"resampling would make {math.prod(shape)} voxels, limits.max_voxels is "
             raise ScanError(Reason.TOO_LARGE, f"{message}{self.limits.max_voxels}")
 
 
-def _describe(record: ScanRecord, result: ReadResult) -> None:
-    """Fill in what was read tells about the scan; an array has no geometry and no HU."""
+def _fill_record(record: ScanRecord, result: ReadResult) -> None:
+    """Fill in the facts that reading found; an array has no geometry and no HU."""
     record.bytes_read, record.read_s = result.bytes_read, result.read_s
     start = time.perf_counter()
     if isinstance(result.content, Samples):
         record.shape = list(result.content.file_shape)
     else:
-        _describe_volume(record, result.content)
+        _fill_volume_record(record, result.content)
     record.decode_s = result.decode_s + time.perf_counter() - start
 
 
-def _describe_volume(record: ScanRecord, volume: Volume) -> None:
+def _fill_volume_record(record: ScanRecord, volume: Volume) -> None:
     statistics = hu_statistics.compute_statistics(volume.voxels_zyx)
     record.hu_min, record.hu_max = statistics.minimum, statistics.maximum
     record.hu_p01, record.hu_p50, record.hu_p99 = statistics.p01, statistics.p50, statistics.p99
@@ -161,26 +161,26 @@ def _describe_volume(record: ScanRecord, volume: Volume) -> None:
     record.columns |= volume.tags
 
 
-def _samples_input(samples: Samples, config: PreprocessConfig) -> ModelInput:
-    """Return an array file's samples as they are, but for the window; `size` is for samples (z, y, x)."""
+def _make_samples_input(samples: Samples, config: PreprocessConfig) -> ModelInput:
+    """Return the samples of an array file with the window applied; `size` needs samples (z, y, x)."""
     values = samples.values
     if config.size is None:
         origins = np.zeros((len(values), 3), np.int32)
         return ModelInput(apply_window(values, config.window, config.scale), origins)
     if values.ndim != 4:
         shape = values.shape[1:]
-        message = f"preprocess.size is for arrays (z, y, x), this one has shape {shape}; leave size out"
+        message = f"preprocess.size needs arrays (z, y, x), but this one has shape {shape}; remove size"
         raise ScanError(Reason.PREPROCESS, message)
-    made = [preprocess(Volume(sample, np.eye(4)), config) for sample in values]
+    inputs = [preprocess(Volume(sample, np.eye(4)), config) for sample in values]
     return ModelInput(
-        np.concatenate([one.tensor for one in made]), np.concatenate([one.origins for one in made])
+        np.concatenate([item.tensor for item in inputs]), np.concatenate([item.origins for item in inputs])
     )
 
 
 def _check_size(volume: Volume, config: PreprocessConfig, max_voxels: int) -> None:
-    """Refuse a model input, or a resampled volume on the way to it, that is over the limit.
+    """Refuse a model input, or a resampled volume on the way to it, that has more voxels than the limit.
 
-    A header that claims slices 100 mm apart, resampled to 1 mm, asks for a hundred times its voxels.
+    If a header claims slices 100 mm apart, resampling to 1 mm makes a hundred times its voxels.
     """
     oriented = reorient(volume, config.orientation)
     z, y, x = oriented.voxels_zyx.shape
@@ -191,21 +191,21 @@ def _check_size(volume: Volume, config: PreprocessConfig, max_voxels: int) -> No
             raise ScanError(Reason.TOO_LARGE, message)
 
 
-def _too_large(error: BaseException) -> ScanError | None:
-    """Return the error to report instead when memory ran out, whatever the error was taken for on its way."""
+def _find_memory_error(error: BaseException) -> ScanError | None:
+    """Return the error to report if memory ran out, also if another error hides that."""
     import cv2
 
     cause: BaseException | None = error
     while cause is not None:
-        full = isinstance(cause, cv2.error) and cause.code == cv2.Error.StsNoMem
-        if full or isinstance(cause, MemoryError):
-            message = "decoding takes more memory than a process may have; raise run.decode.memory, or "
+        ran_out = isinstance(cause, cv2.error) and cause.code == cv2.Error.StsNoMem
+        if ran_out or isinstance(cause, MemoryError):
+            message = "decoding needs more memory than a process may use; raise run.decode.memory, or "
             return ScanError(Reason.TOO_LARGE, f"{message}lower limits.max_voxels to refuse such scans early")
         cause = cause.__context__
     return None
 
 
-def _failed(record: ScanRecord, stage: str, error: ScanError) -> Decoded:
+def _fail(record: ScanRecord, stage: str, error: ScanError) -> Decoded:
     record.fail(stage, error)
     return _without_tensor(record)
 
@@ -216,10 +216,10 @@ def _without_tensor(record: ScanRecord) -> Decoded:
 
 @functools.cache
 def _prepare_process() -> None:
-    """Import the readers; one OpenCV thread, for there is a process per core; keep large buffers."""
+    """Import the readers, limit OpenCV to one thread per process, and keep large buffers."""
     import cv2
 
-    import featray.ct.readers  # noqa: F401 - not when the first scan is read, where an error would be the scan's
+    import featray.ct.readers  # noqa: F401  # here, because an error while reading would be the scan's
 
     cv2.setNumThreads(1)
     keep_large_blocks()

@@ -1,7 +1,7 @@
-"""Read one scan: its files from the store in, one checked volume in HU, or an array's samples, out.
+"""Read: one located scan in, its checked volume in HU or the samples of its array out.
 
-Knows the formats only by name; what a header may lie about is the readers' business in `featray.ct` and
-`featray.ct.formats.npy`. The readers are imported where scans are read: the driver needs none of them.
+This stage knows the formats only by name; the readers in `featray.ct` check headers and voxels. The readers
+are imported when the first scan is read, because the driver needs none of them.
 """
 
 from __future__ import annotations
@@ -31,18 +31,23 @@ Files = list[tuple[str, bytes]]
 T = TypeVar("T")
 
 _MAX_VOXEL_BYTES, _MAX_HEADER_BYTES = 8, 2**24
-"""What an archive's members of one scan may take for each voxel and for each file."""
+"""Bytes that the archive members of one scan may take, per voxel and per file."""
 _FETCH_THREADS = 8
-"""Files of one series that are fetched at once from a store; each waits for the store, not for a core."""
-_CHANGED = "changed since it was listed; run again"
+"""Files of one series that are fetched from a store at once; a fetch waits for the store, not for a core."""
+_CHANGED = "the scan changed after it was listed; run again"
 _MASK_FORMATS = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha"}
 
 
 @dataclass(frozen=True)
 class ReadResult:
-    """What a scan holds and what it took: bytes fetched, seconds to fetch, seconds to decode.
+    """The content of a scan, and what reading it cost.
 
-    `mask` is the volume whose bounding box is to be cut out, if the scan has one.
+    Attributes:
+        content: The volume, or the samples of an array.
+        mask: The mask whose bounding box is to be cut out; None if the scan has none.
+        bytes_read: Bytes fetched.
+        read_s: Seconds to fetch the files.
+        decode_s: Seconds to decode them.
     """
 
     content: Volume | Samples
@@ -54,41 +59,42 @@ class ReadResult:
 
 @dataclass(frozen=True)
 class Reader:
-    """How the scans of one collection are read.
+    """Reads the scans of one collection.
 
     Attributes:
         source: The collection.
-        policy: What to do with odd ones.
-        max_voxels: Larger volumes are refused from their header, before anything is allocated.
-        dicom_tags: Keywords whose values may leave the header.
+        policy: How unusual scans are handled.
+        max_voxels: Maximum number of voxels; larger volumes are refused from their header, before memory is
+            allocated.
+        dicom_tags: DICOM keywords whose values are copied to the record.
     """
 
-    source: SourceConfig = field(repr=False)  # its uri may hold credentials
+    source: SourceConfig = field(repr=False)  # its URI may contain credentials
     policy: PolicyConfig
     max_voxels: int
     dicom_tags: Sequence[str] = ()
 
     def read(self, scan: Scan) -> ReadResult:
-        """Return the scan's volume or samples.
+        """Return the volume or the samples of a scan.
 
         Raises:
-            ScanError: The scan cannot be used; its reason says why.
+            ScanError: The scan cannot be used; `reason` says why.
         """
         start = time.perf_counter()
-        files = self._files(scan)
+        files = self._fetch_files(scan)
         fetched = time.perf_counter()
-        content, mask = self._decode(scan.format, files), self._mask(scan.mask)
+        content, mask = self._decode(scan.format, files), self._read_mask(scan.mask)
         done = time.perf_counter()
         total = sum(len(data) for _, data in files)
         return ReadResult(content, mask, total, fetched - start, done - fetched)
 
     def has_scan(self, scan: Scan) -> bool:
-        """Return whether the store still has the scan's first file, and lets it be looked at."""
-        fs = self._fs(scan)
+        """Return whether the store still has the first file of the scan and allows access to it."""
+        fs = self._open_fs(scan)
         fs.invalidate_cache()
         path = scan.archive or scan.files[0]
         try:
-            _asked(path, lambda: fs.info(path))
+            _ask_store(path, lambda: fs.info(path))
         except ScanError:
             return False
         return True
@@ -107,12 +113,12 @@ class Reader:
                 resample_tilt=self.policy.gantry_tilt == "resample",
                 resample_steps=self.policy.irregular_spacing == "resample",
             )
-        shear = self.policy.gantry_tilt == "resample"
-        volume = _read_single(kind, files, self.max_voxels, self.source.volume, shear)
+        keep_shear = self.policy.gantry_tilt == "resample"
+        volume = _read_single(kind, files, self.max_voxels, volume=self.source.volume, keep_shear=keep_shear)
         return convert_to_shifted_slices(volume)
 
-    def _mask(self, uri: str) -> Volume | None:
-        """Return the mask at `uri`, if there is one; where it lies counts, its axes may be anything."""
+    def _read_mask(self, uri: str) -> Volume | None:
+        """Return the mask at `uri`, or None if `uri` is empty. Its voxel grid may differ from the scan's."""
         if not uri:
             return None
         kind = next((kind for end, kind in _MASK_FORMATS.items() if uri.lower().endswith(end)), "")
@@ -122,25 +128,25 @@ class Reader:
         fs, path = open_url(uri, self.source.storage_options)
         try:
             files = _fetch_all(fs, [path])
-            return _read_single(kind, files, self.max_voxels, None, True)
+            return _read_single(kind, files, self.max_voxels, volume=None, keep_shear=True)
         except ScanError as error:
             raise ScanError(error.reason, f"the mask: {error}") from None
 
-    def _fs(self, scan: Scan) -> fsspec.AbstractFileSystem:
-        # A manifest may name scans on another file system than its own.
+    def _open_fs(self, scan: Scan) -> fsspec.AbstractFileSystem:
+        # A manifest may name scans that lie on another file system.
         fs, _ = open_url(scan.uri if "://" in scan.uri else self.source.uri, self.source.storage_options)
         return fs
 
-    def _files(self, scan: Scan) -> Files:
-        fs = self._fs(scan)
+    def _fetch_files(self, scan: Scan) -> Files:
+        fs = self._open_fs(scan)
         if scan.archive:
-            return _asked(scan.archive, lambda: self._archived(fs, scan))
+            return _ask_store(scan.archive, lambda: self._read_members(fs, scan))
         files = _fetch_all(fs, scan.files)
         _refuse_changed(scan, fs, files)
         return [(posixpath.basename(path), data) for path, data in files]
 
-    def _archived(self, fs: fsspec.AbstractFileSystem, scan: Scan) -> Files:
-        """Return the scan's members of its zip archive."""
+    def _read_members(self, fs: fsspec.AbstractFileSystem, scan: Scan) -> Files:
+        """Return the members of the zip archive that belong to the scan."""
         limit = _MAX_VOXEL_BYTES * self.max_voxels + _MAX_HEADER_BYTES * len(scan.files)
         files = []
         with fs.open(scan.archive, "rb") as stream:
@@ -153,8 +159,8 @@ class Reader:
         return files
 
 
-def _read_single(kind: str, files: Files, max_voxels: int, volume: int | None, keep_shear: bool) -> Volume:
-    """Return the volume of a format that has one file for each, or a NIfTI pair (header, image)."""
+def _read_single(kind: str, files: Files, max_voxels: int, *, volume: int | None, keep_shear: bool) -> Volume:
+    """Return the volume of a single file, or of a NIfTI pair (header, image)."""
     from featray.ct import readers
 
     data = [content for _, content in files]
@@ -167,16 +173,16 @@ def _read_single(kind: str, files: Files, max_voxels: int, volume: int | None, k
 
 
 def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> None:
-    """Compare with what was listed: the bytes of a newer file must not go down under an older fingerprint.
+    """Refuse a scan that changed after listing: new bytes must not be stored with an old fingerprint.
 
-    Stores are asked once more only where that is one quick question; elsewhere the size has to do.
+    The store's version is compared only if that takes one quick request; otherwise only the size is compared.
     """
     if not scan.files_version:
         return
     same = sum(len(data) for _, data in files) == scan.size
     if same and (len(files) == 1 or isinstance(fs, LocalFileSystem)):
         fs.invalidate_cache()
-        there = [(path, _asked(path, functools.partial(fs.info, path))) for path, _ in files]
+        there = [(path, _ask_store(path, functools.partial(fs.info, path))) for path, _ in files]
         same = scan.files_version == fingerprint_files(
             (path, info["size"], file_version(info)) for path, info in there
         )
@@ -185,37 +191,37 @@ def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> 
 
 
 def _fetch_all(fs: fsspec.AbstractFileSystem, paths: Sequence[str]) -> Files:
-    """Return the bytes of all files; from a store, several are on the way at once."""
+    """Return the bytes of all files; from a store, several files are fetched at once."""
     if len(paths) == 1 or isinstance(fs, LocalFileSystem):
         return [(path, _fetch(fs, path)) for path in paths]
     with ThreadPoolExecutor(min(_FETCH_THREADS, len(paths))) as pool:
-        coming = [(path, pool.submit(_fetch, fs, path)) for path in paths]
+        fetches = [(path, pool.submit(_fetch, fs, path)) for path in paths]
         try:
-            return [(path, one.result()) for path, one in coming]
-        except ScanError:  # without one of its files the scan is of no use: leave the others where they are
+            return [(path, fetch.result()) for path, fetch in fetches]
+        except ScanError:  # without one of its files the scan is useless, so the others are not fetched
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
 def _fetch(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    data: bytes = _asked(path, lambda: fs.cat_file(path))
+    data: bytes = _ask_store(path, lambda: fs.cat_file(path))
     return data
 
 
-def _asked(path: str, act: Callable[[], T]) -> T:
-    """Return what `act` asks the store about `path`, trying again while that may help."""
+def _ask_store(path: str, act: Callable[[], T]) -> T:
+    """Return the result of `act`, a request to the store about `path`; retry transient errors."""
     try:
         return retry.run_with_retries(act, retry.SOURCE_DEADLINE_S)
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # each kind of store raises its own errors
         if not retry.is_store_error(error):
             raise
-        raise _unfetched(path, error) from None
+        raise _make_fetch_error(path, error) from None
 
 
-def _unfetched(path: str, error: Exception) -> ScanError:
+def _make_fetch_error(path: str, error: Exception) -> ScanError:
     name = posixpath.basename(path)
     if retry.is_missing(error):
-        return ScanError(Reason.STORAGE, f"{name} is gone since it was listed")
+        return ScanError(Reason.STORAGE, f"{name} is missing; it was there when it was listed")
     kind = retry.describe_error(error)
     if retry.is_denied(error):
         return ScanError(Reason.STORAGE, f"no permission to read {name} ({kind})")

@@ -198,7 +198,7 @@ def test_a_file_that_changed_after_listing_fails_its_scan(tmp_path: Path) -> Non
     write_volume(path, seed=9)
     os.utime(path, (1, 1))
     record = Decoder.from_config(config)(scan).record
-    assert (record.reason, record.message) == ("storage", "changed since it was listed; run again")
+    assert (record.reason, record.message) == ("storage", "the scan changed after it was listed; run again")
 
 
 def write_manifest(tmp_path: Path, header: str, *rows: str) -> Path:

@@ -302,7 +302,7 @@ def list_first_scan(folder: str, files: dict[str, bytes]) -> tuple[Reader, Scan]
     [
         (EndpointConnectionError(endpoint_url=URL), "did not answer for 0.2 s (EndpointConnectionError)"),
         (make_s3_error(403, "AccessDenied"), "no permission to read a.npy (HTTP 403 AccessDenied)"),
-        (make_s3_error(404, "NoSuchKey"), "a.npy is gone since it was listed"),
+        (make_s3_error(404, "NoSuchKey"), "a.npy is missing; it was there when it was listed"),
         (make_s3_error(400, "InvalidRange"), "a.npy could not be fetched (HTTP 400 InvalidRange)"),
     ],
 )

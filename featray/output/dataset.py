@@ -187,7 +187,7 @@ class Dataset:
         return cls(Store(config.uri, config.storage_options))
 
     def find_snapshot(self, version: int | None = None) -> Snapshot | None:
-        """Return the snapshot at a version of `features` (default: the newest), or None if there is none.
+        """Return the snapshot at a version of `features` (default: the newest); None if it does not exist.
 
         Raises:
             StorageError: The store does not answer.
@@ -212,7 +212,7 @@ class Dataset:
         """Return the snapshot at a version of `features` (default: the newest).
 
         Raises:
-            ConfigError: There is no output here, or the version does not exist or is not retained any more.
+            ConfigError: The output or the version does not exist, or the version is not retained any more.
             StorageError: The store does not answer.
             FeatrayError: The tables are more than one commit apart.
         """
@@ -233,7 +233,7 @@ class Dataset:
         """Return rows of a table's newest version; takes arguments as `Snapshot.read`.
 
         Raises:
-            ConfigError: There is no output here.
+            ConfigError: The output does not exist.
             StorageError: The store does not answer.
         """
         return self.open_snapshot().read(table, columns, where)

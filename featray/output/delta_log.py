@@ -1,15 +1,16 @@
 """The Delta log of one table: read the files of a version, and append commits. Alone imports deltalake.
 
-A commit number counts the commits of an output. Commit n is one log entry in each of the two tables, both
-with the application transaction (`featray`, n). These are the promises about one entry:
+Commits of an output are numbered. Commit n is one log entry in each of the two tables. Both entries have the
+application transaction (`featray`, n). These are the promises about a commit in the log:
 
-- Atomic: Delta creates the file of an entry only if no file of that name exists. Readers see all of an entry
-  or nothing of it.
-- Once: a log refuses a second entry with the transaction number n. So an append whose answer was lost can be
-  repeated, and of two drivers that both try to append commit n, one gets `OutputBusyError`.
-- Complete: a commit writes its two entries one after the other. The first entry holds in `owes` the files
-  that the second entry will add and remove (`PendingCommit`). If the driver is killed between the two
-  entries, readers take the missing half from there, and the next run appends it.
+- Atomic: Delta creates the file of a log entry only if no file of that name exists. Readers of the log see
+  all of an entry or nothing of it.
+- Once: Delta rejects an entry with transaction number n if an entry with this number was added after the
+  writer opened the table. So an append can be repeated when the store's answer was lost. If two drivers try
+  to append commit n, one of them gets `OutputBusyError`.
+- Complete: the two entries of a commit are written one after the other. The entry that is written first
+  records under `owes` the files that the second entry will add and remove (`PendingCommit`). If the driver is
+  killed between the two entries, readers take the missing half from this record, and the next run appends it.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ class TableLog:
 
     @classmethod
     def open(cls, store: Store, table: str, version: int | None = None) -> TableLog | None:
-        """Return the log at a version (default: the newest), or None if there is no such table or version.
+        """Return the log at a version (default: the newest); None if the table or the version does not exist.
 
         Raises:
             StorageError: The store does not answer.
@@ -214,7 +215,7 @@ class TableLog:
         """
         before = self.version
         if self._store.get_size(_entry_name(self.table, before)) is None:
-            # The entry was trimmed, so many have followed. Delta would still create an entry after it.
+            # The entry was trimmed because many entries have followed. Delta would still append after it.
             raise OutputBusyError(_BUSY)
         entry = {"number": number, "run_id": run_id} | ({"owes": pending.to_json()} if pending else {})
         actions = _make_actions(change)
@@ -348,7 +349,7 @@ class TableLog:
         return False
 
     def _read_entry(self, number: int) -> dict[str, Any] | None:
-        """Return what the log entry of a commit records under `featray`; None if the commit is too old."""
+        """Return the record under `featray` in the log entry of a commit; None if the commit is too old."""
         for version in range(self.version, max(-1, self.version - _MAX_ENTRIES_SEARCHED), -1):
             for action in self._read_actions(version):
                 entry: dict[str, Any] = action.get("commitInfo", {}).get(APP) or {}

@@ -38,7 +38,7 @@ class Features:
     Attributes:
         layer: Name of the layer in the output.
         version: Version of the output that was read.
-        recipe: Recipe id of all rows; None if there are no rows.
+        recipe: Recipe id of all rows; None for zero rows.
         table: Arrow table with one row per feature value; with `scans=`, also with columns of the scans.
         missing: Requested scan ids that have no row, because the scan failed or was never found.
     """
@@ -108,7 +108,7 @@ class Shapes:
 
     Args:
         shapes: Arrow list<int32>, one shape per value.
-        default: Common shape if there are no values.
+        default: Common shape for zero values.
 
     Attributes:
         common: Shape of all values; None if they differ in shape.

@@ -95,7 +95,7 @@ class Lease:
             log.warning("the lease could not be released; it expires in %.0f s", STALE_S)
 
     def set_progress_source(self, progress: Callable[[], dict[str, Any]]) -> None:
-        """Write what `progress` returns (plain JSON data) to the lease file with each heartbeat."""
+        """Write the result of `progress` (plain JSON data) to the lease file with each heartbeat."""
         self._progress = progress
 
     def check(self) -> None:
@@ -141,7 +141,7 @@ class Lease:
 
 
 def read_live_lease(store: Store) -> dict[str, Any] | None:
-    """Return the content of the lease that a running run holds; None if there is none.
+    """Return the content of the lease that a running run holds; None if no running run holds it.
 
     If the run is on another machine, its heartbeat is compared with this machine's clock, which may be wrong.
     So use the result for display only, not for decisions.

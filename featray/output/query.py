@@ -1,4 +1,4 @@
-"""Choose what to read: an output and a user's request in, files, columns and filters of one version out.
+"""Select data to read: an output and a user's request in, files, columns and filters of one version out.
 
 All code that reads features back starts here: `output/read.py`, `output/read_ray.py` and
 `commands/export.py`.
@@ -36,7 +36,7 @@ _MAX_NAMES_SHOWN = 20
 
 @dataclass(frozen=True)
 class ReadRequest:
-    """What a user wants to read of one layer.
+    """A user's request to read one layer.
 
     Attributes:
         layer: Name of the layer, with `/` or `.`.
@@ -55,7 +55,7 @@ class ReadRequest:
 
 @dataclass(frozen=True)
 class Selection:
-    """What to read of one layer in one version.
+    """The data of one layer in one version that a request selects.
 
     Attributes:
         snapshot: The version.
@@ -164,7 +164,7 @@ def read_one_version(dataset: Dataset, version: int | None, read: Callable[[Snap
         read: Raises FileNotFoundError if a file of the snapshot is missing.
 
     Raises:
-        ConfigError: There is no such output or version, or the requested version has lost its files.
+        ConfigError: The output or version does not exist, or the files of the requested version are deleted.
         FeatrayError: A file of the newest version is missing.
         StorageError: Every version was superseded before it was read.
     """
@@ -193,10 +193,10 @@ def read_one_version(dataset: Dataset, version: int | None, read: Callable[[Snap
 
 
 def select(snapshot: Snapshot, request: ReadRequest) -> Selection:
-    """Return what to read of a version, after checking that the version has the requested names.
+    """Check that a version has the requested layer and columns, and return the data to read.
 
     Raises:
-        UsageError: The version has no such layer or column.
+        UsageError: The version does not have the layer or a column.
     """
     files = snapshot.files(FEATURES)
     layer = find_layer(request.layer, files)
@@ -231,7 +231,7 @@ def find_layer(layer: str, files: Iterable[DataFile]) -> str:
         files: Files of `features`.
 
     Raises:
-        UsageError: There is no such layer; the message names a similar one and lists all layers.
+        UsageError: The layer does not exist; the message names a similar one and lists all layers.
     """
     known = sorted({str(file.partition_values["layer"]) for file in files})
     for name in (layer, layer.replace("/", ".")):
@@ -300,12 +300,12 @@ def join_scans(rows: pa.Table, scans: pa.Table) -> pa.Table:
 
 
 def resolve_recipe(counts: Mapping[str, int], requested: str | None, layer: str) -> str | None:
-    """Return the recipe id of the rows to read; None if there are no rows.
+    """Return the recipe id of the rows to read; None if no row is selected.
 
     Args:
         counts: Recipe id → number of the requested scans that have rows of it.
         requested: Recipe id that the user requests; None if the user leaves it open.
-        layer: Name of the layer, for the message.
+        layer: Name of the layer; used in the message.
 
     Raises:
         UsageError: There are several recipes and none is requested, or the requested one does not occur. The

@@ -47,7 +47,7 @@ from featray.schema import DataFile
 _READERS = 8
 """Files that are read in parallel; on an object store, most of the time is spent waiting."""
 _MAX_PARALLEL_BYTES = 128 * 2**20
-"""Most bytes of files whose values are read in parallel. A larger file is read alone."""
+"""Limit for the total size of files that are read in parallel. A larger file is read alone."""
 _BATCH_VALUES = 2**20
 """Numbers to decode at once, because decoding needs several times the memory of its result."""
 
@@ -83,8 +83,9 @@ def read(
         storage_options: fsspec options of `output`; None for those of the configuration file, if it is one.
 
     Raises:
-        ConfigError: There is no such output or version.
-        UsageError: There is no such layer, column or recipe, or the scans have rows of several recipes.
+        ConfigError: The output or the version does not exist.
+        UsageError: The layer, a column or the recipe does not exist, or the scans have rows of several
+        recipes.
         StorageError: The store does not answer, or each version was superseded before it was read.
     """
     dataset = open_output(output, storage_options)
@@ -133,10 +134,10 @@ def _read_rows_of_files(selection: Selection) -> list[pa.Table]:
 
 
 def _select_rows(selection: Selection, rows: pa.Table) -> tuple[Flags | None, str | None]:
-    """Return a mask of the requested rows (None for all rows), and their recipe (None if there are no rows).
+    """Return a mask of the requested rows (None for all rows), and their recipe (None without rows).
 
-    The ids are looked up once in the rows of all files. A filter per file would hash all requested ids, which
-    may be half a million, for each file.
+    The ids are looked up once in the rows of all files. A filter per file would hash all requested ids
+    (perhaps half a million) once per file.
     """
     requested, mask = rows.select(["scan_id", "recipe"]), None
     if selection.scan_ids is not None:

@@ -72,8 +72,9 @@ def read_ray(
         storage_options: fsspec options of `output`; None for those of the configuration file, if it is one.
 
     Raises:
-        ConfigError: There is no such output or version.
-        UsageError: There is no such layer, column or recipe, or the scans have rows of several recipes.
+        ConfigError: The output or the version does not exist.
+        UsageError: The layer, a column or the recipe does not exist, or the scans have rows of several
+        recipes.
         StorageError: The store does not answer.
     """
     dataset = open_output(output, storage_options)

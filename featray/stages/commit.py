@@ -1,30 +1,34 @@
 """Commit: receipts of written files in, the next version of both tables out. Runs in the driver only.
 
 The tables `features` and `scans` change together. Commit n consists of one entry in the log of each table.
-This is the order of its steps:
+These are its steps, in this order:
 
 1. New rows of `scans`, and the remaining rows of files that lose some of their rows, are written to new
-   files. No version of a table refers to these files yet, so readers do not see them.
-2. Entry n is appended to the log of the first table. It adds and removes files of all layers in one step, and
-   it also records what entry n of the second table will contain.
+   files. No version of a table refers to these files yet.
+2. Entry n is appended to the log of the first table. It adds and removes files of all layers in one step. It
+   also records which files entry n of the second table will add and remove.
 3. Entry n is appended to the log of the second table.
 4. The superseded files are deleted, unless the output retains older versions (`output.keep_versions_days`).
 
-Which table is first: `features` if the commit adds features, `scans` if it only removes features. So at no
-moment does `scans` list a scan as ok whose features are not in `features`, even for programs that read each
-table's log by itself.
+Which table is first: `features` if the commit adds features, `scans` if it only removes features. So whenever
+`scans` lists a scan as ok, its features are in `features`. This holds even for programs that read the log of
+each table by itself.
 
-Promises:
+Promises to readers of the logs:
 
-- Atomic: readers through `Dataset` see a commit in both tables or in none.
-- Killed before step 2 has succeeded: the commit did not happen. Its files are orphans.
+- Atomic: readers through `Dataset` see a commit in both tables or in neither.
+- Killed before step 2 has succeeded: the commit has not happened. Its files are orphans, because no version
+  refers to them.
 - Killed between step 2 and step 3: the commit counts as done. `Dataset.open_snapshot` takes the second half
   from the entry of the first table. The next `Committer` appends the missing entry before it does anything
   else.
-- Killed in step 4: the commit is done. Superseded files that still exist are orphans.
-- Orphans never become visible. `Committer.delete_orphans` deletes them; every run calls it at its start.
-- Two drivers: a log accepts entry n only once, directly after the version that the driver opened. If another
-  driver has committed since, the commit fails with `OutputBusyError` and nothing of it is visible.
+- Killed in step 4: the commit is done. Superseded files that were not deleted are orphans.
+- Orphans are deleted by `Committer.delete_orphans`, which every run calls at its start.
+- Two drivers: if another driver has committed since this driver opened the tables or last committed, the next
+  commit of this driver fails with `OutputBusyError`, and nothing of it is visible.
+
+Programs that read all Parquet files of the folder without the log also see files that are not committed yet,
+superseded files that are not deleted yet, and orphans.
 """
 
 from __future__ import annotations

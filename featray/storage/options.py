@@ -39,7 +39,7 @@ def make_delta_options(uri: str, options: dict[str, Any], *, with_retries: bool 
     Args:
         uri: URL to open with the options.
         options: Options for fsspec.
-        with_retries: Whether deltalake is to retry each request for `retry.OUTPUT_DEADLINE_S`. Leave it False
+        with_retries: Whether deltalake retries each request for `retry.OUTPUT_DEADLINE_S`. Leave it False
             for other programs (polars): they know the other options, but not these.
     """
     translate = _TRANSLATORS.get(uri.partition("://")[0])

@@ -1,7 +1,7 @@
-"""A folder on any fsspec file system, whose files are read and written as a whole.
+"""A folder on any fsspec file system. Files are read and written as a whole.
 
 Operations are retried while a store has transient errors (`featray.storage.retry`). After a deadline they
-fail with a `StorageError` that says what to do.
+fail with a `StorageError` that names the remedy.
 """
 
 from __future__ import annotations
@@ -171,7 +171,7 @@ class Store:
         return list(self.list_file_sizes(prefix))
 
     def delete(self, names: list[str]) -> None:
-        """Delete files; a file that does not exist is no error.
+        """Delete files; files that do not exist are ignored.
 
         Raises:
             StorageError: A file could not be deleted.
@@ -195,7 +195,7 @@ class Store:
         """Return this store's options under deltalake's names, which polars understands too.
 
         Args:
-            with_retries: Whether deltalake is to retry each request for as long as `run_operation` does.
+            with_retries: Whether deltalake retries each request for as long as `run_operation` does.
                 Leave it False for polars, which does not know these options.
         """
         if self.is_local:

@@ -1,7 +1,7 @@
-"""What speaks against a run, found before work begins: config, source, output, model, plan.
+"""Checks before a run: a config in, the listing out, or an error that lists every problem at once.
 
-In: a config. Out: what the run needs of each, or every problem at once. Writes nothing but what listing has
-found, for the next one.
+Config, source, output, model and plan are checked. The only file that these functions write is the cache of
+DICOM headers for the next listing.
 """
 
 from __future__ import annotations
@@ -25,49 +25,49 @@ from featray.storage.urls import mask_url
 
 log = logging.getLogger(__name__)
 
-MEMORY = f"{RUNS}/listing.parquet"
-"""What listing has found of DICOM folders, so that headers of unchanged ones are not read again."""
+HEADER_CACHE = f"{RUNS}/listing.parquet"
+"""File with the DICOM headers that listing has read, so that it need not read unchanged files again."""
 ALWAYS_REMOVABLE = 100
-"""Up to so many scans may go at once without `limits.max_removed_fraction` having a say."""
+"""Number of scans that a refresh may always remove, whatever `limits.max_removed_fraction` says."""
 
 
 def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Config, Listing]:
-    """Return the config and the listing once nothing in the YAML or the source speaks against a run.
+    """Return the checked config and the listing of its source.
 
     Raises:
-        ConfigError: Lists every problem; if there is any, also those of the model and its layers.
+        ConfigError: Lists every problem, including those of the model and its layers.
     """
     checked, problems = configuration.load_partly(config, overrides)
-    where = configuration.name_of(config)
+    where = configuration.get_name(config)
     if checked is None:
         raise ConfigError(problems, where)
     listing = Listing(())
     try:
-        listing = check_source(checked, _remembered(checked))
+        listing = check_source(checked, _load_header_cache(checked))
     except UsageError as error:
         problems += error.problems
-    if problems:  # the run will not happen; the model is loaded only to report its problems too
-        size_is_sound = not any(problem.startswith("preprocess.size") for problem in problems)
-        problems += _problems_of_model(checked, size_is_sound)
+    if problems:  # there will be no run; the model is loaded only to report its problems too
+        is_size_valid = not any(problem.startswith("preprocess.size") for problem in problems)
+        problems += _check_model(checked, is_size_valid=is_size_valid)
         raise ConfigError(problems, where)
     return checked, listing
 
 
 def check_source(config: Config, header_cache: HeaderCache | None = None) -> Listing:
-    """Return the listing once nothing in the source, or of what the config asks of it, speaks against a run.
+    """Return the listing of the source, after checking it against the config.
 
     Args:
-        config: As loaded.
+        config: Checked config.
         header_cache: What an earlier listing found, as for `list_scans`.
 
     Raises:
         ConfigError: Lists every problem.
     """
-    problems = _problems_of_tags(config)
+    problems = _check_tags(config)
     listing = Listing(())
     try:
         listing = list_scans(config.source, config.policy, header_cache)
-        problems += _problems_of_partitions(config, listing) + _problems_of_centers(config, listing)
+        problems += _check_partitions(config, listing) + _check_centers(config, listing)
     except UsageError as error:
         problems += error.problems
     if problems:
@@ -76,91 +76,94 @@ def check_source(config: Config, header_cache: HeaderCache | None = None) -> Lis
 
 
 def check_output(store: Store) -> None:
-    """Refuse an output that is held or cannot be used, before anything slow is done for nothing."""
+    """Raise if the output is locked or cannot be written, before any slow work begins."""
     try:
         store.check_writable()
         raise_if_locked(store)
     except FeatrayError:
         raise
-    except Exception as error:  # every store has errors of its own, and their texts may hold credentials
+    # each kind of store raises its own errors, whose texts may contain credentials
+    except Exception as error:
         problem = f"output.uri: {mask_url(store.uri)} cannot be reached ({type(error).__name__})"
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
 
 
-def _remembered(config: Config) -> HeaderCache | None:
-    """Return what the last run's listing found; None where an output cannot be asked, which is told later."""
+def _load_header_cache(config: Config) -> HeaderCache | None:
+    """Return the cache of the last run; None if the output is unreachable, which is reported later."""
     try:
         store = Store(config.output.uri, config.output.storage_options)
-        return HeaderCache.from_bytes(store.fs.cat_file(store.path(MEMORY)))
+        return HeaderCache.from_bytes(store.fs.cat_file(store.path(HEADER_CACHE)))
     except FileNotFoundError:
         return HeaderCache()
-    except Exception as error:  # every store has errors of its own
+    except Exception as error:  # each kind of store raises its own errors
         log.debug("no header cache (%s)", type(error).__name__)
         return None
 
 
-def save_listing_cache(listing: Listing, store: Store) -> None:
-    """Keep for the next run what listing has found, if it is other than before."""
+def save_header_cache(listing: Listing, store: Store) -> None:
+    """Save the headers that listing has read for the next run, if they have changed."""
     if listing.header_cache is not None and listing.header_cache.is_changed:
-        store.write(MEMORY, listing.header_cache.to_bytes())
+        store.write(HEADER_CACHE, listing.header_cache.to_bytes())
 
 
 def refuse_other_recipe(plan: Plan, recipe: str, *, refresh: bool) -> None:
-    """Stop an `extract` into a table of another recipe."""
+    """Raise if `extract` would write into an output with another recipe."""
     if plan.other_recipe and not refresh:
         raise ConfigError(
-            f"output.uri: {plan.other_recipe} of its scans have features of another recipe than this "
-            f"config's ({recipe}), and a table must not mix them. `featray refresh` extracts them anew; or "
-            "choose another output.uri, or the earlier config."
+            f"output.uri: {plan.other_recipe} scans of the output have features of another recipe than this "
+            f"config's ({recipe}), and a table must not mix recipes. `featray refresh` extracts them again. "
+            "Otherwise choose another output.uri, or use the earlier config."
         )
 
 
 def refuse_mass_removal(plan: Plan, limits: LimitsConfig, *, refresh: bool) -> None:
-    """Stop a refresh that would drop most of the output: more likely the collection is not all there."""
+    """Raise if a refresh would remove most of the output: the collection is probably not all mounted."""
     stored = sum(plan.counts.values()) - plan.counts["new"]
     allowed = max(ALWAYS_REMOVABLE, limits.max_removed_fraction * stored)
     if refresh and len(plan.removed) > allowed:
         raise ConfigError(
             f"limits.max_removed_fraction: {len(plan.removed)} of {stored} stored scans are no longer in the "
-            f"collection, more than {limits.max_removed_fraction:g}. Is all of it mounted, and source.uri "
-            "the same? If they shall go: --set limits.max_removed_fraction=1"
+            f"collection, a share above {limits.max_removed_fraction:g}. Check that all of it is mounted and "
+            "that source.uri is right. To remove these scans, use --set limits.max_removed_fraction=1"
         )
 
 
-def _problems_of_tags(config: Config) -> list[str]:
+def _check_tags(config: Config) -> list[str]:
     if not config.privacy.dicom_tags:
         return []
     from featray.ct.dicom.tags import find_unknown_keywords
 
     unknown = find_unknown_keywords(config.privacy.dicom_tags)
-    return [f"privacy.dicom_tags: DICOM knows no keyword {keyword!r}" for keyword in unknown]
+    return [f"privacy.dicom_tags: {keyword!r} is no DICOM keyword" for keyword in unknown]
 
 
-def _problems_of_partitions(config: Config, listing: Listing) -> list[str]:
+def _check_partitions(config: Config, listing: Listing) -> list[str]:
     texts = [field.name for field in SCAN_COLUMNS if pa.types.is_string(field.type)]
-    known = [name for name in texts if name not in FEATURE_COLUMNS.names]  # those are inside the files
+    known = [
+        name for name in texts if name not in FEATURE_COLUMNS.names
+    ]  # columns of `features` are inside of its files
     known += [name for name in extra_columns(config, listing) if name not in SCAN_COLUMNS.names]
-    further = config.output.partition_by[1:]
+    columns = config.output.partition_by[1:]
     problems = [
-        f"output.partition_by: {name!r} is none of {', '.join(known)}"
-        for name in further
+        f"output.partition_by: {name!r} is no column to partition by; the columns are {', '.join(known)}"
+        for name in columns
         if name not in known
     ]
-    if len(set(further)) < len(further):
-        problems.append(f"output.partition_by: {list(further)} names a column twice")
+    if len(set(columns)) < len(columns):
+        problems.append(f"output.partition_by: {list(columns)} names a column twice")
     return problems
 
 
-def _problems_of_centers(config: Config, listing: Listing) -> list[str]:
+def _check_centers(config: Config, listing: Listing) -> list[str]:
     is_cut = config.preprocess.fit == "crop_pad" and config.preprocess.size is not None
     if is_cut or not listing.has_centers:
         return []
     return ["preprocess.fit: the manifest's center_x, center_y, center_z need fit: crop_pad and a size"]
 
 
-def _problems_of_model(config: Config, size_is_sound: bool) -> list[str]:
+def _check_model(config: Config, *, is_size_valid: bool) -> list[str]:
     try:
-        load_extractor(config) if size_is_sound else Extractor(config.model)
+        load_extractor(config) if is_size_valid else Extractor(config.model)
     except UsageError as error:
         return error.problems
     return []

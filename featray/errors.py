@@ -1,13 +1,13 @@
-"""Every error featray raises on purpose, and the codes a scan can end with.
+"""The errors that featray raises on purpose, and the codes with which a scan can end.
 
 FeatrayError                what `except featray.FeatrayError` catches
-├── UsageError              exit 2: wrong usage, config or model, found before work began
+├── UsageError              exit 2: wrong usage, config or model, found before work begins
 │   ├── ConfigError         the YAML, a --set value, the source or the output location
-│   └── ModelError          the model file, its custom code, or a layer in it
+│   └── ModelError          the model file, its custom code, or a layer of the model
 ├── OutputBusyError         exit 4: another run holds or has changed the output
-├── StorageError            exit 1: a store does not answer; the run is resumable
-├── InputShapeError         a batch that the cut model cannot take
-└── ScanError               never an exit: one bad scan, which becomes a row of `scans`
+├── StorageError            exit 1: a store does not answer; the run can be resumed
+├── InputShapeError         a batch whose shape the truncated model cannot take
+└── ScanError               ends no run: one bad scan, which becomes a row of `scans`
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from enum import IntEnum, StrEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes; a scheduler decides by them."""
+    """Exit codes of the process, by which a scheduler decides what to do."""
 
     OK = 0
     UNEXPECTED = 1
@@ -28,7 +28,7 @@ class ExitCode(IntEnum):
 
 
 class Reason(StrEnum):
-    """Why a scan is not `ok`. Stable: users filter and retry by these."""
+    """Reasons why a scan is not `ok`. The values are stable, because users filter and retry by them."""
 
     UNREADABLE = "unreadable"
     TRUNCATED = "truncated"
@@ -52,9 +52,9 @@ class Reason(StrEnum):
 
 
 class WarningCode(StrEnum):
-    """What was odd about a scan but accepted; the `warnings` column holds these.
+    """Warnings about unusual scans that were accepted; the `warnings` column holds them.
 
-    Codes of `Reason` appear there too when the case was accepted.
+    The column also holds codes of `Reason` if the policy accepts such scans.
     """
 
     NOT_HU = "not_hu"
@@ -69,50 +69,52 @@ class WarningCode(StrEnum):
 
 
 class FeatrayError(Exception):
-    """Base of everything featray raises on purpose; its text says what to do next."""
+    """Base class of featray's own errors; the text says what to do next."""
 
     exit_code = ExitCode.UNEXPECTED
 
 
 class UsageError(FeatrayError):
-    """Wrong usage, config or model, found before any work began.
+    """Wrong usage, config or model, found before any work begins.
 
-    `problems` lists every finding, not only the first; `where` names the file they are in.
+    Attributes:
+        problems: Every problem, not only the first.
     """
 
     exit_code = ExitCode.USAGE
 
     def __init__(self, problems: str | list[str], where: str = "") -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
-        super().__init__(_bullets(where, self.problems))
+        super().__init__(_join_problems(where, self.problems))
 
 
 class ConfigError(UsageError):
-    """The config cannot be run as it stands."""
+    """A run with this config is not possible."""
 
 
 class ModelError(UsageError):
-    """The model cannot be loaded or cut as asked."""
+    """The model cannot be loaded, or cannot be truncated as configured."""
 
 
 class OutputBusyError(FeatrayError):
-    """Another run holds the output, or changed it since this run planned its work."""
+    """Another run holds the output, or has changed it after this run was planned."""
 
     exit_code = ExitCode.BUSY
 
 
 class StorageError(FeatrayError):
-    """A store does not answer, after retries; what is committed is kept, and the same command resumes."""
+    """A store does not answer after retries. Committed scans are kept, and the same command resumes."""
 
 
 class InputShapeError(FeatrayError, ValueError):
-    """A batch has another shape or type than the cut model takes; the text names both."""
+    """A batch has another shape or type than the truncated model takes; the text names both."""
 
 
 class ScanError(FeatrayError):
-    """One scan cannot be used. The pipeline turns it into a row and goes on.
+    """One scan cannot be used. The pipeline stores it as a row and continues.
 
-    `reason` is one of `Reason`; the message must name no patient and no absolute path.
+    Attributes:
+        reason: One of `Reason`. The message must contain no patient data and no absolute path.
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
@@ -120,7 +122,7 @@ class ScanError(FeatrayError):
         self.reason = Reason(reason)
 
     def __reduce__(self) -> tuple[type[ScanError], tuple[Reason, str]]:
-        """Pickle with both arguments; the default would drop `reason` between processes."""
+        """Pickle both arguments; the default would lose `reason` between processes."""
         return type(self), (self.reason, str(self))
 
 
@@ -140,7 +142,7 @@ def find_similar_names(
     return difflib.get_close_matches(name, list(known), n=limit, cutoff=min_ratio)
 
 
-def _bullets(where: str, problems: list[str]) -> str:
+def _join_problems(where: str, problems: list[str]) -> str:
     if not where and len(problems) == 1:
         return problems[0]
     plural = "problem" if len(problems) == 1 else "problems"

@@ -1,4 +1,4 @@
-"""This machine: the cores a process may use, and how."""
+"""The CPU cores that this process may use, and how the model uses them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ModelThreads:
-    """How the model of one process uses the cores.
+    """How the model of one process uses the CPU cores.
 
     Attributes:
-        each: CPU threads that operations share beside those that call them; None: TensorFlow's own choice,
-            as many as it sees cores.
-        calls: Times that the model is called at once.
+        each: CPU threads that TensorFlow's operations share, besides the threads that call the model; None
+            for TensorFlow's default, one per core.
+        calls: Number of calls of the model at once.
     """
 
     each: int | None = None
@@ -21,10 +21,10 @@ class ModelThreads:
 
     @classmethod
     def for_whole_machine(cls) -> ModelThreads:
-        """Return those of a process that has all cores: while one call waits, the other works.
+        """Return the threads of a process that has all cores: while one call waits, the other computes.
 
-        A thread that calls an operation takes part in it. Measured on two cores, with a 3-D encoder: two
-        calls of one thread each are 5 to 8 % faster than one call of two threads.
+        The thread that calls the model computes too. Measured on two cores with a 3-D encoder, two calls with
+        one thread each are 5 to 8 % faster than one call with two threads.
         """
         cores = count_usable_cores()
         return cls(each=max(1, cores - 1), calls=min(2, cores))
@@ -35,13 +35,13 @@ DEFAULT_THREADS = ModelThreads()
 
 @dataclass(frozen=True)
 class Workers:
-    """What an engine has, or had at most, to work with.
+    """The number of workers of an engine, at most.
 
     Attributes:
         decode: Scans that are read and decoded at once.
         model: Calls of the model at once.
-        cores: Of this machine or of the cluster.
-        has_gpus: Whether the model is on GPUs, so that it takes no cores.
+        cores: CPU cores of this machine or of the cluster.
+        has_gpus: Whether the model runs on GPUs, so that it uses no cores.
     """
 
     decode: int
@@ -51,5 +51,5 @@ class Workers:
 
 
 def count_usable_cores() -> int:
-    """Return the cores this process may run on, which a container or batch system may have limited."""
+    """Return the number of cores that this process may use; a container or batch system may limit it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -121,7 +121,7 @@ class Job:
             recipe=recipe,
             layers=tuple(layer.name for layer in extractor.layers),
             model_sha256=extractor.files["model"],
-            config=configuration.without_secrets(config),
+            config=configuration.mask_secrets(config),
             max_failed_fraction=config.limits.max_failed_fraction,
         )
         return cls(config, extractor, run, engine.threads, options)

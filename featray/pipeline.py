@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.checks import check, check_output, refuse_mass_removal, refuse_other_recipe, save_listing_cache
+from featray.checks import check, check_output, refuse_mass_removal, refuse_other_recipe, save_header_cache
 from featray.config import Config, ConfigInput
 from featray.engines.base import Engine
 from featray.engines.source_outage import SourceOutageDetector
@@ -107,7 +107,7 @@ def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) 
             refuse_other_recipe(plan, job.run.recipe_id, refresh=scope.refresh)
             refuse_mass_removal(plan, config.limits, refresh=scope.refresh)
             committer.delete_orphans()
-            save_listing_cache(listing, dataset.store)
+            save_header_cache(listing, dataset.store)
             progress = Progress(len(plan.todo), show=options.show)
             lease.set_progress_source(progress.state)
             removed = plan.removed if scope.refresh else ()

@@ -1,7 +1,7 @@
-"""The recipe: everything that decides a feature's value, and its short id.
+"""The recipe: everything that decides the values of a feature, and its short id.
 
-Two features may be compared only when their recipe ids are equal. What does not change a value beyond
-1e-5 (batch size, engine, number of workers) is not part of it.
+Two features may be compared only if their recipe ids are equal. Settings that change values by less than 1e-5
+(batch size, engine, number of workers) are not part of the recipe.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from typing import Any
 from featray.config import Config
 
 NUMERICS = 1
-"""Version of featray's numeric behaviour; raise it when the same input would give other values."""
+"""Version of featray's numeric behavior; raise it when the same input gives other values."""
 
 
 def make_recipe(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe as a JSON-ready dict.
+    """Return the recipe as a dict that can be written as JSON.
 
     Args:
-        config: The run's; what decides how a scan is read and preprocessed goes in.
-        model: The model's part: hashes, layers, pooling, compute type (`Extractor.recipe_part`).
+        config: Config of the run, from which the reading and preprocessing keys are taken.
+        model: Part of the model: hashes, layers, pooling, compute type (`Extractor.recipe_part`).
     """
     return {
         "numerics": NUMERICS,
@@ -36,6 +36,6 @@ def make_recipe(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_id(recipe: Mapping[str, Any]) -> str:
-    """Return 16 hexadecimal digits that change whenever any part of the recipe does."""
+    """Return 16 hexadecimal digits that change if any part of the recipe changes."""
     text = json.dumps(recipe, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]

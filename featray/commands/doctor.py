@@ -86,7 +86,7 @@ def doctor(config: ConfigInput, overrides: list[str] | None = None) -> DoctorRes
     if checked is None:
         return DoctorResult(tuple(results))
     if not problems:
-        results.append(CheckResult("config", "PASS", f"{configuration.name_of(config)} has no unknown keys"))
+        results.append(CheckResult("config", "PASS", f"{configuration.get_name(config)} has no unknown keys"))
     patient = _Patient(checked)
     steps: dict[str, Callable[[], Found]] = {
         "source": patient.source,

@@ -3,7 +3,7 @@
 Every package may import the sections. Nothing here opens storage, loads a model or knows a stage.
 """
 
-from featray.config.load import ConfigInput, load, load_model_section, load_partly, name_of, without_secrets
+from featray.config.load import ConfigInput, get_name, load, load_model_section, load_partly, mask_secrets
 from featray.config.models import (
     ActorsConfig,
     Config,
@@ -33,9 +33,9 @@ __all__ = [
     "PrivacyConfig",
     "RunConfig",
     "SourceConfig",
+    "get_name",
     "load",
     "load_model_section",
     "load_partly",
-    "name_of",
-    "without_secrets",
+    "mask_secrets",
 ]

@@ -1,4 +1,4 @@
-"""TODO: say what goes in and comes out."""
+"""Load the configuration: YAML, `--set` texts or a dict in, a checked `Config` or every problem out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pydantic import (
 )
 
 from featray.config.models import Config, ModelConfig
-from featray.config.problems import _sentences
+from featray.config.problems import describe_problems
 from featray.errors import ConfigError
 from featray.storage.urls import mask_url
 
 ConfigInput = str | os.PathLike[str] | dict[str, Any] | Config
-"""What `load` takes: the path of a YAML file, its content, or a config made earlier."""
+"""Input of `load`: the path of a YAML file, its content as a dict, or a `Config`."""
 
 
 def load(config: ConfigInput, overrides: list[str] | None = None) -> Config:
@@ -30,64 +30,63 @@ def load(config: ConfigInput, overrides: list[str] | None = None) -> Config:
         config: Path of a YAML file, its content as a dict, or an earlier `Config`.
         overrides: `key.path=value` texts; values are YAML (`[1, 2]`, `null`, `true`).
 
-    Relative paths in the file are relative to the working directory, as in a shell.
+    Relative paths in the file are relative to the working directory.
 
     Raises:
-        ConfigError: Lists every unknown key (with the nearest known one), wrong type and
-            contradiction found.
+        ConfigError: Lists every unknown key (with the most similar known one), wrong type and contradiction.
     """
     checked, problems = load_partly(config, overrides)
     if problems or checked is None:
-        raise ConfigError(problems, name_of(config))
+        raise ConfigError(problems, get_name(config))
     return checked
 
 
 def load_partly(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Config | None, list[str]]:
-    """Return what can be used of a config, and every problem found.
+    """Return the usable part of a config, and every problem.
 
-    Offending values are replaced by their defaults, so that a caller can go on to look for problems
-    of the source and the model and report all at once. None when too little is left for that.
+    Invalid values are replaced by their defaults, so that the caller can also check the source and the model,
+    and report all problems at once. The config is None if too little of it is usable.
 
     Raises:
-        ConfigError: The file cannot be read as YAML at all.
+        ConfigError: The file cannot be read as YAML.
     """
     if isinstance(config, Config) and not overrides:
         return config, []
-    values = _as_dict(config)
+    values = _to_dict(config)
     for override in overrides or []:
-        _apply(values, override)
+        _apply_override(values, override)
     try:
         return Config.model_validate(values), []
     except ValidationError as error:
-        found = error.errors(include_url=False)
-    for item in found:
-        if item["loc"]:  # else two sections contradict each other, and nobody knows which is meant
-            _drop(values, item["loc"])
+        errors = error.errors(include_url=False)
+    for item in errors:
+        if item["loc"]:  # without a place, two sections contradict each other, and either could be wrong
+            _drop_value(values, item["loc"])
     with contextlib.suppress(ValidationError):
-        return Config.model_validate(values), _sentences(found)
-    return None, _sentences(found)
+        return Config.model_validate(values), describe_problems(errors)
+    return None, describe_problems(errors)
 
 
 def load_model_section(values: Mapping[str, Any]) -> ModelConfig:
-    """Return a checked `model` section given on its own.
+    """Return the checked `model` section of a config.
 
     Raises:
-        ConfigError: As `load`.
+        ConfigError: The same problems as `load`.
     """
     try:
         return ModelConfig.model_validate(dict(values))
     except ValidationError as error:
-        found = [{**item, "loc": ("model", *item["loc"])} for item in error.errors(include_url=False)]
-        raise ConfigError(_sentences(found), "model") from None
+        errors = [{**item, "loc": ("model", *item["loc"])} for item in error.errors(include_url=False)]
+        raise ConfigError(describe_problems(errors), "model") from None
 
 
-def name_of(config: ConfigInput) -> str:
-    """Return how messages call this config."""
+def get_name(config: ConfigInput) -> str:
+    """Return the name of a config in messages."""
     return str(config) if isinstance(config, str | os.PathLike) else "config"
 
 
-def without_secrets(config: Config) -> dict[str, Any]:
-    """Return the config as JSON-ready dict with every storage option and URL credential masked."""
+def mask_secrets(config: Config) -> dict[str, Any]:
+    """Return the config as a dict for JSON, with all storage options and URL credentials masked."""
     values: dict[str, Any] = json.loads(config.model_dump_json(by_alias=True))
     for section in ("source", "model", "output"):
         options = values[section].get("storage_options") or {}
@@ -96,12 +95,12 @@ def without_secrets(config: Config) -> dict[str, Any]:
     return values
 
 
-def _as_dict(config: ConfigInput) -> dict[str, Any]:
+def _to_dict(config: ConfigInput) -> dict[str, Any]:
     if isinstance(config, Config):
         dumped: dict[str, Any] = config.model_dump(by_alias=True)
         return dumped
     if isinstance(config, dict):
-        copied: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_plain(config)))
+        copied: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_to_plain(config)))
         return copied
     path = Path(config)
     try:
@@ -111,22 +110,22 @@ def _as_dict(config: ConfigInput) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no sections; a config has source, model and output at least")
+        raise ConfigError(f"{path} contains no sections; a config has at least source, model and output")
     return values
 
 
-def _plain(value: Any) -> Any:
-    """Return value with paths, tuples and the like as YAML-ready plain types."""
+def _to_plain(value: Any) -> Any:
+    """Return the value with paths, tuples and NumPy values replaced by types that YAML knows."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if hasattr(value, "tolist"):  # NumPy's numbers and arrays
+        return [_to_plain(item) for item in value]
+    if hasattr(value, "tolist"):  # NumPy numbers and arrays
         return value.tolist()
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"--set {key!r}: expected key.path=value, e.g. model.batch_size=8")
@@ -142,8 +141,8 @@ def _apply(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _drop(values: Any, path: tuple[int | str, ...]) -> None:
-    """Remove the value at `path`, or the nearest key of a section above it."""
+def _drop_value(values: Any, path: tuple[int | str, ...]) -> None:
+    """Remove the value at `path`; if it does not exist, remove the closest existing key above it."""
     holder, key = values, path[0]
     for part in path:
         if not isinstance(values, dict) or part not in values:

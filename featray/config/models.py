@@ -1,7 +1,7 @@
-"""The one typed configuration: YAML and `--set` in, frozen models out, every problem listed at once.
+"""The sections and keys of the configuration, as frozen pydantic models.
 
-Sections mirror the YAML. Each field's default is the documented default. Nothing here opens
-the source, the output or the model; checks that need those live where they are opened.
+The sections are those of the YAML file. The docstring under a field documents its key; the default of a field
+is the documented default. Nothing here opens the source, the output or the model.
 """
 
 from __future__ import annotations
@@ -24,105 +24,109 @@ SPACING_ZYX = Annotated[tuple[float, float, float], Field(min_length=3, max_leng
 
 
 class _Section(BaseModel):
-    """Frozen and strict about names: an unknown key is an error, never ignored."""
+    """Base of all sections: frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class SourceConfig(_Section):
-    """Where the scans are."""
+    """The collection of scans."""
 
     uri: Text
-    """Folder, glob, one file, or a manifest (.csv or .parquet with a `uri` column); any fsspec URL."""
+    """Folder, glob, single file, or manifest (.csv or .parquet with a column `uri`); a path or any fsspec
+    URL."""
     format: Literal["auto", "nifti", "dicom", "nrrd", "mha", "npy"] = "auto"
-    """What to look for; auto takes every kind of volume, but no arrays (npy)."""
+    """Format of the scans; auto accepts all kinds of volumes, but no arrays (npy)."""
     rows: bool = False
-    """npy only: the first axis of a file enumerates samples (patch = row number)."""
+    """npy only: true if the first axis of a file enumerates samples; the patch is then the row number."""
     id_column: str | None = None
-    """Manifest column to use as scan_id; else the path below the source root."""
+    """Column of the manifest that is the scan_id; null = the path relative to the source."""
     center_frame: Literal["LPS", "RAS"] = "LPS"
-    """Frame of the manifest columns center_x, center_y, center_z (mm)."""
+    """Frame of the columns center_x, center_y and center_z (mm) of the manifest."""
     volume: int | None = Field(default=None, ge=0)
-    """Which volume of a file with several (4-D NIfTI) to take, counted from 0; null refuses such files."""
+    """Index, from 0, of the volume to read from a file with several volumes (4-D NIfTI); null refuses such
+    files."""
     fingerprint: Literal["store", "bytes"] = "store"
-    """What tells that a scan changed: the store's version of its files, or their bytes, all of them read."""
+    """How a changed scan is detected: by the store's version of its files, or by their bytes, which are all
+    read."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
-    """Passed to fsspec; never written anywhere."""
+    """Options for fsspec; never written to logs, tables or run files."""
 
 
 class PolicyConfig(_Section):
-    """What to do with a scan that is odd. What changes values is part of the recipe."""
+    """How unusual scans are handled. Keys that change values are part of the recipe."""
 
     gantry_tilt: Literal["refuse", "resample"] = "refuse"
-    """Slices that shift sideways: refuse the scan, or resample it to an upright grid."""
+    """Slices that are shifted sideways: refuse the scan, or resample it to an upright grid."""
     irregular_spacing: Literal["refuse", "resample"] = "refuse"
-    """Unequal steps between slices, none missing: refuse, or resample to equal steps."""
+    """Unequal steps between slices without a missing slice: refuse the scan, or resample it to equal steps.
+    """
     oblique: Literal["warn", "resample"] = "warn"
-    """Voxel axes away from the patient's: turn to the nearest axes with a warning, or resample onto them."""
+    """Voxel axes that are not parallel to the patient's axes: use the nearest axes and warn, or resample."""
     not_hu: Literal["warn", "refuse"] = "warn"
-    """Values that do not look like HU."""
+    """Values that do not look like HU: warn, or refuse the scan."""
     not_ct: Literal["exclude", "warn"] = "exclude"
-    """DICOM images of another modality."""
+    """DICOM images of another modality: exclude them, or read them and warn."""
     duplicates: Literal["warn", "exclude"] = "warn"
-    """The second of two scans with one SeriesInstanceUID, or with the same bytes."""
+    """The second of two scans with the same SeriesInstanceUID or the same bytes: warn, or exclude it."""
 
 
 class PreprocessConfig(_Section):
-    """From a CT volume to the model's input; the order of the fields is the order of the steps."""
+    """How a CT volume becomes the model input. The order of the keys is the order of the steps."""
 
     orientation: str = _ORIENTATION
-    """Directions in which x, y and z grow; the array itself has axes (z, y, x)."""
+    """Directions in which x, y and z increase; the array itself has the axes (z, y, x)."""
     window: tuple[float, float] | None = (-1000.0, 1000.0)
-    """HU, clipped before any interpolation; null leaves values as they are."""
+    """Range in HU to which values are clipped before any interpolation; null keeps the values."""
     scale: tuple[float, float] = (0.0, 1.0)
-    """The window is mapped linearly onto this range."""
+    """Range onto which the window is mapped linearly."""
     spacing: SPACING_ZYX | None = None
-    """Millimetres (z, y, x) to resample to first; null keeps the scan's own."""
+    """Voxel spacing (z, y, x) in mm to which the volume is resampled first; null keeps the native spacing."""
     margin: float = Field(default=0, ge=0)
-    """Millimetres kept around the bounding box of a manifest's `mask`."""
+    """Margin in mm around the bounding box of the manifest's `mask`."""
     size: SIZES_ZYX | None = (32, 256, 256)
-    """Voxels (z, y, x) of the model's input; null keeps the native size."""
+    """Number of voxels (z, y, x) of the model input; null keeps the native size."""
     fit: Literal["stretch", "crop_pad", "patches"] = "stretch"
-    """How a volume of another size becomes `size`."""
+    """How a volume of another size is brought to `size`."""
     stride: SIZES_ZYX | None = None
-    """patches: step in voxels (z, y, x); null = size."""
+    """Step between patches in voxels (z, y, x); null = size."""
     interpolation: Literal["linear", "area", "nearest", "cubic"] = "linear"
-    """Kernel of `spacing` and `stretch`."""
+    """Interpolation kernel of `spacing` and of `fit: stretch`."""
     align_corners: bool = False
-    """false: half-pixel centres; true: corner voxels onto corner voxels."""
+    """false: half-pixel centers (MONAI, torch, OpenCV); true: corner voxels are mapped onto corner voxels."""
 
     @field_validator("orientation")
     @classmethod
-    def _three_directions(cls, value: str) -> str:
+    def _check_orientation(cls, value: str) -> str:
         if len(value) != 3 or not all(set(value) & set(pair) for pair in ("LR", "PA", "SI")):
-            raise ValueError(f"{value!r} is no orientation; give one each of L/R, P/A and S/I, e.g. LPS")
+            raise ValueError(f"{value!r} is not an orientation; give one of L/R, of P/A and of S/I, e.g. LPS")
         return value
 
     @field_validator("window")
     @classmethod
-    def _lower_first(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+    def _check_window(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
         if value is not None and value[0] >= value[1]:
-            raise ValueError(f"[{value[0]:g}, {value[1]:g}] is upside down; the lower HU comes first")
+            raise ValueError(f"[{value[0]:g}, {value[1]:g}] is reversed; give the lower HU first")
         return value
 
     @field_validator("scale")
     @classmethod
-    def _not_a_point(cls, value: tuple[float, float]) -> tuple[float, float]:
+    def _check_scale(cls, value: tuple[float, float]) -> tuple[float, float]:
         if value[0] == value[1]:
-            raise ValueError(f"both ends are {value[0]:g}; every voxel would become one value")
+            raise ValueError(f"both ends are {value[0]:g}, so every voxel would get the same value")
         return value
 
     @field_validator("size", "stride", "spacing")
     @classmethod
-    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+    def _check_positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
         if value is not None and min(value) <= 0:
             raise ValueError(f"{list(value)} must be positive along z, y and x")
         return value
 
     @model_validator(mode="after")
-    def _consistent(self) -> PreprocessConfig:
+    def _check_fit(self) -> PreprocessConfig:
         if self.fit == "patches" and self.size is None:
-            raise ValueError("fit: patches needs size, the (z, y, x) of one patch")
+            raise ValueError("fit: patches needs size, the size (z, y, x) of one patch")
         if self.stride is not None and self.fit != "patches":
             raise ValueError(f"stride: only used with fit: patches, not with fit: {self.fit}")
         return self
@@ -132,141 +136,146 @@ class LayerConfig(_Section):
     """One layer to extract."""
 
     layer: Text
-    """Name, path (`encoder/z_mean`) or glob."""
+    """Name, path (`encoder/z_mean`) or glob of layers."""
     pool: Literal["none", "avg", "max", "avgmax"] | None = None
-    """Over the spatial axes; null = none for rank-2 outputs, avg for feature maps."""
+    """Pooling over the spatial axes; null = none for rank-2 outputs, avg for feature maps."""
     as_: Text | None = Field(default=None, alias="as")
-    """Name in the output; null = the path with `/` as `.`."""
+    """Name of the layer in the output; null = the path with `/` replaced by `.`."""
 
     model_config = ConfigDict(populate_by_name=True)
 
 
-def _layer_from_text(value: Any) -> Any:
+def _parse_layer(value: Any) -> Any:
     return {"layer": value} if isinstance(value, str) else value
 
 
 class ModelConfig(_Section):
-    """The trained model and where it is cut."""
+    """The trained model, and the layers to extract."""
 
     uri: Text
     """.keras, .h5 or SavedModel folder; any fsspec URL."""
     builder: str | None = None
-    """`package.module:function` or `file.py:function` that returns the model, for weights-only files."""
+    """Function that returns the model, for weights-only files: `package.module:function` or
+    `file.py:function`."""
     custom_objects: tuple[str, ...] = ()
-    """`file.py:Sampling` or `package.module:Class`."""
+    """Custom classes and functions of the model: `file.py:Sampling` or `package.module:Class`."""
     submodel: str | None = None
-    """Attribute or layer name to cut in, e.g. encoder."""
+    """Attribute or layer of the model that is used as the model, e.g. encoder."""
     trust: bool = False
-    """true runs Lambda layers and other code stored inside the model file."""
+    """true allows Lambda layers and other code that is stored in the model file to run."""
     input_shape: tuple[int | None, ...] | None = None
-    """Shape of one array (source.format: npy), for models that do not declare what they take."""
-    layers: tuple[Annotated[LayerConfig, BeforeValidator(_layer_from_text)], ...] = Field(min_length=1)
-    """The layers to extract, all in one pass."""
+    """Shape of one array (source.format: npy), for models that do not declare their input shape."""
+    layers: tuple[Annotated[LayerConfig, BeforeValidator(_parse_layer)], ...] = Field(min_length=1)
+    """Layers to extract, all in one pass; a text is short for {layer: text}."""
     constants: dict[str, Any] = Field(default_factory=dict)
-    """Values of the model's further inputs, by input name and without batch axis; the same for every scan."""
+    """Values of the model's other inputs by input name, without batch axis; the same for every scan."""
     compute: Literal["float32", "float16", "bfloat16"] | None = None
-    """Type that layers compute in, weights staying as they are; null = what the model says."""
+    """Type in which layers compute (weights keep their type); null = the type set in the model."""
     jit_compile: bool = False
-    """true compiles the cut model with XLA: for GPUs; on CPUs many times slower. Part of the recipe."""
+    """true compiles the model with XLA, for GPUs; many times slower on CPUs. Part of the recipe."""
     batch_size: int = Field(default=4, ge=1)
-    """Model inputs per call."""
+    """Model inputs per call of the model."""
     allow_stochastic: bool = False
-    """true accepts layers that differ from call to call."""
+    """true accepts layers whose values differ from call to call."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
-    """Passed to fsspec for `uri`; never written anywhere."""
+    """Options for fsspec to open `uri`; never written to logs, tables or run files."""
 
 
 class OutputConfig(_Section):
-    """Where the tables go."""
+    """The place and the form of the output."""
 
     uri: Text
-    """Local path or any fsspec URL."""
+    """Folder of the output: a local path or any fsspec URL."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
-    """Passed to fsspec and to the Delta log; never written anywhere."""
+    """Options for fsspec and for the Delta log; never written to logs, tables or run files."""
     partition_by: tuple[str, ...] = ("layer",)
-    """`layer` first; then columns of `scans` or of the manifest."""
+    """Partition columns of `features`: `layer` first, then columns of `scans` or of the manifest."""
     keep_versions_days: float = Field(default=0, ge=0)
-    """0: superseded files go right after the commit."""
+    """Days for which superseded files are kept; 0 deletes them right after each commit."""
 
     @model_validator(mode="after")
-    def _layer_first(self) -> OutputConfig:
+    def _check_layer_is_first(self) -> OutputConfig:
         if not self.partition_by or self.partition_by[0] != "layer":
             raise ValueError(f"partition_by {list(self.partition_by)} must begin with layer")
         return self
 
 
 class ActorsConfig(_Section):
-    """The pool that holds the model (engine ray)."""
+    """The actors that run the model (engine ray)."""
 
     min: int = Field(default=1, ge=1)
-    """Actors kept alive."""
+    """Minimum number of actors."""
     max: int | None = Field(default=None, ge=1)
-    """Upper bound; null = one for every `num_cpus` CPUs; with GPUs what leaves nodes room to decode."""
+    """Maximum number of actors; null = one per `num_cpus` CPUs; with GPUs, as many as leave CPUs to decode.
+    """
     num_cpus: float = Field(default=1, ge=0)
-    """CPUs each actor claims, TensorFlow threads it uses and, without GPUs, processes it decodes in."""
+    """CPUs that each actor claims: its TensorFlow threads and, without GPUs, its worker processes for
+    decoding."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs each actor claims; fractions share one."""
+    """GPUs that each actor claims; with a fraction, actors share a GPU."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> ActorsConfig:
+    def _check_order(self) -> ActorsConfig:
         if self.max is not None and self.max < self.min:
             raise ValueError(f"max {self.max} is below min: {self.min}")
         return self
 
 
 class DecodeConfig(_Section):
-    """Reading and preprocessing."""
+    """Resources for reading and preprocessing."""
 
     num_cpus: float = Field(default=1, gt=0)
-    """CPUs each decode task claims (engine ray with GPUs; without, actors decode for themselves)."""
+    """CPUs that each decode task claims (engine ray with GPUs; without GPUs, actors decode)."""
     memory: int | None = Field(default=None, gt=0)
-    """Bytes decoding one scan may take; more makes it `too_large`, and workers claim them (engine ray).
-    null = most of the machine's memory; large scans claim what their listed sizes let expect."""
+    """Bytes of memory that decoding one scan may take; a scan that needs more is `too_large`. With engine
+    ray, workers claim it. null = most of the machine's memory; large scans then claim memory by size."""
     workers: int | None = Field(default=None, ge=0)
-    """Helper processes (engine inline); null = one per core; 0 = decode in this process, for a debugger."""
+    """Worker processes (engine inline); null = one per core; 0 = decode in this process, for a debugger."""
 
 
 class RunConfig(_Section):
-    """How to run."""
+    """The engine and its resources."""
 
     engine: Literal["auto", "ray", "inline"] = "auto"
-    """auto takes inline for a handful of scans and no cluster address."""
+    """auto = inline for up to 100 scans without a cluster address, otherwise ray."""
     address: str | None = None
-    """Ray address; null = RAY_ADDRESS or a local Ray."""
+    """Address of the Ray cluster; null = the variable RAY_ADDRESS, or a local Ray."""
     actors: ActorsConfig = ActorsConfig()
-    """The pool that holds the model."""
+    """The actors that run the model."""
     decode: DecodeConfig = DecodeConfig()
-    """Reading and preprocessing."""
+    """Resources for reading and preprocessing."""
 
 
 class LimitsConfig(_Section):
-    """What is too much."""
+    """Limits of a scan and of a run."""
 
     max_failed_fraction: float = Field(default=0.05, ge=0, le=1)
     """Share of failed scans above which the exit code is 3."""
     max_removed_fraction: float = Field(default=0.5, ge=0, le=1)
-    """refresh: share of the stored scans (above 100) that may go at once; more looks like a lost mount."""
+    """Share of stored scans that a refresh may remove at once (100 scans are always allowed). A larger share
+    is refused, because the collection is probably not all mounted."""
     max_voxels: int = Field(default=2_000_000_000, gt=0)
-    """Checked from the header, before anything is allocated."""
+    """Voxels that a scan may have; checked from the header, before memory is allocated."""
     scan_timeout_s: float = Field(default=600, gt=0)
-    """Seconds one scan may take to be read and preprocessed."""
+    """Seconds that reading and preprocessing one scan may take."""
     attempts: int = Field(default=3, ge=1)
-    """Tries for a scan whose worker dies."""
+    """Attempts for a scan whose worker process dies."""
 
 
 class PrivacyConfig(_Section):
-    """What may leave a header."""
+    """Which values of a DICOM header may be copied."""
 
     dicom_tags: tuple[str, ...] = ()
-    """Further DICOM keywords to copy into the scans table."""
+    """DICOM keywords whose values are copied to the scans table; by default nothing that identifies a
+    patient."""
 
 
 _NPY_DEFAULTS = {"window": None, "size": None}
-"""Arrays go to the model as they are, unless the config says otherwise: their values are no HU."""
+"""Defaults for arrays: they go to the model unchanged, because their values are not HU."""
 
 
 class Config(_Section):
-    """A whole run, as checked; `load` makes one."""
+    """The checked configuration of a run; `load` makes it."""
 
     source: SourceConfig
     policy: PolicyConfig = PolicyConfig()
@@ -279,14 +288,14 @@ class Config(_Section):
 
     @property
     def input_zyx(self) -> tuple[int | None, ...] | None:
-        """Voxels (z, y, x) of a model input, None where each scan keeps its own; null: as the model says."""
+        """Voxels (z, y, x) of a model input: None along axes of any size, or None if the model decides."""
         if self.preprocess.size is None:
             return self.model.input_shape if self.source.format == "npy" else (None, None, None)
         return self.preprocess.size
 
     @model_validator(mode="before")
     @classmethod
-    def _defaults_for_arrays(cls, values: Any) -> Any:
+    def _set_defaults_for_arrays(cls, values: Any) -> Any:
         sections = {
             key: section.model_dump(exclude_unset=True) if isinstance(section, BaseModel) else section
             for key, section in (values.items() if isinstance(values, dict) else ())
@@ -298,12 +307,14 @@ class Config(_Section):
         return {**values, "preprocess": {**_NPY_DEFAULTS, **preprocess}}
 
     @model_validator(mode="after")
-    def _fits_the_format(self) -> Config:
+    def _check_format(self) -> Config:
         is_npy, preprocess = self.source.format == "npy", self.preprocess
         if self.source.rows and not is_npy:
             raise ValueError(f"source.rows: only used with source.format: npy, not {self.source.format}")
         if self.source.rows and preprocess.fit == "patches":
-            raise ValueError("preprocess.fit: patches and source.rows: true would both number the patches")
+            raise ValueError(
+                "preprocess.fit: patches and source.rows: true both number the patches; use one of them"
+            )
         if is_npy and (preprocess.spacing or preprocess.orientation != _ORIENTATION):
             raise ValueError("preprocess: arrays (source.format: npy) have no spacing and no orientation")
         if self.model.input_shape and (not is_npy or preprocess.size):

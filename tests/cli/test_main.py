@@ -142,7 +142,7 @@ def test_all_config_problems_are_in_one_message_and_nothing_is_written(
     for fact in (
         "source.uri: nowhere/at/all does not exist",
         "source.fromat: unknown key; did you mean format?",
-        "upside down",
+        "is reversed",
         "32",  # the size the model takes
         "encoder/z_mean",  # the near match
         "model.batch_size",
@@ -159,8 +159,8 @@ def test_all_config_problems_are_in_one_message_and_nothing_is_written(
         ("model.uri=nowhere.keras", "nowhere.keras"),
         ("source.rows=true", "source.rows: only used with source.format: npy"),
         ("preprocess.size=null", "preprocess.size: null keeps each scan's own size"),
-        ("output.partition_by=[layer, sight]", "'sight' is none of"),
-        ("privacy.dicom_tags=[PatientsAge]", "DICOM knows no keyword 'PatientsAge'"),
+        ("output.partition_by=[layer, sight]", "'sight' is no column to partition by"),
+        ("privacy.dicom_tags=[PatientsAge]", "'PatientsAge' is no DICOM keyword"),
         ("model.layers=[encoder/z]", "z_mean"),
         ("model.custom_objects=[]", "custom_objects"),
         ("preprocess.size=[8, 32, 48]", "(8, 32, 32, 1)"),
@@ -231,7 +231,7 @@ def test_a_terminal_shows_a_progress_bar(config: Path) -> None:
         ("preprocess.scale=[0, .nan]", "finite"),
         ("preprocess.window=[-.inf, 1]", "finite"),
         ('output.uri=""', "output.uri"),
-        ("output.partition_by=[layer, scan_id]", "'scan_id' is none of"),
+        ("output.partition_by=[layer, scan_id]", "'scan_id' is no column to partition by"),
         ("output.partition_by=[layer, format, format]", "twice"),
         ("source.id_column=case", "only a manifest"),
         ("run.address=127.0.0.1:1", "nothing answers at 127.0.0.1:1"),

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from featray import config as config_module
-from featray.config import Config, load, without_secrets
+from featray.config import Config, load, mask_secrets
+from featray.config import models as config_models
 from featray.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {
@@ -59,9 +59,9 @@ def test_every_problem_is_listed_in_one_message() -> None:
     text = str(caught.value)
     for fact in (
         "source.fromat: unknown key; did you mean format?",
-        "upside down",
+        "is reversed; give the lower HU first",
         "preprocess.size",
-        "no orientation",
+        "not an orientation",
         "model.layers.1.pol: unknown key; did you mean pool?",
         "model.batch_size",
         "outputt: unknown key; did you mean output?",
@@ -72,7 +72,7 @@ def test_every_problem_is_listed_in_one_message() -> None:
 @pytest.mark.parametrize(
     ("section", "values", "fact"),
     [
-        ("preprocess", {"scale": [1, 1]}, "every voxel would become one value"),
+        ("preprocess", {"scale": [1, 1]}, "every voxel would get the same value"),
         ("preprocess", {"size": [0, 1, 1]}, "must be positive"),
         ("preprocess", {"stride": [1, 1, 1]}, "only used with fit: patches"),
         ("preprocess", {"fit": "patches", "size": None}, "patches needs size"),
@@ -119,7 +119,7 @@ def test_no_secret_is_shown_or_dumped() -> None:
             output={"uri": "s3://bucket/out", "storage_options": secret},
         )
     )
-    assert "PLANTED" not in repr(without_secrets(config))
+    assert "PLANTED" not in repr(mask_secrets(config))
     assert "AKIA-PLANTED" not in repr(config.output)
 
 
@@ -136,14 +136,14 @@ def test_a_config_file_that_is_missing_or_not_yaml_is_named(tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="is not YAML"):
         load(tmp_path / "broken.yaml")
     (tmp_path / "list.yaml").write_text("- 1")
-    with pytest.raises(ConfigError, match="holds no sections"):
+    with pytest.raises(ConfigError, match="contains no sections"):
         load(tmp_path / "list.yaml")
 
 
 def test_every_key_has_a_docstring() -> None:
     sections = {field.annotation.__name__ for field in Config.model_fields.values()}  # type: ignore[union-attr]
     undocumented, seen = [], set()
-    for section in ast.parse(inspect.getsource(config_module)).body:
+    for section in ast.parse(inspect.getsource(config_models)).body:
         if not isinstance(section, ast.ClassDef) or section.name not in sections:
             continue
         seen.add(section.name)

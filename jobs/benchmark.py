@@ -1,11 +1,13 @@
-"""Measure featray on one of four workloads made for it, beside what people write by hand.
+"""Measure featray on one of four synthetic workloads, and compare it with hand-written scripts.
 
 python jobs/benchmark.py [--workload w1|w2|w3|w4] [--baselines] [--rounds 2] [--keep DIR] [--out DIR] [--json]
 
-w1: .nii.gz of 512x512x40 to 275, stretched to (32, 256, 256), a 3-D VAE encoder, four layers. w2: the same
-as DICOM series. w3: eight patches per scan, so that the model dominates. w4: 20,000 tiny arrays and a tiny
-model, so that what the engine itself costs is known. For your own scans: `featray benchmark CONFIG`.
-Prints tables and verdicts; with --json, one JSON document as the last line.
+w1: .nii.gz files of 512 x 512 x 40 to 275 voxels, stretched to (32, 256, 256), four layers of a 3-D VAE
+encoder. w2: the same scans as DICOM series. w3: eight patches per scan, so that the model takes most of the
+time. w4: 20,000 tiny arrays and a tiny model, which shows the cost of the engine itself. To measure your own
+scans, run `featray benchmark CONFIG`.
+Prints progress on stderr, then tables and a text that says what limits each run; with --json, one JSON
+document as the last line. Writes benchmark.json and benchmark.svg to --out.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 BASELINES = ("loop", "tf_data", "ray_data", "ray_fast", "by_hand")
-"""Files of jobs/baselines, from what most people write to the best that can be written for one purpose."""
+"""Scripts in jobs/baselines, from the usual loop to the fastest script for this one purpose."""
 
 LAYERS = ["z_mean", "z_log_var", "pre_latent", {"layer": "conv_5", "pool": "avg", "as": "conv_5"}]
 INPUT_ZYX = (32, 256, 256)
@@ -31,65 +33,65 @@ ARRAY_ZYX = (4, 8, 8)
 
 @dataclass(frozen=True)
 class Workload:
-    """What is measured: sections of a config, and how many scans.
+    """A config and numbers of scans.
 
     Attributes:
-        sections: Of the config, but for model and output.
-        make: Phantoms to make; None where the workload makes its own arrays.
-        few: Scans of the smaller run; None for the default.
-        many: Of the larger one; likewise.
+        sections: Sections of the config except model and output.
+        phantoms: Number of phantoms to make; None if the workload uses tiny arrays.
+        small: Scans of the smaller run; None for the default.
+        large: Scans of the larger run; None for the default.
     """
 
     sections: dict[str, Any]
-    make: int | None = 16
-    few: int | None = None
-    many: int | None = None
+    phantoms: int | None = 16
+    small: int | None = None
+    large: int | None = None
 
 
 WORKLOADS = {
     "w1": Workload({"source": {"format": "nifti"}, "preprocess": {"size": list(INPUT_ZYX)}}),
     "w2": Workload({"source": {"format": "dicom"}, "preprocess": {"size": list(INPUT_ZYX)}}),
-    # 512x512 at any number of slices, brought to 64x512x512: two by two by two patches.
+    # The phantoms are resampled to 64 x 512 x 512 voxels, which gives 2 x 2 x 2 patches.
     "w3": Workload(
         {
             "source": {"format": "nifti"},
             "preprocess": {"spacing": [4.6875, 0.78125, 0.78125], "size": list(INPUT_ZYX), "fit": "patches"},
         },
-        make=8,
+        phantoms=8,
     ),
-    "w4": Workload({"source": {"format": "npy"}}, make=None, few=ARRAYS // 10, many=ARRAYS),
+    "w4": Workload({"source": {"format": "npy"}}, phantoms=None, small=ARRAYS // 10, large=ARRAYS),
 }
 
 
 def main() -> int:
-    """Make what the workload needs, measure, print."""
-    args = _arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: ends the measured processes too
+    """Make the files of the workload, measure it, and print the report."""
+    args = _parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, ends the measured processes
     with tempfile.TemporaryDirectory(prefix="featray-workload-", dir=args.directory) as name:
         return _measure(args, WORKLOADS[args.workload], Path(name))
 
 
 def _measure(args: argparse.Namespace, workload: Workload, folder: Path) -> int:
     from featray.benchmark.run import benchmark
-    from featray.benchmark.settings import Plan
+    from featray.benchmark.settings import BenchmarkSettings
     from featray.errors import FeatrayError
 
-    config = _config(workload, folder)
-    plan = Plan(
+    config = _make_config(workload, folder)
+    settings = BenchmarkSettings(
         sample=ARRAYS,
-        make=args.make if args.make and workload.make else workload.make,
+        phantoms=args.phantoms if args.phantoms and workload.phantoms else workload.phantoms,
         rounds=args.rounds,
-        few=args.few or workload.few,
-        many=args.many or workload.many,
+        small=args.small or workload.small,
+        large=args.large or workload.large,
         engines=tuple(args.engines),
-        beside=_scripts(args.baselines),
+        compare=_find_scripts(args.baselines),
         workers=tuple(args.workers),
         actors=tuple(args.actors),
-        growth=tuple(args.growth),
+        collection_sizes=tuple(args.collection_sizes),
         keep=Path(args.keep) / args.workload if args.keep else None,
     )
     try:
-        report = benchmark(config, args.set, plan=plan, directory=args.out, show=True)
+        report = benchmark(config, args.set, settings=settings, directory=args.out, show=True)
     except FeatrayError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return int(error.exit_code)
@@ -99,13 +101,13 @@ def _measure(args: argparse.Namespace, workload: Workload, folder: Path) -> int:
     return 0
 
 
-def _config(workload: Workload, folder: Path) -> dict[str, Any]:
-    """Return the workload's config, with its model, and its arrays if it has some, made in `folder`."""
-    if workload.make is None:
-        return {**workload.sections, **_arrays(folder)}
+def _make_config(workload: Workload, folder: Path) -> dict[str, Any]:
+    """Return the config of the workload; make its model, and its arrays if it uses some, in `folder`."""
+    if workload.phantoms is None:
+        return {**workload.sections, **_make_arrays(folder)}
     from featray.model import runtime
 
-    runtime.configure()  # keeps TensorFlow quiet
+    runtime.configure()  # suppresses the messages of TensorFlow
     from featray.synthetic.vae import build_encoder
 
     build_encoder(INPUT_ZYX).save(folder / "encoder.keras")
@@ -114,12 +116,12 @@ def _config(workload: Workload, folder: Path) -> dict[str, Any]:
         "custom_objects": ["featray.synthetic.vae:Sampling"],
         "layers": LAYERS,
     }
-    source = {"uri": "made by the benchmark", **workload.sections["source"]}
+    source = {"uri": "replaced by the phantoms", **workload.sections["source"]}
     return {**workload.sections, "source": source, "model": model, "output": {"uri": "never written"}}
 
 
-def _arrays(folder: Path) -> dict[str, Any]:
-    """Make tiny arrays and a tiny model; return the sections that name them."""
+def _make_arrays(folder: Path) -> dict[str, Any]:
+    """Make tiny arrays and a tiny model; return the sections of the config that name them."""
     import numpy as np
 
     from featray.model import runtime
@@ -127,69 +129,91 @@ def _arrays(folder: Path) -> dict[str, Any]:
     runtime.configure()
     import keras
 
-    place = folder / "arrays"
-    place.mkdir()
+    array_folder = folder / "arrays"
+    array_folder.mkdir()
     values = np.random.default_rng(0).random((ARRAYS, *ARRAY_ZYX), np.float32)
     for number, value in enumerate(values):
-        np.save(place / f"{number:05}.npy", value)
-    given = keras.Input((*ARRAY_ZYX, 1))
-    flat = keras.layers.Flatten()(given)
-    keras.Model(given, keras.layers.Dense(8, name="code")(flat)).save(folder / "tiny.keras")
+        np.save(array_folder / f"{number:05}.npy", value)
+    inputs = keras.Input((*ARRAY_ZYX, 1))
+    flat = keras.layers.Flatten()(inputs)
+    keras.Model(inputs, keras.layers.Dense(8, name="code")(flat)).save(folder / "tiny.keras")
     return {
-        "source": {"uri": str(place), "format": "npy"},
+        "source": {"uri": str(array_folder), "format": "npy"},
         "model": {"uri": str(folder / "tiny.keras"), "layers": ["code"], "batch_size": 256},
         "output": {"uri": "never written"},
     }
 
 
-def _scripts(names: Sequence[str]) -> dict[str, Path]:
+def _find_scripts(names: Sequence[str]) -> dict[str, Path]:
     folder = Path(__file__).resolve().parent / "baselines"
     return {name: folder / f"{name}.py" for name in names}
 
 
-def _numbers(text: str) -> list[int]:
+def _parse_counts(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
-    def split(text: str) -> list[str]:
+def _make_name_parser(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Return a function that parses a comma-separated list of known names."""
+
+    def parse(text: str) -> list[str]:
         names = text.split(",")
         if not set(names) <= set(known):
             raise argparse.ArgumentTypeError(f"expected some of {', '.join(known)}")
         return names
 
-    return split
+    return parse
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--workload", choices=WORKLOADS, default="w1")
+    parser.add_argument("--workload", choices=WORKLOADS, default="w1", help="default: %(default)s")
     parser.add_argument(
         "--baselines",
-        type=_names(BASELINES),
+        type=_make_name_parser(BASELINES),
         nargs="?",
         const=list(BASELINES),
         default=[],
         metavar="NAMES",
-        help=f"run hand-written scripts as well (w1 only): {', '.join(BASELINES)}",
+        help=f"hand-written scripts to run as well (w1 only); without names: {', '.join(BASELINES)}",
     )
-    parser.add_argument("--make", type=int, help="distinct phantoms")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--few", type=int, help="scans of the smaller run")
-    parser.add_argument("--many", type=int, help="scans of the larger run")
-    parser.add_argument("--engines", type=_names(("inline", "ray")), default=["inline", "ray"])
-    parser.add_argument("--workers", type=_numbers, default=[], metavar="1,2,4", help="decode workers to try")
-    parser.add_argument("--actors", type=_numbers, default=[], metavar="1,2", help="actors to try")
+    parser.add_argument("--phantoms", type=int, metavar="N", help="distinct phantoms to make")
+    parser.add_argument("--rounds", type=int, default=2, metavar="N", help="default: %(default)s")
+    parser.add_argument("--small", type=int, metavar="N", help="scans of the smaller run")
+    parser.add_argument("--large", type=int, metavar="N", help="scans of the larger run")
     parser.add_argument(
-        "--growth", type=_numbers, default=[], metavar="50,500", help="sizes to run once each"
+        "--engines",
+        type=_make_name_parser(("inline", "ray")),
+        default=["inline", "ray"],
+        metavar="NAMES",
+        help="engines to run (default: inline,ray)",
     )
-    parser.add_argument("--keep", metavar="DIR", help="where to keep what is made, to be used again")
-    parser.add_argument("--directory", metavar="DIR", help="for temporary files; default: the system's")
-    parser.add_argument("--out", default="featray-benchmark", metavar="DIR", help="for JSON and plot")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--json", action="store_true")
+    for name, example, text in (
+        ("--workers", "1,2,4", "numbers of decode workers to try with engine inline"),
+        ("--actors", "1,2", "numbers of actors to try with engine ray"),
+        ("--collection-sizes", "50,500", "numbers of scans to run once each with every engine"),
+    ):
+        parser.add_argument(name, type=_parse_counts, default=[], metavar=example, help=text)
+    parser.add_argument("--keep", metavar="DIR", help="folder that keeps the phantoms for the next benchmark")
+    parser.add_argument(
+        "--directory", metavar="DIR", help="folder for temporary files (default: the system's)"
+    )
+    parser.add_argument(
+        "--out",
+        default="featray-benchmark",
+        metavar="DIR",
+        help="folder for benchmark.json and benchmark.svg (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a config key; may be repeated",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON document as the last line")
     return parser.parse_args()
 
 

@@ -26,7 +26,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from featray.benchmark.lower_bounds import single_pass
+from featray.benchmark.lower_bounds import resize_single_pass
 
 INPUT_ZYX = (32, 256, 256)
 WINDOW = (-1000.0, 1000.0)
@@ -75,7 +75,7 @@ def _nifti_ways(folder: Path, shape: tuple[int, ...]) -> dict[str, Callable[[], 
     stored = np.frombuffer(content, np.int16, offset=HEADER_BYTES).reshape(shape)
     return {
         **{f"inflate {name}": _bound(way, data, size) for name, way in _inflaters().items()},
-        "resize": lambda: single_pass(stored, INPUT_ZYX, WINDOW),
+        "resize": lambda: resize_single_pass(stored, INPUT_ZYX, WINDOW),
         "fetch": (folder / "nifti" / "scan.nii.gz").read_bytes,
         "featray nifti": lambda: decode(folder / "nifti"),
     }

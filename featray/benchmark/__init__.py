@@ -1,6 +1,6 @@
-"""`featray benchmark`: where a run's time goes, and how near it is to what the hardware allows.
+"""`featray benchmark`: where the time of a run goes, and how close the run is to the limit of the hardware.
 
-`run.py` joins the parts: a collection is sampled or made, each stage is timed alone, whole runs are timed
-in fresh processes, and from both follow efficiency, verdict, table, JSON and plot. This file imports
-nothing, for the measured processes start here too.
+`run.py` joins the parts: it takes a sample of scans or makes phantoms, times each stage in isolation, times
+whole runs in fresh processes, and derives efficiency, bottleneck, table, JSON and plot. Import nothing in
+this file, because the measured processes import it too.
 """

@@ -1,7 +1,7 @@
-"""Stages in, the same stages out that also write down when they worked; and what was written down.
+"""Record each call of a stage during a run, and read the records afterwards.
 
-Each process appends to a file of its own, one line per call, so that what a killed process did is known
-too. The clock is the machine's monotonic one, which all processes share.
+Each process appends one line per call to a file of its own, so the calls of a killed process are not lost.
+Times are of the machine's monotonic clock, which all processes share.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ STAGES = ("decode", "model", "write")
 
 
 @dataclass(frozen=True)
-class Work:
-    """What all processes together did in one stage.
+class StageCalls:
+    """All calls of one stage in one run, over all processes.
 
     Attributes:
         calls: Number of calls.
-        wall_s: Seconds inside of them, summed over processes.
-        cpu_s: CPU seconds, likewise; of `model` those of its process while any call is under way, else those
-            of the calling threads.
-        first_s: Monotonic clock when the first call began.
-        last_s: When the last one ended.
-        at_once: Most calls under way at one time.
-        pids: The processes.
+        wall_s: Sum of the wall seconds of the calls.
+        cpu_s: Sum of the CPU seconds. For `model`, the CPU seconds of the whole process while at least one
+            call runs; for the other stages, those of the calling threads.
+        first_s: Monotonic clock at the start of the first call.
+        last_s: Monotonic clock at the end of the last call.
+        max_concurrent: Largest number of calls that ran at the same time.
+        pids: The processes that made the calls.
     """
 
     calls: int
@@ -39,33 +39,37 @@ class Work:
     cpu_s: float
     first_s: float
     last_s: float
-    at_once: int
+    max_concurrent: int
     pids: frozenset[int]
 
 
 @dataclass(frozen=True)
 class StageRecorder:
-    """The instrument of a measured run: each call of a stage is recorded in a file of `folder`."""
+    """The instrument of a measured run: it records each call of a stage in a file in `folder`."""
 
     folder: str
 
     def __call__(self, name: str, stage: Callable[..., Any]) -> Any:
-        """Return the stage with every call recorded."""
-        return _Observed(stage, name, self.folder)
+        """Return a callable that calls `stage` and records each call."""
+        return _RecordedStage(stage, name, self.folder)
 
 
-def noted(folder: Path) -> dict[str, Work]:
-    """Return what `observed` stages have written down, by stage; a stage never called is left out."""
-    lines: dict[str, list[_Call]] = {stage: [] for stage in STAGES}
+def read_recordings(folder: Path) -> dict[str, StageCalls]:
+    """Return the recorded calls by stage; a stage that was never called is not included."""
+    calls_by_stage: dict[str, list[_Call]] = {stage: [] for stage in STAGES}
     for path in folder.glob("*.jsonl"):
         for line in path.read_text().splitlines():
-            stage, *clocks = json.loads(line)
-            lines[stage].append(_Call(int(path.stem), *clocks))
-    return {stage: _summed(calls, shared=stage == "model") for stage, calls in lines.items() if calls}
+            stage, *times = json.loads(line)
+            calls_by_stage[stage].append(_Call(int(path.stem), *times))
+    return {
+        stage: _sum_calls(calls, process_clock=stage == "model")
+        for stage, calls in calls_by_stage.items()
+        if calls
+    }
 
 
 class _Call(NamedTuple):
-    """One call: monotonic clock and CPU clock when it began and when it ended."""
+    """One call: monotonic clock and CPU clock at its start and at its end."""
 
     pid: int
     start: float
@@ -74,20 +78,29 @@ class _Call(NamedTuple):
     cpu_end: float
 
 
-def _summed(calls: list[_Call], *, shared: bool) -> Work:
-    return Work(
+def _sum_calls(calls: list[_Call], *, process_clock: bool) -> StageCalls:
+    """Return the totals of the calls.
+
+    Args:
+        calls: At least one call.
+        process_clock: Whether the CPU clock is that of the process, which counts the CPU seconds of all calls
+            that run at the same time, or that of the calling thread.
+    """
+    return StageCalls(
         calls=len(calls),
         wall_s=sum(call.end - call.start for call in calls),
-        cpu_s=sum(call.cpu_end - call.cpu_start for call in (_merged(calls) if shared else calls)),
+        cpu_s=sum(
+            call.cpu_end - call.cpu_start for call in (_merge_overlapping(calls) if process_clock else calls)
+        ),
         first_s=min(call.start for call in calls),
         last_s=max(call.end for call in calls),
-        at_once=_at_once(calls),
+        max_concurrent=_count_max_concurrent(calls),
         pids=frozenset(call.pid for call in calls),
     )
 
 
-def _merged(calls: Iterable[_Call]) -> list[_Call]:
-    """Return calls of one process that overlap as one: its CPU clock counts what all of them use."""
+def _merge_overlapping(calls: Iterable[_Call]) -> list[_Call]:
+    """Merge the calls of one process that overlap in time, so that its CPU clock is not counted twice."""
     merged: list[_Call] = []
     for call in sorted(calls):
         last = merged[-1] if merged else None
@@ -98,37 +111,37 @@ def _merged(calls: Iterable[_Call]) -> list[_Call]:
     return merged
 
 
-def _at_once(calls: Iterable[_Call]) -> int:
-    """Return how many of the calls overlap at most."""
+def _count_max_concurrent(calls: Iterable[_Call]) -> int:
+    """Return the largest number of calls that ran at the same time."""
     changes = sorted([(call.start, 1) for call in calls] + [(call.end, -1) for call in calls])
     return max(itertools.accumulate(step for _, step in changes))
 
 
-class _Observed:
-    """One stage's callable; whatever else is asked of it is answered by the stage itself."""
+class _RecordedStage:
+    """A stage whose calls are recorded; all other attributes are those of the stage itself."""
 
     def __init__(self, stage: Callable[..., Any], name: str, folder: str) -> None:
         self._stage, self._name, self._folder = stage, name, folder
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        clock = time.process_time if self._name == "model" else time.thread_time
-        start, cpu = time.monotonic(), clock()
+        read_cpu_clock = time.process_time if self._name == "model" else time.thread_time
+        start, cpu_start = time.monotonic(), read_cpu_clock()
         try:
             return self._stage(*args, **kwargs)
         finally:
-            _note(self._folder, [self._name, start, time.monotonic(), cpu, clock()])
+            _append_line(self._folder, [self._name, start, time.monotonic(), cpu_start, read_cpu_clock()])
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # also while it is unpickled and has no `_stage` yet
+        if name.startswith("_"):  # also while this object is unpickled and has no `_stage` yet
             raise AttributeError(name)
         return getattr(self._stage, name)
 
 
-def _note(folder: str, line: list[str | float]) -> None:
-    os.write(_opened(folder, os.getpid()), (json.dumps(line) + "\n").encode())
+def _append_line(folder: str, line: list[str | float]) -> None:
+    os.write(_open_recording(folder, os.getpid()), (json.dumps(line) + "\n").encode())
 
 
 @functools.cache
-def _opened(folder: str, pid: int) -> int:
-    """Return this process's file; it stays open as long as the process lives."""
+def _open_recording(folder: str, pid: int) -> int:
+    """Return the descriptor of this process's file, which stays open until the process ends."""
     return os.open(f"{folder}/{pid}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

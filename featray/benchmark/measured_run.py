@@ -1,7 +1,8 @@
-"""One run end to end in a process of its own: a JSON document on stdin, the summary as JSON on stdout.
+"""One whole run in a process of its own: a JSON document on stdin, the run's summary as JSON on stdout.
 
-In: `config` (its secrets travel by pipe only), `scans` to take instead of listing, `notes`, the folder where
-the stages write down their times. What it does besides is what `featray extract` does.
+Input: `config` (on stdin because it may hold secrets), `scans` to process instead of listing the collection,
+and `recordings`, the folder in which the stages record their calls. Otherwise the process does the same as
+`featray extract`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 from featray.engines.decoding.process_pool import start_early
 
 if __name__ == "__main__":
-    start_early()  # as the command line does, before what takes long to import
+    start_early()  # as the command line does, before the slow imports
 
 from featray.benchmark.instrument import StageRecorder
 from featray.config import load
@@ -28,16 +29,16 @@ from featray.stages.list import Listing
 
 
 def main() -> int:
-    """Run and print; the exit code is the one of `featray extract`."""
+    """Run, print the summary, and return the exit code of `featray extract`."""
     atexit.register(gc.freeze)  # as the command line does
     logging.basicConfig(level=logging.ERROR, format="featray: %(message)s", stream=sys.stderr)
-    asked = json.load(sys.stdin)
-    scans = [Scan.from_json(text) for text in asked["scans"]]
-    # A sample, or the same few scans several times, lies in no folder: the run gets it as its listing.
+    document = json.load(sys.stdin)
+    scans = [Scan.from_json(text) for text in document["scans"]]
+    # No folder contains exactly the sample, or its scans several times. So the run gets them as its listing.
     listing = Listing(tuple(sorted(scans, key=lambda scan: scan.scan_id)))
-    options = RunOptions(instrument=StageRecorder(asked["notes"]))
+    options = RunOptions(instrument=StageRecorder(document["recordings"]))
     try:
-        summary = run(load(asked["config"]), listing, RunScope(), options)
+        summary = run(load(document["config"]), listing, RunScope(), options)
     except FeatrayError as error:
         sys.stderr.write(f"{error}\n")
         return int(error.exit_code)

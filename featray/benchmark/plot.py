@@ -1,11 +1,11 @@
-"""Figures in, one SVG out: where the cores' time goes per scan, way by way, above the ideal."""
+"""Draw an SVG with one bar per variant: the core-seconds per scan, divided by use."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from xml.sax.saxutils import escape
 
-COLOURS = {
+COLORS = {
     "decompress": "#1b6ca8",
     "resize": "#5fa8d3",
     "model": "#2e8b57",
@@ -16,7 +16,9 @@ COLOURS = {
     "work": "#777777",
     "idle": "#e4e4e4",
 }
-"""Of the parts of a bar, in their order: the floors first."""
+"""Color of each part of a bar, in the order of the parts: the required stages come first."""
+LEGEND = {"decode more": "decoding overhead", "model more": "model overhead", "work": "whole script"}
+"""Texts of the legend that differ from the names of the parts."""
 
 _WIDTH, _LEFT, _RIGHT = 960, 130, 100
 _TOP, _BAR, _GAP = 56, 26, 14
@@ -24,26 +26,26 @@ _FONT = 'font-family="sans-serif" font-size="13"'
 
 
 def plot(title: str, bars: Mapping[str, Mapping[str, float]], rates: Mapping[str, float]) -> str:
-    """Return the SVG.
+    """Return the SVG as text.
 
     Args:
-        title: Above the bars.
-        bars: Core-seconds per scan by part, in the order of `COLOURS`, for each way.
-        rates: Scans per second, written behind each bar.
+        title: Text above the bars.
+        bars: Core-seconds per scan by part, for each variant; the parts are keys of `COLORS`.
+        rates: Scans per second of each variant, written to the right of its bar.
     """
     longest = max(sum(parts.values()) for parts in bars.values())
     scale = (_WIDTH - _LEFT - _RIGHT) / longest
-    below = _TOP + len(bars) * (_BAR + _GAP)
-    lines = [_text(16, 26, title, size=16), *_axis(longest, scale, below)]
+    bottom = _TOP + len(bars) * (_BAR + _GAP)
+    lines = [_draw_text(16, 26, title, size=16), *_draw_axis(longest, scale, bottom)]
     for row, (name, parts) in enumerate(bars.items()):
         y = _TOP + row * (_BAR + _GAP)
-        lines.append(_text(_LEFT - 10, y + 18, name, anchor="end"))
-        lines += _bar(parts, scale, y)
+        lines.append(_draw_text(_LEFT - 10, y + 18, name, anchor="end"))
+        lines += _draw_bar(parts, scale, y)
         end = _LEFT + scale * sum(parts.values())
-        lines.append(_text(end + 8, y + 18, f"{rates[name]:.2f}/s"))
-    shown = [name for name in COLOURS if any(parts.get(name) for parts in bars.values())]
-    lines += _legend(shown, below + 52)
-    height = below + 52 + 24 * -(-len(shown) // 5) + 8
+        lines.append(_draw_text(end + 8, y + 18, f"{rates[name]:.2f}/s"))
+    shown = [name for name in COLORS if any(parts.get(name) for parts in bars.values())]
+    lines += _draw_legend(shown, bottom + 52)
+    height = bottom + 52 + 24 * -(-len(shown) // 5) + 8
     body = "\n".join(lines)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{height}" '
@@ -51,22 +53,22 @@ def plot(title: str, bars: Mapping[str, Mapping[str, float]], rates: Mapping[str
     )
 
 
-def _bar(parts: Mapping[str, float], scale: float, y: float) -> list[str]:
+def _draw_bar(parts: Mapping[str, float], scale: float, y: float) -> list[str]:
     lines, x = [], float(_LEFT)
-    for name in COLOURS:
+    for name in COLORS:
         width = scale * parts.get(name, 0.0)
         if width > 0:
-            hint = f"<title>{escape(name)} {parts[name]:.3f} s</title>"
+            tooltip = f"<title>{escape(LEGEND.get(name, name))} {parts[name]:.3f} s</title>"
             lines.append(
-                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{COLOURS[name]}">'
-                f"{hint}</rect>"
+                f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_BAR}" fill="{COLORS[name]}">'
+                f"{tooltip}</rect>"
             )
         x += width
     return lines
 
 
-def _axis(longest: float, scale: float, y: float) -> list[str]:
-    """Return ticks at round numbers of core-seconds, about five of them."""
+def _draw_axis(longest: float, scale: float, y: float) -> list[str]:
+    """Return about five vertical lines at round numbers of core-seconds, and the unit."""
     step = next(
         base * 10.0**power
         for power in range(-9, 9)
@@ -77,19 +79,19 @@ def _axis(longest: float, scale: float, y: float) -> list[str]:
     for number in range(int(longest / step) + 1):
         x = _LEFT + scale * number * step
         lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 6}" y2="{y}" stroke="#cccccc"/>')
-        lines.append(_text(x, y + 16, f"{number * step:g}", anchor="middle"))
-    return [*lines, _text(_WIDTH - 16, y + 16, "core-seconds per scan", anchor="end")]
+        lines.append(_draw_text(x, y + 16, f"{number * step:g}", anchor="middle"))
+    return [*lines, _draw_text(_WIDTH - 16, y + 16, "core-seconds per scan", anchor="end")]
 
 
-def _legend(names: list[str], y: float) -> list[str]:
+def _draw_legend(names: list[str], y: float) -> list[str]:
     lines = []
-    for at, name in enumerate(names):
-        x, row = 16 + 185 * (at % 5), y + 24 * (at // 5)
-        lines.append(f'<rect x="{x}" y="{row - 12}" width="14" height="14" fill="{COLOURS[name]}"/>')
-        lines.append(_text(x + 20, row, name))
+    for index, name in enumerate(names):
+        x, baseline = 16 + 185 * (index % 5), y + 24 * (index // 5)
+        lines.append(f'<rect x="{x}" y="{baseline - 12}" width="14" height="14" fill="{COLORS[name]}"/>')
+        lines.append(_draw_text(x + 20, baseline, LEGEND.get(name, name)))
     return lines
 
 
-def _text(x: float, y: float, words: str, *, anchor: str = "start", size: int = 13) -> str:
+def _draw_text(x: float, y: float, content: str, *, anchor: str = "start", size: int = 13) -> str:
     font = _FONT.replace("13", str(size))
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {font}>{escape(words)}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {font}>{escape(content)}</text>'

@@ -1,8 +1,9 @@
-"""A command in; its wall time, CPU seconds and memory out, of its whole process tree.
+"""Run a command and measure the wall time, CPU seconds and memory of its whole process tree.
 
-Knows nothing of featray. The tree is looked at five times a second: CPU seconds are the last seen of each
-process, memory is the sum of proportional shares (PSS), so pages that processes share count once. Shares are
-looked at when the tree holds more than ever before: that costs the kernel some 20 ms for each process.
+This module knows nothing of featray. It samples the tree five times a second. The CPU seconds of a process
+are those of its last sample. Memory is the sum of the proportional set sizes (PSS), in which pages that
+processes share count once. The PSS is read only when the resident memory of the tree has grown, because
+reading it costs the kernel about 20 ms per process.
 """
 
 from __future__ import annotations
@@ -21,37 +22,38 @@ from typing import Any
 
 import psutil
 
-LOOK_S = 0.2
-GROWN = 1.02
-"""How much more resident memory than before is worth a look at its shares."""
-STORE_EVERY = 5
-"""Looks at the CPU for each one at the object store."""
-GRACE_S = 10.0
+SAMPLE_INTERVAL_S = 0.2
+MIN_GROWTH = 1.02
+"""Growth of the resident memory, as a factor, from which on the PSS is read again."""
+STORE_INTERVAL = 5
+"""Number of samples of the process tree for each sample of the object store."""
+END_TIMEOUT_S = 10.0
+"""Seconds that processes get to end by themselves before they are killed."""
 
 _STORE = "plasma"
-"""In the name of the file, deleted but open, in which Ray's raylet holds its object store."""
-_SPILLERS = ("SpillWorker", "SPILL_WORKER")
+"""Part of the name of the file that holds Ray's object store; Ray's raylet keeps it open but deleted."""
+_SPILL_WORKERS = ("SpillWorker", "SPILL_WORKER")
 
 
 @dataclass(frozen=True)
-class Watched:
-    """What one command took.
+class CommandUsage:
+    """What one command printed and used.
 
     Attributes:
-        pid: Of the command itself.
-        started_s: Monotonic clock when it was started.
-        wall_s: Seconds until it ended.
-        exit_code: Negative is a signal's number.
-        output: Its stdout.
-        errors: Its stderr.
-        cpu_s: User and system seconds by process.
-        names: What each process is called.
-        peak_bytes: Highest sum over the tree.
-        peak_by_process: Highest of each process, in bytes; they need not have come at one time.
-        store_bytes: Most that Ray's object store held in memory; None where no raylet was seen.
-        spilled: Whether Ray started a process that moves objects to disk; None as above.
-        watching_cpu_s: What the looking itself took, apart from all of this.
-        others_cores: How many cores everything else on this machine kept busy meanwhile.
+        pid: Process id of the command itself.
+        started_s: Monotonic clock at the start.
+        wall_s: Seconds until the command ended.
+        exit_code: Exit code, or a negative signal number.
+        output: Text from stdout.
+        errors: Text from stderr.
+        cpu_s: User and system CPU seconds by process id.
+        names: Process names by process id.
+        peak_bytes: Largest memory of the whole tree.
+        peak_by_process: Largest memory of each process in bytes; these peaks may be at different times.
+        store_bytes: Largest memory of Ray's object store; None if the tree had no raylet.
+        spilled: Whether Ray started a process that moves objects to disk; None if the tree had no raylet.
+        monitor_cpu_s: CPU seconds of the monitoring, which `cpu_s` does not include.
+        background_cores: Mean number of cores that all other processes of the machine used.
     """
 
     pid: int
@@ -66,163 +68,177 @@ class Watched:
     peak_by_process: dict[int, int]
     store_bytes: int | None
     spilled: bool | None
-    watching_cpu_s: float
-    others_cores: float
+    monitor_cpu_s: float
+    background_cores: float
 
 
-def watch(command: Sequence[str], given: Any, env: Mapping[str, str] | None = None) -> Watched:
-    """Run a command that reads one JSON document from stdin, and watch it to its end.
+def monitor_command(
+    command: Sequence[str], document: Any, env: Mapping[str, str] | None = None
+) -> CommandUsage:
+    """Run a command that reads one JSON document from stdin, and measure it until it ends.
+
+    If this process is interrupted, the whole process tree of the command is ended.
 
     Args:
         command: Program and arguments.
-        given: What it finds on stdin.
-        env: Its environment; None for this one.
+        document: Content of stdin, JSON-ready.
+        env: Environment of the command; None for that of this process.
     """
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as asked:
-        asked.write(json.dumps(given).encode())
-        asked.seek(0)
-        started, machine = time.monotonic(), _machine_cpu_s()
-        process = subprocess.Popen(command, stdin=asked, stdout=out, stderr=err, env=env)
-        looks = _Looks(process.pid)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, tempfile.TemporaryFile() as stdin:
+        stdin.write(json.dumps(document).encode())
+        stdin.seek(0)
+        started, machine_start_s = time.monotonic(), _read_machine_cpu_s()
+        process = subprocess.Popen(command, stdin=stdin, stdout=out, stderr=err, env=env)
+        sampler = _TreeSampler(process.pid)
         try:
             process.wait()
-            wall, machine = time.monotonic() - started, _machine_cpu_s() - machine
+            wall_s, machine_s = time.monotonic() - started, _read_machine_cpu_s() - machine_start_s
         finally:
-            looks.end()
-            _end_tree(process, looks.pids)
+            sampler.stop()
+            _end_tree(process, sampler.processes)
         out.seek(0)
         err.seek(0)
         output, errors = out.read().decode(errors="replace"), err.read().decode(errors="replace")
-    has_store = "raylet" in looks.names.values()
-    return Watched(
+    has_store = "raylet" in sampler.names.values()
+    background_cpu_s = max(0.0, machine_s - sum(sampler.cpu_s.values()) - sampler.own_cpu_s)
+    return CommandUsage(
         pid=process.pid,
         started_s=started,
-        wall_s=wall,
+        wall_s=wall_s,
         exit_code=process.returncode,
         output=output,
         errors=errors,
-        cpu_s={pid: seconds for (pid, _), seconds in looks.cpu_s.items()},
-        names=looks.names,
-        peak_bytes=looks.peak,
-        peak_by_process=looks.peak_of,
-        store_bytes=looks.store if has_store else None,
-        spilled=looks.spilled if has_store else None,
-        watching_cpu_s=looks.own_cpu_s,
-        others_cores=max(0.0, machine - sum(looks.cpu_s.values()) - looks.own_cpu_s) / wall,
+        cpu_s={pid: seconds for (pid, _), seconds in sampler.cpu_s.items()},
+        names=sampler.names,
+        peak_bytes=sampler.peak_bytes,
+        peak_by_process=sampler.peak_by_process,
+        store_bytes=sampler.store_bytes if has_store else None,
+        spilled=sampler.spilled if has_store else None,
+        monitor_cpu_s=sampler.own_cpu_s,
+        background_cores=background_cpu_s / wall_s,
     )
 
 
 @dataclass
-class _Looks:
-    """A thread that looks at a process tree until told to end."""
+class _TreeSampler:
+    """A thread that samples a process tree until `stop` is called.
+
+    Processes are identified by id and creation time, because the system uses ids again.
+    """
 
     root: int
     cpu_s: dict[tuple[int, float], float] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
-    peak_of: dict[int, int] = field(default_factory=dict)
-    peak: int = 0
-    resident: int = 0
-    store: int = 0
+    peak_by_process: dict[int, int] = field(default_factory=dict)
+    peak_bytes: int = 0
+    resident_bytes: int = 0
+    store_bytes: int = 0
     spilled: bool = False
     own_cpu_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="featray-watch", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="featray-monitor", daemon=True)
         self._thread.start()
 
     @property
-    def pids(self) -> list[tuple[int, float]]:
-        """Every process seen, with when it began: a number may be given out again."""
+    def processes(self) -> list[tuple[int, float]]:
+        """Process id and creation time of every process that was sampled."""
         return list(self.cpu_s)
 
-    def end(self) -> None:
-        """Stop looking."""
+    def stop(self) -> None:
+        """Stop sampling and wait for the thread."""
         self._stop.set()
         self._thread.join()
 
     def _run(self) -> None:
-        look = 0
-        while not self._stop.wait(LOOK_S):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
-                self._look(with_store=look % STORE_EVERY == 0)
-            look += 1
+        sample = 0
+        while not self._stop.wait(SAMPLE_INTERVAL_S):
+            with contextlib.suppress(psutil.NoSuchProcess):  # the command has just ended
+                self._sample_tree(with_store=sample % STORE_INTERVAL == 0)
+            sample += 1
         self.own_cpu_s = time.thread_time()
 
-    def _look(self, *, with_store: bool) -> None:
+    def _sample_tree(self, *, with_store: bool) -> None:
         root = psutil.Process(self.root)
         tree = [root, *root.children(recursive=True)]
-        resident = _sum(self._look_at, tree)
-        if resident > GROWN * self.resident:
-            self.resident = resident
-            self.peak = max(self.peak, _sum(self._share, tree))
+        resident_bytes = _sum_running(self._sample_process, tree)
+        if resident_bytes > MIN_GROWTH * self.resident_bytes:
+            self.resident_bytes = resident_bytes
+            self.peak_bytes = max(self.peak_bytes, _sum_running(self._sample_memory, tree))
         if with_store:
-            self._look_at_store()
+            self._sample_store()
 
-    def _look_at(self, process: psutil.Process) -> int:
-        """Note the CPU seconds of a process; return the bytes it holds, shared ones included."""
+    def _sample_process(self, process: psutil.Process) -> int:
+        """Store the CPU seconds of a process; return its resident bytes, including shared pages."""
         times = process.cpu_times()
         key = (process.pid, process.create_time())
         if key not in self.cpu_s:
             self.names[process.pid] = process.name()
-            self.spilled |= any(mark in " ".join(process.cmdline()) for mark in _SPILLERS)
+            self.spilled |= any(mark in " ".join(process.cmdline()) for mark in _SPILL_WORKERS)
         self.cpu_s[key] = times.user + times.system
         return int(process.memory_info().rss)
 
-    def _share(self, process: psutil.Process) -> int:
-        used = int(process.memory_full_info().pss)
-        self.peak_of[process.pid] = max(self.peak_of.get(process.pid, 0), used)
-        return used
+    def _sample_memory(self, process: psutil.Process) -> int:
+        """Store and return the PSS of a process in bytes."""
+        pss = int(process.memory_full_info().pss)
+        self.peak_by_process[process.pid] = max(self.peak_by_process.get(process.pid, 0), pss)
+        return pss
 
-    def _look_at_store(self) -> None:
+    def _sample_store(self) -> None:
         for pid in [pid for pid, name in self.names.items() if name == "raylet"]:
-            with contextlib.suppress(FileNotFoundError):  # it has ended
-                self.store = max(self.store, _store_bytes(pid))
+            with contextlib.suppress(FileNotFoundError):  # the raylet has ended
+                self.store_bytes = max(self.store_bytes, _read_store_bytes(pid))
 
 
-def _sum(of: Callable[[psutil.Process], int], tree: Sequence[psutil.Process]) -> int:
-    """Return the sum over the processes that are still there."""
+def _sum_running(read: Callable[[psutil.Process], int], tree: Sequence[psutil.Process]) -> int:
+    """Return the sum of `read(process)` over the processes that still run."""
     total = 0
     for process in tree:
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied, FileNotFoundError):
-            total += of(process)
+            total += read(process)
     return total
 
 
-def _machine_cpu_s() -> float:
-    """Return the CPU seconds of all cores that were not idle, or were not ours, since the machine started."""
+def _read_machine_cpu_s() -> float:
+    """Return the CPU seconds since the machine started that were used, or stolen by the hypervisor."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system + getattr(times, "steal", 0.0))
 
 
-def _store_bytes(raylet: int) -> int:
-    """Return how much memory the object store's file has taken so far, whichever process filled it."""
+def _read_store_bytes(raylet: int) -> int:
+    """Return the memory that the file of the object store has taken so far, whichever process wrote to it.
+
+    Args:
+        raylet: Process id of the raylet.
+    """
     total = 0
-    for opened in Path(f"/proc/{raylet}/fd").iterdir():
-        with contextlib.suppress(OSError):  # closed since
-            if _STORE in os.readlink(opened):
-                total += 512 * opened.stat().st_blocks
+    for descriptor in Path(f"/proc/{raylet}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed in the meantime
+            if _STORE in os.readlink(descriptor):
+                total += 512 * descriptor.stat().st_blocks
     return total
 
 
-def _end_tree(process: subprocess.Popen[bytes], seen: Sequence[tuple[int, float]]) -> None:
-    """Wait for what the command left running, then kill what is still there."""
-    if process.poll() is None:  # this process is being stopped; the command gets its chance to tidy up
+def _end_tree(process: subprocess.Popen[bytes], sampled: Sequence[tuple[int, float]]) -> None:
+    """End the command if it still runs, wait for its remaining processes, then kill those that still run."""
+    if process.poll() is None:  # this process is interrupted: let the command clean up first
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_S)
+            process.wait(END_TIMEOUT_S)
         process.kill()
         process.wait()
-    left = [found for pid, began in seen if (found := _same(pid, began)) is not None]
-    _, alive = psutil.wait_procs(left, timeout=GRACE_S)
-    for one in alive:
+    remaining = [found for pid, created in sampled if (found := _find_running(pid, created)) is not None]
+    _, alive = psutil.wait_procs(remaining, timeout=END_TIMEOUT_S)
+    for survivor in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+            survivor.kill()
 
 
-def _same(pid: int, began: float) -> psutil.Process | None:
+def _find_running(pid: int, created: float) -> psutil.Process | None:
+    """Return the process if it still runs, and None if another process has its id."""
     try:
-        found = psutil.Process(pid)
-        return found if found.create_time() == began else None
+        process = psutil.Process(pid)
+        return process if process.create_time() == created else None
     except psutil.NoSuchProcess:
         return None

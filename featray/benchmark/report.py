@@ -1,4 +1,4 @@
-"""Everything a benchmark found: as text for a person, as one JSON document, as bars for the plot."""
+"""All results of a benchmark: as text for a person, as one JSON document, and as the bars of the plot."""
 
 from __future__ import annotations
 
@@ -7,21 +7,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from featray.benchmark.bottleneck import verdict
-from featray.benchmark.metrics import FLOORS, Alone, RunFigures, Spread, Stage, WayFigures, core_seconds
+from featray.benchmark.bottleneck import explain_rate
+from featray.benchmark.metrics import (
+    NO_USAGE,
+    REQUIRED_STAGES,
+    IsolatedStages,
+    RunMetrics,
+    Spread,
+    VariantMetrics,
+    split_core_seconds,
+)
 
-_DONE_IN = {"read": "the store", "decode": "featray", "write": "featray"}
+_MEASURED_BY = {"read": "the store", "decode": "featray", "write": "featray"}
 _MB = 1e6
 _UNKNOWN = "-"
+_JSON_KEYS = {"isolated": "alone", "variants": "ways"}
+"""Keys of `benchmark.json` that differ from the attributes of the report, for readers of older files."""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """How far the features of a script are from featray's, at most over scans, relative to the largest value.
+class FeatureDifference:
+    """The largest difference of a script's features from featray's over all scans.
 
     Attributes:
-        layer: Output name.
-        relative: max |a - b| / max |b|.
+        layer: Output name of the layer.
+        relative: max |a - b| / max |b|, where b are featray's features.
     """
 
     layer: str
@@ -29,209 +39,239 @@ class Difference:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What `featray benchmark` found.
+class BenchmarkReport:
+    """The results of `featray benchmark`.
 
     Attributes:
-        machine: Cores, memory, system, versions.
-        scans: Distinct scans measured, found in the collection, whether they were made.
-        listing_s: Seconds per scan of listing the collection, which is in no other figure.
-        alone: Stages alone.
-        ways: Engines and scripts, end to end.
-        scaling: Engines with other numbers of workers or actors, by what was set.
-        growth: Single runs over collections of growing size.
-        differences: Of each script's features from featray's.
-        cores: This process may use.
-        rounds: Of everything.
+        machine: Cores, memory, system, and versions of packages.
+        scans: Numbers of scans: `distinct`, `found` in the collection, `small` and `large` run; and `made`,
+            whether the scans are phantoms.
+        listing_s: Seconds per scan of listing the collection, which no other figure includes.
+        isolated: Figures of the stages in isolation.
+        variants: Figures of whole runs of each engine and script.
+        cores: Number of cores that this process may use.
+        rounds: Number of times that every measurement was repeated.
+        scaling: Figures of engines with other numbers of workers or actors, by a description of the setting.
+        collection_sizes: Single runs over collections of other sizes.
+        differences: Differences of the features from featray's, by script.
+        files: Paths of the written files.
     """
 
     machine: dict[str, Any]
     scans: dict[str, Any]
     listing_s: float
-    alone: Alone
-    ways: tuple[WayFigures, ...]
+    isolated: IsolatedStages
+    variants: tuple[VariantMetrics, ...]
     cores: int
     rounds: int
-    scaling: dict[str, WayFigures] = field(default_factory=dict)
-    growth: tuple[RunFigures, ...] = ()
-    differences: dict[str, tuple[Difference, ...]] = field(default_factory=dict)
+    scaling: dict[str, VariantMetrics] = field(default_factory=dict)
+    collection_sizes: tuple[RunMetrics, ...] = ()
+    differences: dict[str, tuple[FeatureDifference, ...]] = field(default_factory=dict)
     files: tuple[str, ...] = ()
 
     @property
     def ideal_rate(self) -> float:
         """Scans per second that the hardware allows."""
-        return self.alone.ideal_rate(self.cores)
+        return self.isolated.compute_ideal_rate(self.cores)
 
     def text(self) -> str:
-        """Return tables and verdicts for a person."""
-        parts = [self._head(), _table(_alone_rows(self.alone)), self._ideal(), _table(self._way_rows())]
-        if any(way.stages for way in self.ways):
-            parts.append(_table(self._stage_rows()))
+        """Return tables and explanations for a person."""
+        parts = [
+            self._describe_measurement(),
+            _format_table(_make_isolated_rows(self.isolated)),
+            self._explain_figures(),
+            _format_table(self._make_variant_rows()),
+        ]
+        if any(variant.stages for variant in self.variants):
+            parts.append(_format_table(self._make_stage_rows()))
         if self.scaling:
-            parts.append(_table(self._scaling_rows()))
-        if self.growth:
-            parts.append(_table(_growth_rows(self.growth)))
-        parts += [self._difference_lines()] if self.differences else []
-        parts.append("\n".join(verdict(way, self.alone, self.cores) for way in self.ways))
+            parts.append(_format_table(self._make_scaling_rows()))
+        if self.collection_sizes:
+            parts.append(_format_table(_make_collection_rows(self.collection_sizes)))
+        parts += [self._format_differences()] if self.differences else []
+        parts.append("\n".join(self._explain_rates()))
         if self.files:
             parts.append("\n".join(self.files))
         return "\n\n".join(parts)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything, JSON-ready, and what follows from it."""
-        found = dataclasses.asdict(self)
-        found["ideal_rate"] = self.ideal_rate
-        found["model_rate"] = self.alone.model_rate
-        for way, described in zip(self.ways, found["ways"], strict=True):
-            described |= self._derived(way)
-        for name, way in self.scaling.items():
-            found["scaling"][name] |= self._derived(way)
-        found["verdicts"] = [verdict(way, self.alone, self.cores) for way in self.ways]
-        return found
+        """Return all results and the figures derived from them, JSON-ready."""
+        values = dataclasses.asdict(self)
+        for variant, entry in zip(self.variants, values["variants"], strict=True):
+            entry |= self._derive_figures(variant)
+        for name, variant in self.scaling.items():
+            values["scaling"][name] |= self._derive_figures(variant)
+        derived = {
+            "ideal_rate": self.ideal_rate,
+            "model_rate": self.isolated.model_rate,
+            "verdicts": self._explain_rates(),
+        }
+        return {_JSON_KEYS.get(key, key): value for key, value in values.items()} | derived
 
     def bars(self) -> dict[str, dict[str, float]]:
-        """Return core-seconds per scan by part for the ideal and for every way that has a rate."""
-        floor = {name: self.alone.cpu_s[name].median for name in FLOORS}
-        bars = {"ideal": {**floor, "idle": max(0.0, self.cores / self.ideal_rate - sum(floor.values()))}}
-        return bars | {
-            way.name: core_seconds(way, self.alone, self.cores) for way in self.ways if way.rate is not None
+        """Return core-seconds per scan by part, for the ideal and for every variant that has a rate."""
+        required = {name: self.isolated.cpu_s[name].median for name in REQUIRED_STAGES}
+        idle = max(0.0, self.cores / self.ideal_rate - sum(required.values()))
+        return {"ideal": {**required, "idle": idle}} | {
+            variant.name: split_core_seconds(variant, self.isolated, self.cores)
+            for variant in self.variants
+            if variant.rate is not None
         }
 
     def rates(self) -> dict[str, float]:
-        """Return scans per second for each of `bars`."""
+        """Return scans per second for each bar of `bars`."""
         return {"ideal": self.ideal_rate} | {
-            way.name: way.rate.median for way in self.ways if way.rate is not None
+            variant.name: variant.rate.median for variant in self.variants if variant.rate is not None
         }
 
-    def _derived(self, way: WayFigures) -> dict[str, Any]:
+    def _explain_rates(self) -> list[str]:
+        return [explain_rate(variant, self.isolated, self.cores) for variant in self.variants]
+
+    def _derive_figures(self, variant: VariantMetrics) -> dict[str, Any]:
         return {
-            "efficiency": way.efficiency(self.ideal_rate),
-            "cpu_efficiency": way.cpu_efficiency(self.alone.floor_s),
-            "efficiency_with_listing": way.efficiency(self.ideal_rate, self.listing_s),
-            "cores_busy": way.cores_busy(),
-            "busy": {stage: way.busy(stage) for stage in way.stages},
-            "core_seconds": core_seconds(way, self.alone, self.cores),
+            "efficiency": variant.compute_efficiency(self.ideal_rate),
+            "cpu_efficiency": variant.compute_cpu_efficiency(self.isolated.lower_bound_s),
+            "efficiency_with_listing": variant.compute_efficiency(self.ideal_rate, self.listing_s),
+            "cores_busy": variant.count_busy_cores(),
+            "busy": {stage: variant.compute_utilization(stage) for stage in variant.stages},
+            "core_seconds": split_core_seconds(variant, self.isolated, self.cores),
         }
 
-    def _head(self) -> str:
-        made = "phantoms made for this" if self.scans["made"] else f"of {self.scans['found']} found"
-        sizes = f"{self.alone.bytes_read / _MB:.1f} MB as stored, {self.alone.bytes_raw / _MB:.1f} MB raw"
+    def _describe_measurement(self) -> str:
+        """Say how many scans of which size were measured, on how many cores and how often."""
+        isolated = self.isolated
+        made = self.scans["made"]
+        origin = "phantoms made by the benchmark" if made else f"a sample of {self.scans['found']} scans"
+        sizes = f"{isolated.bytes_read / _MB:.1f} MB as stored, {isolated.bytes_raw / _MB:.1f} MB decoded"
         return (
-            f"{self.scans['distinct']} scans, {made}; on average {sizes}, {self.alone.patches:.3g} patches\n"
-            f"{self.cores} cores; medians (smallest to largest) of {self.rounds} rounds"
-            ", stages alone before each run"
+            f"{self.scans['distinct']} distinct scans ({origin}); mean per scan: {sizes}, "
+            f"{isolated.patches:.3g} patches\n"
+            f"{self.cores} cores; medians (smallest to largest) of {self.rounds} rounds; the stages are "
+            "measured in isolation before each run"
         )
 
-    def _ideal(self) -> str:
-        floors = " + ".join(f"{name} {self.alone.cpu_s[name].median:.3f}" for name in FLOORS)
+    def _explain_figures(self) -> str:
+        required = " + ".join(f"{name} {self.isolated.cpu_s[name].median:.3f}" for name in REQUIRED_STAGES)
         return (
-            f"ideal {self.ideal_rate:.2f} scans/s: {self.cores} cores over {floors} CPU s per scan"
-            f", or the model alone, {self.alone.model_rate:.2f} scans/s, if that is less\n"
-            "by CPU: efficiency if no core were ever idle, which other programs hardly change\n"
-            f"listing took {self.listing_s:.4f} s per scan and is in no other figure"
+            f"ideal: {self.ideal_rate:.2f} scans/s, the smaller of {self.cores} cores / ({required} CPU s "
+            f"per scan) and the model in isolation on all cores, {self.isolated.model_rate:.2f} scans/s\n"
+            "efficiency: scans/s divided by the ideal; CPU efficiency: the efficiency if no core were ever "
+            "idle, which other programs hardly change\n"
+            f"listing took {self.listing_s:.4f} s per scan; no other figure includes it"
         )
 
-    def _way_rows(self) -> list[Sequence[str]]:
+    def _make_variant_rows(self) -> list[Sequence[str]]:
         rows: list[Sequence[str]] = [
-            ("end to end", "scans/s", "efficiency", "by CPU", "CPU s/scan", "cores busy", "start-up s",
-             "first scan s", "wall s", "peak GB", "store GB", "spilled", "cores of others")
+            ("whole runs", "scans/s", "efficiency", "CPU efficiency", "CPU s/scan", "busy cores",
+             "start-up s", "first scan s", "wall s", "peak GB", "object store GB", "spilled",
+             "background cores")
         ]  # fmt: skip
-        return rows + [self._way_row(way.name, way) for way in self.ways]
+        return rows + [self._make_variant_row(variant.name, variant) for variant in self.variants]
 
-    def _way_row(self, name: str, way: WayFigures) -> Sequence[str]:
-        spilled = {None: _UNKNOWN, False: "0", True: "yes"}[way.spilled]
+    def _make_variant_row(self, name: str, variant: VariantMetrics) -> Sequence[str]:
+        spilled = {None: _UNKNOWN, False: "no", True: "yes"}[variant.spilled]
         return (
             name,
-            _spread(way.rate),
-            _number(way.efficiency(self.ideal_rate)),
-            _number(way.cpu_efficiency(self.alone.floor_s)),
-            f"{way.cpu_s:.3f}",
-            _number(way.cores_busy()),
-            _number(way.start_up_s, 1),
-            _number(way.first_opened_s, 1),
-            f"{way.wall_s.median:.1f} ({way.scans[1]} scans)",
-            _gigabytes(way.peak_bytes.get("tree")),
-            _gigabytes(way.store_bytes),
+            _format_spread(variant.rate),
+            _format_number(variant.compute_efficiency(self.ideal_rate)),
+            _format_number(variant.compute_cpu_efficiency(self.isolated.lower_bound_s)),
+            f"{variant.cpu_s:.3f}",
+            _format_number(variant.count_busy_cores()),
+            _format_number(variant.start_up_s, 1),
+            _format_number(variant.first_opened_s, 1),
+            f"{variant.wall_s.median:.1f} ({variant.scans[1]} scans)",
+            _format_gigabytes(variant.peak_bytes.get("tree")),
+            _format_gigabytes(variant.store_bytes),
             spilled,
-            f"{way.others_cores:.2f}",
+            f"{variant.background_cores:.2f}",
         )
 
-    def _stage_rows(self) -> list[Sequence[str]]:
-        """Return CPU seconds per scan of each stage end to end, and how busy its workers are."""
+    def _make_stage_rows(self) -> list[Sequence[str]]:
+        """Return the CPU seconds per scan of each stage in whole runs, and how busy its workers are."""
         rows: list[Sequence[str]] = [
-            ("CPU s/scan end to end", "decode", "model", "write", "rest", "driver", "largest decoder GB",
-             "decode busy", "model busy")
+            ("CPU s/scan in whole runs", "decode", "model", "write", "other", "driver", "largest decoder GB",
+             "busy decode workers", "busy model calls")
         ]  # fmt: skip
-        nothing = Stage(0.0, 0.0, 1)
-        for way in self.ways:
-            if not way.stages:
+        for variant in self.variants:
+            if not variant.stages:
                 continue
-            cpu = [f"{way.stages.get(name, nothing).cpu_s:.3f}" for name in ("decode", "model", "write")]
-            busy = [self._busy(way, name) for name in ("decode", "model")]
-            rest, driver = _number(way.overhead_s, 3), _number(way.cpu_by_role.get("driver"), 3)
-            largest = _gigabytes(way.peak_bytes.get("largest decoder"))
-            rows.append((way.name, *cpu, rest, driver, largest, *busy))
+            stages = [variant.stages.get(name, NO_USAGE) for name in ("decode", "model", "write")]
+            cpu = [f"{usage.cpu_s:.3f}" for usage in stages]
+            other, driver = variant.overhead_s, variant.cpu_by_role.get("driver")
+            largest = _format_gigabytes(variant.peak_bytes.get("largest decoder"))
+            busy = [_format_utilization(variant, name) for name in ("decode", "model")]
+            rows.append(
+                (variant.name, *cpu, _format_number(other, 3), _format_number(driver, 3), largest, *busy)
+            )
         return rows
 
-    def _busy(self, way: WayFigures, stage: str) -> str:
-        share = way.busy(stage)
-        return _UNKNOWN if share is None else f"{100 * share:.0f} % of {way.stages[stage].at_once}"
+    def _make_scaling_rows(self) -> list[Sequence[str]]:
+        head = ("scaling", "scans/s", "efficiency", "CPU efficiency", "CPU s/scan", "busy cores")
+        return [head, *(self._make_variant_row(name, variant)[:6] for name, variant in self.scaling.items())]
 
-    def _scaling_rows(self) -> list[Sequence[str]]:
-        head = ("scaling", "scans/s", "efficiency", "by CPU", "CPU s/scan", "cores busy")
-        return [head, *(self._way_row(name, way)[:6] for name, way in self.scaling.items())]
-
-    def _difference_lines(self) -> str:
+    def _format_differences(self) -> str:
         return "\n".join(
-            f"{name}: features differ from featray's by at most "
-            + ", ".join(f"{one.relative:.1e} ({one.layer})" for one in found)
-            for name, found in self.differences.items()
+            f"{script}: largest relative difference of the features from featray's: "
+            + ", ".join(f"{difference.relative:.1e} ({difference.layer})" for difference in differences)
+            for script, differences in self.differences.items()
         )
 
 
-def _alone_rows(alone: Alone) -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [("stage alone", "CPU s/scan", "wall s/scan", "MB/s", "how")]
-    sizes = {"decompress": alone.bytes_raw, "resize": alone.bytes_raw, "decode": alone.bytes_raw}
-    for name, cpu in alone.cpu_s.items():
-        wall = alone.wall_s[name]
-        size = sizes.get(name, alone.bytes_read if name == "read" else alone.bytes_input)
-        how = alone.fastest.get(name, "") if name in FLOORS else _DONE_IN.get(name, "")
+def _make_isolated_rows(isolated: IsolatedStages) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = [("stage in isolation", "CPU s/scan", "wall s/scan", "MB/s", "measured with")]
+    sizes = {
+        "read": isolated.bytes_read,
+        "decompress": isolated.bytes_raw,
+        "resize": isolated.bytes_raw,
+        "decode": isolated.bytes_raw,
+    }
+    for name, cpu in isolated.cpu_s.items():
+        wall = isolated.wall_s[name]
+        size = sizes.get(name, isolated.bytes_input)
+        function = isolated.fastest.get(name, "") if name in REQUIRED_STAGES else _MEASURED_BY.get(name, "")
         speed = f"{size / _MB / wall.median:.0f}" if name != "write" and wall.median else _UNKNOWN
-        rows.append((name, _spread(cpu, 4), _spread(wall, 4), speed, how))
-    wall = alone.wall_s["model_all_cores"]
-    speed = f"{alone.bytes_input / _MB / wall.median:.0f}"
-    return [*rows, ("model", _UNKNOWN, _spread(wall, 4), speed, "on all cores")]
+        rows.append((name, _format_spread(cpu, 4), _format_spread(wall, 4), speed, function))
+    wall = isolated.wall_s["model_all_cores"]
+    speed = f"{isolated.bytes_input / _MB / wall.median:.0f}"
+    return [*rows, ("model on all cores", _UNKNOWN, _format_spread(wall, 4), speed, "bare")]
 
 
-def _growth_rows(runs: Sequence[RunFigures]) -> list[Sequence[str]]:
-    rows: list[Sequence[str]] = [("growth", "scans", "wall s", "scans/s with start-up", "CPU s", "peak GB")]
+def _make_collection_rows(runs: Sequence[RunMetrics]) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = [
+        ("collection sizes", "scans", "wall s", "scans/s with start-up", "CPU s", "peak GB")
+    ]
     for run in runs:
-        rate, peak = f"{run.scans / run.wall_s:.2f}", _gigabytes(run.peak_bytes.get("tree"))
-        rows.append((run.way, str(run.scans), f"{run.wall_s:.1f}", rate, f"{run.cpu_s:.1f}", peak))
+        rate, peak = f"{run.scans / run.wall_s:.2f}", _format_gigabytes(run.peak_bytes.get("tree"))
+        rows.append((run.variant, str(run.scans), f"{run.wall_s:.1f}", rate, f"{run.cpu_s:.1f}", peak))
     return rows
 
 
-def _spread(found: Spread | None, digits: int = 2) -> str:
-    if found is None:
+def _format_utilization(variant: VariantMetrics, stage: str) -> str:
+    share = variant.compute_utilization(stage)
+    return _UNKNOWN if share is None else f"{100 * share:.0f} % of {variant.stages[stage].max_concurrent}"
+
+
+def _format_spread(spread: Spread | None, digits: int = 2) -> str:
+    if spread is None:
         return _UNKNOWN
-    return f"{found.median:.{digits}f} ({found.low:.{digits}f} to {found.high:.{digits}f})"
+    return f"{spread.median:.{digits}f} ({spread.low:.{digits}f} to {spread.high:.{digits}f})"
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def _format_number(value: float | None, digits: int = 2) -> str:
     return _UNKNOWN if value is None else f"{value:.{digits}f}"
 
 
-def _gigabytes(count: int | None) -> str:
+def _format_gigabytes(count: int | None) -> str:
     return _UNKNOWN if count is None else f"{count / 1e9:.2f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows as columns: the first one to the left, numbers to the right."""
+def _format_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return the rows as aligned columns: the first column to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
-            cell.rjust(width) if at else cell.ljust(width)
-            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]

@@ -1,8 +1,8 @@
-"""`featray benchmark`: config in, a `Report` out, with its table, JSON and plot on disk.
+"""`featray benchmark`: from a config to a `BenchmarkReport`, and its JSON document and plot on disk.
 
-Every measurement is a fresh process, so that start-up counts and nothing is left warm by another. Within a
-round they take turns, stages alone before each run; rounds are repeated. The config's own output is never
-touched.
+Every measurement is a fresh process, so that its start-up counts and no cache of an earlier one helps it. In
+each round, the stages are measured in isolation before each run of an engine. The output of the config is
+never changed.
 """
 
 from __future__ import annotations
@@ -14,33 +14,38 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from featray.benchmark import sample as collection
 from featray.benchmark import scripts
-from featray.benchmark.instrument import Work, noted
-from featray.benchmark.metrics import RunFigures, Stage, WayFigures, alone_of, way_of
+from featray.benchmark.instrument import StageCalls, read_recordings
+from featray.benchmark.metrics import (
+    RunMetrics,
+    StageUsage,
+    VariantMetrics,
+    combine_isolated_stages,
+    combine_runs,
+)
 from featray.benchmark.plot import plot
-from featray.benchmark.process_monitor import Watched, watch
-from featray.benchmark.report import Difference, Report
-from featray.benchmark.sample import Sample
-from featray.benchmark.settings import Plan
+from featray.benchmark.process_monitor import CommandUsage, monitor_command
+from featray.benchmark.report import BenchmarkReport, FeatureDifference
+from featray.benchmark.sample import Sample, sample_collection, sample_phantoms
+from featray.benchmark.settings import BenchmarkSettings
 from featray.config import Config, ConfigInput, load
 from featray.errors import ExitCode, FeatrayError
 from featray.hardware import DEFAULT_THREADS, ModelThreads, count_usable_cores
 
 DIRECTORY = "featray-benchmark"
-"""In the working directory; where JSON and plot go unless told otherwise."""
-
-MAX_ALONE = 24
-"""Distinct scans that are measured alone, unless a batch is larger."""
+"""Default folder of the JSON document and the plot, in the working directory."""
+MAX_ISOLATED_SCANS = 24
+"""Number of distinct scans that are measured in isolation, unless a batch is larger."""
 REPEATS = 2
-"""Of each stage, each time; that is often, for how fast a shared machine is changes within minutes."""
+"""Number of times that each stage is called for each scan in one measurement. It is small because the stages
+are measured before each run: the speed of a shared machine changes within minutes."""
 
 _PACKAGES = ("featray", "tensorflow", "keras", "ray", "numpy", "deflate")
 _FINISHED = (ExitCode.OK, ExitCode.TOO_MANY_FAILED)
@@ -50,243 +55,302 @@ def benchmark(
     config: ConfigInput,
     overrides: list[str] | None = None,
     *,
-    plan: Plan | None = None,
+    settings: BenchmarkSettings | None = None,
     directory: str | os.PathLike[str] = DIRECTORY,
     show: bool = False,
-) -> Report:
-    """Measure stages alone and whole runs, write `benchmark.json` and `benchmark.svg`, return the report.
+) -> BenchmarkReport:
+    """Measure stages and whole runs, write `benchmark.json` and `benchmark.svg`, and return the report.
 
-    Runs on this machine: engine ray starts a local Ray of its own, whatever `run.address` says.
+    All runs are on this machine. Engine ray starts a local Ray of its own and ignores `run.address`.
 
     Args:
         config: Path of a YAML file, a dict, or a `Config`.
-        overrides: `key.path=value` texts that win over the file.
-        plan: What to measure; None: the defaults.
-        directory: Made if missing.
-        show: Whether to say on stderr what is being measured.
+        overrides: Texts `key.path=value` that override keys of the config.
+        settings: What to measure; None for the defaults.
+        directory: Folder to write to; it is created if it does not exist.
+        show: Whether to print on stderr what is being measured.
 
     Raises:
         UsageError: The config, the source or the model cannot be used.
-        FeatrayError: A measured run ended with an error; the text is its own.
+        FeatrayError: A measured process ended with an error; the message includes its last lines of stderr.
     """
-    checked, plan = load(config, overrides), plan or Plan()
+    checked, settings = load(config, overrides), settings or BenchmarkSettings()
     with tempfile.TemporaryDirectory(prefix="featray-benchmark-") as name:
         folder = Path(name)
-        sample = _sample(checked, plan, folder, show)
-        report = _Bench(sample, plan, folder, show).report()
-    return _written(report, Path(directory))
+        sample = _choose_scans(checked, settings, folder, show=show)
+        runner = _BenchmarkRunner.create(sample, settings, folder, show=show)
+        report = runner.measure_all()
+    return _write_report(report, Path(directory))
 
 
-def _sample(config: Config, plan: Plan, folder: Path, show: bool) -> Sample:
-    if plan.make is None:
-        return collection.sample_of(config, plan.sample)
-    place = Path(plan.keep) if plan.keep else folder / "made"
-    _say(show, f"making {plan.make} scans")
-    return collection.made_for(config, plan.make, place)
+def _choose_scans(config: Config, settings: BenchmarkSettings, folder: Path, *, show: bool) -> Sample:
+    if settings.phantoms is None:
+        return sample_collection(config, settings.sample)
+    phantom_folder = Path(settings.keep) if settings.keep else folder / "phantoms"
+    _print_progress(f"making {settings.phantoms} phantoms", show=show)
+    return sample_phantoms(config, settings.phantoms, phantom_folder)
 
 
-class _Bench:
-    """One benchmark while it runs: what it measures, and where its processes write."""
+@dataclass
+class _BenchmarkRunner:
+    """Runs the measurements of one benchmark and collects their results.
 
-    def __init__(self, sample: Sample, plan: Plan, folder: Path, show: bool) -> None:
-        self._sample, self._plan, self._folder, self._show = sample, plan, folder, show
-        self._few, self._many = plan.sizes(len(sample.scans))
-        self._values = _for_measuring(sample.config, folder / "out")
-        self._stages: list[dict[str, Any]] = []
-        self._expected: scripts.Features = {}
-        self._differences: dict[str, tuple[Difference, ...]] = {}
+    Attributes:
+        sample: The scans to measure.
+        settings: What to measure.
+        folder: Temporary folder for the files of the measured processes.
+        show: Whether to print on stderr what is being measured.
+        small: Number of scans of the smaller run.
+        large: Number of scans of the larger run.
+        config: Config of the measured processes, JSON-ready.
+        isolated: Figures of the stages in isolation, one document for each measurement.
+        expected: Features that featray wrote, to compare scripts with.
+        differences: Differences of the features from featray's, by script.
+    """
 
-    def report(self) -> Report:
-        """Measure everything."""
+    sample: Sample
+    settings: BenchmarkSettings
+    folder: Path
+    show: bool
+    small: int
+    large: int
+    config: dict[str, Any]
+    isolated: list[dict[str, Any]] = field(default_factory=list)
+    expected: scripts.FeaturesByLayer = field(default_factory=dict)
+    differences: dict[str, tuple[FeatureDifference, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def create(
+        cls, sample: Sample, settings: BenchmarkSettings, folder: Path, *, show: bool
+    ) -> _BenchmarkRunner:
+        """Return a runner that has measured nothing yet."""
+        small, large = settings.choose_run_sizes(len(sample.scans))
+        config = _make_measured_config(sample.config, folder / "out")
+        return cls(sample, settings, folder, show, small, large, config)
+
+    def measure_all(self) -> BenchmarkReport:
+        """Run all measurements and return the report, without its files."""
         model_rounds, runs = [], []
-        for number in range(self._plan.rounds):
-            _say(self._show, f"round {number + 1} of {self._plan.rounds}")
-            # Which of the two is faster depends on the model.
+        for number in range(self.settings.rounds):
+            self._print(f"round {number + 1} of {self.settings.rounds}")
+            # Both settings are measured, because it depends on the model which one is faster.
             model_rounds += [
-                self._alone(model_only=True, threads=threads)
+                self._measure_isolated(model_only=True, threads=threads)
                 for threads in (DEFAULT_THREADS, ModelThreads.for_whole_machine())
             ]
-            runs += list(self._round())
-        names = dict.fromkeys(run.way for run in runs)
-        return Report(
-            machine=_machine(),
+            runs += list(self._measure_round())
+        names = dict.fromkeys(run.variant for run in runs)
+        return BenchmarkReport(
+            machine=_describe_machine(),
             scans={
-                "distinct": len(self._sample.scans),
-                "found": self._sample.found,
-                "made": self._sample.made,
-                "few": self._few,
-                "many": self._many,
+                "distinct": len(self.sample.scans),
+                "found": self.sample.found,
+                "made": self.sample.made,
+                "small": self.small,
+                "large": self.large,
             },
-            listing_s=self._sample.listing_s,
-            alone=alone_of(self._stages, model_rounds),
-            ways=tuple(way_of([run for run in runs if run.way == name]) for name in names),
+            listing_s=self.sample.listing_s,
+            isolated=combine_isolated_stages(self.isolated, model_rounds),
+            variants=tuple(combine_runs([run for run in runs if run.variant == name]) for name in names),
             cores=count_usable_cores(),
-            rounds=self._plan.rounds,
-            scaling=dict(self._scaling()),
-            growth=tuple(self._growth()),
-            differences=self._differences,
+            rounds=self.settings.rounds,
+            scaling=dict(self._measure_scaling()),
+            collection_sizes=tuple(self._measure_collection_sizes()),
+            differences=self.differences,
         )
 
-    def _round(self) -> Iterator[RunFigures]:
-        for engine in self._plan.engines:
+    def _measure_round(self) -> Iterator[RunMetrics]:
+        """Yield the smaller and the larger run of every engine and script."""
+        for engine in self.settings.engines:
             self._measure_stages()
-            yield self._engine(engine, self._few)
-            if self._plan.beside and engine == self._plan.engines[0]:
-                self._expected = scripts.features_of(self._folder / "out", self._layers())
+            yield self._run_engine(engine, self.small)
+            if self.settings.compare and engine == self.settings.engines[0]:
+                self.expected = scripts.read_features(self.folder / "out", self._layers)
             self._measure_stages()
-            yield self._engine(engine, self._many)
-        for name, script in self._plan.beside.items():
-            yield self._script(name, script, self._few)
-            yield self._script(name, script, self._many)
+            yield self._run_engine(engine, self.large)
+        for name, script in self.settings.compare.items():
+            yield self._run_script(name, script, self.small)
+            yield self._run_script(name, script, self.large)
 
-    def _scaling(self) -> Iterator[tuple[str, WayFigures]]:
-        """Yield engines with other numbers of workers and actors, both sizes in each round."""
-        tried: list[tuple[str, str, dict[str, Any]]] = [
+    def _measure_scaling(self) -> Iterator[tuple[str, VariantMetrics]]:
+        """Yield the figures of engines with other numbers of workers and actors, by a description."""
+        variants: list[tuple[str, str, dict[str, Any]]] = [
             (f"inline, {count} decode workers", "inline", {"decode": {"workers": count}})
-            for count in self._plan.workers
+            for count in self.settings.workers
         ]
-        tried += [
+        variants += [
             (f"ray, {count} actors", "ray", {"actors": {"min": count, "max": count}})
-            for count in self._plan.actors
+            for count in self.settings.actors
         ]
-        for name, engine, run in tried:
+        for name, engine, run_section in variants:
             runs = [
-                self._engine(engine, count, run)
-                for _ in range(self._plan.rounds)
-                for count in (self._few, self._many)
+                self._run_engine(engine, count, run_section)
+                for _ in range(self.settings.rounds)
+                for count in (self.small, self.large)
             ]
-            yield name, way_of(runs)
+            yield name, combine_runs(runs)
 
-    def _growth(self) -> Iterator[RunFigures]:
-        for count in self._plan.growth:
-            for engine in self._plan.engines:
-                yield self._engine(engine, count)
+    def _measure_collection_sizes(self) -> Iterator[RunMetrics]:
+        for count in self.settings.collection_sizes:
+            for engine in self.settings.engines:
+                yield self._run_engine(engine, count)
 
     def _measure_stages(self) -> None:
-        """Measure each stage alone, so that the ideal is of the same minutes as the run that comes next."""
-        _say(self._show, "stages alone")
-        self._stages.append(self._alone(model_only=False, threads=ModelThreads(each=1)))
+        """Measure the stages in isolation shortly before a run, when the machine is equally fast."""
+        self._print("stages in isolation")
+        self.isolated.append(self._measure_isolated(model_only=False, threads=ModelThreads(each=1)))
 
+    @property
     def _layers(self) -> list[dict[str, str]]:
-        """Return the layers that are measured, as the stages alone named them."""
-        layers: list[dict[str, str]] = self._stages[-1]["layers"]
+        """Name, path and pooling of each layer, as the latest measurement in isolation reported them."""
+        layers: list[dict[str, str]] = self.isolated[-1]["layers"]
         return layers
 
-    def _alone(self, *, model_only: bool, threads: ModelThreads) -> dict[str, Any]:
-        # A whole batch at least: models are slower per input on a part of one.
-        scans = self._sample.scans[: max(MAX_ALONE, self._sample.config.model.batch_size)]
-        given = {
-            "config": self._values,
+    def _measure_isolated(self, *, model_only: bool, threads: ModelThreads) -> dict[str, Any]:
+        # At least a full batch, because models take longer per input for a smaller batch.
+        scans = self.sample.scans[: max(MAX_ISOLATED_SCANS, self.sample.config.model.batch_size)]
+        document = {
+            "config": self.config,
             "scans": [scan.to_json() for scan in scans],
             "repeats": REPEATS,
             "model_only": model_only,
             "calls": threads.calls,
         }
-        seen = watch(_module("alone"), given, _environment(_threads(threads)))
-        found: dict[str, Any] = json.loads(_output(seen, "stages alone", (ExitCode.OK,)))
-        return found
-
-    def _engine(self, engine: str, count: int, run: Mapping[str, Any] | None = None) -> RunFigures:
-        _say(self._show, f"engine {engine}, {count} scans {json.dumps(run) if run else ''}".rstrip())
-        out, notes = self._folder / "out", self._folder / "notes"
-        for place in (out, notes):
-            shutil.rmtree(place, ignore_errors=True)
-        notes.mkdir()
-        values = {**self._values, "run": _merged(self._values["run"], {"engine": engine, **(run or {})})}
-        scans = [scan.to_json() for scan in self._sample.first(count)]
-        seen = watch(
-            _module("once"), {"config": values, "scans": scans, "notes": str(notes)}, _environment({})
+        usage = monitor_command(
+            _make_command("stage_timing"), document, _make_environment(_make_thread_variables(threads))
         )
-        summary = json.loads(_output(seen, f"engine {engine}", _FINISHED))
+        figures: dict[str, Any] = json.loads(_get_output(usage, "stages in isolation", (ExitCode.OK,)))
+        return figures
+
+    def _run_engine(
+        self, engine: str, count: int, run_section: Mapping[str, Any] | None = None
+    ) -> RunMetrics:
+        """Run an engine over `count` scans, with changes to the section `run` of the config."""
+        changes = f" {json.dumps(run_section)}" if run_section else ""
+        self._print(f"engine {engine}, {count} scans{changes}")
+        out, recordings = self.folder / "out", self.folder / "recordings"
+        for place in (out, recordings):
+            shutil.rmtree(place, ignore_errors=True)
+        recordings.mkdir()
+        run = _merge_sections(self.config["run"], {"engine": engine, **(run_section or {})})
+        document = {
+            "config": {**self.config, "run": run},
+            "scans": [scan.to_json() for scan in self.sample.take(count)],
+            "recordings": str(recordings),
+        }
+        usage = monitor_command(_make_command("measured_run"), document, _make_environment({}))
+        summary = json.loads(_get_output(usage, f"engine {engine}", _FINISHED))
         if summary["done"] != count:
-            raise FeatrayError(f"engine {engine}: only {summary['done']} of {count} scans came through")
-        return _figures(engine, count, seen, noted(notes))
+            raise FeatrayError(
+                f"engine {engine} processed only {summary['done']} of {count} scans; "
+                "`featray extract` says why"
+            )
+        return _make_run_metrics(engine, count, usage, read_recordings(recordings))
 
-    def _script(self, name: str, script: str | os.PathLike[str], count: int) -> RunFigures:
-        _say(self._show, f"{name}, {count} scans")
-        out = self._folder / f"{name}.parquet"
+    def _run_script(self, name: str, script: str | os.PathLike[str], count: int) -> RunMetrics:
+        self._print(f"{name}, {count} scans")
+        out = self.folder / f"{name}.parquet"
         out.unlink(missing_ok=True)
-        scans = self._sample.first(count)
-        given = scripts.given(self._sample.config, scans, self._layers(), out)
-        seen = watch([sys.executable, str(script)], given, _environment({}))
-        _output(seen, name, (ExitCode.OK,))
-        if count == self._few:
-            self._differences[name] = scripts.differences(out, scans, self._expected)
-        return _figures(name, count, seen, {})
+        scans = self.sample.take(count)
+        document = scripts.make_input(self.sample.config, scans, self._layers, out)
+        usage = monitor_command([sys.executable, str(script)], document, _make_environment({}))
+        _get_output(usage, name, (ExitCode.OK,))
+        if count == self.small:
+            self.differences[name] = scripts.compare_features(out, scans, self.expected)
+        return _make_run_metrics(name, count, usage, {})
+
+    def _print(self, message: str) -> None:
+        _print_progress(message, show=self.show)
 
 
-def _for_measuring(config: Config, out: Path) -> dict[str, Any]:
-    """Return the config with an output of our own, on this machine alone."""
+def _make_measured_config(config: Config, out: Path) -> dict[str, Any]:
+    """Return the config with a temporary output and without the address of a cluster, JSON-ready."""
     values: dict[str, Any] = config.model_dump(mode="json", by_alias=True)
     values["output"] = {"uri": str(out), "partition_by": values["output"]["partition_by"]}
     values["run"]["address"] = None
     return values
 
 
-def _merged(values: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    nested = {key: {**values[key], **value} for key, value in other.items() if isinstance(value, dict)}
-    return {**values, **other, **nested}
+def _merge_sections(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with the changes; a dict among the changes is merged into the one it changes."""
+    nested = {key: {**values[key], **value} for key, value in changes.items() if isinstance(value, dict)}
+    return {**values, **changes, **nested}
 
 
-def _threads(threads: ModelThreads) -> dict[str, str]:
+def _make_thread_variables(threads: ModelThreads) -> dict[str, str]:
+    """Return the environment variables that set TensorFlow's threads."""
     if threads.each is None:
         return {}
     return {"TF_NUM_INTRAOP_THREADS": str(threads.each), "TF_NUM_INTEROP_THREADS": str(threads.calls)}
 
 
-def _environment(more: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment of a measured process: no cluster but its own, no threads but the given ones."""
-    dropped = ("RAY_ADDRESS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
-    return {**{key: value for key, value in os.environ.items() if key not in dropped}, **more}
+def _make_environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of a measured process: with no Ray cluster, and with only the given threads."""
+    removed = ("RAY_ADDRESS", "TF_NUM_INTRAOP_THREADS", "TF_NUM_INTEROP_THREADS")
+    return {**{key: value for key, value in os.environ.items() if key not in removed}, **variables}
 
 
-def _module(name: str) -> list[str]:
-    return [sys.executable, "-m", f"featray.benchmark.{name}"]
+def _make_command(module: str) -> list[str]:
+    return [sys.executable, "-m", f"featray.benchmark.{module}"]
 
 
-def _output(seen: Watched, what: str, fine: Sequence[int]) -> str:
-    """Return the last line of what a process printed, once it has ended well."""
-    lines = seen.output.strip().splitlines()
-    if seen.exit_code in fine:
+def _get_output(usage: CommandUsage, measurement: str, accepted: Sequence[int]) -> str:
+    """Return the last line that a process printed on stdout.
+
+    Args:
+        usage: The finished process.
+        measurement: Name of the measurement for the error message.
+        accepted: Exit codes that are no error.
+
+    Raises:
+        FeatrayError: The process ended with another exit code.
+    """
+    lines = usage.output.strip().splitlines()
+    if usage.exit_code in accepted:
         return lines[-1] if lines else ""
-    said = seen.errors.strip().splitlines()[-8:]
-    raise FeatrayError("\n".join([f"{what} ended with exit code {seen.exit_code}:", *said]))
+    last_errors = usage.errors.strip().splitlines()[-8:]
+    raise FeatrayError("\n".join([f"{measurement}: ended with exit code {usage.exit_code}:", *last_errors]))
 
 
-def _figures(way: str, count: int, seen: Watched, work: Mapping[str, Work]) -> RunFigures:
-    roles = _roles(seen, work)
-    by_role: dict[str, float] = {}
-    for pid, seconds in seen.cpu_s.items():
-        role = roles.get(pid, seen.names[pid])
-        by_role[role] = by_role.get(role, 0.0) + seconds
-    peaks = {"tree": seen.peak_bytes, "driver": seen.peak_by_process.get(seen.pid, 0)}
-    for role, what in (("decoders", "largest decoder"), ("model", "largest model")):
-        of_role = [peak for pid, peak in seen.peak_by_process.items() if roles.get(pid) == role]
-        peaks |= {what: max(of_role)} if of_role else {}
-    return RunFigures(
-        way=way,
+def _make_run_metrics(
+    variant: str, count: int, usage: CommandUsage, stages: Mapping[str, StageCalls]
+) -> RunMetrics:
+    roles = _assign_roles(usage, stages)
+    cpu_by_role: dict[str, float] = {}
+    for pid, seconds in usage.cpu_s.items():
+        role = roles.get(pid, usage.names[pid])
+        cpu_by_role[role] = cpu_by_role.get(role, 0.0) + seconds
+    peaks = {"tree": usage.peak_bytes, "driver": usage.peak_by_process.get(usage.pid, 0)}
+    for role, key in (("decoders", "largest decoder"), ("model", "largest model")):
+        role_peaks = [peak for pid, peak in usage.peak_by_process.items() if roles.get(pid) == role]
+        peaks |= {key: max(role_peaks)} if role_peaks else {}
+    return RunMetrics(
+        variant=variant,
         scans=count,
-        wall_s=seen.wall_s,
-        cpu_s=sum(seen.cpu_s.values()),
-        cpu_by_role=by_role,
-        first_opened_s=work["decode"].first_s - seen.started_s if "decode" in work else None,
-        stages={name: Stage(one.wall_s, one.cpu_s, one.at_once) for name, one in work.items()},
+        wall_s=usage.wall_s,
+        cpu_s=sum(usage.cpu_s.values()),
+        cpu_by_role=cpu_by_role,
+        first_opened_s=stages["decode"].first_s - usage.started_s if "decode" in stages else None,
+        stages={
+            name: StageUsage(calls.wall_s, calls.cpu_s, calls.max_concurrent)
+            for name, calls in stages.items()
+        },
         peak_bytes=peaks,
-        store_bytes=seen.store_bytes,
-        spilled=seen.spilled,
-        others_cores=seen.others_cores,
+        store_bytes=usage.store_bytes,
+        spilled=usage.spilled,
+        background_cores=usage.background_cores,
     )
 
 
-def _roles(seen: Watched, work: Mapping[str, Work]) -> dict[int, str]:
-    """Return what each process is known to have done; the driver is the driver, whatever else it does."""
+def _assign_roles(usage: CommandUsage, stages: Mapping[str, StageCalls]) -> dict[int, str]:
+    """Return the role of each process that ran a stage; the driver stays the driver if it ran stages too."""
     roles: dict[int, str] = {}
     for stage, role in (("write", "writers"), ("decode", "decoders"), ("model", "model")):
-        roles |= dict.fromkeys(work[stage].pids, role) if stage in work else {}
-    return {**roles, seen.pid: "driver"}
+        roles |= dict.fromkeys(stages[stage].pids, role) if stage in stages else {}
+    return {**roles, usage.pid: "driver"}
 
 
-def _machine() -> dict[str, Any]:
+def _describe_machine() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "cores": count_usable_cores(),
@@ -295,16 +359,17 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _written(report: Report, directory: Path) -> Report:
-    """Write JSON and plot, and return the report that names them."""
+def _write_report(report: BenchmarkReport, directory: Path) -> BenchmarkReport:
+    """Write the JSON document and the plot, and return the report with their paths."""
     directory.mkdir(parents=True, exist_ok=True)
-    as_json, as_svg = directory / "benchmark.json", directory / "benchmark.svg"
-    as_json.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    as_svg.write_text(plot("Where the cores' time goes", report.bars(), report.rates()), encoding="utf-8")
-    return replace(report, files=(str(as_json), str(as_svg)))
+    json_path, svg_path = directory / "benchmark.json", directory / "benchmark.svg"
+    json_path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
+    svg = plot("Where the core-seconds of a scan go", report.bars(), report.rates())
+    svg_path.write_text(svg, encoding="utf-8")
+    return replace(report, files=(str(json_path), str(svg_path)))
 
 
-def _say(show: bool, words: str) -> None:
+def _print_progress(message: str, *, show: bool) -> None:
     if show:
-        sys.stderr.write(f"featray: {words}\n")
+        sys.stderr.write(f"featray: {message}\n")
         sys.stderr.flush()

@@ -1,8 +1,9 @@
-"""A script beside featray: what it is given, and how far its features are from featray's.
+"""Scripts that are compared with featray: their input, and the difference of their features from featray's.
 
 A script reads one JSON document from stdin: `files`, paths of NIfTI files in order; `model`, a Keras file,
 and `custom_objects` as in a config; `layers`, [{name, path, pool}]; `size`, `window`, `scale`, `batch_size`;
-`out`, the Parquet file to write: one row per file in order, one column of float lists per layer's name.
+`out`, the Parquet file to write. This file has one row per input file in the same order, and for each layer
+one column of float lists with the layer's name.
 """
 
 from __future__ import annotations
@@ -16,26 +17,35 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from featray.benchmark.report import Difference
+from featray.benchmark.report import FeatureDifference
 from featray.config import Config
 from featray.errors import ConfigError, FeatrayError
 from featray.schema import Scan
 
-Features = dict[str, dict[str, NDArray[np.float32]]]
-"""By layer, then by scan id."""
+FeaturesByLayer = dict[str, dict[str, NDArray[np.float32]]]
+"""The features by layer, then by scan id."""
 
 
-def given(
+def make_input(
     config: Config, scans: Sequence[Scan], layers: Sequence[Mapping[str, str]], out: Path
 ) -> dict[str, Any]:
-    """Return the document for a script.
+    """Return the document that a script reads.
+
+    Args:
+        config: Preprocessing, model and batch size.
+        scans: Scans to process, in order.
+        layers: Name, path and pooling of each layer.
+        out: The Parquet file to write.
 
     Raises:
-        ConfigError: Some scan is not one local NIfTI file.
+        ConfigError: A scan is not a single local NIfTI file.
     """
     files = [path for scan in scans if scan.format == "nifti" and not scan.archive for path in scan.files]
     if len(files) != len(scans) or any("://" in scan.uri for scan in scans):
-        raise ConfigError("scripts beside featray are only given local NIfTI files, one per scan")
+        raise ConfigError(
+            "--compare: scripts can process only local NIfTI files with one file per scan; measure such a "
+            "collection, or leave --compare out"
+        )
     return {
         "files": files,
         "model": config.model.uri,
@@ -49,24 +59,29 @@ def given(
     }
 
 
-def features_of(output: Path, layers: Sequence[Mapping[str, str]]) -> Features:
-    """Return the features that a finished run of featray wrote."""
-    found: Features = {}
-    for layer in (one["name"] for one in layers):
-        table = ds.dataset(output / "features" / f"layer={layer}").to_table(["scan_id", "feature"])
-        values = table["feature"].to_pylist()
-        found[layer] = {
-            scan_id: np.asarray(value, np.float32)
-            for scan_id, value in zip(table["scan_id"].to_pylist(), values, strict=True)
-        }
-    return found
+def read_features(output: Path, layers: Sequence[Mapping[str, str]]) -> FeaturesByLayer:
+    """Return the features that a finished run of featray wrote to `output`."""
+    features: FeaturesByLayer = {}
+    for layer in layers:
+        files = ds.dataset(output / "features" / f"layer={layer['name']}")
+        table = files.to_table(["scan_id", "feature"])
+        rows = zip(table["scan_id"].to_pylist(), table["feature"].to_pylist(), strict=True)
+        features[layer["name"]] = {scan_id: np.asarray(values, np.float32) for scan_id, values in rows}
+    return features
 
 
-def differences(out: Path, scans: Sequence[Scan], expected: Features) -> tuple[Difference, ...]:
-    """Return how far a script's features are from featray's, layer by layer.
+def compare_features(
+    out: Path, scans: Sequence[Scan], expected: FeaturesByLayer
+) -> tuple[FeatureDifference, ...]:
+    """Return the largest difference of a script's features from featray's, for each layer.
+
+    Args:
+        out: The Parquet file that the script wrote.
+        scans: The scans that the script processed, in order.
+        expected: Features that featray wrote.
 
     Raises:
-        FeatrayError: It did not write one row per scan, or left a layer out.
+        FeatrayError: The script did not write one row per scan, or did not write a layer.
     """
     table = pq.read_table(out)
     missing = expected.keys() - set(table.column_names)
@@ -75,14 +90,19 @@ def differences(out: Path, scans: Sequence[Scan], expected: Features) -> tuple[D
             f"the script wrote {len(table)} rows for {len(scans)} scans"
             + (f", without {', '.join(sorted(missing))}" if missing else "")
         )
-    found = []
+    differences = []
     for layer, values in expected.items():
         rows = zip(scans, table[layer].to_pylist(), strict=True)
-        parts = [_relative(row, values[scan.scan_id]) for scan, row in rows if scan.scan_id in values]
-        found.append(Difference(layer, max(parts)))
-    return tuple(found)
+        relative = [
+            _compute_relative_difference(row, values[scan.scan_id])
+            for scan, row in rows
+            if scan.scan_id in values
+        ]
+        differences.append(FeatureDifference(layer, max(relative)))
+    return tuple(differences)
 
 
-def _relative(found: Any, wanted: NDArray[np.float32]) -> float:
-    largest = float(np.abs(wanted).max()) or 1.0
-    return float(np.abs(np.asarray(found, np.float32) - wanted).max()) / largest
+def _compute_relative_difference(values: Any, expected: NDArray[np.float32]) -> float:
+    """Return max |values - expected| / max |expected|; without the division if all expected are 0."""
+    largest = float(np.abs(expected).max()) or 1.0
+    return float(np.abs(np.asarray(values, np.float32) - expected).max()) / largest

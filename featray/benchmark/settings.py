@@ -1,4 +1,4 @@
-"""What to measure: how many scans and rounds, which engines, which scripts beside them. Checked, not run."""
+"""What to measure: numbers of scans and rounds, engines, and other scripts to compare with. Runs nothing."""
 
 from __future__ import annotations
 
@@ -11,55 +11,55 @@ from featray.errors import ConfigError
 
 ENGINES = ("inline", "ray")
 SAMPLE = 16
-"""Distinct scans unless told otherwise."""
-ROUNDS_APART = 3
-"""Rounds through the sample by which the larger run exceeds the smaller one."""
+"""Default number of distinct scans."""
+EXTRA_ROUNDS = 3
+"""Default difference between the larger and the smaller run, in rounds through the sample."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkSettings:
     """What to measure.
 
     Attributes:
-        sample: Distinct scans to take from the config's collection.
-        make: Make so many phantoms instead; None takes the sample.
-        rounds: Of everything; medians and spreads are over these.
-        few: Scans of the smaller run; None: half of the sample.
-        many: Of the larger one; None: three times the sample more, so that both differ by whole rounds
-            through the sample, which is also what is measured alone.
-        engines: To run, of `ENGINES`.
-        beside: Scripts to run as well, by name; `compare.py` says what they are given.
-        workers: Numbers of decode workers to try (engine inline).
-        actors: Numbers of actors to try (engine ray).
-        growth: Sizes of collections to run once each.
-        keep: Folder for what `make` makes, kept and used again; None makes it anew and deletes it.
+        sample: Number of distinct scans to take from the collection of the config.
+        phantoms: Number of phantoms to make and measure instead; None measures the sample.
+        rounds: Number of times that every measurement is repeated; figures are medians over the rounds.
+        small: Scans of the smaller run; None takes half of the sample.
+        large: Scans of the larger run; None adds three times the sample to the smaller run. The two runs then
+            differ by whole rounds through the sample, which are the same scans that are timed in isolation.
+        engines: Engines to run, from `ENGINES`.
+        compare: Paths of scripts to measure as well, by name; `scripts.py` describes their input.
+        workers: Numbers of decode workers to try with engine inline.
+        actors: Numbers of actors to try with engine ray.
+        collection_sizes: Numbers of scans to run once each with every engine.
+        keep: Folder that keeps the phantoms for the next benchmark; None makes and deletes them.
 
     Raises:
-        ConfigError: A number below 1, an unknown engine or a script that is not there.
+        ConfigError: A number is below 1, an engine is unknown, or a script does not exist.
     """
 
     sample: int = SAMPLE
-    make: int | None = None
+    phantoms: int | None = None
     rounds: int = 2
-    few: int | None = None
-    many: int | None = None
+    small: int | None = None
+    large: int | None = None
     engines: tuple[str, ...] = ENGINES
-    beside: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
+    compare: Mapping[str, str | os.PathLike[str]] = field(default_factory=dict)
     workers: tuple[int, ...] = ()
     actors: tuple[int, ...] = ()
-    growth: tuple[int, ...] = ()
+    collection_sizes: tuple[int, ...] = ()
     keep: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.engines if name not in ENGINES]
-        missing = [str(script) for script in self.beside.values() if not Path(script).is_file()]
-        taken = sorted(set(self.beside) & set(ENGINES))
+        missing = [str(script) for script in self.compare.values() if not Path(script).is_file()]
+        reserved = sorted(set(self.compare) & set(ENGINES))
         problems = [f"engine {name!r}: expected some of {', '.join(ENGINES)}" for name in unknown]
         problems += [f"script {script} does not exist" for script in missing]
-        problems += [f"a script cannot be called {name}, an engine is" for name in taken]
+        problems += [f"a script cannot be named {name}: this is the name of an engine" for name in reserved]
         problems += [
             f"{name}: expected a whole number above 0, got {value}"
-            for name in ("sample", "make", "rounds", "few", "many")
+            for name in ("sample", "phantoms", "rounds", "small", "large")
             if (value := getattr(self, name)) is not None and value < 1
         ]
         if not self.engines:
@@ -67,14 +67,17 @@ class Plan:
         if problems:
             raise ConfigError(problems)
 
-    def sizes(self, distinct: int) -> tuple[int, int]:
-        """Return the scans of the smaller and of the larger run.
+    def choose_run_sizes(self, distinct: int) -> tuple[int, int]:
+        """Return the number of scans of the smaller and of the larger run.
+
+        Args:
+            distinct: Number of distinct scans in the sample.
 
         Raises:
-            ConfigError: The larger one is not larger.
+            ConfigError: The larger run has no more scans than the smaller one.
         """
-        few = self.few or max(1, distinct // 2)
-        many = self.many or few + ROUNDS_APART * distinct
-        if many <= few:
-            raise ConfigError(f"--many {many} must be more than --few {few}")
-        return few, many
+        small = self.small or max(1, distinct // 2)
+        large = self.large or small + EXTRA_ROUNDS * distinct
+        if large <= small:
+            raise ConfigError(f"--large {large} must be more than --small {small}")
+        return small, large

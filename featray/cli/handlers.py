@@ -226,23 +226,23 @@ def run_demo(args: argparse.Namespace) -> int:
 def run_benchmark(args: argparse.Namespace) -> int:
     """Run `featray benchmark`."""
     from featray.benchmark.run import benchmark
-    from featray.benchmark.settings import Plan
+    from featray.benchmark.settings import BenchmarkSettings
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, ends the measured processes
-    plan = Plan(
+    settings = BenchmarkSettings(
         sample=args.sample,
-        make=args.make,
+        phantoms=args.phantoms,
         rounds=args.rounds,
-        few=args.few,
-        many=args.many,
+        small=args.small,
+        large=args.large,
         engines=tuple(args.engines.split(",")),
-        beside=_parse_scripts(args.beside),
+        compare=_parse_scripts(args.compare),
         workers=_parse_counts(args.workers),
         actors=_parse_counts(args.actors),
-        growth=_parse_counts(args.growth),
+        collection_sizes=_parse_counts(args.collection_sizes),
         keep=args.keep,
     )
-    result = benchmark(args.config, args.set, plan=plan, directory=args.out, show=not args.quiet)
+    result = benchmark(args.config, args.set, settings=settings, directory=args.out, show=not args.quiet)
     print_answer(args, result.to_json(), result.text())
     return ExitCode.OK
 
@@ -251,7 +251,7 @@ def _parse_scripts(texts: Sequence[str]) -> dict[str, str]:
     """Return the paths of scripts by name, from texts `NAME=FILE.py`."""
     pairs = [text.partition("=") for text in texts]
     if not all(name and script for name, _, script in pairs):
-        raise ConfigError("--beside: expected NAME=FILE.py, e.g. loop=jobs/baselines/loop.py")
+        raise ConfigError("--compare: expected NAME=FILE.py, e.g. loop=jobs/baselines/loop.py")
     return {name: script for name, _, script in pairs}
 
 

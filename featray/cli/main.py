@@ -291,25 +291,50 @@ def _add_benchmark_options(command: argparse.ArgumentParser) -> None:
     _add_config_arguments(command)
     for name, default, text in (
         ("--sample", 16, "distinct scans to take from the collection (default: %(default)s)"),
-        ("--make", None, "make N phantoms to measure on, not the config's collection"),
-        ("--rounds", 2, "of everything (default: %(default)s)"),
-        ("--few", None, "scans of the smaller run (default: half of the sample)"),
-        ("--many", None, "of the larger one (default: three times the sample more)"),
+        ("--phantoms", None, "make N phantoms and measure them instead of the config's collection"),
+        ("--rounds", 2, "number of times that every measurement is repeated (default: %(default)s)"),
+        ("--small", None, "scans of the smaller run (default: half of the sample)"),
+        ("--large", None, "scans of the larger run (default: those of the smaller run + 3 x the sample)"),
     ):
         command.add_argument(name, type=int, default=default, metavar="N", help=text)
-    command.add_argument("--engines", default="inline,ray", metavar="NAMES", help="default: %(default)s")
     command.add_argument(
-        "--beside", action="append", default=[], metavar="NAME=FILE.py", help="a script to run as well"
+        "--engines", default="inline,ray", metavar="NAMES", help="engines to run (default: %(default)s)"
     )
-    command.add_argument("--workers", default="", metavar="1,2,4", help="decode workers to try, inline")
-    command.add_argument("--actors", default="", metavar="1,2", help="actors to try, ray")
-    command.add_argument("--growth", default="", metavar="50,500", help="collections to run once each")
-    command.add_argument("--keep", metavar="DIR", help="folder to keep what --make makes, to be used again")
+    command.add_argument(
+        "--compare",
+        action="append",
+        default=[],
+        metavar="NAME=FILE.py",
+        help="script to run as well and to compare the features of; may be repeated (default: no script)",
+    )
+    command.add_argument(
+        "--workers",
+        default="",
+        metavar="1,2,4",
+        help="numbers of decode workers to try with engine inline (default: only the config's)",
+    )
+    command.add_argument(
+        "--actors",
+        default="",
+        metavar="1,2",
+        help="numbers of actors to try with engine ray (default: only the config's)",
+    )
+    command.add_argument(
+        "--collection-sizes",
+        default="",
+        metavar="50,500",
+        help="numbers of scans to run once each with every engine (default: none)",
+    )
+    command.add_argument(
+        "--keep",
+        metavar="DIR",
+        help="folder that keeps the phantoms for the next benchmark (default: they are deleted)",
+    )
     command.add_argument(
         "--out",
         default="featray-benchmark",
         metavar="DIR",
-        help="for benchmark.json and benchmark.svg (default: %(default)s)",
+        help="folder for benchmark.json and benchmark.svg (default: %(default)s)",
     )
 
 

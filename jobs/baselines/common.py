@@ -51,7 +51,7 @@ def decode_fast(path: str, asked: Given) -> Volume:
     import deflate
     import nibabel
 
-    from featray.benchmark.lower_bounds import single_pass
+    from featray.benchmark.lower_bounds import resize_single_pass
 
     data = Path(path).read_bytes()
     content = deflate.gzip_decompress(data, int.from_bytes(data[-4:], "little"))
@@ -62,7 +62,7 @@ def decode_fast(path: str, asked: Given) -> Volume:
         raise ValueError(f"{path} is not the plain file that this script is made for")
     shape = header.get_data_shape()[::-1]
     voxels = np.frombuffer(content, np.int16, int(np.prod(shape)), int(header["vox_offset"])).reshape(shape)
-    small = single_pass(voxels, tuple(asked["size"]), tuple(asked["window"]), tuple(asked["scale"]))
+    small = resize_single_pass(voxels, tuple(asked["size"]), tuple(asked["window"]), tuple(asked["scale"]))
     # RAS grows the other way than LPS along x and y; turning the small result is cheaper.
     return np.ascontiguousarray(small[:, :: int(-np.sign(steps[1])), :: int(-np.sign(steps[0]))])[..., None]
 

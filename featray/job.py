@@ -43,7 +43,7 @@ Instrument = Callable[[str, Any], Any]
 behavior that does more, such as timing each call."""
 
 
-def keep_stage(name: str, stage: Any) -> Any:
+def keep_stage(name: str, stage: Any) -> Any:  # noqa: ARG001  # every instrument gets the name
     """Return the stage as it is: the instrument of a run that nobody measures."""
     return stage
 
@@ -98,23 +98,30 @@ class Job:
     extractor: Extractor
     run: Run
     threads: ModelThreads
+    scope: RunScope
     options: RunOptions
 
     @classmethod
     def prepare(
-        cls, config: Config, engine: Engine, command: str = "plan", options: RunOptions | None = None
+        cls, config: Config, engine: Engine, scope: RunScope | None = None, options: RunOptions | None = None
     ) -> Job:
         """Load the model and make the recipe.
+
+        Args:
+            config: Checked config.
+            engine: The engine that would run, or runs.
+            scope: Which scans are due; None for those of `extract`.
+            options: How the caller follows the run; None if nothing is run.
 
         Raises:
             ModelError: The model cannot be loaded or cut as configured.
         """
-        options = options or RunOptions()
+        scope, options = scope or RunScope(), options or RunOptions()
         extractor = load_extractor(config, engine.threads)
         recipe = make_recipe(config, extractor.recipe_part())
         run = Run(
             run_id=new_run_id(),
-            command=command,
+            command=scope.command,
             started=options.started,
             engine=engine.name,
             recipe_id=recipe_id(recipe),
@@ -124,15 +131,16 @@ class Job:
             config=configuration.mask_secrets(config),
             max_failed_fraction=config.limits.max_failed_fraction,
         )
-        return cls(config, extractor, run, engine.threads, options)
+        return cls(config, extractor, run, engine.threads, scope, options)
 
     def identify(self, receipt: Receipt) -> Receipt:
         """Write this run and its recipe into the records of a receipt, and return it."""
         receipt.set_run(self.run.recipe_id, self.run.run_id)
         return receipt
 
-    def make_plan(self, listing: Listing, stored: Snapshot | None, scope: RunScope) -> Plan:
-        """Return the scans that are due, given the stored ones."""
+    def make_plan(self, listing: Listing, stored: Snapshot | None, scope: RunScope | None = None) -> Plan:
+        """Return the scans that are due, given the stored ones; the default scope is that of the run."""
+        scope = scope or self.scope
         ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.read_scans(PLANNING_COLUMNS)
         return make_plan(listing, ledger, self.run.recipe_id, refresh=scope.refresh, retry=scope.retry)
 

@@ -100,27 +100,26 @@ def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) 
     with make_engine(config, len(listing.scans), options.instrument) as engine:
         if new_scans := _find_new_scans(listing, dataset):
             engine.prefetch_scans(new_scans)
-        job = Job.prepare(config, engine, scope.command, options)
+        job = Job.prepare(config, engine, scope, options)
         with Lease(dataset.store, job.run.run_id) as lease:
             committer = job.open_committer(dataset, listing, lease)
-            plan = job.make_plan(listing, committer.snapshot(), scope)
+            plan = job.make_plan(listing, committer.snapshot())
             refuse_other_recipe(plan, job.run.recipe_id, refresh=scope.refresh)
             refuse_mass_removal(plan, config.limits, refresh=scope.refresh)
             committer.delete_orphans()
             save_header_cache(listing, dataset.store)
             progress = Progress(len(plan.todo), show=options.show)
             lease.set_progress_source(progress.state)
-            removed = plan.removed if scope.refresh else ()
-            totals = _process(engine, plan, removed, job, committer, progress)
-            return report(job.run, dataset, listing, plan, totals, interrupted=options.stop.is_set())
+            totals = _process(engine, plan, job, committer, progress)
+            return report(job.run, dataset, listing, plan, totals)
 
 
-def _process(
-    engine: Engine, plan: Plan, removed: Sequence[str], job: Job, committer: Committer, progress: Progress
-) -> RunTotals:
+def _process(engine: Engine, plan: Plan, job: Job, committer: Committer, progress: Progress) -> RunTotals:
     """Extract and commit the scans that are due, delete the removed ones, and compact; return the totals."""
     totals, stop = RunTotals(), job.options.stop
+    removed = plan.removed if job.scope.refresh else ()
     if not plan.todo and not removed:
+        totals.is_interrupted = stop.is_set()
         return totals
     announce(job.run, committer.dataset)
     with progress:
@@ -131,6 +130,7 @@ def _process(
         totals.removed = len(removed)
         committer.compact()
     committer.delete_orphans()
+    totals.is_interrupted = stop.is_set()
     return totals
 
 

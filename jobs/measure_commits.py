@@ -94,7 +94,10 @@ def _receipt(dataset: Dataset, scan_ids: Sequence[str]) -> Receipt:
     return write(extract(_random_layers, decoded, recipe="recipe"), dataset, ("layer",), "recipe", "run")
 
 
-def _random_layers(batch: NDArray[np.float32], seeds: Sequence[str]) -> dict[str, NDArray[np.float32]]:
+def _random_layers(
+    batch: NDArray[np.float32],
+    seeds: Sequence[str],  # noqa: ARG001  # every extractor takes seeds
+) -> dict[str, NDArray[np.float32]]:
     rng = np.random.default_rng()
     return {layer: rng.standard_normal((len(batch), width), np.float32) for layer, width in WIDTHS.items()}
 

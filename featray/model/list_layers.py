@@ -65,7 +65,7 @@ class LayerInfo:
         return self.values * 4 * 10_000 / 1e9
 
 
-def list_layers(
+def list_layers(  # noqa: PLR0913  # public as featray.layers
     model: ModelConfig | Mapping[str, Any] | str | os.PathLike[str],
     *,
     custom_objects: Sequence[str] = (),

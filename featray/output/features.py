@@ -43,7 +43,7 @@ class Features:
         missing: Requested scan ids that have no row, because the scan failed or was never found.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # only featray.read makes this object
         self,
         layer: str,
         version: int,

@@ -52,7 +52,7 @@ _BATCH_VALUES = 2**20
 """Numbers to decode at once, because decoding needs several times the memory of its result."""
 
 
-def read(
+def read(  # noqa: PLR0913  # public as featray.read
     output: Output,
     layer: str,
     version: int | None = None,

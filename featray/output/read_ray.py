@@ -40,7 +40,7 @@ _INTEGER_LISTS = {"origin", "shape"}
 """Columns with lists of integers. The lists of a column have the same length unless inputs differ in rank."""
 
 
-def read_ray(
+def read_ray(  # noqa: PLR0913  # public as featray.read_ray
     output: Output,
     layer: str,
     version: int | None = None,

@@ -103,7 +103,7 @@ class Committer:
         StorageError: The store does not answer.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # all that a commit depends on
         self,
         dataset: Dataset,
         partition_by: Sequence[str],

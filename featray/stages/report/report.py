@@ -22,9 +22,7 @@ def announce(run: Run, dataset: Dataset) -> None:
     write_start(run, dataset)
 
 
-def report(
-    run: Run, dataset: Dataset, listing: Listing, plan: Plan, totals: RunTotals, *, interrupted: bool
-) -> Summary:
+def report(run: Run, dataset: Dataset, listing: Listing, plan: Plan, totals: RunTotals) -> Summary:
     """Count the listed scans in the scans table and, if the run changed anything, write its folder.
 
     Every listed scan must have a row in the scans table, unless the run was interrupted; otherwise the exit
@@ -36,10 +34,9 @@ def report(
         listing: Every scan of the collection.
         plan: Which scans were due.
         totals: What this run committed.
-        interrupted: Whether the run was asked to stop.
     """
     stored = dataset.read_scans(("scan_id", "status", "reason"))
-    summary = _summarize(run, _select_listed(stored, listing), listing, plan, totals, interrupted=interrupted)
+    summary = _summarize(run, _select_listed(stored, listing), listing, plan, totals)
     if totals.has_changes:
         write_summary(run, summary, dataset)
     return summary
@@ -52,13 +49,11 @@ def _select_listed(stored: pa.Table, listing: Listing) -> pa.Table:
     return stored.filter(pc.is_in(stored["scan_id"].cast(wide), value_set=ids.combine_chunks()))
 
 
-def _summarize(
-    run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: RunTotals, *, interrupted: bool
-) -> Summary:
+def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: RunTotals) -> Summary:
     status = _count_values(rows["status"])
     found = len(listing.scan_ids)
     missing = found - len(rows)
-    unfinished = interrupted and (missing > 0 or totals.scans < len(plan.todo))
+    unfinished = totals.is_interrupted and (missing > 0 or totals.scans < len(plan.todo))
     has_all_rows = missing == 0 and status.total() == found
     has_few_failures = status["failed"] <= run.max_failed_fraction * found
     return Summary(

@@ -50,6 +50,7 @@ class RunTotals:
     Attributes:
         scans: Number of scans.
         removed: Number of scans that were removed from the output.
+        is_interrupted: Whether the run was asked to stop.
         bytes_read: Bytes of the scans' files.
         seconds: Wall time of extraction, from the plan to the last commit.
         workers: Number of workers of each kind.
@@ -59,6 +60,7 @@ class RunTotals:
 
     scans: int = 0
     removed: int = 0
+    is_interrupted: bool = False
     bytes_read: int = 0
     seconds: float = 0.0
     workers: Workers | None = None

@@ -53,7 +53,7 @@ def _known_keys(path: tuple[int | str, ...]) -> list[str]:
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:
-    """Return the section in an annotation such as `tuple[LayerConfig, ...]`; None if there is none."""
+    """Return the section in an annotation such as `tuple[LayerConfig, ...]`; None for other annotations."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     if get_origin(annotation) in (tuple, list, Annotated, Union, UnionType):

@@ -2,7 +2,8 @@
 
 Each scan is decoded in one of a few worker processes, so that a decoder that crashes or hangs costs only its
 own scan. Tensors return through shared memory. The model runs in threads of its own, so that it need not wait
-while results are written and committed. With 0 workers everything runs in this thread, for a debugger.
+while results are written and committed. With 0 workers everything runs in this thread, so that a debugger can
+follow it.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ _MASK_FORMATS = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "
 
 @dataclass(frozen=True)
 class ReadResult:
-    """The content of a scan, and what reading it cost.
+    """The content of a scan, and the time and bytes that reading it took.
 
     Attributes:
         content: The volume, or the samples of an array.

@@ -56,7 +56,7 @@ class WorkerPool:
     Args:
         count: Number of processes.
         timeout_s: Seconds that a task may take; then its process is killed.
-        memory: Bytes that a task may take beyond what its process already uses; None for no limit.
+        memory: Bytes that a task may take in addition to its process's memory; None for no limit.
     """
 
     def __init__(self, count: int, timeout_s: float, memory: int | None = None) -> None:

@@ -37,7 +37,7 @@ class _Attempt:
     """One attempt to decode one scan, or several tiny ones.
 
     Attributes:
-        scans: One scan; or several, whose tensors all go through the pipe.
+        scans: One scan; or several scans, and then all tensors go through the pipe.
         buffer: Name of the shared-memory buffer for the tensor of a single scan; None for the pipe.
         number: Number of the attempt, from 1.
         holds_place: Whether the attempt takes one of the pool's places.
@@ -228,7 +228,7 @@ def _move_to_buffer(decoded: Decoded, buffer: mmap.mmap | None) -> Decoded:
 
 
 def _buffer_bytes(decoder: Decoder) -> int:
-    """Return the size of a whole-volume model input if the config fixes it, else the maximum."""
+    """Return the size of a whole-volume model input if the config fixes it, otherwise the maximum."""
     size, fit = decoder.preprocess.size, decoder.preprocess.fit
     if size is None or fit == "patches":
         return MAX_BUFFER_BYTES

@@ -1,4 +1,4 @@
-"""One worker process: how it is started, the messages it takes, and what runs in it.
+"""One worker process: its start, the messages to it, and the loop that runs in it.
 
 The process is started with `python -c` and one end of a pipe, not with `multiprocessing`: a user's script
 then need not guard its call of featray with `if __name__ == "__main__"`, because nothing imports it again.
@@ -35,7 +35,7 @@ _BOOTSTRAP = (
 
 
 class Message(Enum):
-    """What a message to a worker process contains; its value is the first byte of the message."""
+    """Kinds of messages to a worker process; the value is the first byte of a message."""
 
     LIMITS = b"l"
     WORK = b"w"
@@ -44,7 +44,7 @@ class Message(Enum):
 
 @dataclass(frozen=True)
 class TaskLimits:
-    """What one task may take: seconds, and bytes of memory beyond what its process uses (None: no limit)."""
+    """Limits of one task: seconds, and bytes of memory in addition to its process's (None: no limit)."""
 
     timeout_s: float
     memory: int | None
@@ -57,7 +57,7 @@ class WorkerProcess:
     Attributes:
         process: The process.
         connection: This process's end of the pipe.
-        tasks: Tasks sent whose results have not arrived.
+        tasks: Tasks without a result so far.
         deadline: Monotonic clock at which the first task is late.
         unconfirmed: Number of work functions sent that the process has not confirmed yet; it confirms one
             when it has loaded and prepared it.
@@ -70,7 +70,7 @@ class WorkerProcess:
     unconfirmed: int = 0
 
     def send(self, kind: Message, content: bytes) -> None:
-        """Send a message whose content is pickled.
+        """Send a message with pickled content.
 
         A dead process is not reported here: the pool notices it when it waits for results.
         """
@@ -154,4 +154,4 @@ def _read_messages(connection: Connection[Any, bytes], messages: queue.SimpleQue
         try:
             messages.put(connection.recv_bytes())
         except (EOFError, OSError):
-            os._exit(0)  # the driver is dead, so nobody waits for a result
+            os._exit(0)  # the driver is dead, so no process waits for a result

@@ -159,7 +159,7 @@ def _configure_ray_data(current: Pass) -> None:
     context.wait_for_min_actors_s = -1
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Ray Data logs each lost task with a traceback; this package logs what matters of it. A handler that
+    # Ray Data logs each lost task with a traceback; this package logs a short line instead. A handler that
     # keeps such a record would also keep its frames alive, and with them the actors of the pass and their
     # CPUs.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)

@@ -1,6 +1,6 @@
 """Engine `ray`: decoding and the model in a pool of actors, writing in a few actors, on Ray Data.
 
-`dataset.py` builds the pipeline of one pass; `passes.py` says which passes there are. Scans are decoded in
+`dataset.py` builds the pipeline of one pass; `passes.py` defines the passes. Scans are decoded in
 worker processes (`featray.engines.decoding`), so a scan that crashes or hangs its process is settled inside
 its task and Ray does not notice. A whole Ray worker may still die: of memory, with its node, or in the model.
 The strict pass stops at the first task that is lost, the tolerant pass continues, and what both have lost is
@@ -92,7 +92,7 @@ class RayEngine:
         """Yield receipts in order of completion; see the module for scans whose workers die.
 
         Raises:
-            FeatrayError: Workers die with every scan: the cluster is to blame, and no scan is given up.
+            FeatrayError: Workers die with every scan, so that the cluster is at fault. No scan is given up.
         """
         from featray.engines.ray.metrics import Metrics  # imports ray
 
@@ -140,7 +140,7 @@ class RayEngine:
         return receipt
 
     def _refuse_broken_cluster(self, unsettled: int, current: Pass, crash_names: list[str]) -> None:
-        """Raise if the passes so far show that the cluster is to blame for the unsettled scans."""
+        """Raise if the passes so far show that the cluster, not a scan, is at fault."""
         if "ActorDiedError" in crash_names and not self._has_results:
             raise make_broken_cluster_error(
                 unsettled

@@ -1,7 +1,7 @@
-"""The passes over a window of scans: how strict each one is, and what the passes have settled so far.
+"""The passes over a window of scans, and the scans of the window that are not settled yet.
 
-Ray would retry a task whose worker dies for ever. Attempts are therefore limited, and there are up to three
-passes over the scans that are not settled. Knows no Ray.
+Without a limit, Ray would retry a task for ever if its worker dies. Attempts are therefore limited, and there
+are up to three passes over the scans that are not settled. Knows no Ray.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Report: what a run found and did, as a `Summary`, `runs/RUN_ID/run.json` and `summary.md`.
+"""Report: the result of a run, as a `Summary`, `runs/RUN_ID/run.json` and `summary.md`.
 
 `report.py` is the step; `totals.py` counts while the run goes on; `summary.py` is its result; `run_folder.py`
 writes both files.

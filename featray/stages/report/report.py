@@ -29,11 +29,11 @@ def report(run: Run, dataset: Dataset, listing: Listing, plan: Plan, totals: Run
     code is 3.
 
     Args:
-        run: What was known when the run began.
+        run: Facts of the run that were known at its beginning.
         dataset: The output after the last commit.
         listing: Every scan of the collection.
         plan: Which scans were due.
-        totals: What this run committed.
+        totals: Sums over the receipts that this run committed.
     """
     stored = dataset.read_scans(("scan_id", "status", "reason"))
     summary = _summarize(run, _select_listed(stored, listing), listing, plan, totals)

@@ -25,7 +25,7 @@ PACKAGES = ("featray", "keras", "tensorflow", "ray", "numpy", "pyarrow", "deltal
 
 @dataclass(frozen=True)
 class Run:
-    """What is known when a run begins.
+    """Facts of a run that are known at its beginning.
 
     Attributes:
         run_id: Id of the run; ids sort by time.

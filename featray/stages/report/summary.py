@@ -10,7 +10,7 @@ _STAGE_NAMES = {"read_s": "read", "decode_s": "decode", "preprocess_s": "preproc
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run found and did.
+    """Result of a run.
 
     Attributes:
         run_id: Id of the run; empty if there was nothing to do.
@@ -25,10 +25,10 @@ class Summary:
         removed: Number of scans that this run removed because they are no longer listed.
         states: Number of scans by state before the run: new, changed, stale, failed, removed, up_to_date.
         reasons: Number of failed and excluded scans of the whole collection by reason.
-        ignored: Number of files that are no scans by suffix.
+        ignored: Number of files that are not scans, by suffix.
         seconds: Wall time of the command.
         stage_seconds: Seconds of each stage, summed over the scans of this run.
-        verdict: A sentence that says what limited the run; empty if nothing was decoded.
+        verdict: A sentence about the limit of the run's speed; empty if nothing was decoded.
         bytes_read: Bytes that this run read.
         dead_units: Layer → number of its units that were 0 for every scan of this run, if there are any.
         interrupted: Whether the run was stopped before all scans were processed.
@@ -105,7 +105,7 @@ class Summary:
         )
 
     def _describe_what_refresh_would_do(self) -> list[str]:
-        """Return what `extract` has noticed and leaves as it is."""
+        """Return the changes that `extract` has noticed and that only `refresh` applies."""
         if self.command == "refresh":
             return []
         lines = []

@@ -45,7 +45,7 @@ class UnitTotals:
 
 @dataclass
 class RunTotals:
-    """What a run has committed. It holds sums only, because a run may have a million scans.
+    """Sums over the committed receipts of a run. It holds no scans, because a run may have a million.
 
     Attributes:
         scans: Number of scans.
@@ -84,7 +84,7 @@ class RunTotals:
 
 
 def describe_bottleneck(totals: RunTotals) -> str:
-    """Return a sentence that says what limited the run's speed; empty if nothing was decoded.
+    """Return a sentence about the limit of the run's speed; empty if nothing was decoded.
 
     It follows from the share of time in which workers were busy. Start-up, such as that of actors, is part of
     the time, so short runs are limited by it.
@@ -102,7 +102,7 @@ def describe_bottleneck(totals: RunTotals) -> str:
 
 
 def _describe_limit(workers: Workers, decoding: float, calls: float, read_share: float) -> str:
-    """Return what limited a run.
+    """Return a text about the limit of a run's speed.
 
     Args:
         workers: Number of workers of each kind.

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from featray.commands.demo import demo_config
+from featray.commands.demo import make_demo_config
 from featray.config import load
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 
@@ -115,7 +115,7 @@ def test_every_config_loads(path: Path) -> None:
 
 def test_the_demos_config_is_the_one_in_configs() -> None:
     written = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
-    assert written == demo_config(Path("featray-demo"))
+    assert written == make_demo_config(Path("featray-demo"))
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").glob("*.py")), ids=lambda path: path.stem)

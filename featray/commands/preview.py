@@ -1,7 +1,7 @@
-"""`featray preview`: what the network would see of one scan, as a picture and as the tensor itself.
+"""`featray preview`: one scan as the model would receive it, as a picture and as an array.
 
-Config in, one PNG and one .npy out. Lists and decodes as a run does, but loads no model, writes nothing to
-the output, and records nothing.
+Configuration in, one PNG and one .npy file out. The collection is listed and the scan is decoded as in a run.
+The model is not loaded and the output is not touched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from featray.checks import check
 from featray.collection.listing import Listing
-from featray.commands.montage import montage
+from featray.commands.montage import VoxelGrid, draw_montage
 from featray.config import Config, ConfigInput, PreprocessConfig
 from featray.errors import ConfigError, ExitCode, Reason, UsageError, WarningCode
 from featray.schema import Decoded, Scan, ScanRecord
@@ -28,41 +28,41 @@ from featray.stages.decode import Decoder
 from featray.stages.preprocess import input_spacing
 
 DIRECTORY = "featray-preview"
-"""In the working directory; where the files go unless told otherwise."""
+"""Default folder for the two files, below the working directory."""
 
-TRIES = 20
-"""Scans looked at for a usable one when none is named."""
+MAX_TRIES = 20
+"""Scans that are decoded to find a usable one if `--scan` is not given."""
 
-_LONGEST_STEM = 100
-_AXES = {"L": 0, "R": 0, "P": 1, "A": 1, "S": 2, "I": 2}
+_MAX_STEM_LENGTH = 100
+_AXIS_OF_LETTER = {"L": 0, "R": 0, "P": 1, "A": 1, "S": 2, "I": 2}
 
 
 @dataclass(frozen=True)
 class PreviewResult:
-    """One scan as the network would see it, or why it would not.
+    """Description of one model input and of its scan; `reason` says why there is no input.
 
     Attributes:
-        scan_id: Which scan.
-        status: `ok`, `failed` or `excluded`; when it is not `ok`, there are no files.
-        reason: As in `scans`.
-        stage: As in `scans`.
-        message: As in `scans`.
+        scan_id: Id of the scan.
+        status: `ok`, `failed` or `excluded`; files are written only if it is `ok`.
+        reason: Reason code, as in the scans table.
+        stage: Stage that failed, as in the scans table.
+        message: Message of the failure, as in the scans table.
         montage: Path of the PNG.
-        tensor: Path of the .npy: float32 (patches, z, y, x), the values the model would be given.
-        shape: Of the tensor.
-        minimum: Of the tensor.
-        maximum: Of the tensor.
-        mean: Of the tensor.
-        voxel_mm: Millimetres (z, y, x) between the tensor's voxels; None for an array, and where the scan
-            was cut to a mask or resampled to an upright grid first.
-        orientation: Directions in which the tensor's x, y and z grow; None where nothing tells.
-        input_shape: Of the scan, as in `scans`, and so the next four.
-        input_spacing: Millimetres (z, y, x).
-        input_orientation: Three letters.
-        hu_min: Before windowing.
-        hu_max: Before windowing.
-        warnings: Codes of what was odd but accepted.
-        skipped: Scans before this one that could not be used: id and reason.
+        tensor: Path of the .npy file: float32 (patches, z, y, x), the input of the model.
+        shape: Shape of the tensor.
+        minimum: Minimum of the tensor.
+        maximum: Maximum of the tensor.
+        mean: Mean of the tensor.
+        voxel_mm: Voxel spacing (z, y, x) of the tensor in mm. None for an array, and for a scan that was
+            cropped to a mask or resampled to an upright grid.
+        orientation: Directions in which x, y and z of the tensor grow; None for an array.
+        input_shape: Shape (z, y, x) of the scan before preprocessing.
+        input_spacing: Voxel spacing (z, y, x) of the scan in mm.
+        input_orientation: Orientation of the scan, three letters.
+        hu_min: Smallest value of the scan in HU, before windowing.
+        hu_max: Largest value of the scan in HU, before windowing.
+        warnings: Warning codes of the scan.
+        skipped: Ids and reason codes of the scans that were tried before this one and cannot be used.
     """
 
     scan_id: str
@@ -88,32 +88,33 @@ class PreviewResult:
 
     @property
     def exit_code(self) -> ExitCode:
-        """As of a run over this one scan: no input is a failure above any limit."""
+        """Exit code of the command: 3 if the scan gives no model input."""
         return ExitCode.OK if self.status == "ok" else ExitCode.TOO_MANY_FAILED
 
     def text(self) -> str:
-        """Return the preview for a person."""
+        """Return the result as text for the terminal."""
         lines = [f"skipped   {scan_id} ({reason})" for scan_id, reason in self.skipped]
         lines.append(f"scan      {self.scan_id}")
         if self.status != "ok":
-            why = f"{self.status} in stage {self.stage}: {self.reason}; {self.message}"
-            return "\n".join([*lines, f"no input  {why}"])
+            problem = f"{self.status} in stage {self.stage}: {self.reason}; {self.message}"
+            return "\n".join([*lines, f"no input  {problem}"])
         lines += [f"montage   {self.montage}", f"tensor    {self.tensor}"]
-        return "\n".join([*lines, *(f"          {fact}" for fact in self.facts())])
+        return "\n".join([*lines, *(f"          {fact}" for fact in self.describe())])
 
-    def facts(self) -> list[str]:
-        """Return what is known of the tensor and of the scan behind it, a line each."""
-        where = f", voxels of {_numbers(self.voxel_mm)} mm" if self.voxel_mm else ""
-        where += f", {self.orientation}" if self.orientation else ""
+    def describe(self) -> list[str]:
+        """Return lines that describe the tensor, its scan and the warnings."""
+        geometry = f", voxels of {_format_numbers(self.voxel_mm)} mm" if self.voxel_mm else ""
+        geometry += f", {self.orientation}" if self.orientation else ""
         values = f"min {self.minimum:.4g}, max {self.maximum:.4g}, mean {self.mean:.4g}"
-        lines = [f"model input {_sizes(self.shape)}{where}; {values}"]
+        lines = [f"model input {_format_shape(self.shape)}{geometry}; {values}"]
         if self.input_spacing:
             lines.append(
-                f"scan {_sizes(self.input_shape or ())}, voxels of {_numbers(self.input_spacing)} mm, "
-                f"{self.input_orientation}, {self.hu_min:.5g} to {self.hu_max:.5g} HU"
+                f"scan {_format_shape(self.input_shape or ())}, voxels of "
+                f"{_format_numbers(self.input_spacing)} mm, {self.input_orientation}, "
+                f"{self.hu_min:.5g} to {self.hu_max:.5g} HU"
             )
         elif self.input_shape:
-            lines.append(f"array {_sizes(self.input_shape)}")
+            lines.append(f"array {_format_shape(self.input_shape)}")
         return [*lines, f"warnings: {', '.join(self.warnings) or 'none'}"]
 
 
@@ -124,72 +125,80 @@ def preview(
     scan: str | None = None,
     directory: str | Path = DIRECTORY,
 ) -> PreviewResult:
-    """Write the picture and the tensor of one scan.
+    """Write a picture and the tensor of one scan.
 
     Args:
         config: Path of a YAML file, a dict, or a `Config`.
-        overrides: `key.path=value` texts that win over the file.
-        scan: Its id; None takes the first scan that can be used.
-        directory: Made if missing; the files' names are made from the scan's id.
+        overrides: `key.path=value` texts, which take precedence over the file.
+        scan: Scan id; None takes the first scan that decodes.
+        directory: Folder for the files, created if missing; file names are made from the scan id.
 
     Returns:
-        What was written; for a scan that cannot be used, why, and nothing is written.
+        The description of the input. If the scan cannot be used, nothing is written and the result has the
+        reason.
 
     Raises:
-        UsageError: The config or the source cannot be used, no scan has that id, or `directory` cannot
-            be written.
+        UsageError: The config or the source cannot be used, no scan has this id, or `directory` is not
+            writable.
     """
     checked, listing = check(config, overrides)
-    wanted = listing.scans if scan is None else [_named(listing, scan)]
-    used, decoded, skipped = _first_usable(wanted, Decoder.from_config(checked))
-    found = replace(_described(decoded), skipped=skipped)
-    if found.status != "ok":
-        return found
+    candidates = listing.scans if scan is None else [_find_scan(listing, scan)]
+    used, decoded, skipped = _decode_first_usable(candidates, Decoder.from_config(checked))
+    result = replace(_describe_input(decoded), skipped=skipped)
+    if result.status != "ok":
+        return result
     if decoded.record.orientation:
         voxel_mm = (
-            None if _is_regridded(used, decoded.record, checked) else _voxel_mm(decoded.record, checked)
+            None if _is_regridded(used, decoded.record, checked) else _get_voxel_mm(decoded.record, checked)
         )
-        found = replace(found, orientation=checked.preprocess.orientation, voxel_mm=voxel_mm)
-    picture = montage(
+        result = replace(result, orientation=checked.preprocess.orientation, voxel_mm=voxel_mm)
+    image = draw_montage(
         decoded.tensor,
         decoded.origins,
-        gray=_gray(found, checked.preprocess),
-        caption=[*found.facts(), _gray_fact(found, checked.preprocess)],
-        voxel_mm=found.voxel_mm or (1.0, 1.0, 1.0),
-        orientation=found.orientation,
+        gray=_get_gray_range(result, checked.preprocess),
+        caption=[*result.describe(), _describe_gray_range(result, checked.preprocess)],
+        grid=VoxelGrid(result.voxel_mm or (1.0, 1.0, 1.0), result.orientation or ""),
     )
-    return _written(found, picture, decoded.tensor, Path(directory))
+    return _write_files(result, image, decoded.tensor, Path(directory))
 
 
-def _named(listing: Listing, scan_id: str) -> Scan:
+def _find_scan(listing: Listing, scan_id: str) -> Scan:
+    """Return the scan with this id.
+
+    Raises:
+        UsageError: No scan has this id; the message names similar ids.
+    """
     for scan in listing.scans:
         if scan.scan_id == scan_id:
             return scan
-    near = ", ".join(listing.find_similar_ids(scan_id))
-    raise UsageError(f"--scan: no scan has the id {scan_id!r}; near it: {near}")
+    similar = ", ".join(listing.find_similar_ids(scan_id))
+    raise UsageError(f"--scan: no scan has the id {scan_id!r}; similar ids: {similar}")
 
 
-def _first_usable(
+def _decode_first_usable(
     scans: Iterable[Scan], decoder: Decoder
 ) -> tuple[Scan, Decoded, tuple[tuple[str, str], ...]]:
-    """Return the first scan that decodes, and those before it; the first of all if none does."""
-    failed: list[tuple[Scan, Decoded]] = []
-    for scan in islice(scans, TRIES):
+    """Decode scans until one is `ok`; return it with the ids and reasons of the scans that failed before it.
+
+    If none is `ok`, return the first scan, with the ids and reasons of the others.
+    """
+    failures: list[tuple[Scan, Decoded]] = []
+    for scan in islice(scans, MAX_TRIES):
         decoded = decoder(scan)
         if decoded.record.status == "ok":
-            return scan, decoded, tuple(map(_why, failed))
-        failed.append((scan, decoded))
-    return *failed[0], tuple(map(_why, failed[1:]))
+            return scan, decoded, tuple(map(_get_id_and_reason, failures))
+        failures.append((scan, decoded))
+    return *failures[0], tuple(map(_get_id_and_reason, failures[1:]))
 
 
-def _why(failed: tuple[Scan, Decoded]) -> tuple[str, str]:
-    scan, decoded = failed
+def _get_id_and_reason(failure: tuple[Scan, Decoded]) -> tuple[str, str]:
+    scan, decoded = failure
     return scan.scan_id, str(decoded.record.reason)
 
 
-def _described(decoded: Decoded) -> PreviewResult:
+def _describe_input(decoded: Decoded) -> PreviewResult:
     record, tensor = decoded.record, decoded.tensor
-    found = PreviewResult(
+    result = PreviewResult(
         scan_id=record.scan_id,
         status=record.status,
         reason=record.reason,
@@ -203,9 +212,9 @@ def _described(decoded: Decoded) -> PreviewResult:
         warnings=tuple(record.warnings),
     )
     if record.status != "ok":
-        return found
+        return result
     return replace(
-        found,
+        result,
         shape=tensor.shape,
         minimum=float(tensor.min()),
         maximum=float(tensor.max()),
@@ -214,63 +223,75 @@ def _described(decoded: Decoded) -> PreviewResult:
 
 
 def _is_regridded(scan: Scan, record: ScanRecord, config: Config) -> bool:
-    """Return whether the model input was made from another grid than the scan's own."""
+    """Return whether the scan was cropped to a mask or resampled to an upright grid before preprocessing."""
     codes = {Reason.GANTRY_TILT, WarningCode.RESAMPLED_STEPS}
     if config.policy.oblique == "resample":
         codes.add(WarningCode.OBLIQUE)
     return bool(scan.mask) or not codes.isdisjoint(record.warnings)
 
 
-def _voxel_mm(record: ScanRecord, config: Config) -> tuple[float, float, float]:
-    """Return the tensor's spacing (z, y, x), from the scan's along its own axes."""
+def _get_voxel_mm(record: ScanRecord, config: Config) -> tuple[float, float, float]:
+    """Return the voxel spacing (z, y, x) of the tensor in mm, from shape and spacing of the scan."""
     shape, spacing = record.shape or [], record.spacing or []
-    have = [_AXES[letter] for letter in record.orientation or ""]
-    z, y, x = (2 - have.index(_AXES[letter]) for letter in reversed(config.preprocess.orientation))
-    own = (shape[z], shape[y], shape[x]), (spacing[z], spacing[y], spacing[x])
-    return input_spacing(config.preprocess, *own)
+    scan_axes = [_AXIS_OF_LETTER[letter] for letter in record.orientation or ""]
+    z, y, x = (
+        2 - scan_axes.index(_AXIS_OF_LETTER[letter]) for letter in reversed(config.preprocess.orientation)
+    )
+    reoriented = (shape[z], shape[y], shape[x]), (spacing[z], spacing[y], spacing[x])
+    return input_spacing(config.preprocess, *reoriented)
 
 
-def _gray(found: PreviewResult, config: PreprocessConfig) -> tuple[float, float]:
-    """Return the values of black and white: the ends of the scale, or what there is without a window."""
+def _get_gray_range(result: PreviewResult, config: PreprocessConfig) -> tuple[float, float]:
+    """Return the values drawn as black and white: the ends of `scale`, or without a window the extremes."""
     if config.window is None:
-        return found.minimum or 0.0, found.maximum or 0.0
+        return result.minimum or 0.0, result.maximum or 0.0
     return min(config.scale), max(config.scale)
 
 
-def _gray_fact(found: PreviewResult, config: PreprocessConfig) -> str:
-    black, white = _gray(found, config)
-    window = f"; window {_numbers(config.window)}" if config.window else "; no window"
+def _describe_gray_range(result: PreviewResult, config: PreprocessConfig) -> str:
+    black, white = _get_gray_range(result, config)
+    window = f"; window {_format_numbers(config.window)}" if config.window else "; no window"
     return f"gray: {black:.4g} is black, {white:.4g} is white{window}"
 
 
-def _written(
-    found: PreviewResult, picture: NDArray[np.uint8], tensor: NDArray[np.float32], directory: Path
+def _write_files(
+    result: PreviewResult, image: NDArray[np.uint8], tensor: NDArray[np.float32], directory: Path
 ) -> PreviewResult:
-    stem = _stem(found.scan_id)
+    """Write both files; return the result with their paths.
+
+    Raises:
+        ConfigError: The folder cannot be created or written.
+    """
+    stem = _make_stem(result.scan_id)
     paths = directory / f"{stem}.png", directory / f"{stem}.npy"
-    png, npy = cv2.imencode(".png", picture)[1], io.BytesIO()
+    png, npy = cv2.imencode(".png", image)[1], io.BytesIO()
     np.save(npy, tensor, allow_pickle=False)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         paths[0].write_bytes(png.tobytes())
         paths[1].write_bytes(npy.getbuffer())
     except OSError as error:
-        raise ConfigError(f"--out: cannot write into {directory} ({error.strerror})") from None
-    return replace(found, montage=str(paths[0]), tensor=str(paths[1]))
+        raise ConfigError(
+            f"--out: cannot write to {directory} ({error.strerror}); name a writable folder"
+        ) from None
+    return replace(result, montage=str(paths[0]), tensor=str(paths[1]))
 
 
-def _stem(scan_id: str) -> str:
-    """Return a file name for an id, which may be a path; a hash keeps what was changed apart."""
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", scan_id).strip("._-")[:_LONGEST_STEM]
-    if plain == scan_id:
-        return plain
-    mark = hashlib.sha256(scan_id.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{plain}-{mark}" if plain else mark
+def _make_stem(scan_id: str) -> str:
+    """Return a file name without suffix for a scan id, which may be a path.
+
+    If characters of the id had to be replaced, a hash of the id keeps file names of different ids different.
+    """
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", scan_id).strip("._-")[:_MAX_STEM_LENGTH]
+    if safe == scan_id:
+        return safe
+    suffix = hashlib.sha256(scan_id.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{safe}-{suffix}" if safe else suffix
 
 
-def _sizes(shape: Sequence[int]) -> str:
+def _format_shape(shape: Sequence[int]) -> str:
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
-def _numbers(values: Sequence[float] | None) -> str:
+def _format_numbers(values: Sequence[float] | None) -> str:
     return ", ".join(f"{value:.4g}" for value in values or ())

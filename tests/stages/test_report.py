@@ -66,7 +66,7 @@ SUMMARY = Summary(
 
 
 def test_a_summary_gives_the_speed_the_share_of_each_stage_and_the_place_of_the_features() -> None:
-    lines = SUMMARY.text().splitlines()
+    lines = SUMMARY.lines()
     speed = "2.00 scans/s including start-up, 0 MB read"
     assert lines[0] == f"run r1: 4 scans in 2.0 s with engine inline, {speed}"
     decoding = "read 10.0 ms (2 %), decode 90.0 ms (18 %), preprocess 0.10 s (20 %)"
@@ -76,3 +76,19 @@ def test_a_summary_gives_the_speed_the_share_of_each_stage_and_the_place_of_the_
 
 def test_a_summary_without_features_names_no_place_of_them() -> None:
     assert "features:" not in replace(SUMMARY, ok=0, failed=4).text()
+
+
+def test_a_summary_ends_with_the_next_command() -> None:
+    text = SUMMARY.text()
+    assert text.startswith("\n".join(SUMMARY.lines()))
+    assert text.endswith(
+        'next: `featray status out` shows the rows of each layer; in Python, `featray.read("out", "z_mean")`'
+    )
+    failed = replace(SUMMARY, ok=3, failed=1).text()
+    assert failed.endswith("next: `featray failures out` lists the scans that are not ok")
+    stopped = replace(SUMMARY, ok=3, missing=1, interrupted=True).text()
+    assert stopped.endswith("next: run the same command again to process the other scans")
+
+
+def test_a_summary_of_a_run_without_work_names_no_next_command() -> None:
+    assert "next:" not in replace(SUMMARY, run_id="", done=0).text()

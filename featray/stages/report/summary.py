@@ -61,8 +61,8 @@ class Summary:
     output: str = ""
 
     def text(self) -> str:
-        """Return the summary for a person."""
-        return "\n".join(self.lines())
+        """Return the summary for a person, with the next command to try."""
+        return "\n".join([*self.lines(), *self._describe_next_step()])
 
     def lines(self) -> list[str]:
         """Return the facts of the summary, one per line."""
@@ -103,6 +103,16 @@ class Summary:
             f"{_STAGE_NAMES[name]} {_format_seconds(seconds / self.done)} ({100 * seconds / total:.0f} %)"
             for name, seconds in self.stage_seconds.items()
         )
+
+    def _describe_next_step(self) -> list[str]:
+        if self.interrupted:
+            return ["next: run the same command again to process the other scans"]
+        if self.failed:
+            return [f"next: `featray failures {self.output}` lists the scans that are not ok"]
+        if self.run_id and self.ok:
+            read = f'featray.read("{self.output}", "{self.layers[0]}")'
+            return [f"next: `featray status {self.output}` shows the rows of each layer; in Python, `{read}`"]
+        return []
 
     def _describe_what_refresh_would_do(self) -> list[str]:
         """Return the changes that `extract` has noticed and that only `refresh` applies."""

@@ -6,7 +6,7 @@ w1: .nii.gz files of 512 x 512 x 40 to 275 voxels, stretched to (32, 256, 256), 
 encoder. w2: the same scans as DICOM series. w3: eight patches per scan, so that the model takes most of the
 time. w4: 20,000 tiny arrays and a tiny model, which shows the cost of the engine itself. To measure your own
 scans, run `featray benchmark CONFIG`.
-Prints progress on stderr, then tables and a text that says what limits each run; with --json, one JSON
+Prints progress on stderr, then tables and an explanation of the limit of each run; with --json, one JSON
 document as the last line. Writes benchmark.json and benchmark.svg to --out.
 """
 

@@ -1,9 +1,10 @@
-"""Extract what is missing, on the cluster this job runs on.
+"""Extract the missing features of a collection, on the Ray cluster that runs this job.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- \
     python jobs/extract.py configs/s3_ct_vae.yaml [--set run.actors.max=8] [--json]
 
-Prints the summary; exits with featray's code, so a scheduler sees what happened.
+Takes the arguments of `featray extract`. Prints the summary; the exit code is that of `featray extract`, so
+that a scheduler sees whether the run succeeded.
 """
 
 import sys

@@ -1,17 +1,21 @@
-"""Measure reading one scan, file to model input, beside the least that it could take, in one run.
+"""Measure the time from the file of a scan to the model input, and compare it with the lower bound.
 
 python jobs/measure_reading.py [--rounds 7] [--shape 240 512 512] [--directory DIR]
 
-Needs the extra `measure` (pip install 'featray[measure]'). Ways alternate within each round; CPU seconds of
-one process, medians. NIfTI: the whole decoder (read, checks, statistics, preprocessing) against the fastest
-gzip inflater (deflate, isal, zlib-ng) plus a single-pass OpenCV resize; fetching the bytes is subtracted.
-DICOM: headers, grouping and pixels against SimpleITK's series reader (GDCM). Memory: peak of a fresh process
-above what it had before the scan, as a multiple of the raw int16 volume. Prints a table and, last, JSON.
+Needs the extra `measure` (pip install 'featray[measure]'). All figures are medians of CPU seconds of one
+process; the functions take turns in each round.
+NIfTI: compares the whole decoder (reading, checks, statistics, preprocessing), minus the time of fetching the
+bytes, with the fastest gzip inflater (deflate, isal, zlib-ng) plus a single-pass OpenCV resize.
+DICOM: compares reading headers, grouping and reading pixels with SimpleITK's series reader (GDCM).
+Memory: peak memory of a fresh process minus its memory before the scan, divided by the size of the int16
+    volume.
+Prints a table; the last line is the same as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -26,7 +30,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from featray.benchmark.lower_bounds import resize_single_pass
+from featray.benchmark.lower_bounds import Task, resize_single_pass
 
 INPUT_ZYX = (32, 256, 256)
 WINDOW = (-1000.0, 1000.0)
@@ -34,58 +38,57 @@ HEADER_BYTES = 352
 
 
 def main() -> None:
-    """Make one phantom in both formats, time every way, print."""
-    args = _arguments()
+    """Make one phantom in both formats, time every function, and print the figures."""
+    args = _parse_arguments()
     if args.peak:
-        print(_peak_here(args.peak, args.directory))
+        print(_measure_peak_here(args.peak, args.directory))
         return
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory(prefix="featray-measure-", dir=args.directory) as name:
         folder, shape = Path(name), (args.shape[0], args.shape[1], args.shape[2])
-        _prepare(folder, shape)
-        ways = {**_nifti_ways(folder, shape), **_dicom_ways(folder)}
-        seconds = _medians(ways, args.rounds)
-        raw = 2 * int(np.prod(shape))
-        memory = {kind: _peak(kind, folder) / raw for kind in ("nifti", "dicom")}
-    result = _figures(seconds, memory)
+        _make_scans(folder, shape)
+        tasks = {**_make_nifti_tasks(folder, shape), **_make_dicom_tasks(folder)}
+        seconds = _measure_medians(tasks, args.rounds)
+        raw_bytes = 2 * int(np.prod(shape))
+        memory = {kind: _measure_peak(kind, folder) / raw_bytes for kind in ("nifti", "dicom")}
+    result = _derive_figures(seconds, memory)
     for key, value in result.items():
         print(f"{key:<32} {value:.3f}" if isinstance(value, float) else f"{key:<32} {value}")
     print(json.dumps(result))
 
 
 def decode(folder: Path) -> Any:
-    """Take the scan in `folder` all the way to the model input, as a worker does."""
+    """Return the scan in `folder` as a model input, decoded as a worker does."""
     from featray.config import load
     from featray.stages.decode import Decoder
     from featray.stages.list import list_scans
 
-    unused = {"model": {"uri": "none", "layers": ["none"]}, "output": {"uri": "none"}}
+    other_sections = {"model": {"uri": "none", "layers": ["none"]}, "output": {"uri": "none"}}
     preprocess = {"size": list(INPUT_ZYX), "window": list(WINDOW)}
-    config = load({"source": {"uri": str(folder)}, "preprocess": preprocess, **unused})
+    config = load({"source": {"uri": str(folder)}, "preprocess": preprocess, **other_sections})
     (scan,) = list_scans(config.source).scans
     decoded = Decoder.from_config(config)(scan)
     assert decoded.record.status == "ok", decoded.record.message
     return decoded
 
 
-def _nifti_ways(folder: Path, shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+def _make_nifti_tasks(folder: Path, shape: tuple[int, ...]) -> dict[str, Task]:
     data = (folder / "nifti" / "scan.nii.gz").read_bytes()
     size = HEADER_BYTES + 2 * int(np.prod(shape))
     content = zlib.decompress(data, 31)
-    stored = np.frombuffer(content, np.int16, offset=HEADER_BYTES).reshape(shape)
+    voxels = np.frombuffer(content, np.int16, offset=HEADER_BYTES).reshape(shape)
     return {
-        **{f"inflate {name}": _bound(way, data, size) for name, way in _inflaters().items()},
-        "resize": lambda: resize_single_pass(stored, INPUT_ZYX, WINDOW),
+        **{
+            f"inflate {name}": functools.partial(inflate, data, size)
+            for name, inflate in _load_inflaters().items()
+        },
+        "resize": lambda: resize_single_pass(voxels, INPUT_ZYX, WINDOW),
         "fetch": (folder / "nifti" / "scan.nii.gz").read_bytes,
         "featray nifti": lambda: decode(folder / "nifti"),
     }
 
 
-def _bound(way: Callable[[bytes, int], Any], data: bytes, size: int) -> Callable[[], Any]:
-    return lambda: way(data, size)
-
-
-def _inflaters() -> dict[str, Callable[[bytes, int], Any]]:
+def _load_inflaters() -> dict[str, Callable[[bytes, int], Any]]:
     import deflate
     from isal import isal_zlib
     from zlib_ng import zlib_ng
@@ -97,7 +100,7 @@ def _inflaters() -> dict[str, Callable[[bytes, int], Any]]:
     }
 
 
-def _dicom_ways(folder: Path) -> dict[str, Callable[[], Any]]:
+def _make_dicom_tasks(folder: Path) -> dict[str, Task]:
     return {
         "featray dicom read": lambda: _read_series(folder / "dicom"),
         "SimpleITK dicom read": lambda: _read_with_simpleitk(folder / "dicom"),
@@ -119,14 +122,14 @@ def _read_series(folder: Path) -> Any:
 
 
 def _read_with_simpleitk(folder: Path) -> Any:
-    import SimpleITK as sitk  # noqa: N813 - the name its users know
+    import SimpleITK as sitk  # noqa: N813 - the usual abbreviation
 
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
     return sitk.GetArrayFromImage(reader.Execute())
 
 
-def _prepare(folder: Path, shape: tuple[int, int, int]) -> None:
+def _make_scans(folder: Path, shape: tuple[int, int, int]) -> None:
     from featray.synthetic.phantom import make_phantom, write_dicom_series, write_nifti
 
     phantom = make_phantom(1, shape, (1.25, 0.75, 0.75))
@@ -135,59 +138,69 @@ def _prepare(folder: Path, shape: tuple[int, int, int]) -> None:
     write_dicom_series(phantom, folder / "dicom")
 
 
-def _medians(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def _measure_medians(tasks: dict[str, Task], rounds: int) -> dict[str, float]:
+    """Return the median CPU seconds of every task."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
     for number in range(rounds + 1):
-        for name, way in ways.items():
+        for name, task in tasks.items():
             start = time.process_time()
-            way()
-            if number:  # the first round only warms up
+            task()
+            if number:  # the first round only warms up caches
                 times[name].append(time.process_time() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
-def _peak(kind: str, folder: Path) -> int:
-    """Return the bytes that decoding took at most, in a process of its own."""
+def _measure_peak(kind: str, folder: Path) -> int:
+    """Return the peak memory of decoding in bytes, measured in a fresh process."""
     command = [sys.executable, __file__, "--peak", kind, "--directory", str(folder)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def _peak_here(kind: str, folder: str) -> int:
+def _measure_peak_here(kind: str, folder: str) -> int:
+    """Return the peak memory of decoding in bytes, measured in this process."""
     import featray.stages.decode
-    import featray.stages.list  # noqa: F401 - both imported before the first look at the memory
+    import featray.stages.list  # noqa: F401 - both are imported before the memory is first read
 
-    before = _status("VmRSS")
+    before = _read_status("VmRSS")
     decode(Path(folder) / kind)
-    return _status("VmHWM") - before
+    return _read_status("VmHWM") - before
 
 
-def _status(key: str) -> int:
+def _read_status(key: str) -> int:
+    """Return a memory figure of this process in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("this measurement needs Linux")
+    raise RuntimeError(f"/proc/self/status has no {key}: this measurement needs Linux")
 
 
-def _figures(seconds: dict[str, float], memory: dict[str, float]) -> dict[str, Any]:
+def _derive_figures(seconds: dict[str, float], memory: dict[str, float]) -> dict[str, Any]:
     inflaters = [name for name in seconds if name.startswith("inflate")]
     fastest = min(inflaters, key=lambda name: seconds[name])
-    least = seconds[fastest] + seconds["resize"]
+    lower_bound = seconds[fastest] + seconds["resize"]
     return {
         **{f"{name}, CPU s": value for name, value in seconds.items()},
         "fastest inflater": fastest.removeprefix("inflate "),
-        "nifti times the least": (seconds["featray nifti"] - seconds["fetch"]) / least,
-        "dicom times SimpleITK": seconds["featray dicom read"] / seconds["SimpleITK dicom read"],
-        **{f"{kind} peak, raw volumes": value for kind, value in memory.items()},
+        "nifti / lower bound": (seconds["featray nifti"] - seconds["fetch"]) / lower_bound,
+        "dicom / SimpleITK": seconds["featray dicom read"] / seconds["SimpleITK dicom read"],
+        **{f"{kind} peak memory / raw volume": value for kind, value in memory.items()},
     }
 
 
-def _arguments() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--shape", type=int, nargs=3, default=(240, 512, 512), metavar=("Z", "Y", "X"))
-    parser.add_argument("--directory", help="where to make the files; default: the system's")
+    parser.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=3,
+        default=(240, 512, 512),
+        metavar=("Z", "Y", "X"),
+        help="voxels of the phantom (default: 240 512 512)",
+    )
+    parser.add_argument("--directory", help="folder for temporary files (default: the system's)")
     parser.add_argument("--peak", choices=["nifti", "dicom"], help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,8 +1,9 @@
-"""Show what an extraction would do and take, from where the cluster sees the data.
+"""Estimate the work, time and memory of an extraction on the Ray cluster that runs this job.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/plan.py configs/s3_ct_vae.yaml
 
-Prints counts by state and an estimate from a sample; changes nothing.
+Takes the arguments of `featray plan`. Prints the number of scans by state, and an estimate of time, memory
+and output size from a sample. Changes nothing.
 """
 
 import sys

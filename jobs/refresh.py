@@ -1,10 +1,10 @@
-"""Bring an output in step with its collection, on the cluster this job runs on; for a nightly scheduler.
+"""Update an output to the present state of its collection, on the Ray cluster that runs this job.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- \
     python jobs/refresh.py configs/s3_ct_vae.yaml [--retry-failed] [--json]
 
-Does nothing, and says so, when nothing has changed. A second one at the same time ends with code 4.
-Prints the summary; exits with featray's code, so a scheduler sees what happened.
+Meant for a nightly scheduler. Takes the arguments of `featray refresh`. Prints the summary, also if nothing
+has changed. The exit code is that of `featray refresh`: 4, for example, if another run holds the output.
 """
 
 import sys

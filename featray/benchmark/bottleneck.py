@@ -1,4 +1,4 @@
-"""Say in plain language what limits the rate of a variant, what would raise it, and what it loses."""
+"""Explain the rate of a variant in plain language: its limit, the way to raise it, and its losses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LABELS = {
 
 
 def explain_rate(variant: VariantMetrics, isolated: IsolatedStages, cores: int) -> str:
-    """Return a text that says what limits a variant, what would raise its rate, and its largest losses.
+    """Return a text about the limit of a variant, the resource that would raise its rate, and its losses.
 
     Args:
         variant: Figures of whole runs.
@@ -59,7 +59,7 @@ def _describe_limit(variant: VariantMetrics, isolated: IsolatedStages, cores: in
 
 
 def _predict_rate(variant: VariantMetrics, cores: int, resource: str) -> str:
-    """Say what twice the amount of a resource would do, within the limits of the other resources.
+    """Predict the rate with twice the amount of a resource, within the limits of the other resources.
 
     Args:
         variant: Figures of whole runs, with a rate and the stages `decode` and `model`.

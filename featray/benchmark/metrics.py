@@ -70,7 +70,7 @@ class IsolatedStages:
 
 @dataclass(frozen=True)
 class StageUsage:
-    """What one stage used, summed over processes.
+    """The resources that one stage used, summed over processes.
 
     Attributes:
         wall_s: Wall seconds.

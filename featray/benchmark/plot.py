@@ -30,7 +30,7 @@ def plot(title: str, bars: Mapping[str, Mapping[str, float]], rates: Mapping[str
 
     Args:
         title: Text above the bars.
-        bars: Core-seconds per scan by part, for each variant; the parts are keys of `COLORS`.
+        bars: Core-seconds per scan by part, of each variant; the parts are keys of `COLORS`.
         rates: Scans per second of each variant, written to the right of its bar.
     """
     longest = max(sum(parts.values()) for parts in bars.values())

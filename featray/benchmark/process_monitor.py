@@ -37,7 +37,7 @@ _SPILL_WORKERS = ("SpillWorker", "SPILL_WORKER")
 
 @dataclass(frozen=True)
 class CommandUsage:
-    """What one command printed and used.
+    """The output of one command and the resources that it used.
 
     Attributes:
         pid: Process id of the command itself.

@@ -109,7 +109,7 @@ class BenchmarkReport:
         return {_JSON_KEYS.get(key, key): value for key, value in values.items()} | derived
 
     def bars(self) -> dict[str, dict[str, float]]:
-        """Return core-seconds per scan by part, for the ideal and for every variant that has a rate."""
+        """Return core-seconds per scan by part, of the ideal and of every variant that has a rate."""
         required = {name: self.isolated.cpu_s[name].median for name in REQUIRED_STAGES}
         idle = max(0.0, self.cores / self.ideal_rate - sum(required.values()))
         return {"ideal": {**required, "idle": idle}} | {

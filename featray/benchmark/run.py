@@ -66,9 +66,9 @@ def benchmark(
     Args:
         config: Path of a YAML file, a dict, or a `Config`.
         overrides: Texts `key.path=value` that override keys of the config.
-        settings: What to measure; None for the defaults.
+        settings: Measurements and their sizes; None for the defaults.
         directory: Folder to write to; it is created if it does not exist.
-        show: Whether to print on stderr what is being measured.
+        show: Whether to print the current measurement on stderr.
 
     Raises:
         UsageError: The config, the source or the model cannot be used.
@@ -97,9 +97,9 @@ class _BenchmarkRunner:
 
     Attributes:
         sample: The scans to measure.
-        settings: What to measure.
+        settings: Measurements and their sizes.
         folder: Temporary folder for the files of the measured processes.
-        show: Whether to print on stderr what is being measured.
+        show: Whether to print the current measurement on stderr.
         small: Number of scans of the smaller run.
         large: Number of scans of the larger run.
         config: Config of the measured processes, JSON-ready.
@@ -300,7 +300,7 @@ def _get_output(usage: CommandUsage, measurement: str, accepted: Sequence[int]) 
     Args:
         usage: The finished process.
         measurement: Name of the measurement for the error message.
-        accepted: Exit codes that are no error.
+        accepted: Exit codes of a successful process.
 
     Raises:
         FeatrayError: The process ended with another exit code.

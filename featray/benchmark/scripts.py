@@ -73,7 +73,7 @@ def read_features(output: Path, layers: Sequence[Mapping[str, str]]) -> Features
 def compare_features(
     out: Path, scans: Sequence[Scan], expected: FeaturesByLayer
 ) -> tuple[FeatureDifference, ...]:
-    """Return the largest difference of a script's features from featray's, for each layer.
+    """Return the largest difference of a script's features from featray's in each layer.
 
     Args:
         out: The Parquet file that the script wrote.

@@ -1,4 +1,4 @@
-"""What to measure: numbers of scans and rounds, engines, and other scripts to compare with. Runs nothing."""
+"""The settings of a benchmark: numbers of scans and rounds, engines, and scripts to compare. Runs nothing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EXTRA_ROUNDS = 3
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What to measure.
+    """The measurements of a benchmark and their sizes.
 
     Attributes:
         sample: Number of distinct scans to take from the collection of the config.

@@ -121,9 +121,9 @@ class _StageTimes:
 
     Attributes:
         repeats: Number of times that each function is called for each scan.
-        seconds: By stage, for each scan.
-        fastest: By stage, the number of scans for which a function was the fastest.
-        sizes: Bytes and patches, for each scan.
+        seconds: CPU and wall seconds of each scan, by stage.
+        fastest: Number of scans for which each function was the fastest, by stage.
+        sizes: Number of bytes or patches of each scan, by kind of size.
     """
 
     repeats: int
@@ -240,7 +240,7 @@ def _count_raw_bytes(result: ReadResult) -> int:
 
 
 def _make_batches(decoded_scans: Sequence[Decoded], size: int) -> list[Sequence[Decoded]]:
-    """Return up to `MODEL_BATCHES` full batches; if there is none, the incomplete one."""
+    """Return up to `MODEL_BATCHES` full batches, or the incomplete one if no batch is full."""
     batches = [decoded_scans[start : start + size] for start in range(0, len(decoded_scans), size)]
     full = [batch for batch in batches if len(batch) == size] or batches
     return full[:MODEL_BATCHES]

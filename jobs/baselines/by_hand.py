@@ -1,8 +1,11 @@
-"""The best single-purpose script: a decode process per core, a ring of shared memory, one tf.function.
+"""The fastest script for this one purpose: one decode process per core, shared memory, one tf.function.
 
-python jobs/benchmark.py --baselines by_hand      (reads its document from stdin)
+python jobs/benchmark.py --baselines by_hand
 
-No engine, no checks, no error handling: what is in the way of speed is left out.
+The benchmark passes one JSON document on stdin, and compares speed and features with those of featray. The
+script prints nothing.
+
+The script has no engine, no checks and no error handling, because these cost time.
 """
 
 from __future__ import annotations
@@ -18,37 +21,41 @@ import common
 import numpy as np
 
 SLOTS_PER_BATCH = 3
-LONG_S = 120
-"""A scan that takes longer is one whose process has died."""
+"""Number of shared-memory slots for each scan of a batch."""
+DECODE_TIMEOUT_S = 120
+"""If no scan is decoded within this time, a decode process has died."""
 
 
 def main() -> None:
-    """Start decoding, then import TensorFlow; run batches as they come, save them in order."""
-    asked = common.given()
-    context = multiprocessing.get_context("fork")  # before any thread: it starts at once
-    shape = (SLOTS_PER_BATCH * asked["batch_size"], *asked["size"], 1)
+    """Start the decode processes, import TensorFlow, run the model on decoded scans, and save in order."""
+    document = common.read_document()
+    context = multiprocessing.get_context("fork")  # starts fast; no thread runs yet
+    shape = (SLOTS_PER_BATCH * document["batch_size"], *document["size"], 1)
     memory = SharedMemory(create=True, size=4 * int(np.prod(shape)))
-    ring: Any = np.ndarray(shape, np.float32, memory.buf)
+    slots: Any = np.ndarray(shape, np.float32, memory.buf)
     todo, free, ready = context.Queue(), context.Queue(), context.Queue()
-    for item in [*enumerate(asked["files"]), *[None] * len(os.sched_getaffinity(0))]:
+    for item in [*enumerate(document["files"]), *[None] * len(os.sched_getaffinity(0))]:
         todo.put(item)
-    for slot in range(len(ring)):
+    for slot in range(len(slots)):
         free.put(slot)
     workers = [
-        context.Process(target=_decode, args=(asked, ring, todo, free, ready), daemon=True)
+        context.Process(target=_decode, args=(document, slots, todo, free, ready), daemon=True)
         for _ in os.sched_getaffinity(0)
     ]
     for worker in workers:
         worker.start()
-    common.save(_extracted(asked, ring, free, ready), asked)
+    common.save(_extract(document, slots, free, ready), document)
     for worker in workers:
         worker.join()
-    del ring
+    del slots
     memory.close()
     memory.unlink()
 
 
-def _decode(asked: common.Given, ring: Any, todo: Queue[Any], free: Queue[Any], ready: Queue[Any]) -> None:
+def _decode(
+    document: common.Document, slots: Any, todo: Queue[Any], free: Queue[Any], ready: Queue[Any]
+) -> None:
+    """Decode files into free slots until `todo` yields None."""
     import cv2
 
     from featray.ct.malloc import keep_large_blocks
@@ -56,35 +63,38 @@ def _decode(asked: common.Given, ring: Any, todo: Queue[Any], free: Queue[Any], 
     cv2.setNumThreads(1)
     keep_large_blocks()
     while (item := todo.get()) is not None:
-        at, path = item
-        volume = common.decode_fast(path, asked)
+        index, path = item
+        volume = common.decode_fast(path, document)
         slot = free.get()
-        ring[slot] = volume
-        ready.put((at, slot))
+        slots[slot] = volume
+        ready.put((index, slot))
 
 
-def _extracted(asked: common.Given, ring: Any, free: Queue[Any], ready: Queue[Any]) -> list[dict[str, Any]]:
-    """Return the values of every file, one row each, in the order of the files."""
+def _extract(
+    document: common.Document, slots: Any, free: Queue[Any], ready: Queue[Any]
+) -> list[dict[str, Any]]:
+    """Return one row of values per file, in the order of the files."""
     import tensorflow as tf
 
-    run = tf.function(common.load_model(asked), reduce_retracing=True)
+    run = tf.function(common.load_model(document), reduce_retracing=True)
     rows: dict[int, dict[str, Any]] = {}
-    for batch in _batches(asked, ready):
-        slots = [slot for _, slot in batch]
-        values = run(tf.constant(ring[slots]))
-        for slot in slots:
+    for batch in _collect_batches(document, ready):
+        used = [slot for _, slot in batch]
+        values = run(tf.constant(slots[used]))
+        for slot in used:
             free.put(slot)
-        for row, (at, _) in enumerate(batch):
-            rows[at] = {name: np.asarray(value[row : row + 1]) for name, value in values.items()}
-    return [rows[at] for at in range(len(rows))]
+        for row, (index, _) in enumerate(batch):
+            rows[index] = {name: np.asarray(value[row : row + 1]) for name, value in values.items()}
+    return [rows[index] for index in range(len(rows))]
 
 
-def _batches(asked: common.Given, ready: Queue[Any]) -> Iterator[list[tuple[int, int]]]:
-    left = len(asked["files"])
-    while left:
-        count = min(left, asked["batch_size"])
-        yield [ready.get(timeout=LONG_S) for _ in range(count)]
-        left -= count
+def _collect_batches(document: common.Document, ready: Queue[Any]) -> Iterator[list[tuple[int, int]]]:
+    """Yield file index and slot of decoded scans, batch by batch, in the order in which they are ready."""
+    remaining = len(document["files"])
+    while remaining:
+        count = min(remaining, document["batch_size"])
+        yield [ready.get(timeout=DECODE_TIMEOUT_S) for _ in range(count)]
+        remaining -= count
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
-"""The plain loop: nibabel, scipy.ndimage.zoom, model.predict, one table at the end.
+"""The usual loop: nibabel, scipy.ndimage.zoom, model.predict, and one table at the end.
 
-python jobs/benchmark.py --baselines loop      (reads its document from stdin)
+python jobs/benchmark.py --baselines loop
+
+The benchmark passes one JSON document on stdin, and compares speed and features with those of featray. The
+script prints nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +12,13 @@ import common
 
 
 def main() -> None:
-    """Do one scan after the other."""
-    asked = common.given()
-    model = common.load_model(asked)
-    values = [model.predict(common.decode_usual(path, asked)[None], verbose=0) for path in asked["files"]]
-    common.save(values, asked)
+    """Process one scan after the other."""
+    document = common.read_document()
+    model = common.load_model(document)
+    values = [
+        model.predict(common.decode_usual(path, document)[None], verbose=0) for path in document["files"]
+    ]
+    common.save(values, document)
 
 
 if __name__ == "__main__":

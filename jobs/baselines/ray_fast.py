@@ -1,6 +1,9 @@
-"""A straightforward Ray Data script with the fast decoder, in tasks of their own beside the model's actor.
+"""Ray Data with the fast decoder, which runs in other tasks than the model.
 
-python jobs/benchmark.py --baselines ray_fast      (reads its document from stdin)
+python jobs/benchmark.py --baselines ray_fast
+
+The benchmark passes one JSON document on stdin, and compares speed and features with those of featray. The
+script prints nothing.
 """
 
 from __future__ import annotations
@@ -13,28 +16,30 @@ from ray_data import Predictor
 
 
 def main() -> None:
-    """Build the pipeline, one scan per block, with claims that keep decoding apart from the model."""
-    asked = common.given()
-    files = [{"at": at, "path": path} for at, path in enumerate(asked["files"])]
+    """Run the pipeline with one scan per block; the CPU requests keep decoding and model apart."""
+    document = common.read_document()
+    files = [{"index": index, "path": path} for index, path in enumerate(document["files"])]
     ray.init(log_to_driver=False)
 
     def decode(row: dict[str, Any]) -> dict[str, Any]:
-        return {"at": row["at"], "volume": common.decode_fast(row["path"], asked)}
+        return {"index": row["index"], "volume": common.decode_fast(row["path"], document)}
 
     rows = (
         ray.data.from_items(files, override_num_blocks=len(files))
         .map(decode, num_cpus=0.75)
         .map_batches(
             Predictor,
-            fn_constructor_args=[asked],
-            batch_size=asked["batch_size"],
+            fn_constructor_args=[document],
+            batch_size=document["batch_size"],
             num_cpus=0.5,
             compute=ray.data.ActorPoolStrategy(size=1),
         )
         .take_all()
     )
-    rows.sort(key=lambda row: row["at"])
-    common.save([{name: value[None] for name, value in row.items() if name != "at"} for row in rows], asked)
+    rows.sort(key=lambda row: row["index"])
+    common.save(
+        [{name: value[None] for name, value in row.items() if name != "index"} for row in rows], document
+    )
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def _draw_axis(longest: float, scale: float, y: float) -> list[str]:
         x = _LEFT + scale * number * step
         lines.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 6}" y2="{y}" stroke="#cccccc"/>')
         lines.append(_draw_text(x, y + 16, f"{number * step:g}", anchor="middle"))
-    return [*lines, _draw_text(_WIDTH - 16, y + 16, "core-seconds per scan", anchor="end")]
+    return [*lines, _draw_text(_WIDTH - 16, y + 32, "core-seconds per scan", anchor="end")]
 
 
 def _draw_legend(names: list[str], y: float) -> list[str]:

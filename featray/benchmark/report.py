@@ -144,19 +144,21 @@ class BenchmarkReport:
         origin = "phantoms made by the benchmark" if made else f"a sample of {self.scans['found']} scans"
         sizes = f"{isolated.bytes_read / _MB:.1f} MB as stored, {isolated.bytes_raw / _MB:.1f} MB decoded"
         return (
-            f"{self.scans['distinct']} distinct scans ({origin}); mean per scan: {sizes}, "
-            f"{isolated.patches:.3g} patches\n"
-            f"{self.cores} cores; medians (smallest to largest) of {self.rounds} rounds; the stages are "
-            "measured in isolation before each run"
+            f"{self.scans['distinct']} distinct scans ({origin})\n"
+            f"mean per scan: {sizes}, {isolated.patches:.3g} model inputs\n"
+            f"{self.cores} cores; number of rounds: {self.rounds}; the stages are measured in isolation "
+            "before each run\n"
+            "figures: median (smallest to largest)"
         )
 
     def _explain_figures(self) -> str:
         required = " + ".join(f"{name} {self.isolated.cpu_s[name].median:.3f}" for name in REQUIRED_STAGES)
         return (
-            f"ideal: {self.ideal_rate:.2f} scans/s, the smaller of {self.cores} cores / ({required} CPU s "
-            f"per scan) and the model in isolation on all cores, {self.isolated.model_rate:.2f} scans/s\n"
-            "efficiency: scans/s divided by the ideal; CPU efficiency: the efficiency if no core were ever "
-            "idle, which other programs hardly change\n"
+            f"ideal: {self.ideal_rate:.2f} scans/s. This is the smaller of\n"
+            f"  {self.cores} cores / ({required} CPU s per scan) and\n"
+            f"  the model in isolation on all cores, {self.isolated.model_rate:.2f} scans/s\n"
+            "efficiency: scans/s divided by the ideal\n"
+            "CPU efficiency: the efficiency if no core were ever idle; other programs hardly change it\n"
             f"listing took {self.listing_s:.4f} s per scan; no other figure includes it"
         )
 

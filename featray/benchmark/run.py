@@ -175,11 +175,11 @@ class _BenchmarkRunner:
     def _measure_scaling(self) -> Iterator[tuple[str, VariantMetrics]]:
         """Yield the figures of engines with other numbers of workers and actors, by a description."""
         variants: list[tuple[str, str, dict[str, Any]]] = [
-            (f"inline, {count} decode workers", "inline", {"decode": {"workers": count}})
+            (f"inline, decode workers: {count}", "inline", {"decode": {"workers": count}})
             for count in self.settings.workers
         ]
         variants += [
-            (f"ray, {count} actors", "ray", {"actors": {"min": count, "max": count}})
+            (f"ray, actors: {count}", "ray", {"actors": {"min": count, "max": count}})
             for count in self.settings.actors
         ]
         for name, engine, run_section in variants:
@@ -364,7 +364,7 @@ def _write_report(report: BenchmarkReport, directory: Path) -> BenchmarkReport:
     directory.mkdir(parents=True, exist_ok=True)
     json_path, svg_path = directory / "benchmark.json", directory / "benchmark.svg"
     json_path.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
-    svg = plot("Where the core-seconds of a scan go", report.bars(), report.rates())
+    svg = plot("Core-seconds per scan by use", report.bars(), report.rates())
     svg_path.write_text(svg, encoding="utf-8")
     return replace(report, files=(str(json_path), str(svg_path)))
 

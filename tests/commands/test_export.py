@@ -57,7 +57,7 @@ def add(
         record.columns = {name: f"{name} {scan_id}" for name in carried}
         tensor = np.full((patches, 2, 2, 2), value, np.float32)
         made.append(Decoded(record, tensor, np.zeros((patches, 3), np.int32)))
-    receipt = write(extract(layers_of, made), dataset, partition_by, recipe, RUN)
+    receipt = write(extract(layers_of, made, recipe=recipe), dataset, partition_by, recipe, RUN)
     Committer(dataset, partition_by, carried, run_id=RUN, keep_versions_days=keep_days).commit([receipt])
     return dataset.open_snapshot().version
 

@@ -32,9 +32,9 @@ NAMES = ("a", "b", "c", "d")
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a config whose four scans are stored as ok, by recipe `r`, which is also the config's."""
 
-    def prepare(config: Any, engine: str, started: float, **threads: Any) -> Any:
+    def prepare(config: Any, engine: Any) -> Any:
         job = SimpleNamespace(run=SimpleNamespace(recipe_id="r", layers=("z",)), config=config)
-        job.plan = lambda *args: Job.plan(job, *args)
+        job.make_plan = lambda *args: Job.make_plan(job, *args)
         return job
 
     monkeypatch.setattr(estimate.Job, "prepare", prepare)
@@ -95,7 +95,7 @@ def test_a_plan_says_what_extract_and_what_refresh_would_do(
 
 def test_why_answers_for_one_scan(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_manifest(config.parent, {"a": "1", "b": "2"})
-    assert "when run run-1 took it up" in answer(capsys, str(config), "--why", "b.nii")
+    assert "when run run-1 processed it" in answer(capsys, str(config), "--why", "b.nii")
     assert answer(capsys, str(config), "--why", "c.nii").startswith("removed: stored, but no longer listed")
     found = json.loads(answer(capsys, str(config), "--why", "a.nii", "--json"))
     assert found == {
@@ -152,8 +152,9 @@ def test_the_model_is_timed_as_the_engine_calls_it(monkeypatch: pytest.MonkeyPat
         time.sleep(0.1)
         return {"z": batch[:, 0, 0, :1]}
 
-    stages = SimpleNamespace(extractor=slow, batch_scans=5)
-    seconds = estimate._model_seconds(stages, [timed(1, 0.0)[1]] * 3, calls=2)  # type: ignore[arg-type]
+    stages = SimpleNamespace(extractor=slow, recipe="r")
+    decoded = [timed(1, 0.0)[1]] * 3
+    seconds = estimate._model_seconds(stages, decoded, batch_scans=5, calls=2)  # type: ignore[arg-type]
     assert rows == [5] * (2 * estimate._MODEL_ROUNDS)
     assert 0.1 / 10 <= seconds < 0.1 / 5, "calls are not at once"
 
@@ -161,5 +162,5 @@ def test_the_model_is_timed_as_the_engine_calls_it(monkeypatch: pytest.MonkeyPat
 def test_sampling_ends_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate, "SAMPLE_SECONDS", 0.0)
     scan, decoded = timed(1, 0.1)
-    stages = SimpleNamespace(decode=lambda scan: decoded)
-    assert estimate._decoded(stages, [scan] * 3) == [(scan, decoded)]  # type: ignore[arg-type]
+    decoding = SimpleNamespace(decoder=lambda scan: decoded)
+    assert estimate._decoded(decoding, [scan] * 3) == [(scan, decoded)]  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ def test_features_that_are_the_input_itself_do_not_change_with_the_next_batch() 
     def return_input(rows: np.ndarray, seeds: Any) -> dict[str, np.ndarray]:
         return {"input": rows}
 
-    first = extract(return_input, make_scans(1))
-    extract(return_input, make_scans(50))
+    first = extract(return_input, make_scans(1), recipe="r")
+    extract(return_input, make_scans(50), recipe="r")
     lists = first.column("features").combine_chunks().flatten().field("feature")
     assert {value for row in lists.to_pylist() for value in row} == {1.0, 2.0}

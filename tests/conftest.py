@@ -1,4 +1,4 @@
-"""Shared fixtures: where real CT may lie, phantoms, a small trained-looking VAE, and a local Ray."""
+"""Shared fixtures: the folder of real CT, phantoms, a small VAE with random weights, and a local Ray."""
 
 from __future__ import annotations
 
@@ -14,14 +14,24 @@ INPUT_ZYX = (8, 32, 32)
 LAYERS = ["encoder/z_mean", "encoder/z_log_var", "encoder/pre_latent", "encoder/conv_2"]
 ConfigOf = Callable[..., dict[str, Any]]
 pytest_plugins = ["servers.fixtures"]
+SLOW_MARKERS = {"emulator", "kill", "ray"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest applies `-m`
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow every test that starts Ray or an object store, or kills processes of a run."""
+    for item in items:
+        markers = {marker.name for marker in item.iter_markers()}
+        if markers & SLOW_MARKERS or "s3_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")
 def shared_ct() -> Path:
-    """Return the folder of real CT with known answers, or skip saying why."""
+    """Return the folder of real CT whose properties are known; skip the test if it is not there."""
     folder = Path(os.environ.get("FEATRAY_TEST_CT", REPOSITORY.parent / "shared" / "data" / "ct"))
     if not (folder / "collection" / "facts.csv").is_file():
-        pytest.skip(f"real CT is not here: {folder} (set FEATRAY_TEST_CT)")
+        pytest.skip(f"there is no real CT in {folder}; set FEATRAY_TEST_CT to its folder")
     return folder
 
 
@@ -37,7 +47,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a small VAE with random weights as a .keras file; its Sampling layer is custom."""
+    """Return the .keras file of a small VAE with random weights; its layer Sampling is a custom one."""
     from featray.synthetic.vae import build_vae
 
     path = tmp_path_factory.mktemp("model") / "vae.keras"
@@ -47,7 +57,7 @@ def vae_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config_of(vae_file: Path, phantoms: Path, tmp_path: Path) -> ConfigOf:
-    """Return a function that makes a config for the phantoms; sections given to it are merged in."""
+    """Return a function that makes a config for the phantoms; its arguments replace keys of sections."""
 
     def make(**sections: dict[str, Any]) -> dict[str, Any]:
         config: dict[str, Any] = {
@@ -68,12 +78,14 @@ def config_of(vae_file: Path, phantoms: Path, tmp_path: Path) -> ConfigOf:
 
 @pytest.fixture(scope="session")
 def local_ray() -> Iterator[None]:
-    """Start one local Ray for all tests that need one; the engine joins what is there."""
+    """Start one local Ray for all tests that need one; engine ray joins it."""
     import ray
 
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(REPOSITORY / "tests"))  # so that workers can import what tests send
-        ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        patch.setenv("PYTHONPATH", str(REPOSITORY / "tests"))  # so that workers can import tests' classes
+        options: dict[str, Any] = {"include_dashboard": False, "log_to_driver": False}
+        # "local": without it, Ray joins a Ray that another process has started on this machine.
+        ray.init("local", num_cpus=2, num_gpus=2, logging_level="ERROR", **options)
     yield
     ray.shutdown()

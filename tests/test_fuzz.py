@@ -430,6 +430,7 @@ def test_every_undamaged_scan_is_read(name: str, make_collection: MakeCollection
         assert decoded.tensor.sum() == make_small_phantom().voxels_zyx.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCANS)
 def test_a_damaged_scan_gives_the_correct_volume_or_a_reason(
     name: str, make_collection: MakeCollection

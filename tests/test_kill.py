@@ -32,6 +32,8 @@ SCANS_IN_ALL = 64
 INPUT_ZYX = (8, 32, 32)
 """What `vae_file` takes."""
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def collection(tmp_path_factory: pytest.TempPathFactory) -> Path:

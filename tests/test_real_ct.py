@@ -20,6 +20,8 @@ LAYERS = [
     {"layer": "encoder/conv_4", "as": "conv_4"},
 ]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def large_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from dataclasses import replace
@@ -18,12 +17,11 @@ from kill import poison
 import featray
 from featray.config import LimitsConfig, RunConfig, load
 from featray.engines.base import Decoding, Stages
-from featray.engines.ray import cluster, sizing
 from featray.engines.ray import engine as engine_module
 from featray.engines.ray.dataset import PassPipeline
 from featray.engines.ray.engine import RayEngine
 from featray.engines.ray.passes import Pass
-from featray.errors import ConfigError, FeatrayError, StorageError
+from featray.errors import FeatrayError, StorageError
 from featray.output.dataset import FEATURES, Dataset
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.decode import Decoder
@@ -179,59 +177,3 @@ def test_windows_of_scans_are_processed_one_after_the_other(
     monkeypatch.setattr(engine_module, "_WINDOW_SCANS", 4)
     names = [f"s{n}" for n in range(9)]
     assert {record.status for record in run_scans(make_stages(tmp_path), names).values()} == {"ok"}
-
-
-@pytest.mark.parametrize(
-    ("sizes", "tasks"),
-    [
-        ([60_000_000] * 30, 8),
-        ([60_000_000] * 1_000, 224),
-        ([1_000] * 30, 8),
-        ([1_000] * 6_400, 16),
-        ([1_000] * 64_000, 125),
-    ],
-    ids=["batches are full", "many bytes", "few tiny scans", "no idle CPU", "many tiny scans"],
-)
-def test_small_or_many_scans_share_tasks(sizes: list[int], tasks: int) -> None:
-    scans = [replace(make_scan(f"s{n}"), size=size) for n, size in enumerate(sizes)]
-    assert sizing.task_count(scans, cpus=2, batch=4, isolates=False) == tasks
-
-
-def test_large_scans_claim_memory_and_are_processed_apart() -> None:
-    sizes = {"small": 10 * 2**20, "large": 500 * 2**20, "huge": 3 * 2**30, "too huge": 100 * 2**30}
-    scans = [replace(make_scan(name), size=size) for name, size in sizes.items()]
-    groups = list(sizing.group_by_memory(scans, per_cpu=2 * 2**30, largest=20 * 2**30))
-    assert [(claim and claim / 2**30, [scan.scan_id for scan in claimed]) for claim, claimed in groups] == [
-        (None, ["small"]),
-        (4, ["large"]),
-        (16, ["huge"]),
-        (20, ["too huge"]),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("actors", "fits"),
-    [({"num_cpus": 2}, True), ({"min": 2, "num_cpus": 2}, False), ({"num_cpus": 2, "num_gpus": 1}, False)],
-    ids=["one actor takes all CPUs", "too many actors", "no CPU left to decode"],
-)
-def test_claims_that_a_local_ray_can_never_meet_are_refused(actors: dict[str, Any], fits: bool) -> None:
-    run = RunConfig.model_validate({"actors": actors})
-    refused = contextlib.nullcontext() if fits else pytest.raises(ConfigError, match=r"min times num_cpus")
-    with refused:
-        cluster.check_claims(run, {"CPU": 2.0, "GPU": 1.0}, grows=False)
-
-
-@pytest.mark.parametrize(("setting", "is_sent"), [(None, False), ("1", True)])
-def test_a_local_ray_sends_usage_statistics_only_if_the_environment_asks_for_it(
-    monkeypatch: pytest.MonkeyPatch, setting: str | None, is_sent: bool
-) -> None:
-    from ray._common.usage import usage_lib
-
-    sent = []
-    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
-    if setting:
-        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", setting)
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(ray, "init", lambda **_: sent.append(usage_lib.usage_stats_enabled()))
-    assert cluster.connect(RunConfig(), LimitsConfig())
-    assert sent == [is_sent]

@@ -85,6 +85,27 @@ def run_preview(args: argparse.Namespace) -> int:
     return int(result.exit_code)
 
 
+def run_config(args: argparse.Namespace) -> int:
+    """Run `featray config`."""
+    import json
+
+    import yaml
+
+    from featray.config import load, mask_secrets
+
+    if args.schema:
+        from featray.config.json_schema import make_json_schema
+
+        schema = make_json_schema()
+        print_answer(args, schema, json.dumps(schema, indent=2))
+        return ExitCode.OK
+    if args.config is None:
+        raise ConfigError("give a config file, or --schema to print the JSON schema of all keys")
+    values = mask_secrets(load(args.config, args.set))
+    print_answer(args, values, yaml.safe_dump(values, sort_keys=False).rstrip())
+    return ExitCode.OK
+
+
 def run_doctor(args: argparse.Namespace) -> int:
     """Run `featray doctor`."""
     from featray.commands.doctor import doctor

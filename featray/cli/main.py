@@ -106,6 +106,13 @@ def _add_model_commands(commands: Any) -> None:
 
 
 def _add_preparation_commands(commands: Any) -> None:
+    config = _add_command(
+        commands,
+        "config",
+        handlers.run_config,
+        "print a config with all its defaults, or the JSON schema",
+    )
+    _add_schema_arguments(config)
     doctor = _add_command(
         commands,
         "doctor",
@@ -274,6 +281,16 @@ def _add_command(
 
 def _add_config_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", metavar="CONFIG", help="config file (YAML)")
+    _add_set_option(command)
+
+
+def _add_schema_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", nargs="?", metavar="CONFIG", help="config file (YAML) to check and print")
+    command.add_argument(
+        "--schema",
+        action="store_true",
+        help="print the JSON schema of all config keys, for editors (default: print CONFIG)",
+    )
     _add_set_option(command)
 
 

@@ -149,6 +149,11 @@ def _parse_layer(value: Any) -> Any:
     return {"layer": value} if isinstance(value, str) else value
 
 
+_LayerInput = Annotated[
+    LayerConfig, BeforeValidator(_parse_layer, json_schema_input_type=Text | LayerConfig)
+]
+
+
 class ModelConfig(_Section):
     """The trained model, and the layers to extract."""
 
@@ -165,7 +170,7 @@ class ModelConfig(_Section):
     """true allows Lambda layers and other code that is stored in the model file to run."""
     input_shape: tuple[int | None, ...] | None = None
     """Shape of one array (source.format: npy), for models that do not declare their input shape."""
-    layers: tuple[Annotated[LayerConfig, BeforeValidator(_parse_layer)], ...] = Field(min_length=1)
+    layers: tuple[_LayerInput, ...] = Field(min_length=1)
     """Layers to extract, all in one pass; a text is short for {layer: text}."""
     constants: dict[str, Any] = Field(default_factory=dict)
     """Values of the model's other inputs by input name, without batch axis; the same for every scan."""

@@ -1,38 +1,67 @@
-"""What is written is true: README commands run, its tables and tree match the code, configs load."""
+"""The documents are true: their commands run, and their tables, trees and links match the code."""
 
 from __future__ import annotations
 
+import ast
+import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import generated_docs
 import pytest
 import yaml
 
+import featray
 from featray.commands.demo import make_demo_config
 from featray.config import load
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+README = REPOSITORY / "README.md"
+ARCHITECTURE = REPOSITORY / "featray" / "ARCHITECTURE.md"
+DOCUMENTS = [
+    README,
+    ARCHITECTURE,
+    *(REPOSITORY / folder / "README.md" for folder in ("configs", "jobs", "deploy")),
+    *(REPOSITORY / ".github" / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
+]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
+JOBS = sorted((REPOSITORY / "jobs").glob("*.py"))
 TOP_LEVEL = {"pyproject.toml", "jobs", "featray", "configs", "tests", "deploy", "README.md", "LICENSE"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def name_document(path: Path) -> str:
+    return str(path.relative_to(REPOSITORY))
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
+def read_blocks(document: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def read_section(document: Path, title: str) -> str:
+    return document.read_text(encoding="utf-8").split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def find_commands(document: Path, program: str) -> Iterator[list[str]]:
+    """Yield the words of each command line of a program, in blocks and in inline code."""
+    text = document.read_text(encoding="utf-8")
+    inline = re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    lines = [
+        line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
+    for code in [*inline, *lines]:
+        if found := re.search(rf"(?:^|[\s/]){re.escape(program)} (?=[a-z-])(.*)", " ".join(code.split())):
+            yield [word.strip("',.:[]") for word in found[1].split()]
 
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with what the README's first real run starts from."""
+    """Return a folder with the scans, model and configs that the README's first real run starts from."""
     import keras
 
     from featray.synthetic.phantom import make_collection
@@ -42,22 +71,49 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_collection(folder / "data" / "ct", 3, shape_zyx=(32, 64, 64), dicom_count=0)
     (folder / "models").mkdir()
     build_encoder().save(folder / "models" / "vae.keras")
-    shutil.copy(REPOSITORY / "featray" / "vae.py", folder / "models" / "sampling.py")
+    shutil.copy(REPOSITORY / "featray" / "synthetic" / "vae.py", folder / "models" / "sampling.py")
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
+    make_featray_program(folder / "bin")
     keras.utils.clear_session()
     return folder
 
 
-def test_the_readmes_first_run_works_as_written(first_run: Path) -> None:
-    commands = [
-        line for block in blocks("bash") for line in block.splitlines() if line.startswith("featray ")
-    ]
-    assert len(commands) == 8
-    for command in commands:
-        words = [sys.executable, "-m", *shlex.split(command)]
-        done = subprocess.run(words, cwd=first_run, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-    snippets = blocks("python")
+def make_featray_program(folder: Path) -> None:
+    """Make a folder with a program `featray` that runs the code under test."""
+    folder.mkdir()
+    program = folder / "featray"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m featray "$@"\n')
+    program.chmod(0o755)
+
+
+def run_line(line: str, folder: Path) -> None:
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        line,
+        shell=True,
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_commands_of_the_documents_run_as_written(first_run: Path) -> None:
+    counts = {}
+    for document in DOCUMENTS:
+        blocks = read_blocks(document, "bash")
+        lines = [line for block in blocks for line in block.splitlines() if line.startswith("featray ")]
+        counts[name_document(document)] = len(lines)
+        for line in lines:
+            run_line(line, first_run)
+    assert counts["README.md"] == 8
+    assert counts["configs/README.md"] == 2
+    assert counts["deploy/README.md"] == 4
+    snippets = read_blocks(README, "python")
     assert len(snippets) == 2
     for snippet in snippets:
         done = subprocess.run(
@@ -67,14 +123,19 @@ def test_the_readmes_first_run_works_as_written(first_run: Path) -> None:
         assert "phantom_001.nii.gz" in done.stdout
 
 
-def test_ci_runs_exactly_the_readmes_test_command() -> None:
-    (command,) = [line for block in blocks("bash") for line in block.splitlines() if line.endswith("pytest")]
+def test_ci_runs_exactly_the_test_command_of_the_readme() -> None:
+    lines = [line for block in read_blocks(README, "bash") for line in block.splitlines()]
+    (command,) = [line for line in lines if line.endswith("pytest")]
     assert command in (REPOSITORY / ".ci" / "run").read_text().splitlines()
 
 
-def test_the_readmes_tables_name_every_column_and_no_other() -> None:
-    features, scans = section("What comes out").split("`scans`, one row per scan ever found:")
-    named = [
+def test_the_readme_has_at_most_220_lines() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 220
+
+
+def test_the_tables_of_the_readme_name_every_column_and_no_other() -> None:
+    features, scans = read_section(README, "What comes out").split("`scans`, one row per scan ever found:")
+    columns = [
         {
             name
             for row in re.findall(r"^\| ([^|]+) \| [^|]+ \|", part, re.MULTILINE)
@@ -83,27 +144,127 @@ def test_the_readmes_tables_name_every_column_and_no_other() -> None:
         - {"column", "---"}
         for part in (features, scans)
     ]
-    assert named[0] == {*FEATURE_COLUMNS.names, "layer"}
-    assert named[1] == set(SCAN_COLUMNS.names)
+    assert columns[0] == {*FEATURE_COLUMNS.names, "layer"}
+    assert columns[1] == set(SCAN_COLUMNS.names)
 
 
-def test_the_readmes_tree_names_every_file_of_the_package() -> None:
-    tree = section("The files")
-    for path in (REPOSITORY / "featray").glob("*.py"):
-        assert path.name in tree or path.name.startswith("__"), path
-    for folder in ("stages", "engines"):
-        for path in (REPOSITORY / "featray" / folder).glob("*.py"):
-            assert f"{folder}/{path.name}" in tree or path.name.startswith("__"), path
-    for name in re.findall(r"^  (\S+\.py)", tree, re.MULTILINE):
-        assert (REPOSITORY / "featray" / name).exists(), name
+def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:
+    files, parents = set(), [Path()]
+    for line in read_blocks(ARCHITECTURE, "")[-1].splitlines()[1:]:
+        indent, name, description = re.fullmatch(r"( +)(\S+) +(\S.*)", line).groups()  # type: ignore[union-attr]
+        assert description
+        depth = len(indent) // 2
+        path = parents[depth - 1] / name
+        parents[depth:] = [path]
+        files.add(path / "__init__.py" if name.endswith("/") else path)
+    package = Path(featray.__file__).parent
+    present = {path.relative_to(package) for path in package.rglob("*.*") if path.is_file()}
+    expected = {path for path in present if path.suffix in (".py", ".typed", ".md")} - {Path("__init__.py")}
+    assert {str(path) for path in files} == {str(path) for path in expected}
 
 
-def test_the_readmes_commands_are_those_of_the_command_line() -> None:
+def test_the_floors_of_the_architecture_hold() -> None:
+    (block,) = [text for text in read_blocks(ARCHITECTURE, "") if text.startswith(" 1  cli")]
+    floors = {
+        name: int(line.split()[0])
+        for line in block.splitlines()
+        for name in line.split(maxsplit=1)[1].split(", ")
+    }
+    package = Path(featray.__file__).parent
+    for path in package.rglob("*.py"):
+        own = path.relative_to(package).parts[0].removesuffix(".py")
+        if own.startswith("__"):
+            continue
+        for imported in find_imported_packages(path) - {own}:
+            assert floors[own] < floors[imported], f"{path.relative_to(package)} imports {imported}"
+
+
+def find_imported_packages(path: Path) -> set[str]:
+    """Return the packages and modules directly below `featray` that a file imports at run time."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    for node in nodes:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            unused = {id(inner) for statement in node.body for inner in ast.walk(statement)}
+            nodes = [inner for inner in nodes if id(inner) not in unused]
+    modules = {
+        f"{node.module}.{alias.name}"
+        for node in nodes
+        if isinstance(node, ast.ImportFrom) and node.module
+        for alias in node.names
+    } | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    return {module.split(".")[1] for module in modules if module.startswith("featray.")}
+
+
+def test_the_commands_in_the_readme_are_those_of_the_command_line() -> None:
+    listed = re.findall(r"^\| `featray (\w+)", read_section(README, "Commands"), re.MULTILINE)
+    assert set(listed) == set(read_command_options())
+
+
+def read_command_options() -> dict[str, set[str]]:
+    """Return the options of each command of the command line."""
     from featray.cli.main import make_parser
 
-    usage = make_parser().format_help()
-    listed = set(re.findall(r"^\| `featray (\w+)", section("Commands"), re.MULTILINE))
-    assert listed == set(re.findall(r"^    (\w+)(?: |$)", usage, re.MULTILINE))
+    (commands,) = [action for action in make_parser()._actions if action.dest == "==SUPPRESS=="]
+    return {
+        name: {option for action in parser._actions for option in action.option_strings}
+        for name, parser in commands.choices.items()  # type: ignore[union-attr]
+    }
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_document)
+def test_every_command_and_option_in_a_document_exists(document: Path) -> None:
+    options = read_command_options()
+    for command, *words in find_commands(document, "featray"):
+        if command.startswith("--"):  # an option of featray itself
+            continue
+        assert command in options, f"featray {command}"
+        used = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert used <= options[command], f"featray {command}: {used - options[command]}"
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+def test_every_option_of_a_job_in_a_document_exists(job: Path) -> None:
+    source = job.read_text(encoding="utf-8")
+    options = set(re.findall(r'"(--[\w-]+)"', source))
+    if "featray.cli.main" in source:
+        options |= read_command_options()[job.stem]
+    for document in DOCUMENTS:
+        for words in find_commands(document, f"python jobs/{job.name}"):
+            assert {word for word in words if word.startswith("--")} <= options, document
+
+
+def test_the_table_of_keys_is_up_to_date() -> None:
+    text = generated_docs.CONFIGS_README.read_text(encoding="utf-8")
+    assert generated_docs.insert_keys(text) == text, "run `poe docs` (python tests/generated_docs.py)"
+
+
+def test_every_metric_in_the_documents_exists() -> None:
+    source = (REPOSITORY / "featray" / "engines" / "ray" / "metrics.py").read_text(encoding="utf-8")
+    section = read_section(REPOSITORY / "deploy" / "README.md", "Watch a run")
+    metrics = set(re.findall(r"ray_(featray_\w+)", section))
+    assert {metric.removesuffix("_total") for metric in metrics} == set(
+        re.findall(r'"(featray_\w+)"', source)
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_document)
+def test_every_link_leads_to_a_file_and_a_heading(document: Path) -> None:
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", text):
+        path = (document.parent / target).resolve() if target else document
+        assert path.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            anchors = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, f"{target}#{anchor}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_document)
+def test_every_path_in_a_document_exists(document: Path) -> None:
+    folders = "featray|configs|jobs|deploy|tests"
+    text = document.read_text(encoding="utf-8")
+    for name in re.findall(rf"`((?:{folders})/[\w./-]+\.(?:py|yaml|md|txt|toml))`", text):
+        assert "NAME" in name or (REPOSITORY / name).exists(), name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -113,12 +274,22 @@ def test_every_config_loads(path: Path) -> None:
     assert path.read_text().startswith("# ")
 
 
-def test_the_demos_config_is_the_one_in_configs() -> None:
+def test_configs_readme_names_every_config() -> None:
+    text = generated_docs.CONFIGS_README.read_text(encoding="utf-8")
+    assert set(re.findall(r"\]\((\w+\.yaml)\)", text)) == {path.name for path in CONFIGS}
+
+
+def test_jobs_readme_names_every_job() -> None:
+    text = (REPOSITORY / "jobs" / "README.md").read_text(encoding="utf-8")
+    assert {path.name for path in JOBS} <= set(re.findall(r"\]\((\w+\.py)\)", text))
+
+
+def test_the_config_of_the_demo_is_the_one_in_configs() -> None:
     written = yaml.safe_load((REPOSITORY / "configs" / "demo.yaml").read_text())
     assert written == make_demo_config(Path("featray-demo"))
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "jobs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.stem)
 def test_every_job_opens_with_how_to_run_it(path: Path) -> None:
     head = path.read_text()[:600]
     assert f"python jobs/{path.name}" in head
@@ -126,7 +297,7 @@ def test_every_job_opens_with_how_to_run_it(path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_top_level_holds_what_it_may_and_nothing_else() -> None:
+def test_the_top_level_holds_only_what_it_may() -> None:
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     ).stdout.splitlines()

@@ -149,9 +149,7 @@ def _parse_layer(value: Any) -> Any:
     return {"layer": value} if isinstance(value, str) else value
 
 
-_LayerInput = Annotated[
-    LayerConfig, BeforeValidator(_parse_layer, json_schema_input_type=Text | LayerConfig)
-]
+_LayerInput = Annotated[LayerConfig, BeforeValidator(_parse_layer, json_schema_input_type=Text | LayerConfig)]
 
 
 class ModelConfig(_Section):

@@ -63,10 +63,10 @@ def _print_ending(summary: Summary) -> None:
 
 def run_plan(args: argparse.Namespace) -> int:
     """Run `featray plan`."""
-    from featray.commands.plan import plan, why
+    from featray.commands.plan import explain_scan, plan
 
     if args.why is not None:
-        explanation = why(args.config, args.why, args.set)
+        explanation = explain_scan(args.config, args.why, args.set)
         print_answer(args, {"scan_id": args.why, "why": explanation}, explanation)
         return ExitCode.OK
     estimate = plan(args.config, args.set, explain=args.json)

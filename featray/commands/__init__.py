@@ -1,4 +1,4 @@
-"""The commands that are not a run: each file answers one command of `featray`.
+"""The commands other than `extract` and `refresh`: one file per command of `featray`.
 
-A command returns a result with a `text` method; printing it belongs to `featray.cli`.
+A command returns a result with a method `text`. `featray.cli` prints it; no command imports another command.
 """

@@ -1,6 +1,7 @@
-"""`featray plan`: what is to be done and why, and what it will take, from a sample of the user's own scans.
+"""`featray plan`: count the scans that `extract` and `refresh` would process, and estimate time and size.
 
-Changes nothing: the sample's features are thrown away.
+Configuration in, counts and an estimate out. For the estimate, a few scans are decoded and run through the
+model; their features are discarded. Nothing is written.
 """
 
 from __future__ import annotations
@@ -27,26 +28,27 @@ from featray.stages.extract import extract
 from featray.stages.plan import STATES, Plan
 
 SAMPLE_SCANS = 6
-"""Scans decoded for the estimate, from small to large."""
+"""Scans that are decoded for the estimate, from small to large."""
 SAMPLE_SECONDS = 20.0
-"""After so long no further one is decoded."""
+"""Time after which no other scan is decoded for the estimate."""
 _MODEL_ROUNDS = 3
+"""Number of times that the model is timed; the median counts."""
 _MAX_CANDIDATES = 5000
-"""Scans among which those are chosen; every so many, if there are more to do."""
+"""Scans from which the sample is taken; of more scans, every n-th is a candidate."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the run is expected to take; all from a sample, so a guide and no promise.
+    """Expected time, memory and output size of a run, extrapolated from a sample of its scans.
 
     Attributes:
-        sampled: Scans the figures come from; 0 means there was none to sample.
-        decode_s: Seconds to read, decode and preprocess a scan of mean size.
-        infer_s: Seconds of the model for one scan, called as the engine does in one process.
-        scans_per_s: On this machine, whatever the cluster has; start-up apart.
-        seconds: For all that is to do.
-        output_bytes: Values of all layers, before compression.
-        memory_bytes: Peak of this process in the sample; each worker needs about that.
+        sampled: Number of scans in the sample; 0 if there was no scan to sample, and then no estimate.
+        decode_s: Seconds to read, decode and preprocess a scan of average size.
+        infer_s: Seconds of the model for one scan, called as the engine calls it in one process.
+        scans_per_s: Scans per second on this machine alone, without start-up.
+        seconds: Time for all scans to process.
+        output_bytes: Size of the values of all layers, before compression.
+        memory_bytes: Memory of this process after the sample; each worker process needs about as much.
     """
 
     sampled: int = 0
@@ -60,26 +62,26 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What `extract` and `refresh` would find and do.
+    """What `extract` and `refresh` would do.
 
     Attributes:
-        found: Scans listed; of these and the stored ones:
-        new: Never seen.
-        changed: Of other content than when they were taken up.
-        stale: Taken up under another recipe.
-        failed: Failed before, and unchanged.
-        removed: Stored, but no longer listed; `refresh` would drop them.
-        up_to_date: Stored, or left out by rule, and unchanged.
-        todo: Scans that `extract` would take up; it refuses to while `other_recipe` is not 0.
-        refresh_todo: Scans that `refresh` would take up.
-        other_recipe: Scans whose stored features are of another recipe.
-        unreachable: Stored scans that cannot be looked at now; they are kept.
-        recipe: Id of this config's recipe.
-        engine: That `extract` would use.
+        found: Number of listed scans.
+        new: Number of scans without a row in the scans table.
+        changed: Number of scans with other content than their row.
+        stale: Number of scans whose row was made with another recipe.
+        failed: Number of unchanged scans that failed before.
+        removed: Number of stored scans that are no longer listed; `refresh` would remove them.
+        up_to_date: Number of unchanged scans that are stored or excluded.
+        todo: Number of scans that `extract` would process. It refuses if `other_recipe` is not 0.
+        refresh_todo: Number of scans that `refresh` would process.
+        other_recipe: Number of scans with stored features of another recipe.
+        unreachable: Number of stored scans that the listing could not reach; their rows are kept.
+        recipe: Recipe id of this config.
+        engine: Engine that `extract` would use.
         layers: Output names.
-        ignored: Files that are no scans, by suffix.
-        estimate: What `extract` is expected to take; if it has nothing to do, what `refresh` is.
-        scans: Where asked for, state and reason of every scan: scan_id, state, why.
+        ignored: Number of files that are no scans by suffix.
+        estimate: Estimate of `extract`, or of `refresh` if `extract` has nothing to do.
+        scans: scan_id, state and why of every scan; empty unless requested.
     """
 
     found: int
@@ -101,44 +103,45 @@ class PlanResult:
     scans: Sequence[dict[str, str]] = ()
 
     def text(self) -> str:
-        """Return the plan for a person."""
+        """Return the result as text for the terminal."""
         states = ", ".join(f"{getattr(self, state)} {state.replace('_', ' ')}" for state in STATES)
         lines = [f"found {self.found} scans: {states}"]
         if self.unreachable:
-            lines.append(f"{self.unreachable} stored scans cannot be looked at now; they are kept")
+            lines.append(f"{self.unreachable} stored scans cannot be reached now; their features are kept")
         if not (self.todo or self.refresh_todo or self.removed):
             return "\n".join([*lines, "nothing to do"])
-        lines += [self._extract_text(), self._refresh_text()]
-        layers = f"{len(self.layers)} layers"
-        lines.append(f"{layers}, engine {self.engine}, recipe {self.recipe}; `--why ID` tells why of a scan")
-        return "\n".join([*lines, *self._estimate_text()])
+        lines += [self._describe_extract(), self._describe_refresh()]
+        run = f"{len(self.layers)} layers, engine {self.engine}, recipe {self.recipe}"
+        lines.append(f"{run}; `--why ID` explains the state of one scan")
+        return "\n".join([*lines, *self._describe_estimate()])
 
-    def _extract_text(self) -> str:
+    def _describe_extract(self) -> str:
         if self.other_recipe:
-            return f"extract: refuses, {self.other_recipe} scans have features of another recipe"
-        return f"extract: would take up {self.todo}" if self.todo else "extract: nothing to do"
+            problem = f"{self.other_recipe} scans have features of another recipe"
+            return f"extract: refuses, because {problem}; use `featray refresh`"
+        return f"extract: would process {self.todo} scans" if self.todo else "extract: nothing to do"
 
-    def _refresh_text(self) -> str:
-        return f"refresh: would take up {self.refresh_todo}, drop {self.removed}"
+    def _describe_refresh(self) -> str:
+        return f"refresh: would process {self.refresh_todo} scans and remove {self.removed}"
 
-    def _estimate_text(self) -> list[str]:
-        guess = self.estimate
-        if not guess.sampled:
+    def _describe_estimate(self) -> list[str]:
+        estimate = self.estimate
+        if not estimate.sampled:
             return []
-        time_and_size = f"{_duration(guess.seconds)}, {_size(guess.output_bytes)} of values"
+        duration, size = _format_duration(estimate.seconds), _format_size(estimate.output_bytes)
         return [
-            f"estimate from {guess.sampled} scans: {guess.scans_per_s:.2f} scans/s, {time_and_size}, "
-            f"{guess.memory_bytes / 1e9:.1f} GB per process"
+            f"estimate from {estimate.sampled} scans: {estimate.scans_per_s:.2f} scans/s, {duration}, "
+            f"{size} of values, {estimate.memory_bytes / 1e9:.1f} GB of memory per process"
         ]
 
 
 def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bool = False) -> PlanResult:
-    """Return what `extract` and `refresh` would find and do; writes nothing.
+    """Return what `extract` and `refresh` would do, without writing anything.
 
     Args:
-        config: As for `extract`.
-        overrides: `key.path=value` texts.
-        explain: Whether to say of every scan what its state is and why.
+        config: Path of a YAML file, a dict, or a `Config`.
+        overrides: `key.path=value` texts, which take precedence over the file.
+        explain: Whether to explain the state of every scan.
 
     Raises:
         UsageError: The config, the source or the model cannot be used; lists every problem.
@@ -148,38 +151,37 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
     engine = make_engine(checked, len(listing.scans))
     job = Job.prepare(checked, engine)
     stored = dataset.find_snapshot()
-    found = job.make_plan(listing, stored, RunScope())
-    wanted = (
-        found
-        if found.todo or not found.refresh_todo
-        else job.make_plan(listing, stored, RunScope(refresh=True))
+    extract_plan = job.make_plan(listing, stored, RunScope())
+    has_only_refresh_work = bool(not extract_plan.todo and extract_plan.refresh_todo)
+    estimated_plan = (
+        job.make_plan(listing, stored, RunScope(refresh=True)) if has_only_refresh_work else extract_plan
     )
     return PlanResult(
         found=len(listing.scans),
-        **found.counts,
-        todo=len(found.todo),
-        refresh_todo=found.refresh_todo,
-        other_recipe=found.other_recipe,
-        unreachable=found.unreachable,
+        **extract_plan.counts,
+        todo=len(extract_plan.todo),
+        refresh_todo=extract_plan.refresh_todo,
+        other_recipe=extract_plan.other_recipe,
+        unreachable=extract_plan.unreachable,
         recipe=job.run.recipe_id,
         engine=engine.name,
         layers=job.run.layers,
         ignored=listing.ignored,
-        estimate=_estimate(job, dataset, wanted),
-        scans=list(found.explain_all()) if explain else (),
+        estimate=_estimate_run(job, dataset, estimated_plan),
+        scans=list(extract_plan.explain_all()) if explain else (),
     )
 
 
-def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -> str:
-    """Return one sentence: a scan's state, and what it follows from.
+def explain_scan(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -> str:
+    """Return one sentence about a scan: its state and the facts that the state follows from.
 
     Args:
-        config: As for `extract`.
-        scan_id: Of a listed or a stored scan.
-        overrides: `key.path=value` texts.
+        config: Path of a YAML file, a dict, or a `Config`.
+        scan_id: Id of a listed or stored scan.
+        overrides: `key.path=value` texts, which take precedence over the file.
 
     Raises:
-        UsageError: As `plan`; or no scan has that id.
+        UsageError: The config, the source or the model cannot be used, or no scan has this id.
     """
     checked, listing = check(config, overrides)
     dataset = Dataset.open(checked.output)
@@ -187,34 +189,37 @@ def why(config: ConfigInput, scan_id: str, overrides: list[str] | None = None) -
     return job.make_plan(listing, dataset.find_snapshot(), RunScope()).explain_scan(scan_id)
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds:.0f} s"
 
 
-def _size(count: int) -> str:
-    unit, name = (1e9, "GB") if count >= 1e9 else (1e6, "MB") if count >= 1e6 else (1e3, "kB")
-    return f"{count / unit:.1f} {name}"
+def _format_size(size_bytes: int) -> str:
+    for unit_bytes, unit in ((1e9, "GB"), (1e6, "MB")):
+        if size_bytes >= unit_bytes:
+            return f"{size_bytes / unit_bytes:.1f} {unit}"
+    return f"{size_bytes / 1e3:.1f} kB"
 
 
-def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
+def _estimate_run(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
+    """Decode a few scans of the plan, run the model on them, and extrapolate to all scans."""
     if not plan.todo:
         return Estimate()
-    some = plan.todo[:: -(-len(plan.todo) // _MAX_CANDIDATES)]
-    readable = [scan for scan in some if scan.reason is None]
-    count = len(readable) * len(plan.todo) // len(some)
+    candidates = plan.todo[:: -(-len(plan.todo) // _MAX_CANDIDATES)]
+    readable = [scan for scan in candidates if scan.reason is None]
+    count = len(readable) * len(plan.todo) // len(candidates)
     stages, decoding = job.make_stages(dataset, count), make_decoding(job.config)
-    decoded = _decoded(decoding, sample_by_size(readable, SAMPLE_SCANS))
-    good = [one for _, one in decoded if one.record.status == "ok"]
-    if not good:
+    sample = _decode_sample(decoding, sample_by_size(readable, SAMPLE_SCANS))
+    usable = [decoded for _, decoded in sample if decoded.record.status == "ok"]
+    if not usable:
         return Estimate()
-    extract(stages.extractor, good, recipe=stages.recipe)
-    decode_s = _decode_seconds(decoded, readable)
-    infer_s = _model_seconds(stages, good, decoding.batch_scans, job.threads.calls)
-    scans_per_s = _rate(decode_s, infer_s, job.threads)
-    patches = statistics.mean(scan.record.patches for scan in good)
+    extract(stages.extractor, usable, recipe=stages.recipe)  # the first call builds the model's function
+    decode_s = _estimate_decode_s(sample, readable)
+    infer_s = _measure_infer_s(stages, usable, decoding.batch_scans, job.threads.calls)
+    scans_per_s = _estimate_rate(decode_s, infer_s, job.threads)
+    patches = statistics.mean(decoded.record.patches for decoded in usable)
     values = sum(layer.values for layer in job.extractor.layers)
     return Estimate(
-        sampled=len(good),
+        sampled=len(usable),
         decode_s=decode_s,
         infer_s=infer_s,
         scans_per_s=scans_per_s,
@@ -224,45 +229,56 @@ def _estimate(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     )
 
 
-def _decoded(decoding: Decoding, scans: Sequence[Scan]) -> list[tuple[Scan, Decoded]]:
-    """Decode scans, as many as there is time for; the first one twice, for the first time is start-up."""
-    found: list[tuple[Scan, Decoded]] = []
-    until = time.monotonic() + SAMPLE_SECONDS
+def _decode_sample(decoding: Decoding, scans: Sequence[Scan]) -> list[tuple[Scan, Decoded]]:
+    """Decode scans until `SAMPLE_SECONDS` are over; at least one.
+
+    The first scan is decoded twice, because its first time includes imports.
+    """
+    sample: list[tuple[Scan, Decoded]] = []
+    deadline = time.monotonic() + SAMPLE_SECONDS
     for scan in scans:
-        if not found:
+        if not sample:
             decoding.decoder(scan)
-        elif time.monotonic() > until:
+        elif time.monotonic() > deadline:
             break
-        found.append((scan, decoding.decoder(scan)))
-    return found
+        sample.append((scan, decoding.decoder(scan)))
+    return sample
 
 
-def _decode_seconds(decoded: Sequence[tuple[Scan, Decoded]], scans: Sequence[Scan]) -> float:
-    """Return the seconds of a scan of mean size: as much per byte as the sample's, where sizes are known."""
-    good = [(scan, one.record) for scan, one in decoded if one.record.status == "ok"]
-    mean = statistics.mean(record.read_s + record.decode_s + record.preprocess_s for _, record in good)
+def _estimate_decode_s(sample: Sequence[tuple[Scan, Decoded]], scans: Sequence[Scan]) -> float:
+    """Return the decode seconds of a scan of average size.
+
+    The seconds of the sample are scaled by file size, if the sizes of all scans are known.
+
+    Args:
+        sample: Decoded scans of the sample, with their listing entries.
+        scans: All scans to process, or an even selection of them.
+    """
+    usable = [(scan, decoded.record) for scan, decoded in sample if decoded.record.status == "ok"]
+    mean = statistics.mean(record.read_s + record.decode_s + record.preprocess_s for _, record in usable)
     if not all(scan.size for scan in scans):
         return mean
-    sizes, sampled = [scan.size for scan in scans], [scan.size for scan, _ in good]
-    return mean * statistics.mean(sizes) / statistics.mean(sampled)
+    sizes, sample_sizes = [scan.size for scan in scans], [scan.size for scan, _ in usable]
+    return mean * statistics.mean(sizes) / statistics.mean(sample_sizes)
 
 
-def _model_seconds(stages: Stages, decoded: Sequence[Decoded], batch_scans: int, calls: int) -> float:
-    """Return the model's wall seconds per scan when it is called as often at once as the engine does."""
+def _measure_infer_s(stages: Stages, decoded: Sequence[Decoded], batch_scans: int, calls: int) -> float:
+    """Return the wall seconds of the model per scan, with `calls` batches at once as in the engine."""
     batch = [decoded[number % len(decoded)] for number in range(batch_scans)]
     run_model = functools.partial(extract, stages.extractor, recipe=stages.recipe)
-    took = []
+    seconds_per_scan = []
     for _ in range(_MODEL_ROUNDS):
         start = time.perf_counter()
         list(parallel_map(run_model, [batch] * calls, calls))
-        took.append((time.perf_counter() - start) / (calls * len(batch)))
-    return statistics.median(took)
+        seconds_per_scan.append((time.perf_counter() - start) / (calls * len(batch)))
+    return statistics.median(seconds_per_scan)
 
 
-def _rate(decode_s: float, infer_s: float, threads: ModelThreads) -> float:
-    """Return the scans per second of this machine: decoding takes one core, the model those of its threads.
+def _estimate_rate(decode_s: float, infer_s: float, threads: ModelThreads) -> float:
+    """Return the scans per second of this machine.
 
-    With a GPU the model takes none of decoding's cores, and the slower of the two decides.
+    Decoding a scan takes one core; a call of the model takes the cores of its threads. With a GPU the model
+    takes no core, and the slower of decoding and the model limits the rate.
     """
     cores = count_usable_cores()
     if list_gpu_names():

@@ -1,4 +1,7 @@
-"""What an output holds: by layer, by status and by reason. Reads the log and the ledger, no features."""
+"""`featray status` and `featray failures`: what an output holds, from the table logs and the scans table.
+
+No features are read.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,19 @@ from featray.terminal.progress import format_scans
 
 @dataclass(frozen=True)
 class StatusResult:
-    """What is there: scans by status and reason, `ok` scans by recipe id, layers, table versions, commits.
+    """What an output holds.
 
-    `running` is what the run that holds the output says of itself, as `lease.read_live_lease`; its counts are
-    of scans that are committed, as of its last heartbeat.
+    Attributes:
+        ok: Number of scans with status ok.
+        failed: Number of scans with status failed.
+        excluded: Number of scans with status excluded.
+        reasons: Number of failed and excluded scans by reason code.
+        recipes: Number of ok scans by recipe id.
+        layers: Rows, files and bytes of each layer.
+        version: Version of each table; empty if nothing is committed yet.
+        commit: Number of the last commit.
+        running: The lease of the run that has locked the output, with its progress at the last heartbeat;
+            None if no run has. The progress counts committed scans.
     """
 
     ok: int
@@ -34,8 +46,8 @@ class StatusResult:
     running: dict[str, Any] | None = None
 
     def text(self) -> str:
-        """Return the state for a person."""
-        lines = [_running_line(self.running)] if self.running else []
+        """Return the result as text for the terminal."""
+        lines = [_describe_run(self.running)] if self.running else []
         if not self.version:
             return "\n".join([*lines, "nothing is committed yet"])
         lines.append(f"scans: {self.ok} ok, {self.failed} failed, {self.excluded} excluded")
@@ -54,15 +66,15 @@ class StatusResult:
 
 
 def status(dataset: Dataset) -> StatusResult:
-    """Return what an output holds, and how far the run is that is at work on it.
+    """Return what an output holds, and the progress of the run that has locked it, if there is one.
 
     Raises:
         ConfigError: There is no featray output here.
     """
-    now = read_live_lease(dataset.store)
-    snapshot = dataset.open_snapshot() if now is None else dataset.find_snapshot()
+    lease = read_live_lease(dataset.store)
+    snapshot = dataset.open_snapshot() if lease is None else dataset.find_snapshot()
     if snapshot is None:  # the run has not committed anything yet
-        return StatusResult(0, 0, 0, {}, {}, (), {}, 0, now)
+        return StatusResult(0, 0, 0, {}, {}, (), {}, 0, lease)
     rows = snapshot.read_scans(("status", "reason", "recipe")).to_pylist()
     counts = Counter(row["status"] for row in rows)
     return StatusResult(
@@ -74,29 +86,31 @@ def status(dataset: Dataset) -> StatusResult:
         layers=sum_by_layer(snapshot.files(FEATURES)),
         version=snapshot.versions,
         commit=snapshot.commit_number,
-        running=now,
+        running=lease,
     )
-
-
-def _running_line(holder: dict[str, Any]) -> str:
-    who = (
-        f"running: {holder['run_id']} on host {holder['host']} (pid {holder['pid']}) since {holder['since']}"
-    )
-    if not holder.get("progress"):
-        return f"{who}, preparing"
-    ago = max(0.0, time.time() - holder["heartbeat"])
-    return f"{who}; {ago:.0f} s ago: {format_scans(holder['progress'])}"
 
 
 def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]]:
-    """Return the scans that are not `ok`, sorted by reason and id; optionally of one reason.
+    """Return the rows of the scans that are not `ok`, sorted by reason and id.
+
+    Args:
+        dataset: The output.
+        reason: Reason code of the scans to return; None for all reasons.
 
     Raises:
         ConfigError: There is no featray output here.
     """
     columns = ("scan_id", "uri", "status", "reason", "stage", "message", "attempts")
-    where = pads.field("status") != "ok"
+    condition = pads.field("status") != "ok"
     if reason is not None:
-        where = where & (pads.field("reason") == reason)
-    rows: list[dict[str, Any]] = dataset.read(SCANS, columns, where).to_pylist()
+        condition = condition & (pads.field("reason") == reason)
+    rows: list[dict[str, Any]] = dataset.read(SCANS, columns, condition).to_pylist()
     return sorted(rows, key=lambda row: (row["reason"], row["scan_id"]))
+
+
+def _describe_run(lease: dict[str, Any]) -> str:
+    run = f"running: {lease['run_id']} on host {lease['host']} (pid {lease['pid']}) since {lease['since']}"
+    if not lease.get("progress"):
+        return f"{run}, preparing"
+    age_s = max(0.0, time.time() - lease["heartbeat"])
+    return f"{run}; {age_s:.0f} s ago: {format_scans(lease['progress'])}"

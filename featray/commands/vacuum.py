@@ -1,17 +1,17 @@
-"""Commands that mend or tidy an output by itself: the output alone is given, and held meanwhile."""
+"""`featray vacuum`: delete files that no kept version needs, and merge small files.
+
+An output in, counts out. The output is locked meanwhile; no config and no collection is read.
+"""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 
 from featray.job import lock_output
 from featray.output.dataset import Dataset
 
-log = logging.getLogger(__name__)
-
-VACUUM_AT = 2
-"""Small files of one partition that `featray vacuum` merges."""
+MIN_SMALL_FILES = 2
+"""Number of small files of one partition from which they are merged."""
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class VacuumResult:
     """What `featray vacuum` did.
 
     Attributes:
-        deleted: Files that no kept version refers to, superseded ones and orphans.
-        merged: How many files fewer hold the features.
-        trimmed: Log entries deleted.
-        finished: Whether a commit that a kill had cut was finished.
+        deleted: Number of deleted files: superseded files of versions that are not kept, and orphan files.
+        merged: Number of data files of the features table that merging saved.
+        trimmed: Number of deleted log entries.
+        finished: Whether a commit was completed in which an earlier run was killed.
     """
 
     deleted: int
@@ -31,23 +31,31 @@ class VacuumResult:
     finished: bool
 
     def text(self) -> str:
-        """Return the answer for a person."""
-        first = "finished a commit that a run was killed in\n" if self.finished else ""
+        """Return the result as text for the terminal."""
+        lines = ["completed a commit in which an earlier run was killed"] if self.finished else []
         if not (self.deleted or self.merged or self.trimmed):
-            return f"{first}nothing to tidy"
-        return (
-            f"{first}deleted {self.deleted} files that no kept version refers to, merged small files into "
-            f"{self.merged} fewer, trimmed {self.trimmed} log entries"
+            return "\n".join([*lines, "nothing to delete or to merge"])
+        lines.append(
+            f"deleted {self.deleted} files that no kept version refers to and {self.trimmed} log entries"
         )
+        lines.append(f"merged small files, which leaves {self.merged} files fewer")
+        return "\n".join(lines)
 
 
 def vacuum(dataset: Dataset) -> VacuumResult:
-    """Delete superseded files past `keep_versions_days` and orphans, merge small files, trim the logs.
+    """Delete unneeded files and log entries, and merge small data files.
+
+    Unneeded are files superseded for longer than `keep_versions_days`, and orphan files.
 
     Raises:
         ConfigError: There is no featray output here.
-        OutputBusyError: A run holds the output.
+        OutputBusyError: A run has locked the output.
     """
     with lock_output(dataset) as committer:
-        merged = committer.compact(VACUUM_AT)
-        return VacuumResult(len(committer.delete_orphans()), merged, committer.trim(), committer.recovered)
+        merged = committer.compact(MIN_SMALL_FILES)
+        return VacuumResult(
+            deleted=len(committer.delete_orphans()),
+            merged=merged,
+            trimmed=committer.trim(),
+            finished=committer.recovered,
+        )

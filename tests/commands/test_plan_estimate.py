@@ -1,7 +1,7 @@
-"""`featray plan` against the run that follows: it is near, whichever of decoding and the model decides.
+"""The estimate of `featray plan` compared with a run that is limited by decoding, or by the model.
 
-How close it comes on a quiet machine is measured and in the README. Here a factor is allowed that a busy
-machine, and the start of the run, do not use up.
+The README has the accuracy on an idle machine. The factor that is allowed here leaves room for a busy machine
+and for the start-up of the run.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import featray
 from featray.synthetic.phantom import make_collection
 
 FACTOR = 5.0
-"""Without the deciding stage an estimate would be wrong by ten and more."""
+"""Allowed factor between estimate and run. An estimate without the slower stage is wrong by ten or more."""
 FEW, MANY = 2, 60
 
 
-def copies(folder: Path, count: int, shape_zyx: tuple[int, int, int]) -> Path:
-    """Make a collection of one phantom and its copies, each under a name of its own."""
+def make_copies(folder: Path, count: int, shape_zyx: tuple[int, int, int]) -> Path:
+    """Make a collection of one phantom and copies of it under other names."""
     make_collection(folder, 1, shape_zyx=shape_zyx, seed=2, dicom_count=0)
     (first,) = folder.rglob("*.nii.gz")
     for number in range(1, count):
@@ -30,31 +30,32 @@ def copies(folder: Path, count: int, shape_zyx: tuple[int, int, int]) -> Path:
     return folder
 
 
-def run_seconds(config: dict[str, Any]) -> float:
+def measure_run(config: dict[str, Any]) -> float:
+    """Run `extract`; return its seconds."""
     start = time.monotonic()
     assert featray.extract(config).failed == 0
     return time.monotonic() - start
 
 
 @pytest.mark.parametrize(
-    ("shape_zyx", "input_zyx", "decides"),
+    ("shape_zyx", "input_zyx", "slower"),
     [
-        pytest.param((96, 256, 256), (8, 32, 32), "decode_s", id="decoding_decides"),
-        pytest.param((8, 32, 32), (32, 192, 192), "infer_s", id="the_model_decides"),
+        pytest.param((96, 256, 256), (8, 32, 32), "decode_s", id="decoding_is_slower"),
+        pytest.param((8, 32, 32), (32, 192, 192), "infer_s", id="the_model_is_slower"),
     ],
 )
-def test_an_estimate_is_near_the_run_that_follows(
-    shape_zyx: tuple[int, int, int], input_zyx: tuple[int, int, int], decides: str, tmp_path: Path
+def test_the_estimate_is_close_to_the_time_of_the_run(
+    shape_zyx: tuple[int, int, int], input_zyx: tuple[int, int, int], slower: str, tmp_path: Path
 ) -> None:
     from featray.synthetic.vae import build_encoder
 
     model = tmp_path / "encoder.keras"
     build_encoder(input_zyx).save(model)
 
-    def config(count: int, name: str) -> dict[str, Any]:
+    def make_config(count: int, name: str) -> dict[str, Any]:
         source = tmp_path / f"source_{count}"
         return {
-            "source": {"uri": str(source if source.exists() else copies(source, count, shape_zyx))},
+            "source": {"uri": str(source if source.exists() else make_copies(source, count, shape_zyx))},
             "preprocess": {"size": list(input_zyx)},
             "model": {
                 "uri": str(model),
@@ -65,9 +66,11 @@ def test_an_estimate_is_near_the_run_that_follows(
             "run": {"engine": "inline"},
         }
 
-    estimate = featray.plan(config(MANY, "planned")).estimate
-    other = {"decode_s": "infer_s", "infer_s": "decode_s"}[decides]
-    assert getattr(estimate, decides) > 3 * getattr(estimate, other), "the case is not what it is called"
-    run_seconds(config(FEW, "warm-up"))
-    seconds = run_seconds(config(MANY, "run"))
+    estimate = featray.plan(make_config(MANY, "planned")).estimate
+    other = {"decode_s": "infer_s", "infer_s": "decode_s"}[slower]
+    assert getattr(estimate, slower) > 3 * getattr(estimate, other), (
+        "the other stage is slower than the id of the case says"
+    )
+    measure_run(make_config(FEW, "warm-up"))
+    seconds = measure_run(make_config(MANY, "run"))
     assert seconds / FACTOR < estimate.seconds < seconds * FACTOR

@@ -1,4 +1,4 @@
-"""`featray status`: what is there, and how far the run is that is at work on it."""
+"""`featray status`: counts of the output, and the progress of the run that has locked it."""
 
 from __future__ import annotations
 
@@ -23,16 +23,19 @@ PROGRESS = {"total": 500, "done": 120, "failed": 2, "bytes_read": 60_000_000, "s
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Dataset:
+    """Return an output without commits."""
     return Dataset(Store(str(tmp_path / "out")))
 
 
-def hold(dataset: Dataset, progress: dict[str, Any]) -> None:
+def write_lease(dataset: Dataset, progress: dict[str, Any]) -> None:
+    """Lock the output for a run with this progress."""
     holder = {"run_id": "run-1", "host": "node-7", "machine": "m", "pid": 12, "since": "2026-11-26T22:00:00"}
     holder |= {"heartbeat": time.time() - 5, "progress": progress}
     dataset.store.write(f"{LEASE_FOLDER}/run-1.json", json.dumps(holder).encode())
 
 
-def commit(dataset: Dataset) -> None:
+def commit_two_scans(dataset: Dataset) -> None:
+    """Commit two scans with status ok."""
     records = [
         replace(ScanRecord.from_scan(Scan(name, f"/{name}", "nifti", (), "c")), recipe="r", run_id="run-1")
         for name in "ab"
@@ -40,19 +43,17 @@ def commit(dataset: Dataset) -> None:
     Committer(dataset, ("layer",), run_id="run-1").commit([Receipt((), tuple(records))])
 
 
-def test_a_run_at_work_says_how_far_it_is(dataset: Dataset) -> None:
-    commit(dataset)
-    hold(dataset, PROGRESS)
+def test_the_progress_of_a_running_run_is_shown(dataset: Dataset) -> None:
+    commit_two_scans(dataset)
+    write_lease(dataset, PROGRESS)
     running, counts, *_ = status(dataset).text().splitlines()
     assert running.startswith("running: run-1 on host node-7 (pid 12) since 2026-11-26T22:00:00; 5 s ago: ")
     assert running.endswith("120/500 scans, 2 failed, 6.00 scans/s, 3 MB/s, ETA 63 s")
     assert counts == "scans: 2 ok, 0 failed, 0 excluded"
 
 
-def test_one_that_has_committed_nothing_yet_is_shown_too(
-    dataset: Dataset, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hold(dataset, {})
+def test_a_run_without_commits_is_shown(dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    write_lease(dataset, {})
     assert main(["status", dataset.store.root]) == 0
     text = capsys.readouterr().out
     assert "since 2026-11-26T22:00:00, preparing\nnothing is committed yet\n" in text
@@ -61,8 +62,8 @@ def test_one_that_has_committed_nothing_yet_is_shown_too(
     assert (answer["ok"], answer["running"]["run_id"]) == (0, "run-1")
 
 
-def test_where_nothing_runs_nothing_is_said_of_it(dataset: Dataset) -> None:
-    commit(dataset)
-    found = status(dataset)
-    assert found.running is None
-    assert "running" not in found.text()
+def test_no_run_is_shown_if_none_is_running(dataset: Dataset) -> None:
+    commit_two_scans(dataset)
+    result = status(dataset)
+    assert result.running is None
+    assert "running" not in result.text()

@@ -576,7 +576,7 @@ def test_vacuum_deletes_orphans_and_merges_small_files_and_reports_it(dataset: D
     found = vacuum(dataset)
     assert (found.deleted, found.merged) == (2, 4)
     assert "deleted 2 files" in found.text()
-    assert vacuum(dataset).text() == "nothing to tidy"
+    assert vacuum(dataset).text() == "nothing to delete or to merge"
     assert_consistent(dataset)
 
 

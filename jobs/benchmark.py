@@ -2,10 +2,14 @@
 
 python jobs/benchmark.py [--workload w1|w2|w3|w4] [--baselines] [--rounds 2] [--keep DIR] [--out DIR] [--json]
 
+Workloads:
 w1: .nii.gz files of 512 x 512 x 40 to 275 voxels, stretched to (32, 256, 256), four layers of a 3-D VAE
-encoder. w2: the same scans as DICOM series. w3: eight patches per scan, so that the model takes most of the
-time. w4: 20,000 tiny arrays and a tiny model, which shows the cost of the engine itself. To measure your own
-scans, run `featray benchmark CONFIG`.
+encoder.
+w2: the same scans as DICOM series.
+w3: eight patches per scan, so that the model takes most of the time.
+w4: 20,000 tiny arrays and a tiny model, which shows the cost of the engine itself.
+To measure your own scans, run `featray benchmark CONFIG`.
+
 Prints progress on stderr, then tables and an explanation of the limit of each run; with --json, one JSON
 document as the last line. Writes benchmark.json and benchmark.svg to --out.
 """
@@ -23,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 BASELINES = ("loop", "tf_data", "ray_data", "ray_fast", "by_hand")
-"""Scripts in jobs/baselines, from the usual loop to the fastest script for this one purpose."""
+"""Scripts in jobs/baselines, from the loop that most people write to the fastest script for w1 alone."""
 
 LAYERS = ["z_mean", "z_log_var", "pre_latent", {"layer": "conv_5", "pool": "avg", "as": "conv_5"}]
 INPUT_ZYX = (32, 256, 256)

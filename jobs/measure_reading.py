@@ -7,8 +7,8 @@ process; the functions take turns in each round.
 NIfTI: compares the whole decoder (reading, checks, statistics, preprocessing), minus the time of fetching the
 bytes, with the fastest gzip inflater (deflate, isal, zlib-ng) plus a single-pass OpenCV resize.
 DICOM: compares reading headers, grouping and reading pixels with SimpleITK's series reader (GDCM).
-Memory: peak memory of a fresh process minus its memory before the scan, divided by the size of the int16
-    volume.
+Memory: peak memory of a fresh process minus its memory before the scan, as a multiple of the size of the
+int16 volume.
 Prints a table; the last line is the same as JSON.
 """
 

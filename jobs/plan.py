@@ -1,4 +1,4 @@
-"""Estimate the work, time and memory of an extraction on the Ray cluster that runs this job.
+"""Estimate the work, time and memory of an extraction, on a cluster machine that can read the data.
 
 ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/plan.py configs/s3_ct_vae.yaml
 

@@ -201,7 +201,7 @@ def _sum_running(read: Callable[[psutil.Process], int], tree: Sequence[psutil.Pr
 
 
 def _read_machine_cpu_s() -> float:
-    """Return the CPU seconds since the machine started that were used, or stolen by the hypervisor."""
+    """Return the CPU seconds that all processes used since the machine started, including stolen time."""
     times = psutil.cpu_times()
     return float(times.user + times.nice + times.system + getattr(times, "steal", 0.0))
 

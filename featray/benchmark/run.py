@@ -141,7 +141,7 @@ class _BenchmarkRunner:
             runs += list(self._measure_round())
         names = dict.fromkeys(run.variant for run in runs)
         return BenchmarkReport(
-            machine=_describe_machine(),
+            machine=_describe_host(),
             scans={
                 "distinct": len(self.sample.scans),
                 "found": self.sample.found,
@@ -350,7 +350,7 @@ def _assign_roles(usage: CommandUsage, stages: Mapping[str, StageCalls]) -> dict
     return {**roles, usage.pid: "driver"}
 
 
-def _describe_machine() -> dict[str, Any]:
+def _describe_host() -> dict[str, Any]:
     return {
         "system": platform.platform(),
         "cores": count_usable_cores(),

@@ -85,7 +85,7 @@ def test_the_ideal_rate_is_the_rate_of_the_model_if_that_is_lower() -> None:
     assert make_isolated(model_wall_s=0.5).compute_ideal_rate(CORES) == pytest.approx(2)
 
 
-def test_a_rate_is_the_difference_in_scans_over_the_difference_in_time() -> None:
+def test_the_rate_is_the_difference_in_scans_divided_by_the_difference_in_time() -> None:
     variant = combine_runs(
         [make_run(10, 12.0, 9.0), make_run(30, 17.0, 19.0), make_run(10, 14.0, 9.0), make_run(30, 18.0, 19.0)]
     )
@@ -144,7 +144,7 @@ def test_the_explanation_names_the_model_if_it_is_always_busy() -> None:
     )
 
 
-def test_the_explanation_says_if_no_stage_is_busy() -> None:
+def test_the_explanation_names_waiting_if_no_stage_is_busy() -> None:
     variant = make_variant(2.0, decode_s=0.4, model_s=0.2, cpu_s=0.5)
     assert (
         "limited by waiting, not by a stage: decode workers are idle 60 % of the time, the model is idle "
@@ -239,7 +239,7 @@ def test_an_interrupted_monitor_ends_the_whole_process_tree(tmp_path: Path) -> N
         state = psutil.Process(int(pid_file.read_text())).status()
     except psutil.NoSuchProcess:
         return
-    assert state == psutil.STATUS_ZOMBIE  # it has ended, and its new parent has not read its exit code yet
+    assert state == psutil.STATUS_ZOMBIE  # it has ended, but its new parent has not read its exit code
 
 
 def test_any_number_of_phantoms_has_about_120_slices_on_average() -> None:

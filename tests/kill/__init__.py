@@ -1,1 +1,1 @@
-"""Processes that die: stand-ins for decoders and models that kill them, and runs that are killed."""
+"""Runs of featray whose processes are killed, and decoders and models that kill the process they run in."""

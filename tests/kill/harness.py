@@ -1,6 +1,10 @@
-"""Starts featray, kills the processes of a round, and compares what is there with an undisturbed run.
+"""Run featray, kill one of its processes, and compare the output with that of an undisturbed run.
 
-Everything waits for a bounded time, and every process that was started here is ended here, by its id.
+`run_and_kill` starts the command of a round as a process of its own. Either that process kills itself at a
+point of its code (`kill.paced` inserts these points), or this module waits for the first commit, finds the
+victim among the running processes, and sends it SIGKILL. `run_to_end` then starts the command again, and
+`assert_same_output` compares all features with the expected ones. Every wait has a time limit, and every
+process that is started here is ended here, by its id.
 """
 
 from __future__ import annotations
@@ -31,13 +35,13 @@ from featray.output.lease import LEASE_FOLDER
 from featray.storage.store import Store
 from kill.rounds import Round
 
-PATIENCE_S = 150.0
-"""A run over small phantoms takes a few seconds; this is for machines that do other things as well."""
-WITHIN_S = 0.8
-"""A kill comes within so many seconds of the first commit: about as long as the paced run then lasts."""
+TIMEOUT_S = 150.0
+"""Time limit of each wait. A run takes a few seconds; the rest is for machines that are busy."""
+KILL_WINDOW_S = 0.8
+"""A kill at `any time` comes within this time after the first commit; the paced run lasts about as long."""
 _TESTS = Path(__file__).resolve().parent.parent
 _TOKEN = secrets.token_hex(32)
-"""Ray listens on this machine's address, not only on 127.0.0.1; nobody else shall use it."""
+"""Ray listens on this machine's address, not only on 127.0.0.1; the token keeps others out."""
 _CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -47,52 +51,59 @@ for _ in range(int(sys.argv[2])):
     added = cluster.add_node(**node)
     print(added.all_processes["raylet"][0].process.pid, end=" ")
 print(cluster.address, flush=True)
-sys.stdin.read()  # until the test has ended, however it ends
+sys.stdin.read()  # returns when the test ends, also if the test is killed
 cluster.shutdown()
 """
 
-Values = dict[tuple[str, str, int], list[float]]
+FeatureValues = dict[tuple[str, str, int], list[float]]
+"""(scan_id, layer, patch) → feature."""
 
 
-def environment() -> dict[str, str]:
-    """Return what runs and Ray get, so that they find this package and each other."""
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+def make_environment() -> dict[str, str]:
+    """Return the environment of runs and of Ray, in which they find this package and each other."""
+    inherited = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return {
-        **kept,
+        **inherited,
         "PYTHONPATH": f"{_TESTS}{os.pathsep}{_TESTS.parent}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": _TOKEN,
     }
 
 
-class Head:
-    """A Ray of the test's own, which ends with the test.
+class RayCluster:
+    """A Ray cluster on this machine that runs can join; it ends with `close`.
 
     Args:
-        workers: Nodes beside the head node, each with two CPUs like that one.
+        extra_nodes: Number of nodes in addition to the head node; each node has two CPUs.
+
+    Attributes:
+        address: Address for `run.address`.
+        raylets: Process ids of the raylets of the extra nodes.
     """
 
-    def __init__(self, workers: int = 0) -> None:
-        self._folder = tempfile.mkdtemp(prefix="fr")  # short: sockets lie in it
-        command = [sys.executable, "-c", _CLUSTER, self._folder, str(workers)]
+    def __init__(self, extra_nodes: int = 0) -> None:
+        self._folder = tempfile.mkdtemp(prefix="fr")  # short, because it contains sockets
+        command = [sys.executable, "-c", _CLUSTER, self._folder, str(extra_nodes)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=make_environment()
         )
         assert self._process.stdout is not None
         *raylets, self.address = self._process.stdout.readline().split()
         self.raylets = [int(pid) for pid in raylets]
 
-    def processes(self) -> list[psutil.Process]:
-        """Return all that belong to it."""
-        return descendants(self._process.pid)
+    def find_processes(self) -> list[psutil.Process]:
+        """Return all processes of the cluster."""
+        return find_descendants(self._process.pid)
 
     def close(self) -> None:
-        """End it and all its processes."""
-        found = self.processes()
+        """End the cluster and all its processes."""
+        processes = self.find_processes()
         assert self._process.stdin is not None
         self._process.stdin.close()
-        psutil.wait_procs(found, timeout=10)
-        end([psutil.Process(self._process.pid), *found] if self._process.poll() is None else found)
+        psutil.wait_procs(processes, timeout=10)
+        if self._process.poll() is None:
+            processes.append(psutil.Process(self._process.pid))
+        kill_processes(processes)
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
@@ -100,197 +111,236 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Ended:
-    """What became of a killed run: its exit code, what it said, whether the kill met it while it ran."""
+class KilledRun:
+    """A run that has ended.
+
+    Attributes:
+        returncode: Exit code of the driver; negative if a signal ended it.
+        stderr: Output of the driver on stdout and stderr.
+        was_running: Whether the run had not ended before the kill.
+    """
 
     returncode: int
     stderr: str
-    met: bool
+    was_running: bool
 
 
-def run_and_kill(config: Path, round_: Round, head: Head | None) -> Ended:
-    """Start the round's command and kill its victim at its moment; return when the run has ended."""
-    errors = config.parent / "stderr"
-    with errors.open("w") as stream:
+def run_and_kill(config: Path, round_: Round, cluster: RayCluster | None) -> KilledRun:
+    """Start the round's command, kill its victim at its moment, and return when the run has ended.
+
+    Args:
+        config: Config file of the run; further files are written next to it.
+        round_: Names the command, the victim and the moment of the kill.
+        cluster: Cluster that the run joins; None for engine inline, or for a local Ray of the driver's own.
+    """
+    output = config.parent / "stderr"
+    with output.open("w") as stream:
         process = subprocess.Popen(
-            _command(config, round_, head),
+            _make_command(config, round_, cluster),
             stdout=stream,
             stderr=stream,
-            env=environment(),
-            start_new_session=True,  # so that its group is not ours
+            env=make_environment(),
+            start_new_session=True,  # so that killing its process group does not kill the test
         )
-    family, before = Family(process.pid), commits(config)
+    watch, commits_before = DescendantWatch(process.pid), count_commits(config)
     try:
-        met = _kill(process, round_, head, lambda: commits(config) > before)
+        was_running = _kill_victim(process, round_, cluster, lambda: count_commits(config) > commits_before)
         wait_until(lambda: process.poll() is not None, "the run to end")
-        assert family.is_gone(), "helpers must end with their driver"
-        return Ended(process.returncode, errors.read_text(), met)
+        assert watch.have_ended(), "worker processes must end with their driver"
+        return KilledRun(process.returncode, output.read_text(), was_running)
     finally:
         process.kill()
         process.wait()
-        family.end()
+        watch.kill()
 
 
-def _command(config: Path, round_: Round, head: Head | None) -> list[str]:
-    at_point = round_.when != "any time"
-    name = ("writer" if round_.victim == "writer" else round_.when) if at_point else "-"
+def _make_command(config: Path, round_: Round, cluster: RayCluster | None) -> list[str]:
+    point = "-"
+    if round_.when != "any time":
+        point = "writer" if round_.victim == "writer" else round_.when
     group = "1" if round_.victim == "group" else "0"
-    paced = [sys.executable, "-m", "kill.paced", name, str(round_.nth), str(config.parent / "marker"), group]
-    address = [] if head is None else ["--set", f"run.address={head.address}"]
+    paced = [sys.executable, "-m", "kill.paced", point, str(round_.nth), str(config.parent / "marker"), group]
+    address = [] if cluster is None else ["--set", f"run.address={cluster.address}"]
     return [*paced, round_.command, str(config), "--set", f"run.engine={round_.engine}", *address]
 
 
-def _kill(
-    process: subprocess.Popen[bytes], round_: Round, head: Head | None, has_begun: Callable[[], bool]
+def _kill_victim(
+    process: subprocess.Popen[bytes],
+    round_: Round,
+    cluster: RayCluster | None,
+    has_committed: Callable[[], bool],
 ) -> bool:
-    """Kill at the round's moment, unless the process does so itself; return whether it was still running."""
+    """Kill the victim of a round at `any time`; return whether the run had not ended before.
+
+    For a kill at a point this returns at once, because the process kills itself there.
+    """
     if round_.when != "any time":
         return True
     rng = random.Random(round_.id)
-    found: list[psutil.Process] = []
+    victims: list[psutil.Process] = []
 
-    def look() -> bool:
-        found[:] = _victims(process.pid, round_, head)
-        return bool(found) or process.poll() is not None
+    def has_victims_or_ended() -> bool:
+        victims[:] = _find_victims(process.pid, round_, cluster)
+        return bool(victims) or process.poll() is not None
 
-    # Ray's decoders may be done, and gone, when the first commit comes.
-    first = look if (round_.engine, round_.victim) == ("ray", "decoder") else has_begun
-    wait_until(lambda: first() or process.poll() is not None, "the run to be at work")
-    time.sleep(rng.random() * WITHIN_S)
+    # On Ray, all decoding may be finished, and its processes gone, when the first commit comes.
+    is_ray_decoder = (round_.engine, round_.victim) == ("ray", "decoder")
+    can_begin = has_victims_or_ended if is_ray_decoder else has_committed
+    wait_until(lambda: can_begin() or process.poll() is not None, "the run to process its first scans")
+    time.sleep(rng.random() * KILL_WINDOW_S)
     if round_.victim in ("driver", "group"):
-        met = process.poll() is None
-        if met:
+        was_running = process.poll() is None
+        if was_running:
             os.killpg(process.pid, 9) if round_.victim == "group" else process.kill()
-        return met
-    wait_until(look, f"a {round_.victim}")
-    met = process.poll() is None
-    if met:
-        victim = rng.choice(found)
-        end([victim, *descendants(victim.pid)] if round_.victim == "node" else [victim])
-    return met
+        return was_running
+    wait_until(has_victims_or_ended, f"a {round_.victim}")
+    was_running = process.poll() is None
+    if was_running:
+        victim = rng.choice(victims)
+        kill_processes([victim, *find_descendants(victim.pid)] if round_.victim == "node" else [victim])
+    return was_running
 
 
-def _victims(driver: int, round_: Round, head: Head | None) -> list[psutil.Process]:
-    """Return the processes that play the victim's part just now."""
-    if round_.victim == "node":  # a machine that is gone takes all its processes with it
-        assert head is not None
-        return [psutil.Process(pid) for pid in head.raylets]
-    family = descendants(driver) + (head.processes() if head else [])
-    return [found for found in family if _plays(found, round_)]
+def _find_victims(driver: int, round_: Round, cluster: RayCluster | None) -> list[psutil.Process]:
+    """Return the running processes of which the round kills one.
+
+    For a node these are the raylets of the extra nodes; all processes of a raylet are killed with it, as if
+    the machine had failed.
+    """
+    if round_.victim == "node":
+        assert cluster is not None
+        return [psutil.Process(pid) for pid in cluster.raylets]
+    processes = find_descendants(driver) + (cluster.find_processes() if cluster else [])
+    return [process for process in processes if _is_victim(process, round_)]
 
 
-def _plays(found: psutil.Process, round_: Round) -> bool:
+def _is_victim(process: psutil.Process, round_: Round) -> bool:
+    """Return whether the command line or the name of a process shows that it is a possible victim."""
     try:
-        line, parent, name = " ".join(found.cmdline()), found.parent(), found.name()
-        above = " ".join(parent.cmdline()) if parent else ""
+        command, parent, name = " ".join(process.cmdline()), process.parent(), process.name()
+        parent_command = " ".join(parent.cmdline()) if parent else ""
     except (psutil.NoSuchProcess, psutil.ZombieProcess):
         return False
-    is_helper = "worker_process" in line and (round_.engine == "inline" or above.startswith("ray::"))
-    parts = {
-        "decoder": is_helper,
-        "actor": "MapWorker" in line and "ExtractBatch" in line,
+    is_of_engine = round_.engine == "inline" or parent_command.startswith("ray::")
+    is_victim = {
+        "decoder": "worker_process" in command and is_of_engine,
+        "actor": "MapWorker" in command and "ExtractBatch" in command,
         "raylet": name == "raylet",
     }
-    return parts[round_.victim]
+    return is_victim[round_.victim]
 
 
-def commits(config: Path) -> int:
-    """Return how many entries the ledger's log has, beside the one that makes it."""
-    return len(list((output_of(config) / SCANS / "_delta_log").glob("*[1-9]*.json")))
+def count_commits(config: Path) -> int:
+    """Return the number of entries in the log of the scans table, except the one that creates the table."""
+    return len(list((get_output_folder(config) / SCANS / "_delta_log").glob("*[1-9]*.json")))
 
 
-def output_of(config: Path) -> Path:
-    """Return the folder that a config names."""
+def get_output_folder(config: Path) -> Path:
+    """Return the output folder of a config file."""
     return Path(yaml.safe_load(config.read_text())["output"]["uri"])
 
 
-def finish(config: Path, command: str) -> Any:
-    """Let one undisturbed start go to its end, and return its summary; the engine makes no difference."""
+def run_to_end(config: Path, command: str) -> Any:
+    """Run the command undisturbed in this process, and return its summary.
+
+    It always uses engine inline, because both engines give the same values.
+    """
     run = featray.refresh if command == "refresh" else featray.extract
     return run(str(config), ["run.engine=inline", "run.decode.workers=0"])
 
 
-def values(dataset: Dataset) -> Values:
-    """Return all features; no row is there twice, and the ledger promises exactly these."""
+def read_values(dataset: Dataset) -> FeatureValues:
+    """Return all features; check that each row occurs once and that the scans table names exactly these."""
     snapshot = dataset.open_snapshot()
     rows = snapshot.read(FEATURES, ("scan_id", "layer", "patch", "feature")).to_pylist()
-    found = {(row["scan_id"], row["layer"], row["patch"]): row["feature"] for row in rows}
-    assert len(found) == len(rows), "a row is there twice"
-    ledger = snapshot.read(SCANS, ("scan_id", "status", "patches")).to_pylist()
-    assert len({row["scan_id"] for row in ledger}) == len(ledger), "a scan is in the ledger twice"
-    layers = {layer for _, layer, _ in found}
+    values = {(row["scan_id"], row["layer"], row["patch"]): row["feature"] for row in rows}
+    assert len(values) == len(rows), "a row occurs twice"
+    scans = snapshot.read(SCANS, ("scan_id", "status", "patches")).to_pylist()
+    assert len({scan["scan_id"] for scan in scans}) == len(scans), "a scan has two rows in the scans table"
+    layers = {layer for _, layer, _ in values}
     promised = {
-        (row["scan_id"], layer, patch)
-        for row in ledger
-        if row["status"] == "ok"
+        (scan["scan_id"], layer, patch)
+        for scan in scans
+        if scan["status"] == "ok"
         for layer in layers
-        for patch in range(row["patches"])
+        for patch in range(scan["patches"])
     }
-    assert promised == found.keys(), "the ledger and the features differ"
-    return found
+    assert promised == values.keys(), "the scans table and the features differ"
+    return values
 
 
-def assert_same(config: Path, expected: Values) -> None:
-    """Compare an output with an undisturbed run's, and its folder with its tables."""
-    dataset = Dataset(Store(str(output_of(config))))
-    found = values(dataset)
-    assert found.keys() == expected.keys()
+def assert_same_output(config: Path, expected: FeatureValues) -> None:
+    """Assert that an output has the features of an undisturbed run, no further files, and no lease."""
+    dataset = Dataset(Store(str(get_output_folder(config))))
+    values = read_values(dataset)
+    assert values.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
-    for table in (FEATURES, SCANS):  # a plain reader of the folder sees the table and nothing else
+        np.testing.assert_allclose(values[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
+    for table in (FEATURES, SCANS):  # a plain reader of the folder sees the data of the table and no other
         on_disk = {name for name in dataset.store.list_files(table) if "/_delta_log/" not in name}
         assert on_disk == {f"{table}/{file.path}" for file in dataset.open_snapshot().files(table)}
-    assert list(dataset.store.list_files(LEASE_FOLDER)) == [], "a lease is left"
+    assert list(dataset.store.list_files(LEASE_FOLDER)) == [], "the lease was not removed"
     assert verify(dataset).text().endswith("everything is in order")
 
 
-def wait_until(has_come: Callable[[], bool], what: str) -> None:
-    """Look every few milliseconds, for a bounded time."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not has_come():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_S:.0f} s for {what}"
+def wait_until(is_true: Callable[[], bool], event: str) -> None:
+    """Call `is_true` every few milliseconds until it returns true; fail after `TIMEOUT_S`.
+
+    Args:
+        is_true: Condition to wait for.
+        event: What is waited for, for the message.
+    """
+    deadline = time.monotonic() + TIMEOUT_S
+    while not is_true():
+        assert time.monotonic() < deadline, f"waited {TIMEOUT_S:.0f} s for {event}"
         time.sleep(0.005)
 
 
-def descendants(pid: int) -> list[psutil.Process]:
-    """Return a process's children and theirs; none when it is gone."""
+def find_descendants(pid: int) -> list[psutil.Process]:
+    """Return the children of a process, their children, and so on; none if the process has ended."""
     try:
         return psutil.Process(pid).children(recursive=True)
     except psutil.NoSuchProcess:
         return []
 
 
-def end(processes: Iterable[psutil.Process]) -> None:
-    """Kill what is still there."""
-    found = list(processes)
-    for process in found:
-        with contextlib.suppress(psutil.NoSuchProcess):  # psutil knows when a pid was given away since
+def kill_processes(processes: Iterable[psutil.Process]) -> None:
+    """Kill those of the processes that are still running."""
+    to_kill = list(processes)
+    for process in to_kill:
+        with contextlib.suppress(psutil.NoSuchProcess):  # also if another process has the same id by now
             process.kill()
-    psutil.wait_procs(found, timeout=10)
+    psutil.wait_procs(to_kill, timeout=10)
 
 
-class Family:
-    """All processes that a process has started, though it may be dead; looks a few times a second."""
+class DescendantWatch:
+    """Collects all processes that a process starts, because they cannot be found after it has died.
+
+    A thread searches for them four times a second, until `have_ended` or `kill` is called.
+
+    Args:
+        pid: Id of the process.
+    """
 
     def __init__(self, pid: int) -> None:
-        self._pid, self._found, self._stop = pid, set[psutil.Process](), threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._pid, self._processes, self._stop = pid, set[psutil.Process](), threading.Event()
+        self._thread = threading.Thread(target=self._search, daemon=True)
         self._thread.start()
 
-    def is_gone(self) -> bool:
-        """Whether all of them end soon, now that the process has."""
-        self._end_looking()
-        return not psutil.wait_procs(self._found, timeout=20)[1]
+    def have_ended(self) -> bool:
+        """Wait up to 20 s for all the processes to end; return whether they have."""
+        self._stop_searching()
+        return not psutil.wait_procs(self._processes, timeout=20)[1]
 
-    def end(self) -> None:
-        """Kill what is left of them."""
-        self._end_looking()
-        end(self._found)
+    def kill(self) -> None:
+        """Kill those of the processes that are still running."""
+        self._stop_searching()
+        kill_processes(self._processes)
 
-    def _look(self) -> None:
+    def _search(self) -> None:
         while not self._stop.wait(0.25):
-            self._found.update(descendants(self._pid))
+            self._processes.update(find_descendants(self._pid))
 
-    def _end_looking(self) -> None:
+    def _stop_searching(self) -> None:
         self._stop.set()
         self._thread.join()

@@ -1,10 +1,18 @@
-"""The command line at a pace that a kill can meet in the middle, and with points where it kills itself.
+"""The command line of featray, slowed down, and with points at which the process kills itself.
 
     python -m kill.paced POINT NTH MARKER GROUP extract config.yaml --set run.engine=ray
 
-Only the pace differs from `featray`: pauses, few scans per file, a commit for each file. The process kills
-itself the NTH time it comes to POINT (`-`: never); with GROUP `1` its whole process group. MARKER is a path
-that writers in other processes count at.
+The arguments after GROUP are those of `featray`, and the run gives the same output. It differs from `featray`
+in two ways, both made by replacing functions of featray before the command line starts:
+
+- It is slow enough that a kill meets it in the middle: decoding, writing and committing are preceded by
+  pauses, few scans share a file, and each file is committed at once.
+- When it reaches POINT for the NTH time, it sends SIGKILL to itself, or, if GROUP is `1`, to its whole
+  process group. If POINT is `-`, it never does.
+
+The points of `kill.rounds.POINTS` are in the driver; `writer` is in the process that writes features, right
+after it has written them. On Ray several processes write, so they count how often they have reached the point
+with files whose names begin with the path MARKER.
 """
 
 from __future__ import annotations
@@ -28,28 +36,36 @@ from featray.stages.decode import Decoder
 from featray.storage.store import Store
 
 DECODE_S, WRITE_S, COMMIT_S = 0.15, 0.05, 0.15
+"""Pauses before each scan is decoded, each file is written, and each commit."""
 SCANS_PER_FILE = 3
 
 
 class PacedDecoder(Decoder):
-    """A decoder that takes a while."""
+    """A decoder that pauses before each scan."""
 
     def __call__(self, scan: Scan) -> Decoded:
         time.sleep(DECODE_S)
         return super().__call__(scan)
 
 
-def write(extracted: pa.Table, *, marker: str, nth: int, **how: Any) -> Receipt:
-    """Write, and die the NTH time when the files are there and nobody was told: `nth` 0 never does."""
+def write(extracted: pa.Table, *, marker: str, nth: int, **options: Any) -> Receipt:
+    """Write features; the `nth` call of all processes then kills its process, before it returns the receipt.
+
+    Args:
+        extracted: As for `featray.stages.write.write`.
+        marker: Path with which the names of the counting files begin.
+        nth: Number of the call that kills its process; 0 for none.
+        options: As for `featray.stages.write.write`.
+    """
     time.sleep(WRITE_S)
-    receipt = featray.stages.write.write(extracted, **how)
-    if nth and _count(marker) == nth:
+    receipt = featray.stages.write.write(extracted, **options)
+    if nth and _count_call(marker) == nth:
         os.kill(os.getpid(), signal.SIGKILL)
     return receipt
 
 
-def _count(marker: str) -> int:
-    """Return the how-manieth caller this is, over all processes."""
+def _count_call(marker: str) -> int:
+    """Return the number of calls of this function in all processes, including this call."""
     number = 1
     while True:
         try:
@@ -59,29 +75,35 @@ def _count(marker: str) -> int:
             number += 1
 
 
-class _Point:
-    """Kills this process the `nth` time that one of its points is passed under the chosen name."""
+class _KillPoint:
+    """Kills this process, or its group, when the point `name` is reached for the `nth` time."""
 
-    def __init__(self, name: str, nth: int, group: bool) -> None:
-        self._name, self._nth, self._group = name, nth, group
+    def __init__(self, name: str, nth: int, *, kills_group: bool) -> None:
+        self._name, self._nth, self._kills_group = name, nth, kills_group
 
-    def pass_by(self, name: str) -> None:
+    def reach(self, name: str) -> None:
+        """Kill the process if this is the chosen point and the chosen time."""
         if name != self._name:
             return
         self._nth -= 1
         if self._nth == 0:
-            os.killpg(0, signal.SIGKILL) if self._group else os.kill(os.getpid(), signal.SIGKILL)
+            os.killpg(0, signal.SIGKILL) if self._kills_group else os.kill(os.getpid(), signal.SIGKILL)
 
-    def comes_next(self, name: str) -> bool:
+    def is_deadly(self, name: str) -> bool:
+        """Return whether the process dies the next time that it reaches this point."""
         return name == self._name and self._nth == 1
 
 
 def main(argv: Sequence[str]) -> None:
-    """Run the command line with the patches of the module's text."""
+    """Slow featray down, insert the points, and run the command line.
+
+    Args:
+        argv: POINT, NTH, MARKER, GROUP, and the arguments of `featray`.
+    """
     name, nth, marker, group, *command = argv
-    point = _Point(name, int(nth), group == "1")
+    point = _KillPoint(name, int(nth), kills_group=group == "1")
     _slow_down(marker, int(nth) if name == "writer" else 0)
-    _put_points(point)
+    _insert_points(point)
     from featray.cli import main as cli
 
     sys.argv[1:] = command
@@ -96,55 +118,64 @@ def _slow_down(marker: str, nth: int) -> None:
     pipeline.COMMIT_INTERVAL = 0
 
 
-def _put_points(point: _Point) -> None:
-    committer, table_log, store = Committer, TableLog, Store
-    _before(committer, "commit", lambda: (time.sleep(COMMIT_S), point.pass_by("after files")))
-    _before(committer, "_write_commit", lambda: point.pass_by("before commit"))
-    _before(committer, "_delete_superseded", lambda: point.pass_by("after commit"))
-    _before(committer, "delete_orphans", lambda: point.pass_by("before sweep"))
-    _at_second_table(table_log, point)
-    _amid_deletes(store, point)
+def _insert_points(point: _KillPoint) -> None:
+    """Insert the points of `kill.rounds.POINTS`, in the order in which a run reaches them.
+
+    `after files`: features are written, but not committed.
+    `before commit`: the new rows of the scans table are written too.
+    `between tables`: the log of one of the two tables has its entry.
+    `after commit`: both logs have their entries, and no superseded file is deleted.
+    `during deletes`: half of the superseded files are deleted.
+    `before orphan deletion`: everything is committed, and files that no table refers to may be left.
+    """
+    _call_before(Committer, "commit", lambda: (time.sleep(COMMIT_S), point.reach("after files")))
+    _call_before(Committer, "_write_commit", lambda: point.reach("before commit"))
+    _kill_between_tables(TableLog, point)
+    _call_before(Committer, "_delete_superseded", lambda: point.reach("after commit"))
+    _kill_during_deletes(Store, point)
+    _call_before(Committer, "delete_orphans", lambda: point.reach("before orphan deletion"))
 
 
-def _before(kind: Any, name: str, step: Callable[[], object]) -> None:
+def _call_before(kind: type, name: str, step: Callable[[], object]) -> None:
+    """Make a method of a class call `step` first."""
     original = getattr(kind, name)
 
-    def stepping(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call_both(self: Any, *args: Any, **kwargs: Any) -> Any:
         step()
         return original(self, *args, **kwargs)
 
-    setattr(kind, name, stepping)
+    setattr(kind, name, call_both)
 
 
-def _at_second_table(table_log: Any, point: _Point) -> None:
-    """The entry without a pending commit is the second of the two that make a commit."""
+def _kill_between_tables(table_log: Any, point: _KillPoint) -> None:
+    """Put the point before the second log entry of a commit, the one without a pending commit."""
     original = table_log.append
 
     def append(self: Any, *args: Any, pending: Any = None, **kwargs: Any) -> None:
         if pending is None:
-            point.pass_by("between tables")
+            point.reach("between tables")
         original(self, *args, pending=pending, **kwargs)
 
     table_log.append = append
 
 
-def _amid_deletes(store: Any, point: _Point) -> None:
-    """Delete half of what a commit has superseded, at least one file, and die."""
+def _kill_during_deletes(store: Any, point: _KillPoint) -> None:
+    """Put the point into the deletion of data files, after half of them, and at least one, are deleted."""
     original = store.delete
 
     def delete(self: Any, names: Sequence[str]) -> None:
         data = [name for name in names if name.endswith(".parquet")]
         if data:
-            if point.comes_next("amid deletes"):
+            if point.is_deadly("during deletes"):
                 original(self, data[: (len(data) + 1) // 2])
-            point.pass_by("amid deletes")
+            point.reach("during deletes")
         original(self, names)
 
     store.delete = delete
 
 
 if __name__ == "__main__":
-    # Once more under the module's own name, so that helpers and Ray find its classes there.
+    # Import this module under its own name, because worker processes and Ray cannot find classes of __main__.
     from kill import paced
 
     paced.main(sys.argv[1:])

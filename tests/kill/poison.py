@@ -1,4 +1,7 @@
-"""A decoder and a model that kill or hang the process they run in; importable wherever tests run them."""
+"""Decoders and models for tests of the engines; some of them kill or hang the process they run in.
+
+They are in a module of their own, so that worker processes and Ray can import them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,12 @@ from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 
 
-class Poisoned(Decoder):
-    """Dies on scans named poison…, hangs in C on hang…; the sum over what killer… gives is negative."""
+class CrashingDecoder(Decoder):
+    """A decoder whose behavior depends on the scan id; it reads no file.
+
+    `poison…` kills the process. `hang…` hangs in C. `killer…` gives a negative tensor, which kills the
+    process of the model (see `sum_voxels`). Any other id gives a tensor of ones.
+    """
 
     def __call__(self, scan: Scan) -> Decoded:
         record = ScanRecord.from_scan(scan)
@@ -25,14 +32,14 @@ class Poisoned(Decoder):
         if scan.scan_id.startswith("poison"):
             os.kill(os.getpid(), signal.SIGSEGV)
         if scan.scan_id.startswith("hang"):
-            ctypes.PyDLL(None).sleep(3600)  # keeps Python's lock: none of its threads and handlers run
+            ctypes.PyDLL(None).sleep(3600)  # holds the interpreter lock: no thread and no signal handler runs
         record.patches = 1
         value = -1 if scan.scan_id.startswith("killer") else 1
         return Decoded(record, np.full((1, 2, 2, 2), value, np.float32), np.zeros((1, 3), np.int32))
 
 
-class Numbered(Decoder):
-    """Gives scan s7 a tensor of sevens, of a shape of its own."""
+class NumberingDecoder(Decoder):
+    """A decoder that gives scan s7 a tensor of sevens; tensors of odd and even scans differ in shape."""
 
     def __call__(self, scan: Scan) -> Decoded:
         record, value = ScanRecord.from_scan(scan), int(scan.scan_id[1:])
@@ -41,25 +48,30 @@ class Numbered(Decoder):
         return Decoded(record, np.full(shape, value, np.float32), np.zeros((1, 3), np.int32))
 
 
-def summing(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
-    """Stand in for a model; one that a negative sum kills."""
+def sum_voxels(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+    """Return the sum of each input as layer `sum`, like a model; a negative sum kills the process."""
     sums = batch.reshape(len(batch), -1).sum(axis=1, keepdims=True)
     if (sums < 0).any():
         os.kill(os.getpid(), signal.SIGKILL)
     return {"sum": sums}
 
 
-def load_summing() -> object:
-    """Return the model, as every process that holds it does."""
-    return summing
+def load_sum_model() -> object:
+    """Return `sum_voxels`, as each process does that runs the model."""
+    return sum_voxels
 
 
-def load_slow(folder: str) -> object:
-    """Return a slow model, and leave a mark in the folder for each process that holds one."""
+def load_waiting_model(folder: str) -> object:
+    """Create the file loaded-PID in the folder, and return a model that waits for a second such file.
+
+    Each call of the model waits for at most 3 s.
+    """
     (Path(folder) / f"loaded-{os.getpid()}").touch()
 
-    def model(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
-        time.sleep(0.2)
-        return summing(batch, seeds)
+    def wait_and_sum(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+        deadline = time.monotonic() + 3
+        while len(list(Path(folder).glob("loaded-*"))) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return sum_voxels(batch, seeds)
 
-    return model
+    return wait_and_sum

@@ -1,4 +1,4 @@
-"""The Ray cluster that a run uses: which claims it can meet, and what a local Ray sends over the network."""
+"""The Ray cluster of a run: claims that it can never meet, and usage statistics."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ def test_claims_that_a_local_ray_can_never_meet_are_refused(actors: dict[str, An
         cluster.check_claims(run, {"CPU": 2.0, "GPU": 1.0}, grows=False)
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")  # its resources are compared with the claims of the run
 @pytest.mark.parametrize(("setting", "is_sent"), [(None, False), ("1", True)])
 def test_a_local_ray_sends_usage_statistics_only_if_the_environment_asks_for_it(
     monkeypatch: pytest.MonkeyPatch, setting: str | None, is_sent: bool

@@ -1,4 +1,4 @@
-"""Engine ray: the same values as engine inline, and a scan that kills its worker costs only itself."""
+"""Engine ray: the same values as engine inline, scans that kill a process, and errors of stages."""
 
 from __future__ import annotations
 
@@ -33,11 +33,12 @@ MINIMAL = {"model": {"uri": "m.keras", "layers": ["sum"]}, "output": {"uri": "ou
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("local_ray")]
 
 
-def features(uri: str) -> dict[tuple[str, str, int], np.ndarray]:
+def read_features(uri: str) -> dict[tuple[str, str, int], np.ndarray]:
+    """Return (scan_id, layer, patch) → feature; check that each has one row."""
     rows = Dataset(Store(uri)).read(FEATURES, ("scan_id", "layer", "patch", "feature")).to_pylist()
-    found = {(row["scan_id"], row["layer"], row["patch"]): np.array(row["feature"]) for row in rows}
-    assert len(found) == len(rows), "a row occurs twice"
-    return found
+    features = {(row["scan_id"], row["layer"], row["patch"]): np.array(row["feature"]) for row in rows}
+    assert len(features) == len(rows), "a row occurs twice"
+    return features
 
 
 @pytest.mark.parametrize(
@@ -51,13 +52,13 @@ def test_engines_ray_and_inline_give_the_same_values(
     featray.extract(inline)
     summary = featray.extract(by_ray, ["run.engine=ray"])
     assert (summary.engine, summary.ok, summary.exit_code) == ("ray", 12, 0)
-    expected, found = features(inline["output"]["uri"]), features(by_ray["output"]["uri"])
-    assert found.keys() == expected.keys()
+    expected, actual = read_features(inline["output"]["uri"]), read_features(by_ray["output"]["uri"])
+    assert actual.keys() == expected.keys()
     for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
+        np.testing.assert_allclose(actual[key], value, rtol=1e-5, atol=1e-6, err_msg=str(key))
 
 
-def test_with_gpus_decoding_runs_apart_from_the_model(tmp_path: Path) -> None:
+def test_with_gpus_decoding_and_the_model_run_in_different_processes(tmp_path: Path) -> None:
     actors = {"num_gpus": 0.5, "num_cpus": 0.5}
     run = RunConfig.model_validate({"actors": actors, "decode": {"num_cpus": 0.5}})
     pipeline = PassPipeline(run, make_decoding(), make_stages(tmp_path), Pass.STRICT, None)
@@ -70,13 +71,13 @@ def test_with_gpus_decoding_runs_apart_from_the_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("actors", "decode_cpus"),
     [({}, 0.5), ({"num_gpus": 0.5, "num_cpus": 0.5}, 0.5), ({"num_gpus": 1}, 1)],
-    ids=["cpu", "gpu", "gpu, claims that fill the machine"],
+    ids=["cpu", "gpu", "gpu, all CPUs claimed"],
 )
 def test_each_scan_keeps_its_own_tensor_between_processes(
     tmp_path: Path, actors: dict[str, Any], decode_cpus: float
 ) -> None:
     run = RunConfig.model_validate({"actors": actors, "decode": {"num_cpus": decode_cpus}})
-    decoding = make_decoding(poison.Numbered)
+    decoding = make_decoding(poison.NumberingDecoder)
     receipts = RayEngine(run, decoding).receipts(
         [replace(make_scan(f"s{n}"), size=n % 7 * 20_000) for n in range(50)],
         make_stages(tmp_path),
@@ -88,9 +89,11 @@ def test_each_scan_keeps_its_own_tensor_between_processes(
     assert {row["scan_id"]: row["feature"] for row in rows} == {f"s{n}": [8.0 * n] for n in range(50)}
 
 
-def test_a_pool_grows_under_load_up_to_the_number_of_gpus(tmp_path: Path) -> None:
+def test_a_pool_of_actors_grows_under_load_to_the_number_of_gpus(tmp_path: Path) -> None:
     run = RunConfig.model_validate({"actors": {"num_gpus": 1, "num_cpus": 0.25}, "decode": {"num_cpus": 0.5}})
-    stages = replace(make_stages(tmp_path), load_extractor=functools.partial(poison.load_slow, str(tmp_path)))
+    stages = replace(
+        make_stages(tmp_path), load_extractor=functools.partial(poison.load_waiting_model, str(tmp_path))
+    )
     receipts = RayEngine(run, make_decoding()).receipts(
         [make_scan(f"s{n}") for n in range(40)], stages, threading.Event()
     )
@@ -102,7 +105,7 @@ def make_scan(name: str) -> Scan:
     return Scan(name, f"/{name}", "nifti", (f"/{name}",), "c")
 
 
-def make_decoding(decoder: type[Decoder] = poison.Poisoned, **limits: Any) -> Decoding:
+def make_decoding(decoder: type[Decoder] = poison.CrashingDecoder, **limits: Any) -> Decoding:
     config = load({**MINIMAL, "source": {"uri": "/"}})
     return Decoding(decoder.from_config(config), batch_scans=2, limits=LimitsConfig(**limits))
 
@@ -110,7 +113,7 @@ def make_decoding(decoder: type[Decoder] = poison.Poisoned, **limits: Any) -> De
 def make_stages(folder: Path) -> Stages:
     dataset = Dataset(Store(str(folder)))
     write_run = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
-    return Stages(poison.summing, poison.load_summing, "r", write_run, scans_per_file=4)
+    return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=4)
 
 
 def run_scans(stages: Stages, names: list[str], **limits: Any) -> dict[str, ScanRecord]:
@@ -121,7 +124,7 @@ def run_scans(stages: Stages, names: list[str], **limits: Any) -> dict[str, Scan
     return {record.scan_id: record for record in records}
 
 
-def test_scans_that_crash_or_hang_their_process_cost_no_other_scan_and_no_second_pass(
+def test_scans_that_crash_or_hang_their_process_affect_no_other_scan_and_cause_no_second_pass(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     names = [f"poison{n}" if n % 20 == 6 else f"s{n}" for n in range(60)] + ["hang"]
@@ -133,7 +136,7 @@ def test_scans_that_crash_or_hang_their_process_cost_no_other_scan_and_no_second
     assert "a pass ended early" not in caplog.text
 
 
-def test_a_scan_that_kills_the_models_process_costs_no_other_scan(tmp_path: Path) -> None:
+def test_a_scan_that_kills_the_process_of_the_model_does_not_affect_other_scans(tmp_path: Path) -> None:
     names = [*(f"s{n}" for n in range(9)), "killer"]
     records = run_scans(make_stages(tmp_path), names, attempts=2)
     assert {name: (record.reason, record.attempts) for name, record in records.items() if record.reason} == {
@@ -141,21 +144,21 @@ def test_a_scan_that_kills_the_models_process_costs_no_other_scan(tmp_path: Path
     }
 
 
-def test_a_single_scan_that_kills_the_models_process_is_given_up(tmp_path: Path) -> None:
+def test_a_single_scan_that_kills_the_process_of_the_model_fails_as_worker_crash(tmp_path: Path) -> None:
     assert run_scans(make_stages(tmp_path), ["killer"], attempts=1)["killer"].reason == "worker_crash"
 
 
 @pytest.mark.parametrize("error", ["ActorDiedError", "WorkerCrashedError"])
-def test_if_all_workers_die_the_cluster_is_blamed_and_no_scan_is_given_up(
+def test_if_all_workers_die_the_run_ends_with_an_error_of_the_cluster_and_no_scan_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: str
 ) -> None:
-    def die(self: PassPipeline, scans: Any) -> Any:  # what Ray raises after a minute or more
+    def fail_like_ray(self: PassPipeline, scans: Any) -> Any:  # Ray raises this after a minute or more
         passes.append(error)
         raise getattr(ray.exceptions, error)
         yield
 
     passes: list[str] = []
-    monkeypatch.setattr(PassPipeline, "receipts", die)
+    monkeypatch.setattr(PassPipeline, "receipts", fail_like_ray)
     with pytest.raises(FeatrayError, match="the cluster is to blame"):
         run_scans(make_stages(tmp_path), ["s0", "s1"])
     assert len(passes) == {"ActorDiedError": 1, "WorkerCrashedError": 3}[error]
@@ -165,7 +168,7 @@ def refuse_to_write(table: Any) -> Receipt:
     raise StorageError(f"no room for {len(table)} scans")
 
 
-def test_an_error_of_a_stage_arrives_as_it_was_raised(tmp_path: Path) -> None:
+def test_an_error_of_a_stage_is_raised_in_the_driver_with_its_type_and_message(tmp_path: Path) -> None:
     stages = replace(make_stages(tmp_path), write=refuse_to_write)
     with pytest.raises(StorageError, match=r"^no room for 1 scans$"):
         run_scans(stages, ["s0"])

@@ -1,4 +1,4 @@
-"""The head start: the driver processes the first scans, once, while its local Ray starts."""
+"""The head start: the driver processes the first scans while its local Ray starts, and each scan once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SCANS = [
 def make_decoding(**preprocess: Any) -> Decoding:
     model = {"uri": "m.keras", "layers": ["sum"]}
     config = {"source": {"uri": "/"}, "preprocess": preprocess, "model": model, "output": {"uri": "out"}}
-    decoder = poison.Poisoned.from_config(load(config))
+    decoder = poison.CrashingDecoder.from_config(load(config))
     return Decoding(decoder, batch_scans=2, limits=LimitsConfig(attempts=2))
 
 
@@ -43,30 +43,30 @@ def stages(tmp_path: Path) -> Stages:
     write_run = functools.partial(
         write, dataset=Dataset(Store(str(tmp_path))), partition_by=("layer",), recipe="r", run_id="run"
     )
-    return Stages(poison.summing, poison.load_summing, "r", write_run, scans_per_file=3)
+    return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=3)
 
 
-def prefetch(scans: list[Scan] = SCANS, **preprocess: Any) -> HeadStart:
+def start_prefetch(scans: list[Scan] = SCANS, **preprocess: Any) -> HeadStart:
     head_start = HeadStart(make_decoding(**preprocess), ModelThreads(each=1))
     head_start.prefetch_scans(scans)
     return head_start
 
 
-def test_prefetched_scans_are_processed_here_and_the_others_are_returned(stages: Stages) -> None:
-    head_start = prefetch()
+def test_prefetched_scans_are_processed_in_the_driver_and_the_others_are_returned(stages: Stages) -> None:
+    head_start = start_prefetch()
     others = head_start.start(SCANS, stages, threading.Event())
     assert others == SCANS[4:]
     records = [record for receipt in head_start.take_receipts(60) for record in receipt.records]
-    found = {record.scan_id: (record.status, record.attempts) for record in records}
-    assert found == {"poison0": ("failed", 2), "s0": ("ok", 1), "s1": ("ok", 1), "s2": ("ok", 1)}
+    outcomes = {record.scan_id: (record.status, record.attempts) for record in records}
+    assert outcomes == {"poison0": ("failed", 2), "s0": ("ok", 1), "s1": ("ok", 1), "s2": ("ok", 1)}
     assert not head_start.take_receipts(0)
     assert not find_worker_processes()
 
 
 def test_a_prefetched_scan_that_is_not_due_is_dropped(stages: Stages) -> None:
-    head_start = prefetch()
-    asked = [SCANS[0], *SCANS[2:]]
-    assert head_start.start(asked, stages, threading.Event()) == SCANS[4:]
+    head_start = start_prefetch()
+    due = [SCANS[0], *SCANS[2:]]
+    assert head_start.start(due, stages, threading.Event()) == SCANS[4:]
     records = [record.scan_id for receipt in head_start.take_receipts(60) for record in receipt.records]
     assert sorted(records) == ["poison0", "s1", "s2"]
 
@@ -76,15 +76,17 @@ def test_a_prefetched_scan_that_is_not_due_is_dropped(stages: Stages) -> None:
     [({"size": None}, SCANS), ({}, SCANS[:7])],
     ids=["inputs of any size", "few scans"],
 )
-def test_nothing_is_prefetched_with(preprocess: dict[str, Any], scans: list[Scan], stages: Stages) -> None:
-    head_start = prefetch(scans, **preprocess)
+def test_no_scan_is_prefetched_if_inputs_vary_in_size_or_scans_are_few(
+    preprocess: dict[str, Any], scans: list[Scan], stages: Stages
+) -> None:
+    head_start = start_prefetch(scans, **preprocess)
     assert head_start.start(scans, stages, threading.Event()) == scans
     assert not head_start.take_receipts(None)
     assert not find_worker_processes()
 
 
-def test_receipts_that_are_not_ready_in_time_come_later(stages: Stages) -> None:
-    head_start, resume = prefetch(), threading.Event()
+def test_receipts_that_are_not_ready_within_the_timeout_are_returned_later(stages: Stages) -> None:
+    head_start, resume = start_prefetch(), threading.Event()
 
     def wait_and_write(scans: Any) -> Any:
         resume.wait(60)
@@ -99,7 +101,7 @@ def test_receipts_that_are_not_ready_in_time_come_later(stages: Stages) -> None:
 def test_closing_early_leaves_no_worker_process(stages: Stages, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_start_module, "_CLOSE_TIMEOUT_S", 0.1)
     scans = [replace(SCANS[0], scan_id="hang"), *SCANS[1:]]
-    head_start = prefetch(scans)
+    head_start = start_prefetch(scans)
     head_start.start(scans, stages, threading.Event())
     head_start.close()
     assert not find_worker_processes()
@@ -124,21 +126,23 @@ def test_a_local_ray_is_started_only_without_an_address(
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
-def test_a_run_with_a_head_start_has_every_scan_once(config_of: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_with_a_head_start_stores_every_scan_once(
+    config_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert not cluster.is_to_start(RunConfig()), "this process has joined a cluster"
     monkeypatch.setattr(cluster, "is_to_start", lambda run: True)
-    here: list[str] = []
+    in_driver: list[str] = []
     take_receipts = HeadStart.take_receipts
 
     def take_and_note(self: HeadStart, timeout_s: float | None) -> Any:
         receipts = take_receipts(self, timeout_s)
-        here.extend(record.scan_id for receipt in receipts for record in receipt.records)
+        in_driver.extend(record.scan_id for receipt in receipts for record in receipt.records)
         return receipts
 
     monkeypatch.setattr(HeadStart, "take_receipts", take_and_note)
     config = config_of()
     summary = featray.extract(config, ["run.engine=ray"])
-    assert (summary.ok, summary.failed, summary.exit_code, len(here)) == (12, 0, 0, 1)
+    assert (summary.ok, summary.failed, summary.exit_code, len(in_driver)) == (12, 0, 0, 1)
     assert featray.verify(config["output"]["uri"]).exit_code == 0
 
 

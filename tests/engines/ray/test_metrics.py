@@ -11,11 +11,12 @@ from featray.engines.ray.metrics import Metrics
 from featray.hardware import Workers
 from featray.schema import Receipt, ScanRecord
 
-seen: dict[tuple[str, ...], float] = defaultdict(float)
+values: dict[tuple[str, ...], float] = defaultdict(float)
+"""(Name of a metric, value of each of its tags) → value."""
 
 
 class Metric:
-    """Counter or gauge that stores its values, and is as strict about them as Ray's."""
+    """Replaces a counter or gauge of Ray: stores its values, and refuses the same calls."""
 
     def __init__(self, name: str, description: str, tag_keys: tuple[str, ...] = ()) -> None:
         assert description
@@ -23,12 +24,12 @@ class Metric:
 
     def inc(self, value: float, tags: dict[str, str] | None = None) -> None:
         assert value > 0
-        seen[self._key(tags)] += value
+        values[self._make_key(tags)] += value
 
     def set(self, value: float, tags: dict[str, str] | None = None) -> None:
-        seen[self._key(tags)] = value
+        values[self._make_key(tags)] = value
 
-    def _key(self, tags: dict[str, str] | None) -> tuple[str, ...]:
+    def _make_key(self, tags: dict[str, str] | None) -> tuple[str, ...]:
         assert set(self._keys) == set(tags or {})
         return self._name, *(tags or {}).values()
 
@@ -37,23 +38,23 @@ class Metric:
 def metrics(monkeypatch: pytest.MonkeyPatch) -> Metrics:
     monkeypatch.setattr(ray_metrics, "Counter", Metric)
     monkeypatch.setattr(ray_metrics, "Gauge", Metric)
-    seen.clear()
+    values.clear()
     return Metrics(10)
 
 
 def make_record(name: str, status: str = "ok", reason: str | None = None) -> ScanRecord:
-    found = ScanRecord(
+    record = ScanRecord(
         name, f"/{name}", "nifti", content="c", recipe="r", run_id="run", status=status, reason=reason
     )  # type: ignore[arg-type]
-    found.read_s, found.infer_s, found.bytes_read = 0.5, 2.0, 100
-    return found
+    record.read_s, record.infer_s, record.bytes_read = 0.5, 2.0, 100
+    return record
 
 
 def test_scans_failures_seconds_and_bytes_are_counted(metrics: Metrics) -> None:
-    assert seen == {("featray_waiting_scans",): 10}
+    assert values == {("featray_waiting_scans",): 10}
     metrics.add(Receipt((), (make_record("a"), make_record("b"))), None)
     metrics.add(Receipt((), (make_record("c", "failed", "truncated"),)), Workers(decode=4, model=2, cores=4))
-    assert seen == {
+    assert values == {
         ("featray_scans", "ok"): 2,
         ("featray_scans", "failed"): 1,
         ("featray_failures", "truncated"): 1,
@@ -67,8 +68,8 @@ def test_scans_failures_seconds_and_bytes_are_counted(metrics: Metrics) -> None:
 
 
 def test_metrics_hold_neither_ids_nor_messages_of_scans(metrics: Metrics) -> None:
-    found = make_record("patient-name", "failed", "unreadable")
-    found.message = "secret words"
-    metrics.add(Receipt((), (found,)), None)
-    assert "patient" not in str(seen)
-    assert "secret" not in str(seen)
+    record = make_record("patient-name", "failed", "unreadable")
+    record.message = "secret words"
+    metrics.add(Receipt((), (record,)), None)
+    assert "patient" not in str(values)
+    assert "secret" not in str(values)

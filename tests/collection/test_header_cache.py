@@ -124,6 +124,7 @@ def list_folder(root: Path, cache: HeaderCache | None = None, **policy: Any) -> 
         return Listing(())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_a_listing_with_a_cache_equals_a_listing_without(
     tmp_path: Path, pool: list[bytes], seed: int, header_reads: list[str]

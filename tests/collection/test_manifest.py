@@ -87,6 +87,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column_name() -> None:
 _VALUES = st.text(st.sampled_from('ab ,"\n\r\té;#\\\0'), max_size=5)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(
     table=st.lists(st.lists(_VALUES, min_size=1, max_size=3), min_size=1, max_size=5),

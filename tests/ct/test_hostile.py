@@ -245,6 +245,7 @@ def assert_is_valid(volume: Volume) -> None:
     assert 0.001 <= min(volume.spacing_zyx) <= max(volume.spacing_zyx) <= 100
 
 
+@pytest.mark.slow
 @for_every_format
 def test_mutated_files_give_a_valid_volume_or_a_reason_and_allocate_little_memory(kind: Format) -> None:
     rng = random.Random(20)

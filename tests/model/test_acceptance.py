@@ -121,6 +121,7 @@ def test_c_inputs_of_two_lengths_go_through_one_model_in_one_trace(tmp_path: Pat
         extractor(_make_batch(3, 50, 5))
 
 
+@pytest.mark.slow
 def test_c_volumes_of_two_sizes_go_through_one_model_and_keep_their_feature_maps(tmp_path: Path) -> None:
     deep = [layer for _ in range(5) for layer in (kl.Conv3D(2, 3, padding="same"), kl.MaxPool3D(2))]
     chain = [*deep, kl.Conv3D(2, 1, name="last")]
@@ -161,6 +162,7 @@ def test_d_mean_log_variance_dense_and_any_convolution_of_the_3d_vae_encoder(
     np.testing.assert_allclose(got["z_log_var"], log_variance, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_e_z_differs_from_call_to_call_and_z_mean_does_not(encoder: tuple[Any, Spec]) -> None:
     _, spec = encoder
     x = _make_batch(3, 8, 32, 32)
@@ -172,6 +174,7 @@ def test_e_z_differs_from_call_to_call_and_z_mean_does_not(encoder: tuple[Any, S
     assert np.abs(first["z"] - second["z"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_pass_costs_as_many_operations_as_the_deepest_layer_alone(
     small_vae_file: Path,
 ) -> None:
@@ -195,6 +198,7 @@ def test_one_pass_costs_as_many_operations_as_the_deepest_layer_alone(
     assert count_for("decoder/reconstruction") > 2 * four
 
 
+@pytest.mark.slow
 def test_layers_after_the_deepest_selected_layer_take_no_time(
     tmp_path: Path, code: Callable[[str, str], Path]
 ) -> None:

@@ -106,17 +106,20 @@ def test_by_default_feature_maps_are_averaged_and_vectors_are_kept(spec: Spec) -
     assert [(layer.pool, layer.shape) for layer in layers] == [("avg", (2,)), ("none", (4,))]
 
 
+@pytest.mark.slow
 def test_the_traced_graph_ends_at_the_deepest_selected_layer(spec: Spec) -> None:
     assert _count_convolutions(Extractor(spec("conv_1"))) == 1
     assert _count_convolutions(Extractor(spec("z_mean", "conv_1"))) == 2
 
 
+@pytest.mark.slow
 def test_decoder_layers_can_be_extracted_if_stochastic_layers_are_allowed(spec: Spec, volumes: Any) -> None:
     extractor = Extractor(spec("decoder/deconv_1", allow_stochastic=True))
     assert _count_convolutions(extractor) == 3
     assert extractor(volumes)["decoder.deconv_1"].shape == (5, 3)
 
 
+@pytest.mark.slow
 def test_values_do_not_depend_on_the_batch_size_and_the_place_in_the_batch(spec: Spec, volumes: Any) -> None:
     one = Extractor(spec(*FOUR, batch_size=1))(volumes)
     four = Extractor(spec(*FOUR, batch_size=4))(volumes[::-1])
@@ -209,6 +212,7 @@ def test_one_output_name_for_a_glob_that_matches_several_layers_is_refused(spec:
         Extractor(spec({"layer": "encoder/conv_*", "as": "convs"}))
 
 
+@pytest.mark.slow
 def test_a_layer_with_several_outputs_is_refused_with_the_name_of_each_output(
     small_vae: Any, spec: Spec, volumes: Any
 ) -> None:
@@ -239,6 +243,7 @@ def test_a_layer_without_a_declared_channel_axis_is_not_pooled_in_a_channels_fir
         Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["relu"]})
 
 
+@pytest.mark.slow
 def test_with_a_submodel_relative_paths_and_full_paths_are_accepted(spec: Spec, volumes: Any) -> None:
     whole = Extractor(spec("encoder/z_mean"))(volumes)["encoder.z_mean"]
     part = Extractor(spec("z_mean", "encoder/pre_latent", submodel="encoder"))
@@ -380,6 +385,7 @@ def test_a_channels_first_model_takes_volumes_without_a_channel_axis(tmp_path: P
     np.testing.assert_allclose(extractor(x)["conv"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_recipe_depends_on_weights_layers_and_pooling_but_not_on_order_or_batch_size(
     small_vae_file: Path, tmp_path: Path, spec: Spec
 ) -> None:
@@ -397,6 +403,7 @@ def test_an_unknown_key_in_the_model_section_is_a_config_error(spec: Spec) -> No
         Extractor(spec("z_mean", batchsize=3))
 
 
+@pytest.mark.slow
 def test_the_large_vae_is_truncated_to_its_five_convolutions_and_equals_the_encoder(tmp_path: Path) -> None:
     from featray.synthetic import vae
 

@@ -331,6 +331,7 @@ def make_vae_with_attributes() -> Case:
     return model, inner | decoded | ends, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [

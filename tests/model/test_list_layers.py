@@ -18,6 +18,7 @@ def _list_by_path(path: Path, **keys: Any) -> dict[str, LayerInfo]:
     return {info.path: info for info in list_layers(path, **keys)}
 
 
+@pytest.mark.slow
 def test_every_layer_of_the_nested_vae_is_listed_in_order_of_computation(small_vae_file: Path) -> None:
     paths = list(_list_by_path(small_vae_file, custom_objects=SAMPLING))
     assert paths[:8] == [
@@ -34,12 +35,14 @@ def test_shape_is_before_pooling_and_values_are_counted_after_it(small_vae_file:
     assert (mean.class_name, mean.shape, mean.values) == ("Dense", (4,), 4)
 
 
+@pytest.mark.slow
 def test_z_and_all_layers_after_it_are_stochastic_and_z_mean_is_not(small_vae_file: Path) -> None:
     layers = _list_by_path(small_vae_file, custom_objects=SAMPLING)
     varying = {path for path, info in layers.items() if "stochastic" in info.flags}
     assert varying == {"encoder/z", "encoder:2", *(path for path in layers if path.startswith("decoder"))}
 
 
+@pytest.mark.slow
 def test_the_layers_with_the_fewest_values_are_the_bottleneck(small_vae_file: Path) -> None:
     layers = _list_by_path(small_vae_file, custom_objects=SAMPLING)
     narrow = [path for path, info in layers.items() if "bottleneck" in info.flags]
@@ -53,6 +56,7 @@ def test_the_layers_with_the_fewest_values_are_the_bottleneck(small_vae_file: Pa
     ]
 
 
+@pytest.mark.slow
 def test_linear_latents_have_no_dead_units_flag(small_vae_file: Path) -> None:
     layers = _list_by_path(small_vae_file, custom_objects=SAMPLING)
     assert not [path for path, info in layers.items() if "dead_units_possible" in info.flags]
@@ -102,6 +106,7 @@ def test_models_of_images_can_be_listed(tmp_path: Path) -> None:
     assert {path: info.shape for path, info in listed.items()} == {"conv": (7, 6, 4), "pool": (4,)}
 
 
+@pytest.mark.slow
 def test_a_model_section_with_a_submodel_lists_the_layers_of_the_submodel(
     spec: Callable[..., dict[str, Any]],
 ) -> None:
@@ -116,6 +121,7 @@ def test_a_model_that_accepts_any_size_is_listed_for_the_given_size(tmp_path: Pa
     assert _list_by_path(tmp_path / "m.keras", input_zyx=(5, 6, 7))["conv"].shape == (3, 4, 5, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [1, 2])
 def test_list_layers_and_extractor_agree_on_the_number_of_values(
     spec: Callable[..., dict[str, Any]], number: int
@@ -182,6 +188,7 @@ def test_the_shape_is_none_along_axes_that_accept_any_size(tmp_path: Path) -> No
     assert [(info.shape, info.values) for info in listed.values()] == [((None, 2), 2), ((2,), 2)]
 
 
+@pytest.mark.slow
 def test_values_of_chosen_layers_are_counted_after_the_chosen_pooling(
     spec: Callable[..., dict[str, Any]],
 ) -> None:
@@ -196,5 +203,6 @@ def test_values_of_chosen_layers_are_counted_after_the_chosen_pooling(
     assert [path for path, info in listed.items() if info.chosen] == [conv, "encoder/z_mean"]
 
 
+@pytest.mark.slow
 def test_no_layer_is_chosen_if_only_a_model_file_is_given(small_vae_file: Path) -> None:
     assert not any(info.chosen for info in list_layers(small_vae_file, custom_objects=SAMPLING))

@@ -16,6 +16,7 @@ def _run_python(program: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_threads_are_set_and_startup_messages_are_dropped() -> None:
     process = _run_python(
         "import os, sys; os.environ.pop('TF_CPP_MIN_LOG_LEVEL', None)\n"

@@ -95,6 +95,7 @@ def test_a_seed_decides_the_noise_of_every_kind_of_generator(noisy: Any, x: np.n
     np.testing.assert_allclose(first["clean"], extractor(x)["clean"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_z_depends_on_the_seed_and_z_mean_does_not(spec: Callable[..., dict[str, Any]], volumes: Any) -> None:
     extractors = [
         Extractor(spec("z_mean", "z", allow_stochastic=True, batch_size=size)) for size in (1, 2, 4)
@@ -130,6 +131,7 @@ def test_seeded_values_follow_the_normal_distribution(noisy: Any) -> None:
     assert len(np.unique(noise)) > 0.99 * noise.size
 
 
+@pytest.mark.slow
 def test_another_process_samples_the_same_values(noisy: Any, x: np.ndarray) -> None:
     section = noisy(CONTROLLED["own_generator"] + " + " + CONTROLLED["tf_normal"])
     here = Extractor(section)(x[:2], SEEDS[:2])["noisy"]

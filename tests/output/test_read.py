@@ -147,6 +147,7 @@ def test_more_values_than_an_arrow_array_can_hold_become_one_array_and_several_c
     assert found.table["feature"].to_pylist() == [row.ravel().tolist() for row in found.array]
 
 
+@pytest.mark.slow
 def test_reading_needs_little_more_memory_than_the_array(tmp_path: Path) -> None:
     output = Output(str(tmp_path / "out"))
     for number in range(16):  # 16 files of 8 MiB
@@ -319,6 +320,7 @@ def test_reading_starts_again_with_the_newest_version_if_files_are_deleted(
     assert found.array.tolist() == [12, 2, 2, 3]
 
 
+@pytest.mark.slow
 def test_every_read_during_a_refresh_shows_one_commit(tmp_path: Path) -> None:
     output, generations = Output(str(tmp_path / "out")), 12
     output.add(*(make_decoded(scan_id, 0) for scan_id in "abc"))

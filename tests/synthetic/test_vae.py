@@ -18,6 +18,7 @@ def make_cylinders(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.repeat(discs[:, None], SHAPE[0], axis=1), radii
 
 
+@pytest.mark.slow
 def test_the_default_encoder_reduces_32_slices_to_one() -> None:
     from featray.synthetic import vae
 
@@ -45,6 +46,7 @@ def test_weights_are_equal_for_equal_seeds_and_differ_for_others() -> None:
     assert not all(np.array_equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_the_latent_encodes_the_radius() -> None:
     from featray.synthetic import vae
 

@@ -131,6 +131,7 @@ def run_mutations(seconds: float, seed: int) -> dict[str, int]:
     return dict(counts)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory limit works only on Linux")
 def test_thousands_of_damaged_files_give_a_volume_or_a_reason_and_no_crash() -> None:
     run = subprocess.run(
@@ -192,6 +193,7 @@ def test_large_claims_in_a_header_allocate_no_memory(
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_deflate_bomb_is_inflated_only_up_to_the_header_limit(
     make_series: MakeSeries, encode_file: EncodeFile
 ) -> None:
@@ -215,6 +217,7 @@ def test_a_deeply_nested_sequence_is_unreadable(make_series: MakeSeries, encode_
     assert read_refusal_reason([("1", data[:offset] + deep + data[offset:])]) == Reason.UNREADABLE
 
 
+@pytest.mark.slow
 def test_no_message_repeats_text_from_a_header(make_series: MakeSeries, encode_file: EncodeFile) -> None:
     """Put identifiers into all text elements, of intact and of damaged files, and search all messages."""
     slices = make_series(4)

@@ -150,6 +150,7 @@ def test_tensor_operations_and_added_losses_of_the_keras_vae_example_are_loaded(
     assert "z_log_var" in [info.path for info in list_layers(path)]
 
 
+@pytest.mark.slow
 def test_slices_of_tensors_give_the_same_values(k2: Any, save: Any) -> None:
     import tensorflow as tf
 

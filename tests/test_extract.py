@@ -1,4 +1,4 @@
-"""The main job, end to end: what comes out, exactly once, whatever goes in."""
+"""`featray.extract`, end to end: each scan of a collection is stored once, or fails with a reason."""
 
 from __future__ import annotations
 
@@ -20,26 +20,29 @@ from featray.output.lease import Lease
 from featray.storage.store import Store
 from featray.synthetic.phantom import make_phantom, write_nifti
 
-NAMES = ["encoder.conv_2", "encoder.pre_latent", "encoder.z_log_var", "encoder.z_mean"]
+LAYER_NAMES = ["encoder.conv_2", "encoder.pre_latent", "encoder.z_log_var", "encoder.z_mean"]
 
 
-def output_of(config: dict[str, Any]) -> Dataset:
+def open_output(config: dict[str, Any]) -> Dataset:
     return Dataset(Store(config["output"]["uri"]))
 
 
-def features_of(config: dict[str, Any]) -> dict[tuple[str, str], np.ndarray]:
-    table: pa.Table = output_of(config).read(FEATURES, ("scan_id", "layer", "feature"))
+def read_features(config: dict[str, Any]) -> dict[tuple[str, str], np.ndarray]:
+    """Return (scan_id, layer) → feature; check that each pair has one row."""
+    table: pa.Table = open_output(config).read(FEATURES, ("scan_id", "layer", "feature"))
     rows = table.to_pylist()
-    found = {(row["scan_id"], row["layer"]): np.array(row["feature"]) for row in rows}
-    assert len(found) == len(rows), "a scan is there twice"
-    return found
+    features = {(row["scan_id"], row["layer"]): np.array(row["feature"]) for row in rows}
+    assert len(features) == len(rows), "a scan has two rows in a layer"
+    return features
 
 
-def scans_of(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["scan_id"]: row for row in output_of(config).read(SCANS).to_pylist()}
+def read_scans(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return scan_id → row of the scans table."""
+    return {row["scan_id"]: row for row in open_output(config).read(SCANS).to_pylist()}
 
 
-def files_of(folder: str) -> dict[str, int]:
+def list_files(folder: str) -> dict[str, int]:
+    """Return path → time of the last change, for all files below the folder."""
     return {str(path): path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
 
 
@@ -48,15 +51,17 @@ def test_every_scan_of_a_mixed_collection_has_every_layer(config_of: Any) -> Non
     summary = featray.extract(config)
     assert (summary.found, summary.ok, summary.failed, summary.excluded) == (12, 12, 0, 0)
     assert summary.exit_code == 0
-    features = features_of(config)
+    features = read_features(config)
     scans = [*(f"nifti/phantom_{n:03}.nii.gz" for n in range(11)), "dicom/phantom_011"]
-    assert sorted(features) == sorted((scan, layer) for scan in scans for layer in NAMES)
-    assert {layer: len(features[scans[0], layer]) for layer in NAMES} == dict(
-        zip(NAMES, [8, 16, 4, 4], strict=True)
+    assert sorted(features) == sorted((scan, layer) for scan in scans for layer in LAYER_NAMES)
+    assert {layer: len(features[scans[0], layer]) for layer in LAYER_NAMES} == dict(
+        zip(LAYER_NAMES, [8, 16, 4, 4], strict=True)
     )
 
 
-def test_the_values_are_those_of_the_full_model_on_the_same_input(config_of: Any, vae_file: Path) -> None:
+def test_features_equal_the_values_of_the_full_model_for_the_same_input(
+    config_of: Any, vae_file: Path
+) -> None:
     import keras
     import nibabel
 
@@ -65,7 +70,8 @@ def test_the_values_are_those_of_the_full_model_on_the_same_input(config_of: Any
     config = config_of(preprocess={"interpolation": "nearest"})
     featray.extract(config)
     path = Path(config["source"]["uri"]) / "nifti/phantom_000.nii.gz"
-    # By hand: nibabel's RAS array with x and y turned over is LPS; nearest voxel at half-pixel centres.
+    # Preprocessing by hand: the RAS array of nibabel is flipped along x and y to get LPS, and the nearest
+    # voxel is taken, with half-pixel centers.
     image = nibabel.as_closest_canonical(nibabel.load(path))
     volume = np.asanyarray(image.dataobj)[::-1, ::-1].transpose(2, 1, 0)
     index = [
@@ -76,23 +82,23 @@ def test_the_values_are_those_of_the_full_model_on_the_same_input(config_of: Any
     vae = keras.models.load_model(vae_file, custom_objects={"Sampling": Sampling}, compile=False)
     encoder = vae.get_layer("encoder")
     expected = keras.Model(encoder.input, encoder.get_layer("z_mean").output)(tensor[None, ..., None])
-    found = features_of(config)["nifti/phantom_000.nii.gz", "encoder.z_mean"]
-    np.testing.assert_allclose(found, np.asarray(expected)[0], rtol=1e-5, atol=1e-6)
+    actual = read_features(config)["nifti/phantom_000.nii.gz", "encoder.z_mean"]
+    np.testing.assert_allclose(actual, np.asarray(expected)[0], rtol=1e-5, atol=1e-6)
 
 
-def test_a_second_extract_does_nothing_and_says_so(config_of: Any) -> None:
+def test_a_second_extract_writes_nothing_and_reports_that_nothing_is_to_do(config_of: Any) -> None:
     config = config_of()
     featray.extract(config)
-    before = files_of(config["output"]["uri"])
+    before = list_files(config["output"]["uri"])
     summary = featray.extract(config)
-    assert files_of(config["output"]["uri"]) == before
+    assert list_files(config["output"]["uri"]) == before
     assert (summary.done, summary.ok, summary.exit_code) == (0, 12, 0)
     assert "nothing to do: 12 scans are up to date" in summary.text()
 
 
 @pytest.fixture
 def broken(phantoms: Path, tmp_path: Path) -> Path:
-    """Return two good scans among files that are broken in every plain way."""
+    """Return a folder with two readable scans, six broken files, and a file that is no scan."""
     folder = tmp_path / "broken"
     (folder / "more").mkdir(parents=True)
     good = phantoms / "nifti" / "phantom_000.nii.gz"
@@ -110,10 +116,12 @@ def broken(phantoms: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_files_cost_nothing_but_themselves(config_of: Any, broken: Path, workers: int) -> None:
+def test_broken_files_fail_with_a_reason_and_do_not_affect_other_scans(
+    config_of: Any, broken: Path, workers: int
+) -> None:
     config = config_of(source={"uri": str(broken)}, run={"decode": {"workers": workers}})
     summary = featray.extract(config)
-    scans = scans_of(config)
+    scans = read_scans(config)
     assert {name: row["reason"] for name, row in scans.items()} == {
         "good.nii.gz": None,
         "series": None,
@@ -127,18 +135,20 @@ def test_broken_files_cost_nothing_but_themselves(config_of: Any, broken: Path, 
     assert (summary.found, summary.ok, summary.failed) == (8, 2, 6)
     assert summary.exit_code == 3
     assert summary.ignored == {".txt": 1}
-    assert {scan for scan, _ in features_of(config)} == {"good.nii.gz", "series"}
+    assert {scan for scan, _ in read_features(config)} == {"good.nii.gz", "series"}
     assert all(
         row["message"] and str(broken) not in row["message"] for row in scans.values() if row["reason"]
     )
 
 
-def test_failures_within_the_limit_are_exit_code_0(config_of: Any, broken: Path) -> None:
+def test_with_failures_within_the_limit_the_exit_code_is_0(config_of: Any, broken: Path) -> None:
     config = config_of(source={"uri": str(broken)}, limits={"max_failed_fraction": 0.8})
     assert featray.extract(config).exit_code == 0
 
 
-def test_scans_added_later_are_all_that_is_extracted(config_of: Any, phantoms: Path, tmp_path: Path) -> None:
+def test_a_later_run_extracts_only_the_scans_that_were_added(
+    config_of: Any, phantoms: Path, tmp_path: Path
+) -> None:
     collection = tmp_path / "growing"
     collection.mkdir()
     shutil.copy(phantoms / "nifti" / "phantom_000.nii.gz", collection)
@@ -146,24 +156,24 @@ def test_scans_added_later_are_all_that_is_extracted(config_of: Any, phantoms: P
     assert featray.extract(config).done == 1
     shutil.copy(phantoms / "nifti" / "phantom_001.nii.gz", collection)
     assert featray.extract(config).done == 1
-    assert len(features_of(config)) == 2 * len(NAMES)
+    assert len(read_features(config)) == 2 * len(LAYER_NAMES)
 
 
-def test_a_kill_before_superseded_files_are_deleted_is_mended_even_when_nothing_is_due(
+def test_superseded_files_that_a_killed_run_left_are_deleted_by_a_run_that_extracts_nothing(
     config_of: Any, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    collection = tmp_path / "mended"
+    collection = tmp_path / "collection"
     collection.mkdir()
     (collection / "x.nii.gz").write_bytes(b"")
     config = config_of(source={"uri": str(collection)})
     assert featray.extract(config).failed == 1
     shutil.copy(phantoms / "nifti" / "phantom_000.nii.gz", collection / "x.nii.gz")
 
-    def killed(self: Store, names: list[str]) -> None:
+    def interrupt(self: Store, names: list[str]) -> None:
         if any(name.startswith("scans/") for name in names):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Store, "delete", killed)
+    monkeypatch.setattr(Store, "delete", interrupt)
     with pytest.raises(KeyboardInterrupt):
         featray.extract(config)
     monkeypatch.undo()
@@ -176,27 +186,27 @@ def test_a_kill_before_superseded_files_are_deleted_is_mended_even_when_nothing_
 def test_another_recipe_is_refused_before_anything_is_written(config_of: Any) -> None:
     config = config_of()
     featray.extract(config)
-    before = files_of(config["output"]["uri"])
+    before = list_files(config["output"]["uri"])
     with pytest.raises(ConfigError, match="another recipe"):
         featray.extract(config, ["preprocess.window=[-500, 500]"])
-    assert files_of(config["output"]["uri"]) == before
+    assert list_files(config["output"]["uri"]) == before
 
 
-def test_an_output_that_is_held_is_refused(config_of: Any) -> None:
+def test_an_output_that_another_run_holds_is_refused(config_of: Any) -> None:
     config = config_of()
     with Lease(Store(config["output"]["uri"]), "someone"), pytest.raises(OutputBusyError, match="someone"):
         featray.extract(config)
 
 
-def test_patches_are_numbered_with_their_origin(config_of: Any) -> None:
+def test_each_patch_has_a_number_and_its_origin(config_of: Any) -> None:
     config = config_of(
         preprocess={"fit": "patches", "stride": [8, 8, 16]}, model={"layers": ["encoder/z_mean"]}
     )
     featray.extract(config, ["source.uri=" + config["source"]["uri"] + "/nifti/phantom_000.nii.gz"])
-    rows = output_of(config).read(FEATURES, ("patch", "origin")).sort_by("patch").to_pylist()
+    rows = open_output(config).read(FEATURES, ("patch", "origin")).sort_by("patch").to_pylist()
     origins = [[z, y, x] for z in (0, 8) for y in (0, 8) for x in (0, 16)]
     assert rows == [{"patch": n, "origin": origin} for n, origin in enumerate(origins)]
-    assert scans_of(config)["phantom_000.nii.gz"]["patches"] == len(origins)
+    assert read_scans(config)["phantom_000.nii.gz"]["patches"] == len(origins)
 
 
 def test_a_fully_convolutional_model_takes_scans_at_their_native_size(config_of: Any, tmp_path: Path) -> None:
@@ -220,7 +230,7 @@ def test_a_fully_convolutional_model_takes_scans_at_their_native_size(config_of:
         run={"decode": {"workers": 2}},
     )
     assert featray.extract(config).ok == 3
-    shapes = output_of(config).read(FEATURES, ("scan_id", "shape")).to_pylist()
+    shapes = open_output(config).read(FEATURES, ("scan_id", "shape")).to_pylist()
     assert {row["scan_id"]: row["shape"] for row in shapes} == {
         "0.nii": [6, 20, 24, 3],
         "1.nii": [7, 16, 16, 3],
@@ -228,7 +238,7 @@ def test_a_fully_convolutional_model_takes_scans_at_their_native_size(config_of:
     }
 
 
-def test_a_run_leaves_its_config_versions_and_counts(config_of: Any) -> None:
+def test_the_run_folder_holds_the_config_the_versions_and_the_counts(config_of: Any) -> None:
     config = config_of(source={"storage_options": {"auto_mkdir": False}})
     summary = featray.extract(config)
     folder = Path(config["output"]["uri"]) / "runs" / summary.run_id
@@ -242,7 +252,7 @@ def test_a_run_leaves_its_config_versions_and_counts(config_of: Any) -> None:
     assert "12 ok" in (folder / "summary.md").read_text()
 
 
-def test_a_manifest_names_scans_ids_and_columns_to_carry(
+def test_a_manifest_sets_ids_and_further_columns_of_scans(
     config_of: Any, phantoms: Path, tmp_path: Path
 ) -> None:
     manifest = tmp_path / "manifest.csv"
@@ -257,7 +267,7 @@ def test_a_manifest_names_scans_ids_and_columns_to_carry(
         source={"uri": str(manifest), "id_column": "case"}, output={"partition_by": ["layer", "site"]}
     )
     summary = featray.extract(config)
-    rows = scans_of(config)
+    rows = read_scans(config)
     assert {name: (row["site"], row["reason"]) for name, row in rows.items()} == {
         "one": ("A", None),
         "two": ("B", None),
@@ -269,9 +279,9 @@ def test_a_manifest_names_scans_ids_and_columns_to_carry(
     assert dict(table.select("scan_id", "site").iter_rows()) == {"one": "A", "two": "B"}
 
 
-def test_nothing_heavy_reaches_the_rows_of_a_failed_scan(config_of: Any, tmp_path: Path) -> None:
+def test_a_failed_scan_has_no_features(config_of: Any, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x.nii").write_bytes(b"\0" * 352)
     config = config_of(source={"uri": str(tmp_path / "c")})
     assert featray.extract(config).failed == 1
-    assert features_of(config) == {}
+    assert read_features(config) == {}

@@ -28,7 +28,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK as sitk  # noqa: N813 - the name its users know
+import SimpleITK as sitk  # noqa: N813  # its usual name
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.filebasedimages import ImageFileError

@@ -1,4 +1,4 @@
-"""Nothing that says who a patient is leaves a header, whatever becomes of the scan."""
+"""Header values that identify a patient reach no file, message or log, also if a scan fails."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PLANTED = {
 SHAPE = (8, 24, 24)
 
 
-def series(folder: Path, seed: int, **changed: Any) -> Path:
-    """Write a series whose every header holds the planted values; `changed` go into its middle slice."""
+def write_series(folder: Path, seed: int, **changed: Any) -> Path:
+    """Write a series with the planted values in each header, and `changed` in the header of one slice."""
     write_dicom_series(make_phantom(seed, SHAPE), folder, name=f"series-{seed}")
     for number, path in enumerate(sorted(folder.iterdir())):
         dataset = pydicom.dcmread(path)
@@ -43,21 +43,21 @@ def series(folder: Path, seed: int, **changed: Any) -> Path:
 
 @pytest.fixture
 def collection(tmp_path: Path) -> Path:
-    """Return good, odd, damaged and excluded series, each with planted identifiers."""
+    """Return a folder of good, unusual, damaged and excluded series, all with the planted identifiers."""
     root = tmp_path / "ct"
-    series(root / "good", 1)
-    series(root / "moved", 2, ImagePositionPatient=[0, 0, 999])
-    series(root / "unscaled", 3, RescaleSlope="0")
-    series(root / "other", 4, Modality="MR")
-    series(root / "rows", 5, Rows=9999)
-    for path in sorted(series(root / "cut", 6).iterdir())[2:4]:
+    write_series(root / "good", 1)
+    write_series(root / "moved", 2, ImagePositionPatient=[0, 0, 999])
+    write_series(root / "unscaled", 3, RescaleSlope="0")
+    write_series(root / "other", 4, Modality="MR")
+    write_series(root / "rows", 5, Rows=9999)
+    for path in sorted(write_series(root / "cut", 6).iterdir())[2:4]:
         path.write_bytes(path.read_bytes()[:-400])
-    for path in sorted(series(root / "garbled", 7).iterdir())[2:3]:
+    for path in sorted(write_series(root / "garbled", 7).iterdir())[2:3]:
         data = bytearray(path.read_bytes())
         place = data.index(b"Quixote")
-        data[place - 8 : place - 2] = b"\xff" * 6  # the header of the element that holds the name
+        data[place - 8 : place - 2] = b"\xff" * 6  # the tag, VR and length of the patient name
         path.write_bytes(data)
-    packed = series(tmp_path / "packed", 8)
+    packed = write_series(tmp_path / "packed", 8)
     with zipfile.ZipFile(root / "packed.zip", "w") as archive:
         for path in sorted(packed.iterdir())[1:]:
             archive.write(path, path.name)
@@ -65,7 +65,9 @@ def collection(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.mark.parametrize("tags", [(), ("InstitutionName",)], ids=["none named", "one named"])
+@pytest.mark.parametrize(
+    "tags", [(), ("InstitutionName",)], ids=["no tag in the config", "one tag in the config"]
+)
 def test_no_planted_identifier_is_in_any_file_message_or_log(
     collection: Path,
     vae_file: Path,
@@ -96,18 +98,18 @@ def test_no_planted_identifier_is_in_any_file_message_or_log(
         main(command)
     main(["preview", str(path), "--scan", "good", "--out", str(tmp_path / "out" / "preview")])
     captured = capfd.readouterr()
-    said = (captured.out + captured.err).encode()
+    printed = (captured.out + captured.err).encode()
     allowed = {PLANTED[tag] for tag in tags}
     files = [file for file in (tmp_path / "out").rglob("*") if file.is_file()]
-    everything = [(str(file.relative_to(tmp_path)).encode() + _content(file)) for file in files] + [said]
+    texts = [(str(file.relative_to(tmp_path)).encode() + read_content(file)) for file in files] + [printed]
     for value in PLANTED.values():
         for part in value.split("^"):
-            found = [text for text in everything if part.encode() in text]
-            assert bool(found) == (value in allowed), part
+            matches = [text for text in texts if part.encode() in text]
+            assert bool(matches) == (value in allowed), part
 
 
-def _content(file: Path) -> bytes:
-    """Return a file's bytes, of a Parquet file what it holds: there values are compressed."""
+def read_content(file: Path) -> bytes:
+    """Return the bytes of a file; for a Parquet file, whose values are compressed, its rows as text."""
     if file.suffix != ".parquet":
         return file.read_bytes()
     import pyarrow.parquet as pq

@@ -1,4 +1,4 @@
-"""The config: what is accepted, and that every problem is listed at once."""
+"""The config: defaults, overrides, problems, which are all listed at once, and hidden secrets."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ MINIMAL: dict[str, Any] = {
 }
 
 
-def with_(**sections: Any) -> dict[str, Any]:
+def make_config(**sections: Any) -> dict[str, Any]:
     return {**MINIMAL, **sections}
 
 
-def test_the_contracts_defaults_hold() -> None:
+def test_the_defaults_are_those_of_the_documentation() -> None:
     config = load(MINIMAL)
     assert config.preprocess.orientation == "LPS"
     assert config.preprocess.window == (-1000, 1000)
@@ -39,7 +39,7 @@ def test_the_contracts_defaults_hold() -> None:
     assert (config.run.engine, config.run.actors.min, config.run.actors.max) == ("auto", 1, None)
     assert config.limits.model_dump() == {
         "max_failed_fraction": 0.05,
-        "max_removed_fraction": 0.5,  # not the contract's: a guard of its own
+        "max_removed_fraction": 0.5,  # guards against a collection that is missing by mistake
         "max_voxels": 2_000_000_000,
         "scan_timeout_s": 600,
         "attempts": 3,
@@ -82,12 +82,14 @@ def test_every_problem_is_listed_in_one_message() -> None:
         ("limits", {"max_failed_fraction": 2}, "limits.max_failed_fraction"),
     ],
 )
-def test_a_contradiction_is_named(section: str, values: dict[str, Any], fact: str) -> None:
+def test_a_wrong_or_contradictory_value_is_refused_with_its_reason(
+    section: str, values: dict[str, Any], fact: str
+) -> None:
     with pytest.raises(ConfigError, match=fact):
-        load(with_(**{section: values}))
+        load(make_config(**{section: values}))
 
 
-def test_overrides_win_over_the_file_and_are_yaml() -> None:
+def test_overrides_are_yaml_and_replace_values_of_the_file() -> None:
     config = load(MINIMAL, ["preprocess.size=[8, 16, 16]", "model.batch_size=2", "preprocess.window=null"])
     assert config.preprocess.size == (8, 16, 16)
     assert config.model.batch_size == 2
@@ -95,23 +97,25 @@ def test_overrides_win_over_the_file_and_are_yaml() -> None:
 
 
 @pytest.mark.parametrize("override", ["model.batch_size", "=3", "model.uri.x=1"])
-def test_an_override_that_is_none_is_refused(override: str) -> None:
+def test_an_override_without_key_value_or_existing_section_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         load(MINIMAL, [override])
 
 
 def test_a_layer_is_a_name_or_a_mapping() -> None:
-    layers = load(with_(model={"uri": "m", "layers": ["a/b", {"layer": "c", "pool": "max", "as": "d"}]}))
+    layers = load(
+        make_config(model={"uri": "m", "layers": ["a/b", {"layer": "c", "pool": "max", "as": "d"}]})
+    )
     assert [(layer.layer, layer.pool, layer.as_) for layer in layers.model.layers] == [
         ("a/b", None, None),
         ("c", "max", "d"),
     ]
 
 
-def test_no_secret_is_shown_or_dumped() -> None:
+def test_neither_the_masked_config_nor_its_repr_shows_a_secret() -> None:
     secret = {"key": "AKIA-PLANTED", "secret": "PLANTED", "client_kwargs": {"endpoint_url": "http://PLANTED"}}
     config = load(
-        with_(
+        make_config(
             source={
                 "uri": "s3://PLANTED:PLANTED@bucket/ct?X-Amz-Signature=PLANTED",
                 "storage_options": secret,
@@ -123,13 +127,13 @@ def test_no_secret_is_shown_or_dumped() -> None:
     assert "AKIA-PLANTED" not in repr(config.output)
 
 
-def test_a_wrong_storage_option_is_refused_without_showing_it() -> None:
+def test_the_message_for_a_wrong_storage_option_does_not_show_its_value() -> None:
     with pytest.raises(ConfigError) as caught:
-        load(with_(source={"uri": "s3://bucket", "storage_options": "PLANTED"}))
+        load(make_config(source={"uri": "s3://bucket", "storage_options": "PLANTED"}))
     assert "PLANTED" not in str(caught.value)
 
 
-def test_a_config_file_that_is_missing_or_not_yaml_is_named(tmp_path: Path) -> None:
+def test_a_config_file_that_is_missing_not_yaml_or_without_sections_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
         load(tmp_path / "nowhere.yaml")
     (tmp_path / "broken.yaml").write_text("source: [")
@@ -142,19 +146,19 @@ def test_a_config_file_that_is_missing_or_not_yaml_is_named(tmp_path: Path) -> N
 
 def test_every_key_has_a_docstring() -> None:
     sections = {field.annotation.__name__ for field in Config.model_fields.values()}  # type: ignore[union-attr]
-    undocumented, seen = [], set()
+    undocumented, parsed = [], set()
     for section in ast.parse(inspect.getsource(config_models)).body:
         if not isinstance(section, ast.ClassDef) or section.name not in sections:
             continue
-        seen.add(section.name)
+        parsed.add(section.name)
         for key, after in itertools.pairwise([*section.body, ast.Pass()]):
             is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
             if isinstance(key, ast.AnnAssign) and not is_text:
                 undocumented.append(f"{section.name}.{ast.unparse(key.target)}")
-    assert seen == sections
+    assert parsed == sections
     assert undocumented == []
 
 
-def test_problems_that_are_in_no_file_are_counted_without_one() -> None:
+def test_the_message_counts_the_problems_and_names_the_file_if_there_is_one() -> None:
     assert str(ConfigError(["one", "two"])) == "2 problems\n  - one\n  - two"
     assert str(ConfigError(["one", "two"], "c.yaml")).startswith("c.yaml: 2 problems\n")

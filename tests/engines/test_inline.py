@@ -1,4 +1,4 @@
-"""Engine inline: worker processes, their crashes, and shared memory that is freed."""
+"""Engine inline: scans that crash their worker process, tensors in shared memory, prefetching, and stops."""
 
 from __future__ import annotations
 
@@ -29,8 +29,12 @@ from featray.stages.write import write
 from featray.storage.store import Store
 
 
-class Poisoned(Decoder):
-    """Decoder that kills its process on poison and once on flaky, and hangs on hang."""
+class ScriptedDecoder(Decoder):
+    """A decoder whose behavior depends on the scan id; it reads no file.
+
+    `poison…` kills the process; `flaky` kills it at the first attempt only; `hang…` sleeps for a minute; `s7`
+    gives a tensor of sevens.
+    """
 
     def __call__(self, scan: Scan) -> Decoded:
         marker = Path(self.reader.source.uri) / scan.scan_id
@@ -45,48 +49,53 @@ class Poisoned(Decoder):
         return Decoded(record, np.full((1, 2, 2, 2), value, np.float32), np.zeros((1, 3), np.int32))
 
 
-def scans(*names: str) -> list[Scan]:
+def make_scans(*names: str) -> list[Scan]:
     return [Scan(name, f"/{name}", "nifti", (f"/{name}",), "c") for name in names]
 
 
-def corner(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+def take_corner(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     return {"corner": batch[:, 0, 0, :1].copy()}
 
 
 @pytest.fixture
 def decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Decoder:
-    monkeypatch.syspath_prepend(os.path.dirname(__file__))  # so that worker processes can import Poisoned
+    """Return a `ScriptedDecoder` whose folder for marks of earlier attempts is its source."""
+    # So that worker processes can import ScriptedDecoder.
+    monkeypatch.syspath_prepend(os.path.dirname(__file__))
     import test_inline
 
     (tmp_path / "marks").mkdir()
     sections = {"source": {"uri": str(tmp_path / "marks")}, "preprocess": {"size": [2, 2, 2]}}
     unused = {"model": {"uri": "m.keras", "layers": ["corner"]}, "output": {"uri": "out"}}
-    poisoned: Decoder = test_inline.Poisoned.from_config(load({**sections, **unused}))
-    return poisoned
+    decoder: Decoder = test_inline.ScriptedDecoder.from_config(load({**sections, **unused}))
+    return decoder
 
 
 @pytest.fixture
 def stages(tmp_path: Path) -> Stages:
+    """Return stages with a model that gives the first voxel of each tensor as layer `corner`."""
     dataset = Dataset(Store(str(tmp_path / "out")))
     write_run = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
-    return Stages(corner, lambda: corner, "r", write_run, scans_per_file=5)
+    return Stages(take_corner, lambda: take_corner, "r", write_run, scans_per_file=5)
 
 
 def make_engine(decoder: Decoder, workers: int = 2, batch_scans: int = 3, **limits: Any) -> InlineEngine:
     return InlineEngine(workers, Decoding(decoder, batch_scans, LimitsConfig(**limits)))
 
 
-def run(engine: InlineEngine, stages: Stages, names: list[str]) -> dict[str, ScanRecord]:
+def run_scans(engine: InlineEngine, stages: Stages, names: list[str]) -> dict[str, ScanRecord]:
     with engine:
-        receipts = list(engine.receipts(scans(*names), stages, threading.Event()))
+        receipts = list(engine.receipts(make_scans(*names), stages, threading.Event()))
     records = [record for receipt in receipts for record in receipt.records]
     assert sorted(record.scan_id for record in records) == sorted(names)
     return {record.scan_id: record for record in records}
 
 
-def test_scans_that_kill_or_hang_their_process_cost_no_other_scan(decoder: Decoder, stages: Stages) -> None:
+def test_scans_that_kill_or_hang_their_process_do_not_affect_other_scans(
+    decoder: Decoder, stages: Stages
+) -> None:
     names = [*(f"s{n}" for n in range(12)), "poison", "hang", "flaky"]
-    records = run(make_engine(decoder, attempts=2, scan_timeout_s=3), stages, names)
+    records = run_scans(make_engine(decoder, attempts=2, scan_timeout_s=3), stages, names)
     assert {name: record.reason for name, record in records.items() if record.reason} == {
         "poison": "worker_crash",
         "hang": "timeout",
@@ -94,57 +103,59 @@ def test_scans_that_kill_or_hang_their_process_cost_no_other_scan(decoder: Decod
     assert (records["poison"].attempts, records["flaky"].attempts, records["s0"].attempts) == (2, 2, 1)
 
 
-def test_several_scans_that_kill_their_process_cost_no_other_scan(decoder: Decoder, stages: Stages) -> None:
+def test_several_scans_that_kill_their_process_do_not_affect_other_scans(
+    decoder: Decoder, stages: Stages
+) -> None:
     poison = ["poison0", "poison1", "poison2"]
     names = [*poison[:1], *(f"s{n}" for n in range(12)), *poison[1:], "s12"]
-    records = run(make_engine(decoder, attempts=2), stages, names)
+    records = run_scans(make_engine(decoder, attempts=2), stages, names)
     assert sorted(name for name, record in records.items() if record.reason == "worker_crash") == poison
     assert {records[name].attempts for name in poison} == {2}
     assert sum(record.status == "ok" for record in records.values()) == 13
 
 
-def late_corner(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
-    time.sleep(0.01)  # decoding is far ahead when the model reads the tensors
-    return corner(batch, seeds)
+def take_corner_late(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+    time.sleep(0.01)  # so that further scans are decoded before the model reads the tensors
+    return take_corner(batch, seeds)
 
 
-@pytest.mark.parametrize("batch_scans", [1, 3])  # the model gets a single scan in the shared memory itself
-@pytest.mark.parametrize("model", [corner, late_corner])
+@pytest.mark.parametrize("batch_scans", [1, 3])  # with 1, the model reads the tensor in shared memory
+@pytest.mark.parametrize("model", [take_corner, take_corner_late])
 def test_each_scan_keeps_its_own_tensor_through_shared_memory(
     decoder: Decoder, stages: Stages, model: LayerExtractor, batch_scans: int
 ) -> None:
-    seen: dict[str, float] = {}
+    values: dict[str, float] = {}
     names = [f"s{n}" for n in range(40)]
     with make_engine(decoder, batch_scans=batch_scans) as engine:
         tables = []
         watched = replace(stages, extractor=model, write=tables.append)
-        list(engine.receipts(scans(*names), watched, threading.Event()))
+        list(engine.receipts(make_scans(*names), watched, threading.Event()))
     for table in tables:
         for row in table["features"].to_pylist():
-            seen[row[0]["scan_id"]] = row[0]["feature"][0]
-    assert seen == {f"s{n}": float(n) for n in range(40)}
+            values[row[0]["scan_id"]] = row[0]["feature"][0]
+    assert values == {f"s{n}": float(n) for n in range(40)}
 
 
 @pytest.mark.skipif(count_usable_cores() < 2, reason="with one core, one call of the model runs at a time")
 def test_two_calls_of_the_model_run_at_once(decoder: Decoder, stages: Stages) -> None:
-    together = threading.Barrier(2, timeout=30)
+    both_calls = threading.Barrier(2, timeout=30)
 
     def wait_for_other_call(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
-        together.wait()
-        return corner(batch, seeds)
+        both_calls.wait()
+        return take_corner(batch, seeds)
 
     names = [f"s{n}" for n in range(12)]  # four batches
-    records = run(make_engine(decoder), replace(stages, extractor=wait_for_other_call), names)
+    records = run_scans(make_engine(decoder), replace(stages, extractor=wait_for_other_call), names)
     assert {record.status for record in records.values()} == {"ok"}
 
 
-def test_prefetched_scans_are_processed_once_and_unwanted_ones_are_dropped(
+def test_prefetched_scans_are_processed_once_and_those_that_are_not_due_are_dropped(
     decoder: Decoder, stages: Stages
 ) -> None:
     names = [f"s{n}" for n in range(12)]
     with make_engine(decoder) as engine:
-        engine.prefetch_scans(scans(*names, "unwanted"))
-        receipts = list(engine.receipts(scans(*names[2:], "late"), stages, threading.Event()))
+        engine.prefetch_scans(make_scans(*names, "not due"))
+        receipts = list(engine.receipts(make_scans(*names[2:], "late"), stages, threading.Event()))
     records = [record for receipt in receipts for record in receipt.records]
     assert sorted(record.scan_id for record in records) == sorted([*names[2:], "late"])
 
@@ -154,8 +165,8 @@ def test_prefetched_scans_that_kill_or_hang_their_process_fail_like_others(
 ) -> None:
     names = ["poison", "s1", "hang", "flaky", "s2"]
     with make_engine(decoder, attempts=2, scan_timeout_s=3) as engine:
-        engine.prefetch_scans(scans(*names))
-        receipts = list(engine.receipts(scans(*names), stages, threading.Event()))
+        engine.prefetch_scans(make_scans(*names))
+        receipts = list(engine.receipts(make_scans(*names), stages, threading.Event()))
     records = {record.scan_id: record for receipt in receipts for record in receipt.records}
     assert {name: record.reason for name, record in records.items()} == {
         **dict.fromkeys(["s1", "s2", "flaky"]),
@@ -164,22 +175,26 @@ def test_prefetched_scans_that_kill_or_hang_their_process_fail_like_others(
     }
 
 
-def test_among_tiny_scans_of_one_message_only_the_guilty_scan_fails(decoder: Decoder, stages: Stages) -> None:
+def test_of_tiny_scans_that_share_a_message_only_those_that_kill_or_hang_fail(
+    decoder: Decoder, stages: Stages
+) -> None:
     names = [*(f"s{n}" for n in range(50)), "poison", "flaky", *(f"s{n}" for n in range(50, 100)), "hang"]
-    tiny = [replace(scan, size=100) for scan in scans(*names)]
+    tiny = [replace(scan, size=100) for scan in make_scans(*names)]
     with make_engine(decoder, attempts=3, scan_timeout_s=3) as engine:
         receipts = list(engine.receipts(tiny, stages, threading.Event()))
     records = {record.scan_id: record for receipt in receipts for record in receipt.records}
     assert records.keys() == set(names)
-    bad = {name: (record.reason, record.attempts) for name, record in records.items() if record.reason}
-    assert bad == {"poison": ("worker_crash", 3), "hang": ("timeout", 2)}
+    failed = {name: (record.reason, record.attempts) for name, record in records.items() if record.reason}
+    assert failed == {"poison": ("worker_crash", 3), "hang": ("timeout", 2)}
     assert records["s99"].attempts <= 2
 
 
-def test_shared_memory_has_no_name_that_could_outlive_the_run(decoder: Decoder, stages: Stages) -> None:
+def test_shared_memory_has_no_name_in_dev_shm_that_could_outlive_the_run(
+    decoder: Decoder, stages: Stages
+) -> None:
     before = set(os.listdir("/dev/shm"))
     with make_engine(decoder, workers=1) as engine:
-        receipts = engine.receipts(scans(*(f"s{n}" for n in range(20))), stages, threading.Event())
+        receipts = engine.receipts(make_scans(*(f"s{n}" for n in range(20))), stages, threading.Event())
         next(receipts)
         assert set(os.listdir("/dev/shm")) <= before
         receipts.close()
@@ -189,12 +204,12 @@ def test_after_a_stop_no_further_scan_is_submitted(decoder: Decoder, stages: Sta
     stop = threading.Event()
     stop.set()
     with make_engine(decoder) as engine:
-        assert list(engine.receipts(scans("s1", "s2"), stages, stop)) == []
+        assert list(engine.receipts(make_scans("s1", "s2"), stages, stop)) == []
 
 
 def test_a_script_without_a_main_guard_may_use_worker_processes(config_of: Any, tmp_path: Path) -> None:
     config = config_of(run={"decode": {"workers": 2}})
     script = tmp_path / "script.py"
     script.write_text(f"import featray\nprint(featray.extract({config!r}).ok)\n")
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
-    assert done.stdout == "12\n", done.stderr
+    completed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert completed.stdout == "12\n", completed.stderr

@@ -1,4 +1,4 @@
-"""Prefetching and parallel map: items in order, no more in use than allowed, and errors where they belong."""
+"""Prefetching and parallel map: the order of items, the number in use, errors, and early ends."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import pytest
 from featray.engines.prefetch import EXTRA_RESULTS, parallel_map, prefetch
 
 
-def numbers(count: int) -> Generator[int]:
+def yield_numbers(count: int) -> Generator[int]:
     yield from range(count)
 
 
 def test_prefetched_items_come_in_order() -> None:
-    assert list(prefetch(numbers(100))) == list(range(100))
+    assert list(prefetch(yield_numbers(100))) == list(range(100))
 
 
 def test_items_are_made_while_the_caller_is_busy_up_to_the_limit() -> None:
@@ -30,29 +30,29 @@ def test_items_are_made_while_the_caller_is_busy_up_to_the_limit() -> None:
                 third.set()
             yield number
 
-    found = prefetch(items(), count=1)
-    assert next(found) == 0
-    assert third.wait(10), "no item is made ahead"
-    assert made == [0, 1, 2]  # one item is in use, one waits, and one is made and finds no room
-    found.close()
+    prefetched = prefetch(items(), count=1)
+    assert next(prefetched) == 0
+    assert third.wait(10), "no item is made before it is asked for"
+    assert made == [0, 1, 2]  # one item is in use, one waits, one is made and cannot be stored
+    prefetched.close()
     assert len(made) <= 4
 
 
-def test_an_error_comes_after_the_items_made_before_it() -> None:
+def test_an_error_is_raised_after_the_items_made_before_it() -> None:
     def items() -> Generator[int]:
         yield 1
         raise OSError("gone")
 
-    found = prefetch(items())
-    assert next(found) == 1
+    prefetched = prefetch(items())
+    assert next(prefetched) == 1
     with pytest.raises(OSError, match="gone"):
-        next(found)
+        next(prefetched)
 
 
 def test_closing_early_leaves_no_thread() -> None:
-    found = prefetch(numbers(100))
-    next(found)
-    found.close()
+    prefetched = prefetch(yield_numbers(100))
+    next(prefetched)
+    prefetched.close()
     assert "featray-prefetch" not in {thread.name for thread in threading.enumerate()}
 
 
@@ -65,19 +65,19 @@ def test_closing_early_closes_the_source_of_the_items() -> None:
         finally:
             closed.set()
 
-    found = prefetch(prefetch(items()))
-    next(found)
-    found.close()
+    prefetched = prefetch(prefetch(items()))
+    next(prefetched)
+    prefetched.close()
     assert closed.wait(10)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_results_of_parallel_calls_come_in_order(threads: int) -> None:
-    assert list(parallel_map(str, numbers(10), threads)) == [str(number) for number in range(10)]
+    assert list(parallel_map(str, yield_numbers(10), threads)) == [str(number) for number in range(10)]
 
 
-def test_no_more_items_are_taken_than_threads_and_one_extra() -> None:
-    together = threading.Barrier(2, timeout=10)
+def test_no_more_items_are_taken_than_one_per_thread_and_one_extra() -> None:
+    both_calls = threading.Barrier(2, timeout=10)
     taken: list[int] = []
 
     def items() -> Generator[int]:
@@ -86,23 +86,23 @@ def test_no_more_items_are_taken_than_threads_and_one_extra() -> None:
             yield number
 
     def work(number: int) -> int:
-        together.wait()  # a single call would wait for ever
+        both_calls.wait()  # a call that runs alone fails here
         return number
 
-    found = parallel_map(work, items(), 2)
-    assert next(found) == 0
+    results = parallel_map(work, items(), 2)
+    assert next(results) == 0
     assert len(taken) in (2, 2 + EXTRA_RESULTS)  # one more if the second call ended first
-    assert list(found) == [1, 2, 3]
+    assert list(results) == [1, 2, 3]
 
 
-def test_an_error_of_a_call_comes_in_place_of_its_result() -> None:
-    found = parallel_map(lambda number: 6 // number, (3, 0, 1), 2)
-    assert next(found) == 2
+def test_an_error_of_a_call_is_raised_in_place_of_its_result() -> None:
+    results = parallel_map(lambda number: 6 // number, (3, 0, 1), 2)
+    assert next(results) == 2
     with pytest.raises(ZeroDivisionError):
-        next(found)
+        next(results)
 
 
-def test_while_one_call_takes_long_the_next_ones_run_and_are_held() -> None:
+def test_while_one_call_takes_long_the_next_calls_run_and_their_results_wait() -> None:
     may_end = threading.Event()
     started: list[int] = []
 
@@ -112,17 +112,17 @@ def test_while_one_call_takes_long_the_next_ones_run_and_are_held() -> None:
             assert may_end.wait(10)
         return number
 
-    found: list[int] = []
-    reader = threading.Thread(target=lambda: found.extend(parallel_map(work, numbers(6), 2)))
+    results: list[int] = []
+    reader = threading.Thread(target=lambda: results.extend(parallel_map(work, yield_numbers(6), 2)))
     reader.start()
-    until = time.monotonic() + 10
-    while len(started) < 2 + EXTRA_RESULTS and time.monotonic() < until:
+    deadline = time.monotonic() + 10
+    while len(started) < 2 + EXTRA_RESULTS and time.monotonic() < deadline:
         time.sleep(0.01)
-    time.sleep(0.1)
+    time.sleep(0.1)  # for a fourth call, which must not start
     assert sorted(started) == [0, 1, 2]
     may_end.set()
     reader.join(10)
-    assert found == [0, 1, 2, 3, 4, 5]
+    assert results == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_stop_yields_finished_items_and_does_not_wait_for_the_next_one() -> None:

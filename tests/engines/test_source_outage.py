@@ -26,6 +26,7 @@ NAMES = [f"{number:03}.nii" for number in range(100)]
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
+    """Return a folder of 100 files; they can be fetched, and no test decodes them."""
     folder = tmp_path / "ct"
     folder.mkdir()
     for name in NAMES:
@@ -44,7 +45,7 @@ def scans(source: Path) -> list[Scan]:
     return [Scan(Path(path).name, path, "nifti", (path,), "c") for path in paths]
 
 
-def receipt_of(scan: Scan, reason: Reason | None = None) -> Receipt:
+def make_receipt(scan: Scan, reason: Reason | None = None) -> Receipt:
     record = replace(ScanRecord.from_scan(scan), recipe="r", run_id="run")
     record.bytes_read = 0 if reason is Reason.STORAGE else 1
     if reason is not None:
@@ -53,7 +54,7 @@ def receipt_of(scan: Scan, reason: Reason | None = None) -> Receipt:
 
 
 def check_all(detector: SourceOutageDetector, receipts: Iterable[Receipt]) -> list[Receipt]:
-    """Give the receipts to the detector, one after the other; return those it was given."""
+    """Give all receipts to the detector; return them."""
     return check_each(detector, receipts, [])
 
 
@@ -67,51 +68,52 @@ def check_each(
     return seen
 
 
-def receipts_before_outage(
-    scans: list[Scan], first_failed: int, at_outage: Any = lambda: None
-) -> Iterator[Receipt]:
-    """Yield receipts; from `first_failed` on, the scans could not be fetched."""
+def make_receipts(scans: list[Scan], first_failed: int, at_outage: Any = lambda: None) -> Iterator[Receipt]:
+    """Yield a receipt per scan; from scan number `first_failed` on, the scan could not be fetched.
+
+    `at_outage` is called before the first failed receipt.
+    """
     for number, scan in enumerate(scans):
         if number == first_failed:
             at_outage()
-        yield receipt_of(scan, Reason.STORAGE if number >= first_failed else None)
+        yield make_receipt(scan, Reason.STORAGE if number >= first_failed else None)
 
 
-def test_a_run_ends_when_an_earlier_fetched_scan_is_missing_too(
+def test_a_run_ends_when_a_scan_that_was_fetched_before_is_missing_too(
     reader: Reader, scans: list[Scan], source: Path, tmp_path: Path
 ) -> None:
     seen: list[Receipt] = []
     detector = SourceOutageDetector(scans, reader)
-    receipts = receipts_before_outage(scans, 5, lambda: source.rename(tmp_path / "away"))
+    receipts = make_receipts(scans, 5, lambda: source.rename(tmp_path / "away"))
     with pytest.raises(StorageError, match=r"the last 20 scans .* run the same command again"):
         check_each(detector, receipts, seen)
     assert len(seen) == 5 + MAX_FETCH_FAILURES
 
 
-def test_unreadable_scans_stop_nothing_while_the_source_is_reachable(
+def test_unreadable_scans_do_not_end_a_run_while_the_source_is_reachable(
     reader: Reader, scans: list[Scan]
 ) -> None:
     detector = SourceOutageDetector(scans, reader)
-    assert len(check_all(detector, receipts_before_outage(scans, 5))) == len(scans)
+    assert len(check_all(detector, make_receipts(scans, 5))) == len(scans)
 
 
-def test_a_run_that_never_fetched_a_scan_continues(
+def test_a_run_that_has_fetched_no_scan_is_not_ended(
     reader: Reader, scans: list[Scan], source: Path, tmp_path: Path
 ) -> None:
     source.rename(tmp_path / "away")
     detector = SourceOutageDetector(scans, reader)
-    assert len(check_all(detector, receipts_before_outage(scans, 0))) == len(scans)
+    assert len(check_all(detector, make_receipts(scans, 0))) == len(scans)
 
 
-def test_other_failures_are_no_outage(
+def test_failures_other_than_storage_are_no_outage(
     reader: Reader, scans: list[Scan], source: Path, tmp_path: Path
 ) -> None:
     source.rename(tmp_path / "away")
-    failed = [receipt_of(scan, Reason.TRUNCATED) for scan in scans]
+    failed = [make_receipt(scan, Reason.TRUNCATED) for scan in scans]
     assert len(check_all(SourceOutageDetector(scans, reader), failed)) == len(scans)
 
 
-def test_a_run_continues_when_the_source_is_back(
+def test_a_second_run_completes_the_output_when_the_source_is_reachable_again(
     config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, away = tmp_path / "ct", tmp_path / "away"

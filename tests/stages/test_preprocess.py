@@ -1,4 +1,4 @@
-"""From volume to model input: each step of the config with answers known by hand."""
+"""From volume to model input: each step of preprocessing, with results that are computed by hand."""
 
 from __future__ import annotations
 
@@ -21,56 +21,64 @@ ALL_ORIENTATIONS = [
 ]
 
 
-def volume_of(
+def make_volume(
     voxels: Any, spacing_zyx: tuple[float, float, float] = (1, 1, 1), dtype: Any = np.int16
 ) -> Volume:
     """Return an LPS volume with its first voxel at 0 mm."""
     return Volume(np.asarray(voxels, dtype), np.diag([*spacing_zyx[::-1], 1.0]))
 
 
-def row(*values: float) -> Volume:
+def make_row(*values: float) -> Volume:
     """Return a volume of one row along x."""
-    return volume_of([[values]])
+    return make_volume([[values]])
 
 
-def raw(**options: Any) -> PreprocessConfig:
-    """Return a config that leaves values as they are."""
+def make_raw_config(**options: Any) -> PreprocessConfig:
+    """Return a config that does not change values, unless `options` say otherwise."""
     return PreprocessConfig(**{"window": None, "size": None} | options)
 
 
-def values(volume: Volume, config: PreprocessConfig) -> list[float]:
+def compute_values(volume: Volume, config: PreprocessConfig) -> list[float]:
+    """Preprocess a volume; return all values of the model input in C order."""
     return preprocess(volume, config).tensor.ravel().tolist()
 
 
-def numbered(shape: tuple[int, int, int]) -> Volume:
-    return volume_of(np.arange(np.prod(shape)).reshape(shape))
+def make_numbered_volume(shape: tuple[int, int, int]) -> Volume:
+    """Return a volume in which each voxel has another value."""
+    return make_volume(np.arange(np.prod(shape)).reshape(shape))
 
 
 def test_the_window_is_clipped_and_mapped_onto_the_scale() -> None:
     config = PreprocessConfig(window=(-1000, 1000), scale=(0, 1), size=None)
-    assert values(row(-3024, -1000, 0, 1000, 3071), config) == [0, 0, 0.5, 1, 1]
+    assert compute_values(make_row(-3024, -1000, 0, 1000, 3071), config) == [0, 0, 0.5, 1, 1]
 
 
-def test_the_scale_may_run_through_zero_or_downwards() -> None:
-    assert values(row(-160, 40, 240), PreprocessConfig(window=(-160, 240), scale=(-1, 1), size=None)) == [
+def test_the_scale_may_contain_negative_values_or_decrease() -> None:
+    assert compute_values(
+        make_row(-160, 40, 240), PreprocessConfig(window=(-160, 240), scale=(-1, 1), size=None)
+    ) == [
         -1,
         0,
         1,
     ]
-    assert values(row(-160, 40, 240), PreprocessConfig(window=(-160, 240), scale=(1, 0), size=None)) == [
+    assert compute_values(
+        make_row(-160, 40, 240), PreprocessConfig(window=(-160, 240), scale=(1, 0), size=None)
+    ) == [
         1,
         0.5,
         0,
     ]
 
 
-def test_without_a_window_values_stay_as_they_are() -> None:
-    assert values(row(-3024, 0, 3071), raw(scale=(0, 1))) == [-3024, 0, 3071]
+def test_without_a_window_values_do_not_change() -> None:
+    assert compute_values(make_row(-3024, 0, 3071), make_raw_config(scale=(0, 1))) == [-3024, 0, 3071]
 
 
 def test_values_are_clipped_before_interpolation_not_after() -> None:
     config = PreprocessConfig(window=(-1000, 1000), scale=(-1000, 1000), size=(1, 1, 1))
-    assert values(row(-3024, 0), config) == [-500]  # after would give -1000
+    assert compute_values(make_row(-3024, 0), config) == [
+        -500
+    ]  # clipping after interpolation would give -1000
 
 
 @pytest.mark.parametrize(
@@ -86,10 +94,10 @@ def test_values_are_clipped_before_the_spacing_step(fit: str, size: Any, want: l
     config = PreprocessConfig(
         window=(-1000, 1000), scale=(-1000, 1000), spacing=(1, 1, 2), size=size, fit=fit
     )
-    assert values(row(-3024, 0, 0, 0), config) == want
+    assert compute_values(make_row(-3024, 0, 0, 0), config) == want
 
 
-def test_what_cubic_overshoots_by_is_kept() -> None:
+def test_values_that_cubic_interpolation_puts_outside_the_scale_are_kept() -> None:
     config = PreprocessConfig(
         window=(0, 100),
         scale=(0, 1),
@@ -98,20 +106,20 @@ def test_what_cubic_overshoots_by_is_kept() -> None:
         fit="crop_pad",
         interpolation="cubic",
     )
-    got = values(row(0, 0, 100, 100), config)
+    got = compute_values(make_row(0, 0, 100, 100), config)
     assert min(got) < 0
     assert max(got) > 1
 
 
 def test_the_spacing_step_keeps_the_extent_and_rounds_the_number_of_voxels() -> None:
-    config = raw(spacing=(2.5, 1, 1))
-    assert preprocess(volume_of(np.zeros((4, 2, 2)), (5, 1, 1)), config).tensor.shape == (1, 8, 2, 2)
+    config = make_raw_config(spacing=(2.5, 1, 1))
+    assert preprocess(make_volume(np.zeros((4, 2, 2)), (5, 1, 1)), config).tensor.shape == (1, 8, 2, 2)
     assert resampled_shape(config, (3, 2, 2), (3.27, 0.3, 1)) == (4, 1, 2)
 
 
 def test_stretch_after_spacing_interpolates_the_resampled_volume() -> None:
-    both = preprocess(row(0, 10, 40, 70), raw(spacing=(1, 1, 2), size=(1, 1, 1))).tensor
-    assert both.item() == 30  # pairs are 5 and 55
+    both = preprocess(make_row(0, 10, 40, 70), make_raw_config(spacing=(1, 1, 2), size=(1, 1, 1))).tensor
+    assert both.item() == 30  # the resampled volume is 5 and 55
 
 
 @pytest.mark.parametrize(
@@ -124,102 +132,102 @@ def test_stretch_after_spacing_interpolates_the_resampled_volume() -> None:
         (3, 3, [0, 1, 2]),
     ],
 )
-def test_crop_pad_is_centred_as_in_monai(count: int, size: int, want: list[float]) -> None:
+def test_crop_pad_is_centered_as_in_monai(count: int, size: int, want: list[float]) -> None:
     config = PreprocessConfig(window=(-7, 100), scale=(-7, 100), size=(1, 1, size), fit="crop_pad")
-    assert values(row(*range(count)), config) == want
+    assert compute_values(make_row(*range(count)), config) == want
 
 
 def test_crop_pad_crops_one_axis_while_it_pads_another() -> None:
     config = PreprocessConfig(window=(-7, 100), scale=(-7, 100), size=(3, 1, 2), fit="crop_pad")
-    tensor = preprocess(volume_of(np.arange(4).reshape(1, 1, 4)), config).tensor
+    tensor = preprocess(make_volume(np.arange(4).reshape(1, 1, 4)), config).tensor
     np.testing.assert_array_equal(tensor[0, :, 0], [[-7, -7], [1, 2], [-7, -7]])
 
 
-def test_padding_is_the_windows_lower_bound_and_so_the_scales() -> None:
+def test_padding_has_the_value_of_the_lower_bound_of_the_window() -> None:
     config = PreprocessConfig(window=(-1000, 1000), scale=(-1, 1), size=(1, 1, 3), fit="crop_pad")
-    assert values(row(1000), config) == [-1, 1, -1]
+    assert compute_values(make_row(1000), config) == [-1, 1, -1]
 
 
-def test_padding_without_a_window_is_the_smallest_value_of_the_volume() -> None:
-    assert values(row(5, 9), raw(size=(1, 1, 4), fit="crop_pad")) == [5, 5, 9, 5]
+def test_padding_without_a_window_has_the_smallest_value_of_the_volume() -> None:
+    assert compute_values(make_row(5, 9), make_raw_config(size=(1, 1, 4), fit="crop_pad")) == [5, 5, 9, 5]
 
 
-def test_the_last_patch_is_shifted_inwards_to_end_with_the_volume() -> None:
-    got = preprocess(row(0, 1, 2, 3, 4), raw(size=(1, 1, 2), fit="patches"))
+def test_the_last_patch_is_shifted_so_that_it_ends_with_the_volume() -> None:
+    got = preprocess(make_row(0, 1, 2, 3, 4), make_raw_config(size=(1, 1, 2), fit="patches"))
     np.testing.assert_array_equal(got.tensor[:, 0, 0], [[0, 1], [2, 3], [3, 4]])
     np.testing.assert_array_equal(got.origins, [[0, 0, 0], [0, 0, 2], [0, 0, 3]])
 
 
-def test_patches_overlap_by_a_stride_below_their_size() -> None:
-    got = preprocess(row(0, 1, 2, 3), raw(size=(1, 1, 2), fit="patches", stride=(1, 1, 1)))
+def test_patches_overlap_if_the_stride_is_smaller_than_their_size() -> None:
+    got = preprocess(make_row(0, 1, 2, 3), make_raw_config(size=(1, 1, 2), fit="patches", stride=(1, 1, 1)))
     np.testing.assert_array_equal(got.tensor[:, 0, 0], [[0, 1], [1, 2], [2, 3]])
 
 
-def test_patches_run_along_x_first_then_y_then_z() -> None:
-    got = preprocess(numbered((2, 2, 4)), raw(size=(1, 2, 2), fit="patches"))
+def test_patches_are_ordered_by_z_then_y_then_x() -> None:
+    got = preprocess(make_numbered_volume((2, 2, 4)), make_raw_config(size=(1, 2, 2), fit="patches"))
     np.testing.assert_array_equal(got.origins, [[0, 0, 0], [0, 0, 2], [1, 0, 0], [1, 0, 2]])
 
 
-def test_each_patch_is_the_piece_of_the_volume_at_its_origin() -> None:
-    volume = numbered((5, 6, 7))
-    got = preprocess(volume, raw(size=(2, 4, 3), fit="patches", stride=(2, 1, 3)))
+def test_each_patch_holds_the_voxels_at_its_origin() -> None:
+    volume = make_numbered_volume((5, 6, 7))
+    got = preprocess(volume, make_raw_config(size=(2, 4, 3), fit="patches", stride=(2, 1, 3)))
     for patch, (z, y, x) in zip(got.tensor, got.origins, strict=True):
         np.testing.assert_array_equal(patch, volume.voxels_zyx[z : z + 2, y : y + 4, x : x + 3])
 
 
-def test_a_volume_smaller_than_the_patch_is_padded_behind_so_that_origins_stay_true() -> None:
+def test_a_volume_smaller_than_the_patch_is_padded_at_its_end_so_that_the_origin_is_0() -> None:
     config = PreprocessConfig(window=(-7, 100), scale=(-7, 100), size=(1, 2, 4), fit="patches")
-    got = preprocess(row(1, 2, 3), config)
+    got = preprocess(make_row(1, 2, 3), config)
     np.testing.assert_array_equal(got.tensor[0, 0], [[1, 2, 3, -7], [-7, -7, -7, -7]])
     np.testing.assert_array_equal(got.origins, [[0, 0, 0]])
 
 
 def test_a_whole_volume_input_is_one_patch_at_the_origin() -> None:
-    got = preprocess(row(1, 2, 3), raw(size=(1, 1, 1), fit="crop_pad"))
+    got = preprocess(make_row(1, 2, 3), make_raw_config(size=(1, 1, 1), fit="crop_pad"))
     assert got.tensor.shape == (1, 1, 1, 1)
     np.testing.assert_array_equal(got.origins, [[0, 0, 0]])
     assert (got.tensor.dtype, got.origins.dtype) == (np.float32, np.int32)
 
 
 CONFIGS = [
-    raw(),
-    raw(spacing=(1.5, 0.7, 3)),
-    raw(size=(3, 4, 5)),
-    raw(size=(3, 4, 5), spacing=(1.5, 0.7, 3)),
-    raw(size=(3, 9, 2), fit="crop_pad"),
-    raw(size=(3, 4, 5), fit="patches", stride=(2, 3, 4)),
-    raw(size=(3, 4, 5), fit="patches", spacing=(0.5, 0.7, 1)),
-    raw(size=(2, 2, 2), orientation="SAR"),
+    make_raw_config(),
+    make_raw_config(spacing=(1.5, 0.7, 3)),
+    make_raw_config(size=(3, 4, 5)),
+    make_raw_config(size=(3, 4, 5), spacing=(1.5, 0.7, 3)),
+    make_raw_config(size=(3, 9, 2), fit="crop_pad"),
+    make_raw_config(size=(3, 4, 5), fit="patches", stride=(2, 3, 4)),
+    make_raw_config(size=(3, 4, 5), fit="patches", spacing=(0.5, 0.7, 1)),
+    make_raw_config(size=(2, 2, 2), orientation="SAR"),
 ]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
-def test_the_shape_is_known_from_the_header_alone(config: PreprocessConfig) -> None:
-    volume = volume_of(np.zeros((5, 8, 11)), (2, 0.5, 0.8))
-    turned = reorient(volume, config.orientation)
-    want = input_shape(config, turned.voxels_zyx.shape, turned.spacing_zyx)
+def test_the_shape_of_the_input_is_computed_from_the_header(config: PreprocessConfig) -> None:
+    volume = make_volume(np.zeros((5, 8, 11)), (2, 0.5, 0.8))
+    reoriented = reorient(volume, config.orientation)
+    want = input_shape(config, reoriented.voxels_zyx.shape, reoriented.spacing_zyx)
     assert preprocess(volume, config).tensor.shape == want
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=range(len(CONFIGS)))
-def test_out_receives_the_same_tensor(config: PreprocessConfig) -> None:
-    volume = numbered((5, 8, 11))
+def test_the_tensor_can_be_written_into_a_given_array(config: PreprocessConfig) -> None:
+    volume = make_numbered_volume((5, 8, 11))
     want = preprocess(volume, config).tensor
     out = np.full(want.shape, np.nan, np.float32)
     assert preprocess(volume, config, out=out).tensor is out
     np.testing.assert_array_equal(out, want)
 
 
-def test_an_out_of_another_shape_is_refused() -> None:
+def test_a_given_array_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="out: expected"):
-        preprocess(row(1, 2), raw(), out=np.empty((1, 1, 2), np.float32))
+        preprocess(make_row(1, 2), make_raw_config(), out=np.empty((1, 1, 2), np.float32))
 
 
 @pytest.mark.parametrize("orientation", ALL_ORIENTATIONS)
 @pytest.mark.parametrize(
     "config", [CONFIGS[2], CONFIGS[3], CONFIGS[5]], ids=["stretch", "spacing", "patches"]
 )
-def test_the_orientation_of_the_file_changes_no_bit_of_the_input(
+def test_the_orientation_of_the_file_does_not_change_the_input(
     orientation: str, config: PreprocessConfig
 ) -> None:
     volume = Volume(
@@ -231,42 +239,46 @@ def test_the_orientation_of_the_file_changes_no_bit_of_the_input(
     np.testing.assert_array_equal(preprocess(stored, config).tensor, preprocess(volume, config).tensor)
 
 
-def test_the_asked_orientation_turns_the_array() -> None:
-    # x runs to the left in the volume and to the right in the input
-    assert values(row(1, 2, 3), raw(orientation="RPS")) == [3, 2, 1]
+def test_the_input_has_the_configured_orientation() -> None:
+    # x points to the left in the volume and to the right in the input
+    assert compute_values(make_row(1, 2, 3), make_raw_config(orientation="RPS")) == [3, 2, 1]
 
 
 LESION_XYZ_MM = (82.0, -33.0, 41.0)
-NOWHERE_XYZ_MM = (1000.0, 1000.0, 1000.0)
+OUTSIDE_XYZ_MM = (1000.0, 1000.0, 1000.0)
 
 
-def phantom_with_lesion_at(xyz_mm: tuple[float, float, float]) -> Volume:
-    truth = PhantomParameters(
+def make_phantom_with_lesion(xyz_mm: tuple[float, float, float]) -> Volume:
+    """Return a phantom with its lesion at a position in mm (LPS), and without noise and table."""
+    parameters = PhantomParameters(
         18, *xyz_mm, body_width_mm=340, body_depth_mm=240, lung_size=1, noise_hu=0, table=False
     )
-    phantom = make_phantom(0, (50, 80, 80), parameters=truth)
+    phantom = make_phantom(0, (50, 80, 80), parameters=parameters)
     return Volume(phantom.voxels_zyx, phantom.affine_lps)
 
 
 @pytest.mark.parametrize("stored_as", ALL_ORIENTATIONS)
-def test_a_lesion_at_known_mm_ends_at_its_voxel_whatever_the_file_stores(stored_as: str) -> None:
+def test_a_lesion_is_at_its_voxel_for_each_orientation_of_the_file(stored_as: str) -> None:
     config = PreprocessConfig(window=(-1000, 1000), scale=(-1000, 1000), size=(25, 40, 40))
     with_lesion, without = (
-        preprocess(reorient(phantom_with_lesion_at(place), stored_as), config).tensor[0]
-        for place in (LESION_XYZ_MM, NOWHERE_XYZ_MM)
+        preprocess(reorient(make_phantom_with_lesion(position), stored_as), config).tensor[0]
+        for position in (LESION_XYZ_MM, OUTSIDE_XYZ_MM)
     )
     lesion = with_lesion - without
-    centre_zyx = [(grid * lesion).sum() / lesion.sum() for grid in np.indices(lesion.shape)]
-    # 300 x 400 x 400 mm with 0 mm in the middle, on 25 x 40 x 40 voxels of 12 x 10 x 10 mm; the first
-    # voxel's centre lies half a voxel inside the edge: z = (41 + 150) / 12 - 1/2, …
-    np.testing.assert_allclose(centre_zyx, [15.4167, 16.2, 27.7], atol=0.05)
+    center_zyx = [(grid * lesion).sum() / lesion.sum() for grid in np.indices(lesion.shape)]
+    # The volume is 300 x 400 x 400 mm with 0 mm in the middle. The input has 25 x 40 x 40 voxels of
+    # 12 x 10 x 10 mm. The center of the first voxel is half a voxel from the edge: z = (41 + 150) / 12 - 1/2,
+    # and likewise y and x.
+    np.testing.assert_allclose(center_zyx, [15.4167, 16.2, 27.7], atol=0.05)
 
 
 @pytest.mark.parametrize("spacing", [(0, 1, 1), (np.nan, 1, 1), (np.inf, 1, 1)])
-def test_an_unknown_spacing_is_refused_only_when_it_is_needed(spacing: tuple[float, float, float]) -> None:
-    assert input_shape(raw(size=(2, 2, 2)), (3, 3, 3), spacing) == (1, 2, 2, 2)
+def test_an_unknown_spacing_is_refused_only_if_the_config_resamples_to_a_spacing(
+    spacing: tuple[float, float, float],
+) -> None:
+    assert input_shape(make_raw_config(size=(2, 2, 2)), (3, 3, 3), spacing) == (1, 2, 2, 2)
     with pytest.raises(ScanError, match="expected a known voxel spacing") as caught:
-        input_shape(raw(spacing=(1, 1, 1)), (3, 3, 3), spacing)
+        input_shape(make_raw_config(spacing=(1, 1, 1)), (3, 3, 3), spacing)
     assert caught.value.reason is Reason.PREPROCESS
 
 
@@ -275,14 +287,14 @@ def test_an_unknown_spacing_is_refused_only_when_it_is_needed(spacing: tuple[flo
     [np.zeros((0, 2, 2), np.int16), np.zeros((2, 2, 2), np.complex64)],
     ids=["empty", "complex"],
 )
-def test_voxels_that_cannot_be_an_input_end_as_preprocess_failures(voxels: NDArray[Any]) -> None:
+def test_voxels_that_cannot_become_an_input_fail_with_reason_preprocess(voxels: NDArray[Any]) -> None:
     with pytest.raises(ScanError) as caught:
         preprocess(Volume(voxels, np.eye(4)), PreprocessConfig())
     assert caught.value.reason is Reason.PREPROCESS
 
 
-def test_the_volume_itself_is_left_unchanged() -> None:
-    volume = row(-3024, 0, 3071)
+def test_preprocessing_does_not_change_the_volume() -> None:
+    volume = make_row(-3024, 0, 3071)
     volume.voxels_zyx.flags.writeable = False
     preprocess(volume, PreprocessConfig(size=None))
     assert volume.voxels_zyx.ravel().tolist() == [-3024, 0, 3071]

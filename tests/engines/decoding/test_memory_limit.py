@@ -1,4 +1,4 @@
-"""Memory limit: a scan that needs more fails alone, wherever its allocation fails."""
+"""Memory limit: a scan that needs more fails, and no other scan, whichever allocation fails."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def write_nifti(path: Path, slices: int) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_a_scan_above_the_memory_limit_is_too_large_and_its_neighbors_are_ok(
+def test_a_scan_above_the_memory_limit_is_too_large_and_the_other_scans_are_ok(
     tmp_path: Path, suffix: str
 ) -> None:
     for name, slices in (("a", 40), ("b", 2000), ("c", 40)):
@@ -61,7 +61,7 @@ def test_a_scan_above_the_memory_limit_is_too_large_and_its_neighbors_are_ok(
     }
     failed = records[f"b{suffix}"]
     assert (failed.attempts, failed.stage) == (1, "read"), (
-        "the limit was noticed at once, not by the death of the process"
+        "the scan must fail at the allocation, not by a crash of its process"
     )
     assert "run.decode.memory" in str(failed.message)
 
@@ -83,6 +83,7 @@ def exhaust_numpy(*_: object, **__: object) -> None:
 
 
 def report_exhaustion_as_damage(*_: object, **__: object) -> None:
+    """Exhaust the memory, but raise the error of a damaged file, as some readers do."""
     try:
         exhaust_numpy()
     except Exception:
@@ -90,7 +91,7 @@ def report_exhaustion_as_damage(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("work", [exhaust_opencv, exhaust_numpy, report_exhaustion_as_damage])
-def test_exhausted_memory_is_recognized_behind_any_error(
+def test_exhausted_memory_is_recognized_behind_each_error_that_it_causes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, work: Callable[..., None]
 ) -> None:
     write_nifti(tmp_path / "a.nii", 40)

@@ -31,7 +31,7 @@ from featray.errors import FeatrayError
 
 
 def work(task: tuple[str, int]) -> int:
-    """Do what the task names; a worker process can import it, because this file's folder is on its path."""
+    """Do one kind of task; worker processes can import this, because this folder is on their path."""
     kind, value = task
     if kind == "die":
         os.kill(os.getpid(), signal.SIGKILL)
@@ -40,31 +40,29 @@ def work(task: tuple[str, int]) -> int:
     if kind == "hang":
         time.sleep(3600)
     if kind == "hang in C":
-        ctypes.PyDLL(None).sleep(
-            3600
-        )  # holds the interpreter lock, so that no thread and no signal handler runs
+        ctypes.PyDLL(None).sleep(3600)  # holds the interpreter lock: no thread and no signal handler runs
     if kind == "nap":
         time.sleep(0.05)
     return value
 
 
 def allocate(size: int) -> str:
-    """Report whether `size` bytes can be allocated; importable like `work`."""
+    """Return `fits` if `size` bytes can be allocated, or the name of the error."""
     try:
-        return "fits" if np.ones(size, np.uint8).all() else "never"
+        return "fits" if np.ones(size, np.uint8).all() else "impossible"
     except MemoryError:
         return "MemoryError"
 
 
 class Unloadable:
-    """Work that ends the process that unpickles it, like a missing or broken library."""
+    """Work that ends the process that unpickles it, like a broken library."""
 
     def __reduce__(self) -> Any:
         return os._exit, (7,)
 
 
-class Unprepared:
-    """Work whose library is missing in the worker process."""
+class Unpreparable:
+    """Work that cannot be prepared in the worker process, because a library is missing."""
 
     def prepare(self) -> None:
         raise ImportError("no library")
@@ -82,6 +80,7 @@ def wait_for_all(pool: WorkerPool, count: int) -> list[TaskResult]:
 
 @pytest.fixture
 def pool(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Return a pool of two processes that do `work`, with a timeout of 3 s."""
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     import test_process_pool
 
@@ -98,7 +97,9 @@ def test_every_task_has_one_result(pool: WorkerPool) -> None:
 
 
 @pytest.mark.parametrize(("kind", "code"), [("die", -9), ("segfault", -11)])
-def test_a_task_that_kills_its_process_costs_no_other_task(pool: WorkerPool, kind: str, code: int) -> None:
+def test_a_task_that_kills_its_process_does_not_affect_other_tasks(
+    pool: WorkerPool, kind: str, code: int
+) -> None:
     for value in range(6):
         pool.submit(("plain", value))
     pool.submit((kind, 99))
@@ -111,7 +112,7 @@ def test_a_task_that_kills_its_process_costs_no_other_task(pool: WorkerPool, kin
 
 
 @pytest.mark.parametrize("kind", ["hang", "hang in C"])
-def test_a_task_that_hangs_ends_as_timeout_and_costs_no_other_task(pool: WorkerPool, kind: str) -> None:
+def test_a_task_that_hangs_times_out_and_does_not_affect_other_tasks(pool: WorkerPool, kind: str) -> None:
     pool.submit((kind, 99))
     for value in range(6):
         pool.submit(("plain", value))
@@ -126,27 +127,27 @@ def test_closing_the_pool_while_a_thread_waits_starts_no_process(pool: WorkerPoo
     pool.wait()  # until the processes have started
     with ThreadPoolExecutor(1) as threads:
         waiting = threads.submit(pool.wait)
-        time.sleep(0.2)  # for the wait to begin; if it has not begun, it finds the pipes closed
+        time.sleep(0.2)  # until the thread waits; if it does not wait yet, it finds the pipes closed
         pool.close()
         with pytest.raises((FeatrayError, OSError)):
             waiting.result(60)
     assert not any("worker_process" in " ".join(child.cmdline()) for child in psutil.Process().children())
 
 
-def test_processes_killed_at_random_lose_no_task(pool: WorkerPool) -> None:
+def test_no_task_is_lost_when_processes_are_killed_at_random(pool: WorkerPool) -> None:
     rng = np.random.default_rng(0)
     for value in range(60):
         pool.submit(("nap", value))
-    done: Counter[int] = Counter()
-    while done.total() < 60:
+    results: Counter[int] = Counter()
+    while results.total() < 60:
         for result in pool.wait():
             if result.failure:
                 pool.submit(result.task)
             else:
-                done[result.result] += 1
+                results[result.result] += 1
         if rng.random() < 0.2:
             psutil.Process(int(rng.choice([process.process.pid for process in pool._processes]))).kill()
-    assert done == Counter(range(60))
+    assert results == Counter(range(60))
 
 
 def test_closing_leaves_no_process(pool: WorkerPool) -> None:
@@ -156,9 +157,7 @@ def test_closing_leaves_no_process(pool: WorkerPool) -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids if pid)
 
 
-def test_a_process_whose_task_hangs_in_c_ends_after_its_driver_was_killed(
-    tmp_path: Path,
-) -> None:
+def test_a_process_whose_task_hangs_in_c_ends_after_its_driver_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(_DYING_DRIVER)
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
@@ -187,7 +186,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_a_task_above_the_memory_limit_fails_and_the_next_one_does_not(
+def test_a_task_above_the_memory_limit_fails_and_the_next_task_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
@@ -203,8 +202,8 @@ def test_a_task_above_the_memory_limit_fails_and_the_next_one_does_not(
         pool.close()
 
 
-@pytest.mark.parametrize("name", ["Unloadable", "Unprepared"])
-def test_processes_that_never_start_are_no_fault_of_a_task(
+@pytest.mark.parametrize("name", ["Unloadable", "Unpreparable"])
+def test_if_processes_never_start_the_pool_raises_and_no_task_fails(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
@@ -223,41 +222,42 @@ def test_processes_that_never_start_are_no_fault_of_a_task(
 
 @pytest.fixture
 def early(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
+    """Return the process that `start_early` has started."""
     monkeypatch.syspath_prepend(os.path.dirname(__file__))
     end_early()
     start_early()
-    (process,) = set(psutil.Process().children()) & {
-        psutil.Process(one.process.pid) for one in process_pool._early_processes
-    }
+    early_processes = {psutil.Process(worker.process.pid) for worker in process_pool._early_processes}
+    (process,) = set(psutil.Process().children()) & early_processes
     yield process
     end_early()
 
 
-def pids_of_tasks(count: int) -> list[int]:
+def run_tasks(count: int) -> list[int]:
+    """Run four tasks in a pool of `count` processes; return the process id of each task."""
     import test_process_pool
 
     with contextlib.closing(WorkerPool(count, timeout_s=30.0, memory=2**30)) as pool:
-        pool.set_work(pickle.dumps(test_process_pool.pid_of))
+        pool.set_work(pickle.dumps(test_process_pool.get_pid))
         for value in range(4):
             pool.submit(value)
         return [result.result for result in wait_for_all(pool, 4)]
 
 
-def pid_of(task: int) -> int:
-    """Return the id of the process that runs the task; importable like `work`."""
+def get_pid(task: int) -> int:
+    """Return the id of the process that runs the task; worker processes can import this like `work`."""
     return os.getpid()
 
 
 def test_a_process_that_was_started_early_is_the_first_of_the_pool(early: psutil.Process) -> None:
-    start_early()  # starts no second process
-    assert early.pid in pids_of_tasks(2)
+    start_early()  # must not start a second process
+    assert early.pid in run_tasks(2)
     assert not process_pool._early_processes
     assert not early.is_running()
 
 
 def test_an_early_process_that_died_is_replaced(early: psutil.Process) -> None:
     early.kill()
-    assert len(pids_of_tasks(1)) == 4
+    assert len(run_tasks(1)) == 4
 
 
 def test_an_early_process_that_is_not_needed_ends(early: psutil.Process) -> None:
@@ -267,7 +267,7 @@ def test_an_early_process_that_is_not_needed_ends(early: psutil.Process) -> None
         assert not early.is_running()
     start_early()
     with RayEngine(RunConfig(), decoding):
-        pass  # nothing is due, so that not even the first scans are processed in the driver
+        pass  # no scan is due, so that the driver does not process the first scans either
     assert not process_pool._early_processes
 
 
@@ -276,6 +276,6 @@ def test_an_early_process_ends_with_its_driver() -> None:
         "from featray.engines.decoding import process_pool; process_pool.start_early()\n"
         "print(process_pool._early_processes[0].process.pid, flush=True)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not psutil.pid_exists(int(done.stdout))
-    assert not done.stderr
+    driver = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not psutil.pid_exists(int(driver.stdout))
+    assert not driver.stderr

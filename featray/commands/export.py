@@ -1,9 +1,10 @@
-"""Export: one version of an output in, a plain folder of hive-partitioned Parquet out, with no log beside it.
+"""`featray export`: copy one version of an output as plain Parquet files in hive partitions.
 
-`DIR/features/layer=NAME/*.parquet` and `DIR/scans/*.parquet` are the output's own files, byte for byte, but
-for files of `scans` that lack a column of a later one: plain readers want all alike.
-`DIR/export.json` is written last: where it is, the export is whole. Until then `DIR/export.started.json` says
-what belongs here, so that the same call goes on after a kill.
+`DIR/features/layer=NAME/*.parquet` and `DIR/scans/*.parquet` are byte-for-byte copies of the output's files.
+Only files of `scans` without a column that was added later are rewritten with that column, because plain
+readers expect the same columns in all files.
+`DIR/export.json` is written last and marks a complete export. Until then, `DIR/export.started.json` lists the
+files of the export, so that the same call can continue after a kill.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import shutil
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -44,30 +45,30 @@ from featray.storage.urls import mask_url
 log = logging.getLogger(__name__)
 
 MARKER = "export.json"
-"""Says what the folder holds; there only when all of it is."""
+"""File that describes a complete export."""
 STARTED = "export.started.json"
-"""Names the files of an export that is not done yet."""
-_COPIES = 4
-"""Files under way at once; between two stores, each is in memory meanwhile."""
+"""File that lists the files of an export that is not complete."""
+_PARALLEL_COPIES = 4
+"""Files copied at once. Between two different stores, each of them is in memory."""
 _SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp$")
-_SHOWN = 3
+_MAX_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What an export holds; but for `copied` and `seconds` also the content of its marker.
+    """Description of an export. Without `copied` and `seconds`, it is also the content of `export.json`.
 
     Attributes:
-        directory: Where it is, without credentials.
-        output: Where it comes from, without credentials.
-        version: Version of the output, as `--version` names it.
+        directory: Folder of the export, without credentials.
+        output: Output that was exported, without credentials.
+        version: Version of the output, as `--version` takes it.
         versions: Version of each table.
-        recipes: Recipe id → `ok` scans; more than one while a refresh is half done.
-        scans: Status → scans.
-        layers: The layers.
-        files: {path below the folder: bytes}.
-        copied: Files that this call copied; the others it found.
-        seconds: Time it took.
+        recipes: Number of ok scans by recipe id; more than one recipe while a refresh is incomplete.
+        scans: Number of scans by status.
+        layers: Rows, files and bytes of each layer.
+        files: Path below the folder → bytes.
+        copied: Number of files that this call copied; an earlier call copied the others.
+        seconds: Time of this call.
     """
 
     directory: str
@@ -82,12 +83,12 @@ class ExportResult:
     seconds: float
 
     def text(self) -> str:
-        """Return the answer for a person."""
+        """Return the result as text for the terminal."""
         rows, size = sum(layer.rows for layer in self.layers), sum(self.files.values())
         lines = [
-            f"version {self.version} is in {self.directory}: {len(self.layers)} layers, {rows} rows, "
+            f"exported version {self.version} to {self.directory}: {len(self.layers)} layers, {rows} rows, "
             f"{sum(self.scans.values())} scans; {len(self.files)} files, {size / 1e6:.2f} MB "
-            f"({self.copied} copied now, {self.seconds:.1f} s)"
+            f"({self.copied} files copied now, {self.seconds:.1f} s)"
         ]
         if len(self.recipes) > 1:
             lines.append(
@@ -96,8 +97,14 @@ class ExportResult:
             )
         return "\n".join(lines)
 
+    def to_marker(self) -> bytes:
+        """Return the content of `export.json`."""
+        facts = {name: value for name, value in asdict(self).items() if name not in ("copied", "seconds")}
+        finished = datetime.now(UTC).isoformat(timespec="seconds")
+        return _to_json({"featray": version_of("featray"), "finished": finished, **facts})
 
-def export(
+
+def export(  # noqa: PLR0913  # public function with the options of the command
     output: Output,
     directory: str | os.PathLike[str],
     version: int | None = None,
@@ -106,210 +113,231 @@ def export(
     storage_options: Mapping[str, Any] | None = None,
     directory_options: Mapping[str, Any] | None = None,
 ) -> ExportResult:
-    """Copy one version to a plain folder that any reader of Parquet can take as it is.
+    """Copy one version of an output to a plain folder that every Parquet reader can read.
 
-    A call that was killed is continued by the same call. A version that is superseded and deleted while it
-    is copied is given up for the newest; a version that is asked for by number never is.
+    If a call was killed, the same call continues it. If the newest version is superseded and its files are
+    deleted during the copy, the then newest version is exported instead. If `version` was given, that is an
+    error.
 
     Args:
         output: Folder or URL of an output, the config (.yaml) that names it, or a `Dataset`.
-        directory: Local path or fsspec URL of a folder that does not exist yet or is empty.
+        directory: Local path or fsspec URL of a folder that does not exist or is empty.
         version: Version of the output; None for the newest.
-        layers: Only these, named with `/` or `.`; all by default.
-        storage_options: fsspec options of `output`; None for those of the config, if it is one.
-        directory_options: fsspec options of `directory`; None for those of `output` where both are in one
-            kind of store.
+        layers: Names of the layers to export, with `/` or `.`; empty for all.
+        storage_options: fsspec options of `output`; None for the options of the config, if `output` is one.
+        directory_options: fsspec options of `directory`; None for the options of `output` if both URLs have
+            the same protocol.
 
     Raises:
-        ConfigError: There is no such output or version; or the folder holds something else, a whole export,
-            or is inside the output.
-        UsageError: No such layer.
-        StorageError: A store does not answer, or refreshes kept outrunning this call.
+        ConfigError: The output or the version does not exist, or the folder holds other files or a complete
+            export, or is inside the output.
+        UsageError: The output has no such layer.
+        StorageError: A store does not answer, or every version was superseded before it was copied.
     """
     start = time.monotonic()
     dataset = open_output(output, storage_options)
-    target = _target(dataset.store, os.fspath(directory), directory_options)
+    target = _open_target(dataset.store, os.fspath(directory), directory_options)
 
-    def once(snapshot: Snapshot) -> ExportResult:
-        return _export(snapshot, target, layers, start)
+    def export_version(snapshot: Snapshot) -> ExportResult:
+        return _Export(snapshot, target, _select_files(snapshot, layers)).run(start)
 
-    return read_one_version(dataset, version, once)
+    return read_one_version(dataset, version, export_version)
 
 
-def _target(source: Store, place: str, options: Mapping[str, Any] | None) -> Store:
-    """Return the folder to fill.
+def _open_target(source: Store, directory: str, options: Mapping[str, Any] | None) -> Store:
+    """Return the store of the folder to fill.
 
     Raises:
-        ConfigError: It is a file, or inside the output.
+        ConfigError: The folder is a file, or inside the output.
     """
-    protocol = place.partition("://")[0] if "://" in place else ""
+    protocol = directory.partition("://")[0] if "://" in directory else ""
     if options is None and protocol and source.uri.startswith(f"{protocol}://"):
         options = source.options
-    target = Store(place, dict(options or {}))
+    target = Store(directory, dict(options or {}))
     if target.is_local and os.path.lexists(target.root) and not os.path.isdir(target.root):
         raise ConfigError(f"{target.root} is a file; name a folder to export to")
-    inside = f"{_real(target)}/".startswith(f"{_real(source)}/")
-    if inside and type(target.fs) is type(source.fs):
-        raise ConfigError(f"{mask_url(place)} is inside the output; export to a folder of its own")
+    is_inside = f"{_resolve_root(target)}/".startswith(f"{_resolve_root(source)}/")
+    if is_inside and type(target.fs) is type(source.fs):
+        raise ConfigError(f"{mask_url(directory)} is inside the output; name a folder outside of it")
     return target
 
 
-def _real(store: Store) -> str:
+def _resolve_root(store: Store) -> str:
     return os.path.realpath(store.root) if store.is_local else store.root
 
 
-def _export(snapshot: Snapshot, target: Store, layers: Sequence[str], start: float) -> ExportResult:
-    files = _files(snapshot, layers)
-    sizes = {name: file.size for name, file in files.items() if name.startswith(f"{FEATURES}/")}
-    there = _begin(target, snapshot, files, sizes)
-    todo = {name: file for name, file in files.items() if name not in there}
-    size = sum(file.size for file in todo.values())
-    log.info("copying %d files, %.1f MB, of version %d", len(todo), size / 1e6, snapshot.version)
-    sizes |= _copied(snapshot, target, todo)
-    made = _described(snapshot, target, files, sizes, len(todo), time.monotonic() - start)
-    _finish(target, made)
-    return made
-
-
-def _files(snapshot: Snapshot, layers: Sequence[str]) -> dict[str, DataFile]:
-    """Return {path below either folder: file} of what is to be exported."""
+def _select_files(snapshot: Snapshot, layers: Sequence[str]) -> dict[str, DataFile]:
+    """Return the files to export by their path, which is the same below the output and below the folder."""
     features = snapshot.files(FEATURES)
     if layers:
-        wanted = {find_layer(layer, features) for layer in layers}
-        features = [file for file in features if file.partition_values["layer"] in wanted]
-    named = {f"{FEATURES}/{file.path}": file for file in features}
-    return named | {f"{SCANS}/{file.path}": file for file in snapshot.files(SCANS)}
+        names = {find_layer(layer, features) for layer in layers}
+        features = [file for file in features if file.partition_values["layer"] in names]
+    files = {f"{FEATURES}/{file.path}": file for file in features}
+    return files | {f"{SCANS}/{file.path}": file for file in snapshot.files(SCANS)}
 
 
-def _begin(target: Store, snapshot: Snapshot, files: Iterable[str], sizes: Mapping[str, int]) -> set[str]:
-    """Make the folder ready, and return the files that an earlier call has brought already.
+@dataclass(frozen=True)
+class _Export:
+    """The export of one version.
 
-    Raises:
-        ConfigError: It holds what is not of an export under way.
-    """
-    found = target.list_file_sizes()
-    if MARKER in found:
-        raise ConfigError(f"{target!r} holds a whole export ({MARKER} says of what); name another folder")
-    begun = set(json.loads(target.read(STARTED))["files"]) if STARTED in found else set()
-    foreign = [name for name in found if _SCRATCH.sub("", name) not in begun | {STARTED, MARKER}]
-    if foreign:
-        some = ", ".join(foreign[:_SHOWN]) + (", …" if len(foreign) > _SHOWN else "")
-        what = "an export that is not done, and files that are not of it" if begun else "files already"
-        raise ConfigError(f"{target!r} holds {what} ({some}); name a folder that is new or empty")
-    there = {name for name, size in found.items() if sizes.get(name) == size}
-    target.delete([name for name in found if name not in there and name != STARTED])
-    target.write(STARTED, _json({"version": snapshot.version, "files": sorted(files)}))
-    return there
-
-
-def _copied(snapshot: Snapshot, target: Store, files: Mapping[str, DataFile]) -> dict[str, int]:
-    """Copy files, a few at once; return their sizes in the folder.
-
-    Raises:
-        FileNotFoundError: One has been deleted since, as superseded files are.
-        StorageError: A store does not answer, or a file has not the size that the log says.
+    Attributes:
+        snapshot: The version.
+        target: Store of the folder to fill.
+        files: Path below the folder → file of the output.
     """
 
-    def copy(name: str) -> int:
-        if name.startswith(f"{SCANS}/"):
-            return _copy_scans(snapshot, target, name, files[name])
-        return _copy(snapshot.store, target, name, files[name].size)
+    snapshot: Snapshot
+    target: Store
+    files: Mapping[str, DataFile]
 
-    pool = ThreadPoolExecutor(_COPIES)
-    try:
-        return dict(zip(files, pool.map(copy, files), strict=True))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    def run(self, start: float) -> ExportResult:
+        """Copy the files that an earlier call has not copied, and mark the export as complete.
+
+        Args:
+            start: Time on the monotonic clock when the command began.
+        """
+        sizes = {path: file.size for path, file in self.files.items() if path.startswith(f"{FEATURES}/")}
+        present = self._prepare_folder(sizes)
+        missing = [path for path in self.files if path not in present]
+        size = sum(self.files[path].size for path in missing)
+        log.info("copying %d files, %.1f MB, of version %d", len(missing), size / 1e6, self.snapshot.version)
+        sizes |= self._copy_files(missing)
+        result = self._describe(sizes, len(missing), time.monotonic() - start)
+        self._finish(result)
+        return result
+
+    def _prepare_folder(self, sizes: Mapping[str, int]) -> set[str]:
+        """Delete incomplete files of an earlier call and write the list of files.
+
+        Args:
+            sizes: Path of a features file → bytes.
+
+        Returns:
+            Paths of the files that an earlier call copied completely.
+
+        Raises:
+            ConfigError: The folder holds a complete export, or files that belong to no export.
+        """
+        target = self.target
+        found = target.list_file_sizes()
+        if MARKER in found:
+            raise ConfigError(f"{target!r} holds a complete export (see its {MARKER}); name another folder")
+        started = set(json.loads(target.read(STARTED))["files"]) if STARTED in found else set()
+        foreign = [path for path in found if _SCRATCH.sub("", path) not in started | {STARTED, MARKER}]
+        if foreign:
+            problem = "an incomplete export and files that are not part of it" if started else "other files"
+            raise ConfigError(
+                f"{target!r} holds {problem} ({_shorten(foreign)}); name a folder that is new or empty"
+            )
+        complete = {path for path, size in found.items() if sizes.get(path) == size}
+        target.delete([path for path in found if path not in complete and path != STARTED])
+        target.write(STARTED, _to_json({"version": self.snapshot.version, "files": sorted(self.files)}))
+        return complete
+
+    def _copy_files(self, paths: Sequence[str]) -> dict[str, int]:
+        """Copy files, several at once; return their sizes in the folder.
+
+        Raises:
+            FileNotFoundError: A file was superseded and deleted.
+            StorageError: A store does not answer, or the size of a file differs from that in the log.
+        """
+        pool = ThreadPoolExecutor(_PARALLEL_COPIES)
+        try:
+            return dict(zip(paths, pool.map(self._copy_file, paths), strict=True))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _copy_file(self, path: str) -> int:
+        """Copy one file; return its size in the folder."""
+        if path.startswith(f"{SCANS}/"):
+            return self._copy_scans_file(path)
+        source, target, size = self.snapshot.store, self.target, self.files[path].size
+        if source.is_local and target.is_local:
+            _copy_local_file(source.path(path), target.path(path))
+        elif source.fs is target.fs and not source.is_local:  # the store copies without this machine
+            source.run_operation(lambda: source.fs.cp_file(source.path(path), target.path(path)))
+        else:
+            target.write(path, self._read_file(path))
+        return size
+
+    def _copy_scans_file(self, path: str) -> int:
+        """Copy a file of `scans`, with all columns of the table; return its size in the folder."""
+        data = self._read_file(path)
+        schema = self.snapshot.schema(SCANS)
+        with translate_arrow_errors(path):
+            parquet = pq.ParquetFile(pa.BufferReader(data))
+            if parquet.schema_arrow.names != schema.names:
+                complete = pa.concat_tables([schema.empty_table(), parquet.read()], promote_options="default")
+                sink = pa.BufferOutputStream()
+                pq.write_table(complete.select(schema.names), sink, compression="zstd")
+                data = sink.getvalue().to_pybytes()
+        self.target.write(path, data)
+        return len(data)
+
+    def _read_file(self, path: str) -> bytes:
+        """Return the content of a file of the output.
+
+        Raises:
+            StorageError: Its size differs from that in the log.
+        """
+        data, size = self.snapshot.store.read(path), self.files[path].size
+        if len(data) != size:
+            raise StorageError(
+                f"{path} has {len(data)} bytes instead of {size}; `featray verify` says how to repair the "
+                "output"
+            )
+        return data
+
+    def _describe(self, sizes: Mapping[str, int], copied: int, seconds: float) -> ExportResult:
+        rows = self.snapshot.read_scans(("status", "recipe")).to_pylist()
+        features = (file for path, file in self.files.items() if path.startswith(f"{FEATURES}/"))
+        return ExportResult(
+            directory=mask_url(self.target.uri),
+            output=mask_url(self.snapshot.store.uri),
+            version=self.snapshot.version,
+            versions=self.snapshot.versions,
+            recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
+            scans=dict(Counter(row["status"] for row in rows).most_common()),
+            layers=sum_by_layer(features),
+            files=dict(sorted(sizes.items())),
+            copied=copied,
+            seconds=seconds,
+        )
+
+    def _finish(self, result: ExportResult) -> None:
+        """Compare the folder with the result and mark the export as complete.
+
+        Raises:
+            StorageError: A file is missing, has another size, or does not belong to the export.
+        """
+        found = self.target.list_file_sizes()
+        found.pop(STARTED, None)
+        paths = found.keys() | result.files.keys()
+        different = sorted(path for path in paths if found.get(path) != result.files.get(path))
+        if different:
+            raise StorageError(
+                f"{self.target!r} differs from what was copied to it ({len(different)} files: "
+                f"{_shorten(different)}). Stop other programs that write there, check the output with "
+                "`featray verify`, and run the same command again"
+            )
+        self.target.write(MARKER, result.to_marker())
+        self.target.delete([STARTED])
 
 
-def _copy(source: Store, target: Store, name: str, size: int) -> int:
-    """Copy one file as it is: within one object store without moving it through this machine."""
-    if source.is_local and target.is_local:
-        _copy_local(source.path(name), target.path(name))
-    elif source.fs is target.fs and not source.is_local:
-        source.run_operation(lambda: source.fs.cp_file(source.path(name), target.path(name)))
-    else:
-        target.write(name, _checked(source.read(name), name, size))
-    return size
-
-
-def _copy_local(path: str, to: str) -> None:
-    os.makedirs(os.path.dirname(to), exist_ok=True)
-    temporary = f"{to}.{uuid.uuid4().hex}.tmp"
-    shutil.copyfile(path, temporary)
+def _copy_local_file(source: str, destination: str) -> None:
+    """Copy a file so that the destination never exists incomplete."""
+    os.makedirs(os.path.dirname(destination), exist_ok=True)
+    temporary = f"{destination}.{uuid.uuid4().hex}.tmp"
+    shutil.copyfile(source, temporary)
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
-    os.replace(temporary, to)
+    os.replace(temporary, destination)
 
 
-def _copy_scans(snapshot: Snapshot, target: Store, name: str, file: DataFile) -> int:
-    """Copy one file of `scans`, with all columns that the table has by now."""
-    data = _checked(snapshot.store.read(name), name, file.size)
-    schema = snapshot.schema(SCANS)
-    with translate_arrow_errors(name):
-        parquet = pq.ParquetFile(pa.BufferReader(data))
-        if parquet.schema_arrow.names != schema.names:
-            whole = pa.concat_tables([schema.empty_table(), parquet.read()], promote_options="default")
-            sink = pa.BufferOutputStream()
-            pq.write_table(whole.select(schema.names), sink, compression="zstd")
-            data = sink.getvalue().to_pybytes()
-    target.write(name, data)
-    return len(data)
+def _shorten(paths: Sequence[str]) -> str:
+    """Return the first paths, separated by commas, and `…` if there are others."""
+    return ", ".join(paths[:_MAX_SHOWN]) + (", …" if len(paths) > _MAX_SHOWN else "")
 
 
-def _checked(data: bytes, name: str, size: int) -> bytes:
-    if len(data) != size:
-        raise StorageError(
-            f"{name} has {len(data)} bytes instead of {size}; `featray verify` says how to mend the output"
-        )
-    return data
-
-
-def _described(
-    snapshot: Snapshot,
-    target: Store,
-    files: Mapping[str, DataFile],
-    sizes: Mapping[str, int],
-    copied: int,
-    seconds: float,
-) -> ExportResult:
-    ledger = snapshot.read_scans(("status", "recipe")).to_pylist()
-    return ExportResult(
-        directory=mask_url(target.uri),
-        output=mask_url(snapshot.store.uri),
-        version=snapshot.version,
-        versions=snapshot.versions,
-        recipes=dict(Counter(row["recipe"] for row in ledger if row["status"] == "ok").most_common()),
-        scans=dict(Counter(row["status"] for row in ledger).most_common()),
-        layers=sum_by_layer(file for name, file in files.items() if name.startswith(f"{FEATURES}/")),
-        files=dict(sorted(sizes.items())),
-        copied=copied,
-        seconds=seconds,
-    )
-
-
-def _finish(target: Store, made: ExportResult) -> None:
-    """Look whether all is there and nothing else, then say so.
-
-    Raises:
-        StorageError: It is not.
-    """
-    found = target.list_file_sizes()
-    found.pop(STARTED, None)
-    if found != made.files:
-        wrong = sorted(
-            name for name in found.keys() | made.files.keys() if found.get(name) != made.files.get(name)
-        )
-        some = ", ".join(wrong[:_SHOWN]) + (", …" if len(wrong) > _SHOWN else "")
-        raise StorageError(
-            f"{target!r} is not what was copied to it ({len(wrong)} files: {some}); does something else "
-            "write there, or is the output damaged (`featray verify`)? Then run the same command again"
-        )
-    content = {name: value for name, value in asdict(made).items() if name not in ("copied", "seconds")}
-    finished = datetime.now(UTC).isoformat(timespec="seconds")
-    target.write(MARKER, _json({"featray": version_of("featray"), "finished": finished, **content}))
-    target.delete([STARTED])
-
-
-def _json(value: Any) -> bytes:
+def _to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()

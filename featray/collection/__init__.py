@@ -1,5 +1,5 @@
-"""The scans of a collection, found without reading a voxel: folders, DICOM series, archives, manifest rows.
+"""Find the scans of a collection without reading a voxel: in folders, DICOM series, archives and manifests.
 
-`featray.stages.list` lists a collection with these modules. `featray.stages.locate` finds the files of the
-scans that listing left open. Code that reads voxels does not belong here.
+`featray.stages.list` lists a collection with these modules. `featray.stages.locate` uses them to find the
+files of the scans that listing left open. Code that reads voxels does not belong here.
 """

@@ -1,7 +1,7 @@
-"""The DICOM series among some files: reads headers, groups them, and gives each series an id.
+"""Find the DICOM series among some files: read headers, group them, and give each series an id.
 
-With a header cache, only headers in new and changed folders are read, and headers in folders that share a
-series with one of these.
+With a header cache, headers are only read in new and changed folders, and in folders that share a series with
+one of these.
 """
 
 from __future__ import annotations

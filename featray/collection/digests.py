@@ -1,8 +1,8 @@
-"""Content fingerprints from file bytes: found scans in, the same scans with SHA-256 digests as content out.
+"""Compute the content fingerprint of found scans from the bytes of their files, with SHA-256.
 
-For stores that change a file's version although its bytes stay the same, such as folders that are copied
-again each night. Reads every file completely, in several threads. Scans inside archives keep the checksums
-that the archive stores.
+This serves stores that change a file's version although its bytes stay the same, such as folders that are
+copied again each night. Every file is read completely, in several threads. Scans inside archives keep the
+fingerprints of the checksums that the archive stores.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CHUNK_BYTES = 2**22
 def hash_contents(fs: fsspec.AbstractFileSystem, found: Sequence[FoundScan]) -> list[FoundScan]:
     """Return the scans with fingerprints of their files' bytes as content.
 
-    A scan with a file that cannot be read gets the reason `storage`.
+    A scan with a file that cannot be read gets the reason `storage`. Scans inside archives are unchanged.
     """
     files = list(
         dict.fromkeys(
@@ -40,7 +40,7 @@ def hash_contents(fs: fsspec.AbstractFileSystem, found: Sequence[FoundScan]) -> 
 
 
 def hash_file(fs: fsspec.AbstractFileSystem, path: str) -> str:
-    """Return the SHA-256 of a file's bytes in hexadecimal; holds only one chunk of the file in memory.
+    """Return the SHA-256 of a file's bytes in hexadecimal; hold only one chunk of the file in memory.
 
     Raises:
         OSError: The file cannot be read.

@@ -1,4 +1,4 @@
-"""A file, a folder or a glob pattern in, the scans in it out. Reads DICOM headers and no voxels.
+"""Find the scans in a file, in a folder or among the matches of a glob pattern; read headers, no voxels.
 
 Single-file formats are recognized by the file name. DICOM files, and the series that they form, are
 recognized by their headers. Zip archives are searched without unpacking them. Files that belong to no scan

@@ -1,8 +1,9 @@
-"""Listed scans in, the same scans out: copies marked as the policy says, ids unique. Decodes nothing.
+"""Mark listed scans that are copies of other scans, as the policy says, and make ids unique; decode nothing.
 
-In the order of ids, the second of two scans is a copy of the first if both ask for the same region and have
-one of these in common: the same files; the same SeriesInstanceUID and number of slices, in two folders; the
-same bytes. Bytes are compared by the store's checksum or, for local files of equal size, by reading them.
+In the order of ids, the second of two scans is a copy of the first if both ask for the same region and one of
+these conditions holds: they have the same files; they have the same SeriesInstanceUID and number of files,
+but lie in different folders; they have the same bytes. Bytes are compared by the store's checksum or, for
+local files of equal size, by reading them.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def _find_checksums(scans: Sequence[Scan]) -> dict[int, str]:
     """Return `id(scan)` → checksum, for scans that can be compared; equal checksums mean equal bytes."""
     checksums = {id(scan): f"{scan.checksum} {scan.size}" for scan in scans if scan.checksum}
     groups = [[scan for scan in scans if _can_read_locally(scan)]]
-    for compute_digest in (_get_size, _read_samples, _hash_whole):  # each reads more, of fewer scans
+    for compute_digest in (_get_size, _read_samples, _hash_whole):  # each reads more bytes of fewer scans
         groups = [equal for group in groups for equal in _split_by_digest(group, compute_digest)]
     return checksums | {id(scan): f"group {number}" for number, group in enumerate(groups) for scan in group}
 

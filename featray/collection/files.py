@@ -1,6 +1,7 @@
-"""The files of a collection, and the rules by which their names show scans and formats. Opens no file.
+"""Describe the files of a collection, and recognize scans and formats by file name; open no file.
 
-Also defines the types that all parts of a listing share: files, groups of files, options, found scans.
+This module also defines the types that all parts of a listing share: files, groups of files, options, found
+scans.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Results of reading DICOM headers, kept from one listing to the next, so that unchanged files are not read.
+"""Keep the results of reading DICOM headers from one listing to the next, so unchanged files are not read.
 
 One cache entry covers a set of folders that share DICOM series. An entry is valid under two conditions: its
 folders hold the same candidate files with the same sizes and versions, and no folder outside the entry that
@@ -25,7 +25,7 @@ from featray.errors import Reason
 
 log = logging.getLogger(__name__)
 
-_STAMP = b"featray.listing"  # a key in stored files, which must not follow the name of this package
+_STAMP = b"featray.listing"  # a key in stored files, which stays the same if modules are renamed
 _SERIES = pa.struct(
     [
         ("files", pa.list_(pa.int32())),
@@ -130,7 +130,7 @@ class HeaderCache:
         """Prepare for a listing, and drop entries that were made with another stamp.
 
         Args:
-            stamp: Identifies everything except the files that a listing depends on.
+            stamp: Identifies everything that a listing depends on, except the files.
         """
         if stamp != self._stamp:
             self._previous = {}

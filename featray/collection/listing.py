@@ -1,7 +1,7 @@
-"""The result of a listing, with its scans as Arrow columns. `Scan` objects are built only on request.
+"""Hold the result of a listing, with the scans of a manifest as Arrow columns.
 
-A manifest may have millions of rows of which a refresh processes a few. Ids and contents are therefore Arrow
-columns, which planning compares as a whole; a `Scan` is built when it is accessed.
+A manifest may have millions of rows, of which a refresh processes only a few. Ids and contents are therefore
+Arrow columns, which planning compares as a whole. A `Scan` object is built only when it is accessed.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _BLOCK = 4096
 
 @dataclass(frozen=True)
 class ScanColumns:
-    """Scans of manifest rows as columns, for rows that say everything about their scan.
+    """Scans of manifest rows as columns, for rows that describe their scan without a request to the store.
 
     Attributes:
         main: Columns scan_id, uri (without credentials), format, content, mask; no nulls.

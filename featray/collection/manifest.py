@@ -1,6 +1,7 @@
-"""The bytes of a manifest in, CSV or Parquet; its rows out as columns: scans, their versions, their regions.
+"""Parse the bytes of a manifest (CSV or Parquet) into columns: scans, their versions and their regions.
 
-The columns are Arrow arrays, because there may be millions of rows. Opens none of the files that rows name.
+The columns are Arrow arrays, because there may be millions of rows. The files that the rows name are not
+opened.
 """
 
 from __future__ import annotations
@@ -45,10 +46,10 @@ class ManifestRow:
     Attributes:
         scan_id: Value of the `id_column`, or, without one, the `uri` as written.
         uri: Full URI: absolute, or joined to the manifest's folder. Empty if the row names none.
-        version: Text that changes when the scan does. If empty, the store is asked.
+        version: Text that changes when the scan does. If it is empty, listing asks the store for a version.
         mask: Full URI of a mask; the mask's bounding box is cut out. Empty for the whole volume.
         center_lps: Point (x, y, z) in mm to crop around; None for the center of the volume.
-        columns: Values for the scans table: every column except uri, version and id.
+        columns: Values for the scans table: every column except `uri`, `version` and the `id_column`.
         problem: Why the row cannot be used; empty if it can.
     """
 
@@ -67,11 +68,11 @@ class Manifest:
 
     Attributes:
         scan_id: Value of the `id_column`, or, without one, the `uri` as written.
-        uri: Full URIs; empty if the row names none.
-        version: Texts that change when the scan does. If empty, the store is asked.
+        uri: Full URIs: absolute, or joined to the manifest's folder. Empty if the row names none.
+        version: Texts that change when the scan does. For an empty text, listing asks the store.
         mask: Full URIs of masks; empty for the whole volume.
         centers_lps: (rows, 3), mm; NaN for a row without a center. None if the manifest has no centers.
-        extra_columns: Values for the scans table: every column except uri, version and id.
+        extra_columns: Values for the scans table: every column except `uri`, `version` and the `id_column`.
         problems: Row number → why the row cannot be used.
     """
 
@@ -269,7 +270,10 @@ def _parse_parquet(data: bytes) -> tuple[list[str], list[pa.Array]]:
 
 
 def _convert_to_text(column: pa.ChunkedArray) -> pa.Array:
-    """Return values as texts, spelled as Python's `str` does, which Arrow does not for floats and times."""
+    """Return values as texts, as Python's `str` spells them; nulls become empty texts.
+
+    Values that Arrow spells differently, such as floats and times, are converted one by one.
+    """
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
     is_spelled_alike = _is_text(column.type) or pa.types.is_integer(column.type)

@@ -1,8 +1,8 @@
-"""One row of a manifest in, its scan out. The store is asked about the scan only if the row gives no version.
+"""Return the scan that one row of a manifest names; ask the store about it only if the row gives no version.
 
-A row with a version and a file name that tells the format gives a complete scan. Other names (a DICOM folder,
-an archive) are left open: they have the format "auto" and no files. `find_files` finds them later, in the
-process that reads the scan.
+A row with a version and a file name whose suffix names the format gives a complete scan. A row with a version
+and another name (a DICOM folder, an archive) gives a scan that is left open: it has the format "auto" and no
+files. `find_files` finds its files later, in the process that reads the scan.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def list_row(row: ManifestRow, options: ListingOptions) -> Scan:
 
 
 def find_files(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:
-    """Return a scan that listing left open with its files, or with the reason why they cannot be found.
+    """Complete a scan that listing left open: add its files, or the reason why they cannot be found.
 
     Args:
         scan: A listed scan. A scan that has files or a reason is returned as it is.
@@ -59,7 +59,7 @@ def find_files(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:
         found = _find_only_scan(fs, scan.open_path, _set_uri(options, scan.uri))
     except ScanError as error:
         return replace(scan, reason=error.reason, message=str(error))
-    except Exception as error:  # each store has its own exceptions; here one costs this scan, not the run
+    except Exception as error:  # each store has its own exceptions; they fail this scan, not the run
         if not retry.is_store_error(error):
             raise
         return replace(scan, reason=Reason.STORAGE, message=_describe_unreadable("path", error))
@@ -72,7 +72,7 @@ def hash_version(version: str) -> str:
 
 
 def add_region(content: str, mask: str, center_lps: tuple[float, ...] | None, mask_version: str = "") -> str:
-    """Return the content of the region of a scan that a row asks for, given the content of the whole scan."""
+    """Return the content hash for the region of a scan that a row asks for, given that of the whole scan."""
     if not mask and not center_lps:
         return content
     return hash_texts([content, f"mask {mask} {mask_version}", f"center {center_lps}"])
@@ -175,5 +175,5 @@ def _describe_unreadable(item: str, error: Exception) -> str:
 
 
 def _is_limited_to_path(error: Exception) -> bool:
-    """Return whether an error concerns one path, and not all paths, as missing credentials do."""
+    """Return whether an error concerns one path; missing credentials, for example, concern all paths."""
     return isinstance(error, OSError) or retry.is_transient(error)

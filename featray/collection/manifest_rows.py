@@ -1,7 +1,9 @@
-"""All rows of a manifest in, their scans out. The store is only asked about rows that give no version.
+"""List the scans that the rows of a manifest name; ask the store only about rows that give no version.
 
-Works on whole columns. Only rows without a version, and rows that share their id or their region with another
-row, are processed one by one (`featray.collection.manifest_row`).
+Most rows are processed as whole columns. Some rows are processed one by one, with
+`featray.collection.manifest_row`: rows that give no version, that cannot be used, or whose URL may hold
+credentials or cannot be opened. Rows that share their id or their region with another row are compared one by
+one, too.
 """
 
 from __future__ import annotations
@@ -85,7 +87,7 @@ def _compute_contents(manifest: Manifest) -> pa.Array:
 
 
 def _detect_formats(uris: pa.Array, formats: set[str]) -> pa.Array:
-    """Return the format that each URI's suffix tells; "auto" if it tells none of `formats`."""
+    """Return the format that the suffix of each URI names; "auto" if it names none of `formats`."""
     lower = pc.utf8_lower(uris)
     detected = pa.repeat(pa.scalar("auto", TEXT), len(uris))
     for candidate in sorted(formats & FORMAT_SUFFIXES.keys()):
@@ -177,7 +179,7 @@ def _find_shared_regions(manifest: Manifest, uris: pa.Array) -> _Flags:
 
 
 def _sort_by_id(ids: pa.Array, further_ids: Sequence[str]) -> NDArray[np.int64]:
-    """Return the positions that sort all ids, `further_ids` counted after `ids`."""
+    """Return the positions that sort all ids; positions count through `ids`, then through `further_ids`."""
     all_ids = pa.chunked_array([ids, pa.array(further_ids, TEXT)], TEXT)
     return np.asarray(pc.sort_indices(all_ids), np.int64)
 

@@ -1,4 +1,4 @@
-"""The scans inside a zip archive, found without unpacking it to disk."""
+"""Find the scans inside a zip archive without unpacking it to disk."""
 
 from __future__ import annotations
 

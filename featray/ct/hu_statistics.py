@@ -36,7 +36,7 @@ TISSUE_HU = (-250, 350)
 Most voxels of a body lie in it, but few voxels of a body whose values are off by 1000.
 """
 
-BELOW_FAT_HU = -30
+MAX_FAT_HU = -30
 """Upper bound of fat, lung and air. Muscle, organs and blood rarely lie below it."""
 
 HIGHEST_WINDOW_HU = 2000
@@ -114,15 +114,18 @@ def find_hu_warnings(statistics: HuStatistics) -> tuple[str, ...]:
     `not_hu` means that the values cannot be HU, for one of these reasons:
       - Impossible range: the minimum is 0 or more, the range is at most 256 (8-bit or normalized values), or
         the maximum is above 32,767 (negative values that were read as unsigned).
-      - Almost no value lies below fat, not even air: stored values without rescale, MR or PET.
-      - Most of the content has the density of bone: soft tissue without its intercept, or with its sign
+      - Almost no value is as low as fat, lung or air: stored values without rescale, MR or PET.
+      - Much of the content has the density of bone: soft tissue without its intercept, or with its sign
         inverted.
-      - Air has the value that it gets if the intercept is applied twice, or much lies below air and there is
-        almost no soft tissue.
+      - There is little soft tissue, and air has the value that it gets if the intercept is applied twice, or
+        much of the content lies below air.
       - The minimum or the maximum has a spike that cuts off a tail: the values were clipped to a window.
+    A range of at most 256 and the lack of fat and air are accepted if the volume may be a box inside a brain
+    or a liver.
+
     `padding_value` means that the minimum lies below air and that at least 0.1 % of the voxels have exactly
-    this value, as outside of the circle of reconstruction (-2000, -3024). The overshoot of interpolation is
-    not as frequent.
+    this value. Scanners write such a value (-2000, -3024) outside of the reconstruction circle. Values that
+    interpolation causes by overshooting are not as frequent.
 
     Spikes of the histogram are ignored in these decisions where possible, because software has set their
     values (padding, masks, clamped air).
@@ -203,8 +206,8 @@ def _has_impossible_range(histogram: _Histogram) -> bool:
 
 
 def _lacks_fat_and_air(histogram: _Histogram) -> bool:
-    below_fat = histogram.sum_content(_FIRST, BELOW_FAT_HU)
-    lacks = histogram.has_content and below_fat < 0.01 and histogram.sum_spikes(*AIR_HU) < 0.01
+    fat_and_air = histogram.sum_content(_FIRST, MAX_FAT_HU)
+    lacks = histogram.has_content and fat_and_air < 0.01 and histogram.sum_spikes(*AIR_HU) < 0.01
     return lacks and not _is_soft_tissue_only(histogram)
 
 
@@ -218,9 +221,9 @@ def _is_soft_tissue_only(histogram: _Histogram) -> bool:
     return plausible and histogram.sum_content(20, 100) > 0.5
 
 
-def _is_mostly_dense(histogram: _Histogram) -> bool:
-    """Return whether soft tissue must lack its intercept, because most content is as dense as bone."""
-    dense, fat = histogram.sum_content(700, 1400), histogram.sum_content(-200, BELOW_FAT_HU)
+def _has_too_much_bone(histogram: _Histogram) -> bool:
+    """Return whether so much of the content is as dense as bone that soft tissue must lack its intercept."""
+    dense, fat = histogram.sum_content(700, 1400), histogram.sum_content(-200, MAX_FAT_HU)
     return dense > 0.4 or (dense > 0.25 and fat < 0.02)
 
 
@@ -257,7 +260,7 @@ def _ends_in_spike(histogram: _Histogram, end: float, tail: tuple[float, float])
 _NOT_HU_CHECKS = (
     _has_impossible_range,
     _lacks_fat_and_air,
-    _is_mostly_dense,
+    _has_too_much_bone,
     _has_intercept_applied_twice,
     _is_clipped_to_window,
 )

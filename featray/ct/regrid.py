@@ -7,11 +7,11 @@ request two steps, which take place before any other code uses the geometry:
     resample_to_axes   an oblique volume, to the axes of the patient
 
 Both interpolate linearly between the true positions of the voxels and return float32. Values are clipped to
-the window before the interpolation; interpolation across metal or padding with clipping afterwards gives
-other values. Outside of the source volume the result has the fill value: the lower bound of the window, or
-the smallest voxel if there is no window. Between the outermost voxels and the outside the values are
-interpolated, too. The grid is large enough for every source voxel. It can therefore be much larger than the
-source: compute its size first and compare it with the limit.
+the window before the interpolation; clipping them afterwards would give other values next to metal and
+padding. Outside of the source volume the result has the fill value: the lower bound of the window, or the
+smallest voxel if there is no window. Up to one voxel outside of the outermost source voxels, the result is
+interpolated between them and the fill value. The grid is large enough for every source voxel. It can
+therefore be much larger than the source: compute its size first and compare it with the limit on voxels.
 """
 
 from __future__ import annotations
@@ -39,8 +39,9 @@ def make_upright_grid(sheared_lps: Affine, origins_lps: NDArray[np.float64]) -> 
     """Return the affine of the upright grid for slices whose first voxels lie at `origins_lps`.
 
     x and y of the grid grow as in `sheared_lps`; the third axis is normal to both. The first and the last
-    slice lie exactly on the grid. Its step is the one nearest to the median step that allows that. In the
-    plane the grid starts at the outermost slices, so no slice is cut off.
+    slice lie exactly on the grid: the step along the normal is the distance between them, divided by the
+    whole number of steps whose length is nearest to the median step. Along x and y the grid starts at the
+    smallest position of any slice, so no slice is cut off.
 
     Args:
         sheared_lps: Affine (LPS mm) whose first two columns are the in-plane axes of all slices.
@@ -150,7 +151,7 @@ def _choose_fill(voxels: NDArray[Any], window: Window) -> float:
 def _clip(voxels: NDArray[Any], window: Window) -> NDArray[Any]:
     """Return the voxels clipped to the window.
 
-    The result keeps the integer dtype of the voxels if the bounds are whole numbers, which needs half of the
+    The result keeps the integer dtype of the voxels if the bounds are whole numbers: int16 needs half of the
     memory of float32.
     """
     if window is None:

@@ -140,7 +140,7 @@ def _check_out(out: NDArray[np.float32], size_zyx: tuple[int, int, int]) -> None
 
 
 class _SliceBlender:
-    """Computes weighted sums of the clipped slices of a volume, in buffers that are used again.
+    """Computes weighted sums of the clipped slices of a volume, in buffers that all calls share.
 
     Slices are read in the order in which memory holds them, which is several times faster than reading them
     mirrored or transposed. The finished sum is then transposed and flipped to (y, x), which changes no value.

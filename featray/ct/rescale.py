@@ -55,7 +55,8 @@ def rescale(
     """Return `stored * slope + intercept`, computed in `dtype`.
 
     The result is `stored` itself if it already has `dtype`, slope and intercept change nothing, and there is
-    no `out`. If given, `out` must have the shape of `stored` and `dtype`; the result is written into it.
+    no `out`. If `out` is given, the result is written into it; it must have the shape of `stored` and the
+    dtype `dtype`.
     """
     factor, offset = dtype.type(slope), dtype.type(intercept)
     if out is None and stored.dtype == dtype and (slope, intercept) == (1, 0):

@@ -15,8 +15,9 @@ class Volume:
     """Voxels and geometry of one scan, as a reader returns them, before any preprocessing.
 
     Attributes:
-        voxels_zyx: Values with axes (z, y, x), after slope and intercept. The dtype is an integer type if all
-            values are whole numbers, otherwise float32. The array may be read-only and may be a strided view.
+        voxels_zyx: Values with axes (z, y, x), after slope and intercept. The dtype is int16 or int32 if the
+            stored values are integers, slope and intercept are whole numbers, and the results fit; otherwise
+            float32. The array may be read-only and may be a strided view.
         affine_lps: 4x4 matrix that maps a voxel index (x, y, z, 1) to a position in LPS mm.
         slope: Rescale slope that was applied (1 if the file has none).
         intercept: Rescale intercept that was applied (0 if the file has none).

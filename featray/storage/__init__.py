@@ -1,4 +1,4 @@
-"""All access to storage: files on any fsspec file system, retries, URLs and storage options.
+"""Access storage: files on any fsspec file system, retries, URLs and storage options.
 
-This package does not know the contents of the files.
+This package must not know the contents of the files.
 """

@@ -33,8 +33,8 @@ def make_fsspec_options(uri: str, options: dict[str, Any]) -> dict[str, Any]:
 def make_delta_options(uri: str, options: dict[str, Any], *, with_retries: bool = False) -> dict[str, str]:
     """Return fsspec's options under deltalake's names.
 
-    The result is empty for protocols that are not known here. deltalake then takes credentials from the
-    environment only.
+    Only options for S3, Google Cloud Storage and Azure are translated. For other protocols, deltalake takes
+    credentials from the environment only.
 
     Args:
         uri: URL to open with the options.
@@ -136,7 +136,7 @@ def _translate_gcs(options: dict[str, Any]) -> dict[str, str]:
 
 
 def _rename_options(options: dict[str, Any], **names: str) -> dict[str, str]:
-    """Return those options that are set, as texts under their new names; `names` is old name → new name."""
+    """Return the options that are set, as texts under new names; `names` maps old names to new names."""
     return {to: str(options[name]) for name, to in names.items() if options.get(name) is not None}
 
 

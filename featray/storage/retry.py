@@ -2,7 +2,7 @@
 
 In: an operation. Out: its result, or its last error. Each store's library has its own exception classes. They
 are recognized by their names and by the HTTP status that they carry, so that no library has to be imported
-here. Their texts may contain URLs with credentials, so no text of an error is passed on.
+here. Their texts may contain URLs with credentials, so this module never passes on the text of an error.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ OUTPUT_DEADLINE_S = 120.0
 SOURCE_DEADLINE_S = 60.0
 """Seconds for which the files of a scan may be unreachable before the scan fails with reason `storage`."""
 START_DEADLINE_S = 20.0
-"""The same before any work has begun. It is shorter, because a wrong address is as likely as an outage."""
+"""Seconds for which a store may be unreachable when a listing or the check of the output begins.
+
+This deadline is shorter than the others, because a wrong address is then as likely as an outage.
+"""
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 10.0
 _WARN_AFTER_S = 5.0
 """Seconds of retrying after which retries are logged as warnings."""
 
 _TRANSIENT_STATUS = {408, 425, 429, 500, 502, 503, 504, 507, 509, 529}
-_TRANSIENT_CODES = {  # sent with a status for wrong requests, but the request was only damaged on its way
+_TRANSIENT_CODES = {  # sent with a status for wrong requests, but the same request may succeed if repeated
     "BadDigest",
     "ConditionalRequestConflict",
     "IncompleteBody",
@@ -90,8 +93,8 @@ def run_with_retries(operation: Callable[[], T], deadline_s: float) -> T:
     """Run `operation`, retrying transient errors with exponential backoff and jitter.
 
     Args:
-        operation: Makes requests to a store. It must be safe to repeat: after an error it may have succeeded,
-            and only the store's answer was lost.
+        operation: Makes requests to a store. It must be safe to repeat, because an attempt that raised an
+            error may have succeeded in the store, with only the store's answer lost.
         deadline_s: Seconds after which no further attempt is started; a running attempt is waited for.
 
     Returns:
@@ -162,7 +165,10 @@ def is_store_error(error: BaseException) -> bool:
 
 
 def describe_error(error: BaseException) -> str:
-    """Return a short name of an error, such as `HTTP 503 SlowDown`, without any part of its text."""
+    """Return a short name of an error, such as `HTTP 503 SlowDown`.
+
+    Of the error's text, at most an HTTP status is used, because the rest may contain credentials.
+    """
     for cause in _iter_causes(error):
         status = _get_status(cause)
         if status is not None:

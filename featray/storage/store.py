@@ -1,4 +1,4 @@
-"""A folder on any fsspec file system. Files are read and written as a whole.
+"""Define `Store`, a folder on any fsspec file system, whose files are read and written as a whole.
 
 Operations are retried while a store has transient errors (`featray.storage.retry`). After a deadline they
 fail with a `StorageError` that names the remedy.
@@ -26,7 +26,7 @@ _THREADS = 16
 _PROBE_NAME = "runs/.write-check"
 _CREATOR_KEY = "featray-created-by"
 """Metadata key of S3 objects that `Store.create` has written."""
-_RESUME = "What is committed is kept: run the same command again, and it resumes."
+_RESUME = "Committed results are kept; run the same command again to resume."
 
 T = TypeVar("T")
 
@@ -67,7 +67,8 @@ class Store:
             operation: Makes requests to this store; it must be safe to repeat.
 
         Raises:
-            StorageError: The store did not answer within `retry.OUTPUT_DEADLINE_S`, or denies the operation.
+            StorageError: The store did not answer within `retry.OUTPUT_DEADLINE_S`, denies the operation, has
+                no space left, or reports another error.
             FileNotFoundError: The file does not exist.
         """
         try:
@@ -283,7 +284,10 @@ def _write_local(path: str, data: bytes) -> None:
 
 
 def _create_local(path: str, data: bytes) -> bool:
-    """Create a complete file in one step if none exists. fsspec would check first, which is a race."""
+    """Create a complete file in one step if none exists; return whether this call created it.
+
+    fsspec would first check whether the file exists, and another process could create it after the check.
+    """
     temporary = _write_temporary(path, data)
     try:
         os.link(temporary, path)
@@ -299,7 +303,10 @@ def _create_local(path: str, data: bytes) -> bool:
 
 
 def _create_without_links(path: str, data: bytes) -> bool:
-    """Create a file if none exists, on a file system without hard links. For a moment it is incomplete."""
+    """Create a file if none exists, as `_create_local` does, on a file system without hard links.
+
+    While the file is being written, readers see it incomplete.
+    """
     try:
         with open(path, "xb") as file:
             file.write(data)

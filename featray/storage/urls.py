@@ -1,4 +1,4 @@
-"""URLs and paths: open them, mask their credentials, and hash the versions that a store reports for files."""
+"""Open URLs and paths, mask their credentials, and hash the versions that a store reports for files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def file_checksum(info: dict[str, Any]) -> str:
 
 
 def fingerprint_files(files: Iterable[tuple[str, int, str]]) -> str:
-    """Return a hash of all files.
+    """Return a hash of the names, sizes and versions of all files.
 
     Args:
         files: (path, size, version) of each file, in any order; only the last part of a path is used.
@@ -58,7 +58,7 @@ def fingerprint_files(files: Iterable[tuple[str, int, str]]) -> str:
 
 
 def hash_texts(texts: Iterable[str]) -> str:
-    """Return a hash of 32 hexadecimal digits of texts; their order does not matter."""
+    """Return a hash of texts, as 32 hexadecimal digits; the order of the texts does not matter."""
     return hashlib.sha256("\n".join(sorted(texts)).encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 

@@ -102,8 +102,7 @@ def make_phantom(
         seed: Seed of the noise, and of the parameters if none are given.
         shape_zyx: Number of voxels along each axis.
         spacing_zyx: Voxel spacing in mm. None distributes the voxels over 300 x 400 x 400 mm (z, y, x). A
-        body
-            that is larger than the grid is cut off.
+            body that is larger than the grid is cut off.
         parameters: Parameters to use instead of random ones.
     """
     rng = np.random.default_rng(seed)
@@ -113,7 +112,7 @@ def make_phantom(
     affine = _make_centered_affine(shape_zyx, spacing_zyx or (z, y, x))
     voxels = np.empty(shape_zyx, np.int16)
     noise = np.empty(shape_zyx[1:], np.float32)
-    slices = _draw_slices(shape_zyx, affine, parameters)
+    slices = _render_slices(shape_zyx, affine, parameters)
     for slice_out, slice_hu in zip(voxels, slices, strict=True):
         rng.standard_normal(out=noise, dtype=np.float32)
         noise *= parameters.noise_hu
@@ -154,8 +153,8 @@ def write_dicom_series(
 ) -> None:
     """Write the phantom as a CT series of one file per slice, with intercept -1024.
 
-    The order of the file names differs from the order of the slices, which only the positions in the headers
-    give. The UIDs depend on `name` alone, so each series of a collection needs its own name.
+    The order of the file names differs from the order of the slices, which only the headers give. The UIDs
+    depend on `name` alone, so each series of a collection needs its own name.
 
     Args:
         phantom: The phantom to write.
@@ -186,7 +185,7 @@ def make_collection(
     FOLDER/dicom/phantom_023/IM0001.dcm …   the last `dicom_count` scans, one folder each
     FOLDER/labels.csv                       scan_id (path relative to FOLDER), one column per parameter
 
-    Scan i is the phantom of the seed [`seed`, i]; it does not depend on `count`.
+    Scan i is the phantom of the seed [`seed`, i]; its voxels do not depend on `count`.
 
     Args:
         folder: Folder of the collection; it is created if it does not exist.
@@ -247,7 +246,7 @@ def _make_centered_affine(shape_zyx: _Shape, spacing_zyx: _Spacing) -> NDArray[n
     return affine
 
 
-def _draw_slices(
+def _render_slices(
     shape_zyx: _Shape, affine: NDArray[np.float64], parameters: PhantomParameters
 ) -> Iterator[NDArray[np.float32]]:
     """Yield each slice (y, x) in HU without noise, from feet to head; it is valid until the next slice."""
@@ -255,7 +254,7 @@ def _draw_slices(
         affine[axis, 3] + affine[axis, axis] * np.arange(n, dtype=np.float32)
         for axis, n in zip((2, 1, 0), shape_zyx, strict=True)
     )
-    body = _draw_body(y_mm[:, None], x_mm[None, :], parameters)
+    body = _render_body(y_mm[:, None], x_mm[None, :], parameters)
     lungs = _compute_lung_distance(y_mm[:, None], x_mm[None, :], parameters)
     spine = x_mm[None, :] ** 2 + (y_mm[:, None] - 0.3 * parameters.body_depth_mm) ** 2 <= _SPINE_RADIUS_MM**2
     half_height = _LUNG_HALF_HEIGHT_MM * parameters.lung_size
@@ -268,7 +267,7 @@ def _draw_slices(
         yield plane
 
 
-def _draw_body(
+def _render_body(
     y_mm: NDArray[np.float32], x_mm: NDArray[np.float32], parameters: PhantomParameters
 ) -> NDArray[np.float32]:
     """Return a slice (y, x) in HU with the body and the table."""
@@ -284,7 +283,7 @@ def _draw_body(
 def _compute_lung_distance(
     y_mm: NDArray[np.float32], x_mm: NDArray[np.float32], parameters: PhantomParameters
 ) -> NDArray[np.float32]:
-    """Return the squared distance (y, x) to the axis of the nearer lung; it is 1 on the outline at z = 0."""
+    """Return the squared distance (y, x) to the axis of the nearer lung; 1 is its outline at z = 0."""
     center, half = _compute_lung(parameters.body_width_mm, parameters.body_depth_mm, parameters.lung_size)
     squared: NDArray[np.float32] = ((np.abs(x_mm) - center) / half[0]) ** 2 + (y_mm / half[1]) ** 2
     return squared

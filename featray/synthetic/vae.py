@@ -60,7 +60,7 @@ def build_vae(
         input_zyx: Size of the input volumes in voxels.
         filters: Number of filters of each block of the encoder. A block is a convolution with ReLU and a max
             pooling by 2 along each axis whose size is even and above 1. The decoder mirrors the blocks.
-        dense: Width of the dense layer before z_mean and z_log_var, and of the one after z.
+        dense: Width of the dense layer before z_mean and z_log_var, and of the dense layer after z.
         latent: Width of z_mean, z_log_var and z.
         seed: Seed of the weights and of the sampling layer.
     """
@@ -174,14 +174,17 @@ def _make_train_step(vae: Any, optimizer: Any) -> Any:
 def _build_decoder(input_zyx: SizeZYX, filters: tuple[int, ...], dense: int, latent: int, seed: int) -> Any:
     """Return the functional model `decoder`: z (n, latent) to volumes (n, z, y, x, 1) in [0, 1]."""
     pools = _choose_pools(input_zyx, len(filters))
-    corner = [size // math.prod(pool[axis] for pool in pools) for axis, size in enumerate(input_zyx)]
+    smallest_zyx = [size // math.prod(pool[axis] for pool in pools) for axis, size in enumerate(input_zyx)]
     init = _make_initializers(seed + 1000)
     z = keras.Input((latent,), name="latent")
     x = keras.layers.Dense(dense, activation="relu", kernel_initializer=next(init), name="post_latent")(z)
     x = keras.layers.Dense(
-        math.prod(corner) * filters[-1], activation="relu", kernel_initializer=next(init), name="unflatten"
+        math.prod(smallest_zyx) * filters[-1],
+        activation="relu",
+        kernel_initializer=next(init),
+        name="unflatten",
     )(x)
-    x = keras.layers.Reshape((*corner, filters[-1]), name="reshape")(x)
+    x = keras.layers.Reshape((*smallest_zyx, filters[-1]), name="reshape")(x)
     for number, (count, pool) in enumerate(zip(reversed(filters), reversed(pools), strict=True), 1):
         x = keras.layers.UpSampling3D(pool, name=f"up_{number}")(x)
         x = keras.layers.Conv3D(

@@ -215,7 +215,7 @@ def test_a_server_that_stays_unreachable_ends_the_run_and_the_next_run_completes
         done = subprocess.run(argv, capture_output=True, text=True, timeout=200, check=False)
         killer.join(60)
         assert done.returncode == 1
-        assert "What is committed is kept: run the same command again, and it resumes." in done.stderr
+        assert "Committed results are kept; run the same command again to resume." in done.stderr
         assert "Traceback" not in done.stderr
         assert SECRET not in done.stdout + done.stderr
         own_server.start()

@@ -178,7 +178,7 @@ def test_an_output_that_stays_unreachable_raises_one_clear_error(
     assert operation.calls > 2
     assert str(raised.value) == (
         f"output.uri: {store.uri}: did not answer for 0.2 s (EndpointConnectionError). "
-        "What is committed is kept: run the same command again, and it resumes."
+        "Committed results are kept; run the same command again to resume."
     )
     assert raised.value.exit_code == 1
 
@@ -188,7 +188,7 @@ def test_credentials_that_expire_during_a_run_raise_one_clear_error(
 ) -> None:
     operation = Failing(make_s3_error(403, "ExpiredToken"))
     monkeypatch.setattr(store.fs, "pipe_file", operation)
-    with pytest.raises(StorageError, match=r"refuses these credentials.*HTTP 403 ExpiredToken.*resumes"):
+    with pytest.raises(StorageError, match=r"refuses these credentials.*HTTP 403 ExpiredToken.*to resume\."):
         store.write("a", b"")
     assert operation.calls == 1
 

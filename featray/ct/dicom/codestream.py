@@ -79,7 +79,7 @@ def parse_codestream(encoded: bytes) -> Codestream:
         return _parse_jpeg(encoded)
     start = encoded.find(_SOC_SIZ) if encoded.startswith(_JP2_SIGNATURE_BOX) else 0
     if start < 0 or not encoded.startswith(_SOC_SIZ, start):
-        raise InvalidCodestreamError("not in compressed form")
+        raise InvalidCodestreamError("the compressed image is not JPEG, JPEG-LS or JPEG 2000, or is damaged")
     return _parse_jpeg2000(encoded, start)
 
 

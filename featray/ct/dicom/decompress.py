@@ -5,7 +5,8 @@ fit. Therefore `codestream` parses each frame first, and this module compares it
 a decoder runs. A warning of a decoder counts as an error.
 
 Wrong bits inside the coded data are accepted if the codec does not notice them, as in uncompressed pixels:
-DICOM has no checksum, and neither OpenJPEG nor the JPEG library in GDCM reports them (JPEG-LS reports most).
+DICOM has no checksum, and neither OpenJPEG nor the JPEG library in GDCM reports them. The JPEG-LS decoder
+reports most of them.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def _make_decoder_options(header: SliceHeader) -> dict[str, Any]:
 
 
 def _check_encapsulation(header: SliceHeader, elements: Elements) -> None:
-    """Raise ScanError unless the pixel data have an offset table and at least one fragment per frame."""
+    """Raise ScanError unless the pixel data hold an offset table and at least one fragment per frame."""
     if elements.pixel_length is not None:
         raise ScanError(
             Reason.UNREADABLE,
@@ -162,7 +163,7 @@ def _check_encapsulation(header: SliceHeader, elements: Elements) -> None:
 
 
 def _format_syntax(header: SliceHeader) -> str:
-    """Return the transfer syntax UID for a message, or nothing if DICOM does not define it.
+    """Return a space and the transfer syntax UID, for a message; empty if the UID is not one of DICOM's.
 
     Other text is not repeated because it may identify the patient.
     """

@@ -71,7 +71,7 @@ class Elements:
         transfer_syntax: TransferSyntaxUID from the file meta information; empty if it is missing.
         little_endian: Byte order of `values` and of uncompressed pixels.
         end: Why parsing ended.
-        data: The bytes that `pixel_start` counts in: those of the file, or the inflated data set.
+        data: The bytes into which `pixel_start` is an offset: those of the file, or the inflated data set.
         pixel_start: Offset of the first byte of the pixel data value.
         pixel_length: Length of the pixel data as the header claims it; None for undefined length, which
             means encapsulated (compressed) frames.
@@ -166,9 +166,9 @@ class _ParseEndError(Exception):
 
 
 class _ElementParser:
-    """Step from element to element through one data set.
+    """Steps from element to element through one data set.
 
-    Holds the bytes, how to read them, and after `parse` the claimed length of the pixel data.
+    Holds the bytes and their encoding. After `parse` it also holds the claimed length of the pixel data.
     """
 
     def __init__(self, data: bytes, byte_order: str, *, explicit: bool) -> None:

@@ -5,8 +5,9 @@ Reads no pixels and opens no files. The rules, in this order:
 1. A DICOMDIR is dropped because it is only an index of other files. A file that is not DICOM is dropped too,
    unless it seems to be a damaged DICOM file (rule 6).
 2. Files of another modality or SOP class, color images, secondary captures and files without an image are
-   `excluded` as `not_ct`, with one entry per SeriesInstanceUID; localizers as `not_a_volume`. MR and PET are
-   accepted on request.
+   `excluded` as `not_ct`, with one entry per SeriesInstanceUID. MR and PET are accepted on request. Files
+   whose ImageType says localizer are `excluded` as `not_a_volume`; in a series that also has slices they are
+   dropped with the warning `localizer_removed`.
 3. Slices belong together if they share SeriesInstanceUID, PatientID and StudyInstanceUID. Without a
    SeriesInstanceUID they must share folder, SeriesNumber, PatientID and StudyInstanceUID.
 4. Folders with the same SeriesInstanceUID are one scan if they share FrameOfReferenceUID but neither a
@@ -22,8 +23,8 @@ Reads no pixels and opens no files. The rules, in this order:
    - The files of a concatenation (one multi-frame image split into several files) are one scan.
 6. A damaged file fails the scan that it belongs to, because a volume with a possibly missing slice must not
    be read. It belongs to a scan by its SeriesInstanceUID if that can be read, else by its file name (see
-   `_find_adjacent_scans`). A damaged file that belongs to no scan is a failed entry of its own if its name
-   ends like that of a DICOM file.
+   `_find_adjacent_scans`). A damaged file that belongs to no scan is a failed entry of its own if its content
+   or the end of its name shows that it is DICOM; otherwise it is dropped.
 """
 
 from __future__ import annotations
@@ -102,8 +103,8 @@ def group_into_scans(
 ) -> list[DicomScan]:
     """Return the scans among the files of one folder or one whole collection, sorted by first file name.
 
-    Every header ends up in exactly one entry, except files that rules 1 and 5 drop, and damaged files that
-    may belong to several scans.
+    Every header ends up in exactly one entry, except files that are dropped by rules 1, 2, 5 and 6, and
+    damaged files that may belong to several scans.
 
     Args:
         headers: Headers with unique names below one root. The folders of an export that was split over
@@ -261,7 +262,8 @@ def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) ->
     """Return the entries for slices without copies: one or more for each orientation, matrix size and kind.
 
     Damaged files fail all of them. Slices without position or orientation are added to the largest stack,
-    so that reading refuses it. As an entry of their own they would leave the stack without a slice.
+    so that reading refuses it. If they were an entry of their own, nobody would notice that the stack lacks
+    slices.
     """
     damaged = [header for header in slices if header.problem]
     placed = [header for header in slices if not header.problem and _has_geometry(header)]
@@ -364,7 +366,7 @@ def _add_damaged_files(scan: DicomScan, damaged: list[SliceHeader]) -> DicomScan
 
 
 def _add_damaged_file(scan: DicomScan, header: SliceHeader) -> DicomScan:
-    """Return the scan with a damaged file added: now failed, unless it had a reason before."""
+    """Return the scan with a damaged file added; it then fails, unless it already has a reason."""
     files = tuple(sorted({*scan.files, header.name}))
     if scan.reason:
         return replace(scan, files=files)

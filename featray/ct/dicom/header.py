@@ -1,6 +1,6 @@
 """Read one DICOM file into a typed header for grouping and reading; keep no patient name, ID or date.
 
-Only the elements in `_TAGS` are looked at. A hash of PatientID is kept in memory so that two patients who
+Only the elements in `_TAGS` are read. A hash of PatientID is kept in memory so that two patients who
 share a SeriesInstanceUID can be told apart.
 """
 
@@ -349,5 +349,5 @@ def _parse_unsigned(elements: Elements, keyword: str, default: int) -> int:
     if not raw:
         return default
     if len(raw) not in (2, 4):
-        raise ValueError(f"{keyword} has {len(raw)} bytes, expected 2")
+        raise ValueError(f"{keyword} has {len(raw)} bytes, expected 2 or 4")
     return int.from_bytes(raw, "little" if elements.little_endian else "big")

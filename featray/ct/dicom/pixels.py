@@ -28,9 +28,10 @@ _LOSSY_SUFFIXES = (".4.50", ".4.51", ".4.81", ".4.91", ".4.203")
 
 
 def check_format(header: SliceHeader) -> None:
-    """Raise ScanError (`unsupported`, `unreadable`) unless the pixels are grayscale integers with positions.
+    """Raise ScanError (`unsupported`, `unreadable`) unless this package can read the pixels.
 
-    MONOCHROME1 is accepted: it inverts the display, not the stored values.
+    They must be grayscale integers without a modality lookup table. If a file holds several frames, each must
+    have its own position. MONOCHROME1 is accepted: it inverts the display, not the stored values.
     """
     name = header.file_name
     if header.rows < 2 or header.columns < 2:
@@ -61,9 +62,9 @@ def check_format(header: SliceHeader) -> None:
 
 
 def check_size(header: SliceHeader, elements: Elements, file_size: int) -> None:
-    """Raise ScanError unless the file can hold the pixels that its header claims; allocate nothing.
+    """Raise ScanError (`unreadable`, `truncated`) unless the file can hold the pixels that its header claims.
 
-    `file_size` is in bytes.
+    Nothing is allocated. `file_size` is in bytes.
     """
     claimed = header.rows * header.columns * header.number_of_frames * header.bits_allocated // 8
     length = elements.pixel_length
@@ -149,7 +150,8 @@ def _fit_to_bits_stored(values: NDArray[Any], header: SliceHeader) -> NDArray[An
 
     Codecs keep no overlays in the unused bits, so larger values mean damage. Lossy codecs may exceed the
     range slightly; their values are clipped. Codecs without signed types return negative values as large
-    positive ones, which become negative again here.
+    positive ones, which become negative again here. If PixelPaddingValue itself needs more than BitsStored,
+    the unused bits of all values are cleared.
     """
     unused = 8 * values.itemsize - header.bits_stored
     lowest = -(2 ** (header.bits_stored - 1)) if header.is_signed else 0

@@ -1,14 +1,14 @@
-"""Read the files of one DICOM scan from memory into a checked Volume; know no paths and no storage.
+"""Read the files of one DICOM scan from memory into a checked Volume.
 
 All checks are made on the bytes given, even if grouping made them before, because the files may have changed
-since they were listed. Conventions:
+since they were listed. This module must not know paths or storage. Conventions:
 
 - An exact copy of a slice (same position, same values) is dropped with the warning `duplicate_slices`. Two
   different images at one position are refused.
 - RescaleSlope and RescaleIntercept apply per slice (PS3.3 C.11.1). If no slice has them they are 1 and 0; if
   only some slices have them the scan is `unreadable`. A RescaleType other than HU or US (unspecified) adds
   the warning `not_hu`.
-- Padding pixels keep their value after the rescale (often -3024). Clipping belongs to windowing.
+- Padding pixels keep their value after the rescale (often -3024). Windowing clips them later.
 - Gantry tilt and irregular steps are refused unless the caller will resample them. Missing slices are always
   refused. Nothing is resampled here.
 """
@@ -48,9 +48,9 @@ def read_series(
 ) -> Volume:
     """Return the volume of one scan from its files.
 
-    Voxels are int16 if all values fit, else int32, or float32 if a slope or intercept is not a whole number.
-    z grows along cross(row direction, column direction). `Volume.slope` and `intercept` are those of the
-    first slice.
+    Voxels are int16 if all values fit, else int32, or float32 if a value does not fit int32, or a slope or
+    intercept is not a whole number. z grows along cross(row direction, column direction). `Volume.slope` and
+    `intercept` are those of the first slice.
 
     With `resample_tilt` or `resample_steps`, slices that shift sideways or lie at irregular steps are
     accepted with the warning `gantry_tilt` or `resampled_steps`. The volume then holds the slices unchanged,

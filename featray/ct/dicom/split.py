@@ -30,7 +30,10 @@ _VOLUME_FIELDS = (
 
 
 def split_by_fields(slices: Sequence[SliceHeader], *fields: str) -> list[list[SliceHeader]]:
-    """Return the slices grouped by their values of `fields`; an empty value joins the largest group."""
+    """Return the slices grouped by their values of `fields`.
+
+    Slices with an empty value join the largest group.
+    """
     groups = [list(slices)]
     for field in fields:
         groups = [part for group in groups for part in _split_by_field(group, field)]
@@ -41,9 +44,10 @@ def split_volumes(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
     """Return the volumes among slices of one orientation and matrix size, or all slices as one group.
 
     Slices are only split if positions repeat or if TemporalPositionIdentifier differs, and only if the split
-    is clean: each part has at least two positions and none twice, covers the range of the other parts up to
-    one step, and parts with about the same step have equally many slices. Therefore a volume that lacks a
-    slice is never split off, nor are successive ranges of slices from a table movement.
+    is clean: each part has at least two positions, has none of them twice, and covers the range of the other
+    parts to within one step; and if all parts have about the same step, they have equally many slices. This
+    keeps volumes that lack a slice, and successive ranges of slices from a table movement, from being split
+    off.
     """
     if not all(header.position and header.orientation for header in slices) or len(slices) < 4:
         return [slices]

@@ -1,4 +1,4 @@
-"""Sort slices by position and compute the affine of their stack, or raise the reason why they make no volume.
+"""Sort slices by position and compute the affine of their stack, or say why they do not form a volume.
 
 All positions are in LPS mm. Irregular steps are never averaged, and a shear is never hidden.
 """
@@ -26,13 +26,16 @@ MAX_DRIFT_MM = 0.1
 """Sideways shift from one slice to the next above which the gantry counts as tilted."""
 
 MAX_GAP_SHARE = 0.25
-"""Up to this share of irregular steps, whole multiples of the median step are taken for missing slices."""
+"""Largest share of irregular steps at which whole multiples of the median step count as missing slices."""
 
 GAP_FACTOR = 1.5
 """A step this many times larger than both its neighbors is a gap, even among irregular steps."""
 
 MAX_TILT_SLOPE = 1.0
-"""Sideways shift per mm along the normal; 1 is 45 degrees. Gantries tilt up to 30 degrees."""
+"""Sideways shift per mm along the normal from which a tilt is refused.
+
+1 corresponds to 45 degrees; gantries tilt by up to 30 degrees.
+"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ def check_same_grid(slices: Sequence[SliceHeader]) -> None:
     """Raise ScanError unless all slices have the same orientation, pixel spacing and matrix size.
 
     Position, orientation and pixel spacing are required. If no slice has them the reason is `not_a_volume`,
-    if only some slices have them it is `unreadable`.
+    if only some slices have them it is `unreadable`. Slices of several time points or stacks are refused as
+    `duplicate_slices`, unless no two slices have the same one.
     """
     placed = [s for s in slices if s.position and s.orientation and s.spacing_yx]
     if not placed:
@@ -205,14 +209,14 @@ def _check_steps(steps: NDArray[np.float64], numbers: list[int | None], *, accep
         ScanError: `missing_slices`, or `irregular_spacing` if no slices are missing and `accept` is false.
     """
     median = float(np.median(steps))
-    is_odd = np.abs(steps - median) > max(STEP_TOLERANCE_MM, STEP_TOLERANCE_FRACTION * median)
+    is_irregular = np.abs(steps - median) > max(STEP_TOLERANCE_MM, STEP_TOLERANCE_FRACTION * median)
     if median > geometry.MAX_SPACING_MM:
         raise ScanError(Reason.MISSING_SLICES, f"slices are {median:.1f} mm apart")
-    if not is_odd.any():
+    if not is_irregular.any():
         return False
     has_gaps = (
         _has_number_jumps(steps, numbers)
-        or _has_multiples(steps, median, is_odd)
+        or _has_multiples(steps, median, is_irregular)
         or (accept and _has_gaps(steps))
     )
     if accept and not has_gaps:
@@ -222,8 +226,8 @@ def _check_steps(steps: NDArray[np.float64], numbers: list[int | None], *, accep
     )
     raise ScanError(
         Reason.MISSING_SLICES if has_gaps else Reason.IRREGULAR_SPACING,
-        f"{int(is_odd.sum())} of {len(steps)} steps between slices differ from the median {median:.3f} mm "
-        f"({steps.min():.3f} to {steps.max():.3f} mm); {advice}",
+        f"{int(is_irregular.sum())} of {len(steps)} steps between slices differ from the median "
+        f"{median:.3f} mm ({steps.min():.3f} to {steps.max():.3f} mm); {advice}",
     )
 
 
@@ -239,15 +243,18 @@ def _has_number_jumps(steps: NDArray[np.float64], numbers: list[int | None]) -> 
     return bool(np.ptp(per_number) <= tolerance)
 
 
-def _has_multiples(steps: NDArray[np.float64], median: float, is_odd: NDArray[np.bool_]) -> bool:
-    """Return whether only a few steps are irregular and all these are whole multiples of the median step."""
-    ratios = steps[is_odd] / median
+def _has_multiples(steps: NDArray[np.float64], median: float, is_irregular: NDArray[np.bool_]) -> bool:
+    """Return whether few steps are irregular and all of these are whole multiples of the median step."""
+    ratios = steps[is_irregular] / median
     is_whole = np.abs(ratios - np.round(ratios)) <= STEP_TOLERANCE_FRACTION * np.round(ratios)
-    return bool(is_odd.mean() <= MAX_GAP_SHARE and is_whole.all() and (ratios > 1.5).all())
+    return bool(is_irregular.mean() <= MAX_GAP_SHARE and is_whole.all() and (ratios > 1.5).all())
 
 
 def _has_gaps(steps: NDArray[np.float64]) -> bool:
-    """Return whether a step is too large to interpolate: much larger than both its neighbors, or absurd."""
+    """Return whether a step is too large to interpolate.
+
+    Such a step is `GAP_FACTOR` times larger than both its neighbors, or above `geometry.MAX_SPACING_MM`.
+    """
     if len(steps) < 2:
         return False
     before, after = np.r_[0, steps[:-1]], np.r_[steps[1:], 0]

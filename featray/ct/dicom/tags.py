@@ -1,6 +1,6 @@
 """Read header values by DICOM keyword, as text, for `privacy.dicom_tags`.
 
-No other code copies header values that the user names.
+This is the only module that copies header values that the user chooses.
 """
 
 from __future__ import annotations

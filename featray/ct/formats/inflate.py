@@ -39,7 +39,7 @@ def inflate_gzip_head(data: bytes, count: int) -> bytes:
     """Return the first `count` inflated bytes of a gzip file, or fewer if the stream ends or is cut earlier.
 
     Raises:
-        ScanError: `unreadable`, if `data` is not a deflate stream.
+        ScanError: `unreadable`, if the stream is damaged within these bytes.
     """
     return bytes(_inflate_members(data, count)[0])
 
@@ -86,7 +86,7 @@ def inflate_raw(data: bytes, start: int, most: int) -> bytes:
     A stream that is cut off is not an error.
 
     Raises:
-        ScanError: `unreadable`, if the data are not a deflate stream.
+        ScanError: `unreadable`, if the stream is damaged within these bytes.
     """
     return _inflate_piece(zlib.decompressobj(wbits=-15), data[start:], most)
 
@@ -103,7 +103,7 @@ def _check_expected_size(data: Buffer, expected: int) -> None:
 def _try_libdeflate(
     inflate: Callable[[Buffer, int], bytearray], data: Buffer, expected: int
 ) -> bytearray | None:
-    """Return the inflated bytes if there are exactly `expected`; None if libdeflate cannot tell or fails."""
+    """Return the inflated bytes; None if libdeflate fails or does not return exactly `expected` bytes."""
     if not 0 < expected < _LIBDEFLATE_LIMIT:
         return None
     try:

@@ -7,9 +7,12 @@ claims is compared with the limit and with the number of bytes in the file. Conv
   magic, are `unsupported`, because they do not state which side is left.
 - If a file holds several volumes, the caller chooses one; without a choice the file is `not_a_volume`. Files
   with further axes (vectors, matrices) are always `not_a_volume`.
-- The affine is the sform if its code is above 0, otherwise the qform, as in nibabel. If both codes are 0,
-  "method 1" of NIfTI-1 applies: axes along RAS+, spacing from pixdim. This causes the warning
-  `orientation_unknown`, because the file does not state which side is left.
+- The affine is the sform if its code is above 0, otherwise the qform, as in nibabel. If only the qform has a
+  code, the file gets the warning `qform_only`. If both codes are 0, "method 1" of NIfTI-1 applies: axes along
+  RAS+, spacing from pixdim. This causes the warning `orientation_unknown`, because the file does not state
+  which side is left.
+- An affine that is not usable counts as missing; if a code is above 0 but neither affine is usable, the file
+  is `unreadable`.
 - The warning `sform_qform_differ` means that sform and qform disagree, that one has a code but an unusable
   affine, or that the spacing of the sform differs from pixdim.
 - Spatial units of meters or micrometers are converted to mm; unknown units count as mm.
@@ -64,8 +67,8 @@ def read_nifti(
 
     Voxels have axes (z, y, x), dtype int16, int32 or float32, and native byte order. If no value had to be
     changed, they share memory with `data`, or with its inflated copy, and may be read-only. Slope and
-    intercept are applied once: in integer arithmetic if both are whole numbers and the result fits int32,
-    else in float32. The affine is LPS in mm.
+    intercept are applied once: in integer arithmetic if the stored values are integers, both are whole
+    numbers and the result fits int32, else in float32. The affine is LPS in mm.
 
     Args:
         data: Content of the file.
@@ -145,7 +148,7 @@ def _parse_header(head: bytes) -> Any:
                 )
             return header
     raise ScanError(
-        Reason.UNREADABLE, "not NIfTI: the first field is neither 348 nor 540, and the file is not gzipped"
+        Reason.UNREADABLE, "not NIfTI: the header (inflated if gzipped) begins with neither 348 nor 540"
     )
 
 

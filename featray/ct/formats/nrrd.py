@@ -8,7 +8,8 @@ Conventions:
 - The spaces RAS, LAS and LPS are converted to LPS. Other spaces, or a missing space, do not relate the axes
   to the patient; the axes are then assumed to be LPS, as in ITK, with the warning `orientation_unknown`.
 - Without `space directions`, `spacings` are the steps along the axes of the space.
-- An axis outside of space is dropped if it has one sample. A file with longer ones is `not_a_volume`.
+- An axis that has no direction in space is dropped if it has one sample. A file in which such an axis has
+  more samples is `not_a_volume`.
 - NRRD has no slope and no intercept: the stored values are assumed to be HU.
 
 This module must not know paths or storage.
@@ -102,7 +103,7 @@ def _parse_header(data: bytes) -> tuple[dict[str, Any], int]:
 
 
 def _make_missing_end_error(data: bytes) -> ScanError:
-    """Return the error for a header without a blank line at its end, which a detached header may lack."""
+    """Return the error for a header without a blank line at its end; a detached header needs no such line."""
     if re.search(rb"\ndata ?file:", data[:MAX_HEADER_BYTES]):
         return _make_detached_error()
     return ScanError(Reason.TRUNCATED, "the NRRD header has no end; copy the file again")

@@ -25,7 +25,7 @@ ZIP_SUFFIX = ".zip"
 ZIP_MAGIC = b"PK\x03\x04"
 
 MAX_ARCHIVE_BYTES = 2**40
-"""A sufficient limit for the `max_bytes` of `open_archive`: a member is inflated only when it is read."""
+"""Value of `max_bytes` for callers of `open_archive` that limit the size of each member when they read it."""
 
 MAX_DIRECTORY_BYTES = 2**25
 """Largest accepted directory, enough for about 300,000 members.
@@ -67,7 +67,8 @@ class Archive:
 
         Raises:
             ScanError: `too_large`, if the member has more than `limit` bytes; `truncated` or `unreadable`, if
-                it is cut, damaged, or differs from its entry in the directory.
+                it is cut, damaged, or differs from its entry in the directory; `unsupported`, if it is itself
+                a zip archive.
         """
         claimed = self._members[name].file_size
         if claimed > limit:
@@ -86,7 +87,8 @@ class Archive:
         """Return the first `count` bytes of a member, or fewer if it is shorter; ignore the checksum.
 
         Raises:
-            ScanError: `truncated` or `unreadable`, if the member is cut or damaged.
+            ScanError: `truncated` or `unreadable`, if the member is cut or damaged; `unsupported`, if it is
+                itself a zip archive.
         """
         return self._inflate(name, min(count, self._members[name].file_size))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ import featray
 from featray.commands.demo import make_demo_config
 from featray.config import load
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
+from test_imports import FLOORS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -163,36 +163,10 @@ def test_the_tree_names_every_file_of_the_package_and_no_other() -> None:
     assert {str(path) for path in files} == {str(path) for path in expected}
 
 
-def test_the_floors_of_the_architecture_hold() -> None:
+def test_the_floors_in_the_architecture_are_those_that_the_tests_check() -> None:
     (block,) = [text for text in read_blocks(ARCHITECTURE, "") if text.startswith(" 1  cli")]
-    floors = {
-        name: int(line.split()[0])
-        for line in block.splitlines()
-        for name in line.split(maxsplit=1)[1].split(", ")
-    }
-    package = Path(featray.__file__).parent
-    for path in package.rglob("*.py"):
-        own = path.relative_to(package).parts[0].removesuffix(".py")
-        if own.startswith("__"):
-            continue
-        for imported in find_imported_packages(path) - {own}:
-            assert floors[own] < floors[imported], f"{path.relative_to(package)} imports {imported}"
-
-
-def find_imported_packages(path: Path) -> set[str]:
-    """Return the packages and modules directly below `featray` that a file imports at run time."""
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    for node in nodes:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            unused = {id(inner) for statement in node.body for inner in ast.walk(statement)}
-            nodes = [inner for inner in nodes if id(inner) not in unused]
-    modules = {
-        f"{node.module}.{alias.name}"
-        for node in nodes
-        if isinstance(node, ast.ImportFrom) and node.module
-        for alias in node.names
-    } | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return {module.split(".")[1] for module in modules if module.startswith("featray.")}
+    floors = [set(line.split(maxsplit=1)[1].split(", ")) for line in block.splitlines()]
+    assert floors == list(reversed(FLOORS[:-1])), "the last floor of FLOORS is `__main__` and `__init__`"
 
 
 def test_the_commands_in_the_readme_are_those_of_the_command_line() -> None:

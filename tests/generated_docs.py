@@ -30,7 +30,7 @@ def format_keys() -> str:
     from featray.config.json_schema import make_json_schema
 
     schema = make_json_schema()
-    return "\n".join(_format_sections(schema))
+    return "\n".join(_format_sections(schema)) + "\n\n"
 
 
 def insert_keys(text: str) -> str:
@@ -45,7 +45,6 @@ def _format_sections(schema: dict[str, Any]) -> Iterator[str]:
         yield f"\n**`{name}`**: {section['description']}\n"
         yield "| key | type | default | meaning |\n|---|---|---|---|"
         yield from _format_keys(name, section, schema)
-        yield ""
 
 
 def _format_keys(path: str, section: dict[str, Any], schema: dict[str, Any]) -> Iterator[str]:

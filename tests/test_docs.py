@@ -14,12 +14,12 @@ from pathlib import Path
 import generated_docs
 import pytest
 import yaml
+from test_imports import FLOORS
 
 import featray
 from featray.commands.demo import make_demo_config
 from featray.config import load
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
-from test_imports import FLOORS
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"

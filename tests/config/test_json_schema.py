@@ -68,7 +68,9 @@ def test_every_key_has_a_description() -> None:
     for name, section in {"Config": schema, **schema["$defs"]}.items():
         for key, value in section["properties"].items():
             is_section = name == "Config" and "$ref" in value
-            assert is_section or value.get("description"), f"{name}.{key}"
+            text = value.get("description", "")
+            assert is_section or text, f"{name}.{key}"
+            assert text == " ".join(text.split()), f"{name}.{key}"
 
 
 def test_a_description_is_the_text_below_its_field() -> None:

@@ -1,7 +1,7 @@
 """Checks before a run: a config in, the listing out, or an error that lists every problem at once.
 
-Config, source, output, model and plan are checked. The only file that these functions write is the cache of
-DICOM headers for the next listing.
+Config, source, output, model and plan are checked. These functions write only the cache of DICOM headers for
+the next listing and, in stores other than local folders, a small file that is deleted at once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
     """Return the checked config and the listing of its source.
 
     Raises:
-        ConfigError: Lists every problem, including those of the model and its layers.
+        ConfigError: The config or the source has problems. Lists all, including those of the model. Problems
+            of the model alone are not found here, but when `Job.prepare` loads it.
     """
     checked, problems = configuration.load_partly(config, overrides)
     where = configuration.get_name(config)
@@ -58,7 +59,7 @@ def check_source(config: Config, header_cache: HeaderCache | None = None) -> Lis
 
     Args:
         config: Checked config.
-        header_cache: What an earlier listing found, as for `list_scans`.
+        header_cache: Cache of an earlier listing, as for `list_scans`.
 
     Raises:
         ConfigError: Lists every problem.
@@ -89,7 +90,10 @@ def check_output(store: Store) -> None:
 
 
 def _load_header_cache(config: Config) -> HeaderCache | None:
-    """Return the cache of the last run; None if the output is unreachable, which is reported later."""
+    """Return the cache of the last run, empty if there is none; None if it cannot be read.
+
+    An unreachable output is reported later.
+    """
     try:
         store = Store(config.output.uri, config.output.storage_options)
         return HeaderCache.from_bytes(store.fs.cat_file(store.path(HEADER_CACHE)))
@@ -117,7 +121,7 @@ def refuse_other_recipe(plan: Plan, recipe: str, *, refresh: bool) -> None:
 
 
 def refuse_mass_removal(plan: Plan, limits: LimitsConfig, *, refresh: bool) -> None:
-    """Raise if a refresh would remove most of the output: the collection is probably not all mounted."""
+    """Raise if a refresh would remove too many scans: part of the collection is probably not mounted."""
     stored = sum(plan.counts.values()) - plan.counts["new"]
     allowed = max(ALWAYS_REMOVABLE, limits.max_removed_fraction * stored)
     if refresh and len(plan.removed) > allowed:
@@ -134,18 +138,17 @@ def _check_tags(config: Config) -> list[str]:
     from featray.ct.dicom.tags import find_unknown_keywords
 
     unknown = find_unknown_keywords(config.privacy.dicom_tags)
-    return [f"privacy.dicom_tags: {keyword!r} is no DICOM keyword" for keyword in unknown]
+    return [f"privacy.dicom_tags: {keyword!r} is not a DICOM keyword" for keyword in unknown]
 
 
 def _check_partitions(config: Config, listing: Listing) -> list[str]:
     texts = [field.name for field in SCAN_COLUMNS if pa.types.is_string(field.type)]
-    known = [
-        name for name in texts if name not in FEATURE_COLUMNS.names
-    ]  # columns of `features` are inside of its files
+    # A column inside the files of `features` cannot also be a partition column.
+    known = [name for name in texts if name not in FEATURE_COLUMNS.names]
     known += [name for name in extra_columns(config, listing) if name not in SCAN_COLUMNS.names]
     columns = config.output.partition_by[1:]
     problems = [
-        f"output.partition_by: {name!r} is no column to partition by; the columns are {', '.join(known)}"
+        f"output.partition_by: {name!r} cannot be a partition column; possible columns are {', '.join(known)}"
         for name in columns
         if name not in known
     ]

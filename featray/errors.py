@@ -7,7 +7,7 @@ FeatrayError                what `except featray.FeatrayError` catches
 ├── OutputBusyError         exit 4: another run holds or has changed the output
 ├── StorageError            exit 1: a store does not answer; the run can be resumed
 ├── InputShapeError         a batch whose shape the truncated model cannot take
-└── ScanError               ends no run: one bad scan, which becomes a row of `scans`
+└── ScanError               does not end the run: one bad scan, which becomes a row of `scans`
 """
 
 from __future__ import annotations
@@ -111,10 +111,12 @@ class InputShapeError(FeatrayError, ValueError):
 
 
 class ScanError(FeatrayError):
-    """One scan cannot be used. The pipeline stores it as a row and continues.
+    """One scan cannot be used. The pipeline stores its reason and message in `scans`, and continues.
+
+    The message must contain no patient data and no absolute path.
 
     Attributes:
-        reason: One of `Reason`. The message must contain no patient data and no absolute path.
+        reason: Why the scan cannot be used.
     """
 
     def __init__(self, reason: Reason, message: str) -> None:
@@ -145,6 +147,6 @@ def find_similar_names(
 def _join_problems(where: str, problems: list[str]) -> str:
     if not where and len(problems) == 1:
         return problems[0]
-    plural = "problem" if len(problems) == 1 else "problems"
+    noun = "problem" if len(problems) == 1 else "problems"
     prefix = f"{where}: " if where else ""
-    return f"{prefix}{len(problems)} {plural}" + "".join(f"\n  - {line}" for line in problems)
+    return f"{prefix}{len(problems)} {noun}" + "".join(f"\n  - {line}" for line in problems)

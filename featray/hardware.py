@@ -35,7 +35,7 @@ DEFAULT_THREADS = ModelThreads()
 
 @dataclass(frozen=True)
 class Workers:
-    """The number of workers of an engine, at most.
+    """The maximum number of workers of an engine.
 
     Attributes:
         decode: Scans that are read and decoded at once.

@@ -34,7 +34,7 @@ from featray.stages.write import write
 log = logging.getLogger(__name__)
 
 INLINE_MAX_SCANS = 100
-"""Number of scans up to which engine `auto` uses no Ray, unless the config names a cluster."""
+"""Up to this number of scans, engine `auto` uses engine `inline`, unless a cluster address is set."""
 MIN_SCANS_PER_FILE = 8
 MAX_FILE_BYTES = 64 * 2**20
 
@@ -44,7 +44,7 @@ behavior that does more, such as timing each call."""
 
 
 def keep_stage(name: str, stage: Any) -> Any:  # noqa: ARG001  # every instrument gets the name
-    """Return the stage as it is: the instrument of a run that nobody measures."""
+    """Return the stage unchanged: the instrument of a run that is not measured."""
     return stage
 
 
@@ -55,8 +55,8 @@ class RunScope:
     Attributes:
         refresh: Whether changed scans and scans with another recipe are processed, and scans that are no
             longer listed are removed.
-        retry: Reasons of failed scans that are tried again although nothing has changed; None for the reasons
-            that may pass by themselves.
+        retry: Reasons of failed scans that are tried again although nothing has changed, in addition to
+            `storage`.
     """
 
     refresh: bool = False
@@ -70,7 +70,7 @@ class RunScope:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How the caller follows a run.
+    """How the caller watches, stops and measures a run.
 
     Attributes:
         show: Whether to show progress on stderr.
@@ -109,12 +109,12 @@ class Job:
 
         Args:
             config: Checked config.
-            engine: The engine that would run, or runs.
+            engine: The engine that the run uses, or would use.
             scope: Which scans are due; None for those of `extract`.
-            options: How the caller follows the run; None if nothing is run.
+            options: How the caller watches, stops and measures the run; None for the defaults.
 
         Raises:
-            ModelError: The model cannot be loaded or cut as configured.
+            ModelError: The model cannot be loaded, or cannot be truncated as configured.
         """
         scope, options = scope or RunScope(), options or RunOptions()
         extractor = load_extractor(config, engine.threads)
@@ -139,7 +139,7 @@ class Job:
         return receipt
 
     def make_plan(self, listing: Listing, stored: Snapshot | None, scope: RunScope | None = None) -> Plan:
-        """Return the scans that are due, given the stored ones; the default scope is that of the run."""
+        """Return the plan for the listed and the stored scans; the default scope is that of the run."""
         scope = scope or self.scope
         ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.read_scans(PLANNING_COLUMNS)
         return make_plan(listing, ledger, self.run.recipe_id, refresh=scope.refresh, retry=scope.retry)
@@ -157,7 +157,7 @@ class Job:
         )
 
     def make_stages(self, dataset: Dataset, scans: int) -> Stages:
-        """Return the stages behind decoding for a run over `scans` scans."""
+        """Return the stages after decoding for a run over `scans` scans."""
         config, run, instrument = self.config, self.run, self.options.instrument
         load = functools.partial(load_same_extractor, config, self.threads, self.extractor.sha256)
         write_run = functools.partial(
@@ -177,7 +177,7 @@ class Job:
 
 
 def make_engine(config: Config, scans: int, instrument: Instrument = keep_stage) -> Engine:
-    """Return the configured engine; `auto` means Ray for many scans or if a cluster is named."""
+    """Return the configured engine; `auto` means Ray for many scans, or if a cluster address is set."""
     from featray.engines.inline import InlineEngine
     from featray.engines.ray.cluster import named_address
 
@@ -200,7 +200,7 @@ def make_decoding(config: Config, instrument: Instrument = keep_stage) -> Decodi
     has_patches = config.preprocess.fit == "patches" or config.source.rows
     return Decoding(
         decoder=instrument("decode", Decoder.from_config(config)),
-        batch_scans=1 if has_patches else config.model.batch_size,  # one scan's patches fill batches alone
+        batch_scans=1 if has_patches else config.model.batch_size,  # the patches of one scan fill batches
         limits=config.limits,
         memory=config.run.decode.memory,
     )
@@ -210,7 +210,7 @@ def load_extractor(config: Config, threads: ModelThreads = DEFAULT_THREADS) -> E
     """Load the model for the inputs that preprocessing makes.
 
     Raises:
-        ModelError: As `Extractor`; or the model cannot take each scan at its own size, as configured.
+        ModelError: As `Extractor`; or the config keeps each scan's own size, but the model needs a fixed one.
     """
     input_zyx = config.input_zyx
     extractor = Extractor(config.model, input_zyx=input_zyx, threads=threads)
@@ -270,12 +270,12 @@ def _load_instrumented(load: Callable[[], Extractor], instrument: Instrument) ->
 def _scans_per_file(scans: int, values: int) -> int:
     """Return the number of scans that share a file: the square root of all scans, within limits.
 
-    A kill loses at most that many scans. A run makes about as many commits as a file has scans. A file has at
-    most 64 MB per layer.
+    A kill loses at most that many scans. A run makes about as many commits as a file has scans. The features
+    of one model input per scan take at most 64 MB in all layers together, unless one scan alone takes more.
 
     Args:
         scans: Scans of the run.
-        values: Values of all layers of one scan.
+        values: Values of all layers for one model input.
     """
     target = max(MIN_SCANS_PER_FILE, math.isqrt(scans))
     return max(1, min(target, MAX_FILE_BYTES // (4 * max(1, values))))

@@ -1,4 +1,4 @@
-"""START HERE: the way of a scan: listed → read → preprocessed → extracted → written → committed → reported.
+"""START HERE: the path of a scan: list → read → preprocess → extract → write → commit → report.
 
 `run` shows it on one screen. Each step is one file of `featray/stages`. The engines run the middle steps, in
 worker processes or on Ray; only this file knows the order of the steps.
@@ -30,9 +30,10 @@ from featray.stages.report import RunTotals, Summary, announce, report
 from featray.terminal.progress import Progress
 
 PREFETCH_LIMIT = 1_000
-"""Scans that are offered to the engine while the model is loaded; it has room for fewer."""
+"""Maximum number of scans that are offered to the engine while the model is loaded; it takes some of them."""
 COMMIT_INTERVAL = 20
-"""After a commit, the next one waits for this many times as long as it took: commits cost at most 5 %."""
+"""After a commit, the next one waits this many times as long as the commit took, so that commits take at most
+5 % of the time."""
 
 
 def extract(
@@ -48,13 +49,14 @@ def extract(
         config: Path of a YAML file, a dict, or a `Config`.
         overrides: `key.path=value` texts that override the config.
         show: Whether to show progress on stderr.
-        stop: Set this event from another thread to stop cleanly: scans in flight are finished and committed.
+        stop: Set this event from another thread to stop cleanly: finished scans are committed, with engine
+            `inline` also those that are being processed.
 
     Returns:
-        What was found and done; `exit_code` is the exit code of the command line.
+        The counts, times and exit code of the run.
 
     Raises:
-        UsageError: The config, the source or the model cannot be used; lists every problem.
+        UsageError: The config, the source, the model or the output cannot be used.
         OutputBusyError: Another run holds the output.
         StorageError: The store of the output does not answer; committed scans are kept.
     """
@@ -70,7 +72,7 @@ def refresh(
     show: bool = False,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Bring the output in step with the collection; if nothing has changed, write nothing.
+    """Update the output to match the collection; if nothing has changed, commit nothing.
 
     New scans are added. Scans with other content or another recipe are replaced. Scans that are no longer
     listed are removed.
@@ -78,7 +80,8 @@ def refresh(
     Args:
         config: As for `extract`; the same holds for overrides, show, stop, the result and the errors.
         overrides: `key.path=value` texts.
-        retry: Reason codes of failed scans to try again although neither content nor recipe has changed.
+        retry: Reason codes of failed scans to try again although neither content nor recipe has changed;
+            scans that failed with `storage` are always tried again.
         show: Whether to show progress.
         stop: Set this event to stop cleanly.
     """
@@ -87,13 +90,13 @@ def refresh(
 
 
 def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) -> Summary:
-    """Process the listed scans that are due: the whole way, one line per step.
+    """Process the listed scans that are due, from opening the output to the report.
 
     Args:
         config: Checked config.
         listing: Every scan of the collection.
         scope: Which scans are due.
-        options: How the caller follows the run.
+        options: How the caller watches, stops and measures the run.
     """
     dataset = Dataset.open(config.output)
     check_output(dataset.store)
@@ -135,7 +138,7 @@ def _process(engine: Engine, plan: Plan, job: Job, committer: Committer, progres
 
 
 def _extract_scans(engine: Engine, scans: Sequence[Scan], job: Job, queue: _CommitQueue) -> None:
-    """Put the receipts of all scans into the queue, those that listing settled first."""
+    """Put the receipts of all scans into the queue; first those of scans that listing excluded or failed."""
     settled = [scan for scan in scans if scan.reason is not None]
     readable = [scan for scan in scans if scan.reason is None]
     outage = SourceOutageDetector(readable, Decoder.from_config(job.config).reader)
@@ -185,15 +188,15 @@ class _CommitQueue:
 
 
 def _find_new_scans(listing: Listing, dataset: Dataset) -> list[Scan]:
-    """Return the first readable scans that are in no ledger: they are due with any model."""
+    """Return the readable ones of the first scans without a row in `scans`; they are due with any model."""
     new = _find_new_positions(listing, dataset.find_snapshot())[:PREFETCH_LIMIT]
     return [scan for scan in listing.take(new) if scan.reason is None]
 
 
 def _find_new_positions(listing: Listing, stored: Snapshot | None) -> NDArray[np.int64]:
-    """Return the positions in the listing of scans that are not stored."""
-    if stored is None:  # no columns here: pyarrow would import pandas for the first one, 0.2 s
+    """Return the positions in the listing of scans that have no row in `scans`."""
+    if stored is None:  # uses no Arrow column, because pyarrow imports pandas for the first one (0.2 s)
         return np.arange(len(listing.scans))
-    ids = listing.scan_ids  # a column: a million stored scans are compared in a fraction of a second
+    ids = listing.scan_ids  # an Arrow column, so that comparing a million ids takes a fraction of a second
     known = stored.read_scans(("scan_id",))["scan_id"].cast(ids.type).combine_chunks()
     return np.flatnonzero(~pc.is_in(ids, value_set=known).to_numpy())

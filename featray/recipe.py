@@ -22,7 +22,8 @@ def make_recipe(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         config: Config of the run, from which the reading and preprocessing keys are taken.
-        model: Part of the model: hashes, layers, pooling, compute type (`Extractor.recipe_part`).
+        model: The model's part of the recipe: hashes, layers, pooling and compute type, as
+            `Extractor.recipe_part` returns it.
     """
     return {
         "numerics": NUMERICS,

@@ -258,7 +258,7 @@ class UnitsSeen:
     """Which units of a layer have a value other than 0 in one file.
 
     Attributes:
-        layer: Output name.
+        layer: Name of the layer in the output.
         width: Number of units; 0 if it differs between rows.
         rows: Number of values per unit.
         active: One bit per unit, packed, in hexadecimal; 1 if the unit has a value other than 0.
@@ -276,7 +276,7 @@ class Receipt:
 
     Attributes:
         files: Written files that are part of no table yet.
-        records: Records of the scans in the files, and of failed scans.
+        records: Records of the scans in the files, and of failed and excluded scans.
         units: Active units by layer.
     """
 
@@ -285,7 +285,7 @@ class Receipt:
     units: tuple[UnitsSeen, ...] = ()
 
     def set_run(self, recipe: str, run_id: str) -> None:
-        """Write the recipe and the run into all records; the stages that made them know neither."""
+        """Write the recipe and the run into all records; decoding, which makes records, knows neither."""
         for record in self.records:
             record.recipe, record.run_id = recipe, run_id
 

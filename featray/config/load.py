@@ -24,13 +24,11 @@ ConfigInput = str | os.PathLike[str] | dict[str, Any] | Config
 
 
 def load(config: ConfigInput, overrides: list[str] | None = None) -> Config:
-    """Return the checked config.
+    """Return the checked config. Relative paths in it are relative to the working directory.
 
     Args:
         config: Path of a YAML file, its content as a dict, or an earlier `Config`.
         overrides: `key.path=value` texts; values are YAML (`[1, 2]`, `null`, `true`).
-
-    Relative paths in the file are relative to the working directory.
 
     Raises:
         ConfigError: Lists every unknown key (with the most similar known one), wrong type and contradiction.
@@ -71,7 +69,7 @@ def load_model_section(values: Mapping[str, Any]) -> ModelConfig:
     """Return the checked `model` section of a config.
 
     Raises:
-        ConfigError: The same problems as `load`.
+        ConfigError: Lists every problem, as `load` does.
     """
     try:
         return ModelConfig.model_validate(dict(values))
@@ -81,7 +79,7 @@ def load_model_section(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def get_name(config: ConfigInput) -> str:
-    """Return the name of a config in messages."""
+    """Return the name by which messages mention a config."""
     return str(config) if isinstance(config, str | os.PathLike) else "config"
 
 

@@ -72,7 +72,11 @@ class PolicyConfig(_Section):
 
 
 class PreprocessConfig(_Section):
-    """How a CT volume becomes the model input. The order of the keys is the order of the steps."""
+    """How a CT volume becomes the model input.
+
+    The steps are: crop to the mask (with `margin`), orient, clip to `window`, resample to `spacing`, bring to
+    `size` by `fit`, and map onto `scale`.
+    """
 
     orientation: str = _ORIENTATION
     """Directions in which x, y and z increase; the array itself has the axes (z, y, x)."""

@@ -37,7 +37,7 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Stages:
-    """The stages behind decoding, in their order. All except `extractor` can be pickled.
+    """The stages after decoding, in order. All except `extractor` can be pickled.
 
     Attributes:
         extractor: The model, loaded in this process.

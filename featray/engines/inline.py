@@ -29,7 +29,8 @@ BATCHES_AHEAD = 2
 """Batches of decoded scans besides those in the model: one is ready for it, and the next one is being made.
 """
 FLUSH_S = 10.0
-"""Finished scans are written at least this often, so that a kill loses little work."""
+"""Seconds after which finished scans are written although their file is not full, so that a kill loses little
+work."""
 
 
 class InlineEngine:
@@ -38,15 +39,15 @@ class InlineEngine:
     Args:
         workers: Number of worker processes that decode; None for one per core, 0 for none.
         decoding: How scans are decoded.
-        threads: CPU threads of the model; None for the fastest choice for this machine.
+        threads: CPU threads of the model; None for the fastest choice on this machine.
     """
 
     name = "inline"
 
     def __init__(self, workers: int | None, decoding: Decoding, threads: ModelThreads | None = None) -> None:
         self._decode_workers = count_usable_cores() if workers is None else workers
-        all_cores = ModelThreads.for_whole_machine() if self._decode_workers else DEFAULT_THREADS
-        self.threads = threads or all_cores
+        default_threads = ModelThreads.for_whole_machine() if self._decode_workers else DEFAULT_THREADS
+        self.threads = threads or default_threads
         self._decoding = decoding
         self._processes: WorkerPool | None = None
         self._scan_pool: ScanDecodePool | None = None
@@ -113,7 +114,7 @@ class InlineEngine:
         return prefetch(pool.batches(scans, stop, self._batches_in_use))
 
     def _make_scan_pool(self, processes: WorkerPool) -> ScanDecodePool:
-        # Besides the scans for the model, each process has one scan at work and one to continue with.
+        # Besides the scans for the model, each process works on one scan, and has the next one waiting.
         size = 2 * self._decode_workers + (self._batches_in_use + 1) * self._decoding.batch_scans
         self._scan_pool = ScanDecodePool(processes, self._decoding, size)
         return self._scan_pool

@@ -30,10 +30,10 @@ class SourceOutageDetector:
         self._failures_in_a_row = 0
 
     def check(self, receipt: Receipt) -> None:
-        """Take note of a receipt.
+        """Count the fetch failures of a receipt; after many in a row, check whether the source still answers.
 
         Raises:
-            StorageError: The last scans could not be fetched, and one that was fetched before is missing too.
+            StorageError: The last scans could not be fetched, nor can one that was fetched before.
         """
         for record in receipt.records:
             if record.reason == Reason.STORAGE:

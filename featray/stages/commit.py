@@ -66,18 +66,18 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 
 MAX_MERGED_SCAN_ROWS = 32_768
-"""Most rows of a merged file of `scans`. A changed scan rewrites the whole file that holds its row."""
+"""Maximum rows of a merged file of `scans`. A changed scan rewrites the whole file that holds its row."""
 TARGET_FILE_BYTES = 64 * 2**20
 """Size to which files of `features` are merged; files larger than half of it are not merged."""
 MAX_MERGE_BYTES = 256 * 2**20
-"""Most uncompressed bytes that are merged into one file; they are in memory at the same time."""
+"""Maximum number of uncompressed bytes that are merged into one file; all are in memory at the same time."""
 MIN_FILES_TO_COMPACT = 32
 """Number of small files in one partition from which `compact` merges them."""
 _MAX_SCANS_PER_DELETION = 20_000
 _TRIM_INTERVAL = 100
 """Commits between two calls of `trim`."""
 _THREADS = 4
-"""Files that are read at the same time, and so are in memory."""
+"""Number of files that are read at the same time, and are therefore in memory together."""
 _OTHER_TABLE = {FEATURES: SCANS, SCANS: FEATURES}
 
 
@@ -192,7 +192,7 @@ class Committer:
         return orphans
 
     def compact(self, at_least: int = MIN_FILES_TO_COMPACT) -> int:
-        """Merge small files of `features`; return by how many the number of files went down.
+        """Merge small files of `features`; return the decrease in the number of files.
 
         Args:
             at_least: Number of small files in a partition from which they are merged.

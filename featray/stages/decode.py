@@ -1,7 +1,7 @@
 """Decode: one listed scan in, its model input out. Joins locate, read and preprocess, and never raises.
 
-This stage runs in a worker process or a Ray task. If a scan fails, its record has the reason, and its tensor
-has no patches.
+This stage runs in a worker process, or in the driver if there are none. If a scan fails, its record has the
+reason, and its tensor has no patches.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Decoder:
         return cls(reader, config.policy, config.preprocess, config.limits)
 
     def __repr__(self) -> str:
-        """Name the class only, because the options may hold credentials."""
+        """Return only the name of the class, because the options may hold credentials."""
         return "Decoder()"
 
     def __call__(self, scan: Scan) -> Decoded:
@@ -79,13 +79,13 @@ class Decoder:
         _prepare_process()
 
     def fail(self, scan: Scan, reason: Reason, message: str, attempts: int) -> Decoded:
-        """Return the failed scan if decoding could not return one, because its process died."""
+        """Return the scan as failed; for an engine that has no result because the worker process died."""
         record = ScanRecord.from_scan(scan)
         record.attempts = attempts
         return _fail(record, "read", ScanError(reason, message))
 
     def fail_late(self, scan: Scan, attempts: int) -> Decoded:
-        """Return the failed scan if an engine stopped it because it took too long."""
+        """Return the scan as failed with `timeout`; for an engine that stopped decoding it."""
         message = f"no result after {self.limits.scan_timeout_s:g} s (limits.scan_timeout_s)"
         return self.fail(scan, Reason.TIMEOUT, message, attempts)
 
@@ -180,19 +180,19 @@ def _make_samples_input(samples: Samples, config: PreprocessConfig) -> ModelInpu
 def _check_size(volume: Volume, config: PreprocessConfig, max_voxels: int) -> None:
     """Refuse a model input, or a resampled volume on the way to it, that has more voxels than the limit.
 
-    If a header claims slices 100 mm apart, resampling to 1 mm makes a hundred times its voxels.
+    If a header claims slices 100 mm apart, for example, resampling to 1 mm makes a hundred times the voxels.
     """
     oriented = reorient(volume, config.orientation)
     z, y, x = oriented.voxels_zyx.shape
-    for shape in (resampled_shape, input_shape):
-        voxels = math.prod(shape(config, (z, y, x), oriented.spacing_zyx))
+    for compute_shape in (resampled_shape, input_shape):
+        voxels = math.prod(compute_shape(config, (z, y, x), oriented.spacing_zyx))
         if voxels > max_voxels:
             message = f"preprocessing would make {voxels} voxels, limits.max_voxels is {max_voxels}"
             raise ScanError(Reason.TOO_LARGE, message)
 
 
 def _find_memory_error(error: BaseException) -> ScanError | None:
-    """Return the error to report if memory ran out, also if another error hides that."""
+    """Return the error to report if memory ran out, even if that caused another error; otherwise None."""
     import cv2
 
     cause: BaseException | None = error
@@ -219,7 +219,7 @@ def _prepare_process() -> None:
     """Import the readers, limit OpenCV to one thread per process, and keep large buffers."""
     import cv2
 
-    import featray.ct.readers  # noqa: F401  # here, because an error while reading would be the scan's
+    import featray.ct.readers  # noqa: F401  # an import error while reading would be blamed on the scan
 
     cv2.setNumThreads(1)
     keep_large_blocks()

@@ -25,7 +25,7 @@ LayerExtractor = Callable[[NDArray[np.float32], Sequence[str]], LayerValues]
 """float32 (rows, …) and one seed text per row → values of all layers."""
 
 MAX_VALUES = 2**31 - 1
-"""Values of one scan over all layers and patches, at most: the capacity of one Arrow list."""
+"""Maximum number of values of one scan over all layers and patches: the capacity of one Arrow list."""
 
 
 def extract(extractor: LayerExtractor, decoded: Sequence[Decoded], *, recipe: str) -> pa.Table:

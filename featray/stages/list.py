@@ -66,7 +66,7 @@ def list_scans(
 
 
 def _make_stamp(policy: PolicyConfig) -> str:
-    """Return a hash of everything except the files that the grouping of DICOM headers depends on."""
+    """Return a hash of everything except the files on which the grouping of DICOM headers depends."""
     return hash_texts([version("featray"), f"grouping {_GROUPING_VERSION}", f"not_ct {policy.not_ct}"])
 
 

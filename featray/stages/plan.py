@@ -136,7 +136,7 @@ class _Comparison:
         ledger: Columns of the scans table, one row per stored scan.
         listed: The columns of the listing, one row per listed scan.
         ledger_rows: Row of each listed scan in the ledger; -1 if it has none.
-        has_same_content: Whether the scan has the content that the ledger says.
+        has_same_content: Whether the scan has the content that its row in the ledger records.
         is_unlisted: For each row of the ledger, whether its scan is not listed any more.
     """
 
@@ -153,7 +153,7 @@ class _Comparison:
 
     @functools.cached_property
     def is_unreachable(self) -> _Flags:
-        """Whether the listing could not reach the scan and its row is ok or excluded. It may be unchanged."""
+        """Whether the listing could not reach the scan and its row is ok or excluded."""
         failed_now = pc.fill_null(pc.equal(self.listed["reason"], Reason.STORAGE.value), fill_value=False)
         return _to_flags(failed_now) & self.has_value("status", "ok", "excluded")
 

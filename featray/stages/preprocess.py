@@ -1,7 +1,7 @@
 """Preprocess: a CT `Volume` in, the model's input as float32 patches and their origins out.
 
-The steps follow the order of the config's fields: reorient to `orientation`, clip to `window`, resample to
-`spacing`, bring to `size` by `fit`, and map the window onto `scale`. Knows no files, no model and no engine.
+The steps, in order: reorient to `orientation`, clip to `window`, resample to `spacing`, bring to `size` by
+`fit`, and map the window onto `scale`. Knows no files, no model and no engine.
 """
 
 from __future__ import annotations
@@ -48,20 +48,18 @@ def preprocess(
     """Return the model input of one scan.
 
     - spacing: the volume is resized to m = round(n * spacing / target) voxels, at least 1, between its outer
-    edges.
-      The extent is kept exactly. The resulting spacing n * spacing / m differs from the target only by the
-      rounding of m, as in nnU-Net. With align_corners the volume is resized between its corner voxels, as
-      `scipy.ndimage.zoom(voxels, spacing / target)` does, and the resulting spacing is (n - 1) * spacing / (m
-      - 1).
+      edges. The extent is kept exactly. The resulting spacing n * spacing / m differs from the target only by
+      the rounding of m, as in nnU-Net. With align_corners the volume is resized between its corner voxels, as
+      `scipy.ndimage.zoom(voxels, spacing / target)` does, and the resulting spacing is
+      (n - 1) * spacing / (m - 1).
     - stretch: the volume is resized to `size`; if `spacing` is set too, this is a second interpolation.
     - crop_pad: the piece is centered as in MONAI ResizeWithPadOrCrop: n // 2 - size // 2 voxels are cut off
-    in front
-      (n > size), or (size - n) // 2 voxels are added in front (n < size).
+      in front (n > size), or (size - n) // 2 voxels are added in front (n < size).
     - patches: patches start at 0, stride, 2 stride, … in C order over (z, y, x). If voxels remain at the end,
-    a last
-      patch is shifted inwards so that it ends at the volume's end. An axis shorter than the patch is padded
-      at its end, so that origins are voxel indices of the volume.
-    - padding has the value of the window's lower bound; with window null, the smallest value of the volume.
+      a last patch is shifted inwards so that it ends at the volume's end. An axis shorter than the patch is
+      padded at its end, so that origins are voxel indices of the volume.
+    - padding has the value of the window's lower bound; with window null, the smallest value of the volume
+      after the spacing step.
     - window null: values are neither clipped nor scaled.
 
     Args:
@@ -121,8 +119,8 @@ def input_spacing(
     """Return the voxel spacing (z, y, x) of the model input in mm.
 
     If n voxels of s mm become m voxels and the extent is kept, their spacing is n s / m. With align_corners
-    (which has no effect on `area`) the centers of the corner voxels are kept, and the spacing is (n - 1) s /
-    (m - 1). Arguments and errors are those of `input_shape`.
+    (which has no effect on `area`) the centers of the corner voxels are kept, and the spacing is
+    (n - 1) s / (m - 1). Arguments and errors are those of `input_shape`.
     """
     shape = resampled_shape(config, shape_zyx, spacing_zyx)
     if config.size is not None and config.fit == "stretch":

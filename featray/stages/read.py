@@ -1,7 +1,7 @@
 """Read: one located scan in, its checked volume in HU or the samples of its array out.
 
 This stage knows the formats only by name; the readers in `featray.ct` check headers and voxels. The readers
-are imported when the first scan is read, because the driver needs none of them.
+of volumes are imported when the first scan is read, because the driver needs none of them.
 """
 
 from __future__ import annotations
@@ -175,16 +175,17 @@ def _read_single(kind: str, files: Files, max_voxels: int, *, volume: int | None
 def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> None:
     """Refuse a scan that changed after listing: new bytes must not be stored with an old fingerprint.
 
-    The store's version is compared only if that takes one quick request; otherwise only the size is compared.
+    The store's version is compared only for a single file and for local files, because that is quick. For
+    other scans only the size is compared.
     """
     if not scan.files_version:
         return
     same = sum(len(data) for _, data in files) == scan.size
     if same and (len(files) == 1 or isinstance(fs, LocalFileSystem)):
         fs.invalidate_cache()
-        there = [(path, _ask_store(path, functools.partial(fs.info, path))) for path, _ in files]
+        infos = [(path, _ask_store(path, functools.partial(fs.info, path))) for path, _ in files]
         same = scan.files_version == fingerprint_files(
-            (path, info["size"], file_version(info)) for path, info in there
+            (path, info["size"], file_version(info)) for path, info in infos
         )
     if not same:
         raise ScanError(Reason.STORAGE, _CHANGED)

@@ -1,4 +1,4 @@
-"""Write: extracted scans in, one Parquet file per layer and partition and a receipt out.
+"""Write: extracted scans in; out come one Parquet file per layer and partition, and a receipt.
 
 The files are not part of a table until `stages/commit.py` commits the receipt.
 """
@@ -17,10 +17,10 @@ from featray.output.dataset import FEATURES, Dataset
 from featray.schema import FEATURE_COLUMNS, Receipt, ScanRecord, UnitsSeen
 
 MAX_BYTES = 256 * 2**20
-"""Most bytes of values that are sorted and written to one file."""
+"""Maximum size in bytes of the rows that are copied, sorted and written at once, unless one scan has more."""
 MAX_UNITS = 2**16
-"""Most units of a layer for which active units are recorded. Larger layers are whole feature maps; dead units
-are of no interest there."""
+"""Maximum number of units of a layer for which active units are recorded. Larger layers are whole feature
+maps, whose dead units are of no interest."""
 
 
 def write(

@@ -2,7 +2,7 @@
 
 Each worker process has a pipe of its own and shares no lock with others. A process that is killed or hangs
 therefore loses only the task it was working on; its other tasks go to a new process. If a process dies before
-it could begin, no task is blamed.
+it has loaded the work, no task is blamed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from featray.errors import FeatrayError
 START_TIMEOUT_S = 300.0
 """Seconds that a worker process may take to start; imports are slow on a busy machine."""
 MAX_DEAD_STARTS = 10
-"""Number of processes in a row that die before they begin, after which no other is started."""
+"""Number of processes in a row that die before they have loaded the work; then no other one is started."""
 _MAX_WAIT_S = 60.0
 _CRASH_GRACE_S = 1.0
 
@@ -70,8 +70,8 @@ class WorkerPool:
     def set_work(self, work: bytes) -> None:
         """Set the function that runs on each later task: a pickled `work(task)`.
 
-        If it has a method `prepare`, that is called once in each process. A process that fails in it has not
-        begun.
+        If it has a method `prepare`, that is called once in each process. A process that dies in it counts as
+        not started, and no task is blamed.
         """
         self._work = work
         for process in self._processes:
@@ -82,10 +82,12 @@ class WorkerPool:
         self._send_task(min(self._processes, key=lambda process: len(process.tasks)), task)
 
     def wait(self) -> list[TaskResult]:
-        """Return the results that have arrived, after waiting for at least one. Needs a submitted task.
+        """Return the results that have arrived, after waiting for at least one.
+
+        Call this only if a submitted task has no result yet.
 
         Raises:
-            FeatrayError: Processes die or hang before they can begin, so that no task is to blame.
+            FeatrayError: Processes die or hang before they have loaded the work, so that no task is to blame.
         """
         while not self._results:
             busy = {process.connection: process for process in self._processes if process.tasks}
@@ -174,16 +176,16 @@ _early_processes: list[WorkerProcess] = []
 
 
 def start_early() -> None:
-    """Start a worker process before everything else; the first `WorkerPool` takes it.
+    """Start a worker process before anything else; the first `WorkerPool` takes it.
 
-    Importing the decoder takes about as long as everything else before the first scan is due.
+    Importing the decoder takes about as long as all other work before the first scan is decoded.
     """
     if not _early_processes:
-        atexit.register(end_early)  # the process would notice the end of this one only after its imports
+        atexit.register(end_early)  # otherwise it would notice the end of this process only after its imports
         _early_processes.append(start_worker_process(("featray.stages.decode", "featray.ct.readers")))
 
 
 def end_early() -> None:
-    """End the process of `start_early`, if no pool of this process decodes scans."""
+    """End the process that `start_early` started, unless a pool has taken it."""
     while _early_processes:
         _early_processes.pop().end()

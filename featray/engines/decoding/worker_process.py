@@ -2,7 +2,7 @@
 
 The process is started with `python -c` and one end of a pipe, not with `multiprocessing`: a user's script
 then need not guard its call of featray with `if __name__ == "__main__"`, because nothing imports it again.
-All that a worker runs can be imported from featray itself.
+The functions that a worker runs come from featray, or are pickled by value.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Message(Enum):
 
 @dataclass(frozen=True)
 class TaskLimits:
-    """Limits of one task: seconds, and bytes of memory in addition to its process's (None: no limit)."""
+    """Limits of one task: seconds, and bytes in addition to the memory of its process (None: no limit)."""
 
     timeout_s: float
     memory: int | None
@@ -58,7 +58,7 @@ class WorkerProcess:
         process: The process.
         connection: This process's end of the pipe.
         tasks: Tasks without a result so far.
-        deadline: Monotonic clock at which the first task is late.
+        deadline: Time of the monotonic clock at which the first task is late.
         unconfirmed: Number of work functions sent that the process has not confirmed yet; it confirms one
             when it has loaded and prepared it.
     """

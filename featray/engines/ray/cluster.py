@@ -22,7 +22,10 @@ _CONNECT_TIMEOUT_S = 10.0
 
 
 def connect(run: RunConfig, limits: LimitsConfig) -> bool:
-    """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one; return whether it was started.
+    """Join the cluster of `run.address` or RAY_ADDRESS, or start a local one.
+
+    Returns:
+        Whether this call connected to Ray; false if this process had connected before.
 
     Raises:
         ConfigError: Nothing answers at the address, or a local Ray lacks the resources that a stage claims.
@@ -31,7 +34,7 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     # Otherwise a thread of Ray Data that outlives a stopped run starts a cluster of its own.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    # Otherwise Ray retries a task for ever that it kills when memory runs out.
+    # Otherwise Ray retries a task without end if it kills the task because memory runs out.
     os.environ.setdefault("RAY_task_oom_retries", str(limits.attempts - 1))
     # Errors of featray's tasks are handled; the unhandled ones are Ray's own.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
@@ -43,8 +46,8 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
 
     address = named_address(run)
     _refuse_unreachable(address)
-    starts = not ray.is_initialized()
-    if starts:
+    connects = not ray.is_initialized()
+    if connects:
         with filter_stderr(_RAY_LOG_LINES):
             ray.init(
                 address=address or "local",  # "local" never joins another Ray on this machine
@@ -57,10 +60,10 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     try:
         check_claims(run, ray.cluster_resources(), grows=bool(address))
     except ConfigError:
-        if starts:
+        if connects:
             ray.shutdown()
         raise
-    return starts
+    return connects
 
 
 def is_to_start(run: RunConfig) -> bool:
@@ -120,14 +123,14 @@ def check_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool)
     Raises:
         ConfigError: Lists every claim that is too large.
     """
-    pool = run.actors.min * run.actors.num_cpus
+    actor_cpus = run.actors.min * run.actors.num_cpus
     decode_cpus = run.decode.num_cpus if run.actors.num_gpus else 0
     claims = {
         "run.actors.num_cpus": (run.actors.num_cpus, "CPU"),
         "run.actors.num_gpus": (run.actors.num_gpus, "GPU"),
         "run.decode.num_cpus": (decode_cpus, "CPU"),
         "run.decode.memory": (run.decode.memory or 0, "memory"),
-        "run.actors (min times num_cpus) plus run.decode": (pool + decode_cpus, "CPU"),
+        "run.actors (min times num_cpus) plus run.decode": (actor_cpus + decode_cpus, "CPU"),
     }
     problems = [
         f"{key}: {claim:g} is claimed, Ray has {resources.get(kind, 0):g} {kind}"

@@ -89,7 +89,7 @@ class PassPipeline:
         """Decode and extract in actors that share the CPUs."""
         actors, memory = self._run.actors, self._memory
         processes = max(1, int(actors.num_cpus))
-        # Ray's memory claim only plans; the worker process limits a scan to the config or the machine.
+        # Ray only schedules by the memory claim; the worker process enforces the limit of a scan.
         setup = WorkerDecoding(self._decoding, processes, scans_ahead=2 * self._decoding.batch_scans)
         size = cpu_pool_size(self._run, cluster.nodes(), listed.num_blocks(), processes * (memory or 0))
         self.workers = Workers(size.first * processes, size.first, cluster.cpus())
@@ -137,11 +137,13 @@ class PassPipeline:
 def _make_pool(size: PoolSize, current: Pass, calls: int = 1) -> Any:
     import ray
 
+    # Tasks in flight are lost together with their actor, so an isolated scan must be its only task.
+    tasks_in_flight = 1 if current.isolates_scans else None
     return ray.data.ActorPoolStrategy(
         min_size=size.least,
         max_size=size.most,
         initial_size=size.first,
-        max_tasks_in_flight_per_actor=1 if current.isolates_scans else None,  # or others die with it
+        max_tasks_in_flight_per_actor=tasks_in_flight,
         max_concurrent_calls_per_actor=calls,
         enable_true_multi_threading=calls > 1,
     )
@@ -163,5 +165,5 @@ def _configure_ray_data(current: Pass) -> None:
     # keeps such a record would also keep its frames alive, and with them the actors of the pass and their
     # CPUs.
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
-    # Not useful when the one scan that is left kills its worker.
+    # This warning is useless if the last scan of a run kills its worker.
     warnings.filterwarnings("ignore", message="The minimum number of concurrent actors")

@@ -2,9 +2,9 @@
 
 `dataset.py` builds the pipeline of one pass; `passes.py` defines the passes. Scans are decoded in
 worker processes (`featray.engines.decoding`), so a scan that crashes or hangs its process is settled inside
-its task and Ray does not notice. A whole Ray worker may still die: of memory, with its node, or in the model.
-The strict pass stops at the first task that is lost, the tolerant pass continues, and what both have lost is
-processed alone.
+its task and Ray does not notice. A whole Ray worker may still die: because memory runs out, with its node, or
+in the model. The strict pass stops at the first lost task. The tolerant pass processes the other scans and
+continues after lost tasks. Scans that have no result after both passes get a task each in a third pass.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RayEngine:
         self.threads = ModelThreads(
             each=max(1, int(run.actors.num_cpus)), calls=GPU_CALLS if run.actors.num_gpus else 1
         )
-        self._has_started_ray = False
+        self._has_connected = False
         self._has_results = False
         self._pipeline: PassPipeline | None = None
         self._connecting: Future[None] | None = None
@@ -68,7 +68,7 @@ class RayEngine:
         end_early()
         if self._connecting is not None:
             self._connecting.exception()  # only waits; `connect` raises the error where the cluster is needed
-        if self._has_started_ray:
+        if self._has_connected:
             import ray
 
             ray.shutdown()
@@ -79,7 +79,7 @@ class RayEngine:
         self._connect() if self._connecting is None else self._connecting.result()
 
     def prefetch_scans(self, scans: Sequence[Scan]) -> None:
-        """Connect while this process loads the model; begin a few scans here if Ray must be started."""
+        """Connect while this process loads the model; decode a few scans here if Ray must be started."""
         if cluster.is_to_start(self._run) and not self._run.actors.num_gpus:
             self._head_start.prefetch_scans(scans)
         self._connecting = self._thread.submit(self._connect)
@@ -142,9 +142,8 @@ class RayEngine:
     def _refuse_broken_cluster(self, unsettled: int, current: Pass, crash_names: list[str]) -> None:
         """Raise if the passes so far show that the cluster, not a scan, is at fault."""
         if "ActorDiedError" in crash_names and not self._has_results:
-            raise make_broken_cluster_error(
-                unsettled
-            )  # actors die while they load the model; no scan does that
+            # Actors died while they loaded the model, which no scan can cause.
+            raise make_broken_cluster_error(unsettled)
         gc.collect()  # frames of the error keep the pass's actors alive, and with them their CPUs
         if current.tolerates_lost_tasks and not self._has_results and unsettled > MAX_SUSPECTS:
             raise make_broken_cluster_error(unsettled)
@@ -157,5 +156,5 @@ class RayEngine:
                 yield Window({scan.scan_id: scan for scan in window}, memory)
 
     def _connect(self) -> None:
-        end_early()  # if a worker process was wanted, it has been taken by now
-        self._has_started_ray = cluster.connect(self._run, self._decoding.limits)
+        end_early()  # the head start has taken the worker process by now, if it needs one
+        self._has_connected = cluster.connect(self._run, self._decoding.limits)

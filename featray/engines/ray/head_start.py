@@ -1,8 +1,8 @@
 """The first scans, processed in the driver with engine `inline` while a local Ray starts.
 
 Starting Ray and its actors, each of which loads the model, takes about ten seconds; the driver has the model
-loaded before that. A few scans are therefore decoded in one worker process and extracted in the driver. The
-first scan is opened as soon as with engine `inline`, and a fault that concerns all scans is seen as soon.
+loaded before that. A few scans are therefore decoded in one worker process and extracted in the driver. So
+the first scan is opened, and a fault of all scans is noticed, as early as with engine `inline`.
 """
 
 from __future__ import annotations

@@ -110,14 +110,14 @@ class DecodeBatch:
     def _get_pool(self) -> WorkerScanPool:
         """Return this Ray worker's pool; it starts with the first scan and ends with the Ray worker."""
         if self._id not in _pools:
-            _close_pools()  # of an earlier run
+            _close_pools()  # of an earlier pass
             _pools[self._id] = WorkerScanPool(self._setup)
         return _pools[self._id]
 
 
 _pools: dict[str, WorkerScanPool] = {}
-"""The pool of this Ray worker by run. Ray unpickles a new `DecodeBatch` for each task, so it cannot hold one.
-"""
+"""The pool of this Ray worker, by pass. Ray unpickles a new `DecodeBatch` for each task, so a `DecodeBatch`
+cannot hold the pool."""
 
 
 def _close_pools() -> None:
@@ -128,7 +128,7 @@ def _close_pools() -> None:
 
 @contextlib.contextmanager
 def _close_pools_on_error() -> Iterator[None]:
-    """Close the pool when work is interrupted: its running tasks must not answer for the next scans."""
+    """Close the pool on an error; otherwise the next call would get the results of its running tasks."""
     try:
         yield
     except BaseException:  # a cancelled pass, for example
@@ -179,7 +179,7 @@ class DecodeAndExtractBatch:
                 extract(self._extractor.result(), decoded, recipe=self._recipe)
                 for decoded in self._pool.batches(_parse_scans(batch))
             )
-        except BaseException:  # the pool's running tasks must not answer for the scans of the next call
+        except BaseException:  # the next call must not get the results of this call's running tasks
             self._pool.close()
             self._pool = WorkerScanPool(self._setup)
             raise
@@ -192,7 +192,7 @@ class WriteBatch:
         self._write = write
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Return one row."""
+        """Write the features to files; return one row with the receipt."""
         return pa.table({"receipt": [self._write(table).to_json()]})
 
 

@@ -18,15 +18,15 @@ from featray.stages.report.totals import RunTotals, describe_bottleneck
 
 
 def announce(run: Run, dataset: Dataset) -> None:
-    """Write the folder of a run before its first commit, so that its rows are explained if it is killed."""
+    """Write the folder of a run before its first commit, so that a run that is killed has one too."""
     write_start(run, dataset)
 
 
 def report(run: Run, dataset: Dataset, listing: Listing, plan: Plan, totals: RunTotals) -> Summary:
     """Count the listed scans in the scans table and, if the run changed anything, write its folder.
 
-    Every listed scan must have a row in the scans table, unless the run was interrupted; otherwise the exit
-    code is 3.
+    The exit code is 3 if too many scans failed, or if a listed scan has no row in the scans table. For a run
+    that was interrupted before it had processed all scans, it is 130 instead.
 
     Args:
         run: Facts of the run that were known at its beginning.

@@ -1,6 +1,7 @@
 """The folder of a run, `runs/RUN_ID`: `run.json` for programs and `summary.md` for people.
 
-A run.json without `summary` belongs to a run that has not ended, or was killed.
+A run.json without `summary` belongs to a run that has not ended, was killed, ended with an error, or was
+interrupted before its first commit.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Run:
         engine: `inline` or `ray`.
         recipe_id: Short hash of `recipe`.
         recipe: Everything that decides the values of a feature.
-        layers: Output names.
+        layers: Names of the layers in the output.
         model_sha256: Digest of the model file.
         config: Config of the run, with masked secrets.
         max_failed_fraction: Share of failed scans above which the exit code is 3.

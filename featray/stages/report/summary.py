@@ -17,7 +17,7 @@ class Summary:
         command: `extract` or `refresh`.
         engine: `inline` or `ray`.
         recipe: Recipe id.
-        layers: Output names.
+        layers: Names of the layers in the output.
         found: Number of listed scans.
         ok, failed, excluded: Number of listed scans by status in the scans table; they add up to `found`.
         missing: Number of listed scans without a row in the scans table; 0 unless the run was interrupted.

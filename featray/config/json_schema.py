@@ -39,9 +39,7 @@ def _read_field_texts(node: ast.ClassDef) -> dict[str, str]:
     """Return the text below each annotated field of a class, on one line, by the key of the field."""
     fields = getattr(models, node.name).model_fields
     return {
-        fields[field.target.id].alias or field.target.id: inspect.cleandoc(text.value.value).replace(
-            "\n", " "
-        )
+        fields[field.target.id].alias or field.target.id: " ".join(text.value.value.split())
         for field, text in zip(node.body, node.body[1:], strict=False)
         if isinstance(field, ast.AnnAssign)
         and isinstance(field.target, ast.Name)

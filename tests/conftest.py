@@ -15,14 +15,15 @@ LAYERS = ["encoder/z_mean", "encoder/z_log_var", "encoder/pre_latent", "encoder/
 ConfigOf = Callable[..., dict[str, Any]]
 pytest_plugins = ["servers.fixtures"]
 SLOW_MARKERS = {"emulator", "kill", "ray"}
+SLOW_FIXTURES = {"demo_run", "s3_server"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest applies `-m`
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow every test that starts Ray or an object store, or kills processes of a run."""
+    """Mark as slow each test that starts Ray or an object store, kills a run, or reads the demo output."""
     for item in items:
         markers = {marker.name for marker in item.iter_markers()}
-        if markers & SLOW_MARKERS or "s3_server" in getattr(item, "fixturenames", ()):
+        if markers & SLOW_MARKERS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 

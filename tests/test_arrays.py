@@ -212,6 +212,7 @@ def test_z_differs_from_call_to_call_and_z_mean_does_not(tmp_path: Path) -> None
     assert_near(first["z_mean"], second["z_mean"])
 
 
+@pytest.mark.slow
 def test_with_allow_stochastic_z_is_the_same_for_the_same_scan_and_recipe(
     config_of: Any, tmp_path: Path
 ) -> None:

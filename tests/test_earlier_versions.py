@@ -75,6 +75,7 @@ def test_extract_finds_nothing_to_do_and_the_same_recipe_id(project: Path) -> No
     assert read_bytes(project / "out") == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], [NEW_NAME]], ids=["old name of Sampling", "new name of Sampling"])
 def test_refresh_finds_nothing_to_do_with_either_name_of_the_sampling_layer(
     project: Path, overrides: list[str]
@@ -95,6 +96,7 @@ def test_verify_finds_everything_in_order(project: Path) -> None:
     assert verification.rows == dict.fromkeys(LAYERS, 5)
 
 
+@pytest.mark.slow
 def test_refresh_replaces_the_one_scan_whose_file_has_changed(project: Path) -> None:
     before, values_before = scan_rows(project / "out"), layer_values(project / "out", "encoder.z_mean")
     changed, source = "nifti/phantom_001.nii.gz", project / "collection" / "nifti" / "phantom_002.nii.gz"
@@ -113,6 +115,7 @@ def test_refresh_replaces_the_one_scan_whose_file_has_changed(project: Path) -> 
         np.testing.assert_allclose(values[index], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_new_extraction_gives_the_stored_values_and_recipe_ids(project: Path) -> None:
     summary = featray.extract("config.yaml", ["output.uri=new"])
     assert (summary.ok, summary.failed, summary.done) == (5, 1, 6)

@@ -59,6 +59,7 @@ def test_every_scan_of_a_mixed_collection_has_every_layer(config_of: Any) -> Non
     )
 
 
+@pytest.mark.slow
 def test_features_equal_the_values_of_the_full_model_for_the_same_input(
     config_of: Any, vae_file: Path
 ) -> None:
@@ -115,7 +116,7 @@ def broken(phantoms: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_broken_files_fail_with_a_reason_and_do_not_affect_other_scans(
     config_of: Any, broken: Path, workers: int
 ) -> None:
@@ -146,6 +147,7 @@ def test_with_failures_within_the_limit_the_exit_code_is_0(config_of: Any, broke
     assert featray.extract(config).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_later_run_extracts_only_the_scans_that_were_added(
     config_of: Any, phantoms: Path, tmp_path: Path
 ) -> None:
@@ -159,6 +161,7 @@ def test_a_later_run_extracts_only_the_scans_that_were_added(
     assert len(read_features(config)) == 2 * len(LAYER_NAMES)
 
 
+@pytest.mark.slow
 def test_superseded_files_that_a_killed_run_left_are_deleted_by_a_run_that_extracts_nothing(
     config_of: Any, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,6 +212,7 @@ def test_each_patch_has_a_number_and_its_origin(config_of: Any) -> None:
     assert read_scans(config)["phantom_000.nii.gz"]["patches"] == len(origins)
 
 
+@pytest.mark.slow
 def test_a_fully_convolutional_model_takes_scans_at_their_native_size(config_of: Any, tmp_path: Path) -> None:
     import keras
 

@@ -54,8 +54,8 @@ def collection(tmp_path: Path) -> Path:
         path.write_bytes(path.read_bytes()[:-400])
     for path in sorted(write_series(root / "garbled", 7).iterdir())[2:3]:
         data = bytearray(path.read_bytes())
-        place = data.index(b"Quixote")
-        data[place - 8 : place - 2] = b"\xff" * 6  # the tag, VR and length of the patient name
+        offset = data.index(b"Quixote")
+        data[offset - 8 : offset - 2] = b"\xff" * 6  # the tag, VR and length of the patient name
         path.write_bytes(data)
     packed = write_series(tmp_path / "packed", 8)
     with zipfile.ZipFile(root / "packed.zip", "w") as archive:
@@ -65,6 +65,7 @@ def collection(tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tags", [(), ("InstitutionName",)], ids=["no tag in the config", "one tag in the config"]
 )

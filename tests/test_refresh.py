@@ -116,6 +116,7 @@ def test_only_changed_scans_are_read_again(
     assert [Path(path).name for path in opened] == ["b.nii.gz"]
 
 
+@pytest.mark.slow
 def test_headers_of_unchanged_dicom_folders_are_not_read_again(
     config_of: Any, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +150,7 @@ def test_extract_keeps_changed_and_removed_scans_and_reports_what_refresh_would_
     assert "1 stored scans are no longer in the collection; `featray refresh`" in summary.text()
 
 
+@pytest.mark.slow
 def test_extract_refuses_another_recipe_and_refresh_replaces_all_scans(
     config: dict[str, Any],
 ) -> None:
@@ -161,6 +163,7 @@ def test_extract_refuses_another_recipe_and_refresh_replaces_all_scans(
     assert set(open_output(config).read(FEATURES, ("recipe",))["recipe"].to_pylist()) == {second.recipe}
 
 
+@pytest.mark.slow
 def test_refresh_removes_layers_that_the_config_no_longer_names(config: dict[str, Any]) -> None:
     featray.extract(config)
     featray.refresh(config, ["model.layers=[encoder/z_mean]"])
@@ -169,6 +172,7 @@ def test_refresh_removes_layers_that_the_config_no_longer_names(config: dict[str
     assert folders == {"layer=encoder.z_mean"}
 
 
+@pytest.mark.slow
 def test_a_scan_that_became_unreadable_fails_with_a_reason_and_loses_its_features(
     config: dict[str, Any], collection: Path
 ) -> None:
@@ -180,6 +184,7 @@ def test_a_scan_that_became_unreadable_fails_with_a_reason_and_loses_its_feature
     assert "b.nii.gz" not in read_layer(config)
 
 
+@pytest.mark.slow
 def test_failed_scans_are_tried_again_only_on_request_or_when_they_have_changed(
     config: dict[str, Any], collection: Path, phantoms: Path
 ) -> None:
@@ -207,6 +212,7 @@ def test_a_refresh_that_would_remove_most_scans_is_refused_before_anything_chang
     assert sorted(read_layer(config)) == ["e.nii.gz", "f.nii.gz"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_refresh_exits_with_130_and_the_next_one_completes_it(config: dict[str, Any]) -> None:
     featray.extract(config)
     stop = threading.Event()
@@ -239,6 +245,7 @@ def test_finished_receipts_are_committed_when_the_engine_fails() -> None:
     assert committed == receipts
 
 
+@pytest.mark.slow
 def test_with_keep_versions_days_readers_can_read_an_earlier_version(
     config: dict[str, Any], collection: Path
 ) -> None:

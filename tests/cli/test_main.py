@@ -111,6 +111,7 @@ def test_plan_counts_scans_estimates_and_writes_nothing(
     assert parse_last_line(capsys.readouterr().out)["stale"] == 12
 
 
+@pytest.mark.slow
 def test_layers_lists_paths_shapes_and_flags(
     config: Path, vae_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -193,6 +194,7 @@ def test_a_wrong_command_line_ends_with_exit_code_2() -> None:
     assert end.value.code == 2
 
 
+@pytest.mark.slow
 def test_engine_auto_chooses_inline_for_few_scans_and_reports_it(config: Path) -> None:
     done = subprocess.run(
         [*ENTRY, "extract", str(config), "--set", "run.engine=auto"],
@@ -205,6 +207,7 @@ def test_engine_auto_chooses_inline_for_few_scans_and_reports_it(config: Path) -
     assert "cuda" not in done.stderr.lower(), "TensorFlow's own messages are off by default"
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_a_progress_bar(config: Path) -> None:
     parent, child = pty.openpty()
     termios.tcsetwinsize(parent, (24, 100))
@@ -283,6 +286,7 @@ def test_a_secret_in_a_broken_override_is_not_echoed(
     assert "PLANTED" not in captured.err + captured.out
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_on_stdout_is_not_an_error(vae_file: Path) -> None:
     command = [
         sys.executable,

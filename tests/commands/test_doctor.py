@@ -59,6 +59,7 @@ def test_problems_of_all_checks_are_reported_together(config_of: Any, tmp_path: 
     assert "encoder/z_mean" in join_messages(report, "model", "FAIL")
 
 
+@pytest.mark.slow
 def test_one_unreadable_sample_scan_is_a_warning_but_no_readable_one_is_a_failure(
     config_of: Any, tmp_path: Path, phantoms: Path
 ) -> None:
@@ -100,6 +101,7 @@ def test_a_layer_that_depends_on_the_rest_of_the_batch_is_named(tmp_path: Path) 
     assert report.exit_code == 2
 
 
+@pytest.mark.slow
 def test_features_of_another_recipe_in_the_output_are_a_warning(config_of: Any) -> None:
     config = config_of()
     featray.extract(config)
@@ -108,6 +110,7 @@ def test_features_of_another_recipe_in_the_output_are_a_warning(config_of: Any) 
     assert "another recipe" in join_messages(doctor(config), "output", "WARN")
 
 
+@pytest.mark.slow
 def test_an_output_that_another_run_has_locked_is_a_failure(config_of: Any) -> None:
     from featray.output.lease import Lease
     from featray.storage.store import Store
@@ -117,6 +120,7 @@ def test_an_output_that_another_run_has_locked_is_a_failure(config_of: Any) -> N
         assert "20260101T000000000-abcdef" in join_messages(doctor(config), "output", "FAIL")
 
 
+@pytest.mark.slow
 def test_requested_gpus_that_do_not_exist_are_a_warning(config_of: Any) -> None:
     from featray.model.runtime import list_gpu_names
 
@@ -127,6 +131,7 @@ def test_requested_gpus_that_do_not_exist_are_a_warning(config_of: Any) -> None:
     assert "sees no GPU" in join_messages(doctor(config), "accelerator", "WARN")
 
 
+@pytest.mark.slow
 def test_the_command_prints_one_line_per_result_or_json(
     config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -215,6 +215,7 @@ def test_an_interrupted_export_has_no_marker_and_the_same_call_continues_it(
     assert set(list_files(tmp_path / "plain")) == {*result.files, "export.json"}
 
 
+@pytest.mark.slow
 def test_the_same_command_completes_an_export_whose_process_was_killed(
     dataset: Dataset, tmp_path: Path
 ) -> None:

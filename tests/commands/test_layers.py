@@ -75,6 +75,7 @@ def test_a_file_that_contains_code_is_listed_only_with_trust(tmp_path: Path, run
     assert list(_index_by_path(run(str(tmp_path / "m.keras"), "--trust")[1])) == ["twice"]
 
 
+@pytest.mark.slow
 def test_a_config_marks_its_layers_with_the_values_and_gigabytes_after_its_pooling(
     small_vae_file: Path, tmp_path: Path, run: Run
 ) -> None:

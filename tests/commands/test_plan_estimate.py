@@ -37,6 +37,7 @@ def measure_run(config: dict[str, Any]) -> float:
     return time.monotonic() - start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape_zyx", "input_zyx", "slower"),
     [

@@ -1,6 +1,6 @@
 """Extract the activations of chosen Keras layers for every CT scan of a collection, as Parquet.
 
-This module exports the functions of the command line for use from Python. Each is imported on first use.
+This module exports the functions and classes for use from Python. Each is imported on first use.
 """
 
 from __future__ import annotations

@@ -226,7 +226,7 @@ def _parse_storage_options(text: str | None) -> dict[str, Any] | None:
                 text = file.read()
         options = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        # The message quotes neither the text nor the parser, because both may contain secrets.
+        # The message quotes neither the text nor the parser's error, because both may contain secrets.
         raise ConfigError(f"--storage-options: cannot be read as YAML ({type(error).__name__})") from None
     if not isinstance(options, dict):
         raise ConfigError("--storage-options: expected keys and values, for example {anon: true}")
@@ -249,7 +249,8 @@ def run_benchmark(args: argparse.Namespace) -> int:
     from featray.benchmark.run import benchmark
     from featray.benchmark.settings import BenchmarkSettings
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, ends the measured processes
+    # SIGTERM then acts like Ctrl-C, which also ends the measured processes.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = BenchmarkSettings(
         sample=args.sample,
         phantoms=args.phantoms,

@@ -170,7 +170,7 @@ def _add_run_commands(commands: Any) -> None:
         action="append",
         choices=_REASONS,
         metavar="CODE",
-        help="with --retry-failed: process only scans that failed for this reason; may be repeated "
+        help="with --retry-failed: of the failed scans, retry only those with this reason; may be repeated "
         "(default: every reason)",
     )
     benchmark = _add_command(
@@ -213,11 +213,12 @@ def _add_output_commands(commands: Any) -> None:
     verify.add_argument(
         "--forget-damaged",
         action="store_true",
-        help="also remove damaged scans from both tables, so that the next extract processes them again "
+        help="like --repair; also remove damaged scans from both tables, so that the next extract processes "
+        "them again "
         "(default: keep them)",
     )
     export = _add_command(
-        commands, "export", handlers.run_export, "copy one version of an output to a plain folder of Parquet"
+        commands, "export", handlers.run_export, "copy one version of an output to a folder of Parquet files"
     )
     _add_export_arguments(export)
     vacuum = _add_command(

@@ -1,4 +1,4 @@
-"""Put the rows of many scans into one array for the model, in memory that later batches use again.
+"""Put the rows of many scans into one array for the model, in memory that later batches reuse.
 
 New memory pages cost more than the copy, because the kernel clears them first. Together with the copies of
 `tf.constant` they took 4 % of all CPU time on two cores. This module knows nothing of scans and models.
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALIGNMENT = 256
-"""Bytes. TensorFlow can use an array without a copy if it begins at a multiple of 64; 256 includes these."""
+"""Bytes. TensorFlow can use an array without a copy if its address is a multiple of 64, as multiples of 256
+are."""
 
 _free_buffers: list[NDArray[np.uint8]] = []
 """Buffers of earlier batches that no batch uses. There are at most as many as were in use at one time."""

@@ -26,7 +26,7 @@ from featray.model.select_layers import OutputSpec, Pool
 from featray.model.variation import Variation
 
 _RARE_NOISE_CALLS = 60
-"""Calls to find noise that shows rarely. Noise in one call of ten is missed with a probability of 0.002."""
+"""Number of calls to find rare noise. Noise in one call of ten is missed with a probability of 0.002."""
 
 _TEST_SEEDS = ("a", "b")
 
@@ -41,7 +41,8 @@ class OutputLayer:
         pool: Pooling over the spatial axes.
         shape: Shape of the value for one input after pooling and before flattening, without the batch axis;
             None along an axis whose size depends on the input.
-        values: Number of values per input. If it depends on the size of the input, it is that of a small one.
+        values: Number of values per input. If it depends on the size of the input, the number is that for a
+            small input.
         class_name: Class of the Keras layer.
     """
 
@@ -87,8 +88,9 @@ class Extractor:
             spec: The `model` section of a config. If it names a `submodel`, the input goes directly into this
                 part: layers of the outer model that come before it are not applied.
             input_zyx: Size (z, y, x) of one input in voxels; one channel is added. For models of other
-                inputs: the shape of one input. None along an axis accepts any size, in a single trace. None
-                takes the shape that the model declares.
+                inputs: the shape of one input. None along an axis takes the size that the model declares
+                there; if the model accepts any size there, so does the extractor, with a single trace. None
+                instead of a tuple takes the whole shape that the model declares.
             threads: CPU threads that TensorFlow may use. Several threads may call the extractor at the same
                 time.
 
@@ -125,7 +127,7 @@ class Extractor:
                 its seed only, and inputs run one by one. None draws different random numbers in each call.
 
         Raises:
-            InputShapeError: The batch has another shape or is not floating point, or the number of seeds is
+            InputShapeError: The batch has the wrong shape or is not floating point, or the number of seeds is
                 not the number of inputs.
         """
         checked = inputs.check_batch(batch, self._prepared.call.input_shape)
@@ -260,7 +262,7 @@ class Extractor:
     def _check_seeds(
         self, outputs: Sequence[OutputSpec], variations: Mapping[str, Variation], batch: Batch
     ) -> list[str]:
-        """Return the problem of outputs that sample random numbers which seeds do not control."""
+        """Return a problem if outputs sample random numbers that seeds do not control; otherwise nothing."""
         if not self.is_stochastic:
             return []
         forward = self._run_seeded(batch, _TEST_SEEDS)

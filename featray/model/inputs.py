@@ -3,7 +3,7 @@
 In: a Keras model and the input size of the config. Out: the input shape to trace with, or a problem to
 report. The variable input of a model is the one that receives the batch; constants of the config fill the
 others. A volume (z, y, x) gets a channel axis of size 1: the last axis, or the first if the model has its
-channels there. Inputs with another number of axes are passed on without a further axis.
+channels there. Inputs with a different number of axes are passed on unchanged.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def check_batch(batch: NDArray[Any], shape: Shape) -> Batch:
     """Return a batch as contiguous float32 (n, *shape), with a channel axis added where it is missing.
 
     Raises:
-        InputShapeError: The batch has another shape, or is not floating point.
+        InputShapeError: The batch has the wrong shape, or is not floating point.
     """
     batch = np.asarray(batch)
     axis, given_shape = _find_channel_axis(shape), batch.shape
@@ -255,7 +255,7 @@ def _make_constant(tensor: Any, value: Any) -> Any:
     A single number fills an input of known shape.
 
     Raises:
-        ModelError: The value has another type or shape, or is not finite.
+        ModelError: The value has the wrong type or shape, or is not finite.
     """
     import tensorflow as tf
 

@@ -56,7 +56,7 @@ class InvarianceReport:
     def problems(self) -> list[str]:
         """One line per output that differs by more than `variation.TOLERANCE`."""
         return [
-            f"{name} differs by {value:.2g} of its largest value with the other inputs in the batch"
+            f"{name} depends on the other inputs in the batch: it differs by {value:.2g} of its largest value"
             for name, value in self.differences.items()
             if value > variation.TOLERANCE
         ]
@@ -87,8 +87,8 @@ def check_invariance(
 ) -> InvarianceReport:
     """Run a few inputs in different batches and compare the values of each output.
 
-    The batches are: each input alone, batches of 2 and of the config's size, the same in reverse order, and
-    each input together with zeros.
+    The batches are: each input alone, batches of 2, a batch of the config's size in both orders, and each
+    input together with zeros. If the config sets batch size 1, nothing is compared.
 
     Args:
         spec: The `model` section of a config, as for `Extractor`.
@@ -143,7 +143,7 @@ def _prepare_samples(samples: Batch | None, run: Run, prepared: PreparedModel) -
 
 
 def _list_batches(size: int) -> list[BatchRows]:
-    """Return the batches to run, besides each sample alone."""
+    """Return the batches to run in addition to each sample alone."""
     if size == 1:
         return []
     full = [row % _SAMPLE_COUNT for row in range(size)]

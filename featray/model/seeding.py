@@ -5,8 +5,8 @@ process, at any place in a batch, after any earlier calls. Knows nothing of laye
 
 Three kinds of random number generators are controlled. Keras's seed generators and `tf.random.Generator`
 hold their state in a variable, which is set before each call. Operations such as `tf.random.normal` hold
-their state inside the kernel; while a model is traced, stateless operations replace them, which take their
-seeds from one more such variable.
+their state inside the kernel. While a model is traced, they are replaced by stateless operations, which take
+their seeds from one more variable of this kind.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 LOCK = threading.RLock()
-"""Held from setting the state variables to the end of the call, because calls of one process share some."""
+"""Held from setting the state variables to the end of the call, because models in one process share some of
+them."""
 
 _SEED_SOURCE_NAME = "featray_draws"
-# Of Keras's seed generators, of tf.random.Generator, and of the variable for the stateless operations.
+# Names of state variables: of Keras's seed generators, of tf.random.Generator, and of our own seed source.
 _STATE_NAMES = ("seed_generator_state", "StateVar", _SEED_SOURCE_NAME)
 _UNCONTROLLED_OP = re.compile(
     r"^(?!Stateful|Stateless)"
@@ -109,7 +110,10 @@ def set_seed(variables: list[Any], seed: str) -> Iterator[None]:
 
 
 def _hash_to_integers(text: str, count: int) -> list[int]:
-    """Return up to eight integers of 30 bits, which Keras and TensorFlow accept as states and seeds."""
+    """Return `count` integers of 30 bits, at most eight.
+
+    Keras and TensorFlow accept them as states and seeds.
+    """
     digest = hashlib.sha256(text.encode()).digest()
     return [int.from_bytes(digest[4 * at : 4 * at + 4], "big") >> 2 for at in range(count)]
 

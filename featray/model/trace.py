@@ -64,7 +64,7 @@ class Tap:
         parts: Accepted names of each part of `path`: the layer name and the attribute name.
         layer: The Keras layer.
         shape: Static shape with the batch axis; None where unknown. Empty if the layer returns no tensor.
-        dtype: TensorFlow's name of the data type.
+        dtype: Name of the data type in TensorFlow.
         problem: Why the tensor cannot be extracted; empty if it can.
         fed_by: Keys of the taps whose tensors were arguments of the call.
     """
@@ -363,7 +363,7 @@ def _assign_paths(taps: list[Tap]) -> list[Tap]:
 
 
 def _list_prefixes(call_key: str) -> list[str]:
-    """Return the keys of all calls around a call, from the outermost, and its own."""
+    """Return the keys of all calls that contain a call, the outermost first, and then its own key."""
     parts = call_key.split("/")
     return ["/".join(parts[:length]) for length in range(1, len(parts) + 1)]
 

@@ -39,7 +39,7 @@ TABLES_APART = (
 )
 
 _MAX_OPEN_ATTEMPTS = 20
-"""Most attempts to open both tables at the same commit while a run commits."""
+"""Maximum number of attempts to open both tables at the same commit while a run commits."""
 _DATA_FILE_NAME = re.compile(
     r"(?:^|/)part-(?P<run_id>[^/]+)-[0-9a-f]{16}\.parquet(?P<temporary>\.[0-9a-f]{32}\.tmp)?$"
 )
@@ -129,7 +129,8 @@ class Snapshot:
             files: Files to read; None for all files of the table.
 
         Raises:
-            FileNotFoundError: A file has been deleted since, because a later commit superseded it.
+            FileNotFoundError: A file was deleted after the snapshot was opened, because a later commit
+                superseded it.
             StorageError: The store does not answer.
         """
         import pyarrow.dataset as pads  # this imports pandas, so it is done late
@@ -212,7 +213,7 @@ class Dataset:
         """Return the snapshot at a version of `features` (default: the newest).
 
         Raises:
-            ConfigError: The output or the version does not exist, or the version is not retained any more.
+            ConfigError: The output or the version does not exist, or the version is no longer retained.
             StorageError: The store does not answer.
             FeatrayError: The tables are more than one commit apart.
         """
@@ -221,7 +222,8 @@ class Dataset:
             return snapshot
         if version is not None and (newest := self.find_snapshot()) is not None:
             raise ConfigError(
-                f"{self.store!r} has no version {version} (any more); the newest is {newest.version}. "
+                f"{self.store!r}: version {version} does not exist or is no longer kept; the newest version "
+                f"is {newest.version}. "
                 f"Superseded versions are kept for {newest.retention_days:g} days "
                 "(output.keep_versions_days)."
             )
@@ -230,10 +232,12 @@ class Dataset:
     def read(
         self, table: str, columns: Sequence[str] | None = None, where: pads.Expression | None = None
     ) -> pa.Table:
-        """Return rows of a table's newest version; takes arguments as `Snapshot.read`.
+        """Return rows of a table's newest version. The arguments are those of `Snapshot.read`.
 
         Raises:
             ConfigError: The output does not exist.
+            FileNotFoundError: A file was deleted after the newest version was opened.
+            FeatrayError: The tables are more than one commit apart.
             StorageError: The store does not answer.
         """
         return self.open_snapshot().read(table, columns, where)

@@ -1,7 +1,7 @@
-"""The Delta log of one table: read the files of a version, and append commits. Alone imports deltalake.
+"""The Delta log of one table: read the files of a version, and append commits.
 
-Commits of an output are numbered. Commit n is one log entry in each of the two tables. Both entries have the
-application transaction (`featray`, n). These are the promises about a commit in the log:
+No other module imports deltalake. Commits of an output are numbered. Commit n is one log entry in each of the
+two tables. Both entries have the application transaction (`featray`, n). The log guarantees for each commit:
 
 - Atomic: Delta creates the file of a log entry only if no file of that name exists. Readers of the log see
   all of an entry or nothing of it.
@@ -36,8 +36,8 @@ from featray.storage.store import Store
 APP = "featray"
 """Application id of every transaction; the transaction's version is the commit number."""
 MIN_LOG_ENTRIES = 200
-"""Newest log entries that `trim` never deletes. A driver that was suspended meanwhile can then still detect
-that another driver has committed."""
+"""Number of newest log entries that `trim` never deletes. A driver that was suspended can thus still detect,
+after it resumes, that another driver has committed."""
 LOG = "_delta_log"
 """Folder of the log, relative to the table's folder."""
 
@@ -50,8 +50,8 @@ _CONFIGURATION = {
 _ENTRY_NAME = re.compile(rf"{LOG}/(\d{{20}})(\.json|\.checkpoint\.parquet)$")
 _TEMPORARY_NAME = re.compile(r"/_commit_[^/]*\.tmp$|#\d+$")
 _MAX_ENTRIES_SEARCHED = 10
-"""Newest entries that are searched for a commit. Only changes of columns and table properties, which are no
-commits, come between two commits."""
+"""Number of newest entries that are searched for a commit. Only the few entries that change columns or table
+properties are between two commits."""
 _DAY_S = 24 * 3600
 _UNIT_S = {"day": _DAY_S, "hour": 3600, "minute": 60, "second": 1}
 _BUSY = (
@@ -210,8 +210,8 @@ class TableLog:
             pending: The other table's half if that is still to be written; None if this is the second half.
 
         Raises:
-            OutputBusyError: Another driver has appended since; nothing was appended here.
-            StorageError: The store does not answer; nothing was appended.
+            OutputBusyError: Another driver has appended an entry in the meantime; nothing was appended here.
+            StorageError: The store does not answer. Whether the entry was written may be unknown.
         """
         before = self.version
         if self._store.get_size(_entry_name(self.table, before)) is None:
@@ -295,7 +295,7 @@ class TableLog:
         self._store.run_operation(self._handle.update_incremental)
 
     def _write_entry(self, actions: list[AddAction | RemoveAction], entry: dict[str, Any]) -> None:
-        """Write one log entry; return normally also if it arrived and only the store's answer was lost."""
+        """Write one log entry. Return normally even if it was written but the store's answer was lost."""
         try:
             self._handle.create_write_transaction(
                 actions,
@@ -313,9 +313,9 @@ class TableLog:
             raise failure
 
     def _alter_table(self, is_done: Callable[[], bool], change: Callable[[], None]) -> None:
-        """Change columns or properties of the table, unless that is done.
+        """Change columns or properties of the table, unless `is_done` returns true.
 
-        If the change fails, the log is read: perhaps the change was made and only the answer was lost.
+        If the change fails, the log is read, because the change may have been made and only the answer lost.
         """
         if is_done():
             return

@@ -21,7 +21,7 @@ from featray.schema import FEATURE_COLUMNS
 FEATURE = "feature"
 KEYS = ("scan_id", "patch")
 MAX_ITEMS = 2**31 - 1
-"""Most values in one Arrow list array, because its offsets are 32-bit."""
+"""Maximum number of items in one Arrow list array, because its offsets are 32-bit."""
 FLOATS = FEATURE_COLUMNS.field(FEATURE).type
 _MAX_SHAPES_SHOWN = 3
 
@@ -40,7 +40,7 @@ class Features:
         version: Version of the output that was read.
         recipe: Recipe id of all rows; None for zero rows.
         table: Arrow table with one row per feature value; with `scans=`, also with columns of the scans.
-        missing: Requested scan ids that have no row, because the scan failed or was never found.
+        missing: Requested scan ids that have no row, for example because the scan failed or was never found.
     """
 
     def __init__(  # noqa: PLR0913  # only featray.read makes this object
@@ -108,11 +108,11 @@ class Shapes:
 
     Args:
         shapes: Arrow list<int32>, one shape per value.
-        default: Common shape for zero values.
+        default: Value of `common` if there are no values.
 
     Attributes:
         common: Shape of all values; None if they differ in shape.
-        lengths: int64 (rows,), number of numbers in each value.
+        lengths: int64 (rows,), how many numbers each value consists of.
     """
 
     def __init__(self, shapes: pa.ChunkedArray, default: tuple[int, ...] = ()) -> None:
@@ -239,7 +239,7 @@ def check_lengths(column: pa.ChunkedArray | pa.ListArray, lengths: Indices) -> N
     """Check that each row of a list column has the expected number of items.
 
     Raises:
-        FeatrayError: A row has another number of items.
+        FeatrayError: The number of items in a row differs from the expected number.
     """
     if not np.array_equal(pc.list_value_length(column).to_numpy(zero_copy_only=False), lengths):
         raise FeatrayError(

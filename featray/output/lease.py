@@ -49,7 +49,7 @@ class Lease:
         run_id: The run.
 
     Raises:
-        OutputBusyError: Another running run holds the lease; the message names run, host and start.
+        OutputBusyError: Another active run holds the lease; the message names run, host and start.
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
@@ -115,7 +115,7 @@ class Lease:
             )
 
     def _find_other_holders(self) -> list[dict[str, Any]]:
-        """Return the lease contents of other running runs, and delete the lease files of dead runs."""
+        """Return the lease contents of other active runs, and delete the lease files of dead runs."""
         others = []
         for name, holder in _iter_holders(self._store):
             # Compare the run, not the file name: a heartbeat that is being written has a temporary name.
@@ -141,7 +141,7 @@ class Lease:
 
 
 def read_live_lease(store: Store) -> dict[str, Any] | None:
-    """Return the content of the lease that a running run holds; None if no running run holds it.
+    """Return the content of the lease that an active run holds; None if no active run holds it.
 
     If the run is on another machine, its heartbeat is compared with this machine's clock, which may be wrong.
     So use the result for display only, not for decisions.
@@ -154,10 +154,10 @@ def read_live_lease(store: Store) -> dict[str, Any] | None:
 
 
 def raise_if_locked(store: Store) -> None:
-    """Raise an error if a running run holds the output's lease. Call it before slow work is started.
+    """Raise an error if an active run holds the output's lease. Call it before slow work is started.
 
     Raises:
-        OutputBusyError: A running run holds the lease; the message names run, host and start.
+        OutputBusyError: An active run holds the lease; the message names run, host and start.
     """
     for name, holder in _iter_holders(store):
         if _is_alive(store, name, holder):
@@ -181,7 +181,7 @@ def _read_holder(store: Store, name: str) -> dict[str, Any] | None:
 
 
 def _is_alive(store: Store, name: str, holder: dict[str, Any]) -> bool:
-    """Return whether a lease's run is running; a stale lease of another machine is watched for WATCH_S."""
+    """Return whether the run of a lease is active; watch a stale lease of another machine for WATCH_S."""
     if _looks_alive(holder):
         return True
     if holder["machine"] == _identify_machine():
@@ -192,7 +192,7 @@ def _is_alive(store: Store, name: str, holder: dict[str, Any]) -> bool:
 
 
 def _looks_alive(holder: dict[str, Any]) -> bool:
-    """Return whether a lease's process exists, or for another machine, whether its heartbeat looks recent."""
+    """Return whether the process of a lease exists; on another machine, whether its heartbeat is recent."""
     if holder["machine"] == _identify_machine():
         return _is_running_here(holder)
     return bool(time.time() - holder["heartbeat"] <= STALE_S)

@@ -1,4 +1,4 @@
-"""The one rule for orphan files: files that a killed run left behind and that no table version refers to.
+"""Decide which files are orphans: a killed run left them behind, and no version of a table refers to them.
 
 In: a listing of the output's files and the newest snapshot. Out: names of orphans. `stages/commit.py` deletes
 them and `featray verify` reports them. This module deletes nothing.
@@ -51,5 +51,5 @@ def _is_written_by_run(name: str) -> bool:
 
 
 def _is_unfinished_run_file(name: str) -> bool:
-    """Return whether a file below `runs` is one that a killed writer did not rename; lease files are not."""
+    """Return whether a file below `runs` is one that a killed writer did not rename; ignore lease files."""
     return name.endswith(".tmp") and LEASE_FOLDER not in name

@@ -30,7 +30,7 @@ Output = str | os.PathLike[str] | Dataset
 Result = TypeVar("Result")
 
 MAX_VERSIONS_TRIED = 10
-"""Versions to try if each one is superseded, and its files are deleted, while it is read."""
+"""Maximum number of versions to try if each one is superseded, and its files deleted, while it is read."""
 _MAX_NAMES_SHOWN = 20
 
 
@@ -79,7 +79,7 @@ class Selection:
         """Return columns of all rows of one file.
 
         Raises:
-            FileNotFoundError: The file has been deleted since.
+            FileNotFoundError: The file was deleted after the snapshot was opened.
             FeatrayError: The file is damaged.
             StorageError: The store does not answer.
         """
@@ -97,7 +97,7 @@ class Selection:
             rows_per_batch: Rows to decode at once. Arrow needs several times the memory of the decoded rows.
 
         Raises:
-            FileNotFoundError: The file has been deleted since.
+            FileNotFoundError: The file was deleted after the snapshot was opened.
             FeatrayError: The file is damaged.
         """
         (fragment,) = self.snapshot.make_fragments(FEATURES, [file])
@@ -161,7 +161,7 @@ def read_one_version(dataset: Dataset, version: int | None, read: Callable[[Snap
     Args:
         dataset: The output.
         version: Version of `features`; None for the newest. A version given by number is not replaced.
-        read: Raises FileNotFoundError if a file of the snapshot is missing.
+        read: Reads the snapshot that it is given; raises FileNotFoundError if a file of it is missing.
 
     Raises:
         ConfigError: The output or version does not exist, or the files of the requested version are deleted.
@@ -257,7 +257,7 @@ def read_file_rows(
         rows: Number of rows in the file.
 
     Raises:
-        FileNotFoundError: The file has been deleted since.
+        FileNotFoundError: The file was deleted after the snapshot was opened.
         FeatrayError: The file is damaged.
     """
     with translate_arrow_errors(fragment.path):
@@ -277,7 +277,8 @@ def translate_arrow_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (pa.ArrowInvalid, OSError) as error:
-        # If Arrow cannot decode a file, it raises a plain OSError without errno. The store raises the others.
+        # If Arrow cannot decode a file, it raises a plain OSError without errno. The store raises all other
+        # OSErrors.
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise
         raise FeatrayError(

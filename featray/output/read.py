@@ -1,8 +1,8 @@
 """Read features: an output, a layer and a user's request in, `Features` of exactly one version out.
 
 Only files of the layer that may contain a requested scan are opened, and of these only the requested columns
-are read. The values of one file after the other are copied to their positions in one array. So apart from
-this array, only the files that are being read are in memory.
+are read. Several files are read in parallel, and their values are copied to their positions in one array. So
+apart from this array, only the files that are being read are in memory.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from featray.output.query import (
 from featray.schema import DataFile
 
 _READERS = 8
-"""Files that are read in parallel; on an object store, most of the time is spent waiting."""
+"""Number of files that are read in parallel; on an object store, most of the time is spent waiting."""
 _MAX_PARALLEL_BYTES = 128 * 2**20
 """Limit for the total size of files that are read in parallel. A larger file is read alone."""
 _BATCH_VALUES = 2**20
-"""Numbers to decode at once, because decoding needs several times the memory of its result."""
+"""Number of values to decode at once, because decoding needs several times the memory of its result."""
 
 
 def read(  # noqa: PLR0913  # public as featray.read
@@ -85,7 +85,7 @@ def read(  # noqa: PLR0913  # public as featray.read
     Raises:
         ConfigError: The output or the version does not exist.
         UsageError: The layer, a column or the recipe does not exist, or the scans have rows of several
-        recipes.
+            recipes.
         StorageError: The store does not answer, or each version was superseded before it was read.
     """
     dataset = open_output(output, storage_options)
@@ -192,7 +192,7 @@ def _read_values(selection: Selection, positions: Sequence[Indices], shapes: Sha
         shapes: Shapes of the rows of the result.
 
     Raises:
-        FileNotFoundError: A file has been deleted since.
+        FileNotFoundError: A file was deleted after the snapshot was opened.
         FeatrayError: A file is damaged.
         StorageError: The store does not answer.
     """
@@ -229,7 +229,7 @@ def _scatter_batches(
         batches: The values of all rows of the file.
 
     Raises:
-        FeatrayError: The file has another number of rows than before, or a row does not match its shape.
+        FeatrayError: The number of rows in the file has changed, or a row does not match its shape.
     """
     first = 0
     for batch in batches:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ray.data import Dataset as RayDataset
 
 _MAX_BLOCKS = 2000
-"""Most blocks of file names. A task reads the files of one block, one after the other."""
+"""Maximum number of blocks of file names. A task reads the files of one block, one after the other."""
 _INTEGER_LISTS = {"origin", "shape"}
 """Columns with lists of integers. The lists of a column have the same length unless inputs differ in rank."""
 
@@ -74,7 +74,7 @@ def read_ray(  # noqa: PLR0913  # public as featray.read_ray
     Raises:
         ConfigError: The output or the version does not exist.
         UsageError: The layer, a column or the recipe does not exist, or the scans have rows of several
-        recipes.
+            recipes.
         StorageError: The store does not answer.
     """
     dataset = open_output(output, storage_options)

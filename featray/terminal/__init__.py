@@ -1,1 +1,1 @@
-"""Everything that writes to a terminal: answers, progress, and the filter for native libraries."""
+"""Terminal output: answers, progress, commands to copy, and a filter for the output of native libraries."""

@@ -14,7 +14,7 @@ from typing import IO
 _STDERR = 2
 _lock = threading.Lock()
 _patterns: list[re.Pattern[bytes]] = []
-"""Patterns of all filters since the first of the present ones began; the process has only one stderr."""
+"""Patterns of all filters that began since stderr was captured; all of them filter the same stderr."""
 _active_filters = 0
 _captured: IO[bytes] | None = None
 _original_stderr = -1

@@ -23,7 +23,7 @@ class Progress:
     Args:
         total: Number of scans, or of bytes, to process.
         unit: What `total` counts. A run counts `scan`; a command that reads files counts `B` (bytes).
-        show: False prints nothing; the state is counted all the same.
+        show: Whether to print progress. It is counted in any case.
     """
 
     def __init__(self, total: int, *, show: bool, unit: Literal["scan", "B"] = "scan") -> None:

@@ -68,7 +68,7 @@ def test_the_first_layer_that_depends_on_the_batch_is_named(
     assert report.differences["conv"] < 1e-5
     assert report.differences["head"] > 1e-3
     (problem,) = report.problems
-    assert problem.startswith("head differs by")
+    assert problem.startswith("head depends on the other inputs in the batch: it differs by")
     assert f"first seen at layer {layer} ({report.class_name})" in report.to_text()
 
 

@@ -52,7 +52,7 @@ def open_data_file(store: Store, table: str, file: DataFile) -> pq.ParquetFile:
         file: The file as the log describes it.
 
     Raises:
-        BrokenFileError: The file is missing, has other bytes than were written, or is not Parquet.
+        BrokenFileError: The file is missing, its bytes are not those that were written, or it is not Parquet.
         StorageError: The store does not answer at all.
     """
     data = _read_bytes(store, f"{table}/{file.path}")
@@ -100,7 +100,7 @@ def check_schema(schema: pa.Schema, required: pa.Schema, table_schema: pa.Schema
         file: The file, for the message.
 
     Raises:
-        BrokenFileError: A column is missing, unknown, or of another type.
+        BrokenFileError: A column is missing, unknown, or of the wrong type.
     """
     problems = find_schema_problems(schema, required)
     for field in schema:
@@ -114,7 +114,7 @@ def check_schema(schema: pa.Schema, required: pa.Schema, table_schema: pa.Schema
 
 
 def find_schema_problems(schema: pa.Schema, required: pa.Schema) -> list[str]:
-    """Return one sentence per required column that is missing or has another type."""
+    """Return one sentence per required column that is missing or has the wrong type."""
     problems = [f"column {name} is missing" for name in required.names if name not in schema.names]
     return problems + [
         f"column {field.name} is {schema.field(field.name).type}, not {field.type}"

@@ -1,4 +1,4 @@
-"""Read one file of `features`, check its rows, and reduce each row to the numbers for the reconciliation."""
+"""Read one file of `features`, check its rows, and reduce each row to the numbers that are reconciled."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def _check_values(batch: pa.RecordBatch) -> Iterator[Fault]:
     if is_finite.all():
         return
     ids = batch["scan_id"].take(pa.array(_find_rows_of_items(batch["feature"], ~is_finite)))
-    detail = f"{ids[0].as_py()}: {np.count_nonzero(~is_finite)} values in its file"
+    detail = f"{ids[0].as_py()}: at least {np.count_nonzero(~is_finite)} values in its file"
     yield Fault(FindingKind.NOT_FINITE, ids, detail)
 
 

@@ -104,7 +104,10 @@ class LayerReconciliation:
         return np.isin(self.scans.recipe.codes[scan], without_layer)
 
     def find_uneven_shapes(self, facts: Mapping[int, RecipeFacts]) -> list[Fault]:
-        """Return one fault per recipe of a fixed input size and shape that is not its most frequent one."""
+        """Return one fault for each shape that differs from the most frequent shape of its recipe.
+
+        Recipes whose input size is not fixed are left out.
+        """
         faults = []
         for code in sorted({code for code, _ in self._shapes if facts[code].is_fixed_size}):
             scans_by_shape = {
@@ -224,7 +227,10 @@ class Reconciliation:
     def _report_unknown_ids(
         self, broken_scans: Mapping[FindingKind, list[DataFile]], findings: Findings
     ) -> None:
-        """Report features of unknown scans: as part of a broken file of the scans table, or as surplus."""
+        """Report features of scans that no readable file of the scans table lists.
+
+        They count as damage of a broken file that may list the scan, or else as features without a scan.
+        """
         for layer, unsorted_ids in self.unknown_ids.items():
             ids = unsorted_ids.cast(pa.large_string()).sort()
             is_unexplained = np.ones(len(ids), bool)

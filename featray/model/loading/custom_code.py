@@ -71,7 +71,7 @@ def import_object(reference: str, *, config_key: str, storage_options: Mapping[s
 
 
 def _import_file(location: str, storage_options: Mapping[str, Any]) -> tuple[ModuleType, str]:
-    """Import a Python file under a name with its sha256, so that a changed file is imported again."""
+    """Import a Python file. The module name contains its sha256, so a changed file is imported again."""
     file = download.get_local_file(location, storage_options)
     module_name = f"featray_custom_{file.path.stem}_{file.sha256[:16]}"
     if module_name in sys.modules:

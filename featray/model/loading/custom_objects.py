@@ -107,7 +107,7 @@ def _describe_problem(entry: CustomEntry, known: Mapping[str, Any], *, trust: bo
 
 
 def _load_replacements(content: ModelFile) -> dict[str, Any]:
-    """Return layers that replace those that only Keras 2 has.
+    """Return the replacements for layers that only Keras 2 has.
 
     Empty for a file of Keras 3, and for a file that names a TensorFlow function that may have side effects.
     """

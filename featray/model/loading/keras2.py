@@ -37,8 +37,8 @@ _SAFE_FUNCTIONS = frozenset([
 
 _KERNEL = ("kernel_initializer", "kernel_regularizer", "kernel_constraint")
 
-# Config keys that Keras 3 refuses, by class. The first have no effect on a trained model; the others have no
-# effect if they have the value given here.
+# Config keys that Keras 3 refuses, by class. Keys in _TRAINING_ONLY_KEYS have no effect on a trained model.
+# Keys in _REMOVABLE_DEFAULTS have no effect if they have the value given there.
 _TRAINING_ONLY_KEYS: dict[str, tuple[str, ...]] = {
     "DepthwiseConv": _KERNEL,
     "SeparableConv": _KERNEL,

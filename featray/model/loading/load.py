@@ -46,7 +46,7 @@ class LoadedModel:
     def sha256(self) -> str:
         """One sha256 over the first word of each role and the sha256 of its file.
 
-        The names of files and objects are no part of it.
+        The names of files and objects do not affect it.
         """
         lines = sorted(f"{role.split()[0]} {digest}\n" for role, digest in self.files.items())
         return hashlib.sha256("".join(lines).encode()).hexdigest()
@@ -83,7 +83,7 @@ def load_model(spec: ModelConfig, input_shapes: Sequence[tuple[int | None, ...]]
 
 
 def get_submodel(loaded: LoadedModel, path: str | None) -> Any:
-    """Return the layer or attribute of the model at `path` (`encoder`, `vae/encoder`); None: the model.
+    """Return the layer or attribute of the model at `path` (`encoder`, `vae/encoder`); the model if None.
 
     For a SavedModel, `path` is the name of an endpoint. `load_model` has loaded only this endpoint.
 
@@ -148,7 +148,7 @@ def _load_keras_file(path: Path, content: ModelFile, objects: Mapping[str, Any],
 
 @contextlib.contextmanager
 def _open_readable_copy(path: Path, content: ModelFile) -> Iterator[Path]:
-    """Yield a temporary file with the same model that Keras 3 can read.
+    """Yield the path of a temporary file that holds the same model and that Keras 3 can read.
 
     It is a link to `path`, or for an .h5 file of Keras 2 a copy with the description upgraded to Keras 3. Its
     suffix is right, because Keras decides by the suffix how to read a file and `path` may have any name.

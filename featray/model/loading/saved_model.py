@@ -65,7 +65,7 @@ def load_endpoint(folder: Path, name: str | None) -> Endpoint:
 
     Args:
         folder: The folder of the SavedModel.
-        name: The endpoint; None: `serving_default`, or the only endpoint.
+        name: Name of the endpoint; None for the only endpoint, or for `serving_default` if there are several.
 
     Raises:
         ModelError: The endpoint does not exist, several exist and none is named, or its inputs cannot take

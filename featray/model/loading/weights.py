@@ -44,7 +44,9 @@ def load_weights(model: Any, path: Path, file_format: ModelFormat) -> None:
         file_format: The format of the file.
 
     Raises:
-        ModelError: Weights are missing in the file, are not in the model, or have other shapes. Says which.
+        ModelError: Weights are missing in the file, are not in the model, or differ in shape. The message
+            names them.
+        ValueError: Keras cannot match a file in the layout of Keras 2 with the model.
     """
     import h5py
 

@@ -1,4 +1,4 @@
-"""`featray doctor`: check everything that a run needs, before the run. One line per result, with what to do.
+"""`featray doctor`: check everything that a run needs, before the run. Each result is one line, with advice.
 
 The checks use the real collection, model and output: they decode a few scans and run the model on them. In an
 object store they also write a small file and delete it. Nothing else is changed.
@@ -64,7 +64,7 @@ class CheckResult:
     Attributes:
         check: Name of the check.
         status: PASS, WARN or FAIL.
-        message: What was found; for WARN and FAIL also what to do.
+        message: The result; for WARN and FAIL with advice.
     """
 
     check: str
@@ -294,7 +294,7 @@ def _format_shape(layer: OutputLayer) -> str:
 
 
 def _find_existing_parent(path: str) -> str:
-    """Return the path itself if it exists, else the nearest folder above it that does."""
+    """Return the path itself if it exists, otherwise the nearest existing folder above it."""
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path

@@ -62,7 +62,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class PlanResult:
-    """What `extract` and `refresh` would do.
+    """Counts of the scans that `extract` and `refresh` would process, and an estimate.
 
     Attributes:
         found: Number of listed scans.
@@ -136,7 +136,7 @@ class PlanResult:
 
 
 def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bool = False) -> PlanResult:
-    """Return what `extract` and `refresh` would do, without writing anything.
+    """Count the scans that `extract` and `refresh` would process, and estimate the run. Write nothing.
 
     Args:
         config: Path of a YAML file, a dict, or a `Config`.

@@ -1,4 +1,4 @@
-"""`featray status` and `featray failures`: what an output holds, from the table logs and the scans table.
+"""`featray status` and `featray failures`: the content of an output, from its logs and its scans table.
 
 No features are read.
 """
@@ -20,7 +20,7 @@ from featray.terminal.progress import format_scans
 
 @dataclass(frozen=True)
 class StatusResult:
-    """What an output holds.
+    """Content of an output.
 
     Attributes:
         ok: Number of scans with status ok.
@@ -66,10 +66,10 @@ class StatusResult:
 
 
 def status(dataset: Dataset) -> StatusResult:
-    """Return what an output holds, and the progress of the run that has locked it, if there is one.
+    """Return the content of an output, and the progress of the run that has locked it, if there is one.
 
     Raises:
-        ConfigError: There is no featray output here.
+        ConfigError: The folder is not a featray output.
     """
     lease = read_live_lease(dataset.store)
     snapshot = dataset.open_snapshot() if lease is None else dataset.find_snapshot()
@@ -98,7 +98,7 @@ def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]
         reason: Reason code of the scans to return; None for all reasons.
 
     Raises:
-        ConfigError: There is no featray output here.
+        ConfigError: The folder is not a featray output.
     """
     columns = ("scan_id", "uri", "status", "reason", "stage", "message", "attempts")
     condition = pads.field("status") != "ok"

@@ -16,7 +16,7 @@ MIN_SMALL_FILES = 2
 
 @dataclass(frozen=True)
 class VacuumResult:
-    """What `featray vacuum` did.
+    """Numbers of files and log entries that were deleted or merged.
 
     Attributes:
         deleted: Number of deleted files: superseded files of versions that are not kept, and orphan files.
@@ -48,7 +48,7 @@ def vacuum(dataset: Dataset) -> VacuumResult:
     Unneeded are files superseded for longer than `keep_versions_days`, and orphan files.
 
     Raises:
-        ConfigError: There is no featray output here.
+        ConfigError: The folder is not a featray output.
         OutputBusyError: A run has locked the output.
     """
     with lock_output(dataset) as committer:

@@ -91,6 +91,7 @@ def run_scans(engine: InlineEngine, stages: Stages, names: list[str]) -> dict[st
     return {record.scan_id: record for record in records}
 
 
+@pytest.mark.slow
 def test_scans_that_kill_or_hang_their_process_do_not_affect_other_scans(
     decoder: Decoder, stages: Stages
 ) -> None:
@@ -103,6 +104,7 @@ def test_scans_that_kill_or_hang_their_process_do_not_affect_other_scans(
     assert (records["poison"].attempts, records["flaky"].attempts, records["s0"].attempts) == (2, 2, 1)
 
 
+@pytest.mark.slow
 def test_several_scans_that_kill_their_process_do_not_affect_other_scans(
     decoder: Decoder, stages: Stages
 ) -> None:
@@ -120,7 +122,7 @@ def take_corner_late(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.nd
 
 
 @pytest.mark.parametrize("batch_scans", [1, 3])  # with 1, the model reads the tensor in shared memory
-@pytest.mark.parametrize("model", [take_corner, take_corner_late])
+@pytest.mark.parametrize("model", [take_corner, pytest.param(take_corner_late, marks=pytest.mark.slow)])
 def test_each_scan_keeps_its_own_tensor_through_shared_memory(
     decoder: Decoder, stages: Stages, model: LayerExtractor, batch_scans: int
 ) -> None:
@@ -160,6 +162,7 @@ def test_prefetched_scans_are_processed_once_and_those_that_are_not_due_are_drop
     assert sorted(record.scan_id for record in records) == sorted([*names[2:], "late"])
 
 
+@pytest.mark.slow
 def test_prefetched_scans_that_kill_or_hang_their_process_fail_like_others(
     decoder: Decoder, stages: Stages
 ) -> None:
@@ -175,6 +178,7 @@ def test_prefetched_scans_that_kill_or_hang_their_process_fail_like_others(
     }
 
 
+@pytest.mark.slow
 def test_of_tiny_scans_that_share_a_message_only_those_that_kill_or_hang_fail(
     decoder: Decoder, stages: Stages
 ) -> None:
@@ -207,6 +211,7 @@ def test_after_a_stop_no_further_scan_is_submitted(decoder: Decoder, stages: Sta
         assert list(engine.receipts(make_scans("s1", "s2"), stages, stop)) == []
 
 
+@pytest.mark.slow
 def test_a_script_without_a_main_guard_may_use_worker_processes(config_of: Any, tmp_path: Path) -> None:
     config = config_of(run={"decode": {"workers": 2}})
     script = tmp_path / "script.py"

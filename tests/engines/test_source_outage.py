@@ -113,6 +113,7 @@ def test_failures_other_than_storage_are_no_outage(
     assert len(check_all(SourceOutageDetector(scans, reader), failed)) == len(scans)
 
 
+@pytest.mark.slow
 def test_a_second_run_completes_the_output_when_the_source_is_reachable_again(
     config_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

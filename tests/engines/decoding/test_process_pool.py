@@ -111,6 +111,7 @@ def test_a_task_that_kills_its_process_does_not_affect_other_tasks(
     assert sorted(result.result for result in results if not result.failure) == list(range(12))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["hang", "hang in C"])
 def test_a_task_that_hangs_times_out_and_does_not_affect_other_tasks(pool: WorkerPool, kind: str) -> None:
     pool.submit((kind, 99))
@@ -134,6 +135,7 @@ def test_closing_the_pool_while_a_thread_waits_starts_no_process(pool: WorkerPoo
     assert not any("worker_process" in " ".join(child.cmdline()) for child in psutil.Process().children())
 
 
+@pytest.mark.slow
 def test_no_task_is_lost_when_processes_are_killed_at_random(pool: WorkerPool) -> None:
     rng = np.random.default_rng(0)
     for value in range(60):
@@ -157,6 +159,7 @@ def test_closing_leaves_no_process(pool: WorkerPool) -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids if pid)
 
 
+@pytest.mark.slow
 def test_a_process_whose_task_hangs_in_c_ends_after_its_driver_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(_DYING_DRIVER)

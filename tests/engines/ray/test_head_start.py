@@ -52,6 +52,7 @@ def start_prefetch(scans: list[Scan] = SCANS, **preprocess: Any) -> HeadStart:
     return head_start
 
 
+@pytest.mark.slow
 def test_prefetched_scans_are_processed_in_the_driver_and_the_others_are_returned(stages: Stages) -> None:
     head_start = start_prefetch()
     others = head_start.start(SCANS, stages, threading.Event())
@@ -85,6 +86,7 @@ def test_no_scan_is_prefetched_if_inputs_vary_in_size_or_scans_are_few(
     assert not find_worker_processes()
 
 
+@pytest.mark.slow
 def test_receipts_that_are_not_ready_within_the_timeout_are_returned_later(stages: Stages) -> None:
     head_start, resume = start_prefetch(), threading.Event()
 

@@ -222,8 +222,8 @@ class Dataset:
             return snapshot
         if version is not None and (newest := self.find_snapshot()) is not None:
             raise ConfigError(
-                f"{self.store!r}: version {version} does not exist or is no longer kept; the newest version "
-                f"is {newest.version}. "
+                f"{self.store!r} has no version {version}, or keeps it no longer; the newest version is "
+                f"{newest.version}. "
                 f"Superseded versions are kept for {newest.retention_days:g} days "
                 "(output.keep_versions_days)."
             )

@@ -173,6 +173,7 @@ def build_3d_encoder() -> Any:
     return keras.Model(volume, [mean, log_var, Sampling(name="z")([mean, log_var])], name="encoder")
 
 
+@pytest.mark.slow
 def test_latent_dense_and_convolutional_layers_of_a_3d_encoder_are_extracted(
     config_of: Any, tmp_path: Path
 ) -> None:
@@ -200,6 +201,7 @@ def decode_scan(config: dict[str, Any], scan_id: str) -> np.ndarray:
     return Decoder.from_config(checked)(scan).tensor
 
 
+@pytest.mark.slow
 def test_z_differs_from_call_to_call_and_z_mean_does_not(tmp_path: Path) -> None:
     build_3d_encoder().save(tmp_path / "encoder.keras")
     section = {"uri": str(tmp_path / "encoder.keras"), "custom_objects": ["featray.synthetic.vae:Sampling"]}

@@ -132,6 +132,7 @@ def test_a_new_extraction_gives_the_stored_values_and_recipe_ids(project: Path) 
             assert new_scans[scan_id][name] == expected, (scan_id, name)
 
 
+@pytest.mark.slow
 def test_the_headers_of_unchanged_dicom_files_are_remembered_and_not_read_again(
     project: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

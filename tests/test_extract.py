@@ -142,6 +142,7 @@ def test_broken_files_fail_with_a_reason_and_do_not_affect_other_scans(
     )
 
 
+@pytest.mark.slow
 def test_with_failures_within_the_limit_the_exit_code_is_0(config_of: Any, broken: Path) -> None:
     config = config_of(source={"uri": str(broken)}, limits={"max_failed_fraction": 0.8})
     assert featray.extract(config).exit_code == 0
@@ -186,6 +187,7 @@ def test_superseded_files_that_a_killed_run_left_are_deleted_by_a_run_that_extra
     assert len(list((Path(config["output"]["uri"]) / "scans").glob("*.parquet"))) == 1
 
 
+@pytest.mark.slow
 def test_another_recipe_is_refused_before_anything_is_written(config_of: Any) -> None:
     config = config_of()
     featray.extract(config)

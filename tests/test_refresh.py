@@ -137,6 +137,7 @@ def test_headers_of_unchanged_dicom_folders_are_not_read_again(
     assert opened, "without the header cache, listing must read every header"
 
 
+@pytest.mark.slow
 def test_extract_keeps_changed_and_removed_scans_and_reports_what_refresh_would_do(
     config: dict[str, Any], collection: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_failed_scans_are_tried_again_only_on_request_or_when_they_have_changed(
     assert featray.refresh(config).ok == 6
 
 
+@pytest.mark.slow
 def test_a_refresh_that_would_remove_most_scans_is_refused_before_anything_changes(
     config: dict[str, Any], collection: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,6 +262,7 @@ def test_with_keep_versions_days_readers_can_read_an_earlier_version(
     assert "a.nii.gz" not in read_layer(config)
 
 
+@pytest.mark.slow
 def test_the_run_folder_names_the_command(config: dict[str, Any]) -> None:
     summary = featray.refresh(config)
     run = json.loads(open_output(config).store.read(f"runs/{summary.run_id}/run.json"))

@@ -113,6 +113,7 @@ def test_resampling_keeps_the_position_of_a_lesion_in_mm(degrees: float, table: 
     assert result.slice_origins_lps is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [20, -20])
 def test_an_upright_volume_agrees_with_simpleitk_on_its_grid(degrees: float) -> None:
     scan = make_tilted_scan(degrees, UNEVEN)
@@ -232,6 +233,7 @@ def test_an_upright_volume_is_returned_unchanged() -> None:
     assert compute_upright_size(scan) == compute_axes_size(scan) == (2, 3, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [">i2", "u1", "i4", "f4"])
 def test_every_dtype_is_accepted(dtype: str) -> None:
     scan = make_tilted_scan(10, EVEN)

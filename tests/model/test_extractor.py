@@ -53,6 +53,7 @@ def test_four_layers_in_one_pass_equal_the_activations_of_the_full_model(
     assert all(value.dtype == np.float32 and len(value) == 5 for value in got.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offset", [0, 4, 64], ids=["aligned", "not aligned", "aligned to 64 bytes only"])
 @pytest.mark.parametrize("writeable", [True, False], ids=["writeable", "read-only"])
 def test_the_memory_of_a_batch_does_not_matter_and_is_not_changed(
@@ -140,6 +141,7 @@ def test_a_batch_may_include_the_channel_axis(spec: Spec, volumes: Any) -> None:
     np.testing.assert_array_equal(extractor(volumes)["z_mean"], extractor(volumes[..., None])["z_mean"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [np.zeros((2, 8, 16, 8), "f4"), np.zeros((2, 8, 16, 16), "i2")])
 def test_a_batch_of_another_shape_or_of_integers_is_refused(spec: Spec, batch: Any) -> None:
     with pytest.raises(InputShapeError, match=r"expected float32 \(n, 8, 16, 16, 1\)"):
@@ -151,6 +153,7 @@ def test_z_is_refused_with_the_advice_to_take_z_mean(spec: Spec) -> None:
         Extractor(spec("z_mean", "z"))
 
 
+@pytest.mark.slow
 def test_z_can_be_extracted_if_stochastic_layers_are_allowed(spec: Spec, volumes: Any) -> None:
     extractor = Extractor(spec("z_mean", "z", allow_stochastic=True))
     first, second = extractor(volumes), extractor(volumes)

@@ -122,6 +122,7 @@ def test_without_seeds_values_differ_from_call_to_call_even_after_calls_with_the
     assert np.abs(values[0]["z"] - values[1]["z"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_seeded_values_follow_the_normal_distribution(noisy: Any) -> None:
     extractor = Extractor(noisy(CONTROLLED["own_generator"]))
     got = extractor(np.zeros((500, *SHAPE), np.float32), [str(number) for number in range(500)])

@@ -440,6 +440,7 @@ def test_an_unknown_transfer_syntax_is_unsupported(
     assert read_refusal_reason(files) == Reason.UNSUPPORTED
 
 
+@pytest.mark.slow
 def test_a_deflated_file_larger_than_the_header_limit_is_inflated_completely(
     make_series: MakeSeries, encode_files: EncodeFiles
 ) -> None:

@@ -158,6 +158,7 @@ def test_constants_fill_the_other_inputs_of_an_endpoint(tmp_path: Path, x: np.nd
     np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_sha256_depends_on_every_file_of_the_folder(exported: Path, tmp_path: Path) -> None:
     copy = tmp_path / "another name"
     shutil.copytree(exported, copy)

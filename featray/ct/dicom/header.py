@@ -22,6 +22,7 @@ _TAGS = {
     "Modality": 0x00080060,
     "PatientID": 0x00100020,
     "SliceThickness": 0x00180050,
+    "KVP": 0x00180060,
     "TriggerTime": 0x00181060,
     "ConvolutionKernel": 0x00181210,
     "StudyInstanceUID": 0x0020000D,
@@ -65,6 +66,7 @@ _TEXT_FIELDS = {
     "acquisition_number": "AcquisitionNumber",
     "trigger_time": "TriggerTime",
     "convolution_kernel": "ConvolutionKernel",
+    "kvp": "KVP",
     "slice_thickness": "SliceThickness",
     "concatenation_uid": "ConcatenationUID",
     "photometric_interpretation": "PhotometricInterpretation",
@@ -77,6 +79,9 @@ _MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 
 _READ_SIZES = (2**15, 2**18, 2**21, MAX_HEADER_BYTES)
 """Numbers of bytes from the start of the file that are parsed in turn, until the header is complete."""
+
+_UNFINISHED = (ParseEnd.CUT, ParseEnd.NO_PIXELS)
+"""Ends of parsing after which more bytes may complete the header: an element may end at a read size."""
 
 _PROBLEMS = {
     ParseEnd.CUT: (
@@ -145,6 +150,7 @@ class SliceHeader:
     acquisition_number: str = ""
     trigger_time: str = ""
     convolution_kernel: str = ""
+    kvp: str = ""
     slice_thickness: str = ""
     stack_id: str = ""
     concatenation_uid: str = ""
@@ -198,7 +204,7 @@ def read_header(file: BinaryIO, name: str) -> SliceHeader:
             elements = parse_elements(data, _WANTED)
         except ScanError as error:
             return SliceHeader(name, error.reason, str(error))
-        if elements.end is not ParseEnd.CUT or len(data) < size:
+        if elements.end not in _UNFINISHED or len(data) < size:
             break
     return _make_header(elements, name, has_prefix=_has_dicm_prefix(data))
 

@@ -175,3 +175,20 @@ def test_reading_the_header_of_a_damaged_file_never_raises(dataset: Dataset, enc
             if data:
                 data[rng.randrange(len(data))] = rng.choice((0, 1, 127, 255, rng.randrange(256)))
         read_header_of(bytes(data))
+
+
+@pytest.mark.parametrize("tag", [0x00091010, 0x7FD10010], ids=["before-the-geometry", "before-the-pixels"])
+@pytest.mark.parametrize("boundary", [2**15, 2**18])
+def test_an_element_that_ends_exactly_at_a_read_size_does_not_end_the_header(
+    dataset: Dataset, encode_file: EncodeFile, tag: int, boundary: int
+) -> None:
+    dataset.add_new(tag, "OB", b"")
+    end = encode_file(dataset).index(struct.pack("<HH", tag >> 16, tag & 0xFFFF)) + 12
+    dataset[tag].value = bytes(boundary - end)
+    data = encode_file(dataset)
+
+    header = read_header_of(data)
+
+    assert parse_elements(data[:boundary], WANTED).end is ParseEnd.NO_PIXELS
+    assert (header.problem, header.has_pixels, header.rows) == (None, True, 6)
+    assert header == read_header_of(data + bytes(2))

@@ -6,10 +6,12 @@ one of these.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import logging
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -27,6 +29,8 @@ from featray.ct.dicom.group import DicomScan, group_into_scans
 from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason
 from featray.storage.urls import hash_texts, mask_url
+
+log = logging.getLogger(__name__)
 
 _Folders = Mapping[str, list[File]]
 """Hash of a folder's name → candidate files in the folder."""
@@ -89,8 +93,32 @@ def _read_headers(group: FileGroup, files: Sequence[File]) -> list[SliceHeader]:
 
 
 def _group_headers(headers: Sequence[SliceHeader], policy: PolicyConfig) -> list[HashedSeries]:
-    scans = group_into_scans(headers, accept_other_modalities=policy.not_ct == "warn")
+    group = functools.partial(group_into_scans, accept_other_modalities=policy.not_ct == "warn")
+    try:
+        scans = group(headers)
+    except Exception:  # an unexpected error costs one series, not the listing
+        log.debug("unexpected error while grouping DICOM headers", exc_info=True)
+        scans = _group_one_by_one(headers, group)
     return [_hash_series(scan) for scan in scans]
+
+
+def _group_one_by_one(
+    headers: Sequence[SliceHeader], group: Callable[[Sequence[SliceHeader]], list[DicomScan]]
+) -> list[DicomScan]:
+    """Return the scans of headers that cannot be grouped together; a series that cannot be grouped fails."""
+    by_uid: dict[str, list[SliceHeader]] = defaultdict(list)
+    for header in headers:
+        by_uid[header.series_uid].append(header)
+    good, failed = [], []
+    for uid, members in by_uid.items():
+        try:
+            group(members)
+            good += members
+        except Exception as error:  # any kind: the cause is a bug
+            files = tuple(sorted(header.name for header in members))
+            message = f"grouping the files of the series raised {type(error).__name__}"
+            failed.append(DicomScan(files, uid, Reason.UNREADABLE, message=message))
+    return sorted([*group(good), *failed], key=lambda scan: scan.files)
 
 
 def _hash_series(scan: DicomScan) -> HashedSeries:

@@ -8,6 +8,7 @@ are counted as ignored; a file is never silently dropped from a series.
 from __future__ import annotations
 
 import functools
+import logging
 import posixpath
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -39,6 +40,8 @@ from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_he
 from featray.ct.formats.zip_archive import ZIP_SUFFIX
 from featray.errors import Reason, ScanError
 from featray.storage import retry
+
+log = logging.getLogger(__name__)
 
 
 def list_path(fs: fsspec.AbstractFileSystem, path: str, options: ListingOptions) -> Listing:
@@ -162,4 +165,10 @@ def _read_header(fs: fsspec.AbstractFileSystem, file: File) -> SliceHeader:
         return retry.run_with_retries(read, retry.SOURCE_DEADLINE_S)
     except OSError as error:
         problem = ScanError(Reason.STORAGE, f"could not be opened ({retry.describe_error(error)})")
+        return make_unreadable_header(file.name, problem)
+    except Exception as error:  # an unexpected error costs one file, not the listing
+        if retry.is_store_error(error):
+            raise
+        log.debug("unexpected error while reading a DICOM header", exc_info=True)
+        problem = ScanError(Reason.UNREADABLE, f"reading the header raised {type(error).__name__}")
         return make_unreadable_header(file.name, problem)

@@ -8,6 +8,7 @@ files. `find_files` finds its files later, in the process that reads the scan.
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,8 @@ from featray.errors import ConfigError, Reason, ScanError
 from featray.schema import Scan
 from featray.storage import retry
 from featray.storage.urls import file_version, hash_texts, mask_url, open_url
+
+log = logging.getLogger(__name__)
 
 
 def list_row(row: ManifestRow, options: ListingOptions) -> Scan:
@@ -40,6 +43,12 @@ def list_row(row: ManifestRow, options: ListingOptions) -> Scan:
         return _list_version(scan, row, options) if row.version else _look_up(scan, row, options)
     except ScanError as error:
         return replace(scan, reason=error.reason, message=str(error))
+    except Exception as error:  # an unexpected error costs one row, not the listing
+        if retry.is_store_error(error):
+            raise
+        log.debug("unexpected error while looking up a row", exc_info=True)
+        message = f"looking up the manifest's uri raised {type(error).__name__}; correct the uri"
+        return replace(scan, reason=Reason.STORAGE, message=message)
 
 
 def find_files(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:

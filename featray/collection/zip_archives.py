@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -15,6 +16,8 @@ from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_he
 from featray.ct.formats.zip_archive import MAX_ARCHIVE_BYTES, Archive, open_archive
 from featray.errors import Reason, ScanError
 from featray.storage import retry
+
+log = logging.getLogger(__name__)
 
 _HEADER_BYTES = 2**18
 
@@ -54,6 +57,12 @@ def find_in_archive(
     except OSError as error:
         problem = f"the archive could not be opened ({retry.describe_error(error)})"
         return [_make_failed_scan(file, ScanError(Reason.STORAGE, problem), options)]
+    except Exception as error:  # an unexpected error costs one archive, not the listing
+        if retry.is_store_error(error):
+            raise
+        log.debug("unexpected error while searching an archive", exc_info=True)
+        problem = f"searching the archive raised {type(error).__name__}; unpack it"
+        return [_make_failed_scan(file, ScanError(Reason.UNREADABLE, problem), options)]
     return [_set_archive(found_scan, file, is_only_scan=len(found) == 1) for found_scan in found]
 
 

@@ -57,6 +57,11 @@ def list_scans(
         raise ConfigError(f"source.uri: {mask_url(source.uri)} does not exist") from None
     except PermissionError:
         raise ConfigError(f"source.uri: no permission to list {mask_url(source.uri)}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"source.uri: folders in {mask_url(source.uri)} are nested hundreds deep; move them up, or list "
+            "the scans in a manifest"
+        ) from None
     except Exception as error:  # each store has its own exceptions, and their texts may hold credentials
         problem = f"source.uri: {mask_url(source.uri)} cannot be listed ({type(error).__name__})"
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None

@@ -76,6 +76,9 @@ def mask_url(uri: str) -> str:
     """Return a URL without user, password, query and fragment, which may contain credentials."""
     if "://" not in uri:
         return uri
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:  # square brackets that do not enclose an IPv6 address
+        return f"{uri.partition('://')[0]}://"
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path, "", ""))

@@ -101,9 +101,12 @@ class Archive:
                     data += more
         except EOFError:
             raise ScanError(Reason.TRUNCATED, f"{_get_base_name(name)}: cut off inside the archive") from None
-        except (zipfile.BadZipFile, zlib.error, NotImplementedError, struct.error, RuntimeError):
+        except OSError:  # of the stream
+            raise
+        except Exception as error:  # zipfile raises many kinds, UnicodeDecodeError among them
             raise ScanError(
-                Reason.UNREADABLE, f"{_get_base_name(name)}: damaged inside the archive"
+                Reason.UNREADABLE,
+                f"{_get_base_name(name)}: damaged inside the archive ({type(error).__name__})",
             ) from None
         if data.startswith(ZIP_MAGIC):
             raise ScanError(Reason.UNSUPPORTED, f"{_get_base_name(name)}: {_NESTED}")
@@ -127,8 +130,18 @@ def open_archive(stream: BinaryIO, *, max_bytes: int) -> Archive:
     _check_directory(stream, size)
     try:
         file = zipfile.ZipFile(stream)
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, ValueError, EOFError):
-        raise ScanError(Reason.UNREADABLE, "the directory of the zip archive is damaged") from None
+    except OSError:  # of the stream
+        raise
+    except UnicodeDecodeError:
+        raise ScanError(
+            Reason.UNREADABLE,
+            "the archive has a file name that is not UTF-8, although it claims UTF-8; unpack it, and list the "
+            "files or pack them again",
+        ) from None
+    except Exception as error:  # zipfile raises many kinds
+        raise ScanError(
+            Reason.UNREADABLE, f"the directory of the zip archive is damaged ({type(error).__name__})"
+        ) from None
     infos = file.infolist()
     for info in infos:
         _check_member(info, size)

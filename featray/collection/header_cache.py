@@ -117,7 +117,9 @@ class HeaderCache:
         rows = [_make_row(key, entry) for key, entries in sorted(self._current.items()) for entry in entries]
         schema = _COLUMNS.with_metadata({_STAMP: self._stamp.encode()})
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd", write_page_checksum=True)
+        pq.write_table(
+            pa.Table.from_pylist(rows, schema=schema), sink, compression="zstd", write_page_checksum=True
+        )
         data: bytes = sink.getvalue().to_pybytes()
         return data
 

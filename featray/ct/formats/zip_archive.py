@@ -14,7 +14,6 @@ import re
 import stat
 import struct
 import zipfile
-import zlib
 from itertools import pairwise
 from typing import BinaryIO
 
@@ -135,8 +134,7 @@ def open_archive(stream: BinaryIO, *, max_bytes: int) -> Archive:
     except UnicodeDecodeError:
         raise ScanError(
             Reason.UNREADABLE,
-            "the archive has a file name that is not UTF-8, although it claims UTF-8; unpack it, and list the "
-            "files or pack them again",
+            "the archive has a file name that claims to be UTF-8 but is not; unpack the archive",
         ) from None
     except Exception as error:  # zipfile raises many kinds
         raise ScanError(

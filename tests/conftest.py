@@ -13,16 +13,31 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 INPUT_ZYX = (8, 32, 32)
 LAYERS = ["encoder/z_mean", "encoder/z_log_var", "encoder/pre_latent", "encoder/conv_2"]
 ConfigOf = Callable[..., dict[str, Any]]
-pytest_plugins = ["servers.fixtures"]
-SLOW_MARKERS = {"emulator", "kill", "ray"}
+pytest_plugins = ["servers.fixtures", "kill.scenarios"]
+SLOW_MARKERS = {"emulator", "kill", "ray", "soak"}
 SLOW_FIXTURES = {"demo_run", "s3_server"}
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options of `pytest -m soak`; see `test_soak`."""
+    group = parser.getgroup("soak")
+    group.addoption("--soak-minutes", type=float, default=10, help="how long `-m soak` searches (10)")
+    group.addoption("--soak-seed", type=int, help="first seed of `-m soak`; random without it")
+    group.addoption("--soak-failures", default="soak-failures", help="folder for what `-m soak` finds")
+    group.addoption("--soak-repeat", help="folder of one failure that `-m soak` tries again")
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest applies `-m`
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow each test that starts Ray or an object store, kills a run, or reads the demo output."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark as slow each test that starts Ray or an object store, kills a run, or reads the demo output.
+
+    The tests marked soak run only if `-m` names them, because they last as long as the caller wishes.
+    """
+    skip_soak = pytest.mark.skip(reason="lasts for minutes; run pytest -m soak")
     for item in items:
         markers = {marker.name for marker in item.iter_markers()}
+        if "soak" in markers and "soak" not in config.option.markexpr:
+            item.add_marker(skip_soak)
         if markers & SLOW_MARKERS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,11 @@ import yaml
 from kill.harness import (
     TIMEOUT_S,
     FeatureValues,
-    RayCluster,
     assert_same_output,
     read_values,
-    run_and_kill,
-    run_to_end,
 )
-from kill.rounds import COMMANDS, DEFAULT_ROUNDS, ROUNDS, Round
+from kill.rounds import DEFAULT_ROUNDS, ROUNDS, Round
+from kill.scenarios import GetCluster, RoundResult, Scenario, open_dataset, run_round
 
 import featray
 from featray.output.dataset import Dataset
@@ -39,8 +35,6 @@ from featray.synthetic.phantom import make_collection
 
 SCAN_COUNT = 64
 """More than share a file and are in flight, so that a stop leaves some scans out."""
-INPUT_ZYX = (8, 32, 32)
-"""Input shape of the model in `vae_file`."""
 
 pytestmark = pytest.mark.slow
 
@@ -89,10 +83,6 @@ def run_extract(config: Path) -> None:
     process = start_extract(config, "inline")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
-
-
-def open_dataset(config: Path) -> Dataset:
-    return Dataset(Store(yaml.safe_load(config.read_text())["output"]["uri"]))
 
 
 def wait_for_commit(config: Path, process: subprocess.Popen[str]) -> None:
@@ -153,102 +143,6 @@ def test_an_interrupted_worker_process_shows_the_user_no_traceback(config: Path)
     assert "Traceback" not in err
 
 
-@pytest.fixture(scope="module")
-def get_shared_cluster() -> Iterator[Callable[[], RayCluster]]:
-    """Return a function that returns the cluster that rounds share; its first call starts the cluster."""
-    started: list[RayCluster] = []
-
-    def get() -> RayCluster:
-        if not started:
-            started.append(RayCluster())
-        return started[0]
-
-    yield get
-    for cluster in started:
-        cluster.close()
-
-
-@pytest.fixture
-def get_cluster(
-    get_shared_cluster: Callable[[], RayCluster], request: pytest.FixtureRequest
-) -> Callable[[Round], RayCluster | None]:
-    """Return a function that returns the cluster that the run of a round joins.
-
-    A round that kills a node gets a cluster of its own. A round that kills the raylet gets none, so that the
-    run starts its own Ray.
-    """
-
-    def get(round_: Round) -> RayCluster | None:
-        if round_.engine == "inline" or round_.victim == "raylet":
-            return None
-        if round_.victim != "node":
-            return get_shared_cluster()
-        cluster = RayCluster(extra_nodes=1)
-        request.addfinalizer(cluster.close)
-        return cluster
-
-    return get
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """The input of a command, and the features that it must store.
-
-    Attributes:
-        config: Config without output.
-        output_before: Output before the command; None for no output.
-        expected: All features after the command.
-    """
-
-    config: dict[str, Any]
-    output_before: Path | None
-    expected: FeatureValues
-
-
-@pytest.fixture(scope="module")
-def scenarios(vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    """Return command → scenario; the collection of `refresh` has changed since it was extracted."""
-    scenarios = {}
-    for command in COMMANDS:
-        folder = tmp_path_factory.mktemp(command)
-        make_collection(folder / "ct", 30, shape_zyx=(16, 40, 48), seed=11, dicom_count=1)
-        config: dict[str, Any] = {
-            "source": {"uri": str(folder / "ct")},
-            "preprocess": {"size": list(INPUT_ZYX)},
-            "model": {
-                "uri": str(vae_file),
-                "custom_objects": ["featray.synthetic.vae:Sampling"],
-                "layers": ["encoder/z_mean", "encoder/conv_2"],
-                "batch_size": 2,
-            },
-            "run": {"decode": {"workers": 2}},
-        }
-        before = None
-        if command == "refresh":
-            before = folder / "before"
-            run_to_end(write_config(config, before, folder), "extract")
-            change_collection(folder / "ct" / "nifti")
-        undisturbed = write_config(config, folder / "undisturbed", folder)
-        run_to_end(undisturbed, "extract")
-        scenarios[command] = Scenario(config, before, read_values(open_dataset(undisturbed)))
-    return scenarios
-
-
-def write_config(config: dict[str, Any], output: Path, folder: Path) -> Path:
-    path = folder / "config.yaml"
-    path.write_text(yaml.safe_dump({**config, "output": {"uri": str(output)}}))
-    return path
-
-
-def change_collection(folder: Path) -> None:
-    """Give twelve scans another content, and rename four, so that four are removed and four are new."""
-    scans = sorted(folder.iterdir())
-    for changed, other in zip(scans[:24:2], scans[1:24:2], strict=True):
-        shutil.copy(other, changed)
-    for number, renamed in enumerate(scans[24:28]):
-        renamed.rename(folder / f"new_{number}.nii.gz")
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run all rounds with `-m kill`, and the default rounds without it."""
     if "kill_round" in metafunc.fixturenames:
@@ -263,42 +157,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.kill
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_after_a_kill_the_next_run_stores_the_same_output_as_an_undisturbed_run(
-    kill_round: Round,
-    scenarios: dict[str, Scenario],
-    get_cluster: Callable[[Round], RayCluster | None],
-    tmp_path: Path,
+    kill_round: Round, kill_scenarios: dict[str, Scenario], get_cluster: GetCluster, tmp_path: Path
 ) -> None:
-    start, scenario = time.monotonic(), scenarios[kill_round.command]
-    if scenario.output_before is not None:
-        shutil.copytree(scenario.output_before, tmp_path / "out")
-    config = write_config(scenario.config, tmp_path / "out", tmp_path)
-    killed = run_and_kill(config, kill_round, get_cluster(kill_round))
-    if not kill_round.ends_the_run:
-        assert killed.returncode == 0, killed.stderr
-        assert_same_output(config, scenario.expected)
-    elif kill_round.victim != "raylet":
-        assert not killed.was_running or killed.returncode == -signal.SIGKILL, killed.stderr
-    if open_dataset(config).find_snapshot() is not None:
-        read_values(open_dataset(config))  # between the two runs, a reader sees whole commits only
-    summary = run_to_end(config, kill_round.command)
-    assert_same_output(config, scenario.expected)
-    left = summary.done + summary.removed
-    # A run that kills itself at a point is in the middle. At any time, it may have had no work left.
-    in_the_middle = bool(left) or kill_round.when != "any time" or not kill_round.ends_the_run
-    log_round(kill_round, met=killed.was_running and in_the_middle, left=left, start=start)
+    start = time.monotonic()
+    result = run_round(kill_round, kill_scenarios[kill_round.command], get_cluster(kill_round), tmp_path)
+    log_round(kill_round, result, seconds=time.monotonic() - start)
 
 
-def log_round(kill_round: Round, *, met: bool, left: int, start: float) -> None:
-    """Add a line to the file that the environment variable FEATRAY_KILL_LOG names, if it is set.
-
-    Args:
-        kill_round: The round.
-        met: Whether the kill came while the run had work left.
-        left: Number of scans that the second run processed or removed.
-        start: Time at which the round began, by the monotonic clock.
-    """
+def log_round(kill_round: Round, result: RoundResult, *, seconds: float) -> None:
+    """Add a line to the file that the environment variable FEATRAY_KILL_LOG names, if it is set."""
     if path := os.environ.get("FEATRAY_KILL_LOG"):
-        seconds = round(time.monotonic() - start, 1)
-        line = {"round": kill_round.id, "met_in_the_middle": met, "left": left, "seconds": seconds}
+        line = {"round": kill_round.id, **asdict(result), "seconds": round(seconds, 1)}
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line)}\n")

@@ -1,0 +1,1 @@
+"""Small scans of every format whose files are damaged at random."""

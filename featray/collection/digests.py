@@ -29,7 +29,11 @@ def hash_contents(fs: fsspec.AbstractFileSystem, found: Sequence[FoundScan]) -> 
     """
     files = list(
         dict.fromkeys(
-            file for found_scan in found if not found_scan.scan.archive for file in found_scan.members
+            file
+            for found_scan in found
+            if not found_scan.scan.archive
+            for file in found_scan.members
+            if not file.problem
         )
     )
     with ThreadPoolExecutor(MAX_THREADS) as pool:
@@ -65,6 +69,8 @@ def _try_hash(fs: fsspec.AbstractFileSystem, file: File) -> str | OSError:
 
 def _set_content(found_scan: FoundScan, digests: dict[File, str | OSError]) -> FoundScan:
     files = []
+    if any(file.problem for file in found_scan.members):  # the scan has failed with it already
+        return found_scan
     for file in found_scan.members:
         digest = digests[file]
         if isinstance(digest, OSError):

@@ -16,6 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from featray.collection.dicom_series import find_series
 from featray.collection.digests import hash_contents
@@ -35,6 +36,8 @@ from featray.collection.files import (
     make_scan,
 )
 from featray.collection.listing import Listing
+from featray.collection.local_folder import FoundFiles, find_below, find_matches
+from featray.collection.unreadable import UnreadableFiles
 from featray.collection.zip_archives import find_in_archive
 from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_header
 from featray.ct.formats.zip_archive import ZIP_SUFFIX
@@ -50,25 +53,30 @@ def list_path(fs: fsspec.AbstractFileSystem, path: str, options: ListingOptions)
     Raises:
         FileNotFoundError: The path is neither a file nor a folder.
     """
-    root, infos = _find_files_below(fs, path)
-    # Links to folders may form a circle, and opening a named pipe waits forever. Both are only counted.
-    special = {
-        path: "linked folder" if fs.isdir(path) else "no plain file"
-        for path, info in infos.items()
-        if info["type"] not in ("file", "directory") and fs.exists(path) and not fs.isfile(path)
-    }
-    files = [make_file(path, info, root) for path, info in sorted(infos.items()) if path not in special]
-    listing = _list_files(fs, root, files, options)
-    return replace(listing, ignored={**listing.ignored, **Counter(special.values())})
+    info = _run_with_retries(lambda: fs.info(path))
+    is_file = info["type"] == "file" or (info["type"] != "directory" and fs.isfile(path))
+    if is_file:  # one request
+        root = posixpath.dirname(path)
+        return _list_files(fs, root, FoundFiles([make_file(path, info, root)]), options)
+    if info["type"] != "directory" and not fs.isdir(path):
+        raise FileNotFoundError(path)
+    if isinstance(fs, LocalFileSystem):
+        found = _run_with_retries(lambda: find_below(path))
+    else:
+        found = _find_in_store(fs, path)
+    return _list_files(fs, path, found, options)
 
 
 def list_glob(fs: fsspec.AbstractFileSystem, pattern: str, options: ListingOptions) -> Listing:
     """List the scans among the files that match a glob pattern."""
     root = _get_fixed_folder(pattern)
+    if isinstance(fs, LocalFileSystem):
+        root = root or "/"
+        return _list_files(fs, root, _run_with_retries(lambda: find_matches(pattern, root)), options)
     infos = sorted(_run_with_retries(lambda: fs.glob(pattern, detail=True)).items())
     # `isfile` is another request to the store; only links and special files need it.
     files = [make_file(path, info, root) for path, info in infos if info["type"] == "file" or fs.isfile(path)]
-    return _list_files(fs, root, files, options)
+    return _list_files(fs, root, FoundFiles(files), options)
 
 
 def has_wildcard(path: str) -> bool:
@@ -83,15 +91,16 @@ def _get_fixed_folder(pattern: str) -> str:
     return "/".join(parts[:fixed])
 
 
-def _find_files_below(fs: fsspec.AbstractFileSystem, path: str) -> tuple[str, dict[str, Any]]:
-    """Return the root folder, and path → fsspec info of every file; a plain file takes one request."""
-    info = _run_with_retries(lambda: fs.info(path))
-    is_file = info["type"] == "file" or (info["type"] != "directory" and fs.isfile(path))
-    if is_file:
-        return posixpath.dirname(path), {path: info}
-    if info["type"] == "directory" or fs.isdir(path):
-        return path, _run_with_retries(lambda: fs.find(path, detail=True))
-    raise FileNotFoundError(path)
+def _find_in_store(fs: fsspec.AbstractFileSystem, root: str) -> FoundFiles:
+    """Return the files below a folder of a store; links to folders and special files are only counted."""
+    infos: dict[str, Any] = _run_with_retries(lambda: fs.find(root, detail=True))
+    special = {
+        path: "linked folder" if fs.isdir(path) else "no plain file"
+        for path, info in infos.items()
+        if info["type"] not in ("file", "directory") and fs.exists(path) and not fs.isfile(path)
+    }
+    files = [make_file(path, info, root) for path, info in sorted(infos.items()) if path not in special]
+    return FoundFiles(files, ignored=Counter(special.values()))
 
 
 def _run_with_retries(operation: Callable[[], Any]) -> Any:
@@ -99,20 +108,23 @@ def _run_with_retries(operation: Callable[[], Any]) -> Any:
 
 
 def _list_files(
-    fs: fsspec.AbstractFileSystem, root: str, files: list[File], options: ListingOptions
+    fs: fsspec.AbstractFileSystem, root: str, files: FoundFiles, options: ListingOptions
 ) -> Listing:
-    visible = [file for file in files if is_visible(file.name)]
-    group = FileGroup(visible, posixpath.basename(root), functools.partial(_read_header, fs))
+    visible = [file for file in files.files if is_visible(file.name)]
+    unreadable = UnreadableFiles(visible, files.folders)
+    name = posixpath.basename(root)
+    group = FileGroup(unreadable.get_others(), name, functools.partial(_read_and_note, fs, unreadable))
     found = _find_scans(group, options)
     if options.formats & set(VOLUME_FORMATS):
         for file in visible:
             if file.name.lower().endswith(ZIP_SUFFIX):
                 found += find_in_archive(fs, file, options, _find_scans)
+    found += unreadable.make_scans(found, name, options)
     used = {file for found_scan in found for file in found_scan.members}
     ignored = Counter(get_suffix(file.name) or "without suffix" for file in visible if file not in used)
     if options.source.fingerprint == "bytes":
         found = hash_contents(fs, found)
-    return Listing(tuple(found_scan.scan for found_scan in found), dict(ignored))
+    return Listing(tuple(found_scan.scan for found_scan in found), {**ignored, **files.ignored})
 
 
 def _find_scans(group: FileGroup, options: ListingOptions) -> list[FoundScan]:
@@ -154,6 +166,14 @@ def _make_unpaired_scan(file: File, group: FileGroup, options: ListingOptions) -
     return FoundScan(replace(scan, reason=Reason.UNREADABLE, message=message), (file,))
 
 
+def _read_and_note(fs: fsspec.AbstractFileSystem, unreadable: UnreadableFiles, file: File) -> SliceHeader:
+    """Return a file's DICOM header, and note a file that cannot be opened."""
+    header = _read_header(fs, file)
+    if header.problem is Reason.STORAGE:
+        unreadable.add(file, file.problem or f"{header.file_name} {header.message}")
+    return header
+
+
 def _read_header(fs: fsspec.AbstractFileSystem, file: File) -> SliceHeader:
     """Return a file's DICOM header; the header itself says if the file is not DICOM or cannot be opened."""
 
@@ -161,14 +181,17 @@ def _read_header(fs: fsspec.AbstractFileSystem, file: File) -> SliceHeader:
         with fs.open(file.path, "rb", block_size=2**16) as stream:
             return read_header(stream, file.name)
 
+    if file.problem:
+        problem = file.problem.removeprefix(f"{posixpath.basename(file.name)} ")
+        return make_unreadable_header(file.name, ScanError(Reason.STORAGE, problem))
     try:
         return retry.run_with_retries(read, retry.SOURCE_DEADLINE_S)
     except OSError as error:
-        problem = ScanError(Reason.STORAGE, f"could not be opened ({retry.describe_error(error)})")
-        return make_unreadable_header(file.name, problem)
+        problem = f"could not be opened ({retry.describe_error(error)})"
+        return make_unreadable_header(file.name, ScanError(Reason.STORAGE, problem))
     except Exception as error:  # an unexpected error costs one file, not the listing
         if retry.is_store_error(error):
             raise
         log.debug("unexpected error while reading a DICOM header", exc_info=True)
-        problem = ScanError(Reason.UNREADABLE, f"reading the header raised {type(error).__name__}")
-        return make_unreadable_header(file.name, problem)
+        problem = f"reading the header raised {type(error).__name__}"
+        return make_unreadable_header(file.name, ScanError(Reason.UNREADABLE, problem))

@@ -17,6 +17,7 @@ from featray.collection.header_cache import HeaderCache
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct.dicom.header import SliceHeader
 from featray.ct.formats import npy
+from featray.errors import Reason
 from featray.schema import Scan
 from featray.storage.urls import escape_invalid_utf8, file_checksum, file_version, fingerprint_files, mask_url
 
@@ -54,6 +55,7 @@ class File:
         size: Size in bytes.
         version: Version that the store reports, or empty.
         checksum: Checksum of the bytes that the store reports, or empty.
+        problem: Why the file cannot be read, as a sentence; empty unless listing has found that out.
     """
 
     path: str
@@ -61,6 +63,7 @@ class File:
     size: int
     version: str
     checksum: str = ""
+    problem: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,9 +123,13 @@ class ListingOptions:
 def make_scan(
     files: Sequence[File], scan_id: str, scan_format: str, options: ListingOptions, archive: str = ""
 ) -> Scan:
-    """Return the scan that consists of some files, which lie in `archive` unless that is empty."""
+    """Return the scan that consists of some files, which lie in `archive` unless that is empty.
+
+    If one of the files has a problem, the scan has failed with it.
+    """
     paths = [file.path for file in files]
     version = fingerprint_files((file.path, file.size, file.version) for file in files)
+    problem = next((file.problem for file in files if file.problem), "")
     return Scan(
         scan_id=scan_id,
         uri=options.make_shown_uri(archive or find_common_path(paths)),
@@ -133,14 +140,21 @@ def make_scan(
         files_version="" if archive else version,
         checksum=files[0].checksum if len(files) == 1 else "",
         archive=archive,
+        reason=Reason.STORAGE if problem else None,
+        message=problem,
     )
 
 
-def make_file(path: str, info: dict[str, Any], root: str) -> File:
+def make_file(path: str, info: dict[str, Any], root: str, problem: str = "") -> File:
     """Return the file that fsspec describes with `info`; its name is relative to the path `root`."""
     name = path[len(root) :].lstrip("/") if path.startswith(root) else posixpath.basename(path)
     return File(
-        path, escape_invalid_utf8(name), int(info.get("size") or 0), file_version(info), file_checksum(info)
+        path,
+        escape_invalid_utf8(name),
+        int(info.get("size") or 0),
+        file_version(info),
+        file_checksum(info),
+        problem,
     )
 
 

@@ -20,6 +20,7 @@ from featray.config import PolicyConfig, SourceConfig
 from featray.errors import ConfigError, Reason, ScanError
 from featray.schema import Scan
 from featray.storage import retry
+from featray.storage.links import find_broken_link
 from featray.storage.urls import file_version, hash_texts, mask_url, open_url
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,9 @@ def find_files(scan: Scan, source: SourceConfig, policy: PolicyConfig) -> Scan:
     except Exception as error:  # each store has its own exceptions; they fail this scan, not the run
         if not retry.is_store_error(error):
             raise
-        return replace(scan, reason=Reason.STORAGE, message=_describe_unreadable("path", error))
+        return replace(
+            scan, reason=Reason.STORAGE, message=_describe_unreadable("path", error, scan.open_path)
+        )
     return replace(_merge(scan, found), content=scan.content, files_version="")
 
 
@@ -140,7 +143,7 @@ def _open_uri(uri: str, source: SourceConfig) -> tuple[Any, str]:
     except ConfigError as error:
         raise ScanError(Reason.STORAGE, str(error)) from None
     except OSError as error:
-        raise ScanError(Reason.STORAGE, _describe_unreadable("path", error)) from None
+        raise ScanError(Reason.STORAGE, _describe_unreadable("path", error, "")) from None
 
 
 def _find_only_scan(fs: Any, path: str, options: ListingOptions) -> Scan:
@@ -154,7 +157,7 @@ def _find_only_scan(fs: Any, path: str, options: ListingOptions) -> Scan:
     except Exception as error:  # each store has its own exceptions
         if not _is_limited_to_path(error):
             raise
-        raise ScanError(Reason.STORAGE, _describe_unreadable("path", error)) from None
+        raise ScanError(Reason.STORAGE, _describe_unreadable("path", error, path)) from None
     if len(scans) != 1:
         message = f"the manifest's uri must name one scan; it holds {len(scans)}"
         raise ScanError(Reason.NOT_A_VOLUME, message)
@@ -175,11 +178,13 @@ def _get_mask_version(uri: str, source: SourceConfig) -> str:
     except Exception as error:  # each store has its own exceptions
         if not _is_limited_to_path(error):
             raise
-        raise ScanError(Reason.STORAGE, _describe_unreadable("mask", error)) from None
+        raise ScanError(Reason.STORAGE, _describe_unreadable("mask", error, path)) from None
     return f"{info.get('size')} {file_version(info)}"
 
 
-def _describe_unreadable(item: str, error: Exception) -> str:
+def _describe_unreadable(item: str, error: Exception, path: str) -> str:
+    if problem := find_broken_link(path, error):
+        return f"the manifest names a {item} that {problem}"
     return f"the manifest names a {item} that cannot be read ({retry.describe_error(error)})"
 
 

@@ -50,6 +50,8 @@ def find_in_archive(
                 FileGroup(members, "", read_member_header, threads=1, archive=file.path), options
             )
 
+    if file.problem:
+        return [FoundScan(make_scan((file,), file.name, "zip", options), (file,))]
     try:
         found = retry.run_with_retries(search, retry.SOURCE_DEADLINE_S)
     except ScanError as error:

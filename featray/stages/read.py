@@ -25,6 +25,7 @@ from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError
 from featray.schema import Scan
 from featray.storage import retry
+from featray.storage.links import describe_pointer, find_broken_link
 from featray.storage.urls import file_version, fingerprint_files, open_url
 
 Files = list[tuple[str, bytes]]
@@ -127,7 +128,7 @@ class Reader:
             raise ScanError(Reason.UNSUPPORTED, f"a mask must be one of {known}; convert it")
         fs, path = open_url(uri, self.source.storage_options)
         try:
-            files = _fetch_all(fs, [path])
+            files = _fetch_all(fs, [path], was_listed=False)
             return _read_single(kind, files, self.max_voxels, volume=None, keep_shear=True)
         except ScanError as error:
             raise ScanError(error.reason, f"the mask: {error}") from None
@@ -141,8 +142,9 @@ class Reader:
         fs = self._open_fs(scan)
         if scan.archive:
             return _ask_store(scan.archive, lambda: self._read_members(fs, scan))
-        files = _fetch_all(fs, scan.files)
+        files = _fetch_all(fs, scan.files, was_listed=bool(scan.files_version))
         _refuse_changed(scan, fs, files)
+        _refuse_pointers(files)
         return [(posixpath.basename(path), data) for path, data in files]
 
     def _read_members(self, fs: fsspec.AbstractFileSystem, scan: Scan) -> Files:
@@ -191,38 +193,56 @@ def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> 
         raise ScanError(Reason.STORAGE, _CHANGED)
 
 
-def _fetch_all(fs: fsspec.AbstractFileSystem, paths: Sequence[str]) -> Files:
-    """Return the bytes of all files; from a store, several files are fetched at once."""
+def _refuse_pointers(files: Files) -> None:
+    """Refuse files that only stand for a file that git-annex or Git LFS has not fetched yet."""
+    for path, data in files:
+        if problem := describe_pointer(data):
+            raise ScanError(Reason.STORAGE, f"{posixpath.basename(path)} {problem}")
+
+
+def _fetch_all(fs: fsspec.AbstractFileSystem, paths: Sequence[str], *, was_listed: bool) -> Files:
+    """Return the bytes of all files; from a store, several files are fetched at once.
+
+    Args:
+        fs: The file system.
+        paths: Paths of the files.
+        was_listed: Whether listing has seen the files, or only a manifest names them.
+    """
+    fetch = functools.partial(_fetch, fs, was_listed=was_listed)
     if len(paths) == 1 or isinstance(fs, LocalFileSystem):
-        return [(path, _fetch(fs, path)) for path in paths]
+        return [(path, fetch(path)) for path in paths]
     with ThreadPoolExecutor(min(_FETCH_THREADS, len(paths))) as pool:
-        fetches = [(path, pool.submit(_fetch, fs, path)) for path in paths]
+        fetches = [(path, pool.submit(fetch, path)) for path in paths]
         try:
-            return [(path, fetch.result()) for path, fetch in fetches]
+            return [(path, result.result()) for path, result in fetches]
         except ScanError:  # without one of its files the scan is useless, so the others are not fetched
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 
-def _fetch(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-    data: bytes = _ask_store(path, lambda: fs.cat_file(path))
+def _fetch(fs: fsspec.AbstractFileSystem, path: str, *, was_listed: bool) -> bytes:
+    data: bytes = _ask_store(path, lambda: fs.cat_file(path), was_listed=was_listed)
     return data
 
 
-def _ask_store(path: str, act: Callable[[], T]) -> T:
+def _ask_store(path: str, act: Callable[[], T], *, was_listed: bool = True) -> T:
     """Return the result of `act`, a request to the store about `path`; retry transient errors."""
     try:
         return retry.run_with_retries(act, retry.SOURCE_DEADLINE_S)
     except Exception as error:  # each kind of store raises its own errors
         if not retry.is_store_error(error):
             raise
-        raise _make_fetch_error(path, error) from None
+        raise _make_fetch_error(path, error, was_listed=was_listed) from None
 
 
-def _make_fetch_error(path: str, error: Exception) -> ScanError:
+def _make_fetch_error(path: str, error: Exception, *, was_listed: bool) -> ScanError:
     name = posixpath.basename(path)
     if retry.is_missing(error):
-        return ScanError(Reason.STORAGE, f"{name} is missing; it was there when it was listed")
+        problem = find_broken_link(path, error)
+        if not problem and was_listed:
+            problem = "is missing; it was there when it was listed"
+        missing = "does not exist; correct the manifest, or copy the file"
+        return ScanError(Reason.STORAGE, f"{name} {problem or missing}")
     kind = retry.describe_error(error)
     if retry.is_denied(error):
         return ScanError(Reason.STORAGE, f"no permission to read {name} ({kind})")

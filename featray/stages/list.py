@@ -27,7 +27,7 @@ from featray.storage.urls import hash_texts, mask_url, open_url
 
 __all__ = ["HeaderCache", "Listing", "list_scans"]
 
-_GROUPING_VERSION = 1
+_GROUPING_VERSION = 2
 """Version of how headers are read and grouped; increase it when the same files would give other series."""
 
 

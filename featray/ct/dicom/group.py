@@ -5,21 +5,28 @@ Reads no pixels and opens no files. The rules, in this order:
 1. A DICOMDIR is dropped because it is only an index of other files. A file that is not DICOM is dropped too,
    unless it seems to be a damaged DICOM file (rule 6).
 2. Files of another modality or SOP class, color images, secondary captures and files without an image are
-   `excluded` as `not_ct`, with one entry per SeriesInstanceUID. MR and PET are accepted on request. Files
-   whose ImageType says localizer are `excluded` as `not_a_volume`; in a series that also has slices they are
-   dropped with the warning `localizer_removed`.
-3. Slices belong together if they share SeriesInstanceUID, PatientID and StudyInstanceUID. Without a
-   SeriesInstanceUID they must share folder, SeriesNumber, PatientID and StudyInstanceUID.
+   `excluded` as `not_ct`, with one entry per SeriesInstanceUID. MR, PET and secondary captures with the
+   geometry of slices are accepted on request. Files whose ImageType says localizer are `excluded` as
+   `not_a_volume`; in a series that also has slices they are dropped with the warning `localizer_removed`.
+   An image that would be left out by this rule, but lies on a free place of the stack that the slices of its
+   series form, fails the scan instead: the volume would lack a slice (see `exclude.find_stray_slices`).
+3. Slices belong together if they share SeriesInstanceUID, or, without one, folder and SeriesNumber. If they
+   differ in PatientID or StudyInstanceUID, the positions decide (see `join.split_by_owner`): slices of
+   several studies that complete one stack are one scan, slices of several patients that do so fail, and
+   other parts are one scan each, all with the warning `duplicate_slices`.
 4. Folders with the same SeriesInstanceUID are one scan if they share FrameOfReferenceUID but neither a
-   SOPInstanceUID nor a position (an export split over folders). Otherwise they are copies, one scan each.
+   SOPInstanceUID nor a position (an export split over folders), or if they share some images and complete
+   one stack. A folder with only a share of the images of another is `excluded` as `duplicate_slices`.
+   Other folders are copies or separate volumes, one scan each (see `join.split_copies`).
 5. Within these groups, slices with the same orientation, matrix size (Rows x Columns) and kind (single-frame
-   or multi-frame) are one scan.
+   or multi-frame) are one scan. If there are several, each has the warning `duplicate_slices`.
    - Up to three images at another angle are localizers and are dropped with `localizer_removed`. Such an
-     image that lies in line with the slices of a scan is a damaged slice instead; it stays in the scan so
-     that reading refuses the scan.
+     image that lies in line with the slices of a scan, or images of another matrix size that complete the
+     grid of the slices, stay in the scan so that reading refuses the scan.
    - A multi-frame copy of the single-frame slices is `excluded` as `duplicate_slices`.
    - Time points, convolution kernels or slice thicknesses in one series become one scan each, with the
-     warning `duplicate_slices`, if their headers separate them cleanly (see `split`).
+     warning `duplicate_slices`, if their headers separate them cleanly. If their slices lie between each
+     other and are not separated cleanly, the scan fails as `duplicate_slices` (see `split`).
    - The files of a concatenation (one multi-frame image split into several files) are one scan.
 6. A damaged file fails the scan that it belongs to, because a volume with a possibly missing slice must not
    be read. It belongs to a scan by its SeriesInstanceUID if that can be read, else by its file name (see
@@ -37,44 +44,32 @@ from itertools import pairwise
 
 import numpy as np
 
+from featray.ct.dicom.exclude import (
+    MAX_DISTANCE_IN_LINE_MM,
+    Exclusion,
+    find_exclusion,
+    find_stray_slices,
+    get_modality_warnings,
+    has_geometry,
+    is_in_plane,
+)
 from featray.ct.dicom.header import SliceHeader
-from featray.ct.dicom.split import split_by_fields, split_volumes
+from featray.ct.dicom.join import SeriesPart, split_by_owner, split_copies
+from featray.ct.dicom.parts import is_regular, share_positions, unite
+from featray.ct.dicom.split import (
+    are_in_alternating_folders,
+    find_folder_mixture,
+    find_mixture,
+    split_volumes,
+)
+from featray.ct.dicom.stack import project_on_normal
 from featray.errors import Reason, WarningCode
-
-MAX_COSINE_DIFFERENCE = 1e-3
-"""Orientations are equal if their cosines differ by at most this; headers are rounded to 4 to 6 digits."""
 
 MAX_LOCALIZER_IMAGES, MIN_LOCALIZER_DEGREES = 3, 10.0
 """Localizers are at most this many images, at an angle of at least this to the other slices."""
 
-MAX_DISTANCE_IN_LINE_MM = 5.0
-"""Images at most this far from the line through the slices' first pixels are in line with the slices.
-
-The first pixel of a localizer is about a field of view away from that line.
-"""
-
-_CT_CLASSES = frozenset(
-    f"1.2.840.10008.5.1.4.1.1.{tail}" for tail in ("2", "2.1", "2.2")
-)  # CT, Enhanced CT, Legacy Converted Enhanced CT Image Storage
-_MR_PET_MODALITIES = frozenset({"MR", "PT"})
-_MR_PET_CLASSES = frozenset(
-    f"1.2.840.10008.5.1.4.1.1.{tail}" for tail in ("4", "4.1", "4.4", "128", "128.1", "130")
-)  # MR, Enhanced MR, Legacy Converted Enhanced MR, PET, Legacy Converted Enhanced PET, Enhanced PET
-_KNOWN_MODALITIES = frozenset(
-    {"CR", "DX", "ES", "IO", "KO", "MG", "MR", "NM", "OT", "PR", "PT", "PX", "REG", "RF", "RTDOSE"}
-    | {"RTIMAGE", "RTPLAN", "RTSTRUCT", "SC", "SEG", "SR", "US", "XA", "XC"}
-)
-"""Modalities other than CT that a message may name. Any other text may identify the patient."""
-
-_SECONDARY_CAPTURE_PREFIX = "1.2.840.10008.5.1.4.1.1.7."
-"""SOP class of Secondary Capture Image Storage; the multi-frame variants append 1 to 4."""
-
-_LOCALIZER_IMAGE_TYPES = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
 _UNFINISHED_COPY = re.compile(r"\.(part|partial|tmp|filepart|crdownload|download)$")
-
-_Exclusion = tuple[Reason, str]
-"""Why a file is left out: the reason and a message."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +104,10 @@ def group_into_scans(
     Args:
         headers: Headers with unique names below one root. The folders of an export that was split over
             several folders must be given together.
-        accept_other_modalities: Treat MR and PET images like CT, with the warning `not_ct`.
+        accept_other_modalities: Treat MR and PET images, and secondary captures with the geometry of slices,
+            like CT, with the warning `not_ct`.
     """
-    extra_modalities = _MR_PET_MODALITIES if accept_other_modalities else frozenset()
+    grouper = _Grouper(accept_other_modalities)
     groups: dict[tuple[str, ...], list[SliceHeader]] = defaultdict(list)
     unidentified = []
     for header in sorted(headers, key=lambda header: header.name):
@@ -119,12 +115,7 @@ def group_into_scans(
             unidentified.append(header)
         elif not header.is_directory:
             groups[_make_series_key(header)].append(header)
-    scans = [
-        scan
-        for group in groups.values()
-        for members in _split_patients(group)
-        for scan in _make_scans(members, extra_modalities)
-    ]
+    scans = [scan for group in groups.values() for scan in grouper.make_scans(group)]
     return sorted(_assign_unidentified_files(scans, unidentified), key=lambda scan: scan.files)
 
 
@@ -132,130 +123,108 @@ def _make_series_key(header: SliceHeader) -> tuple[str, ...]:
     return (header.series_uid,) if header.series_uid else ("", header.folder, header.series_number)
 
 
-def _split_patients(headers: list[SliceHeader]) -> list[list[SliceHeader]]:
-    """Return the files of one UID grouped by patient and study.
+@dataclass(frozen=True)
+class _Grouper:
+    """Makes the entries for the files of one SeriesInstanceUID."""
 
-    Damaged files without PatientID and StudyInstanceUID are added to every group.
-    """
-    anonymous: list[SliceHeader] = []
-    known: list[SliceHeader] = []
-    for header in headers:
-        is_anonymous = header.problem and not (header.patient_hash or header.study_uid)
-        (anonymous if is_anonymous else known).append(header)
-    if not known:
-        return [anonymous]
-    return [group + anonymous for group in split_by_fields(known, "patient_hash", "study_uid")]
+    accept_other_modalities: bool
 
+    def make_scans(self, members: list[SliceHeader]) -> list[DicomScan]:
+        """Return the entries for the files of one SeriesInstanceUID."""
+        parts = split_by_owner(members, self._is_slice)
+        return [scan for part in parts for scan in self._make_owner_scans(part)]
 
-def _make_scans(members: list[SliceHeader], extra_modalities: frozenset[str]) -> list[DicomScan]:
-    """Return the entries for the files of one SeriesInstanceUID and patient."""
-    excluded: dict[_Exclusion, list[SliceHeader]] = defaultdict(list)
-    slices = []
-    for header in members:
-        exclusion = _find_exclusion(header, extra_modalities)
-        if exclusion:
-            excluded[exclusion].append(header)
+    def _is_slice(self, header: SliceHeader) -> bool:
+        is_placed = bool(header.position and header.orientation) and header.number_of_frames == 1
+        return is_placed and not header.problem and self._find_exclusion(header) is None
+
+    def _find_exclusion(self, header: SliceHeader) -> Exclusion | None:
+        return find_exclusion(header, accept_other_modalities=self.accept_other_modalities)
+
+    def _make_owner_scans(self, owner: SeriesPart) -> list[DicomScan]:
+        """Return the entries for the files of one SeriesInstanceUID and patient."""
+        slices, excluded = self._sort_out(owner.headers)
+        strays = find_stray_slices(slices, [header for members in excluded.values() for header in members])
+        exclusions = {header.name: key for key, members in excluded.items() for header in members}
+        excluded = _remove_headers(excluded, strays)
+        localizers = [key for key in excluded if slices and key[0] is Reason.NOT_A_VOLUME]
+        for key in localizers:
+            del excluded[key]
+        warnings = (WarningCode.LOCALIZER_REMOVED.value,) if localizers else ()
+        if owner.reason:
+            scans = [_make_part_scan(replace(owner, headers=slices))] if slices else []
         else:
-            slices.append(header)
-    localizers = [exclusion for exclusion in excluded if slices and exclusion[0] is Reason.NOT_A_VOLUME]
-    for exclusion in localizers:
-        del excluded[exclusion]
-    warnings = (WarningCode.LOCALIZER_REMOVED.value,) if localizers else ()
-    groups = split_by_fields(slices, "modality") if extra_modalities else [slices]
-    scans = [
-        scan
-        for group in groups
-        for copy in _split_copies(group)
-        for scan in _make_scans_by_grid(copy, warnings + _get_modality_warnings(copy))
-    ]
-    return scans + _make_excluded_scans(excluded)
+            scans = _make_copies_scans(slices, _join_codes(owner.warnings, warnings))
+        for stray in strays:
+            scans = [_add_stray_slice(scan, stray, exclusions[stray.name]) for scan in scans]
+        return scans + _make_excluded_scans(excluded)
+
+    def _sort_out(
+        self, members: list[SliceHeader]
+    ) -> tuple[list[SliceHeader], dict[Exclusion, list[SliceHeader]]]:
+        """Return the slices to read, and the files to leave out by the reason."""
+        excluded: dict[Exclusion, list[SliceHeader]] = defaultdict(list)
+        slices = []
+        for header in members:
+            exclusion = self._find_exclusion(header)
+            if exclusion:
+                excluded[exclusion].append(header)
+            else:
+                slices.append(header)
+        return slices, excluded
 
 
-def _find_exclusion(header: SliceHeader, extra_modalities: frozenset[str]) -> _Exclusion | None:
-    """Return why a file is left out by rule 2, or None if it is, or may be, a slice to read."""
-    # A CT SOP class outweighs a damaged Modality, so that a CT slice is not lost from among its neighbors.
-    is_ct_class = header.sop_class_uid in _CT_CLASSES
-    if header.modality not in {"", "CT", *extra_modalities} and not (
-        is_ct_class and header.modality not in _KNOWN_MODALITIES
-    ):
-        return Reason.NOT_CT, f"modality is {_format_modality(header.modality)}"
-    is_capture = (header.sop_class_uid + ".").startswith(_SECONDARY_CAPTURE_PREFIX)
-    is_mr_pet = header.sop_class_uid in _MR_PET_CLASSES and not extra_modalities
-    if is_mr_pet or not (is_ct_class or is_capture or _may_be_slice(header)):
-        return Reason.NOT_CT, "the SOP class is not one of CT images"
-    if header.problem:
-        return None
-    if not header.has_pixels and not header.sop_class_uid and not header.rows:
-        return Reason.NOT_CT, "the file contains no image"
-    is_plain_capture = is_capture and not header.has_functional_groups
-    if header.samples_per_pixel != 1 or is_plain_capture or _is_screenshot(header):
-        return Reason.NOT_CT, "a secondary capture (report, screenshot or copy of a localizer)"
-    if _LOCALIZER_IMAGE_TYPES & set(header.image_type):
-        return Reason.NOT_A_VOLUME, "a localizer, not a volume"
-    return None
+def _remove_headers(
+    excluded: dict[Exclusion, list[SliceHeader]], strays: list[SliceHeader]
+) -> dict[Exclusion, list[SliceHeader]]:
+    """Return the excluded files without those in `strays`."""
+    names = {header.name for header in strays}
+    kept = {key: [h for h in members if h.name not in names] for key, members in excluded.items()}
+    return {key: members for key, members in kept.items() if members}
 
 
-def _may_be_slice(header: SliceHeader) -> bool:
-    """Return whether a file is a single-frame image with a position, or has no SOP class."""
-    is_single_frame = header.has_pixels and header.number_of_frames == 1
-    return not header.sop_class_uid or (is_single_frame and bool(header.position))
+def _make_copies_scans(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
+    """Return the entries for the slices of one SeriesInstanceUID and patient, which may hold copies."""
+    scans = []
+    for part in split_copies(slices):
+        if part.reason:
+            scans.append(_make_part_scan(part))
+        else:
+            codes = _join_codes(warnings, part.warnings, get_modality_warnings(part.headers))
+            scans += _make_scans_by_grid(part.headers, codes)
+    return scans
 
 
-def _is_screenshot(header: SliceHeader) -> bool:
-    """Return whether a file with CT SOP class is a screenshot or report: ImageType SECONDARY, no position."""
-    return not _has_geometry(header) and not header.position and "SECONDARY" in header.image_type
+def _make_part_scan(part: SeriesPart) -> DicomScan:
+    """Return the one entry for a part that must not be read."""
+    uid = part.headers[0].series_uid
+    return DicomScan(_sort_names(part.headers), uid, part.reason, part.excluded, part.message)
 
 
-def _format_modality(text: str) -> str:
-    """Return a known modality, else `not CT`, because other text may identify the patient."""
-    return text if text in _KNOWN_MODALITIES else "not CT"
+def _join_codes(*codes: Iterable[str]) -> tuple[str, ...]:
+    """Return the codes without repetition, in their order."""
+    return tuple(dict.fromkeys(code for group in codes for code in group))
 
 
-def _get_modality_warnings(slices: list[SliceHeader]) -> tuple[str, ...]:
-    return (Reason.NOT_CT.value,) if any(s.modality in _MR_PET_MODALITIES for s in slices) else ()
+def _add_stray_slice(scan: DicomScan, header: SliceHeader, exclusion: Exclusion) -> DicomScan:
+    """Return the scan with a file added that is no slice but lies on a place of its stack; it then fails."""
+    files = tuple(sorted({*scan.files, header.name}))
+    if scan.reason:
+        return replace(scan, files=files)
+    message = (
+        f"{header.file_name}: {exclusion[1]}, but it lies on a free place of this stack; "
+        "correct its header if it is a slice, or remove the file"
+    )
+    return replace(scan, files=files, reason=exclusion[0], message=message)
 
 
-def _make_excluded_scans(excluded: dict[_Exclusion, list[SliceHeader]]) -> list[DicomScan]:
+def _make_excluded_scans(excluded: dict[Exclusion, list[SliceHeader]]) -> list[DicomScan]:
     """Return one entry for all excluded files of a SeriesInstanceUID, with the most frequent reason."""
     if not excluded:
         return []
     reason, message = max(excluded, key=lambda exclusion: len(excluded[exclusion]))
     headers = [header for members in excluded.values() for header in members]
     return [DicomScan(_sort_names(headers), headers[0].series_uid, reason, excluded=True, message=message)]
-
-
-def _split_copies(slices: list[SliceHeader]) -> list[list[SliceHeader]]:
-    """Return the slices of one SeriesInstanceUID, grouped so that no group contains a slice twice.
-
-    The slices of a folder stay together. Each folder joins the first group that it does not overlap with.
-    """
-    folders: dict[str, list[SliceHeader]] = defaultdict(list)
-    for header in slices:
-        folders[header.folder].append(header)
-    copies: list[list[SliceHeader]] = []
-    keys_of_copies: list[set[object]] = []
-    for members in folders.values():
-        keys, frame_uid = _collect_unique_keys(members), members[0].frame_of_reference_uid
-        fitting = (
-            i
-            for i, other_keys in enumerate(keys_of_copies)
-            if not other_keys & keys and copies[i][0].frame_of_reference_uid == frame_uid
-        )
-        first = next(fitting, None)
-        if first is None:
-            copies.append(members)
-            keys_of_copies.append(keys)
-        else:
-            copies[first] += members
-            keys_of_copies[first] |= keys
-    return copies
-
-
-def _collect_unique_keys(slices: list[SliceHeader]) -> set[object]:
-    """Return the values that two slices of one scan cannot share: SOPInstanceUID, and position to 0.1 mm."""
-    uids = {header.sop_instance_uid for header in slices if header.sop_instance_uid}
-    positions = {tuple(round(mm, 1) for mm in header.position) for header in slices if header.position}
-    return uids | positions
 
 
 def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
@@ -266,36 +235,42 @@ def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) ->
     slices.
     """
     damaged = [header for header in slices if header.problem]
-    placed = [header for header in slices if not header.problem and _has_geometry(header)]
-    unplaced = [header for header in slices if not header.problem and not _has_geometry(header)]
+    placed = [header for header in slices if not header.problem and has_geometry(header)]
+    unplaced = [header for header in slices if not header.problem and not has_geometry(header)]
     stacks = sorted(_group_by_grid(placed), key=len, reverse=True) or [[]]
     main, others = stacks[0] + unplaced, stacks[1:]
     if not main:
         return [_add_damaged_files(DicomScan((), damaged[0].series_uid), damaged)]
-    in_line = [stack for stack in others if _is_in_line(stack, main)]
+    in_line = [stack for stack in others if _is_in_line(stack, main) or _fills_gaps(stack, main)]
     main = main + [header for stack in in_line for header in stack]
     others = [stack for stack in others if stack not in in_line]
     localizers = [stack for stack in others if _is_localizer(stack, main)]
     copies = [stack for stack in others if _is_multiframe_copy(stack, main)]
     dropped = {WarningCode.LOCALIZER_REMOVED.value: localizers, Reason.DUPLICATE_SLICES.value: copies}
     new_warnings = (code for code, dropped_stacks in dropped.items() if dropped_stacks)
-    warnings = tuple(dict.fromkeys([*warnings, *new_warnings]))
+    warnings = _join_codes(warnings, new_warnings)
     kept = [main] + [stack for stack in others if stack not in localizers and stack not in copies]
+    if len(kept) > 1:
+        warnings = _join_codes(warnings, [Reason.DUPLICATE_SLICES.value])
     scans = [scan for stack in kept for scan in _make_volume_scans(stack, warnings)]
     scans += [_make_multiframe_copy_scan(stack) for stack in copies]
     return [_add_damaged_files(scan, damaged) for scan in scans]
 
 
 def _make_volume_scans(stack: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
-    """Return one entry for each volume of a stack."""
+    """Return one entry for each volume of a stack; a stack of mixed volumes is one failed entry."""
     parts = split_volumes(stack)
-    if len(parts) > 1:
-        warnings = tuple(dict.fromkeys([*warnings, Reason.DUPLICATE_SLICES.value]))
-    return [DicomScan(_sort_names(part), part[0].series_uid, warnings=warnings) for part in parts]
+    if len(parts) > 1 or are_in_alternating_folders(stack):
+        warnings = _join_codes(warnings, [Reason.DUPLICATE_SLICES.value])
+    return [_make_volume_scan(part, warnings) for part in parts]
 
 
-def _has_geometry(header: SliceHeader) -> bool:
-    return header.has_functional_groups or bool(header.position and header.orientation)
+def _make_volume_scan(slices: list[SliceHeader], warnings: tuple[str, ...]) -> DicomScan:
+    mixture = find_mixture(slices) or find_folder_mixture(slices)
+    names, uid = _sort_names(slices), slices[0].series_uid
+    if mixture:
+        return DicomScan(names, uid, Reason.DUPLICATE_SLICES, message=mixture, warnings=warnings)
+    return DicomScan(names, uid, warnings=warnings)
 
 
 def _group_by_grid(slices: Iterable[SliceHeader]) -> list[list[SliceHeader]]:
@@ -313,12 +288,7 @@ def _is_same_grid(first: SliceHeader, second: SliceHeader) -> bool:
     """Return whether slices have one orientation and matrix size, or are files of one concatenation."""
     if first.number_of_frames > 1 or second.number_of_frames > 1:
         return bool(first.concatenation_uid) and first.concatenation_uid == second.concatenation_uid
-    if (first.rows, first.columns) != (second.rows, second.columns):
-        return False
-    if first.orientation is None or second.orientation is None:
-        return first.orientation == second.orientation
-    pairs = zip(first.orientation, second.orientation, strict=True)
-    return all(abs(a - b) <= MAX_COSINE_DIFFERENCE for a, b in pairs)
+    return is_in_plane(second, first.rows, first.columns, first.orientation)
 
 
 def _is_localizer(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
@@ -344,6 +314,20 @@ def _is_in_line(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
         return False
     distances = np.linalg.norm(np.cross(from_first[len(main) :], farthest), axis=1) / length
     return bool((distances < MAX_DISTANCE_IN_LINE_MM).all())
+
+
+def _fills_gaps(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:
+    """Return whether images of another matrix size lie between the main slices and complete one grid."""
+    headers = [*main, *stack]
+    if not all(header.position and header.orientation for header in headers):
+        return False
+    if not is_in_plane(replace(stack[0], rows=0, columns=0), 0, 0, main[0].orientation):
+        return False
+    distances = project_on_normal(headers)
+    ours, theirs = distances[: len(main)], distances[len(main) :]
+    overlap = theirs.max() > ours.min() and theirs.min() < ours.max()
+    is_one_grid = not share_positions([ours, theirs]) and is_regular(unite([ours, theirs]))
+    return bool(overlap and is_one_grid)
 
 
 def _is_multiframe_copy(stack: list[SliceHeader], main: list[SliceHeader]) -> bool:

@@ -23,6 +23,7 @@ _TAGS = {
     "PatientID": 0x00100020,
     "SliceThickness": 0x00180050,
     "KVP": 0x00180060,
+    "EchoNumbers": 0x00180086,
     "TriggerTime": 0x00181060,
     "ConvolutionKernel": 0x00181210,
     "StudyInstanceUID": 0x0020000D,
@@ -68,6 +69,7 @@ _TEXT_FIELDS = {
     "convolution_kernel": "ConvolutionKernel",
     "kvp": "KVP",
     "slice_thickness": "SliceThickness",
+    "echo_number": "EchoNumbers",
     "concatenation_uid": "ConcatenationUID",
     "photometric_interpretation": "PhotometricInterpretation",
 }
@@ -152,6 +154,7 @@ class SliceHeader:
     convolution_kernel: str = ""
     kvp: str = ""
     slice_thickness: str = ""
+    echo_number: str = ""
     stack_id: str = ""
     concatenation_uid: str = ""
     concatenation_total: int = 0

@@ -63,7 +63,7 @@ def _make_frame_header(header: SliceHeader, own: Any, shared: Any) -> SliceHeade
     stack_id = _find_value(own, shared, "FrameContentSequence", "StackID")
     orientation = get_floats("PlaneOrientationSequence", "ImageOrientationPatient", 6)
     return replace(
-        header,
+        _set_labels(header, own, shared),
         instance_number=None,
         temporal_position=header.temporal_position if temporal is None else str(temporal),
         stack_id="" if stack_id is None else str(stack_id),
@@ -74,6 +74,26 @@ def _make_frame_header(header: SliceHeader, own: Any, shared: Any) -> SliceHeade
         intercept=intercept[0] if intercept else header.intercept,
         rescale_type=str(rescale_type).upper() if rescale_type else header.rescale_type,
     )
+
+
+_LABELS = {
+    "acquisition_number": ("FrameContentSequence", "FrameAcquisitionNumber"),
+    "convolution_kernel": ("CTReconstructionSequence", "ConvolutionKernel"),
+    "kvp": ("CTXRayDetailsSequence", "KVP"),
+    "slice_thickness": ("PixelMeasuresSequence", "SliceThickness"),
+    "image_type": ("CTImageFrameTypeSequence", "FrameType"),
+}
+"""Fields of `SliceHeader` that tell volumes apart → sequence and keyword in the functional groups."""
+
+
+def _set_labels(header: SliceHeader, own: Any, shared: Any) -> SliceHeader:
+    """Return the header with the values of a frame that tell several volumes in one file apart."""
+    labels: dict[str, Any] = {}
+    for field, (sequence, keyword) in _LABELS.items():
+        value = _find_value(own, shared, sequence, keyword)
+        if value is not None:
+            labels[field] = tuple(map(str, value)) if field == "image_type" else str(value)
+    return replace(header, **labels) if labels else header
 
 
 def _find_value(own: Any, shared: Any, sequence: str, keyword: str) -> Any:

@@ -5,6 +5,8 @@ since they were listed. This module must not know paths or storage. Conventions:
 
 - An exact copy of a slice (same position, same values) is dropped with the warning `duplicate_slices`. Two
   different images at one position are refused.
+- Slices of several volumes that lie between each other are refused, also if their steps are equal (see
+  `split.find_mixture`).
 - RescaleSlope and RescaleIntercept apply per slice (PS3.3 C.11.1). If no slice has them they are 1 and 0; if
   only some slices have them the scan is `unreadable`. A RescaleType other than HU or US (unspecified) adds
   the warning `not_hu`.
@@ -26,6 +28,7 @@ from featray.ct import geometry
 from featray.ct.dicom.elements import DEFLATED, Elements
 from featray.ct.dicom.header import SliceHeader, parse_file
 from featray.ct.dicom.pixels import check_format, check_size, read_stored_values
+from featray.ct.dicom.split import find_mixture
 from featray.ct.dicom.stack import build_stack, check_same_grid, find_same_positions
 from featray.ct.rescale import VOLUME_DTYPES, choose_dtype, find_extremes, rescale
 from featray.ct.volume import Volume
@@ -73,6 +76,8 @@ def read_series(
     frames = _load_frames(files, max_voxels)
     check_same_grid([frame.header for frame in frames])
     frames, warnings = _drop_copies(frames)
+    if mixture := find_mixture([frame.header for frame in frames]):
+        raise ScanError(Reason.DUPLICATE_SLICES, mixture)
     stack = build_stack(
         [frame.header for frame in frames], resample_tilt=resample_tilt, resample_steps=resample_steps
     )

@@ -63,7 +63,7 @@ def test_two_patients_who_share_a_series_uid_are_two_scans(
 ) -> None:
     other = make_series(PatientID="PID-4712-ZZ", RescaleIntercept=-1000)
 
-    assert read_outcomes(make_series(), other) == [(5, "ok"), (5, "ok")]
+    assert read_outcomes(make_series(), other) == [(5, "ok duplicate_slices")] * 2
 
 
 def test_the_patient_hash_does_not_reveal_the_patient_id(
@@ -87,7 +87,7 @@ def test_two_studies_that_share_a_series_uid_are_two_scans(
         make_series(StudyInstanceUID="1.2", RescaleIntercept=0),
     )
 
-    assert read_outcomes(first, second) == [(5, "ok"), (5, "ok")]
+    assert read_outcomes(first, second) == [(5, "ok duplicate_slices")] * 2
 
 
 def test_a_missing_patient_id_in_one_slice_does_not_split_the_scan(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark as slow each test that starts Ray or an object store, kills a run, or reads the demo output.
 
-    The tests marked soak run only if `-m` names them, because they last as long as the caller wishes.
+    The tests marked soak run only if `-m` names them, because they last as long as the caller wishes. Files
+    with many slow tests come first.
     """
     skip_soak = pytest.mark.skip(reason="lasts for minutes; run pytest -m soak")
     for item in items:
@@ -40,6 +42,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip_soak)
         if markers & SLOW_MARKERS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+    # The two processes of pytest-xdist end at about the same time if the files with most work come first.
+    work = Counter(item.path for item in items for name in ("slow", "kill") if item.get_closest_marker(name))
+    items.sort(key=lambda item: -work[item.path])
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,11 @@ def run_mutations(number: int, seed: int) -> dict[str, int]:
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory limit works only on Linux")
 def test_thousands_of_damaged_files_give_a_volume_or_a_reason_and_no_crash() -> None:
     run = subprocess.run(
-        [sys.executable, __file__, str(MUTATIONS), "20"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, __file__, str(MUTATIONS), "20"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
     assert run.returncode == 0, run.stderr[-2000:]

@@ -141,12 +141,24 @@ class LayerConfig(_Section):
 
     layer: Text
     """Name, path (`encoder/z_mean`) or glob of layers."""
-    pool: Literal["none", "avg", "max", "avgmax"] | None = None
+    pool: Literal["none", "avg", "max", "avgmax", "grid"] | None = None
     """Pooling over the spatial axes; null = none for rank-2 outputs, avg for feature maps."""
+    grid: tuple[int, ...] | None = None
+    """Number of cells (z, y, x), or (y, x) for 2-D maps, for pool: grid, e.g. [4, 4, 4]."""
     as_: Text | None = Field(default=None, alias="as")
     """Name of the layer in the output; null = the path with `/` replaced by `.`."""
 
     model_config = ConfigDict(populate_by_name=True)
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> LayerConfig:
+        if self.pool == "grid" and not self.grid:
+            raise ValueError("pool: grid needs grid, the number of cells (z, y, x), e.g. grid: [4, 4, 4]")
+        if self.grid and self.pool != "grid":
+            raise ValueError(f"grid: only used with pool: grid, not with pool: {self.pool}")
+        if self.grid and min(self.grid) < 1:
+            raise ValueError(f"grid {list(self.grid)} must be at least 1 along each axis")
+        return self
 
 
 def _parse_layer(value: Any) -> Any:

@@ -21,8 +21,9 @@ from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.model import inputs, prepare, runtime, seeding, variation
 from featray.model.inputs import Batch, Shape, TrialResults
 from featray.model.loading import download
+from featray.model.pooling import Pool
 from featray.model.prepare import PreparedModel
-from featray.model.select_layers import OutputSpec, Pool
+from featray.model.select_layers import OutputSpec
 from featray.model.variation import Variation
 
 _RARE_NOISE_CALLS = 60
@@ -44,6 +45,7 @@ class OutputLayer:
         values: Number of values per input. If it depends on the size of the input, the number is that for a
             small input.
         class_name: Class of the Keras layer.
+        grid: For pool `grid`: number of cells along each spatial axis.
     """
 
     name: str
@@ -52,6 +54,7 @@ class OutputLayer:
     shape: tuple[int | None, ...]
     values: int
     class_name: str
+    grid: tuple[int, ...] = ()
 
 
 class Extractor:
@@ -147,7 +150,15 @@ class Extractor:
 
         The order of the layers in the config makes no difference.
         """
-        outputs = [{"name": layer.name, "path": layer.path, "pool": layer.pool} for layer in self.layers]
+        outputs = [
+            {
+                "name": layer.name,
+                "path": layer.path,
+                "pool": layer.pool,
+                **({"grid": list(layer.grid)} if layer.grid else {}),
+            }
+            for layer in self.layers
+        ]
         # As float, so that 1 and 1.0 in a config give the same recipe.
         constants = {name: np.asarray(value, float).tolist() for name, value in self._spec.constants.items()}
         return {
@@ -205,7 +216,13 @@ class Extractor:
         shape = traced if None in self._prepared.call.input_shape else trial_shape
         class_name = type(output.tap.layer).__name__
         return OutputLayer(
-            output.name, output.tap.path, output.pool, shape, math.prod(trial_shape), class_name
+            output.name,
+            output.tap.path,
+            output.pool,
+            shape,
+            math.prod(trial_shape),
+            class_name,
+            output.grid,
         )
 
     def _check_output(

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from featray.config import ModelConfig
-from featray.model import prepare, runtime, select_layers, variation
+from featray.model import pooling, prepare, runtime, select_layers, variation
 from featray.model.inputs import Shape
-from featray.model.select_layers import OutputSpec, Pool
+from featray.model.pooling import Pool
+from featray.model.select_layers import OutputSpec
 from featray.model.trace import Tap
 from featray.model.variation import Variation
 
@@ -146,23 +147,21 @@ def _describe_tap(tap: Tap, survey: _Survey) -> LayerInfo:
         "dead_units_possible": _has_relu(tap.layer) and (is_bottleneck or _is_latent_parameter(tap, survey)),
         "sigma": any(_SPREAD_NAME.search(name) for name in _list_plain_names(tap)),
     }
-    chosen_pools = tuple(output.pool for output in survey.outputs if output.tap.key == tap.key)
-    pools = chosen_pools or (select_layers.get_default_pool(tap),)
+    chosen = [output for output in survey.outputs if output.tap.key == tap.key]
+    outputs = chosen or [OutputSpec(tap.path, tap, select_layers.get_default_pool(tap))]
+    channels_first = select_layers.is_channels_first(tap)
     return LayerInfo(
         path=tap.path,
         class_name=type(tap.layer).__name__,
         shape=tap.shape[1:] if survey.has_any_size else shape,
-        values=sum(_count_values(tap, shape, pool) for pool in pools),
+        values=sum(
+            pooling.count_values(shape, output.pool, output.grid, channels_first=channels_first)
+            for output in outputs
+        ),
         flags=tuple(flag for flag, is_set in flags.items() if is_set),
-        pools=pools,
-        chosen=bool(chosen_pools),
+        pools=tuple(output.pool for output in outputs),
+        chosen=bool(chosen),
     )
-
-
-def _count_values(tap: Tap, shape: tuple[int, ...], pool: Pool) -> int:
-    """Return the number of values per input after pooling; `shape` is before pooling, without batch axis."""
-    channels = math.prod(shape[:1] if select_layers.is_channels_first(tap) else shape[-1:])
-    return {"none": math.prod(shape), "avg": channels, "max": channels, "avgmax": 2 * channels}[pool]
 
 
 def _has_relu(layer: Any) -> bool:

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from featray.config import ModelConfig, load_model_section
-from featray.model import inputs, select_layers, trace
+from featray.model import inputs, pooling, select_layers, trace
 from featray.model.inputs import Shape
 from featray.model.loading import load
 from featray.model.loading.load import LoadedModel
 from featray.model.loading.model_file import ModelFormat
-from featray.model.select_layers import OutputSpec, Pool
+from featray.model.select_layers import OutputSpec
 from featray.model.trace import ModelCall, Tap
 
 
@@ -84,9 +84,7 @@ def build_function(
     """Return a traced function: float32 (n, *shape) -> {output name: pooled float32 (n, …)}, for any n."""
 
     def pool_all(tensors: dict[str, Any]) -> dict[str, Any]:
-        return {
-            output.name: pool_tensor(tensors[output.tap.key], output.pool, output.tap) for output in outputs
-        }
+        return {output.name: _pool(tensors[output.tap.key], output) for output in outputs}
 
     keys = [output.tap.key for output in outputs]
     return trace.trace_truncated_model(prepared.call, keys, pool_all, jit_compile=jit_compile)
@@ -99,24 +97,9 @@ def select_taps_up_to(taps: Sequence[Tap], outputs: Sequence[OutputSpec]) -> lis
     return list(taps[: last + 1])
 
 
-def pool_tensor(tensor: Any, pool: Pool, tap: Tap) -> Any:
-    """Return a tensor (n, …) as float32, pooled over its spatial axes; `avgmax` is [avg, max].
-
-    The channels are on the last axis, unless the layer declares `channels_first`. A tensor (n,) becomes
-    (n, 1).
-    """
-    import tensorflow as tf
-
-    value = tf.cast(tensor, tf.float32)
-    if value.shape.rank == 1:
-        return value[:, tf.newaxis]
-    axes = (
-        list(range(2, value.shape.rank))
-        if select_layers.is_channels_first(tap)
-        else list(range(1, value.shape.rank - 1))
-    )
-    average, largest = tf.reduce_mean(value, axes), tf.reduce_max(value, axes)
-    return {"none": value, "avg": average, "max": largest, "avgmax": tf.concat([average, largest], -1)}[pool]
+def _pool(tensor: Any, output: OutputSpec) -> Any:
+    channels_first = select_layers.is_channels_first(output.tap)
+    return pooling.pool_tensor(tensor, output.pool, output.grid, channels_first=channels_first)
 
 
 def _check_weights(model: Any, loaded: LoadedModel) -> list[str]:

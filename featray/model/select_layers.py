@@ -9,13 +9,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from featray.config import LayerConfig, ModelConfig
 from featray.errors import ModelError, find_similar_names
+from featray.model.pooling import Pool
 from featray.model.trace import Tap
-
-Pool = Literal["none", "avg", "max", "avgmax"]
 
 _MAX_LISTED_PATHS = 12
 
@@ -28,11 +26,13 @@ class OutputSpec:
         name: Name of the output.
         tap: The tap that gives its values.
         pool: Pooling over the spatial axes.
+        grid: For pool `grid`: number of cells along each spatial axis.
     """
 
     name: str
     tap: Tap
     pool: Pool
+    grid: tuple[int, ...] = ()
 
 
 def match_layers(spec: ModelConfig, taps: list[Tap], problems: list[str]) -> list[OutputSpec]:
@@ -107,7 +107,7 @@ def _match_layer(layer: LayerConfig, path: str, taps: list[Tap]) -> list[OutputS
         raise ModelError(problems)
     names = [layer.as_ or (tap.path if is_glob else layer.layer).replace("/", ".") for tap in matches]
     return [
-        OutputSpec(name, tap, layer.pool or get_default_pool(tap))
+        OutputSpec(name, tap, layer.pool or get_default_pool(tap), layer.grid or ())
         for name, tap in zip(names, matches, strict=True)
     ]
 
@@ -130,6 +130,11 @@ def _explain_unusable(tap: Tap, layer: LayerConfig, taps: list[Tap]) -> str:
         return (
             f"layers: pool: {layer.pool} of {tap.path!r} needs a feature map, but the layer returns values "
             f"of shape {list(tap.shape[1:])} without spatial axes; leave pool out"
+        )
+    if layer.grid and len(layer.grid) != len(tap.shape) - 2:
+        return (
+            f"layers: grid: {list(layer.grid)} has {len(layer.grid)} numbers, but {tap.path!r} has "
+            f"{len(tap.shape) - 2} spatial axes (shape {list(tap.shape[1:])}); give one number for each"
         )
     return ""
 

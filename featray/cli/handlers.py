@@ -15,7 +15,7 @@ from featray.errors import ConfigError, ExitCode, Reason
 from featray.terminal.answer import RESUME_HINT, align_columns, print_answer, stop_on_signal, to_json_value
 
 if TYPE_CHECKING:
-    from featray.model.list_layers import LayerInfo
+    from featray.model.list_layers import LayerInfo, UnlistedLayer
     from featray.output.dataset import Dataset
     from featray.stages.report import Summary
 
@@ -136,7 +136,12 @@ def run_layers(args: argparse.Namespace) -> int:
     for row in rows:
         row["class"], row["pool"] = row.pop("class_name"), ", ".join(row.pop("pools"))
     header = ("layer", "class", "shape", "pool", "values", "GB per 10,000", "chosen", "flags")
-    print_answer(args, {"layers": rows}, align_columns([header, *map(_format_layer, layers)]))
+    table = align_columns([header, *map(_format_layer, layers)])
+    unlisted = [
+        {"path": layer.path, "class": layer.class_name, "reason": layer.reason} for layer in layers.unlisted
+    ]
+    answer = {"layers": rows, "unlisted": unlisted}
+    print_answer(args, answer, "\n".join([table, *_format_unlisted(layers.unlisted)]))
     return ExitCode.OK
 
 
@@ -145,6 +150,14 @@ def _format_layer(layer: LayerInfo) -> tuple[str, ...]:
     gigabytes = f"{layer.gb_per_10000:.3g}"
     chosen, pools, flags = "*" * layer.chosen, ", ".join(layer.pools), " ".join(layer.flags)
     return layer.path, layer.class_name, shape, pools, str(layer.values), gigabytes, chosen, flags
+
+
+def _format_unlisted(layers: Sequence[UnlistedLayer]) -> list[str]:
+    """Return one line per reason: the reason, and the layers that cannot be extracted for it."""
+    paths_by_reason: dict[str, list[str]] = {}
+    for layer in layers:
+        paths_by_reason.setdefault(layer.reason, []).append(layer.path)
+    return [f"cannot be extracted: {', '.join(paths)}: {why}" for why, paths in paths_by_reason.items()]
 
 
 def _parse_size(text: str | None) -> tuple[int | None, ...] | None:

@@ -6,6 +6,14 @@ tables. Importing this package does not import TensorFlow.
 
 from featray.model.extractor import Extractor, OutputLayer
 from featray.model.invariance import InvarianceReport, check_invariance
-from featray.model.list_layers import LayerInfo, list_layers
+from featray.model.list_layers import LayerInfo, LayerList, list_layers
 
-__all__ = ["Extractor", "InvarianceReport", "LayerInfo", "OutputLayer", "check_invariance", "list_layers"]
+__all__ = [
+    "Extractor",
+    "InvarianceReport",
+    "LayerInfo",
+    "LayerList",
+    "OutputLayer",
+    "check_invariance",
+    "list_layers",
+]

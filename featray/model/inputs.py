@@ -8,6 +8,7 @@ channels there. Inputs with a different number of axes are passed on unchanged.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -181,7 +182,8 @@ def make_tensor(batch: Batch) -> Any:
 def run_trials(run: Callable[[Batch], Result], call: trace.ModelCall) -> TrialResults[Result]:
     """Run a model on random inputs a and b, in three batches: [a, a], [a, a] again, and [a, b].
 
-    Along an axis that accepts any size, the smallest trial size that the model can take is used.
+    Along an axis that accepts any size, the smallest trial size that the model can take is used. A model that
+    casts its input to whole numbers gets whole numbers.
 
     Args:
         run: Takes a batch; runs the model or a part of it.
@@ -191,14 +193,15 @@ def run_trials(run: Callable[[Batch], Result], call: trace.ModelCall) -> TrialRe
         ModelError: The model fails on all trial sizes.
     """
     failure: Exception | None = None
-    for size in _TRIAL_SIZES if None in call.input_shape else _TRIAL_SIZES[:1]:
+    sizes = _TRIAL_SIZES if None in call.input_shape else _TRIAL_SIZES[:1]
+    for probe, size in itertools.product(call.probe.list_attempts(), sizes):
         shape = tuple(size if extent is None else extent for extent in call.input_shape)
-        a, b = np.random.default_rng(0).random((2, *shape), np.float32)
+        a, b = probe.draw(2, shape)
         try:
             twin, mixed = np.stack([a, a]), np.stack([a, b])
             return TrialResults(run(twin), run(twin), run(mixed), mixed)
         except Exception as error:  # TensorFlow raises many types: out of memory, no kernel for a data type
-            failure = error
+            failure = failure or error
             log.debug("the trial with inputs of shape %s failed", shape, exc_info=error)
     assert failure is not None
     raise ModelError(_explain_failed_trials(call, failure)) from failure

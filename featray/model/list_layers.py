@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from featray.config import ModelConfig
+from featray.errors import ModelError
 from featray.model import pooling, prepare, runtime, select_layers, variation
 from featray.model.inputs import Shape
+from featray.model.loading import download
 from featray.model.pooling import Pool
 from featray.model.select_layers import OutputSpec
 from featray.model.trace import Tap
@@ -66,6 +68,35 @@ class LayerInfo:
         return self.values * 4 * 10_000 / 1e9
 
 
+@dataclass(frozen=True)
+class UnlistedLayer:
+    """One value that cannot be extracted.
+
+    Attributes:
+        path: Path of the layer.
+        class_name: Class of the Keras layer.
+        reason: Why it cannot be extracted, such as `fails (NameError: …)`.
+    """
+
+    path: str
+    class_name: str
+    reason: str
+
+
+class LayerList(list[LayerInfo]):
+    """The values that can be extracted, in order of computation.
+
+    Attributes:
+        unlisted: The values that cannot be extracted, with the reason: among them a layer that fails, and the
+            layers behind it.
+    """
+
+    def __init__(self, layers: Iterable[LayerInfo] = (), unlisted: Sequence[UnlistedLayer] = ()) -> None:
+        """Make a list of `layers`."""
+        super().__init__(layers)
+        self.unlisted = tuple(unlisted)
+
+
 def list_layers(  # noqa: PLR0913  # public as featray.layers
     model: ModelConfig | Mapping[str, Any] | str | os.PathLike[str],
     *,
@@ -74,7 +105,7 @@ def list_layers(  # noqa: PLR0913  # public as featray.layers
     submodel: str | None = None,
     trust: bool = False,
     input_zyx: Shape | None = None,
-) -> list[LayerInfo]:
+) -> LayerList:
     """Return every layer value that can be extracted, in order of computation.
 
     The whole model runs three times, on two random inputs, to find out which layers are stochastic. Layers
@@ -90,7 +121,7 @@ def list_layers(  # noqa: PLR0913  # public as featray.layers
         input_zyx: Size (z, y, x) of one input in voxels; None takes the size that the model declares.
 
     Raises:
-        ModelError: The model cannot be loaded or called.
+        ModelError: The model cannot be loaded or called, or no value can be extracted.
     """
     is_config = not isinstance(model, str | os.PathLike)
     if isinstance(model, str | os.PathLike):
@@ -105,13 +136,22 @@ def list_layers(  # noqa: PLR0913  # public as featray.layers
     runtime.configure()
     prepared = prepare.prepare_model(spec, input_zyx, [])
     taps = [tap for tap in prepared.taps if not tap.problem]
+    unlisted = [_describe_unlisted(tap) for tap in prepared.taps if tap.problem]
+    if not taps:
+        raise ModelError(
+            [f"{layer.path}: {layer.reason}" for layer in unlisted], download.redact_uri(spec.uri)
+        )
     evaluation = variation.evaluate_taps(prepared.call, taps)
     value_counts = map(math.prod, evaluation.shapes.values())
     narrowest = min((count for count in value_counts if count > 1), default=0)
     outputs = prepare.select_outputs(spec, prepared, []) if is_config else []
     has_any_size = None in prepared.call.input_shape
     survey = _Survey(evaluation, narrowest, taps, outputs, has_any_size)
-    return [_describe_tap(tap, survey) for tap in taps]
+    return LayerList([_describe_tap(tap, survey) for tap in taps], unlisted)
+
+
+def _describe_unlisted(tap: Tap) -> UnlistedLayer:
+    return UnlistedLayer(tap.path, type(tap.layer).__name__, tap.problem)
 
 
 @dataclass(frozen=True)

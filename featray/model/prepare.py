@@ -7,7 +7,7 @@ extractor, the list of layers and the invariance check share these steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from featray.config import ModelConfig, load_model_section
@@ -61,9 +61,9 @@ def prepare_model(spec: ModelConfig, input_zyx: Shape | None, problems: list[str
     model = load.get_submodel(loaded, spec.submodel)
     shape, size_problems = inputs.resolve_input_shape(model, input_zyx, spec.constants)
     call = ModelCall(model, shape, inputs.make_fill(model, spec.constants))
-    taps = trace.record_taps(call)
+    recording = trace.record_taps(call)
     problems += size_problems + _check_weights(model, loaded)
-    return PreparedModel(loaded, call, taps)
+    return PreparedModel(loaded, replace(call, probe=recording.probe), recording.taps)
 
 
 def select_outputs(spec: ModelConfig, prepared: PreparedModel, problems: list[str]) -> list[OutputSpec]:

@@ -27,6 +27,24 @@ _STACK_LINE = re.compile(
     r"Graph execution error:|Detected at node | *File \".*\", line \d+|<stack traces unable"
 )
 
+_CAUSE_STARTS = (
+    re.compile(r"Exception encountered: "),
+    re.compile(r"Exception encountered when calling [^\n]*?\(\)\. "),
+    re.compile(r"Original error: "),
+)
+"""Texts of Keras behind which the cause begins. The last one in a message belongs to the innermost error."""
+
+_CAUSE_ENDS = (" Arguments received by ", " Full object config: ", " config={", " [[{{node", " [Op:")
+"""Texts of Keras and TensorFlow behind the cause: arguments, and descriptions of layers and operations."""
+
+_FOLDER = re.compile(
+    r"(?<=')/[^']*/(?=[^/']*')|(?<=\")/[^\"]*/(?=[^/\"]*\")"  # a quoted path may contain spaces
+    r"|(?<![\w:/.~])(?:~|[A-Za-z]:\\)?/(?:[^\s/'\"<>()\[\],;:]+/)+"
+)
+"""The folders of an absolute path; not part of a URL or of the name of a layer such as encoder/conv_1."""
+
+_MAX_CAUSE = 400
+
 
 def configure(threads: ModelThreads = DEFAULT_THREADS) -> None:
     """Import TensorFlow without its startup messages and set the options of this process.
@@ -59,10 +77,22 @@ def list_gpu_names() -> list[str]:
 
 
 def summarize_error(error: BaseException) -> str:
-    """Return the type and the first 240 characters of an error, without colors, stack and line breaks."""
+    """Return the type and the cause of an error, without colors, stack, line breaks and folders.
+
+    Keras writes the cause behind the config of the model, or between the name of a method and its arguments;
+    only the innermost cause is returned. A long cause loses its middle.
+    """
     lines = [line for line in _ANSI_COLOR.sub("", str(error)).splitlines() if not _STACK_LINE.match(line)]
     text = " ".join(" ".join(lines).split())
-    return f"{type(error).__name__}: {text[:240]}{'…' if len(text) > 240 else ''}"
+    type_name = type(error).__name__
+    for start in _CAUSE_STARTS:
+        text = start.split(text)[-1] or text
+    for end in _CAUSE_ENDS:
+        text = text.partition(end)[0] or text
+    text = _FOLDER.sub("", text).strip()
+    if len(text) > _MAX_CAUSE:
+        text = f"{text[: _MAX_CAUSE // 2]} … {text[-_MAX_CAUSE // 2 :]}"
+    return f"{type_name}: {text}"
 
 
 def _require_tensorflow_backend() -> None:
@@ -104,12 +134,11 @@ def _allocate_gpu_memory_on_demand() -> None:
 
 
 def _import_tensorflow() -> None:
-    """Import TensorFlow and drop its startup messages, unless TF_CPP_MIN_LOG_LEVEL is set."""
+    """Import TensorFlow; drop its startup messages unless TF_CPP_MIN_LOG_LEVEL asks for them (0 or 1)."""
     if "tensorflow" in sys.modules:
         return
-    if "TF_CPP_MIN_LOG_LEVEL" in os.environ:  # the user chose which messages to see
+    if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") in ("0", "1"):
         import tensorflow
     else:
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
         with filter_stderr(_STARTUP_MESSAGES):
             import tensorflow  # noqa: F401 - imported for its side effects

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from featray.errors import ModelError
-from featray.model import runtime, seeding
+from featray.model import probes, runtime, seeding
+from featray.model.probes import UNIT_RANGE, ProbeRange
 
 Fill = Callable[[Any], Any]
 
@@ -45,11 +46,13 @@ class ModelCall:
             accepts any size.
         fill: Takes the batch of inputs and returns the argument for `model`: the batch itself, or the batch
             together with constant values for the other inputs of the model.
+        probe: Range of random inputs.
     """
 
     model: Any
     input_shape: tuple[int | None, ...]
     fill: Fill = feed_single_input
+    probe: ProbeRange = UNIT_RANGE
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,22 @@ class Tap:
     fed_by: frozenset[str] = frozenset()
 
 
+@dataclass(frozen=True)
+class Recording:
+    """All that is known of a model after one trace.
+
+    Attributes:
+        taps: Every tensor that any layer returns, in order of computation. If a layer fails, it and the
+            layers that were not reached are at the end, each with its problem.
+        tensors: The tensor of each tap in the graph of the trace, by the key of the tap.
+        probe: Range of the values that the model takes.
+    """
+
+    taps: list[Tap]
+    tensors: dict[str, Any]
+    probe: ProbeRange
+
+
 class _AllTensorsReached(BaseException):
     """Raised inside the model when every selected tensor exists, to end the trace there.
 
@@ -105,19 +124,18 @@ class _LayerCall:
     was_built: bool = True
 
 
-def record_taps(call: ModelCall) -> list[Tap]:
-    """Return every tensor that any layer returns, in order of computation; compute no values.
+def record_taps(call: ModelCall) -> Recording:
+    """Record every tensor that any layer returns; compute no values.
 
-    The model is traced into a graph that is then discarded. If an error stops the trace, the taps recorded
-    before the error are returned.
+    The model is traced into a graph. If a layer fails, the layers before it are recorded.
 
     Raises:
         ModelError: The trace fails before any layer returns.
     """
-    taps, are_layers_built = _record_taps_once(call)
+    recording, are_layers_built = _record_once(call)
     if not are_layers_built:  # building a layer can run parts of the model in a scratch graph: record again
-        taps, _ = _record_taps_once(call)
-    return _assign_paths(_mark_loop_taps(taps))
+        recording, _ = _record_once(call)
+    return replace(recording, taps=_assign_paths(_mark_loop_taps(recording.taps)))
 
 
 def can_call(model: Any, input_shape: Sequence[int | None]) -> bool:
@@ -178,38 +196,94 @@ def trace_truncated_model(
     return _trace_function(extract, call.input_shape, jit_compile=jit_compile)
 
 
-def _record_taps_once(call: ModelCall) -> tuple[list[Tap], bool]:
-    """Return the taps of one trace, and whether all layers already had their variables."""
-    import tensorflow as tf
+@dataclass
+class _Recorder:
+    """Collects the layer calls of one trace.
 
-    taps: list[Tap] = []
-    layer_calls: list[_LayerCall] = []
-    graph: Any = None
-    producers: dict[int, set[str]] = {}  # id of a tensor -> keys of the taps that returned it
-    references: list[Any] = []  # keep the tensors alive, because the id of a deleted one can be used again
+    Attributes:
+        inputs: The tensor of the batch; None before the model is called.
+        taps: One tap per tensor that a layer returned, without its path.
+        calls: The layer calls that returned.
+        tensors: Each result of a layer, by the key of its tap. This also keeps the tensors alive, because the
+            id of a deleted one can be used again.
+        producers: Keys of the taps that returned a tensor, by the id of the tensor.
+        failed: The layer calls that raised an error, the innermost first.
+    """
 
-    def record(layer_call: _LayerCall, arguments: Any, result: Any) -> None:
-        fed_by = {key for _, tensor in _flatten_tensors(arguments) for key in producers.get(id(tensor), ())}
-        layer_calls.append(layer_call)
+    inputs: Any = None
+    taps: list[Tap] = field(default_factory=list)
+    calls: list[_LayerCall] = field(default_factory=list)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    producers: dict[int, set[str]] = field(default_factory=dict)
+    failed: list[_LayerCall] = field(default_factory=list)
+
+    def record_result(self, layer_call: _LayerCall, arguments: Any, result: Any) -> None:
+        """Record that a layer call returned `result`."""
+        self.failed.clear()  # the code of the model has handled the error
+        self.calls.append(layer_call)
+        fed_by = frozenset(
+            key for _, tensor in _flatten_tensors(arguments) for key in self.producers.get(id(tensor), ())
+        )
         for suffix, tensor in _flatten_tensors(result):
-            references.append(tensor)
-            producers.setdefault(id(tensor), set()).add(layer_call.key + suffix)
-            tap = _make_tap(layer_call, suffix, tensor, graph)
-            taps.append(replace(tap, fed_by=frozenset(fed_by)))
+            key = layer_call.key + suffix
+            self.tensors[key] = tensor
+            self.producers.setdefault(id(tensor), set()).add(key)
+            self.taps.append(replace(_make_tap(layer_call, suffix, tensor, self.inputs.graph), fed_by=fed_by))
+
+    def record_failure(self, error: Exception) -> None:
+        """Add the layer that failed and those that were not reached as taps with a problem."""
+        failed = [layer_call for layer_call in self.failed[:1] if layer_call.key]
+        reason = f"fails ({runtime.summarize_error(error)})"
+        self.taps += [_make_failed_tap(layer_call, reason) for layer_call in failed]
+        name = repr(failed[0].layer.name) if failed else "the model"
+        problem = f"cannot be reached, because {name} {reason}"
+        known = {id(layer_call.layer) for layer_call in [*self.calls, *failed]}
+        root = self.failed[-1] if self.failed else None
+        if root is not None:
+            self.taps += [
+                _make_failed_tap(layer_call, problem)
+                for layer_call in _list_inner_calls(root)
+                if id(layer_call.layer) not in known
+            ]
+
+
+def _record_once(call: ModelCall) -> tuple[Recording, bool]:
+    """Return the recording of one trace, and whether all layers already had their variables."""
+    recorder = _Recorder()
 
     def run(inputs: Any) -> Any:
-        nonlocal graph
-        graph = tf.compat.v1.get_default_graph()
-        with _intercept_layer_calls(call.model, record):
+        recorder.inputs = inputs
+        with _intercept_layer_calls(call.model, recorder.record_result, recorder.failed.append):
             call.model(call.fill(inputs), training=False)
         return inputs
 
     try:
         _trace_function(run, call.input_shape)
     except Exception as error:  # layers run user code, which can raise any error
-        if not taps:
+        if not recorder.taps:
             raise ModelError(_explain_failed_call(call, error)) from error
-    return taps, all(layer_call.was_built for layer_call in layer_calls)
+        recorder.record_failure(error)
+    probe = probes.find_probe_range(call.model, recorder.inputs)
+    recording = Recording(recorder.taps, recorder.tensors, probe)
+    return recording, all(layer_call.was_built for layer_call in recorder.calls)
+
+
+def _make_failed_tap(layer_call: _LayerCall, problem: str) -> Tap:
+    return Tap(layer_call.key, "", layer_call.parts, layer_call.layer, (), "", problem)
+
+
+def _list_inner_calls(parent: _LayerCall) -> list[_LayerCall]:
+    """Return one call for each layer inside a model, at any depth, as if the model called it once."""
+    import keras
+
+    calls: list[_LayerCall] = []
+    for layer in getattr(parent.layer, "layers", []):
+        if not isinstance(layer, keras.layers.InputLayer):
+            names = _list_names(parent.layer, layer)
+            key = f"{parent.key}/{names[0]}#1" if parent.key else f"{names[0]}#1"
+            layer_call = _LayerCall(layer, key, (*parent.parts, names))
+            calls += [layer_call, *_list_inner_calls(layer_call)]
+    return calls
 
 
 def _trace_function(
@@ -228,10 +302,16 @@ def _trace_function(
 
 
 @contextlib.contextmanager
-def _intercept_layer_calls(root: Any, report: Callable[[_LayerCall, Any, Any], None]) -> Iterator[None]:
+def _intercept_layer_calls(
+    root: Any,
+    report: Callable[[_LayerCall, Any, Any], None],
+    report_failure: Callable[[_LayerCall], Any] = id,
+) -> Iterator[None]:
     """Call `report(layer_call, arguments, result)` after each layer call inside a call of `root`.
 
-    Calls in other threads, calls outside `root` and the call of `root` itself are not reported.
+    Calls in other threads, calls outside `root` and the call of `root` itself are not reported. A call that
+    raises an error is passed to `report_failure` instead, the innermost first and that of `root` last; by
+    default nothing is done with it.
     """
     import keras
 
@@ -244,6 +324,9 @@ def _intercept_layer_calls(root: Any, report: Callable[[_LayerCall, Any, Any], N
         layer_call = _push_call(stack, layer)
         try:
             result = original(layer, *args, **kwargs)
+        except Exception:
+            report_failure(layer_call)
+            raise
         finally:
             stack.pop()
         if stack:

@@ -201,6 +201,7 @@ def test_engine_auto_chooses_inline_for_few_scans_and_reports_it(config: Path) -
         capture_output=True,
         text=True,
         check=True,
+        env={name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"},
     )
     assert "engine inline, chosen because of 12 scans and no cluster address" in done.stderr
     assert "WARNING" not in done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import keras
 import pytest
 
-from featray.model import LayerInfo, list_layers
+from featray.errors import ModelError
+from featray.model import Extractor, LayerInfo, list_layers
 
 SAMPLING = ("featray.synthetic.vae:Sampling",)
 
@@ -126,8 +128,6 @@ def test_a_model_that_accepts_any_size_is_listed_for_the_given_size(tmp_path: Pa
 def test_list_layers_and_extractor_agree_on_the_number_of_values(
     spec: Callable[..., dict[str, Any]], number: int
 ) -> None:
-    from featray.model import Extractor
-
     section = spec(f"encoder/conv_{number}")
     (layer,) = Extractor(section).layers
     assert {info.path: info.values for info in list_layers(section)}[layer.path] == layer.values
@@ -206,3 +206,32 @@ def test_values_of_chosen_layers_are_counted_after_the_chosen_pooling(
 @pytest.mark.slow
 def test_no_layer_is_chosen_if_only_a_model_file_is_given(small_vae_file: Path) -> None:
     assert not any(info.chosen for info in list_layers(small_vae_file, custom_objects=SAMPLING))
+
+
+def test_a_layer_that_fails_and_the_layers_behind_it_are_named_with_the_reason(tmp_path: Path) -> None:
+    vector = keras.Input((6,))
+    x = keras.layers.Dense(3, name="first")(vector)
+    x = keras.layers.Lambda(lambda t: tf.nn.relu(t), output_shape=(3,), name="second")(x)  # type: ignore[name-defined]  # noqa: F821
+    inner = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="head")], name="inner")
+    keras.Model(vector, inner(x)).save(tmp_path / "m.keras")
+    listed = list_layers(tmp_path / "m.keras", trust=True)
+    assert [layer.path for layer in listed] == ["first"]
+    reason = "fails (NameError: name 'tf' is not defined)"
+    behind = f"cannot be reached, because 'second' {reason}"
+    assert [(layer.path, layer.class_name, layer.reason) for layer in listed.unlisted] == [
+        ("second", "Lambda", reason),
+        ("inner", "Sequential", behind),
+        ("inner/head", "Dense", behind),
+    ]
+    section = {"uri": str(tmp_path / "m.keras"), "trust": True}
+    for layer, message in (("second", reason), ("inner/head", behind)):
+        with pytest.raises(ModelError, match=re.escape(message)):
+            Extractor({**section, "layers": [layer]})
+    assert Extractor({**section, "layers": ["first"]}).layers[0].values == 3
+
+
+def test_a_model_of_which_no_value_can_be_extracted_is_refused_with_the_reason(tmp_path: Path) -> None:
+    steps = keras.Input(batch_shape=(1, 5, 2))
+    keras.Model(steps, keras.layers.LSTM(2, stateful=True, name="lstm")(steps)).save(tmp_path / "m.keras")
+    with pytest.raises(ModelError, match="lstm: fails"):
+        list_layers(tmp_path / "m.keras")

@@ -58,3 +58,43 @@ def test_another_backend_is_refused_before_keras_is_imported() -> None:
         "else:\n    raise SystemExit('accepted')\n"
         "assert 'keras' not in sys.modules"
     )
+
+
+@pytest.mark.parametrize(
+    ("message", "cause"),
+    [
+        (
+            "<class 'A'> could not be deserialized.\n\nconfig={'a': 1}.\n\nException encountered: Error when "
+            "deserializing class 'Dense' using config={'b': 2}.\n\nException encountered: Unrecognized "
+            "keyword arguments: {'c': 3}",
+            "Unrecognized keyword arguments: {'c': 3}",
+        ),
+        (
+            "Exception encountered when calling Lambda.call().\n\n\x1b[1mname 'tf' is not defined\x1b[0m\n\n"
+            "Arguments received by Lambda.call():\n  • inputs=…",
+            "name 'tf' is not defined",
+        ),
+        ("Could not locate class 'A'. Full object config: {'a': 1}", "Could not locate class 'A'."),
+        (
+            "indices[0] = 7 is not in [0, 3)\n\t [[{{node GatherV2}}]] [Op:f]",
+            "indices[0] = 7 is not in [0, 3)",
+        ),
+        ("no file '/home/who ever/private/model.py' or /srv/x/y.h5", "no file 'model.py' or y.h5"),
+        ("see https://keras.io/a/b for encoder/conv_1", "see https://keras.io/a/b for encoder/conv_1"),
+        ("begin " + "x" * 500 + " end", "begin " + "x" * 194 + " … " + "x" * 196 + " end"),
+    ],
+)
+def test_the_cause_of_an_error_is_kept_without_configs_arguments_and_folders(
+    message: str, cause: str
+) -> None:
+    assert runtime.summarize_error(ValueError(message)) == f"ValueError: {cause}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("level", "is_filtered"), [("2", True), ("3", True), ("0", False)])
+def test_startup_messages_are_shown_only_if_the_user_asks_for_them(level: str, is_filtered: bool) -> None:
+    process = _run_python(
+        f"import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '{level}'\n"
+        "from featray.model import runtime; runtime.configure()"
+    )
+    assert ("port.cc" in process.stderr or "cudart" in process.stderr) != is_filtered

@@ -21,7 +21,7 @@ def _make_volumes(shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 
 def _record(model: Any, shape: tuple[int, ...] = SHAPE) -> list[Tap]:
-    return trace.record_taps(ModelCall(model, shape))
+    return trace.record_taps(ModelCall(model, shape)).taps
 
 
 def _list_paths(model: Any, shape: tuple[int, ...] = SHAPE) -> list[str]:

@@ -66,7 +66,8 @@ def import_object(reference: str, *, config_key: str, storage_options: Mapping[s
             f"{config_key}: {short_reference} cannot be imported ({runtime.summarize_error(error)})"
         ) from error
     if not hasattr(module, name):
-        raise ModelError(f"{config_key}: {short_reference}: the file has no {name}")
+        kind = "the file" if location.endswith(".py") else "the module"
+        raise ModelError(f"{config_key}: {short_reference}: {kind} has no {name}")
     return getattr(module, name), sha256
 
 

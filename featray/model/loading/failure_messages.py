@@ -1,4 +1,4 @@
-"""Write the messages for model files that Keras cannot load: the cause, and how to make a readable file."""
+"""Write the messages for model files that Keras cannot load: the cause, and what to do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from featray.model.loading.model_file import ModelFile, ModelFormat
 
 
 def summarize_file_error(error: Exception, path: Path) -> str:
-    """Return the type and the first words of an error; `path` appears in them without its folder."""
+    """Return the type and the cause of an error; `path` appears in it without its folder."""
     return runtime.summarize_error(error).replace(str(path), path.name).replace(str(path.parent), "")
 
 
@@ -22,16 +22,18 @@ def describe_load_failure(path: Path, content: ModelFile, reason: str) -> str:
     origin = f" that Keras {content.keras_version} wrote" if content.keras_version else ""
     return (
         f"{path.name}: {content.format}{origin} cannot be loaded by Keras {keras.__version__} ({reason}); "
-        f"{_suggest_fix(content, keras.__version__)}, or name code that builds the model in model.builder"
+        f"{_suggest_fix(content, keras.__version__)}"
     )
 
 
 def _suggest_fix(content: ModelFile, installed_version: str) -> str:
+    """Return what to do; only ways that need nothing but the file, or code that the user may have."""
+    builder = "name code that builds the model in model.builder; its weights are then read from this file"
     if keras2.is_older_than_keras3(content.keras_version) and content.format is ModelFormat.ARCHIVE:
-        return "load it with Keras 2 (the package tf_keras) and save it again as .h5, which featray can read"
+        return f"load it with Keras 2 (the package tf_keras) and save it again as .h5, or {builder}"
     if _parse_version(content.keras_version) > _parse_version(installed_version):
-        return f"the file is newer than this Keras: save it again with Keras {installed_version} or older"
-    return "load it with the Keras version that wrote it and save it again as .keras"
+        return f"the file is newer than this Keras: install Keras {content.keras_version}, or {builder}"
+    return f"if the cause is in a class of model.custom_objects, correct it there, or {builder}"
 
 
 def _parse_version(version: str) -> tuple[int, ...]:

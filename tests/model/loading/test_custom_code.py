@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from featray.errors import ModelError
 from featray.model.loading.custom_code import VAE_SHA256, import_object
 
 
@@ -25,3 +26,10 @@ def test_the_digest_of_any_other_module_is_that_of_its_file() -> None:
     source = inspect.getsourcefile(found)
     assert source is not None
     assert sha256 == hashlib.sha256(Path(source).read_bytes()).hexdigest()
+
+
+def test_a_name_that_is_missing_in_a_module_or_a_file_is_reported_as_such(tmp_path: Path) -> None:
+    (tmp_path / "layers.py").write_text("")
+    for location, kind in (("json.decoder", "the module"), (tmp_path / "layers.py", "the file")):
+        with pytest.raises(ModelError, match=f"{kind} has no Sampling"):
+            import_object(f"{location}:Sampling", config_key="custom_objects", storage_options={})

@@ -129,7 +129,7 @@ def test_keras_2_weights_are_loaded_into_the_model_of_a_builder(k2: Any, save: A
 
 def test_a_keras_2_archive_is_refused_with_the_advice_to_save_it_as_h5(k2: Any, save: Any) -> None:
     with pytest.raises(
-        ModelError, match=r"archive that Keras 2\.\S+ wrote .* save it again as .h5, which featray can read"
+        ModelError, match=r"archive that Keras 2\.\S+ wrote .* save it again as .h5, or name code"
     ):
         Extractor({"uri": str(save(_make_vae(k2)[0], "m.keras")), "layers": ["z_mean"]})
 

@@ -1,10 +1,14 @@
-"""Read the bytes of one MetaImage (.mha) file and return a checked `Volume`.
+"""Read the bytes of one MetaImage (.mha), or of a header (.mhd) and its data files: a checked `Volume`.
 
-The file begins with lines `Key = Value`, of which ElementDataFile is the last. Then the voxels follow,
-uncompressed or as one zlib stream. Conventions:
+The file begins with lines `Key = Value`, of which ElementDataFile is the last. Then the voxels follow, or the
+names of files that hold them, uncompressed or as one zlib or gzip stream per file. Conventions:
 
-- The data must be in the file (`ElementDataFile = LOCAL`), be binary and hold one value per voxel. Other
-  files are `unsupported`.
+- ElementDataFile is LOCAL, the name of a file, LIST with one name per line after it, or a pattern such as
+  `name%03d.raw 1 40 1` (first, last, step), one file per slice; see `detached`. HeaderSize bytes of a data
+  file are skipped; -1 stands for everything before the voxels.
+- The data must be binary and hold one value per voxel. Other files are `unsupported`.
+- The last of four axes enumerates volumes, of which the caller may choose one, as in a 4-D NIfTI file.
+- MET_LONG has 4 bytes and MET_LONG_LONG 8, as in ITK.
 - Offset, TransformMatrix (one voxel axis per row) and ElementSpacing are LPS and mm, as in ITK.
   AnatomicalOrientation repeats the matrix in letters and is not used. Without a matrix the axes are assumed
   to be LPS, with the warning `orientation_unknown`.
@@ -16,6 +20,7 @@ This module must not know paths or storage.
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from typing import Any
@@ -23,23 +28,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.ct.formats.inflate import inflate_zlib
+from featray.ct.formats.detached import (
+    DataFiles,
+    check_names,
+    expand_pattern,
+    join_parts,
+    match_data_files,
+    split_pattern,
+)
+from featray.ct.formats.inflate import GZIP_MAGIC, inflate_gzip, inflate_zlib
 from featray.ct.formats.voxel_data import (
     Buffer,
     Layout,
     check_geometry,
     check_layout,
     check_length,
+    choose_volume,
     decode_voxels,
 )
 from featray.ct.geometry import Affine
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError, WarningCode
 
-MAX_HEADER_BYTES = 2**16
-"""Largest accepted header; real ones have about 15 lines."""
+MAX_HEADER_BYTES = 2**18
+"""Largest accepted header; real ones have about 15 lines, and some thousand with a LIST of data files."""
 
-_LAST_LINE = re.compile(rb"\nElementDataFile[ \t]*=[^\n]*\n")
+_LAST_LINE = re.compile(rb"\nElementDataFile[ \t]*=[^\n]*(\n|\Z)")
 _TYPES = {
     "MET_CHAR": "i1",
     "MET_UCHAR": "u1",
@@ -47,10 +61,14 @@ _TYPES = {
     "MET_USHORT": "u2",
     "MET_INT": "i4",
     "MET_UINT": "u4",
+    "MET_LONG": "i4",
+    "MET_ULONG": "u4",
+    "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8",
     "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
 }
-_ONLY_VALUES = {"HeaderSize": 0, "ElementToIntensityFunctionOffset": 0, "ElementToIntensityFunctionSlope": 1}
+_ONLY_VALUES = {"ElementToIntensityFunctionOffset": 0, "ElementToIntensityFunctionSlope": 1}
 """The only supported value of some fields, which is also their default."""
 
 _MATRIX_KEYS = ("TransformMatrix", "Rotation", "Orientation")
@@ -59,21 +77,50 @@ _OFFSET_KEYS = ("Offset", "Position", "Origin")
 _Header = dict[str, str]
 
 
-def read_metaimage(data: bytes, *, max_voxels: int, keep_shear: bool = False) -> Volume:
-    """Return the volume of a MetaImage file that contains its data.
+def read_metaimage(
+    data: bytes,
+    data_files: DataFiles = (),
+    *,
+    max_voxels: int,
+    volume_index: int | None = None,
+    keep_shear: bool = False,
+) -> Volume:
+    """Return the volume of a MetaImage file; `data_files` are the files that ElementDataFile names.
 
     The voxels, the arguments and the errors are those of `featray.ct.formats.nifti.read_nifti`.
     """
     if not data:
         raise ScanError(Reason.EMPTY, "the file has no bytes")
     header, start = _parse_header(data)
-    _check_supported(header)
-    layout = _parse_layout(header)
+    names = _parse_data_files(header, data[start:MAX_HEADER_BYTES])
+    _check_supported(header, is_detached=bool(names))
+    layout = choose_volume(_parse_layout(header), volume_index)
     check_layout(layout, max_voxels)
     affine, warnings = _parse_affine(header)
     warnings += check_geometry(affine, keep_shear=keep_shear)
-    voxels = decode_voxels(_inflate(memoryview(data)[start:], header, layout), layout)
-    return Volume(voxels, affine, warnings=warnings)
+    if layout.volume_count > 1:
+        warnings += (Reason.NOT_A_VOLUME.value,)
+    if names:
+        parts: list[Buffer] = [*match_data_files(names, data_files, ".mhd")]
+    else:
+        parts = [memoryview(data)[start:]]
+    content = join_parts(parts, layout, functools.partial(_inflate, header))
+    return Volume(decode_voxels(content, layout), affine, warnings=warnings)
+
+
+def list_metaimage_data_files(data: bytes) -> tuple[str, ...]:
+    """Return the names of the data files of a header; none if the file holds its data itself.
+
+    Args:
+        data: Content of the file, or its first `MAX_HEADER_BYTES`.
+
+    Raises:
+        ScanError: The header is damaged, or names files that must not be read.
+    """
+    if not data:
+        raise ScanError(Reason.EMPTY, "the file has no bytes")
+    header, start = _parse_header(data)
+    return _parse_data_files(header, data[start:MAX_HEADER_BYTES])
 
 
 def _parse_header(data: bytes) -> tuple[_Header, int]:
@@ -85,7 +132,7 @@ def _parse_header(data: bytes) -> tuple[_Header, int]:
     if last is None:
         raise ScanError(Reason.TRUNCATED, "the MetaImage header has no end; copy the file again")
     header: _Header = {}
-    for line in text[: last.end() - 1].decode("latin-1").split("\n"):
+    for line in text[: last.end()].rstrip(b"\n").decode("utf-8", "surrogateescape").split("\n"):
         key, equals, value = (part.strip() for part in line.partition("="))
         if not equals or key in header:
             raise ScanError(
@@ -95,13 +142,29 @@ def _parse_header(data: bytes) -> tuple[_Header, int]:
     return header, last.end()
 
 
-def _check_supported(header: _Header) -> None:
-    if header["ElementDataFile"].upper() != "LOCAL":
-        raise ScanError(
-            Reason.UNSUPPORTED, "the voxels are in another file; write header and data into one .mha file"
-        )
+def _parse_data_files(header: _Header, rest: bytes) -> tuple[str, ...]:
+    """Return the names of the data files; none for LOCAL. `rest` is the text after the header."""
+    value = header["ElementDataFile"]
+    if value.upper() == "LOCAL":
+        return ()
+    if re.match(r"LIST(\s|$)", value):
+        lines = rest.decode("utf-8", "surrogateescape").splitlines()
+        return check_names([line.strip() for line in lines if line.strip()])
+    pattern, numbers = split_pattern(value)
+    if not pattern or len(numbers) > 3:
+        return check_names([value])
+    count = int(_parse_numbers(header, "DimSize")[-1])
+    first, last, step = numbers + [1, (numbers or [1])[0] + count - 1, 1][len(numbers) :]
+    return check_names(expand_pattern(pattern, first, last, step))
+
+
+def _check_supported(header: _Header, *, is_detached: bool) -> None:
     unsupported = [] if header.get("ElementNumberOfChannels", "1") == "1" else ["ElementNumberOfChannels"]
     unsupported += [key for key, value in _ONLY_VALUES.items() if _parse_number(header, key, value) != value]
+    header_size = _parse_number(header, "HeaderSize", 0)
+    is_skip_possible = is_detached and not _parse_flag(header, "CompressedData") and header_size >= -1
+    if header_size != 0 and not (is_skip_possible and header_size.is_integer()):
+        unsupported.append("HeaderSize")
     if header.get("DistanceUnits", "mm") not in ("mm", "?"):
         unsupported.append("DistanceUnits")
     if header.get("ObjectType", "Image").lower() != "image":
@@ -119,7 +182,7 @@ def _parse_layout(header: _Header) -> Layout:
     dimensions, sizes = _parse_number(header, "NDims"), _parse_numbers(header, "DimSize").tolist()
     if dimensions != len(sizes) or not all(size >= 1 and size == int(size) for size in sizes):
         raise ScanError(Reason.UNREADABLE, f"NDims is {dimensions:g}, DimSize {sizes}")
-    if len(sizes) < 3 or math.prod(sizes[3:]) != 1:
+    if len(sizes) < 3 or math.prod(sizes[4:]) != 1:
         raise ScanError(
             Reason.NOT_A_VOLUME,
             f"DimSize is {sizes}, expected three sizes; split a series of volumes into files",
@@ -128,7 +191,8 @@ def _parse_layout(header: _Header) -> Layout:
     if code is None:
         raise ScanError(Reason.UNSUPPORTED, "ElementType is not one of " + ", ".join(_TYPES))
     big = _parse_flag(header, "BinaryDataByteOrderMSB") or _parse_flag(header, "ElementByteOrderMSB")
-    return Layout(np.dtype((">" if big else "<") + code), tuple(int(size) for size in sizes[2::-1]))
+    shape_zyx = tuple(int(size) for size in sizes[2::-1])
+    return Layout(np.dtype((">" if big else "<") + code), shape_zyx, volume_count=int(math.prod(sizes[3:4])))
 
 
 def _parse_affine(header: _Header) -> tuple[Affine, tuple[str, ...]]:
@@ -150,11 +214,16 @@ def _parse_affine(header: _Header) -> tuple[Affine, tuple[str, ...]]:
     return affine, () if matrix_key is not None else (WarningCode.ORIENTATION_UNKNOWN.value,)
 
 
-def _inflate(data: memoryview, header: _Header, layout: Layout) -> Buffer:
-    """Return the uncompressed voxels, whose length is checked against the layout."""
+def _inflate(header: _Header, data: Buffer, least: int, most: int) -> Buffer:
+    """Return the uncompressed voxels of one file, whose number of bytes is checked."""
     if _parse_flag(header, "CompressedData"):
-        return inflate_zlib(data, layout.min_bytes, layout.max_bytes)
-    check_length(data, layout)
+        inflate = inflate_gzip if bytes(data[:2]) == GZIP_MAGIC else inflate_zlib
+        return inflate(data, least, most)
+    skip = int(_parse_number(header, "HeaderSize", 0))
+    if skip == -1:
+        skip = max(0, len(data) - least)
+    data = memoryview(data)[skip:]
+    check_length(data, least, most)
     return data
 
 
@@ -181,8 +250,10 @@ def _parse_numbers(header: _Header, key: str, count: int | None = None) -> NDArr
         raise ScanError(Reason.UNREADABLE, f"the MetaImage header lacks {key}") from None
     except ValueError:
         raise ScanError(Reason.UNREADABLE, f"{key} holds a value that is not a number") from None
-    if len(numbers) != (count or len(numbers)) or not np.isfinite(numbers).all():
+    if not len(numbers) or len(numbers) != (count or len(numbers)) or not np.isfinite(numbers).all():
+        expected = "one or more" if count is None else count
         raise ScanError(
-            Reason.UNREADABLE, f"{key} holds {len(numbers)} numbers, expected {count} finite ones"
+            Reason.UNREADABLE,
+            f"{key} holds {len(numbers)} numbers, expected {expected}, all of them finite",
         )
     return numbers

@@ -15,7 +15,12 @@ claims is compared with the limit and with the number of bytes in the file. Conv
   is `unreadable`.
 - The warning `sform_qform_differ` means that sform and qform disagree, that one has a code but an unusable
   affine, or that the spacing of the sform differs from pixdim.
-- Spatial units of meters or micrometers are converted to mm; unknown units count as mm.
+- pixdim is used without its sign, as in `nibabel.load`. If the affine is a qform whose pixdim has a negative
+  step, the file gets the warning `orientation_unknown`, because ITK would mirror that axis. The sign of
+  pixdim[0] flips z of the qform.
+- A quaternion a little longer than 1 (`MAX_QUATERNION_NORM`) is normalized, as in niftilib.
+- Spatial units of meters or micrometers are converted to mm; unknown units count as mm. If the numbers are
+  plausible only in mm, the file is `unreadable`, because it is unknown which of the two is wrong.
 - A scl_slope of 0, NaN or infinity means that values are not scaled. scl_inter is then ignored as well, as in
   nibabel; SimpleITK would add it.
 - A volume whose voxels all have the same value is `not_a_volume`.
@@ -42,6 +47,8 @@ from featray.ct.formats.voxel_data import (
     check_geometry,
     check_layout,
     check_length,
+    check_units,
+    choose_volume,
     decode_voxels,
 )
 from featray.ct.geometry import Affine
@@ -53,6 +60,12 @@ MAX_EXTENSION_BYTES = 2**26
 
 DIFFERENT_MM, DIFFERENT_DEGREES = 0.1, 0.1
 """Difference between sform and qform, at a corner or of an axis, that causes `sform_qform_differ`."""
+
+MAX_QUATERNION_NORM = 1.001
+"""Largest accepted length of (quatern_b, quatern_c, quatern_d).
+
+Rounding makes the length of a rotation by 180 degrees a little larger than 1.
+"""
 
 _HEADER_TYPES = {348: (nib.Nifti1Header, b"n+1", b"ni1"), 540: (nib.Nifti2Header, b"n+2", b"ni2")}
 """nibabel's header class, the magic of a single file and the magic of a pair, by the size of the header."""
@@ -88,7 +101,7 @@ def read_nifti(
     header = _parse_header(inflate_gzip_head(data, 540) if data[:2] == GZIP_MAGIC else data[:540])
     if not _is_single_file(header):
         raise ScanError(Reason.UNSUPPORTED, "the header of a .hdr/.img pair; its voxels are in the .img file")
-    layout = _parse_layout(header, volume_index)
+    layout = choose_volume(_parse_layout(header), volume_index)
     return _read_volume(header, layout, data, max_voxels=max_voxels, keep_shear=keep_shear)
 
 
@@ -109,13 +122,14 @@ def read_nifti_pair(
         raise ScanError(
             Reason.UNREADABLE, "the .hdr file says that it holds the voxels itself; rename it to .nii"
         )
-    layout = _parse_layout(parsed, volume_index)
+    layout = choose_volume(_parse_layout(parsed), volume_index)
     return _read_volume(parsed, layout, image, max_voxels=max_voxels, keep_shear=keep_shear)
 
 
 def _read_volume(header: Any, layout: Layout, data: bytes, *, max_voxels: int, keep_shear: bool) -> Volume:
     """Return the volume of a parsed header; `data` is the content of the file that holds the voxels."""
     check_layout(layout, max_voxels)
+    _check_units(header, layout)
     affine_ras, warnings = _choose_affine(header, layout.shape_zyx)
     affine = geometry.convert_ras_to_lps(affine_ras)
     warnings += check_geometry(affine, keep_shear=keep_shear)
@@ -157,7 +171,7 @@ def _is_single_file(header: Any) -> bool:
     return bytes(header["magic"])[1:2] == b"+"
 
 
-def _parse_layout(header: Any, volume_index: int | None) -> Layout:
+def _parse_layout(header: Any) -> Layout:
     shape_zyx, volume_count = _parse_shape([int(n) for n in header["dim"]])
     offset = float(header["vox_offset"])
     min_offset = int(header["sizeof_hdr"]) + 4 if _is_single_file(header) else 0
@@ -166,7 +180,7 @@ def _parse_layout(header: Any, volume_index: int | None) -> Layout:
             Reason.UNREADABLE, f"vox_offset is {offset:g}, expected {min_offset} to {MAX_EXTENSION_BYTES}"
         )
     dtype = _parse_dtype(header)
-    return Layout(dtype, shape_zyx, int(offset), volume_count, _choose_volume(volume_count, volume_index))
+    return Layout(dtype, shape_zyx, int(offset), volume_count)
 
 
 def _parse_dtype(header: Any) -> np.dtype[Any]:
@@ -191,28 +205,11 @@ def _parse_shape(dim: list[int]) -> tuple[tuple[int, ...], int]:
     return (shape[2], shape[1], shape[0]), shape[3]
 
 
-def _choose_volume(volume_count: int, volume_index: int | None) -> int:
-    """Return the index of the volume to read."""
-    if volume_count == 1:
-        return 0
-    if volume_index is None:
-        raise ScanError(
-            Reason.NOT_A_VOLUME,
-            f"the file holds {volume_count} volumes; set source.volume to choose one, or split the file",
-        )
-    if not 0 <= volume_index < volume_count:
-        raise ScanError(
-            Reason.NOT_A_VOLUME,
-            f"source.volume is {volume_index}, the file holds volumes 0 to {volume_count - 1}",
-        )
-    return volume_index
-
-
 def _inflate(data: bytes, layout: Layout) -> Buffer:
     """Return the uncompressed content of the file, whose length is checked against the layout."""
     if data[:2] == GZIP_MAGIC:
         return inflate_gzip(data, layout.min_bytes, layout.max_bytes)
-    check_length(data, layout)
+    check_length(data, layout.min_bytes, layout.max_bytes)
     return data
 
 
@@ -227,10 +224,21 @@ def _choose_affine(header: Any, shape_zyx: tuple[int, ...]) -> tuple[Affine, tup
     if sform is None:
         assert qform is not None
         code = WarningCode.SFORM_QFORM_DIFFER if has_sform else WarningCode.QFORM_ONLY
-        return qform, (code.value,)
+        is_mirrored = (header["pixdim"][1:4] < 0).any()
+        return qform, (code.value, *([WarningCode.ORIENTATION_UNKNOWN.value] if is_mirrored else []))
     differs = has_qform and (qform is None or _is_different(sform, qform, shape_zyx))
     differs = differs or _has_other_spacing(header, sform, shape_zyx)
     return sform, (WarningCode.SFORM_QFORM_DIFFER.value,) if differs else ()
+
+
+def _check_units(header: Any, layout: Layout) -> None:
+    """Check that the spatial unit of the header is plausible for its spacing."""
+    spacing = _parse_pixdim_mm(header)
+    if int(header["sform_code"]) > 0:
+        with np.errstate(all="ignore"):
+            spacing = np.linalg.norm(_convert_to_mm(header, header.get_sform())[:3, :3], axis=0)
+    factor = _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
+    check_units(spacing[::-1].tolist(), layout.shape_zyx, factor, "xyzt_units")
 
 
 def _parse_sform(header: Any) -> Affine | None:
@@ -248,11 +256,16 @@ def _parse_qform(header: Any) -> Affine | None:
         return None
     header = header.copy()
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 and other values mean 1, as in niftilib
+    header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
+    quaternion = np.array([header[f"quatern_{letter}"] for letter in "bcd"], np.float64)
+    norm = np.linalg.norm(quaternion)
+    if 1 < norm <= MAX_QUATERNION_NORM:  # rounded: the fourth number is 0
+        header["quatern_b"], header["quatern_c"], header["quatern_d"] = quaternion / norm
     try:
         with np.errstate(all="ignore"):
             affine = _convert_to_mm(header, header.get_qform())
     except (ValueError, HeaderDataError):
-        return None  # the quaternion is not a rotation, or the spacing is negative
+        return None  # the quaternion is not a rotation
     return None if geometry.find_affine_problem(affine) else affine
 
 

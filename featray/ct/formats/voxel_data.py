@@ -8,6 +8,7 @@ of single-file formats share this module, which must not know any of these forma
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,12 @@ from featray.errors import Reason, ScanError
 
 Buffer = bytes | bytearray | memoryview
 
+MAX_LONG_INTEGER = 2**31
+"""Largest accepted 64-bit integer that is not stored as int32; float32 would round it noticeably."""
+
+MIN_SIDE_MM, MAX_SIDE_MM = 2.0, 1000.0
+"""Range of the second largest side of a plausible volume whose header states a unit other than mm."""
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -32,8 +39,10 @@ class Layout:
         dtype: Dtype and byte order of the stored voxels.
         shape_zyx: Number of voxels of one volume along each axis; x varies fastest.
         offset: Number of bytes before the first voxel of the first volume.
-        volume_count: Number of volumes, which are stored one after another.
+        volume_count: Number of volumes.
         volume_index: Index of the volume to read, from 0.
+        is_interleaved: Whether the values of all volumes are stored side by side for each voxel. If not, the
+            volumes are stored one after another.
     """
 
     dtype: np.dtype[Any]
@@ -41,6 +50,7 @@ class Layout:
     offset: int = 0
     volume_count: int = 1
     volume_index: int = 0
+    is_interleaved: bool = False
 
     @property
     def min_bytes(self) -> int:
@@ -51,11 +61,6 @@ class Layout:
     def max_bytes(self) -> int:
         """Largest accepted number of bytes: less than one slice after the last volume counts as padding."""
         return self.min_bytes + self._volume_bytes // self.shape_zyx[0] - 1
-
-    @property
-    def start(self) -> int:
-        """Position of the first byte of the volume to read."""
-        return self.offset + self.volume_index * self._volume_bytes
 
     @property
     def _volume_bytes(self) -> int:
@@ -85,20 +90,75 @@ def check_layout(layout: Layout, max_voxels: int) -> None:
         )
 
 
-def check_length(data: Buffer, layout: Layout) -> None:
-    """Check that the length of uncompressed data agrees with the layout.
+def choose_volume(layout: Layout, volume_index: int | None) -> Layout:
+    """Return the layout with the volume that the caller chose; the index is ignored for a single volume.
 
     Raises:
-        ScanError: `truncated`, if the data are too short; `unreadable`, if they are longer than padding
-            explains.
+        ScanError: `not_a_volume`, if the file holds several volumes, and the index is None or too large, or
+            no index would select a volume.
     """
-    if len(data) < layout.min_bytes:
+    count = layout.volume_count
+    if count == 1:
+        return layout
+    if min(layout.shape_zyx) < 2:
+        sizes = [*reversed(layout.shape_zyx), count]
         raise ScanError(
-            Reason.TRUNCATED, f"expected {layout.min_bytes} bytes, got {len(data)}; copy the file again"
+            Reason.NOT_A_VOLUME,
+            f"sizes are {sizes}, and an axis before the last has one voxel (channels first, or slices along "
+            "the fourth axis); write the file again with the three axes of the volume first",
         )
-    if len(data) > layout.max_bytes:
+    if volume_index is None:
         raise ScanError(
-            Reason.UNREADABLE, f"the header accounts for {layout.min_bytes} bytes, the file has {len(data)}"
+            Reason.NOT_A_VOLUME,
+            f"the file holds {count} volumes; set source.volume to choose one, or split the file",
+        )
+    if not 0 <= volume_index < count:
+        raise ScanError(
+            Reason.NOT_A_VOLUME,
+            f"source.volume is {volume_index}, the file holds volumes 0 to {count - 1}",
+        )
+    return replace(layout, volume_index=volume_index)
+
+
+def check_length(data: Buffer, least: int, most: int) -> None:
+    """Check that the length of uncompressed data agrees with the header.
+
+    Raises:
+        ScanError: `truncated`, if the data have fewer than `least` bytes; `unreadable`, if they have more
+            than `most`.
+    """
+    if len(data) < least:
+        raise ScanError(Reason.TRUNCATED, f"expected {least} bytes, got {len(data)}; copy the file again")
+    if len(data) > most:
+        raise ScanError(Reason.UNREADABLE, f"the header accounts for {least} bytes, the file has {len(data)}")
+
+
+def check_units(
+    spacing_zyx: Sequence[float], shape_zyx: Sequence[int], mm_per_unit: float, field: str
+) -> None:
+    """Check that a unit other than mm is plausible for the numbers that it was applied to.
+
+    Some programs write a unit that their numbers do not have, mostly mm that are called meters. The second
+    largest side of a volume tells: for the whole body, too, it is the field of view of the scanner.
+
+    Args:
+        spacing_zyx: Spacing in mm, after conversion from the unit.
+        shape_zyx: Number of voxels along each axis.
+        mm_per_unit: Number of mm in the unit that the header states.
+        field: Name of the header field with the unit, for the message.
+
+    Raises:
+        ScanError: `unreadable`, if that side has a plausible length only if its number is taken as mm.
+    """
+    side = sorted(mm * count for mm, count in zip(spacing_zyx, shape_zyx, strict=True))[1]
+    if mm_per_unit == 1 or MIN_SIDE_MM <= side <= MAX_SIDE_MM:
+        return
+    if MIN_SIDE_MM <= side / mm_per_unit <= MAX_SIDE_MM:
+        numbers = ", ".join(f"{mm / mm_per_unit:g}" for mm in spacing_zyx)
+        raise ScanError(
+            Reason.UNREADABLE,
+            f"{field} says that one unit is {mm_per_unit:g} mm, but the spacing (z, y, x) of {numbers} is "
+            f"plausible only in mm; write the file again with the right {field}",
         )
 
 
@@ -117,10 +177,9 @@ def decode_voxels(
 
     Raises:
         ScanError: `non_finite`, if a voxel is not finite in float32; `not_a_volume`, if all voxels have the
-            same value.
+            same value; `unsupported`, if integers would be rounded.
     """
-    flat = np.frombuffer(content, layout.dtype, math.prod(layout.shape_zyx), layout.start)
-    stored = flat.reshape(layout.shape_zyx)
+    stored = _select_volume(content, layout)
     _check_not_constant(stored)
     if stored.dtype == np.int16 and (slope, intercept) == (1, 0):  # most CT: all values are finite
         return stored.copy() if layout.volume_count > 1 else stored
@@ -128,8 +187,24 @@ def decode_voxels(
     ends = (low * slope + intercept, high * slope + intercept)
     if not max(abs(ends[0]), abs(ends[1])) <= float(np.finfo(np.float32).max):
         raise ScanError(Reason.NON_FINITE, "voxels are NaN, infinite or beyond float32")
-    voxels = rescale(stored, slope, intercept, choose_dtype(stored.dtype, low, high, slope, intercept))
+    dtype = choose_dtype(stored.dtype, low, high, slope, intercept)
+    is_long = stored.dtype.kind in "iu" and stored.dtype.itemsize == 8
+    if is_long and dtype.kind == "f" and max(-low, high) > MAX_LONG_INTEGER:
+        raise ScanError(
+            Reason.UNSUPPORTED,
+            f"integer voxels from {low} to {high} would be rounded in float32; such values are not HU",
+        )
+    voxels = rescale(stored, slope, intercept, dtype)
     return voxels.copy() if voxels is stored and layout.volume_count > 1 else voxels
+
+
+def _select_volume(content: Buffer, layout: Layout) -> NDArray[Any]:
+    """Return the stored voxels (z, y, x) of the volume to read, as a view."""
+    count = layout.volume_count
+    flat = np.frombuffer(content, layout.dtype, count * math.prod(layout.shape_zyx), layout.offset)
+    if layout.is_interleaved:
+        return flat.reshape(*layout.shape_zyx, count)[..., layout.volume_index]
+    return flat.reshape(count, *layout.shape_zyx)[layout.volume_index]
 
 
 def _check_not_constant(stored: NDArray[Any]) -> None:

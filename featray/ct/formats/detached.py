@@ -77,7 +77,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     return normal
 
 
-def match_data_files(names: Sequence[str], files: DataFiles, suffix: str) -> list[bytes]:
+def match_data_files(names: Sequence[str], files: DataFiles, suffix: str) -> list[memoryview]:
     """Return the content of the data files that a header names, in this order.
 
     Args:
@@ -103,11 +103,11 @@ def match_data_files(names: Sequence[str], files: DataFiles, suffix: str) -> lis
     for name, data in files:
         if not data:
             raise ScanError(Reason.EMPTY, f"the data file {posixpath.basename(name)} has no bytes")
-    return [data for _, data in files]
+    return [memoryview(data) for _, data in files]
 
 
 def join_parts(
-    parts: Sequence[Buffer], layout: Layout, inflate: Callable[[Buffer, int, int], Buffer]
+    parts: Sequence[memoryview], layout: Layout, inflate: Callable[[memoryview, int, int], Buffer]
 ) -> Buffer:
     """Return the uncompressed voxels of all data files of a header.
 

@@ -100,10 +100,7 @@ def read_metaimage(
     warnings += check_geometry(affine, keep_shear=keep_shear)
     if layout.volume_count > 1:
         warnings += (Reason.NOT_A_VOLUME.value,)
-    if names:
-        parts: list[Buffer] = [*match_data_files(names, data_files, ".mhd")]
-    else:
-        parts = [memoryview(data)[start:]]
+    parts = match_data_files(names, data_files, ".mhd") if names else [memoryview(data)[start:]]
     content = join_parts(parts, layout, functools.partial(_inflate, header))
     return Volume(decode_voxels(content, layout), affine, warnings=warnings)
 
@@ -214,7 +211,7 @@ def _parse_affine(header: _Header) -> tuple[Affine, tuple[str, ...]]:
     return affine, () if matrix_key is not None else (WarningCode.ORIENTATION_UNKNOWN.value,)
 
 
-def _inflate(header: _Header, data: Buffer, least: int, most: int) -> Buffer:
+def _inflate(header: _Header, data: memoryview, least: int, most: int) -> Buffer:
     """Return the uncompressed voxels of one file, whose number of bytes is checked."""
     if _parse_flag(header, "CompressedData"):
         inflate = inflate_gzip if bytes(data[:2]) == GZIP_MAGIC else inflate_zlib
@@ -222,7 +219,7 @@ def _inflate(header: _Header, data: Buffer, least: int, most: int) -> Buffer:
     skip = int(_parse_number(header, "HeaderSize", 0))
     if skip == -1:
         skip = max(0, len(data) - least)
-    data = memoryview(data)[skip:]
+    data = data[skip:]
     check_length(data, least, most)
     return data
 

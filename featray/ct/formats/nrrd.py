@@ -119,10 +119,7 @@ def read_nrrd(
     warnings += check_geometry(affine, keep_shear=keep_shear)
     if layout.volume_count > 1:
         warnings += (Reason.NOT_A_VOLUME.value,)
-    if names:
-        parts: list[Buffer] = [*match_data_files(names, data_files, ".nhdr")]
-    else:
-        parts = [memoryview(data)[start:]]
+    parts = match_data_files(names, data_files, ".nhdr") if names else [memoryview(data)[start:]]
     skips = _parse_skips(header) if names else (0, 0)
     content = join_parts(parts, layout, functools.partial(_inflate, header, skips))
     return Volume(decode_voxels(content, layout), affine, warnings=warnings)
@@ -320,7 +317,7 @@ def _parse_mm_per_unit(header: Mapping[str, Any], axes: list[int]) -> float:
 
 
 def _inflate(
-    header: Mapping[str, Any], skips: tuple[int, int], data: Buffer, least: int, most: int
+    header: Mapping[str, Any], skips: tuple[int, int], data: memoryview, least: int, most: int
 ) -> Buffer:
     """Return the uncompressed voxels of one file, whose number of bytes is checked.
 
@@ -329,7 +326,7 @@ def _inflate(
     """
     encoding = header["encoding"].lower()
     lines, count = skips
-    data = memoryview(data)[_find_line(bytes(data), lines) :] if lines else data
+    data = data[_find_line(bytes(data), lines) :] if lines else data
     if encoding in ("gzip", "gz") and count >= 0:
         return memoryview(inflate_gzip(data, count + least, count + most))[count:]
     if encoding != "raw":
@@ -338,7 +335,7 @@ def _inflate(
         )
     if count == -1:
         count = max(0, len(data) - least)
-    data = memoryview(data)[count:]
+    data = data[count:]
     check_length(data, least, most)
     return data
 

@@ -201,10 +201,15 @@ def decode_voxels(
 def _select_volume(content: Buffer, layout: Layout) -> NDArray[Any]:
     """Return the stored voxels (z, y, x) of the volume to read, as a view."""
     count = layout.volume_count
-    flat = np.frombuffer(content, layout.dtype, count * math.prod(layout.shape_zyx), layout.offset)
+    flat: NDArray[Any] = np.frombuffer(
+        content, layout.dtype, count * math.prod(layout.shape_zyx), layout.offset
+    )
     if layout.is_interleaved:
-        return flat.reshape(*layout.shape_zyx, count)[..., layout.volume_index]
-    return flat.reshape(count, *layout.shape_zyx)[layout.volume_index]
+        interleaved: NDArray[Any] = flat.reshape(*layout.shape_zyx, count)
+        return interleaved[..., layout.volume_index]
+    volumes: NDArray[Any] = flat.reshape(count, *layout.shape_zyx)
+    stored: NDArray[Any] = volumes[layout.volume_index]
+    return stored
 
 
 def _check_not_constant(stored: NDArray[Any]) -> None:

@@ -11,13 +11,15 @@ import functools
 import logging
 import posixpath
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from featray.collection.detached import find_detached_scans
 from featray.collection.dicom_series import find_series
 from featray.collection.digests import hash_contents
 from featray.collection.files import (
@@ -57,14 +59,15 @@ def list_path(fs: fsspec.AbstractFileSystem, path: str, options: ListingOptions)
     is_file = info["type"] == "file" or (info["type"] != "directory" and fs.isfile(path))
     if is_file:  # one request
         root = posixpath.dirname(path)
-        return _list_files(fs, root, FoundFiles([make_file(path, info, root)]), options)
+        found = FoundFiles([make_file(path, info, root)])
+        return _list_files(fs, root, found, options, is_whole_folder=False)
     if info["type"] != "directory" and not fs.isdir(path):
         raise FileNotFoundError(path)
     if isinstance(fs, LocalFileSystem):
         found = _run_with_retries(lambda: find_below(path))
     else:
         found = _find_in_store(fs, path)
-    return _list_files(fs, path, found, options)
+    return _list_files(fs, path, found, options, is_whole_folder=True)
 
 
 def list_glob(fs: fsspec.AbstractFileSystem, pattern: str, options: ListingOptions) -> Listing:
@@ -72,11 +75,12 @@ def list_glob(fs: fsspec.AbstractFileSystem, pattern: str, options: ListingOptio
     root = _get_fixed_folder(pattern)
     if isinstance(fs, LocalFileSystem):
         root = root or "/"
-        return _list_files(fs, root, _run_with_retries(lambda: find_matches(pattern, root)), options)
+        found = _run_with_retries(lambda: find_matches(pattern, root))
+        return _list_files(fs, root, found, options, is_whole_folder=False)
     infos = sorted(_run_with_retries(lambda: fs.glob(pattern, detail=True)).items())
     # `isfile` is another request to the store; only links and special files need it.
     files = [make_file(path, info, root) for path, info in infos if info["type"] == "file" or fs.isfile(path)]
-    return _list_files(fs, root, FoundFiles(files), options)
+    return _list_files(fs, root, FoundFiles(files), options, is_whole_folder=False)
 
 
 def has_wildcard(path: str) -> bool:
@@ -108,12 +112,24 @@ def _run_with_retries(operation: Callable[[], Any]) -> Any:
 
 
 def _list_files(
-    fs: fsspec.AbstractFileSystem, root: str, files: FoundFiles, options: ListingOptions
+    fs: fsspec.AbstractFileSystem,
+    root: str,
+    files: FoundFiles,
+    options: ListingOptions,
+    *,
+    is_whole_folder: bool,
 ) -> Listing:
     visible = [file for file in files.files if is_visible(file.name)]
     unreadable = UnreadableFiles(visible, files.folders)
     name = posixpath.basename(root)
-    group = FileGroup(unreadable.get_others(), name, functools.partial(_read_and_note, fs, unreadable))
+    group = FileGroup(
+        files=unreadable.get_others(),
+        name=name,
+        read_header=functools.partial(_read_and_note, fs, unreadable),
+        read_start=functools.partial(_read_start, fs),
+    )
+    if not is_whole_folder:
+        group = replace(group, find_file=functools.partial(_find_file, fs, root))
     found = _find_scans(group, options)
     if options.formats & set(VOLUME_FORMATS):
         for file in visible:
@@ -134,6 +150,9 @@ def _find_scans(group: FileGroup, options: ListingOptions) -> list[FoundScan]:
         for file in group.files
         if (scan_format := detect_format(file.name, options.formats))
     ]
+    found += find_detached_scans(group, options)
+    used = {file for found_scan in found for file in found_scan.members}
+    group = replace(group, files=[file for file in group.files if file not in used])
     pairs, unpaired = _match_pairs(group) if "nifti" in options.formats else ([], [])
     found += [
         FoundScan(make_scan(pair, pair[1].name, "nifti", options, group.archive), pair) for pair in pairs
@@ -154,8 +173,29 @@ def _match_pairs(group: FileGroup) -> tuple[list[tuple[File, File]], list[File]]
     for file in group.files:
         if suffix := get_pair_suffix(file.name):
             parts[file.name[: -len(suffix)]][PAIR_PARTS[suffix]] = file
+    unpaired = [(stem, pair) for stem, pair in parts.items() if len(pair) == 1]
+    with ThreadPoolExecutor(group.threads) as pool:
+        others = pool.map(lambda item: _find_other_part(group, *item), unpaired)
+        for (_, pair), other in zip(unpaired, others, strict=True):
+            pair |= other
     pairs = [(pair[0], pair[1]) for pair in parts.values() if len(pair) == 2]
     return pairs, [file for pair in parts.values() if len(pair) == 1 for file in pair.values()]
+
+
+def _find_other_part(group: FileGroup, stem: str, pair: Mapping[int, File]) -> dict[int, File]:
+    """Return the other part of a NIfTI pair, if only a part of its folder was listed.
+
+    It is searched for a header, and for an image that was listed alone, because many images may be DICOM.
+    """
+    ((part, file),) = pair.items()
+    if part == 1 and len(group.files) > 1:
+        return {}
+    folder = posixpath.dirname(file.path)
+    for suffix, other_part in PAIR_PARTS.items():
+        path = posixpath.join(folder, posixpath.basename(stem) + suffix)
+        if other_part != part and (other := group.find_file(path)):
+            return {other_part: other}
+    return {}
 
 
 def _make_unpaired_scan(file: File, group: FileGroup, options: ListingOptions) -> FoundScan:
@@ -164,6 +204,21 @@ def _make_unpaired_scan(file: File, group: FileGroup, options: ListingOptions) -
     message = f"the {missing} of this NIfTI pair is missing in the same folder; copy both files"
     scan = make_scan((file,), file.name, "nifti", options, group.archive)
     return FoundScan(replace(scan, reason=Reason.UNREADABLE, message=message), (file,))
+
+
+def _find_file(fs: fsspec.AbstractFileSystem, root: str, path: str) -> File | None:
+    """Return the file at a path of the store; None if there is none."""
+    try:
+        info = retry.run_with_retries(lambda: fs.info(path), retry.SOURCE_DEADLINE_S)
+    except FileNotFoundError:
+        return None
+    return make_file(path, info, root) if info["type"] == "file" or fs.isfile(path) else None
+
+
+def _read_start(fs: fsspec.AbstractFileSystem, file: File, count: int) -> bytes:
+    end = min(count, file.size)
+    data: bytes = retry.run_with_retries(lambda: fs.cat_file(file.path, 0, end), retry.SOURCE_DEADLINE_S)
+    return data
 
 
 def _read_and_note(fs: fsspec.AbstractFileSystem, unreadable: UnreadableFiles, file: File) -> SliceHeader:

@@ -23,14 +23,11 @@ from featray.storage.urls import escape_invalid_utf8, file_checksum, file_versio
 
 FORMAT_SUFFIXES = {
     "nifti": (".nii", ".nii.gz"),
-    "nrrd": (".nrrd", ".nhdr"),
-    "mha": (".mha", ".mhd"),
+    "nrrd": (".nrrd",),
+    "mha": (".mha",),
     "npy": (npy.SUFFIX,),
 }
-"""Format → file name suffixes. Holds only formats with one file per scan.
-
-Detached headers (.nhdr, .mhd) are listed as scans, so that reading can refuse them with advice.
-"""
+"""Format → suffixes of files that are one scan each."""
 PAIR_PARTS = {".hdr": 0, ".hdr.gz": 0, ".img": 1, ".img.gz": 1}
 """File name suffix → part of a NIfTI pair: 0 for the header, 1 for the image."""
 VOLUME_FORMATS = ("nifti", "dicom", "nrrd", "mha")
@@ -74,15 +71,20 @@ class FileGroup:
         files: All visible files of the folder or archive.
         name: Scan id of a DICOM series that has no common folder below the root.
         read_header: Reads the DICOM header of one of the files.
+        read_start: Reads at most the given number of bytes from the start of one of the files.
         threads: Number of headers that may be read at the same time.
         archive: Path of the archive; empty for a folder.
+        find_file: Returns the file at a path that is not among `files`; None if there is no such file, or if
+            `files` are complete.
     """
 
     files: list[File]
     name: str
     read_header: Callable[[File], SliceHeader]
+    read_start: Callable[[File, int], bytes]
     threads: int = MAX_THREADS
     archive: str = ""
+    find_file: Callable[[str], File | None] = lambda _: None
 
 
 @dataclass(frozen=True)

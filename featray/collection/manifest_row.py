@@ -7,11 +7,14 @@ files. `find_files` finds its files later, in the process that reads the scan.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
+import posixpath
 from dataclasses import replace
 from typing import Any
 
+from featray.collection.detached import HEADER_SUFFIXES, list_data_files
 from featray.collection.digests import hash_file
 from featray.collection.discover import list_path
 from featray.collection.files import VOLUME_FORMATS, ListingOptions, detect_format
@@ -172,14 +175,27 @@ def _get_mask_version(uri: str, source: SourceConfig) -> str:
     """
     fs, path = _open_uri(uri, source)
     try:
+        paths = [path, *_list_mask_data_files(fs, path)]
         if source.fingerprint == "bytes":
-            return hash_file(fs, path)
-        info = retry.run_with_retries(lambda: fs.info(path), retry.SOURCE_DEADLINE_S)
+            return "\n".join(hash_file(fs, path) for path in paths)
+        infos = [
+            retry.run_with_retries(functools.partial(fs.info, path), retry.SOURCE_DEADLINE_S)
+            for path in paths
+        ]
     except Exception as error:  # each store has its own exceptions
         if not _is_limited_to_path(error):
             raise
         raise ScanError(Reason.STORAGE, _describe_unreadable("mask", error, path)) from None
-    return f"{info.get('size')} {file_version(info)}"
+    return "\n".join(f"{info.get('size')} {file_version(info)}" for info in infos)
+
+
+def _list_mask_data_files(fs: Any, path: str) -> list[str]:
+    """Return the paths of the data files of a mask that is a detached header; none for other masks."""
+    kind = next((kind for kind, end in HEADER_SUFFIXES.items() if path.lower().endswith(end)), "")
+    if not kind:
+        return []
+    header = retry.run_with_retries(lambda: fs.cat_file(path), retry.SOURCE_DEADLINE_S)
+    return [posixpath.join(posixpath.dirname(path), name) for name in list_data_files(kind, header)]
 
 
 def _describe_unreadable(item: str, error: Exception, path: str) -> str:

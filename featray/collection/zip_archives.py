@@ -45,10 +45,15 @@ def find_in_archive(
                 for name in archive.names
                 if is_visible(name)
             ]
-            read_member_header = functools.partial(_read_archived_header, archive)
-            return find_scans(
-                FileGroup(members, "", read_member_header, threads=1, archive=file.path), options
+            group = FileGroup(
+                files=members,
+                name="",
+                read_header=functools.partial(_read_archived_header, archive),
+                read_start=lambda member, count: archive.read_head(member.path, count),
+                threads=1,
+                archive=file.path,
             )
+            return find_scans(group, options)
 
     if file.problem:
         return [FoundScan(make_scan((file,), file.name, "zip", options), (file,))]

@@ -44,8 +44,8 @@ class SourceConfig(_Section):
     center_frame: Literal["LPS", "RAS"] = "LPS"
     """Frame of the columns center_x, center_y and center_z (mm) of the manifest."""
     volume: int | None = Field(default=None, ge=0)
-    """Index, from 0, of the volume to read from a file with several volumes (4-D NIfTI); null refuses such
-    files."""
+    """Index, from 0, of the volume to read from a file with several volumes (4-D NIfTI, NRRD or MetaImage);
+    null refuses such files."""
     fingerprint: Literal["store", "bytes"] = "store"
     """How a changed scan is detected: by the store's version of its files, or by their bytes, which are all
     read."""

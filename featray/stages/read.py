@@ -17,6 +17,7 @@ from typing import TypeVar
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from featray.collection.detached import HEADER_SUFFIXES, list_data_files
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct.formats.npy import Samples, read_npy
 from featray.ct.formats.voxel_data import convert_to_shifted_slices
@@ -36,7 +37,9 @@ _MAX_VOXEL_BYTES, _MAX_HEADER_BYTES = 8, 2**24
 _FETCH_THREADS = 8
 """Files of one series that are fetched from a store at once; a fetch waits for the store, not for a core."""
 _CHANGED = "the scan changed after it was listed; run again"
-_MASK_FORMATS = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha"}
+_MASK_FORMATS = {".nii": "nifti", ".nii.gz": "nifti", ".nrrd": "nrrd", ".mha": "mha"} | {
+    suffix: kind for kind, suffix in HEADER_SUFFIXES.items()
+}
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,8 @@ class Reader:
         fs, path = open_url(uri, self.source.storage_options)
         try:
             files = _fetch_all(fs, [path], was_listed=False)
+            if uri.lower().endswith(HEADER_SUFFIXES.get(kind, "/")):
+                files += _fetch_data_files(fs, path, list_data_files(kind, files[0][1]))
             return _read_single(kind, files, self.max_voxels, volume=None, keep_shear=True)
         except ScanError as error:
             raise ScanError(error.reason, f"the mask: {error}") from None
@@ -145,7 +150,7 @@ class Reader:
         files = _fetch_all(fs, scan.files, was_listed=bool(scan.files_version))
         _refuse_changed(scan, fs, files)
         _refuse_pointers(files)
-        return [(posixpath.basename(path), data) for path, data in files]
+        return _name_files(scan, files)
 
     def _read_members(self, fs: fsspec.AbstractFileSystem, scan: Scan) -> Files:
         """Return the members of the zip archive that belong to the scan."""
@@ -156,20 +161,29 @@ class Reader:
             for name in scan.files:
                 if name not in archive.names:
                     raise ScanError(Reason.STORAGE, _CHANGED)
-                files.append((posixpath.basename(name), archive.read(name, limit)))
+                files.append((name, archive.read(name, limit)))
                 limit -= archive.get_size(name)
-        return files
+        return _name_files(scan, files)
+
+
+def _name_files(scan: Scan, files: Files) -> Files:
+    """Return the files with names without folders; data files of a header relative to the header's folder."""
+    if scan.format not in HEADER_SUFFIXES:
+        return [(posixpath.basename(path), data) for path, data in files]
+    folder = posixpath.dirname(scan.files[0])
+    return [(posixpath.relpath(path, folder), data) for path, data in files]
 
 
 def _read_single(kind: str, files: Files, max_voxels: int, *, volume: int | None, keep_shear: bool) -> Volume:
-    """Return the volume of a single file, or of a NIfTI pair (header, image)."""
+    """Return the volume of a single file, of a NIfTI pair, or of a header followed by its data files."""
     from featray.ct import readers
 
     data = [content for _, content in files]
-    if kind == "nrrd":
-        return readers.read_nrrd(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
-    if kind == "mha":
-        return readers.read_metaimage(data[0], max_voxels=max_voxels, keep_shear=keep_shear)
+    if kind in HEADER_SUFFIXES:
+        read_header = readers.read_nrrd if kind == "nrrd" else readers.read_metaimage
+        return read_header(
+            data[0], files[1:], max_voxels=max_voxels, volume_index=volume, keep_shear=keep_shear
+        )
     read = readers.read_nifti_pair if len(data) == 2 else readers.read_nifti
     return read(*data, max_voxels=max_voxels, volume_index=volume, keep_shear=keep_shear)
 
@@ -177,13 +191,13 @@ def _read_single(kind: str, files: Files, max_voxels: int, *, volume: int | None
 def _refuse_changed(scan: Scan, fs: fsspec.AbstractFileSystem, files: Files) -> None:
     """Refuse a scan that changed after listing: new bytes must not be stored with an old fingerprint.
 
-    The store's version is compared only for a single file and for local files, because that is quick. For
+    The store's version is compared only for one or two files and for local files, because that is quick. For
     other scans only the size is compared.
     """
     if not scan.files_version:
         return
     same = sum(len(data) for _, data in files) == scan.size
-    if same and (len(files) == 1 or isinstance(fs, LocalFileSystem)):
+    if same and (len(files) <= 2 or isinstance(fs, LocalFileSystem)):
         fs.invalidate_cache()
         infos = [(path, _ask_store(path, functools.partial(fs.info, path))) for path, _ in files]
         same = scan.files_version == fingerprint_files(
@@ -218,6 +232,13 @@ def _fetch_all(fs: fsspec.AbstractFileSystem, paths: Sequence[str], *, was_liste
         except ScanError:  # without one of its files the scan is useless, so the others are not fetched
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _fetch_data_files(fs: fsspec.AbstractFileSystem, header: str, names: Sequence[str]) -> Files:
+    """Return the data files that a header names, with names relative to its folder."""
+    folder = posixpath.dirname(header)
+    fetched = _fetch_all(fs, [posixpath.join(folder, name) for name in names], was_listed=False)
+    return [(name, data) for name, (_, data) in zip(names, fetched, strict=True)]
 
 
 def _fetch(fs: fsspec.AbstractFileSystem, path: str, *, was_listed: bool) -> bytes:

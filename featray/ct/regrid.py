@@ -64,7 +64,21 @@ def compute_upright_size(volume: Volume) -> tuple[int, int, int]:
     slices, rows, columns = volume.voxels_zyx.shape
     if volume.slice_origins_lps is None:
         return slices, rows, columns
-    x, y, z = geometry.compute_indices_xyz(volume.affine_lps, volume.slice_origins_lps).max(axis=0)
+    return compute_grid_size(volume.affine_lps, volume.slice_origins_lps, (rows, columns))
+
+
+def compute_grid_size(
+    affine_lps: Affine, origins_lps: NDArray[np.float64], shape_yx: tuple[int, int]
+) -> tuple[int, int, int]:
+    """Return the number of voxels (z, y, x) of an upright grid that encloses slices of `shape_yx`.
+
+    Args:
+        affine_lps: Affine of the grid, from `make_upright_grid`.
+        origins_lps: Positions (n, 3) in LPS mm of the first voxel of each slice.
+        shape_yx: Rows and columns of a slice.
+    """
+    x, y, z = geometry.compute_indices_xyz(affine_lps, origins_lps).max(axis=0)
+    rows, columns = shape_yx
     return round(z) + 1, rows + math.ceil(y - _NEGLIGIBLE), columns + math.ceil(x - _NEGLIGIBLE)
 
 

@@ -79,7 +79,10 @@ def read_series(
     if mixture := find_mixture([frame.header for frame in frames]):
         raise ScanError(Reason.DUPLICATE_SLICES, mixture)
     stack = build_stack(
-        [frame.header for frame in frames], resample_tilt=resample_tilt, resample_steps=resample_steps
+        [frame.header for frame in frames],
+        resample_tilt=resample_tilt,
+        resample_steps=resample_steps,
+        max_voxels=max_voxels,
     )
     frames = [frames[index] for index in stack.order]
     if any(frame.header.rescale_type not in _HU_RESCALE_TYPES for frame in frames):

@@ -5,6 +5,7 @@ All positions are in LPS mm. Irregular steps are never averaged, and a shear is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,23 +14,18 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.dicom.header import SliceHeader
-from featray.ct.regrid import make_upright_grid
+from featray.ct.dicom.steps import find_last_digit, judge_steps
+from featray.ct.regrid import compute_grid_size, make_upright_grid
 from featray.errors import Reason, ScanError, WarningCode
 
 SAME_POSITION_MM = 0.01
 """Slices closer than this along the normal are at the same position."""
 
-STEP_TOLERANCE_MM, STEP_TOLERANCE_FRACTION = 0.01, 0.01
-"""A step is regular within the larger of 0.01 mm and 1 % of the median step, because headers are rounded."""
-
 MAX_DRIFT_MM = 0.1
 """Sideways shift from one slice to the next above which the gantry counts as tilted."""
 
-MAX_GAP_SHARE = 0.25
-"""Largest share of irregular steps at which whole multiples of the median step count as missing slices."""
-
-GAP_FACTOR = 1.5
-"""A step this many times larger than both its neighbors is a gap, even among irregular steps."""
+SEPARATE_VOLUMES = "give each volume a folder and a SeriesInstanceUID of its own"
+"""What to do if one series holds several volumes."""
 
 MAX_TILT_SLOPE = 1.0
 """Sideways shift per mm along the normal from which a tilt is refused.
@@ -58,14 +54,22 @@ class SliceStack:
 
 
 def build_stack(
-    slices: Sequence[SliceHeader], *, resample_tilt: bool = False, resample_steps: bool = False
+    slices: Sequence[SliceHeader],
+    *,
+    resample_tilt: bool = False,
+    resample_steps: bool = False,
+    max_voxels: int | None = None,
 ) -> SliceStack:
     """Return order and affine of slices that have passed `check_same_grid`.
+
+    A message advises a policy only if the slices would pass all checks of this function with it.
 
     Args:
         slices: Headers with one orientation, pixel spacing and matrix size, in any order.
         resample_tilt: Accept slices that shift sideways (tilted gantry).
-        resample_steps: Accept slices at irregular steps. Missing slices are never accepted.
+        resample_steps: Accept slices at irregular steps. Missing slices and overlapping passes are never
+            accepted.
+        max_voxels: Limit of the voxels after resampling; above it no policy is advised.
 
     Raises:
         ScanError: `not_a_volume` (fewer than two positions), `duplicate_slices`, `gantry_tilt`,
@@ -74,17 +78,23 @@ def build_stack(
     order, distances = _sort_along_normal(slices)
     if len(order) < 2 or distances[-1] - distances[0] < SAME_POSITION_MM:
         raise ScanError(Reason.NOT_A_VOLUME, f"{len(order)} image(s) at one position make no volume")
-    positions = _get_positions([slices[i] for i in order])
-    steps = np.diff(distances)
-    _check_duplicates(steps)
-    is_tilted = _check_tilt(positions, steps, slices[0], accept=resample_tilt)
-    is_uneven = _check_steps(steps, [slices[i].instance_number for i in order], accept=resample_steps)
+    sorted_slices = [slices[index] for index in order]
+    positions = _get_positions(sorted_slices)
+    _check_duplicates(np.diff(distances))
+    is_uneven = _check_steps(sorted_slices, distances, positions)
+    is_tilted = _check_tilt(positions, np.diff(distances), slices[0])
     affine = _compute_affine(slices[0], positions)
     if not is_tilted and not is_uneven:
         return SliceStack(order, affine)
-    accepted = {Reason.GANTRY_TILT.value: is_tilted, WarningCode.RESAMPLED_STEPS.value: is_uneven}
-    warnings = tuple(code for code, is_present in accepted.items() if is_present)
-    return SliceStack(order, make_upright_grid(affine, positions), positions, warnings)
+    findings = {Reason.GANTRY_TILT: is_tilted, Reason.IRREGULAR_SPACING: is_uneven}
+    policies = {Reason.GANTRY_TILT: resample_tilt, Reason.IRREGULAR_SPACING: resample_steps}
+    grid = make_upright_grid(affine, positions)
+    refused = [code for code, is_present in findings.items() if is_present and not policies[code]]
+    if refused:
+        obstacle = _find_grid_obstacle(grid, positions, slices[0], max_voxels)
+        raise _make_policy_error(refused, positions, slices[0], obstacle)
+    codes = {Reason.GANTRY_TILT.value: is_tilted, WarningCode.RESAMPLED_STEPS.value: is_uneven}
+    return SliceStack(order, grid, positions, tuple(code for code, is_present in codes.items() if is_present))
 
 
 def find_same_positions(slices: Sequence[SliceHeader]) -> list[list[int]]:
@@ -176,90 +186,93 @@ def _check_duplicates(steps: NDArray[np.float64]) -> None:
         raise ScanError(
             Reason.DUPLICATE_SLICES,
             f"{duplicates} slice(s) have the position of another slice but other pixels (two reconstructions "
-            "or time points in one series?); give each its own folder and SeriesInstanceUID",
+            f"or time points in one series?); {SEPARATE_VOLUMES}",
         )
 
 
-def _check_tilt(
-    positions: NDArray[np.float64], steps: NDArray[np.float64], header: SliceHeader, *, accept: bool
+def _check_steps(
+    slices: Sequence[SliceHeader], distances: NDArray[np.float64], positions: NDArray[np.float64]
 ) -> bool:
+    """Return whether the steps between sorted slices are irregular, but can be resampled.
+
+    Raises:
+        ScanError: `missing_slices`, or `duplicate_slices` if two passes overlap.
+    """
+    last_digit = find_last_digit(positions, _compute_normal(slices[0]))
+    problem = judge_steps(distances, [header.instance_number for header in slices], last_digit)
+    if problem is Reason.DUPLICATE_SLICES:
+        raise ScanError(
+            problem,
+            f"two passes or reconstructions overlap ({_describe_steps(distances)}); {SEPARATE_VOLUMES}",
+        )
+    if problem is Reason.MISSING_SLICES:
+        raise ScanError(problem, f"slices are missing ({_describe_steps(distances)}); copy the series again")
+    return problem is not None
+
+
+def _check_tilt(positions: NDArray[np.float64], steps: NDArray[np.float64], header: SliceHeader) -> bool:
     """Return whether slices shift sideways, either from one to the next or slowly over the whole scan.
 
     Raises:
-        ScanError: `gantry_tilt` if they do and `accept` is false or the tilt is 45 degrees or more.
+        ScanError: `gantry_tilt` if they shift by 45 degrees or more; `duplicate_slices` if they shift to and
+            fro, because then every other slice has another field of view.
     """
-    drift = np.diff(positions, axis=0) - steps[:, None] * _compute_normal(header)
-    largest = float(np.linalg.norm(drift, axis=1).max())
-    total = float(np.linalg.norm(drift.sum(axis=0)) / steps.sum())
-    if largest <= MAX_DRIFT_MM and total <= np.sin(np.radians(geometry.SHEAR_DEGREES)):
+    normal = _compute_normal(header)
+    drift = np.diff(positions, axis=0) - steps[:, None] * normal
+    shifts, total = np.linalg.norm(drift, axis=1), float(np.linalg.norm(drift.sum(axis=0)))
+    allowance = min(find_last_digit(positions, np.sqrt(1 - normal**2)), MAX_DRIFT_MM)
+    max_total = np.sin(np.radians(geometry.SHEAR_DEGREES)) * steps.sum()
+    if shifts.max() <= MAX_DRIFT_MM + allowance and total <= max_total + allowance:
         return False
-    if accept and total < MAX_TILT_SLOPE and (np.linalg.norm(drift, axis=1) < MAX_TILT_SLOPE * steps).all():
-        return True
-    raise ScanError(
-        Reason.GANTRY_TILT,
-        f"slices shift sideways by up to {largest:.2f} mm per step (tilted gantry?); "
-        "set policy.gantry_tilt: resample to resample tilts below 45 degrees onto an upright grid",
-    )
+    turns = (drift[1:] * drift[:-1]).sum(axis=1) < -(MAX_DRIFT_MM**2)
+    if turns.sum() > len(turns) / 2:
+        raise ScanError(
+            Reason.DUPLICATE_SLICES,
+            f"slices shift to and fro by up to {shifts.max():.2f} mm per step (two fields of view in one "
+            f"series?); {SEPARATE_VOLUMES}",
+        )
+    if total >= MAX_TILT_SLOPE * steps.sum() or (shifts >= MAX_TILT_SLOPE * steps).any():
+        raise ScanError(
+            Reason.GANTRY_TILT,
+            f"slices shift sideways by up to {shifts.max():.2f} mm per step, more than any gantry tilts",
+        )
+    return True
 
 
-def _check_steps(steps: NDArray[np.float64], numbers: list[int | None], *, accept: bool) -> bool:
-    """Return whether the steps between slices are irregular.
+def _find_grid_obstacle(
+    grid: geometry.Affine, positions: NDArray[np.float64], header: SliceHeader, max_voxels: int | None
+) -> str | None:
+    """Return why slices cannot be resampled onto a grid, or None if they can."""
+    problem = geometry.find_affine_problem(grid)
+    voxels = 0 if problem else math.prod(compute_grid_size(grid, positions, (header.rows, header.columns)))
+    if max_voxels is not None and voxels > max_voxels:
+        return f"resampled they would have {voxels} voxels, more than limits.max_voxels ({max_voxels})"
+    return problem
 
-    Raises:
-        ScanError: `missing_slices`, or `irregular_spacing` if no slices are missing and `accept` is false.
+
+def _make_policy_error(
+    refused: list[Reason], positions: NDArray[np.float64], header: SliceHeader, obstacle: str | None
+) -> ScanError:
+    """Return the error for slices that the policies in `refused` do not accept, the first one as its reason.
+
+    The keys in the config have the names of the reasons.
     """
-    median = float(np.median(steps))
-    is_irregular = np.abs(steps - median) > max(STEP_TOLERANCE_MM, STEP_TOLERANCE_FRACTION * median)
-    if median > geometry.MAX_SPACING_MM:
-        raise ScanError(Reason.MISSING_SLICES, f"slices are {median:.1f} mm apart")
-    if not is_irregular.any():
-        return False
-    has_gaps = (
-        _has_number_jumps(steps, numbers)
-        or _has_multiples(steps, median, is_irregular)
-        or (accept and _has_gaps(steps))
-    )
-    if accept and not has_gaps:
-        return True
-    advice = (
-        "copy the series again" if has_gaps else "set policy.irregular_spacing: resample to accept such steps"
-    )
-    raise ScanError(
-        Reason.MISSING_SLICES if has_gaps else Reason.IRREGULAR_SPACING,
-        f"{int(is_irregular.sum())} of {len(steps)} steps between slices differ from the median "
-        f"{median:.3f} mm ({steps.min():.3f} to {steps.max():.3f} mm); {advice}",
-    )
+    distances = positions @ _compute_normal(header)
+    drift = np.diff(positions, axis=0) - np.diff(distances)[:, None] * _compute_normal(header)
+    largest = np.linalg.norm(drift, axis=1).max()
+    texts = {
+        Reason.GANTRY_TILT: f"slices shift sideways by up to {largest:.2f} mm per step (tilted gantry?)",
+        Reason.IRREGULAR_SPACING: f"the steps between slices differ ({_describe_steps(distances)})",
+    }
+    keys = " and ".join(f"policy.{code}: resample" for code in refused)
+    advice = obstacle or f"set {keys} to resample them onto an even, upright grid"
+    return ScanError(refused[0], f"{' and '.join(texts[code] for code in refused)}; {advice}")
 
 
-def _has_number_jumps(steps: NDArray[np.float64], numbers: list[int | None]) -> bool:
-    """Return whether steps are proportional to jumps of InstanceNumber, so that slices are missing."""
-    if None in numbers:
-        return False
-    jumps = np.diff(np.array(numbers, dtype=np.float64))
-    if (jumps == 0).any() or len(set(np.abs(jumps))) == 1:
-        return False
-    per_number = steps / jumps
-    tolerance = STEP_TOLERANCE_MM + STEP_TOLERANCE_FRACTION * abs(np.median(per_number))
-    return bool(np.ptp(per_number) <= tolerance)
-
-
-def _has_multiples(steps: NDArray[np.float64], median: float, is_irregular: NDArray[np.bool_]) -> bool:
-    """Return whether few steps are irregular and all of these are whole multiples of the median step."""
-    ratios = steps[is_irregular] / median
-    is_whole = np.abs(ratios - np.round(ratios)) <= STEP_TOLERANCE_FRACTION * np.round(ratios)
-    return bool(is_irregular.mean() <= MAX_GAP_SHARE and is_whole.all() and (ratios > 1.5).all())
-
-
-def _has_gaps(steps: NDArray[np.float64]) -> bool:
-    """Return whether a step is too large to interpolate.
-
-    Such a step is `GAP_FACTOR` times larger than both its neighbors, or above `geometry.MAX_SPACING_MM`.
-    """
-    if len(steps) < 2:
-        return False
-    before, after = np.r_[0, steps[:-1]], np.r_[steps[1:], 0]
-    is_gap = steps > GAP_FACTOR * np.maximum(before, after)
-    return bool(is_gap.any() or steps.max() > geometry.MAX_SPACING_MM)
+def _describe_steps(distances: NDArray[np.float64]) -> str:
+    """Return the range of the steps in words."""
+    steps = np.diff(distances)
+    return f"steps of {steps.min():.3f} to {steps.max():.3f} mm, median {np.median(steps):.3f} mm"
 
 
 def _compute_affine(header: SliceHeader, positions: NDArray[np.float64]) -> geometry.Affine:

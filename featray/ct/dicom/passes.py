@@ -134,5 +134,3 @@ def _find_nearest(distances: NDArray[np.float64], target: float) -> int:
     right = min(int(np.searchsorted(distances, target)), len(distances) - 1)
     left = max(right - 1, 0)
     return left if target - distances[left] < distances[right] - target else right
-
-

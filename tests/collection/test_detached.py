@@ -71,7 +71,7 @@ def get_failure(folder: Path) -> tuple[str | None, str]:
 
 def write_mhd(folder: Path, data_file: str, **fields: str) -> Path:
     lines = "".join(f"{name} = {value}\n" for name, value in fields.items())
-    header = MHD.replace("CompressedData = False\n", "") if "CompressedData" in fields else MHD
+    header = "".join(line for line in MHD.splitlines(True) if line.split(" =")[0] not in fields)
     (folder / "a.mhd").write_text(f"{header}{lines}ElementDataFile = {data_file}\n")
     return folder
 
@@ -199,7 +199,7 @@ def test_a_gzip_file_is_compressed_data_of_a_mhd(tmp_path: Path) -> None:
 def test_data_of_the_other_byte_order_are_read(tmp_path: Path) -> None:
     (tmp_path / "a.raw").write_bytes(VOXELS_ZYX.astype(">i2").tobytes())
 
-    assert_is_read(write_mhd(tmp_path, "a.raw", ElementByteOrderMSB="True"), "a.mhd", 2)
+    assert_is_read(write_mhd(tmp_path, "a.raw", BinaryDataByteOrderMSB="True"), "a.mhd", 2)
 
 
 def test_a_mhd_that_holds_its_data_is_one_file(tmp_path: Path) -> None:

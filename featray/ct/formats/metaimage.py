@@ -72,6 +72,7 @@ _ONLY_VALUES = {"ElementToIntensityFunctionOffset": 0, "ElementToIntensityFuncti
 """The only supported value of some fields, which is also their default."""
 
 _MATRIX_KEYS = ("TransformMatrix", "Rotation", "Orientation")
+_BYTE_ORDER_KEYS = ("BinaryDataByteOrderMSB", "ElementByteOrderMSB")
 _OFFSET_KEYS = ("Offset", "Position", "Origin")
 
 _Header = dict[str, str]
@@ -187,7 +188,10 @@ def _parse_layout(header: _Header) -> Layout:
     code = _TYPES.get(header.get("ElementType", ""))
     if code is None:
         raise ScanError(Reason.UNSUPPORTED, "ElementType is not one of " + ", ".join(_TYPES))
-    big = _parse_flag(header, "BinaryDataByteOrderMSB") or _parse_flag(header, "ElementByteOrderMSB")
+    orders = {_parse_flag(header, key) for key in _BYTE_ORDER_KEYS if key in header}
+    if len(orders) > 1:
+        raise ScanError(Reason.UNREADABLE, f"{' and '.join(_BYTE_ORDER_KEYS)} contradict each other")
+    big = orders == {True}
     shape_zyx = tuple(int(size) for size in sizes[2::-1])
     return Layout(np.dtype((">" if big else "<") + code), shape_zyx, volume_count=int(math.prod(sizes[3:4])))
 

@@ -256,7 +256,7 @@ def _is_outside_space(direction: Any) -> bool:
 
 
 def _parse_dtype(header: Mapping[str, Any]) -> np.dtype[Any]:
-    code = next((code for code, names in _TYPES.items() if header["type"] in names), None)
+    code = next((code for code, names in _TYPES.items() if header["type"].lower() in names), None)
     if code is None:
         raise ScanError(Reason.UNSUPPORTED, f"NRRD type {header['type']!r:.40}, expected numbers")
     orders = {"little": "<", "big": ">"}

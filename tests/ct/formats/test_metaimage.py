@@ -109,6 +109,52 @@ def test_a_trailing_axis_of_one_is_dropped() -> None:
     assert (volume.spacing_zyx, volume.orientation) == ((2.0, 1.0, 0.5), "LPS")
 
 
+def test_one_volume_of_a_series_can_be_chosen() -> None:
+    series = np.stack([STORED_XYZ, STORED_XYZ[::-1] + 500])
+    fields = {
+        "NDims": "4",
+        "DimSize": "6 5 4 2",
+        "ElementSpacing": "0.5 1 2 1",
+        "Offset": "-7 11 13 0",
+        "TransformMatrix": "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1",
+    }
+    data = make_file(series[0].tobytes(order="F") + series[1].tobytes(order="F"), **fields)
+
+    for index, expected in enumerate(series):
+        volume = read(data, volume_index=index)
+        assert (volume.voxels_zyx == expected.T).all()
+        assert volume.warnings == ("not_a_volume",)
+    with pytest.raises(ScanError, match=r"source\.volume"):
+        read(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("MET_LONG", "i4"), ("MET_ULONG", "u4"), ("MET_LONG_LONG", "i8"), ("MET_ULONG_LONG", "u8")],
+)
+def test_long_integers_are_read_as_by_simpleitk(tmp_path: Path, name: str, code: str) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    stored = (STORED_XYZ + 60).astype(f"<{code}")
+    (tmp_path / "a.mha").write_bytes(make_file(stored.tobytes(order="F"), ElementType=name))
+
+    voxels = read((tmp_path / "a.mha").read_bytes()).voxels_zyx
+
+    assert (voxels == stored.T).all()
+    assert np.array_equal(voxels, sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "a.mha"))))
+
+
+@pytest.mark.parametrize("sizes", ["6 5 inf", "6 5 nan", ""])
+def test_the_message_about_sizes_says_what_is_expected(sizes: str) -> None:
+    with pytest.raises(ScanError, match="expected one or more, all of them finite"):
+        read(make_file(DimSize=sizes))
+
+
+def test_byte_orders_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(ScanError, match="ByteOrderMSB") as caught:
+        read(make_file(ElementByteOrderMSB="True"))
+    assert caught.value.reason == Reason.UNREADABLE
+
+
 PACKED = zlib.compress(RAW)
 
 

@@ -248,6 +248,44 @@ def test_the_qform_is_used_if_the_sform_is_unusable() -> None:
     assert read(data).warnings == ("sform_qform_differ",)
 
 
+def make_qform_file(quaternion: Any, pixdim: Any = (1, 0.5, 1, 2, 0, 0, 0, 0), **fields: Any) -> bytes:
+    """Return a file with a qform alone."""
+    parts = dict(zip(("quatern_b", "quatern_c", "quatern_d"), quaternion, strict=True))
+    return make_nifti(affine=None, qform_code=1, sform_code=0, pixdim=pixdim, **parts, **fields)
+
+
+@pytest.mark.parametrize("length", [1 + 1e-6, 1.0001, 1.0009])
+def test_a_quaternion_that_rounding_made_longer_than_1_is_normalized(length: float) -> None:
+    exact = np.array([0.36, 0.48, 0.8])
+    volume = read(make_qform_file(exact * length))
+    expected = nib.quaternions.quat2mat([0, *exact]) @ np.diag([0.5, 1, 2])
+
+    assert volume.affine_lps[:3, :3] == pytest.approx(np.diag([-1, -1, 1]) @ expected, abs=1e-6)
+    assert "qform_only" in volume.warnings
+
+
+def test_a_quaternion_that_is_no_rotation_is_refused() -> None:
+    assert read_reason(make_qform_file([0.6, 0.6, 0.6])) == Reason.UNREADABLE
+
+
+@pytest.mark.parametrize("qfac", [1.0, -1.0])
+@pytest.mark.parametrize("signs", [(-1, 1, 1), (1, 1, -1), (-1, -1, -1)])
+def test_negative_steps_count_without_sign_as_in_nibabel(signs: tuple[int, ...], qfac: float) -> None:
+    steps = [a * b for a, b in zip(signs, (0.5, 1, 2), strict=True)]
+    data = make_qform_file([0.36, 0.48, 0.5], [qfac, *steps, 0, 0, 0, 0])
+    volume = read(data)
+
+    expected = np.diag([-1, -1, 1, 1]) @ nib.Nifti1Image.from_bytes(data).affine
+    assert volume.affine_lps == pytest.approx(expected, abs=1e-6)
+    assert {"qform_only", "orientation_unknown"} <= set(volume.warnings)
+
+
+def test_the_sign_of_a_step_has_no_meaning_beside_an_sform() -> None:
+    data = make_nifti(pixdim=[1, -0.5, 1, 2, 0, 0, 0, 0], sform_code=1, qform_code=1)
+
+    assert read(data).warnings == ()
+
+
 def test_a_rotated_affine_is_kept_and_causes_a_warning() -> None:
     angle = np.radians(16.5)
     affine = np.eye(4)
@@ -275,6 +313,58 @@ def test_meters_without_a_unit_are_rejected() -> None:
     data = make_nifti(affine=np.diag([0.0005, 0.001, 0.002, 1.0]), xyzt_units=0, sform_code=2)
 
     assert read_reason(data) == Reason.UNREADABLE
+
+
+@pytest.mark.parametrize(
+    ("unit", "numbers", "is_plausible"),
+    [
+        pytest.param(1, 0.7, False, id="mm-called-meter"),
+        pytest.param(1, 0.0007, True, id="meter"),
+        pytest.param(3, 0.7, False, id="mm-called-micrometer"),
+        pytest.param(3, 700, True, id="micrometer"),
+        pytest.param(3, 9, True, id="micro-ct"),
+        pytest.param(2, 0.7, True, id="mm"),
+        pytest.param(0, 0.7, True, id="unknown"),
+    ],
+)
+@pytest.mark.parametrize("code", ["sform_code", "qform_code", ""])
+def test_a_unit_that_cannot_be_right_is_named(
+    unit: int, numbers: float, is_plausible: bool, code: str
+) -> None:
+    stored = np.zeros((300, 300, 4), np.int16, "F")
+    stored[0] = 1
+    codes = {"sform_code": 0, "qform_code": 0} | ({code: 1} if code else {})
+    data = make_nifti(stored, np.diag([numbers] * 3 + [1]), xyzt_units=unit, **codes)
+
+    if is_plausible:
+        assert read(data).spacing_zyx == pytest.approx([numbers * {1: 1e3, 3: 1e-3}.get(unit, 1)] * 3)
+    else:
+        with pytest.raises(ScanError, match="xyzt_units") as caught:
+            read(data)
+        assert caught.value.reason == Reason.UNREADABLE
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 5, 4), (6, 5, 1, 4), (6, 1, 5, 4)])
+@pytest.mark.parametrize("index", [None, 0])
+def test_an_axis_of_one_before_the_last_gives_no_advice_that_fails(
+    shape: tuple[int, ...], index: int | None
+) -> None:
+    data = make_nifti(np.arange(120, dtype=np.int16).reshape(shape))
+
+    with pytest.raises(ScanError, match="three axes of the volume first") as caught:
+        read_nifti(data, max_voxels=MANY, volume_index=index)
+    assert caught.value.reason == Reason.NOT_A_VOLUME
+    assert "source.volume" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_64_bit_integers_are_exact_or_refused(dtype: type[np.generic]) -> None:
+    stored = (STORED_XYZ.astype(np.int64) + 100).astype(dtype)
+    assert (read(make_nifti(stored)).voxels_zyx == stored.T).all()
+    assert read(make_nifti(stored)).voxels_zyx.dtype == np.int16
+
+    stored[0, 0, 0] = 2**33
+    assert read_reason(make_nifti(stored)) == Reason.UNSUPPORTED
 
 
 def test_a_trailing_axis_of_one_is_dropped() -> None:

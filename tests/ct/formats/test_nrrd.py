@@ -162,6 +162,84 @@ def test_an_axis_of_one_sample_outside_of_space_is_dropped(fields: dict[str, str
     assert volume.spacing_zyx == (2.0, 1.0, 0.5)
 
 
+SERIES = np.stack([STORED_XYZ, STORED_XYZ[::-1] + 500])
+
+
+@pytest.mark.parametrize("kind", ["list", "time", "none", None])
+@pytest.mark.parametrize("is_first", [False, True])
+def test_one_volume_of_a_series_can_be_chosen(kind: str | None, is_first: bool) -> None:
+    stored = np.moveaxis(SERIES, 0, 0 if is_first else 3)
+    directions, kinds = HEADER["space directions"], "domain domain domain"
+    fields: dict[str, str | None] = {
+        "dimension": "4",
+        "sizes": " ".join(map(str, stored.shape)),
+        "space_directions": f"none {directions}" if is_first else f"{directions} none",
+        "kinds": kind and (f"{kind} {kinds}" if is_first else f"{kinds} {kind}"),
+    }
+    data = make_file(stored.tobytes(order="F"), **fields)
+
+    for index, expected in enumerate(SERIES):
+        volume = read(data, volume_index=index)
+        assert (volume.voxels_zyx == expected.T).all()
+        assert (volume.spacing_zyx, volume.warnings) == ((2.0, 1.0, 0.5), ("not_a_volume",))
+    for bad_index in (None, 2):
+        with pytest.raises(ScanError, match=r"source\.volume") as caught:
+            read(data, volume_index=bad_index)
+        assert caught.value.reason == Reason.NOT_A_VOLUME
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        pytest.param({"kinds": "space space time", "space_directions": None, "spacings": "1 1 2"}, id="time"),
+        pytest.param({"kinds": "domain domain list"}, id="list"),
+        pytest.param({"kinds": "vector domain domain"}, id="vector"),
+        pytest.param({"space_directions": "(1,0,0) (0,1,0) none"}, id="no-direction"),
+        pytest.param({"kinds": None, "space_directions": None, "spacings": "1 1 nan"}, id="no-spacing"),
+        pytest.param(
+            {"dimension": "4", "sizes": "2 3 5 4", "space_directions": "none " + HEADER["space directions"],
+             "kinds": "vector domain domain domain"}, id="vectors"),
+        pytest.param(
+            {"dimension": "4", "sizes": "3 2 5 4", "space_directions": "(1,0,0) none (0,1,0) (0,0,1)",
+             "kinds": None}, id="list-between"),
+        pytest.param({"space": "left-posterior-superior-time"}, id="space-with-time"),
+    ],
+)  # fmt: skip
+def test_an_axis_outside_of_space_is_never_taken_for_z(fields: dict[str, str | None]) -> None:
+    with pytest.raises(ScanError) as caught:
+        read(make_file(**fields), volume_index=0)
+    assert caught.value.reason == Reason.NOT_A_VOLUME
+
+
+def test_units_of_spacings_are_converted_to_mm() -> None:
+    fields = {"space": None, "space_directions": None, "space_origin": None, "spacings": "0.05 0.1 0.2"}
+
+    assert read(make_file(**fields, units='"cm" "cm" "cm"')).spacing_zyx == pytest.approx((2, 1, 0.5))
+
+
+def test_a_unit_that_cannot_be_right_is_named() -> None:
+    stored = np.zeros((300, 300, 2), np.int16, "F")
+    stored[0] = 1
+    units = " ".join(['"m"'] * 3)
+    with pytest.raises(ScanError, match="unit") as caught:
+        read(make_file(stored.tobytes(order="F"), sizes="300 300 2", space_units=units))
+    assert caught.value.reason == Reason.UNREADABLE
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [("int64", "i8"), ("long long int", "i8"), ("longlong", "i8"), ("uint64", "u8"), ("ulonglong", "u8")]
+    + [("uint32", "u4"), ("unsigned long long int", "u8")],
+)
+def test_long_integers_are_exact(name: str, code: str) -> None:
+    stored = (STORED_XYZ + 60).astype(f"<{code}")
+
+    voxels = read(make_file(stored.tobytes(order="F"), type=name)).voxels_zyx
+
+    assert (voxels == stored.T).all()
+    assert voxels.dtype == np.int16
+
+
 @pytest.mark.parametrize(
     ("unit", "directions"),
     [

@@ -228,8 +228,15 @@ def test_a_unit_that_cannot_be_right_is_named() -> None:
 
 @pytest.mark.parametrize(
     ("name", "code"),
-    [("int64", "i8"), ("long long int", "i8"), ("longlong", "i8"), ("uint64", "u8"), ("ulonglong", "u8")]
-    + [("uint32", "u4"), ("unsigned long long int", "u8")],
+    [
+        ("int64", "i8"),
+        ("long long int", "i8"),
+        ("longlong", "i8"),
+        ("uint64", "u8"),
+        ("ulonglong", "u8"),
+        ("unsigned long long int", "u8"),
+        ("uint32", "u4"),
+    ],
 )
 def test_long_integers_are_exact(name: str, code: str) -> None:
     stored = (STORED_XYZ + 60).astype(f"<{code}")

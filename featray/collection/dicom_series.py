@@ -60,7 +60,7 @@ def _make_found_scan(
         message=series.message,
         series=series.series_uid,
     )
-    return FoundScan(scan, tuple(members))
+    return FoundScan(scan, tuple(members), series.stack)
 
 
 def _find_series_with_cache(

@@ -39,6 +39,7 @@ from featray.collection.files import (
 )
 from featray.collection.listing import Listing
 from featray.collection.local_folder import FoundFiles, find_below, find_matches
+from featray.collection.scattered_series import mark_scattered_series
 from featray.collection.unreadable import UnreadableFiles
 from featray.collection.zip_archives import find_in_archive
 from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_header
@@ -135,7 +136,7 @@ def _list_files(
         for file in visible:
             if file.name.lower().endswith(ZIP_SUFFIX):
                 found += find_in_archive(fs, file, options, _find_scans)
-    found += unreadable.make_scans(found, name, options)
+    found = mark_scattered_series(found) + unreadable.make_scans(found, name, options)
     used = {file for found_scan in found for file in found_scan.members}
     ignored = Counter(get_suffix(file.name) or "without suffix" for file in visible if file not in used)
     if options.source.fingerprint == "bytes":

@@ -16,6 +16,7 @@ from typing import Any
 from featray.collection.header_cache import HeaderCache
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct.dicom.header import SliceHeader
+from featray.ct.dicom.parts import StackRange
 from featray.ct.formats import npy
 from featray.errors import Reason
 from featray.schema import Scan
@@ -89,10 +90,11 @@ class FileGroup:
 
 @dataclass(frozen=True)
 class FoundScan:
-    """A scan and the files of the collection that belong to it."""
+    """A scan, the files of the collection that belong to it, and where the slices of a DICOM series lie."""
 
     scan: Scan
     members: tuple[File, ...]
+    stack: StackRange | None = None
 
 
 @dataclass(frozen=True)

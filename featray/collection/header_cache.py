@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featray.ct.dicom.group import DicomScan
+from featray.ct.dicom.parts import StackRange
 from featray.errors import Reason
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ _SERIES = pa.struct(
         ("excluded", pa.bool_()),
         ("message", pa.string()),
         ("warnings", pa.list_(pa.string())),
+        ("range", pa.list_(pa.float64())),
+        ("hashes", pa.list_(pa.string())),
     ]
 )
 _COLUMNS = pa.schema(
@@ -100,6 +103,8 @@ class HeaderCache:
         cache = cls()
         try:
             table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+            if not _has_stacks(table.schema):
+                return cls()
             cache._stamp = (table.schema.metadata or {})[_STAMP].decode()
             for row in table.cast(_COLUMNS).to_pylist():
                 cache._previous.setdefault(row["place"], ())
@@ -149,6 +154,19 @@ class HeaderCache:
             self._current[key] = ordered
 
 
+def _has_stacks(schema: pa.Schema) -> bool:
+    """Return whether a cache stores where slices lie; caches of earlier versions do not."""
+    return "range" in {field.name for field in schema.field("series").type.value_type}
+
+
+def _parse_stack(numbers: list[float] | None, hashes: list[str] | None) -> StackRange | None:
+    if numbers is None or hashes is None:
+        return None
+    count, low, high = numbers
+    owner, instances = hashes
+    return StackRange(int(count), low, high, owner, instances)
+
+
 def _make_row(key: str, entry: CacheEntry) -> dict[str, Any]:
     return {
         "place": key,
@@ -160,7 +178,7 @@ def _make_row(key: str, entry: CacheEntry) -> dict[str, Any]:
 
 
 def _make_series_value(series: HashedSeries) -> dict[str, Any]:
-    scan = series.scan
+    scan, stack = series.scan, series.scan.stack
     return {
         "files": series.file_numbers,
         "uid": scan.series_uid,
@@ -169,6 +187,8 @@ def _make_series_value(series: HashedSeries) -> dict[str, Any]:
         "excluded": scan.excluded,
         "message": scan.message,
         "warnings": scan.warnings,
+        "range": None if stack is None else [stack.count, stack.low, stack.high],
+        "hashes": None if stack is None else [stack.owner, stack.instances],
     }
 
 
@@ -189,6 +209,7 @@ def _parse_series(value: dict[str, Any]) -> HashedSeries:
         excluded=value["excluded"],
         message=value["message"],
         warnings=tuple(value["warnings"]),
+        stack=_parse_stack(value["range"], value["hashes"]),
     )
     numbers = value["files"]
     return HashedSeries(scan, value["own"], None if numbers is None else tuple(numbers))

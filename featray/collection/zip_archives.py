@@ -77,7 +77,7 @@ def _set_archive(found_scan: FoundScan, archive: File, *, is_only_scan: bool) ->
     """Return a scan found in an archive with an id that names the archive, and the archive as its file."""
     scan = found_scan.scan
     scan_id = archive.name if is_only_scan else f"{archive.name}/{scan.scan_id}"
-    return FoundScan(replace(scan, scan_id=scan_id), (archive,))
+    return replace(found_scan, scan=replace(scan, scan_id=scan_id), members=(archive,))
 
 
 def _make_failed_scan(file: File, error: ScanError, options: ListingOptions) -> FoundScan:

@@ -66,7 +66,7 @@ class PolicyConfig(_Section):
     not_hu: Literal["warn", "refuse"] = "warn"
     """Values that do not look like HU: warn, or refuse the scan."""
     not_ct: Literal["exclude", "warn"] = "exclude"
-    """DICOM images of another modality: exclude them, or read them and warn."""
+    """MR, PET, and secondary captures with the geometry of CT slices: exclude them, or read them and warn."""
     duplicates: Literal["warn", "exclude"] = "warn"
     """The second of two scans with the same SeriesInstanceUID or the same bytes: warn, or exclude it."""
 

@@ -10,7 +10,9 @@ Reads no pixels and opens no files. The rules, in this order:
    `not_a_volume`; in a series that also has slices they are dropped with the warning `localizer_removed`.
    An image that would be left out by this rule, but lies on a free place of the stack that the slices of its
    series form, fails the scan instead: the volume would lack a slice (see `exclude.find_stray_slices`).
-3. Slices belong together if they share SeriesInstanceUID, or, without one, folder and SeriesNumber. If they
+3. Slices belong together if they share SeriesInstanceUID, or, without one, folder and SeriesNumber. Slices of
+   one folder with a SeriesInstanceUID each are one scan with the warning `duplicate_slices` if they are one
+   regular stack, else one failed entry each (see `join.join_single_slices`). If slices of one series
    differ in PatientID or StudyInstanceUID, the positions decide (see `join.split_by_owner`): slices of
    several studies that complete one stack are one scan, slices of several patients that do so fail, and
    other parts are one scan each, all with the warning `duplicate_slices`.
@@ -27,7 +29,9 @@ Reads no pixels and opens no files. The rules, in this order:
    - Time points, convolution kernels or slice thicknesses in one series become one scan each, with the
      warning `duplicate_slices`, if their headers separate them cleanly. If their slices lie between each
      other and are not separated cleanly, the scan fails as `duplicate_slices` (see `split`).
-   - The files of a concatenation (one multi-frame image split into several files) are one scan.
+   - The files of a concatenation (one multi-frame image split into several files) are one scan. Other
+     multi-frame files are one scan, with the warning `duplicate_slices`, if they continue each other, and a
+     scan each if they cover the same range (see `join_multiframe`).
 6. A damaged file fails the scan that it belongs to, because a volume with a possibly missing slice must not
    be read. It belongs to a scan by its SeriesInstanceUID if that can be read, else by its file name (see
    `_find_adjacent_scans`). A damaged file that belongs to no scan is a failed entry of its own if its content
@@ -36,10 +40,11 @@ Reads no pixels and opens no files. The rules, in this order:
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 import numpy as np
@@ -54,8 +59,14 @@ from featray.ct.dicom.exclude import (
     is_in_plane,
 )
 from featray.ct.dicom.header import SliceHeader
-from featray.ct.dicom.join import SeriesPart, split_by_owner, split_copies
-from featray.ct.dicom.parts import is_regular, share_positions, unite
+from featray.ct.dicom.join import SeriesPart, join_single_slices, split_by_owner, split_copies
+from featray.ct.dicom.join_multiframe import (
+    are_joined_multiframes,
+    find_multiframe_mixture,
+    find_places,
+    join_multiframes,
+)
+from featray.ct.dicom.parts import StackRange, is_regular, share_positions, unite
 from featray.ct.dicom.split import (
     are_in_alternating_folders,
     find_folder_mixture,
@@ -83,6 +94,7 @@ class DicomScan:
         excluded: With a reason: true if the files were left out by a rule, false if the scan failed.
         message: The reason in words, for users.
         warnings: Codes of unusual properties that were accepted.
+        stack: Where the slices lie, or None if that is not known.
     """
 
     files: tuple[str, ...]
@@ -91,6 +103,7 @@ class DicomScan:
     excluded: bool = False
     message: str = ""
     warnings: tuple[str, ...] = ()
+    stack: StackRange | None = field(default=None, compare=False)
 
 
 def group_into_scans(
@@ -115,7 +128,7 @@ def group_into_scans(
             unidentified.append(header)
         elif not header.is_directory:
             groups[_make_series_key(header)].append(header)
-    scans = [scan for group in groups.values() for scan in grouper.make_scans(group)]
+    scans = [scan for group in grouper.join_single_slices(groups) for scan in grouper.make_scans(group)]
     return sorted(_assign_unidentified_files(scans, unidentified), key=lambda scan: scan.files)
 
 
@@ -129,10 +142,28 @@ class _Grouper:
 
     accept_other_modalities: bool
 
-    def make_scans(self, members: list[SliceHeader]) -> list[DicomScan]:
-        """Return the entries for the files of one SeriesInstanceUID."""
-        parts = split_by_owner(members, self._is_slice)
-        return [scan for part in parts for scan in self._make_owner_scans(part)]
+    def join_single_slices(self, groups: Mapping[tuple[str, ...], list[SliceHeader]]) -> list[SeriesPart]:
+        """Return the files of each series, and slices with a SeriesInstanceUID each that are one stack."""
+        single = [
+            members[0]
+            for members in groups.values()
+            if len(members) == 1 and members[0].series_uid and self._is_slice(members[0])
+        ]
+        parts = join_single_slices(single)
+        names = {header.name for part in parts for header in part.headers}
+        return parts + [SeriesPart(members) for members in groups.values() if members[0].name not in names]
+
+    def make_scans(self, series: SeriesPart) -> list[DicomScan]:
+        """Return the entries for the files of one series."""
+        if series.reason:
+            return [_make_part_scan(series)]
+        return [
+            scan
+            for part in split_by_owner(series.headers, self._is_slice)
+            for scan in self._make_owner_scans(
+                replace(part, warnings=_join_codes(series.warnings, part.warnings))
+            )
+        ]
 
     def _is_slice(self, header: SliceHeader) -> bool:
         is_placed = bool(header.position and header.orientation) and header.number_of_frames == 1
@@ -197,13 +228,18 @@ def _make_copies_scans(slices: list[SliceHeader], warnings: tuple[str, ...]) -> 
 
 def _make_part_scan(part: SeriesPart) -> DicomScan:
     """Return the one entry for a part that must not be read."""
-    uid = part.headers[0].series_uid
-    return DicomScan(_sort_names(part.headers), uid, part.reason, part.excluded, part.message)
+    names, uid = _sort_names(part.headers), part.headers[0].series_uid
+    stack = _measure_stack(part.headers)
+    return DicomScan(names, uid, part.reason, part.excluded, part.message, part.warnings, stack)
 
 
 def _join_codes(*codes: Iterable[str]) -> tuple[str, ...]:
     """Return the codes without repetition, in their order."""
     return tuple(dict.fromkeys(code for group in codes for code in group))
+
+
+def _hash_texts(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def _add_stray_slice(scan: DicomScan, header: SliceHeader, exclusion: Exclusion) -> DicomScan:
@@ -237,7 +273,7 @@ def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) ->
     damaged = [header for header in slices if header.problem]
     placed = [header for header in slices if not header.problem and has_geometry(header)]
     unplaced = [header for header in slices if not header.problem and not has_geometry(header)]
-    stacks = sorted(_group_by_grid(placed), key=len, reverse=True) or [[]]
+    stacks = sorted(join_multiframes(_group_by_grid(placed)), key=len, reverse=True) or [[]]
     main, others = stacks[0] + unplaced, stacks[1:]
     if not main:
         return [_add_damaged_files(DicomScan((), damaged[0].series_uid), damaged)]
@@ -260,17 +296,28 @@ def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) ->
 def _make_volume_scans(stack: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
     """Return one entry for each volume of a stack; a stack of mixed volumes is one failed entry."""
     parts = split_volumes(stack)
-    if len(parts) > 1 or are_in_alternating_folders(stack):
+    if len(parts) > 1 or are_in_alternating_folders(stack) or are_joined_multiframes(stack):
         warnings = _join_codes(warnings, [Reason.DUPLICATE_SLICES.value])
     return [_make_volume_scan(part, warnings) for part in parts]
 
 
 def _make_volume_scan(slices: list[SliceHeader], warnings: tuple[str, ...]) -> DicomScan:
-    mixture = find_mixture(slices) or find_folder_mixture(slices)
-    names, uid = _sort_names(slices), slices[0].series_uid
+    mixture = find_mixture(slices) or find_folder_mixture(slices) or find_multiframe_mixture(slices)
+    names, uid, stack = _sort_names(slices), slices[0].series_uid, _measure_stack(slices)
     if mixture:
-        return DicomScan(names, uid, Reason.DUPLICATE_SLICES, message=mixture, warnings=warnings)
-    return DicomScan(names, uid, warnings=warnings)
+        return DicomScan(names, uid, Reason.DUPLICATE_SLICES, message=mixture, warnings=warnings, stack=stack)
+    return DicomScan(names, uid, warnings=warnings, stack=stack)
+
+
+def _measure_stack(slices: list[SliceHeader]) -> StackRange | None:
+    """Return where the slices or the frames of a scan lie, or None if a position is missing."""
+    places = find_places(slices)
+    if places is None:
+        return None
+    places, first = unite([places]), slices[0]
+    instances = _hash_texts(sorted(header.sop_instance_uid for header in slices))
+    owner = _hash_texts([first.series_uid, first.patient_hash, first.study_uid])
+    return StackRange(len(places), float(places[0]), float(places[-1]), owner, instances)
 
 
 def _group_by_grid(slices: Iterable[SliceHeader]) -> list[list[SliceHeader]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
 from featray.ct.dicom.elements import MAX_HEADER_BYTES, Elements, ParseEnd, decode_text, parse_elements
+from featray.ct.dicom.frame_range import FrameRange, find_frame_range
 from featray.errors import Reason, ScanError
 
 _TAGS = {
@@ -129,6 +130,7 @@ class SliceHeader:
         is_signed: Whether PixelRepresentation is 1 (two's complement).
         padding_value: The 16 bits of PixelPaddingValue as an unsigned number.
         has_functional_groups: Whether geometry is stored per frame (enhanced multi-frame).
+        frame_range: Range and orientation of the frames of an enhanced multi-frame file, if known.
         has_modality_lut: Whether a ModalityLUTSequence replaces slope and intercept (PS3.3 C.11.1).
 
     The other fields hold the DICOM attribute of the same name.
@@ -179,6 +181,7 @@ class SliceHeader:
     padding_value: int | None = None
     has_functional_groups: bool = False
     has_modality_lut: bool = False
+    frame_range: FrameRange | None = None
 
     @property
     def folder(self) -> str:
@@ -249,6 +252,9 @@ def _make_header(elements: Elements, name: str, *, has_prefix: bool) -> SliceHea
     if elements.end in _PROBLEMS:
         problem, message = _PROBLEMS[elements.end]
         header = replace(header, problem=problem, message=message)
+    if header.has_functional_groups and header.number_of_frames > 1 and header.has_pixels:
+        found = find_frame_range(elements.data, elements.pixel_start, header.number_of_frames)
+        header = replace(header, frame_range=found)
     is_image = header.has_pixels and header.rows > 0 and bool(header.sop_class_uid or header.modality)
     if has_prefix or (is_image and not header.problem):
         return header

@@ -24,12 +24,18 @@ from featray.ct.dicom.parts import (
     share_positions,
     unite,
 )
-from featray.ct.dicom.split import split_by_fields
+from featray.ct.dicom.split import find_mixture, split_by_fields
 from featray.ct.dicom.stack import project_on_normal
 from featray.errors import Reason
 
 MAX_OWNERS = 20
 """Up to this number of patients and studies in one series, each pair of them is compared."""
+
+
+MIN_SINGLE_SLICES = 4
+"""Fewer slices with a SeriesInstanceUID each may have equal steps by chance."""
+
+_MIN_ADVISED_SLICES = 3
 
 
 @dataclass
@@ -49,6 +55,26 @@ class SeriesPart:
     reason: Reason | None = None
     message: str = ""
     excluded: bool = False
+
+
+def join_single_slices(slices: Sequence[SliceHeader]) -> list[SeriesPart]:
+    """Return the parts for slices of which each has a SeriesInstanceUID of its own.
+
+    Some software writes a new SeriesInstanceUID into each file. Slices of one folder and SeriesNumber are
+    joined, with the warning `duplicate_slices`, if there are at least `MIN_SINGLE_SLICES` of them and they
+    have one plane and regular positions in line. Otherwise three or more of them in one folder fail with
+    advice. The other slices are in no part.
+    """
+    folders: dict[str, list[SliceHeader]] = defaultdict(list)
+    for header in slices:
+        folders[header.folder].append(header)
+    parts: list[SeriesPart] = []
+    for members in folders.values():
+        if len(members) < _MIN_ADVISED_SLICES:
+            continue
+        for group in split_by_fields(members, "series_number"):
+            parts += [_make_joined_part(group)] if _are_one_stack(group) else map(_make_single_part, group)
+    return parts
 
 
 def split_by_owner(headers: list[SliceHeader], is_slice: Callable[[SliceHeader], bool]) -> list[SeriesPart]:
@@ -114,6 +140,30 @@ def split_copies(slices: list[SliceHeader]) -> list[SeriesPart]:
     return parts + excluded
 
 
+def _are_one_stack(slices: list[SliceHeader]) -> bool:
+    """Return whether slices are in line at equal steps, have one plane, and no telling field alternates."""
+    first = slices[0]
+    plane = first.rows, first.columns, first.orientation
+    if len(slices) < MIN_SINGLE_SLICES or not all(is_in_plane(header, *plane) for header in slices):
+        return False
+    is_in_line = bool(are_in_line([first], slices).all())
+    return is_in_line and is_regular(project_on_normal(slices)) and not find_mixture(slices)
+
+
+def _make_joined_part(slices: list[SliceHeader]) -> SeriesPart:
+    part = SeriesPart(slices)
+    _add_warning(part)
+    return part
+
+
+def _make_single_part(header: SliceHeader) -> SeriesPart:
+    message = (
+        "one image is no volume; other files of this folder have a SeriesInstanceUID each, too: "
+        "if they are one scan, give all of them the same SeriesInstanceUID"
+    )
+    return SeriesPart([header], reason=Reason.NOT_A_VOLUME, message=message)
+
+
 def _has_owner(header: SliceHeader) -> bool:
     return bool(header.patient_hash or header.study_uid)
 
@@ -135,7 +185,7 @@ def _join_groups(
     numbers = [number for number, group in enumerate(in_plane) if group]
     links = _link_shares([in_plane[number] for number in numbers])
     linked = [(numbers[first], numbers[second]) for first, second in links]
-    return [[groups[number] for number in component] for component in _connect(len(groups), linked)]
+    return [[groups[number] for number in component] for component in connect(len(groups), linked)]
 
 
 def _link_shares(groups: list[list[SliceHeader]]) -> list[tuple[int, int]]:
@@ -172,7 +222,7 @@ def _are_shares(
     return belong_together(*distances) and bool(are_in_line(first, second).all())
 
 
-def _connect(count: int, linked: Sequence[tuple[int, int]]) -> list[list[int]]:
+def connect(count: int, linked: Sequence[tuple[int, int]]) -> list[list[int]]:
     """Return the numbers from 0 to `count` - 1 in sets that are connected by links."""
     sets = [[number] for number in range(count)]
     for first, second in linked:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
@@ -25,6 +26,31 @@ MAX_GAP_STEPS = 3.5
 
 MIN_RUN = 3
 """Shortest run of one label, in slices, that a table movement may have made among returning labels."""
+
+
+@dataclass(frozen=True)
+class StackRange:
+    """Where the slices of a scan lie, in few numbers, to compare it with scans of the same series elsewhere.
+
+    Attributes:
+        count: Number of different positions.
+        low: Lowest position along the normal in mm.
+        high: Highest position along the normal in mm.
+        owner: Hash of SeriesInstanceUID, PatientID and StudyInstanceUID.
+        instances: Hash of all SOPInstanceUIDs.
+    """
+
+    count: int
+    low: float
+    high: float
+    owner: str
+    instances: str
+
+    @property
+    def places(self) -> Distances:
+        """Distances along the normal in mm, under the assumption of equal steps."""
+        return np.linspace(self.low, self.high, self.count)
+
 
 _STEP_TOLERANCE_MM, _STEP_TOLERANCE_FRACTION = 0.02, 0.01
 """Steps are equal within the larger of these, because both ends of a step may be rounded to 0.01 mm."""

@@ -20,6 +20,7 @@ from featray.errors import InputShapeError, ModelError
 from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.model import inputs, prepare, runtime, seeding, variation
 from featray.model.inputs import Batch, Shape, TrialResults
+from featray.model.keras_versions import KERAS_PACKAGES
 from featray.model.loading import download
 from featray.model.pooling import Pool
 from featray.model.prepare import PreparedModel
@@ -161,6 +162,7 @@ class Extractor:
         ]
         # As float, so that 1 and 1.0 in a config give the same recipe.
         constants = {name: np.asarray(value, float).tolist() for name, value in self._spec.constants.items()}
+        corrections = list(self._prepared.loaded.corrections)
         return {
             "sha256": self.sha256,
             "submodel": self._spec.submodel,
@@ -168,6 +170,7 @@ class Extractor:
             "compute_dtype": self._compute_dtypes,
             **({"constants": constants} if constants else {}),
             **({"jit_compile": True} if self._spec.jit_compile else {}),
+            **({"keras2": corrections} if corrections else {}),
         }
 
     def _run(self, batch: Batch) -> dict[str, Batch]:
@@ -341,4 +344,6 @@ def _has_custom_code(prepared: PreparedModel, outputs: Sequence[OutputSpec]) -> 
     containing = [tap for tap in prepared.taps if any(key.startswith(f"{tap.key}/") for key in keys)]
     taps = [*prepare.select_taps_up_to(prepared.taps, outputs), *containing]
     classes = {type(layer) for layer in [prepared.call.model, *(tap.layer for tap in taps)]}
-    return any(cls.__module__.split(".")[0] != "keras" or cls.__name__ == "Lambda" for cls in classes)
+    return any(
+        cls.__module__.split(".")[0] not in KERAS_PACKAGES or cls.__name__ == "Lambda" for cls in classes
+    )

@@ -103,10 +103,11 @@ def resolve_input_shape(
 
 def read_declared_inputs(model: Any) -> dict[str, Shape]:
     """Return {input name: shape without the batch axis} as the model declares it; {} if it does not."""
-    try:
-        return {str(tensor.name): tuple(tensor.shape)[1:] for tensor in model.inputs}
-    except AttributeError:  # subclassed models and sequential models that are not built have no `inputs`
-        built_for = (model.get_build_config() or {}).get("input_shape")
+    # Subclassed models and sequential models that are not built have no `inputs`; in Keras 2 they are None.
+    tensors = getattr(model, "inputs", None)
+    if tensors is not None:
+        return {str(tensor.name): tuple(tensor.shape)[1:] for tensor in tensors}
+    built_for = (model.get_build_config() or {}).get("input_shape")
     is_one_shape = isinstance(built_for, list | tuple) and all(
         size is None or isinstance(size, int) for size in built_for
     )
@@ -264,7 +265,7 @@ def _make_constant(tensor: Any, value: Any) -> Any:
 
     shape = tuple(tensor.shape)[1:]
     try:
-        array = np.asarray(value, tensor.dtype)
+        array = np.asarray(value, tf.as_dtype(tensor.dtype).as_numpy_dtype)
         array = np.broadcast_to(array, shape) if not array.ndim and None not in shape else array
     except (TypeError, ValueError) as error:
         raise ModelError(f"constants: {tensor.name}: not numbers of type {tensor.dtype} ({error})") from None

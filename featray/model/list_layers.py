@@ -16,6 +16,7 @@ from featray.config import ModelConfig
 from featray.errors import ModelError
 from featray.model import pooling, prepare, runtime, select_layers, variation
 from featray.model.inputs import Shape
+from featray.model.keras_versions import KERAS_PACKAGES
 from featray.model.loading import download
 from featray.model.pooling import Pool
 from featray.model.select_layers import OutputSpec
@@ -206,11 +207,11 @@ def _describe_tap(tap: Tap, survey: _Survey) -> LayerInfo:
 
 def _has_relu(layer: Any) -> bool:
     """Return whether the layer ends in a ReLU, so that a unit can be 0 for every input."""
-    import keras
-
-    if isinstance(layer, keras.layers.ReLU):
+    if type(layer).__name__ == "ReLU":
         return bool(layer.negative_slope == 0)
-    return getattr(layer, "activation", None) in (keras.activations.relu, keras.activations.relu6)
+    activation = getattr(layer, "activation", None)
+    module = str(getattr(activation, "__module__", "")).split(".")[0]
+    return module in KERAS_PACKAGES and getattr(activation, "__name__", "") in ("relu", "relu6")
 
 
 def _is_latent_parameter(tap: Tap, survey: _Survey) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from featray.config import ModelConfig, load_model_section
-from featray.model import inputs, pooling, select_layers, trace
+from featray.model import inputs, keras_versions, pooling, select_layers, trace
 from featray.model.inputs import Shape
 from featray.model.loading import load
 from featray.model.loading.load import LoadedModel
@@ -105,7 +105,7 @@ def _pool(tensor: Any, output: OutputSpec) -> Any:
 def _check_weights(model: Any, loaded: LoadedModel) -> list[str]:
     """Return the problem of weights that layers created in the trace, after the file was loaded."""
     saved = {id(weight) for weight in loaded.weights}
-    unsaved = [weight.path for weight in model.weights if id(weight) not in saved]
+    unsaved = [keras_versions.get_weight_name(weight) for weight in model.weights if id(weight) not in saved]
     if not unsaved:
         return []
     return [

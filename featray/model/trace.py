@@ -20,7 +20,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from featray.errors import ModelError
-from featray.model import probes, runtime, seeding
+from featray.model import channels_first, keras_versions, probes, runtime, seeding
+from featray.model.loading import replacement_layers
 from featray.model.probes import UNIT_RANGE, ProbeRange
 
 Fill = Callable[[Any], Any]
@@ -29,6 +30,7 @@ _TRACE_LOCK = threading.RLock()
 """Held while tracing, because tracing patches a class of the whole process."""
 
 _INSIDE_LOOP = "runs inside a loop or branch; choose the layer that contains it"
+_INSIDE_STEPS = "runs once for each time step of an input; choose the TimeDistributed layer that contains it"
 
 
 def feed_single_input(tensor: Any) -> Any:
@@ -115,6 +117,8 @@ class _LayerCall:
         parts: Accepted names of each part of the path.
         calls: Number of calls so far that this layer made, by the name of the called layer.
         was_built: Whether the layer had its variables before the call.
+        is_per_step: Whether a TimeDistributed layer of Keras 2 contains the call. The rows of the batch are
+            then time steps. (Keras 3 calls such layers in another way, so they are not seen.)
     """
 
     layer: Any
@@ -122,6 +126,7 @@ class _LayerCall:
     parts: tuple[tuple[str, ...], ...] = ()
     calls: Counter[str] = field(default_factory=Counter)
     was_built: bool = True
+    is_per_step: bool = False
 
 
 def record_taps(call: ModelCall) -> Recording:
@@ -246,6 +251,14 @@ class _Recorder:
                 if id(layer_call.layer) not in known
             ]
 
+    def mark_missing_code(self) -> None:
+        """Mark all taps that are computed from the result of a layer whose code is missing."""
+        reasons = replacement_layers.find_missing_code(self.inputs.graph)
+        for at, tap in enumerate(self.taps if reasons else ()):
+            reason = "" if tap.problem else reasons.get(self.tensors[tap.key].op.name, "")
+            if reason:
+                self.taps[at] = replace(tap, problem=f"cannot be computed: {reason}")
+
 
 def _record_once(call: ModelCall) -> tuple[Recording, bool]:
     """Return the recording of one trace, and whether all layers already had their variables."""
@@ -263,6 +276,7 @@ def _record_once(call: ModelCall) -> tuple[Recording, bool]:
         if not recorder.taps:
             raise ModelError(_explain_failed_call(call, error)) from error
         recorder.record_failure(error)
+    recorder.mark_missing_code()
     probe = probes.find_probe_range(call.model, recorder.inputs)
     recording = Recording(recorder.taps, recorder.tensors, probe)
     return recording, all(layer_call.was_built for layer_call in recorder.calls)
@@ -274,14 +288,10 @@ def _make_failed_tap(layer_call: _LayerCall, problem: str) -> Tap:
 
 def _list_inner_calls(parent: _LayerCall) -> list[_LayerCall]:
     """Return one call for each layer inside a model, at any depth, as if the model called it once."""
-    import keras
-
     calls: list[_LayerCall] = []
     for layer in getattr(parent.layer, "layers", []):
-        if not isinstance(layer, keras.layers.InputLayer):
-            names = _list_names(parent.layer, layer)
-            key = f"{parent.key}/{names[0]}#1" if parent.key else f"{names[0]}#1"
-            layer_call = _LayerCall(layer, key, (*parent.parts, names))
+        if type(layer).__name__ != "InputLayer":
+            layer_call = _make_inner_call(parent, layer, 1, _list_names(parent.layer, layer))
             calls += [layer_call, *_list_inner_calls(layer_call)]
     return calls
 
@@ -296,7 +306,7 @@ def _trace_function(
     import tensorflow as tf
 
     signature = tf.TensorSpec((None, *input_shape), tf.float32)
-    with _TRACE_LOCK, seeding.replace_random_ops():
+    with _TRACE_LOCK, seeding.replace_random_ops(), channels_first.replace_ops_without_cpu_kernel():
         traced = tf.function(function, autograph=False, jit_compile=jit_compile or None)
         return traced.get_concrete_function(signature)
 
@@ -313,31 +323,52 @@ def _intercept_layer_calls(
     raises an error is passed to `report_failure` instead, the innermost first and that of `root` last; by
     default nothing is done with it.
     """
-    import keras
-
-    original, owner = keras.layers.Layer.__call__, threading.get_ident()
+    owner = threading.get_ident()
     stack: list[_LayerCall] = []
 
-    def call_and_report(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != owner or (not stack and layer is not root):
-            return original(layer, *args, **kwargs)
-        layer_call = _push_call(stack, layer)
-        try:
-            result = original(layer, *args, **kwargs)
-        except Exception:
-            report_failure(layer_call)
-            raise
-        finally:
-            stack.pop()
-        if stack:
-            report(layer_call, (args, kwargs), result)
-        return result
+    def make_replacement(original: Any) -> Any:
+        def call_and_report(layer: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != owner or (not stack and layer is not root):
+                return original(layer, *args, **kwargs)
+            layer_call = _push_call(stack, layer)
+            try:
+                with _convert_python_branches(layer):
+                    result = original(layer, *args, **kwargs)
+            except Exception:
+                report_failure(layer_call)
+                raise
+            finally:
+                stack.pop()
+            if stack:
+                report(layer_call, (args, kwargs), result)
+            return result
 
-    keras.layers.Layer.__call__ = call_and_report
+        return _exclude_from_autograph(call_and_report)
+
+    originals = {cls: cls.__call__ for cls in keras_versions.list_layer_classes()}
+    for cls, original in originals.items():
+        cls.__call__ = make_replacement(original)
     try:
         yield
     finally:
-        keras.layers.Layer.__call__ = original
+        for cls, original in originals.items():
+            cls.__call__ = original
+
+
+def _convert_python_branches(layer: Any) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which AutoGraph is on for a layer of Keras 2, as it was when Keras 2 ran layers."""
+    if not keras_versions.is_keras2_layer(layer):
+        return contextlib.nullcontext()
+    from tensorflow.python.autograph.core import ag_ctx
+
+    context: contextlib.AbstractContextManager[Any] = ag_ctx.ControlStatusCtx(ag_ctx.Status.ENABLED)
+    return context
+
+
+def _exclude_from_autograph(function: Callable[..., Any]) -> Any:
+    import tensorflow as tf
+
+    return tf.autograph.experimental.do_not_convert(function)
 
 
 def _push_call(stack: list[_LayerCall], layer: Any) -> _LayerCall:
@@ -348,11 +379,31 @@ def _push_call(stack: list[_LayerCall], layer: Any) -> _LayerCall:
         parent = stack[-1]
         names = _list_names(parent.layer, layer)
         parent.calls[names[0]] += 1
-        key = f"{names[0]}#{parent.calls[names[0]]}"
-        key = f"{parent.key}/{key}" if parent.key else key
-        layer_call = _LayerCall(layer, key, (*parent.parts, names), was_built=layer.built)
+        layer_call = _make_inner_call(parent, layer, parent.calls[names[0]], names)
     stack.append(layer_call)
     return layer_call
+
+
+def _make_inner_call(parent: _LayerCall, layer: Any, number: int, names: tuple[str, ...]) -> _LayerCall:
+    """Return a call of `layer` inside `parent`.
+
+    Keras 2 allows `/` in the name of a layer (`conv1/conv`). Such a name becomes several parts of the path.
+
+    Args:
+        parent: The call that makes this call.
+        layer: The layer.
+        number: Number of the call among those of this name in `parent`.
+        names: Accepted names of the layer.
+    """
+    *first, last = names[0].split("/")
+    key = "/".join([*(f"{name}#1" for name in first), f"{last}#{number}"])
+    return _LayerCall(
+        layer,
+        f"{parent.key}/{key}" if parent.key else key,
+        (*parent.parts, *((name,) for name in first), (last,) if first else names),
+        was_built=bool(getattr(layer, "built", True)),
+        is_per_step=parent.is_per_step or type(parent.layer).__name__ == "TimeDistributed",
+    )
 
 
 def _list_names(parent: Any, layer: Any) -> tuple[str, ...]:
@@ -420,6 +471,8 @@ def _make_tap(layer_call: _LayerCall, suffix: str, tensor: Any, graph: Any) -> T
     problem = ""
     if getattr(tensor, "graph", None) is not graph:
         problem = _INSIDE_LOOP
+    elif layer_call.is_per_step:
+        problem = _INSIDE_STEPS
     elif not (tensor.dtype.is_floating or tensor.dtype.is_integer or tensor.dtype.is_bool):
         problem = f"returns {tensor.dtype.name}, not numbers"
     shape = tuple(tensor.shape) if tensor.shape.rank is not None else ()

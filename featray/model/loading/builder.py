@@ -12,6 +12,7 @@ from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
+from featray.model import keras_versions
 from featray.model.loading import weights
 from featray.model.loading.custom_code import import_object
 from featray.model.loading.failure_messages import summarize_file_error
@@ -86,10 +87,8 @@ def _build_model_with_variables(build: Callable[[], Any], input_shapes: _InputSh
 
 
 def _call_builder(build: Callable[[], Any]) -> Any:
-    import keras
-
     model = build()
-    if not isinstance(model, keras.layers.Layer):
+    if not keras_versions.is_layer(model):
         raise ModelError(f"builder: it returned {type(model).__name__}, which is not a Keras model")
     return model
 

@@ -6,6 +6,7 @@ Must not know about Keras.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -69,6 +70,11 @@ def import_object(reference: str, *, config_key: str, storage_options: Mapping[s
         kind = "the file" if location.endswith(".py") else "the module"
         raise ModelError(f"{config_key}: {short_reference}: {kind} has no {name}")
     return getattr(module, name), sha256
+
+
+def combine_sha256(*texts: str) -> str:
+    """Return one sha256 over several texts."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
 def _import_file(location: str, storage_options: Mapping[str, Any]) -> tuple[ModuleType, str]:

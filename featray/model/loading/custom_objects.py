@@ -1,20 +1,23 @@
 """Match the custom classes and functions that a model file needs with those that the config gives.
 
-In: `model.custom_objects` and the description of a model file. Out: {registered name: object} for Keras, or
-one problem for each object that is missing or not allowed.
+In: `model.custom_objects` and the description of a model file. Out: {registered name: object} for Keras, and
+a description in which layers that may not run are replaced, or one problem for each object that is missing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model.loading import keras2, model_file
-from featray.model.loading.custom_code import import_object
+from featray.model.loading import keras2, keras2_config, model_file, replacement_layers
+from featray.model.loading.custom_code import combine_sha256, import_object
 from featray.model.loading.model_file import CustomEntry, ModelFile
+from featray.model.loading.stored_code import StoredCode
 
 _KERAS_MODULES = (
     "layers",
@@ -28,22 +31,30 @@ _KERAS_MODULES = (
 _PRIVATE_KERAS_NAMES = ("Functional", "Policy")  # Keras writes these names to files but does not export them
 
 
-def import_custom_objects(spec: ModelConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """Import the objects of `spec.custom_objects`.
+@dataclass
+class CustomCode:
+    """The classes and functions that a config names.
 
-    Returns:
-        The objects, each under its own name and under its registered name (`package>Class`); and the sha256
-        of their code by role (`custom FILE:NAME`).
+    Attributes:
+        objects: The objects, each under its own name and under its registered name (`package>Class`).
+        functions: Functions that replace the code of one layer, by the name of the layer.
+        files: sha256 of their code by role (`custom FILE:NAME`, `layer:NAME FILE:NAME`).
+    """
+
+    objects: dict[str, Any] = field(default_factory=dict)
+    functions: dict[str, Callable[..., Any]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+def import_custom_objects(spec: ModelConfig) -> CustomCode:
+    """Import the objects of `spec.custom_objects`.
 
     Raises:
         ModelError: Lists every object that cannot be imported, and every name with two definitions.
     """
-    import keras
-
-    objects: dict[str, Any] = {}
-    sha256_by_role: dict[str, str] = {}
-    problems: list[str] = []
-    for reference in spec.custom_objects:
+    code, problems = CustomCode(), list[str]()
+    for entry in spec.custom_objects:
+        layer, reference = _split_layer(entry)
         try:
             custom_object, sha256 = import_object(
                 reference, config_key="custom_objects", storage_options=spec.storage_options
@@ -51,34 +62,79 @@ def import_custom_objects(spec: ModelConfig) -> tuple[dict[str, Any], dict[str, 
         except ModelError as error:
             problems += error.problems
             continue
-        sha256_by_role[f"custom {Path(reference).name}"] = sha256
         name = reference.rpartition(":")[2]
-        if objects.get(name, custom_object) is not custom_object:
+        if layer:
+            problems += _add_function(code, layer, reference, (custom_object, sha256))
+            continue
+        code.files[f"custom {Path(reference).name}"] = sha256
+        if code.objects.get(name, custom_object) is not custom_object:
             problems.append(f"custom_objects: {name} is defined by two different files; keep one of them")
-        objects |= {name: custom_object, keras.saving.get_registered_name(custom_object): custom_object}
+        code.objects |= dict.fromkeys((name, *_list_registered_names(custom_object)), custom_object)
     if problems:
         raise ModelError(problems)
-    return objects, sha256_by_role
+    return code
 
 
 def match_custom_objects(
-    content: ModelFile, objects: Mapping[str, Any], *, trust: bool
-) -> tuple[dict[str, Any], list[str]]:
-    """Return the objects under every name by which the model file refers to them, and all problems.
+    content: ModelFile, code: CustomCode, *, trust: bool
+) -> tuple[ModelFile, dict[str, Any], list[str]]:
+    """Return the description to load, the objects under every name in it, and all problems.
+
+    In the description, layers whose code may not run or cannot run are replaced by layers that fail when a
+    wanted layer needs them.
 
     Args:
         content: The description of the model file.
-        objects: The objects of the config, as `import_custom_objects` returns them.
+        code: The objects of the config.
         trust: Whether Python code that is stored in the file may run.
     """
-    entries = model_file.list_custom_entries(content.config, _is_keras_name)
-    known = {**_load_replacements(content), **objects}
+    is_old = keras2.is_keras2_file(content)
+    stored_code = StoredCode(trust, dict(code.functions), frozenset(code.objects))
+    config = keras2_config.convert_config(content.config) if is_old else content.config
+    content = replace(content, config=stored_code.replace_layers(config))
+    entries = model_file.list_custom_entries(content.config, _is_keras2_name if is_old else _is_keras_name)
+    known = {**_make_replacements(stored_code, is_old=is_old), **code.objects}
     for entry in entries:
-        custom_object = objects.get(entry.registered_name, objects.get(entry.class_name))
+        custom_object = code.objects.get(entry.registered_name, code.objects.get(entry.class_name))
         if custom_object is not None:
             known[entry.registered_name] = custom_object
     problems = [_describe_problem(entry, known, trust=trust) for entry in entries]
-    return known, [problem for problem in problems if problem]
+    return content, known, [problem for problem in problems if problem]
+
+
+def _split_layer(entry: str) -> tuple[str, str]:
+    """Return layer and reference of `LAYER=file.py:function`; the layer is empty for a plain reference.
+
+    A `=` behind a `:` or a folder belongs to the reference.
+    """
+    layer, equals, reference = entry.partition("=")
+    is_layer = bool(equals) and ":" in reference and not any(letter in layer for letter in ":/\\")
+    return (layer.strip(), reference.strip()) if is_layer else ("", entry)
+
+
+def _add_function(code: CustomCode, layer: str, reference: str, imported: tuple[Any, str]) -> list[str]:
+    """Add the function that replaces the code of one layer; return problems."""
+    function, sha256 = imported
+    if layer in code.functions:
+        return [f"custom_objects: two functions are given for layer {layer!r}; keep one of them"]
+    if isinstance(function, type) or not callable(function):
+        return [
+            f"custom_objects: {layer}={Path(reference).name} is not a function; name one that takes the input"
+        ]
+    code.functions[layer] = function
+    name = reference.rpartition(":")[2]
+    # The layer and the function decide the values too, so they are part of the digest.
+    code.files[f"layer:{layer} {Path(reference).name}"] = combine_sha256(sha256, layer, name)
+    return []
+
+
+def _list_registered_names(custom_object: Any) -> list[str]:
+    """Return the names under which the imported versions of Keras know an object."""
+    import keras
+
+    keras2_package = sys.modules.get("tf_keras")
+    packages = [keras, *([keras2_package] if keras2_package else [])]
+    return [package.saving.get_registered_name(custom_object) for package in packages]
 
 
 def _describe_problem(entry: CustomEntry, known: Mapping[str, Any], *, trust: bool) -> str | None:
@@ -93,12 +149,6 @@ def _describe_problem(entry: CustomEntry, known: Mapping[str, Any], *, trust: bo
         )
     if entry.registered_name in known:
         return None
-    if entry.class_name in keras2.TENSOR_OPERATION_CLASSES:
-        return (
-            f"layer {entry.layer!r} is a TensorFlow operation that Keras 2 stored as a layer and Keras 3 "
-            "cannot run; build the model in code, name that code in model.builder, and give the weights of "
-            "the model (or this file)"
-        )
     return (
         f"layer {entry.layer!r} needs {entry.class_name}, which is not part of Keras; add its code to "
         f"model.custom_objects, e.g. 'file.py:{entry.class_name}' or 'package.module:{entry.class_name}' "
@@ -106,16 +156,14 @@ def _describe_problem(entry: CustomEntry, known: Mapping[str, Any], *, trust: bo
     )
 
 
-def _load_replacements(content: ModelFile) -> dict[str, Any]:
-    """Return the replacements for layers that only Keras 2 has.
-
-    Empty for a file of Keras 3, and for a file that names a TensorFlow function that may have side effects.
-    """
-    if not keras2.is_older_than_keras3(content.keras_version) or keras2.list_unsafe_functions(content.config):
-        return {}
-    from featray.model.loading import keras2_layers
-
-    return keras2_layers.REPLACEMENTS
+def _make_replacements(stored_code: StoredCode, *, is_old: bool) -> dict[str, Any]:
+    """Return the classes that replace layers, under every name in a description."""
+    if is_old:
+        import tf_keras as package
+    else:
+        import keras as package
+    classes = replacement_layers.make_replacement_classes(package.layers.Layer, stored_code.functions)
+    return {key: value for name, value in classes.items() for key in (name, f"featray>{name}")}
 
 
 def _is_keras_name(name: str) -> bool:
@@ -124,3 +172,13 @@ def _is_keras_name(name: str) -> bool:
     return name in _PRIVATE_KERAS_NAMES or any(
         hasattr(getattr(keras, module), name) for module in _KERAS_MODULES
     )
+
+
+def _is_keras2_name(name: str) -> bool:
+    import tf_keras
+    from tf_keras.src.layers import serialization
+
+    modules = (module for module in _KERAS_MODULES if hasattr(tf_keras, module))
+    is_exported = any(hasattr(getattr(tf_keras, module), name) for module in modules)
+    is_policy = name in ("Policy", "PolicyV1")
+    return is_exported or is_policy or serialization.get_builtin_layer(name) is not None

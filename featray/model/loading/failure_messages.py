@@ -7,7 +7,7 @@ from pathlib import Path
 
 from featray.model import runtime
 from featray.model.loading import keras2
-from featray.model.loading.model_file import ModelFile, ModelFormat
+from featray.model.loading.model_file import ModelFile
 
 
 def summarize_file_error(error: Exception, path: Path) -> str:
@@ -29,8 +29,11 @@ def describe_load_failure(path: Path, content: ModelFile, reason: str) -> str:
 def _suggest_fix(content: ModelFile, installed_version: str) -> str:
     """Return what to do; only ways that need nothing but the file, or code that the user may have."""
     builder = "name code that builds the model in model.builder; its weights are then read from this file"
-    if keras2.is_older_than_keras3(content.keras_version) and content.format is ModelFormat.ARCHIVE:
-        return f"load it with Keras 2 (the package tf_keras) and save it again as .h5, or {builder}"
+    if keras2.is_keras2_file(content):
+        return (
+            "if the cause is in a class of model.custom_objects, write it for Keras 2 (import tf_keras as "
+            f"keras), or {builder}"
+        )
     if _parse_version(content.keras_version) > _parse_version(installed_version):
         return f"the file is newer than this Keras: install Keras {content.keras_version}, or {builder}"
     return f"if the cause is in a class of model.custom_objects, correct it there, or {builder}"

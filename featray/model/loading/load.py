@@ -6,20 +6,26 @@ stored in a model file runs only if the config trusts the file. Must not know wh
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model.loading import builder, download, keras2, model_file
-from featray.model.loading.custom_objects import import_custom_objects, match_custom_objects
+from featray.model import keras_versions
+from featray.model.loading import (
+    builder,
+    download,
+    keras2,
+    keras2_config,
+    model_file,
+    readable_file,
+    theano,
+    weights,
+)
+from featray.model.loading.custom_objects import CustomCode, import_custom_objects, match_custom_objects
 from featray.model.loading.failure_messages import describe_load_failure, summarize_file_error
 from featray.model.loading.keras_state import register_objects, restart_layer_names
 from featray.model.loading.model_file import ModelFile, ModelFormat
@@ -35,12 +41,14 @@ class LoadedModel:
         weights: The weights that the model had when it was loaded. Weights that the model creates later have
             random values.
         format: The format of the model file.
+        corrections: What featray 0.1.0 computed differently in this file of Keras 2.
     """
 
     model: Any
     files: dict[str, str]
     weights: Sequence[Any]
     format: ModelFormat
+    corrections: Sequence[str] = ()
 
     @property
     def sha256(self) -> str:
@@ -66,8 +74,8 @@ def load_model(spec: ModelConfig, input_shapes: Sequence[tuple[int | None, ...]]
     """
     file = download.get_local_file(spec.uri, spec.storage_options)
     content = model_file.read_model_file(file.path)
-    objects, custom_files = import_custom_objects(spec)
-    files = {"model": file.sha256, **custom_files}
+    code = import_custom_objects(spec)
+    files, corrections = {"model": file.sha256, **code.files}, list[str]()
     with restart_layer_names():
         if content.format is ModelFormat.SAVED_MODEL:
             model = _load_saved_model(spec, file.path)
@@ -76,10 +84,11 @@ def load_model(spec: ModelConfig, input_shapes: Sequence[tuple[int | None, ...]]
                 spec, file.path, content.format, input_shapes
             )
         else:
-            model = _load_keras_file(file.path, content, objects, trust=spec.trust)
+            model = _load_keras_file(file.path, content, code, trust=spec.trust)
+            corrections = _list_corrections(content)
     if spec.compute:
         _set_compute_dtype(model, spec.compute)
-    return LoadedModel(model, files, list(model.weights), content.format)
+    return LoadedModel(model, files, list(model.weights), content.format, corrections)
 
 
 def get_submodel(loaded: LoadedModel, path: str | None) -> Any:
@@ -104,12 +113,10 @@ def get_submodel(loaded: LoadedModel, path: str | None) -> Any:
 
 def _find_children(model: Any) -> dict[str, Any]:
     """Return the layers of a model by attribute name and by layer name; layer names take precedence."""
-    import keras
-
     attributes = {
         key: value
         for key, value in vars(model).items()
-        if isinstance(value, keras.layers.Layer) and not key.startswith("_")
+        if keras_versions.is_layer(value) and not key.startswith("_")
     }
     layers = {layer.name: layer for layer in getattr(model, "layers", [])}
     return {**attributes, **layers}
@@ -119,52 +126,59 @@ def _set_compute_dtype(model: Any, dtype: str) -> None:
     """Let every layer compute in `dtype` (variables stay float32), except quantized layers."""
     import keras
 
+    if keras_versions.is_keras2_layer(model):
+        keras2.set_compute_dtype(model, dtype)
+        return
     policy = dtype if dtype == "float32" else f"mixed_{dtype}"
     for layer in model._flatten_layers():
         if not isinstance(layer.dtype_policy, keras.dtype_policies.QuantizedDTypePolicy):
             layer.dtype_policy = keras.DTypePolicy(policy)
 
 
-def _load_keras_file(path: Path, content: ModelFile, objects: Mapping[str, Any], *, trust: bool) -> Any:
+def _load_keras_file(path: Path, content: ModelFile, code: CustomCode, *, trust: bool) -> Any:
     """Load a whole model from a .keras or .h5 file."""
-    import keras
-
     if content.format is ModelFormat.WEIGHTS_H5:
         raise ModelError(
             f"{path.name}: holds weights only, no description of the model; name the code that builds the "
             "model in model.builder (file.py:function), or save the whole model as .keras"
         )
-    if content.format is ModelFormat.ARCHIVE and keras2.is_older_than_keras3(content.keras_version):
-        raise ModelError(describe_load_failure(path, content, "its layout is that of Keras 2"))
-    known, problems = match_custom_objects(content, objects, trust=trust)
-    if problems:
-        raise ModelError(problems, path.name)
     try:
-        with register_objects(known), _open_readable_copy(path, content) as readable:
-            return keras.saving.load_model(readable, compile=False, safe_mode=not trust)
+        content, known, problems = match_custom_objects(content, code, trust=trust)
+        if problems:
+            raise ModelError(problems, path.name)
+        if keras2.is_keras2_file(content):
+            return _load_keras2_file(path, content, known, trust=trust)
+        return _load_keras3_file(path, content, known, trust=trust)
+    except ModelError:
+        raise
     except Exception as error:  # Keras passes on any error that a layer raises
         raise ModelError(describe_load_failure(path, content, summarize_file_error(error, path))) from error
 
 
-@contextlib.contextmanager
-def _open_readable_copy(path: Path, content: ModelFile) -> Iterator[Path]:
-    """Yield the path of a temporary file that holds the same model and that Keras 3 can read.
-
-    It is a link to `path`, or for an .h5 file of Keras 2 a copy with the description upgraded to Keras 3. Its
-    suffix is right, because Keras decides by the suffix how to read a file and `path` may have any name.
-    """
-    import h5py
+def _load_keras3_file(path: Path, content: ModelFile, objects: dict[str, Any], *, trust: bool) -> Any:
+    import keras
 
     is_h5 = content.format is ModelFormat.WHOLE_H5
-    with tempfile.TemporaryDirectory() as folder:
-        readable = Path(folder) / ("model.h5" if is_h5 else "model.keras")
-        if is_h5 and keras2.is_older_than_keras3(content.keras_version):
-            shutil.copyfile(path, readable)
-            with h5py.File(readable, "r+") as file:
-                file.attrs["model_config"] = json.dumps(keras2.upgrade_config(content.config))
-        else:
-            readable.symlink_to(path.absolute())
-        yield readable
+    open_file = readable_file.open_h5_with_config if is_h5 else readable_file.open_with_config
+    with register_objects(objects), open_file(path, content.config) as readable:
+        return keras.saving.load_model(readable, compile=False, safe_mode=not trust)
+
+
+def _load_keras2_file(path: Path, content: ModelFile, objects: Mapping[str, Any], *, trust: bool) -> Any:
+    if content.format is ModelFormat.ARCHIVE:
+        return keras2.load_archive(path, content.config, objects, trust=trust)
+    is_mirrored = theano.is_written_with_theano(content)
+    model = keras2.build_model(content.config, objects)
+    weights.load_weights(model, path, content.format)
+    if is_mirrored:
+        theano.flip_kernels(model)
+    return model
+
+
+def _list_corrections(content: ModelFile) -> list[str]:
+    if not keras2.is_keras2_file(content):
+        return []
+    return keras2_config.list_corrections(content.config, is_mirrored=content.backend == "theano")
 
 
 def _load_saved_model(spec: ModelConfig, folder: Path) -> Any:

@@ -16,6 +16,9 @@ from typing import Any
 
 from featray.errors import ModelError
 
+_CODE_TYPE_KEYS = ("function_type", "output_shape_type", "mask_type")
+_KERAS_PACKAGES = ("keras", "tf_keras")
+
 
 class ModelFormat(StrEnum):
     """The format in which a model was saved; the value is its name in messages."""
@@ -34,11 +37,13 @@ class ModelFile:
         format: The format of the file.
         config: Keras's description of the model; empty for a weights-only file and a SavedModel.
         keras_version: The Keras version that wrote the file; empty if the file does not contain it.
+        backend: The backend of the Keras that wrote the file; empty if the file does not contain it.
     """
 
     format: ModelFormat
     config: dict[str, Any]
     keras_version: str = ""
+    backend: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def _read_h5(path: Path) -> ModelFile:
 
     try:
         with h5py.File(path, "r") as file:
-            text, version = file.attrs.get("model_config"), file.attrs.get("keras_version", "")
+            text = file.attrs.get("model_config")
+            version, backend = (_read_attribute(file, name) for name in ("keras_version", "backend"))
             has_weights = _has_weights(file)
     except OSError:
         raise ModelError(f"{path.name}: truncated or damaged HDF5; copy or save it again") from None
@@ -125,8 +131,14 @@ def _read_h5(path: Path) -> ModelFile:
             f"{path.name}: an HDF5 file that contains neither a model nor weights; Keras did not save it"
         )
     if text is None:
-        return ModelFile(ModelFormat.WEIGHTS_H5, {}, _decode(version))
-    return ModelFile(ModelFormat.WHOLE_H5, json.loads(_decode(text)), _decode(version))
+        return ModelFile(ModelFormat.WEIGHTS_H5, {}, version, backend)
+    return ModelFile(ModelFormat.WHOLE_H5, json.loads(_decode(text)), version, backend)
+
+
+def _read_attribute(file: Any, name: str) -> str:
+    """Return an attribute of an .h5 file, or of its group of weights; empty if neither has it."""
+    weights = file.get("model_weights", file)
+    return _decode(file.attrs.get(name) or weights.attrs.get(name, ""))
 
 
 def _has_weights(file: Any) -> bool:
@@ -171,16 +183,20 @@ def _make_custom_entry(
 ) -> CustomEntry | None:
     """Return the entry of a node that describes an object; None for plain data and for objects of Keras."""
     class_name, config = node["class_name"], node["config"]
-    # Older files store a lambda as a marshalled list, next to the key function_type.
-    if class_name == "__lambda__" or (isinstance(config, dict) and config.get("function_type") == "lambda"):
+    # Older files store a lambda as a marshalled list, next to a key such as function_type.
+    is_marshalled = isinstance(config, dict) and any(config.get(key) == "lambda" for key in _CODE_TYPE_KEYS)
+    if class_name == "__lambda__" or is_marshalled:
         return CustomEntry(layer, "Lambda", "", is_lambda=True)
     if class_name.startswith("__"):  # __keras_tensor__, __tuple__, __numpy__ and similar: plain data
         return None
     is_function = class_name == "function"
     registered_name, module = node.get("registered_name"), node.get("module")
     name = str(config) if is_function else str(registered_name or class_name)
-    is_from_keras = not is_function and str(module or "").split(".")[0] == "keras"
-    has_only_name = is_function or not (registered_name or module)
+    package = str(module or "").split(".")[0]
+    is_from_keras = not is_function and package in _KERAS_PACKAGES
+    has_only_name = (
+        package in ("", "builtins", *_KERAS_PACKAGES) if is_function else not (registered_name or module)
+    )
     if is_from_keras or (has_only_name and is_keras_name(name)):
         return None
     return CustomEntry(layer, name.rpartition(">")[2], name)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from featray.errors import ModelError
+from featray.model import keras_versions
+from featray.model.loading import readable_file
 from featray.model.loading.model_file import ModelFormat
 
 _TRAINING_GROUPS = ("optimizer", "metrics", "compile_metrics", "_metrics")
@@ -73,20 +75,25 @@ def load_weights(model: Any, path: Path, file_format: ModelFormat) -> None:
 
 def _load_as(model: Any, path: Path, name: str, **options: Any) -> None:
     """Load `path` through a link called `name`, because Keras decides by the suffix how to read a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / name
-        link.symlink_to(path.absolute())
-        model.load_weights(link, **options)
+    with readable_file.open_link(path, name) as link:
+        model.load_weights(str(link), **options)
 
 
 def _read_keras2_layer_names(group: Any) -> list[str] | None:
     """Return the layers with weights in their order in the file; None if it has the layout of Keras 3."""
     if not any(key.startswith("layer_names") for key in group.attrs):
         return None
-    from keras.src.legacy.saving import legacy_h5_format
+    names = _read_names(group, "layer_names")
+    return [name for name in names if _read_names(group[name], "weight_names")]
 
-    read = legacy_h5_format.load_attributes_from_hdf5_group
-    return [name for name in read(group, "layer_names") if len(read(group[name], "weight_names"))]
+
+def _read_names(group: Any, key: str) -> list[str]:
+    """Return a list of names; Keras splits a long one over the attributes `key0`, `key1` and so on."""
+    if key in group.attrs:
+        parts = [group.attrs[key]]
+    else:
+        parts = [group.attrs[part] for at in range(len(group.attrs)) if (part := f"{key}{at}") in group.attrs]
+    return [name.decode() if isinstance(name, bytes) else str(name) for part in parts for name in part]
 
 
 def _choose_matching(names: list[str], model: Any) -> dict[str, bool]:
@@ -121,10 +128,11 @@ def _is_weight(name: str) -> bool:
 
 def _check_layout(saved: _WeightsLayout, model: Any) -> None:
     """Raise ModelError unless the file has exactly the weights of the model."""
-    if any(name.startswith(_KERAS2_PREFIX) for name in saved.shapes):
+    is_keras2_layout = any(name.startswith(_KERAS2_PREFIX) for name in saved.shapes)
+    if is_keras2_layout and not keras_versions.is_keras2_layer(model):
         raise ModelError(
-            "Keras 2 wrote these weights to .weights.h5, which Keras 3 cannot read; save them there with "
-            "save_weights('NAME.h5'), or save the whole model as .h5"
+            "Keras 2 wrote these weights in a layout that Keras 3 cannot read; let the builder make a model "
+            "of Keras 2 (import tf_keras as keras)"
         )
     own = _read_own_layout(model)
     differences = {
@@ -171,6 +179,6 @@ def _read_own_layout(model: Any) -> _WeightsLayout:
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "own.weights.h5"
-        model.save_weights(path)
+        model.save_weights(str(path))
         with h5py.File(path, "r") as file:
             return _read_layout(file)

@@ -5,7 +5,9 @@ FeatrayError                what `except featray.FeatrayError` catches
 │   ├── ConfigError         the YAML, a --set value, the source or the output location
 │   └── ModelError          the model file, its custom code, or a layer of the model
 ├── OutputBusyError         exit 4: another run holds or has changed the output
-├── StorageError            exit 1: a store does not answer; the run can be resumed
+├── StorageError            exit 1: a store does not answer, or the output was deleted during the run
+│   ├── DeletedOutputError  the output, or a part of it, was deleted during the run
+│   └── MissingFileError    a file that was just written is not in the output
 ├── InputShapeError         a batch whose shape the truncated model cannot take
 └── ScanError               does not end the run: one bad scan, which becomes a row of `scans`
 """
@@ -104,6 +106,14 @@ class OutputBusyError(FeatrayError):
 
 class StorageError(FeatrayError):
     """A store does not answer after retries. Committed scans are kept, and the same command resumes."""
+
+
+class DeletedOutputError(StorageError):
+    """The output, or a part of it, was deleted while a run was using it."""
+
+
+class MissingFileError(StorageError, FileNotFoundError):
+    """A file that a writer has written is not in the output when it is to be committed."""
 
 
 class InputShapeError(FeatrayError, ValueError):

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -20,7 +20,7 @@ from featray.engines.base import Decoding, Engine, Stages
 from featray.errors import ModelError
 from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.model import Extractor
-from featray.output.dataset import Dataset, Snapshot
+from featray.output.dataset import Dataset, Snapshot, make_partition_name
 from featray.output.lease import Lease
 from featray.recipe import make_recipe, recipe_id
 from featray.schema import SCAN_COLUMNS, Receipt
@@ -30,6 +30,7 @@ from featray.stages.list import Listing
 from featray.stages.plan import PLANNING_COLUMNS, Plan, make_plan
 from featray.stages.report import Run
 from featray.stages.write import write
+from featray.storage.names import MAX_NAME_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +211,8 @@ def load_extractor(config: Config, threads: ModelThreads = DEFAULT_THREADS) -> E
     """Load the model for the inputs that preprocessing makes.
 
     Raises:
-        ModelError: As `Extractor`; or the config keeps each scan's own size, but the model needs a fixed one.
+        ModelError: As `Extractor`; or the config keeps each scan's own size, but the model needs a fixed one;
+            or the name of a layer is too long for the name of its folder in the output.
     """
     input_zyx = config.input_zyx
     extractor = Extractor(config.model, input_zyx=input_zyx, threads=threads)
@@ -220,7 +222,19 @@ def load_extractor(config: Config, threads: ModelThreads = DEFAULT_THREADS) -> E
             "preprocess.size: null keeps each scan's own size, but the model takes only "
             f"{extractor.input_shape} (z, y, x, channel); give that size"
         )
+    _refuse_long_names(layer.name for layer in extractor.layers)
     return extractor
+
+
+def _refuse_long_names(layers: Iterable[str]) -> None:
+    problems = [
+        f"model.layers: the layer {name[:40]}... needs a folder with a name of {size} bytes, but file "
+        f"systems allow {MAX_NAME_BYTES}; give it a shorter name: {{layer: ..., as: NAME}}"
+        for name in layers
+        if (size := len(make_partition_name("layer", name).encode())) > MAX_NAME_BYTES
+    ]
+    if problems:
+        raise ModelError(problems)
 
 
 def load_same_extractor(config: Config, threads: ModelThreads, sha256: str) -> Extractor:

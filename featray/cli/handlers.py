@@ -231,13 +231,17 @@ def _parse_storage_options(text: str | None) -> dict[str, Any] | None:
     """Return fsspec options from the path of a YAML or JSON file, or from a text such as `{anon: true}`."""
     import yaml
 
+    from featray.config.yaml_text import DuplicateKeyError, parse_yaml
+
     if text is None:
         return None
     try:
         if not text.lstrip().startswith("{"):
             with open(text, encoding="utf-8") as file:
                 text = file.read()
-        options = yaml.safe_load(text)
+        options = parse_yaml(text)
+    except DuplicateKeyError as error:
+        raise ConfigError(error.problems, "--storage-options") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         # The message quotes neither the text nor the parser's error, because both may contain secrets.
         raise ConfigError(f"--storage-options: cannot be read as YAML ({type(error).__name__})") from None

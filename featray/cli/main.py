@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from featray.cli import handlers
 from featray.errors import ExitCode, FeatrayError, Reason
+from featray.storage.expand import expand_path
 from featray.terminal.answer import RESUME_HINT, print_error
 
 _REASONS = [str(reason) for reason in Reason]
@@ -95,6 +96,7 @@ def _add_model_commands(commands: Any) -> None:
     demo.add_argument(
         "directory",
         nargs="?",
+        type=_parse_path,
         default="featray-demo",
         metavar="DIR",
         help="folder to create (default: %(default)s)",
@@ -139,6 +141,7 @@ def _add_preparation_commands(commands: Any) -> None:
     preview.add_argument("--scan", metavar="ID", help="scan to draw (default: the first usable scan)")
     preview.add_argument(
         "--out",
+        type=_parse_path,
         metavar="DIR",
         default="featray-preview",
         help="folder for the picture and the tensor (default: %(default)s)",
@@ -281,12 +284,14 @@ def _add_command(
 
 
 def _add_config_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", metavar="CONFIG", help="config file (YAML)")
+    command.add_argument("config", type=_parse_path, metavar="CONFIG", help="config file (YAML)")
     _add_set_option(command)
 
 
 def _add_schema_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", nargs="?", metavar="CONFIG", help="config file (YAML) to check and print")
+    command.add_argument(
+        "config", nargs="?", type=_parse_path, metavar="CONFIG", help="config file (YAML) to check and print"
+    )
     command.add_argument(
         "--schema",
         action="store_true",
@@ -345,11 +350,13 @@ def _add_benchmark_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--keep",
+        type=_parse_path,
         metavar="DIR",
         help="folder that keeps the phantoms for the next benchmark (default: they are deleted)",
     )
     command.add_argument(
         "--out",
+        type=_parse_path,
         default="featray-benchmark",
         metavar="DIR",
         help="folder for benchmark.json and benchmark.svg (default: %(default)s)",
@@ -359,6 +366,7 @@ def _add_benchmark_options(command: argparse.ArgumentParser) -> None:
 def _add_output_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "output",
+        type=_parse_path,
         metavar="OUTPUT",
         help="folder or URL of an output, or the config file (.yaml) that names it",
     )
@@ -368,6 +376,7 @@ def _add_export_arguments(command: argparse.ArgumentParser) -> None:
     _add_output_argument(command)
     command.add_argument(
         "directory",
+        type=_parse_path,
         metavar="DIR",
         help="folder or URL to write to; it must be new, empty, or left by an interrupted export",
     )
@@ -387,6 +396,14 @@ def _add_export_arguments(command: argparse.ArgumentParser) -> None:
         help="fsspec options of DIR: a YAML or JSON file, or a text such as {anon: true} (default: the "
         "options of OUTPUT if both are in the same kind of store)",
     )
+
+
+def _parse_path(text: str) -> str:
+    """Return a path with `~` and environment variables expanded, for paths that the shell did not expand."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _read_version() -> str:

@@ -10,7 +10,9 @@ import codecs
 import csv
 import io
 import math
+import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +33,12 @@ MANIFEST_SUFFIXES = (".csv", ".parquet")
 CENTER_COLUMNS = ("center_x", "center_y", "center_z")
 _TEXT = pa.large_string()
 _BLOCK = 8192
-_BEFORE_VALUE, _AFTER_VALUE = [np.frombuffer(marks, np.uint8) for marks in (b",\n", b",\r\n")]
+_SEPARATORS = ",;\t"
+_EXCEL_SEPARATOR = re.compile(rb"sep=[,;\t]")
+_UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_MAX_NAMES_SHOWN = 20
+_LOOKS_LIKE_VALUE = re.compile(r"[/\\]|^[\d.,;+\s-]+$|\.(nii|gz|dcm|nrrd|mha|mhd|npy|zip)$", re.IGNORECASE)
+"""Texts that are values of a row rather than the name of a column."""
 _ROW_TOO_LONG = (
     "the manifest's row has more values than the manifest has columns; quote values that contain commas"
 )
@@ -110,22 +117,26 @@ def read_manifest(data: bytes, source: SourceConfig) -> Manifest:
         source: Configuration of the collection: the URI, the id column, and the frame of centers.
 
     Raises:
-        ConfigError: The file is neither CSV nor Parquet, has no rows, or has columns that cannot be used.
+        ConfigError: The file is neither CSV nor Parquet, has no rows, or has columns that cannot be used. The
+            message names the columns that were found.
     """
     row_problems: dict[int, str] = {}
     try:
         names, texts = _parse_csv(data, row_problems) if _is_csv(source.uri) else _parse_parquet(data)
     except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
         error_name = type(error).__name__
+        advice = "; it is UTF-16: save it as `CSV UTF-8`" if data.startswith(_UTF_16_MARKS) else ""
         raise ConfigError(
-            f"source.uri: the manifest is neither UTF-8 CSV nor Parquet ({error_name})"
+            f"source.uri: the manifest is neither UTF-8 CSV nor Parquet ({error_name}){advice}"
         ) from None
+    names = _rename_columns(names, source)
     problems = _find_column_problems(names, source)
     if not problems and not len(texts[0]):
         problems = ["source.uri: the manifest has no rows"]
     if problems:
         raise ConfigError(problems)
-    return _make_manifest(dict(zip(names, texts, strict=True)), source, row_problems)
+    columns = {name: column for name, column in zip(names, texts, strict=True) if name}
+    return _make_manifest(columns, source, row_problems)
 
 
 def make_point(coordinates: list[float]) -> tuple[float, ...] | None:
@@ -198,24 +209,37 @@ def _is_csv(uri: str) -> bool:
 
 
 def _parse_csv(data: bytes, problems: dict[int, str]) -> tuple[list[str], list[pa.Array]]:
-    """Return the names and the texts of the columns; add rows with too many values to `problems`."""
-    names: list[str] = next(_read_csv_rows(data), [])
-    return names, _parse_plain_csv(data, names) or _parse_any_csv(data, names, problems)
+    """Return the names and the texts of the columns; add rows with too many values to `problems`.
+
+    The separator is the first of comma, semicolon and tab with which the first line has a column `uri`; if
+    there is none, a comma. A line `sep=;`, which Excel understands, may come first.
+    """
+    first, _, rest = data.removeprefix(codecs.BOM_UTF8).partition(b"\n")
+    if _EXCEL_SEPARATOR.fullmatch(first.strip(b"\r")):
+        separators, data = first.decode()[4], rest
+    else:
+        separators = _SEPARATORS
+    headers = {mark: next(_read_csv_rows(data, mark), []) for mark in separators}
+    has_uri = (mark for mark, names in headers.items() if "uri" in [name.lower() for name in names])
+    separator = next(has_uri, separators[0])
+    names = headers[separator]
+    columns = _parse_plain_csv(data, names, separator)
+    return names, columns or _parse_any_csv(data, names, problems, separator)
 
 
-def _parse_plain_csv(data: bytes, names: list[str]) -> list[pa.Array] | None:
+def _parse_plain_csv(data: bytes, names: list[str], separator: str = ",") -> list[pa.Array] | None:
     """Return the columns of a CSV file that every CSV reader parses in the same way; None for other files.
 
     About ten times as fast as `_parse_any_csv`.
     """
-    if not names or not _is_unambiguous(data) or any("\n" in name for name in names):
+    if not names or not _is_unambiguous(data, separator) or any("\n" in name for name in names):
         return None
     numbers = [str(number) for number in range(len(names))]
     try:
         table = pacsv.read_csv(
             pa.BufferReader(data),
             pacsv.ReadOptions(column_names=numbers, skip_rows=1),
-            pacsv.ParseOptions(newlines_in_values=True),
+            pacsv.ParseOptions(delimiter=separator, newlines_in_values=True),
             pacsv.ConvertOptions(column_types=dict.fromkeys(numbers, _TEXT)),
         )
     except pa.ArrowInvalid:  # rows of different lengths, or not UTF-8: `_parse_any_csv` reports the problem
@@ -223,24 +247,24 @@ def _parse_plain_csv(data: bytes, names: list[str]) -> list[pa.Array] | None:
     return [_combine(column) for column in table.columns]
 
 
-def _is_unambiguous(data: bytes) -> bool:
+def _is_unambiguous(data: bytes, separator: str) -> bool:
     """Return whether lines end in LF or CRLF, and quotes only enclose whole values that contain no quotes."""
     if data.count(b"\r") != data.count(b"\r\n"):
         return False
     text = np.frombuffer(data.removeprefix(codecs.BOM_UTF8), np.uint8)
     quotes = np.flatnonzero(text == ord('"'))
     before, after = quotes[::2] - 1, quotes[1::2] + 1
-    opens = np.isin(text[before[before >= 0]], _BEFORE_VALUE).all()
-    closes = np.isin(text[after[after < len(text)]], _AFTER_VALUE).all()
+    opens = np.isin(text[before[before >= 0]], list(f"{separator}\n".encode())).all()
+    closes = np.isin(text[after[after < len(text)]], list(f"{separator}\r\n".encode())).all()
     return bool(len(quotes) % 2 == 0 and opens and closes)
 
 
-def _parse_any_csv(data: bytes, names: list[str], problems: dict[int, str]) -> list[pa.Array]:
+def _parse_any_csv(data: bytes, names: list[str], problems: dict[int, str], separator: str) -> list[pa.Array]:
     """Return the columns of a CSV file; short rows are padded with empty values, long rows are cut.
 
     The numbers of long rows are added to `problems`.
     """
-    rows = _read_csv_rows(data)
+    rows = _read_csv_rows(data, separator)
     next(rows, None)
     rows_with_values = filter(None, rows)
     blocks: list[list[pa.Array]] = [[] for _ in names]
@@ -256,8 +280,9 @@ def _parse_any_csv(data: bytes, names: list[str], problems: dict[int, str]) -> l
     return [_combine(pa.chunked_array(column, _TEXT)) for column in blocks]
 
 
-def _read_csv_rows(data: bytes) -> Iterator[list[str]]:
-    return csv.reader(io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline=""))
+def _read_csv_rows(data: bytes, separator: str = ",") -> Iterator[list[str]]:
+    text = io.TextIOWrapper(io.BytesIO(data), "utf-8-sig", newline="")
+    return csv.reader(text, delimiter=separator)
 
 
 def _combine(column: pa.ChunkedArray) -> pa.Array:
@@ -294,24 +319,78 @@ def _map_values(column: pa.ChunkedArray, convert: Callable[[object], str]) -> pa
     return _combine(pa.chunked_array(blocks, _TEXT))
 
 
+def _rename_columns(names: list[str], source: SourceConfig) -> list[str]:
+    """Return the names with `uri` and the id column spelled as the config spells them, such as `URI`.
+
+    A column is renamed only if it is the only one with this name in upper or lower case.
+    """
+    wanted = {name.lower(): name for name in ("uri", source.id_column) if name}
+    counts = Counter(name.lower() for name in names)
+    return [
+        wanted[name.lower()] if name.lower() in wanted and counts[name.lower()] == 1 else name
+        for name in names
+    ]
+
+
 def _find_column_problems(columns: list[str], source: SourceConfig) -> list[str]:
     required = ["uri", *([source.id_column] if source.id_column else [])]
-    problems = [f"source.uri: the manifest has no column {name}" for name in required if name not in columns]
+    missing = [name for name in required if name not in columns]
+    problems = [
+        f"source.uri: the manifest has no column {name}{_describe_columns(columns)}" for name in missing
+    ]
+    problems += [
+        f"source.uri: the manifest has the column {name} twice; rename or remove one of them"
+        for name in ("uri", "version", *required[1:])
+        if columns.count(name) > 1
+    ]
+    known = ("mask", *CENTER_COLUMNS)
+    problems += [
+        f"source.uri: rename the manifest column {name} to {name.lower()}, or to a name that is not similar"
+        for name in columns
+        if name not in known and name.lower() in known and name != source.id_column
+    ]
+    return problems + _find_center_problems(columns) + _find_clashes(columns, source)
+
+
+def _describe_columns(columns: list[str]) -> str:
+    """Return the rest of a message about a missing column: which columns there are."""
+    if any(_LOOKS_LIKE_VALUE.search(name) for name in columns):  # not quoted: it may identify a patient
+        return "; its first line looks like a scan. Put a line with the names of the columns before it"
+    if not columns:
+        return "; it is empty"
+    shown = ", ".join(repr(name[:40]) for name in columns[:_MAX_NAMES_SHOWN])
+    hidden = len(columns) - _MAX_NAMES_SHOWN
+    return f"; its columns are {shown}{f' and {hidden} more' if hidden > 0 else ''}"
+
+
+def _find_center_problems(columns: list[str]) -> list[str]:
     centers = [name for name in CENTER_COLUMNS if name in columns]
-    if centers and len(centers) < len(CENTER_COLUMNS):
-        problems.append(f"source.uri: the manifest has {', '.join(centers)}, but not all of {CENTER_COLUMNS}")
+    if len(centers) in (0, len(CENTER_COLUMNS)):
+        return []
+    return [f"source.uri: the manifest has {', '.join(centers)}, but not all of {CENTER_COLUMNS}"]
+
+
+def _find_clashes(columns: list[str], source: SourceConfig) -> list[str]:
     # Column names of a Delta table must differ by more than upper and lower case.
-    extra = Counter(name.lower() for name in columns if name not in ("uri", "version", *required))
+    special = ("", "uri", "version", source.id_column)
+    extra = Counter(name.lower() for name in columns if name not in special)
     taken = {*SCAN_COLUMNS.names, "layer", *(name for name, count in extra.items() if count > 1)}
-    clashes = sorted(taken & set(extra))
-    return problems + [
+    return [
         f"source.uri: rename the manifest column {name}; the scans table has another column of this name"
-        for name in clashes
+        for name in sorted(taken & set(extra))
     ]
 
 
 def _resolve_uris(uri: pa.Array, manifest_uri: str) -> pa.Array:
-    """Return full URIs: absolute URIs and empty texts unchanged, others joined to the manifest's folder."""
+    """Return full URIs: absolute URIs and empty texts unchanged, others joined to the manifest's folder.
+
+    In a local manifest, `~/` and `~user/` at the start are expanded. Environment variables are not, because
+    file names may contain `$`.
+    """
+    starts_at_home = np.asarray(pc.match_substring_regex(uri, "^~[^/]*/"))
+    if starts_at_home.any() and "://" not in manifest_uri:
+        expanded = [os.path.expanduser(text) for text in uri.filter(pa.array(starts_at_home)).to_pylist()]
+        uri = pc.replace_with_mask(uri, pa.array(starts_at_home), pa.array(expanded, _TEXT))
     is_full = pc.or_(pc.match_substring(uri, "://"), pc.or_(pc.starts_with(uri, "/"), pc.equal(uri, "")))
     folder = posixpath.join(posixpath.dirname(manifest_uri), "")
     return pc.if_else(

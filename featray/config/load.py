@@ -16,6 +16,7 @@ from pydantic import (
 
 from featray.config.models import Config, ModelConfig
 from featray.config.problems import describe_problems
+from featray.config.yaml_text import DuplicateKeyError, parse_yaml
 from featray.errors import ConfigError
 from featray.storage.urls import mask_url
 
@@ -46,7 +47,7 @@ def load_partly(config: ConfigInput, overrides: list[str] | None = None) -> tupl
     and report all problems at once. The config is None if too little of it is usable.
 
     Raises:
-        ConfigError: The file cannot be read as YAML.
+        ConfigError: The file cannot be read as YAML, or has a key twice.
     """
     if isinstance(config, Config) and not overrides:
         return config, []
@@ -102,7 +103,9 @@ def _to_dict(config: ConfigInput) -> dict[str, Any]:
         return copied
     path = Path(config)
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = parse_yaml(path.read_text(encoding="utf-8"))
+    except DuplicateKeyError as error:
+        raise ConfigError(error.problems, str(path)) from None
     except OSError as error:
         raise ConfigError(f"cannot read the config {path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -128,7 +131,9 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key.strip():
         raise ConfigError(f"--set {key!r}: expected key.path=value, e.g. model.batch_size=8")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
+    except DuplicateKeyError as error:
+        raise ConfigError(error.problems, f"--set {key}") from None
     except yaml.YAMLError:
         raise ConfigError(f"--set {key}: the value is not YAML") from None
     *parents, last = key.strip().split(".")

@@ -9,15 +9,24 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     field_validator,
     model_validator,
 )
 
+from featray.storage.expand import escape_path, expand_path
+
 Text = Annotated[str, Field(min_length=1)]
+_EXPANSION = (AfterValidator(expand_path), PlainSerializer(escape_path, return_type=str))
+PathText = Annotated[str, Field(min_length=1), *_EXPANSION]
+"""A path or URL in which `~` and environment variables are expanded."""
+CodeText = Annotated[str, *_EXPANSION]
+"""`package.module:name` or `file.py:name`, expanded in the same way."""
 SIZES_ZYX = Annotated[tuple[int, int, int], Field(min_length=3, max_length=3)]
 _ORIENTATION = "LPS"
 SPACING_ZYX = Annotated[tuple[float, float, float], Field(min_length=3, max_length=3)]
@@ -32,7 +41,7 @@ class _Section(BaseModel):
 class SourceConfig(_Section):
     """The collection of scans."""
 
-    uri: Text
+    uri: PathText
     """Folder, glob, single file, or manifest (.csv or .parquet with a column `uri`); a path or any fsspec
     URL."""
     format: Literal["auto", "nifti", "dicom", "nrrd", "mha", "npy"] = "auto"
@@ -171,12 +180,12 @@ _LayerInput = Annotated[LayerConfig, BeforeValidator(_parse_layer, json_schema_i
 class ModelConfig(_Section):
     """The trained model, and the layers to extract."""
 
-    uri: Text
+    uri: PathText
     """.keras, .h5 or SavedModel folder; any fsspec URL."""
-    builder: str | None = None
+    builder: CodeText | None = None
     """Function that returns the model, for weights-only files: `package.module:function` or
     `file.py:function`."""
-    custom_objects: tuple[str, ...] = ()
+    custom_objects: tuple[CodeText, ...] = ()
     """Custom classes and functions of the model: `file.py:Sampling` or `package.module:Class`."""
     submodel: str | None = None
     """Attribute or layer of the model that is used as the model, e.g. encoder."""
@@ -203,7 +212,7 @@ class ModelConfig(_Section):
 class OutputConfig(_Section):
     """The place and the form of the output."""
 
-    uri: Text
+    uri: PathText
     """Folder of the output: a local path or any fsspec URL."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Options for fsspec and for the Delta log; never written to logs, tables or run files."""

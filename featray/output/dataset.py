@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, FeatrayError
-from featray.output.delta_log import PendingCommit, TableLog
+from featray.output.delta_log import LOG, PendingCommit, TableLog
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.storage.store import Store
 
@@ -191,6 +191,7 @@ class Dataset:
         """Return the snapshot at a version of `features` (default: the newest); None if it does not exist.
 
         Raises:
+            ConfigError: One of the tables was deleted.
             StorageError: The store does not answer.
             FeatrayError: The tables are more than one commit apart, which no run causes.
         """
@@ -198,6 +199,8 @@ class Dataset:
         for _ in range(_MAX_OPEN_ATTEMPTS):
             features = TableLog.open(self.store, FEATURES, version)
             scans = TableLog.open(self.store, SCANS)
+            if version is None:
+                refuse_missing_table(self.store, features, scans)
             if features is None or scans is None:
                 return None
             if version is not None and scans.commit_number > features.commit_number:
@@ -269,7 +272,7 @@ class Dataset:
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, compression="zstd", use_dictionary=["recipe", "run_id"])
         data = sink.getvalue().to_pybytes()
-        folder = "".join(f"{key}={_escape_hive_value(value)}/" for key, value in partition.items())
+        folder = "".join(f"{make_partition_name(key, value)}/" for key, value in partition.items())
         path = f"{folder}part-{run_id}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
         self.store.write(f"{table}/{path}", data)
         ids = rows["scan_id"]
@@ -302,6 +305,23 @@ def pair_logs(store: Store, features: TableLog, scans: TableLog) -> Snapshot | N
     return None if pending is None else Snapshot(store, features, scans, pending)
 
 
+def refuse_missing_table(store: Store, features: TableLog | None, scans: TableLog | None) -> None:
+    """Raise if one of the tables has commits and the other does not exist.
+
+    Raises:
+        ConfigError: The message names the missing table.
+    """
+    present = features or scans
+    if present is None or present.commit_number == 0 or (features and scans):
+        return
+    missing = FEATURES if features is None else SCANS
+    raise ConfigError(
+        f"{store!r} has no table {missing} (no {missing}/{LOG}), but the table {present.table} with "
+        f"{present.commit_number} commits. Restore the folder {missing}, or delete the whole output and run "
+        "again"
+    )
+
+
 def parse_run_id(name: str) -> str | None:
     """Return the id of the run that wrote a data file; None if runs do not give files such a name."""
     match = _DATA_FILE_NAME.search(name)
@@ -321,6 +341,7 @@ def make_table_schema(table: str, extra_columns: Sequence[str], partition_by: Se
     return pa.schema([*fixed, *((name, pa.string()) for name in dict.fromkeys(further))])
 
 
-def _escape_hive_value(value: str | None) -> str:
-    """Return a partition value as Hive writes it in the name of a folder."""
-    return "__HIVE_DEFAULT_PARTITION__" if value is None else quote(value, safe="")
+def make_partition_name(column: str, value: str | None) -> str:
+    """Return the name of the folder for one value of a partition column, as Hive writes it."""
+    escaped = "__HIVE_DEFAULT_PARTITION__" if value is None else quote(value, safe="")
+    return f"{column}={escaped}"

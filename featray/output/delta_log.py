@@ -16,6 +16,7 @@ two tables. Both entries have the application transaction (`featray`, n). The lo
 from __future__ import annotations
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +30,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.schema import PrimitiveType
 from deltalake.transaction import AddAction, RemoveAction, Transaction
 
-from featray.errors import OutputBusyError, StorageError
+from featray.errors import DeletedOutputError, OutputBusyError, StorageError
 from featray.schema import DataFile
 from featray.storage.store import Store
 
@@ -54,6 +55,7 @@ _MAX_ENTRIES_SEARCHED = 10
 properties are between two commits."""
 _DAY_S = 24 * 3600
 _UNIT_S = {"day": _DAY_S, "hour": 3600, "minute": 60, "second": 1}
+_SYSTEM_ERROR = re.compile(r"\(os error (\d{1,3})\)")
 _BUSY = (
     "another run has changed this output since this run planned its work; nothing of this batch was "
     "committed. Run the command again when the other run has ended."
@@ -211,11 +213,16 @@ class TableLog:
 
         Raises:
             OutputBusyError: Another driver has appended an entry in the meantime; nothing was appended here.
+            DeletedOutputError: The log was deleted in the meantime.
             StorageError: The store does not answer. Whether the entry was written may be unknown.
         """
         before = self.version
-        if self._store.get_size(_entry_name(self.table, before)) is None:
-            # The entry was trimmed because many entries have followed. Delta would still append after it.
+        if not self._has_entry():
+            # Delta would still append, after an entry that was trimmed, or to a log that was deleted.
+            if self.is_deleted():
+                raise DeletedOutputError(
+                    f"the log of {self.table} was deleted; nothing of this batch was committed"
+                )
             raise OutputBusyError(_BUSY)
         entry = {"number": number, "run_id": run_id} | ({"owes": pending.to_json()} if pending else {})
         actions = _make_actions(change)
@@ -223,10 +230,14 @@ class TableLog:
             # This may be repeated: the log accepts an entry with this number only once.
             self._store.run_operation(lambda: self._write_entry(actions, entry))
         except (DeltaError, OSError) as error:
-            raise StorageError(f"the commit to {self.table} failed ({type(error).__name__})") from None
+            raise StorageError(f"the commit to {self.table} failed ({_describe_error(error)})") from None
         self._reload()
         if self.version != before + 1 or self.commit_number != number:
             raise OutputBusyError(_BUSY)
+
+    def is_deleted(self) -> bool:
+        """Return whether the newest entry of this log is gone although no newer one has followed it."""
+        return not self._has_entry() and max(self._list_entry_versions(), default=-1) < self.version
 
     def add_columns(self, names: Sequence[str]) -> None:
         """Add string columns that the table lacks.
@@ -285,6 +296,10 @@ class TableLog:
         deleted = [name for version, _, name in entries if expired and int(version) < expired[-1]]
         self._store.delete(deleted)
         return deleted
+
+    def _has_entry(self) -> bool:
+        """Return whether the store has the entry of this log's version."""
+        return self._store.get_size(_entry_name(self.table, self.version)) is not None
 
     def _retention_cutoff_ms(self) -> float:
         """Return the time before which entries are no longer retained, in milliseconds since the epoch."""
@@ -375,6 +390,12 @@ class TableLog:
 def is_temporary_log_file(name: str) -> bool:
     """Return whether a file is a temporary file that a killed writer left in the folder of a log."""
     return f"/{LOG}/" in name and bool(_TEMPORARY_NAME.search(name))
+
+
+def _describe_error(error: Exception) -> str:
+    """Return the class of an error of deltalake, and the cause if its text names an error of the system."""
+    match = _SYSTEM_ERROR.search(str(error))
+    return f"{os.strerror(int(match[1]))}" if match else type(error).__name__
 
 
 def _entry_name(table: str, version: int) -> str:

@@ -25,12 +25,13 @@ from typing import Any
 
 import psutil
 
-from featray.errors import OutputBusyError, StorageError
+from featray.errors import DeletedOutputError, OutputBusyError, StorageError
 from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-LEASE_FOLDER = "runs/lease"
+_RUNS = "runs"
+LEASE_FOLDER = f"{_RUNS}/lease"
 HEARTBEAT_S = 10.0
 STALE_S = 60.0
 """Seconds without a heartbeat after which a lease counts as stale."""
@@ -104,9 +105,15 @@ class Lease:
         Raises:
             OutputBusyError: Another run has taken the lease over, because this run wrote no heartbeat for too
                 long.
+            DeletedOutputError: The folder of all runs is empty or does not exist.
         """
         others = self._find_other_holders()
         if others or self._store.get_size(self._name) is None:
+            if not others and not self._store.list_files(_RUNS):
+                raise DeletedOutputError(
+                    f"the folder {_RUNS} of the output was deleted during the run. The commits of this run "
+                    "are in the tables, if these still exist. Run the same command again to continue."
+                )
             new_holder = f" by run {others[0]['run_id']} on host {others[0]['host']}" if others else ""
             raise OutputBusyError(
                 f"the lease of this run expired, because it wrote no heartbeat for {STALE_S:.0f} s, and the "

@@ -33,6 +33,7 @@ superseded files that are not deleted yet, and orphans.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -45,7 +46,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from featray.errors import ConfigError, FeatrayError
+from featray.errors import ConfigError, DeletedOutputError, FeatrayError, MissingFileError, StorageError
 from featray.output.dataset import (
     FEATURES,
     SCANS,
@@ -55,8 +56,10 @@ from featray.output.dataset import (
     can_contain_any,
     make_table_schema,
     pair_logs,
+    parse_run_id,
+    refuse_missing_table,
 )
-from featray.output.delta_log import FileChange, PendingCommit, TableLog
+from featray.output.delta_log import LOG, FileChange, PendingCommit, TableLog
 from featray.output.orphans import find_orphans, list_output_files
 from featray.schema import DataFile, Receipt, ScanRecord
 
@@ -98,7 +101,7 @@ class Committer:
         recovered: Whether opening it finished a commit in which an earlier run was killed.
 
     Raises:
-        ConfigError: The output has other partition columns.
+        ConfigError: The output has other partition columns, or one of its tables or logs was deleted.
         FeatrayError: The tables are more than one commit apart.
         StorageError: The store does not answer.
     """
@@ -114,12 +117,12 @@ class Committer:
         check_lease: Callable[[], None] = lambda: None,
     ) -> None:
         self.dataset, self._run_id, self._check_lease = dataset, run_id, check_lease
-        store = dataset.store
-        features = TableLog.open(store, FEATURES)
+        features, scans = [TableLog.open(dataset.store, table) for table in (FEATURES, SCANS)]
         _check_partitions(features, partition_by)
+        refuse_missing_table(dataset.store, features, scans)
         self._logs = {
             FEATURES: features or _create_table(dataset, FEATURES, (), partition_by),
-            SCANS: TableLog.open(store, SCANS) or _create_table(dataset, SCANS, extra_columns, ()),
+            SCANS: scans or _create_table(dataset, SCANS, extra_columns, ()),
         }
         self.recovered = self._finish_interrupted_commit()
         self._logs[SCANS].add_columns(extra_columns)
@@ -136,9 +139,13 @@ class Committer:
 
         Raises:
             OutputBusyError: Another driver has committed since this one opened the tables.
-            FileNotFoundError: A file in a receipt is missing or has another size; nothing was committed.
-            StorageError: The store does not answer.
+            MissingFileError: A file in a receipt is missing or has another size; nothing was committed.
+            StorageError: The store does not answer, or the output was deleted.
         """
+        with self._explain_deletion():
+            self._commit(receipts)
+
+    def _commit(self, receipts: Sequence[Receipt]) -> None:
         files = [file for receipt in receipts for file in receipt.files]
         records = [record for receipt in receipts for record in receipt.records]
         self._check_files_exist(files)
@@ -167,7 +174,10 @@ class Committer:
             scan_ids: Ids; ids that the output does not hold are ignored.
             broken: Table → paths of files that cannot be read; they are removed from the table as a whole.
         """
-        sorted_ids, unreadable = sorted(scan_ids), dict(broken or {})
+        with self._explain_deletion():
+            self._delete_scans(sorted(scan_ids), dict(broken or {}))
+
+    def _delete_scans(self, sorted_ids: Sequence[str], unreadable: dict[str, Collection[str]]) -> None:
         for first in range(0, max(1, len(sorted_ids)), _MAX_SCANS_PER_DELETION):
             ids = set(sorted_ids[first : first + _MAX_SCANS_PER_DELETION])
             changes = {
@@ -184,11 +194,12 @@ class Committer:
         Call this only while holding the output's lease and while no worker of this run writes: a file that is
         not committed yet looks the same as an orphan. Files that no run has written are left alone.
         """
-        self._check_lease()
-        store = self.dataset.store
-        by_folder = find_orphans(list_output_files(store), self.snapshot())
-        orphans = [name for names in by_folder.values() for name in names]
-        store.delete(orphans)
+        with self._explain_deletion():
+            self._check_lease()
+            store = self.dataset.store
+            by_folder = find_orphans(list_output_files(store), self.snapshot())
+            orphans = [name for names in by_folder.values() for name in names]
+            store.delete(orphans)
         return orphans
 
     def compact(self, at_least: int = MIN_FILES_TO_COMPACT) -> int:
@@ -197,6 +208,10 @@ class Committer:
         Args:
             at_least: Number of small files in a partition from which they are merged.
         """
+        with self._explain_deletion():
+            return self._compact(at_least)
+
+    def _compact(self, at_least: int) -> int:
         small_files: dict[tuple[tuple[str, str | None], ...], list[DataFile]] = defaultdict(list)
         for file in self._logs[FEATURES].files():
             if file.size < TARGET_FILE_BYTES // 2:
@@ -251,7 +266,7 @@ class Committer:
         for file, size in _map_in_threads(get_size, files):
             if size != file.size:
                 actual = "the file does not exist" if size is None else f"it has {size} bytes"
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{file.path}: expected {file.size} bytes, but {actual}; nothing was committed. "
                     "Check that all workers see the same output folder."
                 )
@@ -267,6 +282,30 @@ class Committer:
             self._delete_superseded(changes)
         if number % _TRIM_INTERVAL == 0:
             self.trim()
+
+    @contextlib.contextmanager
+    def _explain_deletion(self) -> Iterator[None]:
+        """Replace an error in the `with` block by one that says that somebody has deleted the output."""
+        try:
+            yield
+        except Exception as error:  # a deleted file raises errors of many kinds
+            if not isinstance(error, StorageError) or isinstance(
+                error, DeletedOutputError | MissingFileError
+            ):
+                self._refuse_deleted_output()
+            raise
+
+    def _refuse_deleted_output(self) -> None:
+        deleted = [table for table, table_log in self._logs.items() if table_log.is_deleted()]
+        if not deleted:
+            return
+        tables = " and ".join(deleted)
+        rest = next((table for table in self._logs if table not in deleted), "")
+        remedy = f"Restore {tables} to the state of {rest}, or d" if rest else "D"
+        raise DeletedOutputError(
+            f"{self.dataset.store!r}: somebody deleted the log of {tables} while this run was working. No "
+            f"more was committed. {remedy}elete what is left of the output, and run the same command again."
+        )
 
     def _delete_superseded(self, changes: Mapping[str, FileChange]) -> None:
         """Delete the files that a commit removed. If the driver is killed here, the rest are orphans."""
@@ -368,7 +407,8 @@ class Committer:
             return pq.ParquetFile(pa.BufferReader(self.dataset.store.read(f"{table}/{file.path}")))
         except (FileNotFoundError, pa.ArrowInvalid) as error:
             raise FeatrayError(
-                f"{table}/{file.path} is missing or damaged ({type(error).__name__}); nothing was committed. "
+                f"{table}/{file.path} is missing or damaged ({type(error).__name__}), so the scans that need "
+                "it were not committed; earlier commits are kept. "
                 "Run `featray verify` on the output: it reports every problem and how to repair it."
             ) from None
 
@@ -384,6 +424,12 @@ def _map_in_threads(function: Callable[[_In], _Out], items: Iterable[_In]) -> It
 def _create_table(
     dataset: Dataset, table: str, extra_columns: Sequence[str], partition_by: Sequence[str]
 ) -> TableLog:
+    written = [name for name in dataset.store.list_files(table) if parse_run_id(name)]
+    if written:
+        raise ConfigError(
+            f"{dataset.store!r}: the folder {table} holds {len(written)} files of earlier runs, but no log "
+            f"that says which of them are valid. Restore {table}/{LOG}, or delete what is left of the output"
+        )
     schema = make_table_schema(table, extra_columns, partition_by)
     return TableLog.create(dataset.store, table, schema, partition_by)
 

@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from featray.errors import ConfigError, StorageError
 from featray.storage import options as storage_options
 from featray.storage import retry
+from featray.storage.names import find_name_problem
 from featray.storage.urls import is_s3, mask_url, open_url
 
 _THREADS = 16
@@ -130,9 +131,13 @@ class Store:
         For a local folder, permissions are checked. In other stores, a small file is written and deleted.
 
         Raises:
+            ConfigError: The name cannot be that of an output (`featray.storage.names`).
             ConfigError: No file can be written: the local path is a file or is read-only, credentials are
                 wrong, the bucket does not exist, a permission is missing, or the server does not answer.
         """
+        problem = find_name_problem(self.uri, self.root, is_local=self.is_local)
+        if problem:
+            raise ConfigError(f"output.uri: the path {problem}")
         if self.is_local:
             self._check_local_writable()
             return
@@ -266,6 +271,8 @@ class Store:
             raise FileNotFoundError(f"no such file in {mask_url(self.uri)}") from None
         if retry.is_out_of_space(error):
             problem = "no space is left; make room"
+        elif isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            problem = "a name is too long for the file system; shorten the values of output.partition_by"
         elif retry.is_transient(error):
             problem = f"did not answer for {retry.OUTPUT_DEADLINE_S:g} s"
         elif retry.is_denied(error):

@@ -84,6 +84,72 @@ def test_a_byte_order_mark_is_not_part_of_the_first_column_name() -> None:
     assert [row.uri for row in read_rows("\ufeffuri\r\n/x.nii\r\n")] == ["/x.nii"]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_separator_is_the_one_with_which_the_header_has_a_uri(separator: str, end: str) -> None:
+    lines = [("case", "URI", "version"), ("7", "/x.nii", "v1"), ('"8"', '"/a b.nii"', "")]
+    text = end.join(separator.join(line) for line in lines)
+    for start in ("", "\ufeff", f"sep={separator}{end}", f"\ufeffsep={separator}{end}"):
+        rows = read_rows(start + text, id_column="Case")
+        assert [(row.scan_id, row.uri, row.version) for row in rows] == [
+            ("7", "/x.nii", "v1"),
+            ("8", "/a b.nii", ""),
+        ]
+
+
+def test_a_value_may_contain_other_separators() -> None:
+    (row,) = read_rows("uri;center_x;center_y;center_z\na,b\tc.nii;1;2;3\n")
+    assert (row.uri, row.center_lps) == ("s3://bucket/lists/a,b\tc.nii", (1, 2, 3))
+    (row,) = read_rows("uri;center_x;center_y;center_z\na.nii;1,5;2,5;3,5\n")
+    assert "must be three numbers" in row.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path,id\nx.nii,1\n", "has no column uri; its columns are 'path', 'id'"),
+        ("path;id\nx.nii;1\n", "has no column uri; its columns are 'path;id'"),
+        (" uri,id\nx.nii,1\n", "has no column uri; its columns are ' uri', 'id'"),
+        (
+            "patients/doe/x.nii\n/y.nii\n",
+            "has no column uri; its first line looks like a scan. Put a line with",
+        ),
+        ("x.nii.gz,7\n", "has no column uri; its first line looks like a scan"),
+        ("", "has no column uri; it is empty"),
+        ("uri,uri\nx,y\n", "has the column uri twice"),
+        ("uri,Mask\nx,y\n", "rename the manifest column Mask to mask"),
+        ("uri,Center_X\nx,y\n", "rename the manifest column Center_X to center_x"),
+        ("Uri,URI\nx,y\n", "has no column uri; its columns are 'Uri', 'URI'"),
+    ],
+)
+def test_the_message_about_columns_says_which_were_found(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_rows(text)
+    assert message in str(caught.value)
+    assert "doe" not in str(caught.value)
+
+
+def test_utf_16_is_named_in_the_message() -> None:
+    with pytest.raises(ConfigError, match="it is UTF-16: save it as `CSV UTF-8`"):
+        read_rows("uri\n/x.nii\n".encode("utf-16"))
+
+
+def test_a_column_without_a_name_is_dropped() -> None:
+    (row,) = read_rows(",uri,site,\n0,/x.nii,A,\n")
+    assert (row.uri, row.columns) == ("/x.nii", {"site": "A"})
+
+
+def test_home_folders_are_expanded_in_local_manifests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    data = b"uri\n~/x.nii\n~nobody-here/x.nii\n$HOME/x.nii\n"
+    parsed = read_manifest(data, SourceConfig(uri="/lists/m.csv"))
+    assert parsed.uri.to_pylist() == [
+        "/home/someone/x.nii",
+        "/lists/~nobody-here/x.nii",
+        "/lists/$HOME/x.nii",
+    ]
+
+
 _VALUES = st.text(st.sampled_from('ab ,"\n\r\té;#\\\0'), max_size=5)
 
 

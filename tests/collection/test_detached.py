@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import os
+import random
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,7 +15,10 @@ import nrrd
 import numpy as np
 import pytest
 
+from featray.collection.detached import list_data_files
 from featray.config import Config, load
+from featray.ct import readers
+from featray.errors import ScanError
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
 from featray.stages.list import list_scans
@@ -383,3 +388,34 @@ def test_a_mask_may_have_a_detached_header(tmp_path: Path, suffix: str) -> None:
     before = list_by_id(config)["a.mhd"].content
     os.utime(tmp_path / "m.raw", (1, 1))
     assert list_by_id(config)["a.mhd"].content != before
+
+
+@pytest.mark.parametrize("write", [write_mhd, write_nhdr])
+def test_mutated_headers_give_a_volume_or_a_reason(tmp_path: Path, write: Any) -> None:
+    (path,) = write(tmp_path, "s%d.raw 1 4 1").iterdir()
+    is_nrrd = path.suffix == ".nhdr"
+    read = readers.read_nrrd if is_nrrd else readers.read_metaimage
+    kind = "nrrd" if is_nrrd else "mha"
+    words = [
+        b"LIST",
+        b"..",
+        b"/",
+        b"%03d",
+        b"-1",
+        b"9" * 30,
+        b"nan",
+        b"\0",
+        b"\n",
+        b"none",
+        b"dimension: 4\n",
+    ]
+    rng = random.Random(16)
+    for _ in range(400):
+        header = bytearray(path.read_bytes())
+        for _ in range(rng.choice((1, 2, 4))):
+            start = rng.randrange(len(header))
+            header[start : start + rng.choice((0, 1, 8))] = rng.choice([*words, bytes([rng.randrange(256)])])
+        with contextlib.suppress(ScanError):
+            names = list_data_files(kind, bytes(header))
+            size = len(RAW) // max(1, len(names))
+            read(bytes(header), [(name, RAW[:size]) for name in names], max_voxels=10**6)

@@ -36,7 +36,7 @@ def split_pattern(text: str) -> tuple[str, list[int]]:
 
     The name is empty if the text is no such pattern; it is then a plain file name.
     """
-    match = re.fullmatch(r"(.*?%0?\d{0,2}[di].*?)((?:\s+-?\d+)*)", text)
+    match = re.fullmatch(r"(.*?%0?\d{0,2}[di].*?)((?:\s+-?\d{1,9})*)", text)
     return (match[1], [int(word) for word in match[2].split()]) if match else ("", [])
 
 

@@ -199,7 +199,8 @@ def _parse_layout(header: _Header) -> Layout:
 def _parse_affine(header: _Header) -> tuple[Affine, tuple[str, ...]]:
     """Return the affine in LPS mm, and a warning code if the orientation is an assumption."""
     count = int(_parse_number(header, "NDims"))
-    spacing = _parse_numbers(header, "ElementSpacing" if "ElementSpacing" in header else "ElementSize", count)
+    is_size_alone = "ElementSize" in header and "ElementSpacing" not in header
+    spacing = _parse_numbers(header, "ElementSize" if is_size_alone else "ElementSpacing", count)
     offset_key = next((key for key in _OFFSET_KEYS if key in header), None)
     matrix_key = next((key for key in _MATRIX_KEYS if key in header), None)
     affine = np.eye(4)

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 HEADER_SUFFIXES = {"mha": ".mhd", "nrrd": ".nhdr"}
 """Format → suffix of detached headers."""
 
-MAX_HEADER_BYTES = 2**22
+_HEADER_BYTES = {"mha": 2**18, "nrrd": 2**22}
 """Number of bytes at the start of a header file that are searched for the names of data files."""
 
 _DATA_SUFFIXES = (".raw", ".zraw", ".raw.gz", ".raw.bz2", ".mda")
@@ -89,7 +89,7 @@ def _find_data_files(
     """Return the data files that a header names, or the reason why they cannot be found."""
     folder = posixpath.dirname(header.path)
     try:
-        start = group.read_start(header, MAX_HEADER_BYTES)
+        start = group.read_start(header, _HEADER_BYTES[kind])
         if problem := describe_pointer(start):
             return ScanError(Reason.STORAGE, f"{posixpath.basename(header.name)} {problem}")
         names = list_data_files(kind, start)

@@ -26,6 +26,10 @@ DataFiles = Sequence[tuple[str, bytes]]
 MAX_DATA_FILES = 10_000
 """Largest accepted number of data files of one header."""
 
+MAX_PATTERN_NUMBERS = 4
+"""Largest number of whole numbers after a pattern: first, last, step, and the number of axes of each file."""
+
+_WHOLE = re.compile(r"-?\d{1,9}")
 _NUMBER = re.compile(r"%(0?\d{0,2})[di]")
 _OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|://|(^|[/\\])\.\.([/\\]|$)|\0")
 _DICOM = re.compile(r"\.(dcm|dicom|ima)$", re.IGNORECASE)
@@ -36,8 +40,12 @@ def split_pattern(text: str) -> tuple[str, list[int]]:
 
     The name is empty if the text is no such pattern; it is then a plain file name.
     """
-    match = re.fullmatch(r"(.*?%0?\d{0,2}[di].*?)((?:\s+-?\d{1,9})*)", text)
-    return (match[1], [int(word) for word in match[2].split()]) if match else ("", [])
+    words = text.split()
+    count = 0
+    while count < min(MAX_PATTERN_NUMBERS, len(words) - 1) and _WHOLE.fullmatch(words[-1 - count]):
+        count += 1
+    name = text.rsplit(maxsplit=count)[0] if words else ""
+    return (name, [int(word) for word in words[len(words) - count :]]) if _NUMBER.search(name) else ("", [])
 
 
 def expand_pattern(pattern: str, first: int, last: int, step: int) -> list[str]:

@@ -6,7 +6,9 @@ the next listing and, in stores other than local folders, a small file that is d
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import pyarrow as pa
 
@@ -18,6 +20,7 @@ from featray.model import Extractor
 from featray.output.dataset import RUNS
 from featray.output.lease import raise_if_locked
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
+from featray.stages.input_cache import InputCache
 from featray.stages.list import HeaderCache, Listing, list_scans
 from featray.stages.plan import Plan
 from featray.storage.store import Store
@@ -76,16 +79,30 @@ def check_source(config: Config, header_cache: HeaderCache | None = None) -> Lis
     return listing
 
 
-def check_output(store: Store) -> None:
-    """Raise if the output is locked or cannot be written, before any slow work begins."""
+def check_stores(output: Store, config: Config) -> None:
+    """Raise if the output is locked, or the output or the input cache cannot be written.
+
+    This happens before any slow work begins.
+    """
+    with _explain_errors(output, "output.uri"):
+        output.check_writable()
+        raise_if_locked(output)
+    cache = InputCache.from_config(config)
+    if cache is not None:
+        with _explain_errors(cache.store, "cache.uri"):
+            cache.store.check_writable()
+
+
+@contextlib.contextmanager
+def _explain_errors(store: Store, key: str) -> Iterator[None]:
+    """Raise other errors than featray's own as a ConfigError that names the key of the store."""
     try:
-        store.check_writable()
-        raise_if_locked(store)
+        yield
     except FeatrayError:
         raise
     # each kind of store raises its own errors, whose texts may contain credentials
     except Exception as error:
-        problem = f"output.uri: {mask_url(store.uri)} cannot be reached ({type(error).__name__})"
+        problem = f"{key}: {mask_url(store.uri)} cannot be reached ({type(error).__name__})"
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
 
 

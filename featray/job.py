@@ -196,11 +196,11 @@ def make_engine(config: Config, scans: int, instrument: Instrument = keep_stage)
     return RayEngine(config.run, decoding)
 
 
-def make_decoding(config: Config, instrument: Instrument = keep_stage) -> Decoding:
-    """Return how an engine decodes the scans of a config."""
+def make_decoding(config: Config, instrument: Instrument = keep_stage, *, use_cache: bool = True) -> Decoding:
+    """Return how an engine decodes the scans of a config, by default with the input cache of the config."""
     has_patches = config.preprocess.fit == "patches" or config.source.rows
     return Decoding(
-        decoder=instrument("decode", Decoder.from_config(config)),
+        decoder=instrument("decode", Decoder.from_config(config, use_cache=use_cache)),
         batch_scans=1 if has_patches else config.model.batch_size,  # the patches of one scan fill batches
         limits=config.limits,
         memory=config.run.decode.memory,

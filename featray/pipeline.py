@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.checks import check, check_output, refuse_mass_removal, refuse_other_recipe, save_header_cache
+from featray.checks import check, check_stores, refuse_mass_removal, refuse_other_recipe, save_header_cache
 from featray.config import Config, ConfigInput
 from featray.engines.base import Engine
 from featray.engines.source_outage import SourceOutageDetector
@@ -99,7 +99,7 @@ def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) 
         options: How the caller watches, stops and measures the run.
     """
     dataset = Dataset.open(config.output)
-    check_output(dataset.store)
+    check_stores(dataset.store, config)
     with make_engine(config, len(listing.scans), options.instrument) as engine:
         if new_scans := _find_new_scans(listing, dataset):
             engine.prefetch_scans(new_scans)

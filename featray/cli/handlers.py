@@ -170,6 +170,16 @@ def _parse_size(text: str | None) -> tuple[int | None, ...] | None:
     return tuple(None if part.strip() == "any" else int(part) for part in parts)
 
 
+def run_cache(args: argparse.Namespace) -> int:
+    """Run `featray cache`."""
+    from featray.commands.cache import show_cache
+    from featray.config import load
+
+    result = show_cache(load(args.config, args.set), clear=args.clear)
+    print_answer(args, result, result.text())
+    return ExitCode.OK
+
+
 def run_status(args: argparse.Namespace) -> int:
     """Run `featray status`."""
     from featray.commands.status import status

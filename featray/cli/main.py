@@ -176,6 +176,13 @@ def _add_run_commands(commands: Any) -> None:
         help="with --retry-failed: of the failed scans, retry only those with this reason; may be repeated "
         "(default: every reason)",
     )
+    cache = _add_command(
+        commands, "cache", handlers.run_cache, "show what the input cache of a config holds, or clear it"
+    )
+    _add_config_arguments(cache)
+    cache.add_argument(
+        "--clear", action="store_true", help="delete all model inputs in the cache (default: delete nothing)"
+    )
     benchmark = _add_command(
         commands,
         "benchmark",

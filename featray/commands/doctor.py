@@ -30,6 +30,7 @@ from featray.output.lease import raise_if_locked
 from featray.recipe import make_recipe, recipe_id
 from featray.schema import Decoded
 from featray.stages.decode import Decoder
+from featray.stages.input_cache import InputCache
 from featray.stages.list import Listing
 from featray.storage.store import Store
 
@@ -94,7 +95,7 @@ class DoctorResult:
 
 
 def doctor(config: ConfigInput, overrides: list[str] | None = None) -> DoctorResult:
-    """Check config, source, sample scans, model, layers, output, memory, accelerators and engine.
+    """Check config, source, sample scans, model, layers, output, cache, memory, accelerators and engine.
 
     Problems are results, not errors.
 
@@ -116,6 +117,7 @@ def doctor(config: ConfigInput, overrides: list[str] | None = None) -> DoctorRes
         "layers": checks.check_layers,
         "invariance": checks.check_invariance,
         "output": checks.check_output,
+        "cache": checks.check_cache,
         "memory": checks.check_memory,
         "accelerator": checks.check_accelerators,
         "engine": checks.check_engine,
@@ -241,6 +243,24 @@ class _Checks:
             yield "WARN", f"{text}; free some space, or choose fewer layers or a smaller pool"
         else:
             yield "PASS", text
+
+    def check_cache(self) -> Outcomes:
+        """Check access to the input cache, and say how large it will become and what it holds."""
+        cache = InputCache.from_config(self._config)
+        if cache is None:
+            return
+        cache.store.check_writable()
+        yield "PASS", f"{cache.shown_uri} is writable"
+        if self._decoded:
+            mean = sum(decoded.tensor.nbytes for decoded in self._decoded) / len(self._decoded)
+            expected, limit = mean * len(self._listing.scans), cache.max_bytes
+            text = f"will hold up to {expected / 1e9:.3g} GB of model inputs before compression"
+            if expected > limit:
+                problem = f"{text}, but cache.max_gb is {limit / 1e9:g}"
+                yield "WARN", f"{problem}; inputs beyond it are decoded again in the next run"
+            else:
+                yield "PASS", text
+        yield "PASS", "it holds image data of the scans; protect it as you protect the scans"
 
     def check_memory(self) -> Outcomes:
         """Compare the memory that decode workers and model may need with the free memory."""

@@ -207,7 +207,7 @@ def _estimate_run(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     candidates = plan.todo[:: -(-len(plan.todo) // _MAX_CANDIDATES)]
     readable = [scan for scan in candidates if scan.reason is None]
     count = len(readable) * len(plan.todo) // len(candidates)
-    stages, decoding = job.make_stages(dataset, count), make_decoding(job.config)
+    stages, decoding = job.make_stages(dataset, count), make_decoding(job.config, use_cache=False)
     sample = _decode_sample(decoding, sample_by_size(readable, SAMPLE_SCANS))
     usable = [decoded for _, decoded in sample if decoded.record.status == "ok"]
     if not usable:

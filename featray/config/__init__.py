@@ -6,6 +6,7 @@ Every package may import the sections. Nothing here opens storage, loads a model
 from featray.config.load import ConfigInput, get_name, load, load_model_section, load_partly, mask_secrets
 from featray.config.models import (
     ActorsConfig,
+    CacheConfig,
     Config,
     DecodeConfig,
     LayerConfig,
@@ -21,6 +22,7 @@ from featray.config.models import (
 
 __all__ = [
     "ActorsConfig",
+    "CacheConfig",
     "Config",
     "ConfigInput",
     "DecodeConfig",

@@ -87,10 +87,10 @@ def get_name(config: ConfigInput) -> str:
 def mask_secrets(config: Config) -> dict[str, Any]:
     """Return the config as a dict for JSON, with all storage options and URL credentials masked."""
     values: dict[str, Any] = json.loads(config.model_dump_json(by_alias=True))
-    for section in ("source", "model", "output"):
+    for section in ("source", "model", "output", "cache"):
         options = values[section].get("storage_options") or {}
         values[section]["storage_options"] = dict.fromkeys(options, "***")
-        values[section]["uri"] = mask_url(values[section]["uri"])
+        values[section]["uri"] = mask_url(values[section]["uri"] or "") or None
     return values
 
 

@@ -291,6 +291,19 @@ class LimitsConfig(_Section):
     """Attempts for a scan whose worker process dies."""
 
 
+class CacheConfig(_Section):
+    """The input cache: decoded model inputs, kept for another layer or another model."""
+
+    uri: Text | None = None
+    """Folder or fsspec URL of the cache, for several runs, models and outputs; it holds image data; null: no
+    cache."""
+    max_gb: float = Field(default=100, gt=0)
+    """Largest size in GB (1e9 bytes); beyond it, the inputs that were not used for the longest time are
+    deleted."""
+    storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
+    """Options for fsspec to open `uri`; never written to logs, tables or run files."""
+
+
 class PrivacyConfig(_Section):
     """Which values of a DICOM header may be copied."""
 
@@ -313,6 +326,7 @@ class Config(_Section):
     output: OutputConfig
     run: RunConfig = RunConfig()
     limits: LimitsConfig = LimitsConfig()
+    cache: CacheConfig = CacheConfig()
     privacy: PrivacyConfig = PrivacyConfig()
 
     @property

@@ -22,6 +22,7 @@ from featray.ct.reorient import reorient
 from featray.ct.volume import Volume
 from featray.errors import Reason, ScanError, WarningCode
 from featray.schema import NO_TENSOR, Decoded, Scan, ScanRecord
+from featray.stages.input_cache import InputCache
 from featray.stages.locate import locate
 from featray.stages.preprocess import ModelInput, input_shape, preprocess, resampled_shape
 from featray.stages.read import Reader, ReadResult
@@ -38,19 +39,22 @@ class Decoder:
         policy: How unusual scans are handled.
         preprocess: The preprocessing.
         limits: Maximum number of voxels, and the timeout.
+        cache: Model inputs that were decoded before; None to decode every scan.
     """
 
     reader: Reader
     policy: PolicyConfig
     preprocess: PreprocessConfig
     limits: LimitsConfig
+    cache: InputCache | None = None
 
     @classmethod
-    def from_config(cls, config: Config) -> Decoder:
-        """Return the decoder of a config."""
+    def from_config(cls, config: Config, *, use_cache: bool = False) -> Decoder:
+        """Return the decoder of a config; without its input cache unless `use_cache` is true."""
         tags = config.privacy.dicom_tags
         reader = Reader(config.source, config.policy, config.limits.max_voxels, tags)
-        return cls(reader, config.policy, config.preprocess, config.limits)
+        cache = InputCache.from_config(config) if use_cache else None
+        return cls(reader, config.policy, config.preprocess, config.limits, cache)
 
     def __repr__(self) -> str:
         """Return only the name of the class, because the options may hold credentials."""
@@ -59,6 +63,18 @@ class Decoder:
     def __call__(self, scan: Scan) -> Decoded:
         """Return the model input of the scan, or its record with the reason why it has none."""
         self.prepare()
+        if self.cache is None or scan.reason is not None:
+            return self._decode(scan)
+        start = time.perf_counter()
+        found = self.cache.load(scan)
+        if found is not None:
+            found.record.read_s = time.perf_counter() - start
+            return found
+        decoded = self._decode(scan)
+        self.cache.save(scan, decoded)
+        return decoded
+
+    def _decode(self, scan: Scan) -> Decoded:
         scan = locate(scan, self.reader.source, self.policy)
         record = ScanRecord.from_scan(scan)
         if record.status != "ok":

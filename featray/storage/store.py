@@ -10,8 +10,9 @@ import errno
 import os
 import posixpath
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from typing import Any, NoReturn, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
@@ -27,6 +28,8 @@ _THREADS = 16
 _PROBE_NAME = "runs/.write-check"
 _CREATOR_KEY = "featray-created-by"
 """Metadata key of S3 objects that `Store.create` has written."""
+_TIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")
+"""Names under which the file systems of fsspec give the time of a file: local, S3, Azure, Google, memory."""
 _RESUME = "Committed results are kept; run the same command again to resume."
 
 T = TypeVar("T")
@@ -38,13 +41,17 @@ class Store:
     Args:
         uri: Local path or fsspec URL of the folder; it need not exist yet.
         options: fsspec storage options.
+        config_key: Key of the config that names the folder, for messages.
 
     Raises:
         ConfigError: The URL's protocol is unknown or its package is not installed.
     """
 
-    def __init__(self, uri: str, options: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, uri: str, options: dict[str, Any] | None = None, *, config_key: str = "output.uri"
+    ) -> None:
         self.uri = uri
+        self._config_key = config_key
         self.options = dict(options or {})
         self.fs, self.root = open_url(uri, self.options)
 
@@ -148,7 +155,7 @@ class Store:
                 raise
             problem = _explain_unwritable(error)
             raise ConfigError(
-                f"output.uri: {mask_url(self.uri)} {problem} ({retry.describe_error(error)})"
+                f"{self._config_key}: {mask_url(self.uri)} {problem} ({retry.describe_error(error)})"
             ) from None
 
     def get_size(self, name: str) -> int | None:
@@ -171,6 +178,24 @@ class Store:
         # An empty folder may be listed as an entry of itself for a while after its last file was deleted.
         files = {path: info["size"] for path, info in listing.items() if info["type"] != "directory"}
         return {path[len(self.root) + 1 :]: size for path, size in files.items()}
+
+    def list_files_by_age(self) -> list[tuple[str, int]]:
+        """Return name and size in bytes of all files; the file that was touched or written first comes first.
+
+        Empty if the folder does not exist. Raises as `run_operation`.
+        """
+        try:
+            listing = self.run_operation(lambda: self._fetch_listing(""))
+        except FileNotFoundError:
+            return []
+        files = [(path, info) for path, info in listing.items() if info["type"] != "directory"]
+        files.sort(key=lambda file: _get_write_time(file[1]))
+        return [(path[len(self.root) + 1 :], info["size"]) for path, info in files]
+
+    def touch(self, name: str) -> None:
+        """Set the time of a local file to now. Objects in other stores keep the time of their writing."""
+        if self.is_local:
+            os.utime(self.path(name))
 
     def list_files(self, prefix: str = "") -> list[str]:
         """Return the names of all files below the folder `prefix`; empty if it does not exist."""
@@ -216,7 +241,7 @@ class Store:
             if self.is_local:
                 raise
             problem = "the bucket or container does not exist"
-            raise StorageError(f"output.uri: {mask_url(self.uri)}: {problem}. {_RESUME}") from None
+            raise StorageError(f"{self._config_key}: {mask_url(self.uri)}: {problem}. {_RESUME}") from None
 
     def _delete_one(self, name: str) -> None:
         try:
@@ -259,7 +284,7 @@ class Store:
         while not os.path.lexists(folder):
             folder = os.path.dirname(folder)
         if not os.path.isdir(folder):
-            raise ConfigError(f"output.uri: {folder} is a file, not a folder")
+            raise ConfigError(f"{self._config_key}: {folder} is a file, not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
             raise ConfigError(f"output.uri: no permission to write into {folder}")
 
@@ -283,7 +308,15 @@ class Store:
         else:
             raise error
         reason = f"{problem} ({retry.describe_error(error)})"
-        raise StorageError(f"output.uri: {mask_url(self.uri)}: {reason}. {_RESUME}") from None
+        raise StorageError(f"{self._config_key}: {mask_url(self.uri)}: {reason}. {_RESUME}") from None
+
+
+def _get_write_time(info: Mapping[str, Any]) -> float:
+    """Return the time at which a file was written, in seconds; 0 if the store does not say it."""
+    time = next((info[key] for key in _TIME_KEYS if info.get(key)), 0.0)
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
 def _write_local(path: str, data: bytes) -> None:

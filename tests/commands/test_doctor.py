@@ -89,12 +89,16 @@ def test_a_layer_that_depends_on_the_rest_of_the_batch_is_named(tmp_path: Path) 
     )
     scope: dict[str, Any] = {}
     exec(code.read_text(), scope)
-    chain = [keras.layers.Dense(4, name="first"), scope["Centered"](name="centered"), keras.layers.Dense(2)]
+    chain = [
+        keras.layers.Dense(4, name="first"),
+        scope["Centered"](name="centered"),
+        keras.layers.Dense(2, name="last"),
+    ]
     keras.Sequential([keras.Input((5,)), *chain]).save(tmp_path / "m.keras")
     (tmp_path / "arrays").mkdir()
     for n in range(3):
         np.save(tmp_path / "arrays" / f"{n}.npy", np.random.default_rng(n).random(5, np.float32))
-    model = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{code}:Centered"], "layers": ["dense"]}
+    model = {"uri": str(tmp_path / "m.keras"), "custom_objects": [f"{code}:Centered"], "layers": ["last"]}
     source = {"uri": str(tmp_path / "arrays"), "format": "npy"}
     report = doctor({"source": source, "model": model, "output": {"uri": str(tmp_path / "out")}})
     assert "first seen at layer centered (Centered)" in join_messages(report, "invariance", "FAIL")

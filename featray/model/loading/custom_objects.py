@@ -28,7 +28,11 @@ _KERAS_MODULES = (
     "constraints",
     "dtype_policies",
 )
-_PRIVATE_KERAS_NAMES = ("Functional", "Policy")  # Keras writes these names to files but does not export them
+_PRIVATE_KERAS_NAMES = (
+    "Functional",
+    "GroupedQueryAttention",
+    "Policy",
+)  # Keras writes these names to files but does not export them
 
 
 @dataclass

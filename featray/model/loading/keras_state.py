@@ -42,3 +42,31 @@ def restart_layer_names() -> Iterator[None]:
         yield
     finally:
         global_state.set_global_attribute("object_name_uids", saved_counters)
+
+
+@contextlib.contextmanager
+def keep_list_axes() -> Iterator[None]:
+    """Let layers in an .h5 file keep an `axis` that is a list of two or more.
+
+    Keras drops it before it makes the layer, which then gets the default axis -1.
+    """
+    from keras.src.legacy.saving import saving_utils, serialization
+
+    original = saving_utils.model_from_config
+
+    def model_from_config(config: Any, custom_objects: Any = None) -> Any:
+        axis = config["config"].get("axis") if isinstance(config.get("config"), dict) else None
+        if not isinstance(axis, list) or len(axis) < 2:
+            return original(config, custom_objects)
+        return serialization.deserialize_keras_object(
+            config,
+            module_objects=saving_utils.MODULE_OBJECTS.ALL_OBJECTS,  # exists: the model is made before
+            custom_objects=custom_objects,
+            printable_module_name="layer",
+        )
+
+    saving_utils.model_from_config = model_from_config
+    try:
+        yield
+    finally:
+        saving_utils.model_from_config = original

@@ -17,6 +17,7 @@ from featray.errors import ModelError
 from featray.model import keras_versions
 from featray.model.loading import (
     builder,
+    config_check,
     download,
     keras2,
     keras2_config,
@@ -27,7 +28,7 @@ from featray.model.loading import (
 )
 from featray.model.loading.custom_objects import CustomCode, import_custom_objects, match_custom_objects
 from featray.model.loading.failure_messages import describe_load_failure, summarize_file_error
-from featray.model.loading.keras_state import register_objects, restart_layer_names
+from featray.model.loading.keras_state import keep_list_axes, register_objects, restart_layer_names
 from featray.model.loading.model_file import ModelFile, ModelFormat
 
 
@@ -155,13 +156,30 @@ def _load_keras_file(path: Path, content: ModelFile, code: CustomCode, *, trust:
         raise ModelError(describe_load_failure(path, content, summarize_file_error(error, path))) from error
 
 
+def _check_config(model: Any, path: Path, content: ModelFile) -> None:
+    """Raise ModelError if a layer was loaded with another value than its file says."""
+    differences = config_check.find_config_differences(model, content.config)
+    if differences:
+        raise ModelError(
+            [
+                *differences,
+                "Keras loads these values wrongly, so the features would be wrong; name code that builds the "
+                "model in model.builder, or for a class of model.custom_objects let from_config and "
+                "get_config agree",
+            ],
+            path.name,
+        )
+
+
 def _load_keras3_file(path: Path, content: ModelFile, objects: dict[str, Any], *, trust: bool) -> Any:
     import keras
 
     is_h5 = content.format is ModelFormat.WHOLE_H5
     open_file = readable_file.open_h5_with_config if is_h5 else readable_file.open_with_config
-    with register_objects(objects), open_file(path, content.config) as readable:
-        return keras.saving.load_model(readable, compile=False, safe_mode=not trust)
+    with register_objects(objects), keep_list_axes(), open_file(path, content.config) as readable:
+        model = keras.saving.load_model(readable, compile=False, safe_mode=not trust)
+    _check_config(model, path, content)
+    return model
 
 
 def _load_keras2_file(path: Path, content: ModelFile, objects: Mapping[str, Any], *, trust: bool) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import logging
+import posixpath
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -70,7 +71,18 @@ def find_in_archive(
         log.debug("unexpected error while searching an archive", exc_info=True)
         problem = f"searching the archive raised {type(error).__name__}; unpack it"
         return [_make_failed_scan(file, ScanError(Reason.UNREADABLE, problem), options)]
+    if len(found) > 1 and all(map(_is_damaged, found)):
+        first = found[0].scan
+        problem = f"none of {len(found)} members can be read: {first.message}"
+        return [_make_failed_scan(file, ScanError(first.reason or Reason.UNREADABLE, problem), options)]
     return [_set_archive(found_scan, file, is_only_scan=len(found) == 1) for found_scan in found]
+
+
+def _is_damaged(found_scan: FoundScan) -> bool:
+    """Return whether a scan is a damaged DICOM file that is not known to be part of a series."""
+    scan = found_scan.scan
+    is_failed = scan.reason in (Reason.UNREADABLE, Reason.TRUNCATED) and not scan.excluded
+    return is_failed and scan.format == "dicom" and not scan.series
 
 
 def _set_archive(found_scan: FoundScan, archive: File, *, is_only_scan: bool) -> FoundScan:
@@ -92,5 +104,6 @@ def _read_archived_header(archive: Archive, file: File) -> SliceHeader:
         if header.problem is not Reason.TRUNCATED or file.size <= _HEADER_BYTES:
             return header
         return read_header(io.BytesIO(archive.read_head(file.path, MAX_HEADER_BYTES)), file.name)
-    except ScanError as error:
-        return make_unreadable_header(file.name, error)
+    except ScanError as error:  # the text of an unreadable header does not begin with the name of the file
+        problem = str(error).removeprefix(f"{posixpath.basename(file.name)}: ")
+        return make_unreadable_header(file.name, ScanError(error.reason, problem))

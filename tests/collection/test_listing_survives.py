@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,21 @@ def test_an_archive_with_a_name_that_is_not_utf8_is_one_failed_scan(
 
     assert scans.pop("good.nii.gz").reason is None
     assert "unreadable" in [scan.reason for scan in scans.values()]
+
+
+def test_an_archive_of_damaged_slices_is_one_failed_scan(folder: Path, tmp_path: Path) -> None:
+    write_dicom_series(make_phantom(2, SHAPE), tmp_path / "series")
+    with zipfile.ZipFile(folder / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in (tmp_path / "series").iterdir():
+            archive.write(path, path.name)
+    data = (folder / "z.zip").read_bytes()
+    damaged = re.sub(rb"(PK\x03\x04.{22}..\0\0.{10}).{60}", rb"\1" + b"\xff" * 60, data, flags=re.DOTALL)
+    (folder / "z.zip").write_bytes(damaged)
+
+    scans = list_by_id(folder)
+
+    assert {name: scan.reason for name, scan in scans.items()} == {"good.nii.gz": None, "z.zip": "unreadable"}
+    assert "none of 4 members can be read" in scans["z.zip"].message
 
 
 def mutate(data: bytes, rng: random.Random) -> bytes:

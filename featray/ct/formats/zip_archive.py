@@ -126,7 +126,7 @@ def open_archive(stream: BinaryIO, *, max_bytes: int) -> Archive:
     size = stream.seek(0, 2)
     if not size:
         raise ScanError(Reason.EMPTY, "the archive has no bytes")
-    _check_directory(stream, size)
+    count = _check_directory(stream, size)
     try:
         file = zipfile.ZipFile(stream)
     except OSError:  # of the stream
@@ -141,14 +141,23 @@ def open_archive(stream: BinaryIO, *, max_bytes: int) -> Archive:
             Reason.UNREADABLE, f"the directory of the zip archive is damaged ({type(error).__name__})"
         ) from None
     infos = file.infolist()
+    if count not in (len(infos), len(infos) % 2**16):  # some programs count without zip64 beyond 65,535
+        raise ScanError(
+            Reason.UNREADABLE,
+            f"the directory of the zip archive is damaged: it says {count} members and lists {len(infos)}",
+        )
     for info in infos:
         _check_member(info, size)
     _check_all_members(infos, max_bytes)
     return Archive(file)
 
 
-def _check_directory(stream: BinaryIO, size: int) -> None:
-    """Check that the archive has a directory that is small enough for zipfile, which loads it as a whole."""
+def _check_directory(stream: BinaryIO, size: int) -> int:
+    """Check that the archive has a directory that is small enough for zipfile, which loads it as a whole.
+
+    Return the number of members that the end of the archive states. zipfile ignores this number, so a member
+    would be lost in silence if the length of another entry is damaged.
+    """
     start = max(0, size - 22 - _LONGEST_COMMENT - 20)
     stream.seek(start)
     tail = stream.read(size - start)
@@ -158,22 +167,26 @@ def _check_directory(stream: BinaryIO, size: int) -> None:
         if stream.read(4) == ZIP_MAGIC:
             raise ScanError(Reason.TRUNCATED, "the zip archive lacks its end; copy it again")
         raise ScanError(Reason.UNREADABLE, "the file is not a zip archive")
-    (length,) = struct.unpack_from("<I", tail, end + 12)
+    count, length = struct.unpack_from("<HI", tail, end + 10)
     if end >= 20 and tail.startswith(_LOCATOR_64, end - 20):
-        length = _read_length_64(stream, *struct.unpack_from("<Q", tail, end - 12))
+        count, length = _read_end_64(stream, *struct.unpack_from("<Q", tail, end - 12))
     if length > MAX_DIRECTORY_BYTES:
         raise ScanError(
             Reason.TOO_LARGE, f"the directory of the archive has {length} bytes; unpack the archive"
         )
+    return int(count)
 
 
-def _read_length_64(stream: BinaryIO, position: int) -> int:
-    """Return the length of the directory from the zip64 end record (APPNOTE 4.3.14) at `position`."""
+def _read_end_64(stream: BinaryIO, position: int) -> tuple[int, int]:
+    """Return the number of members and the length of the directory, from the zip64 end record at `position`.
+
+    The record is described in APPNOTE 4.3.14.
+    """
     stream.seek(min(position, 2**62))
     record = stream.read(56)
     if len(record) < 56 or not record.startswith(_END_64):
         raise ScanError(Reason.UNREADABLE, "the directory of the zip archive is damaged")
-    return int.from_bytes(record[40:48], "little")
+    return int.from_bytes(record[32:40], "little"), int.from_bytes(record[40:48], "little")
 
 
 def _check_member(info: zipfile.ZipInfo, size: int) -> None:

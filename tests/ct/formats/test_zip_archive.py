@@ -63,6 +63,15 @@ def test_the_version_of_a_member_changes_with_its_content() -> None:
     assert first.get_version("a") == open_bytes(make_archive({"a": b"one", "b": b""})).get_version("a")
 
 
+def test_an_archive_that_lists_fewer_members_than_it_counts_is_rejected() -> None:
+    data = make_archive({"a": b"1", "b": b"2"})
+    last_entry = data.rindex(b"PK\x01\x02")
+    in_comment = edit_directory(data, 32, (len(data) - 22 - last_entry).to_bytes(2, "little"))
+
+    assert zipfile.ZipFile(io.BytesIO(in_comment)).namelist() == ["a"]  # the second entry is lost
+    assert read_reason(in_comment) == Reason.UNREADABLE
+
+
 def test_folders_and_files_that_macos_adds_are_not_members() -> None:
     assert open_bytes(make_archive({"a/": b"", "a/1": b"x", "__MACOSX/a/._1": b"y"})).names == ("a/1",)
 

@@ -274,7 +274,10 @@ def lock_output(dataset: Dataset) -> Iterator[Committer]:
     partition_by = dataset.open_snapshot().partition_by
     run_id = new_run_id()
     with Lease(dataset.store, run_id) as lease:
-        yield Committer(dataset, partition_by, run_id=run_id, check_lease=lease.check)
+        committer = Committer(dataset, partition_by, run_id=run_id, check_lease=lease.check)
+        if lease.was_taken_over:
+            committer.exclude_earlier_driver()
+        yield committer
 
 
 def _load_instrumented(load: Callable[[], Extractor], instrument: Instrument) -> Any:

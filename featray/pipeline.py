@@ -106,6 +106,8 @@ def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) 
         job = Job.prepare(config, engine, scope, options)
         with Lease(dataset.store, job.run.run_id) as lease:
             committer = job.open_committer(dataset, listing, lease)
+            if lease.was_taken_over:
+                committer.exclude_earlier_driver()
             plan = job.make_plan(listing, committer.snapshot())
             refuse_other_recipe(plan, job.run.recipe_id, refresh=scope.refresh)
             refuse_mass_removal(plan, config.limits, refresh=scope.refresh)
@@ -127,7 +129,9 @@ def _process(engine: Engine, plan: Plan, job: Job, committer: Committer, progres
     announce(job.run, committer.dataset)
     with progress:
         _extract_scans(engine, plan.todo, job, _CommitQueue(committer, progress, totals))
-        totals.seconds, totals.workers = progress.state()["seconds"], engine.workers()
+        since = engine.decoding_since()
+        totals.seconds = 0.0 if since is None else time.monotonic() - since
+        totals.workers = engine.workers()
     if not stop.is_set():
         committer.delete_scans(removed)
         totals.removed = len(removed)

@@ -7,12 +7,18 @@ from __future__ import annotations
 
 import argparse
 import signal
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from featray.errors import ConfigError, ExitCode, Reason
-from featray.terminal.answer import RESUME_HINT, align_columns, print_answer, stop_on_signal, to_json_value
+from featray.terminal.answer import (
+    RESUME_HINT,
+    align_columns,
+    print_answer,
+    print_message,
+    stop_on_signal,
+    to_json_value,
+)
 
 if TYPE_CHECKING:
     from featray.model.list_layers import LayerInfo, UnlistedLayer
@@ -56,9 +62,9 @@ def _start_decode_processes() -> None:
 
 def _print_ending(summary: Summary) -> None:
     if summary.exit_code == ExitCode.INTERRUPTED:
-        print(f"featray: interrupted; {summary.done} scans are committed; {RESUME_HINT}", file=sys.stderr)
+        print_message(f"interrupted; {summary.done} scans are committed; {RESUME_HINT}")
     elif summary.exit_code:
-        print("featray: `featray failures OUTPUT` lists the scans that are not ok", file=sys.stderr)
+        print_message("`featray failures OUTPUT` lists the scans that are not ok")
 
 
 def run_plan(args: argparse.Namespace) -> int:
@@ -81,7 +87,7 @@ def run_preview(args: argparse.Namespace) -> int:
     result = preview(args.config, args.set, scan=args.scan, directory=args.out)
     print_answer(args, result, result.text())
     if result.exit_code:
-        print("featray: this scan cannot be an input of the model; nothing was written", file=sys.stderr)
+        print_message("this scan cannot be an input of the model; nothing was written")
     return int(result.exit_code)
 
 

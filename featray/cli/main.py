@@ -10,6 +10,7 @@ import argparse
 import atexit
 import gc
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from featray.cli import handlers
 from featray.errors import ExitCode, FeatrayError, Reason
 from featray.storage.expand import expand_path
 from featray.terminal.answer import RESUME_HINT, print_error
+from featray.terminal.streams import exit_at_once, flush_streams, make_streams_robust
 
 _REASONS = [str(reason) for reason in Reason]
 
@@ -25,11 +27,12 @@ _REASONS = [str(reason) for reason in Reason]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     atexit.register(gc.freeze)  # without it, the last garbage collection walks all of TensorFlow: 0.8 s
-    args = make_parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="featray: %(message)s", stream=sys.stderr)
-    logging.getLogger("featray").setLevel(logging.INFO)
-    handler: Callable[[argparse.Namespace], int] = args.handler
+    args = argparse.Namespace(json="--json" in (sys.argv if argv is None else argv))
     try:
+        make_parser().parse_args(argv, args)
+        logging.basicConfig(level=logging.WARNING, format="featray: %(message)s", stream=sys.stderr)
+        logging.getLogger("featray").setLevel(logging.INFO)
+        handler: Callable[[argparse.Namespace], int] = args.handler
         return handler(args)
     except FeatrayError as error:
         print_error(args, str(error), error.exit_code)
@@ -45,7 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def console() -> None:
     """Run the `featray` command and exit with its exit code."""
-    sys.exit(main())
+    make_streams_robust()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # acts like Ctrl-C, also during imports
+    code = main()
+    if code == ExitCode.INTERRUPTED:
+        exit_at_once(code)
+    flush_streams()
+    sys.exit(code)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -258,8 +258,8 @@ class DecodeConfig(_Section):
     """Bytes of memory that decoding one scan may take; a scan that needs more is `too_large`. With engine
     ray, workers claim it. null = most of the machine's memory; large scans then claim memory by size."""
     workers: int | None = Field(default=None, ge=0)
-    """Worker processes (engine inline); null = one per core; 0 = decode in this process, so that a debugger
-    can follow."""
+    """Worker processes (engine inline), never more than scans; null = one per core; 0 = decode in this process,
+    so that a debugger can follow."""
 
 
 class RunConfig(_Section):
@@ -286,7 +286,8 @@ class LimitsConfig(_Section):
     max_voxels: int = Field(default=2_000_000_000, gt=0)
     """Voxels that a scan may have; checked from the header, before memory is allocated."""
     scan_timeout_s: float = Field(default=600, gt=0)
-    """Seconds that reading and preprocessing one scan may take."""
+    """Seconds that reading and preprocessing one scan may take; time in which the run is suspended does not
+    count."""
     attempts: int = Field(default=3, ge=1)
     """Attempts for a scan whose worker process dies."""
 

@@ -90,6 +90,10 @@ class Engine(Protocol):
         """Return the number of workers of each kind; None before the first scan is processed."""
         ...
 
+    def decoding_since(self) -> float | None:
+        """Return the time of the monotonic clock since which scans are decoded; None before that."""
+        ...
+
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield receipts that together hold one record of every scan, unless `stop` is set."""
         ...

@@ -37,7 +37,7 @@ class InlineEngine:
     """Runs all stages on this machine; see the module.
 
     Args:
-        workers: Number of worker processes that decode; None for one per core, 0 for none.
+        workers: Largest number of worker processes that decode; None for one per core, 0 for none.
         decoding: How scans are decoded.
         threads: CPU threads of the model; None for the fastest choice on this machine.
     """
@@ -49,20 +49,19 @@ class InlineEngine:
         default_threads = ModelThreads.for_whole_machine() if self._decode_workers else DEFAULT_THREADS
         self.threads = threads or default_threads
         self._decoding = decoding
+        self._decoding_since: float | None = None
         self._processes: WorkerPool | None = None
         self._scan_pool: ScanDecodePool | None = None
 
     def __enter__(self) -> InlineEngine:
-        """Start the worker processes; they import their libraries while this process loads the model."""
+        """Do nothing yet: the number of worker processes depends on the number of scans."""
         if not self._decode_workers:
             end_early()
-        else:
-            memory = decode_memory(self._decoding.memory)
-            self._processes = WorkerPool(self._decode_workers, self._decoding.limits.scan_timeout_s, memory)
         return self
 
     def __exit__(self, *error: object) -> None:
         """Stop the worker processes."""
+        end_early()
         if self._processes is not None:
             self._processes.close()
         if self._scan_pool is not None:
@@ -73,19 +72,22 @@ class InlineEngine:
 
     def workers(self) -> Workers:
         """Return the number of workers on this machine."""
-        return Workers(
-            decode=max(1, self._decode_workers), model=self.threads.calls, cores=count_usable_cores()
-        )
+        decode = 1 if self._processes is None else self._processes.count_processes()
+        return Workers(decode, model=self.threads.calls, cores=count_usable_cores())
+
+    def decoding_since(self) -> float | None:
+        """Return when the first scan was submitted."""
+        return self._decoding_since
 
     def prefetch_scans(self, scans: Sequence[Scan]) -> None:
         """Decode as many of the scans as there is room for, while this process loads the model."""
-        if self._processes is not None:
-            self._make_scan_pool(self._processes).prefetch(scans)
+        if self._decode_workers:
+            self._open_scan_pool(len(scans)).prefetch(scans)
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield a receipt for every full file of features, or every ten seconds."""
         tables = self._extract_tables(scans, stages, stop)
-        for table in tables if self._processes is None else prefetch(tables):
+        for table in prefetch(tables) if self._decode_workers else tables:
             yield stages.write(table)
 
     def _extract_tables(
@@ -107,16 +109,24 @@ class InlineEngine:
 
     def _decode_batches(self, scans: Sequence[Scan], stop: threading.Event) -> Generator[list[Decoded]]:
         """Yield decoded scans in lists of `batch_scans`, in order of completion."""
-        if self._processes is None:
+        if not self._decode_workers:
+            self._decoding_since = time.monotonic()
             return _decode_here(scans, self._decoding, stop)
-        pool = self._scan_pool or self._make_scan_pool(self._processes)
+        pool = self._open_scan_pool(len(scans))
         # A thread submits scans to the processes also while the model runs, so that no process is idle.
         return prefetch(pool.batches(scans, stop, self._batches_in_use))
 
-    def _make_scan_pool(self, processes: WorkerPool) -> ScanDecodePool:
-        # Besides the scans for the model, each process works on one scan, and has the next one waiting.
-        size = 2 * self._decode_workers + (self._batches_in_use + 1) * self._decoding.batch_scans
-        self._scan_pool = ScanDecodePool(processes, self._decoding, size)
+    def _open_scan_pool(self, scans: int) -> ScanDecodePool:
+        """Return the pool with one worker process per scan, up to the configured number."""
+        processes = min(self._decode_workers, scans)
+        if self._processes is None or self._scan_pool is None:
+            self._decoding_since = time.monotonic()
+            memory = decode_memory(self._decoding.memory)
+            self._processes = WorkerPool(processes, self._decoding.limits.scan_timeout_s, memory)
+            # Besides the scans for the model, each process works on one scan, and has the next one waiting.
+            size = 2 * self._decode_workers + (self._batches_in_use + 1) * self._decoding.batch_scans
+            self._scan_pool = ScanDecodePool(self._processes, self._decoding, size)
+        self._processes.grow(processes)
         return self._scan_pool
 
     @property

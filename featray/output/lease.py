@@ -2,10 +2,16 @@
 
 Each driver writes a lease file of its own, then looks for lease files of other drivers. If two drivers start
 at the same time, at least one of them sees the other's file and withdraws. The lease file of a dead driver is
-deleted by the next driver. Whether a driver is alive is never decided by comparing two clocks alone.
+deleted by the next driver. Whether a driver is alive is never decided by comparing two clocks alone: a
+heartbeat that is too old, or in the future, is watched for a change, over this machine's own clock.
+
+A driver that was suspended for long finds out that it lost the lease: its file is gone. If a heartbeat that
+it was writing makes the file again, the new holder deletes it once more.
 
 While a driver holds the lease, it may delete orphan files. Commits do not depend on the lease: if two drivers
-hold it by mistake, the Delta log still rejects the second commit.
+hold it by mistake, the Delta log still rejects the second commit. A driver that takes the lease over from
+another machine first appends a commit without changes (`Committer.exclude_earlier_driver`), because the
+earlier driver may be suspended in the middle of a commit.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ STALE_S = 60.0
 """Seconds without a heartbeat after which a lease counts as stale."""
 WATCH_S = 1.5 * HEARTBEAT_S
 """Seconds for which a stale lease is watched for a heartbeat, because the clocks of hosts may differ."""
+_WATCH_STEP_S = 1.0
 _MAX_ATTEMPTS, _MAX_PAUSE_S = 5, 0.5
 _run_ids_of_this_process: set[str] = set()
 """Runs of this process that hold a lease. A run that could not delete its lease file is not among them."""
@@ -48,6 +55,10 @@ class Lease:
     Args:
         store: The output folder.
         run_id: The run.
+
+    Attributes:
+        was_taken_over: Whether a run of another machine held the lease and wrote no heartbeat any more. It
+            may only be suspended.
 
     Raises:
         OutputBusyError: Another active run holds the lease; the message names run, host and start.
@@ -63,6 +74,10 @@ class Lease:
         }
         self._own |= {"machine": _identify_machine(), "started": psutil.Process().create_time()}
         self._progress: Callable[[], dict[str, Any]] = dict
+        self._dead: set[str] = set()
+        """Runs whose lease files this run has deleted."""
+        self.was_taken_over = False
+        self._lost = False
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._write_heartbeats, name="featray-lease", daemon=True)
 
@@ -108,7 +123,8 @@ class Lease:
             DeletedOutputError: The folder of all runs is empty or does not exist.
         """
         others = self._find_other_holders()
-        if others or self._store.get_size(self._name) is None:
+        self._lost |= self._store.get_size(self._name) is None
+        if others or self._lost:
             if not others and not self._store.list_files(_RUNS):
                 raise DeletedOutputError(
                     f"the folder {_RUNS} of the output was deleted during the run. The commits of this run "
@@ -128,9 +144,11 @@ class Lease:
             # Compare the run, not the file name: a heartbeat that is being written has a temporary name.
             if holder["run_id"] == self._run_id:
                 continue
-            if _is_alive(self._store, name, holder):
+            if holder["run_id"] not in self._dead and _is_alive(self._store, name, holder):
                 others.append(holder)
             else:
+                self._dead.add(holder["run_id"])
+                self.was_taken_over |= holder["machine"] != _identify_machine()
                 self._store.delete([name])
         return others
 
@@ -138,7 +156,8 @@ class Lease:
         while not self._stop.wait(HEARTBEAT_S):
             try:
                 if self._store.get_size(self._name) is None:
-                    return  # another run has taken the lease over; the next `check` reports it
+                    self._lost = True  # another run has taken the lease over; the next `check` reports it
+                    return
                 self._store.write(self._name, self._make_content())
             except Exception as error:  # each store has its own exceptions; the next heartbeat tries again
                 log.warning("the lease could not be renewed (%s)", type(error).__name__)
@@ -188,21 +207,35 @@ def _read_holder(store: Store, name: str) -> dict[str, Any] | None:
 
 
 def _is_alive(store: Store, name: str, holder: dict[str, Any]) -> bool:
-    """Return whether the run of a lease is active; watch a stale lease of another machine for WATCH_S."""
-    if _looks_alive(holder):
-        return True
+    """Return whether the run of a lease is active.
+
+    The lease of another machine without a recent heartbeat, by this machine's clock, is watched for WATCH_S.
+    """
     if holder["machine"] == _identify_machine():
-        return False
-    time.sleep(WATCH_S)
-    later = _read_holder(store, name)
-    return later is not None and later["heartbeat"] != holder["heartbeat"]
+        return _is_running_here(holder)
+    if 0 <= time.time() - holder["heartbeat"] <= STALE_S:
+        return True
+    return _has_new_heartbeat(store, name, holder)
+
+
+def _has_new_heartbeat(store: Store, name: str, holder: dict[str, Any]) -> bool:
+    """Return whether the heartbeat of a lease changes within WATCH_S."""
+    end = time.monotonic() + WATCH_S
+    while time.monotonic() < end:
+        time.sleep(min(_WATCH_STEP_S, WATCH_S))
+        later = _read_holder(store, name)
+        if later is None:
+            return False
+        if later["heartbeat"] != holder["heartbeat"]:
+            return True
+    return False
 
 
 def _looks_alive(holder: dict[str, Any]) -> bool:
     """Return whether the process of a lease exists; on another machine, whether its heartbeat is recent."""
     if holder["machine"] == _identify_machine():
         return _is_running_here(holder)
-    return bool(time.time() - holder["heartbeat"] <= STALE_S)
+    return bool(abs(time.time() - holder["heartbeat"]) <= STALE_S)
 
 
 def _is_running_here(holder: dict[str, Any]) -> bool:
@@ -231,11 +264,25 @@ def _identify_machine() -> str:
 
 
 def _describe_holder(holder: dict[str, Any]) -> str:
-    return (
+    holding = (
         f"run {holder['run_id']} on host {holder['host']} (pid {holder['pid']}) holds this output "
-        f"since {holder['since']}. Wait until it ends. If it has died, the output becomes free within "
+        f"since {holder['since']}. "
+    )
+    if _is_suspended_here(holder):
+        return f"{holding}Its process is suspended: continue it, or end it."
+    return (
+        f"{holding}Wait until it ends. If it has died, the output becomes free within "
         f"{STALE_S + WATCH_S:.0f} s."
     )
+
+
+def _is_suspended_here(holder: dict[str, Any]) -> bool:
+    """Return whether a lease's process runs on this machine and was suspended, as by Ctrl-Z."""
+    if holder["machine"] != _identify_machine():
+        return False
+    with contextlib.suppress(psutil.Error):
+        return bool(psutil.Process(holder["pid"]).status() == psutil.STATUS_STOPPED)
+    return False
 
 
 def _format_now() -> str:

@@ -195,12 +195,22 @@ class Committer:
         not committed yet looks the same as an orphan. Files that no run has written are left alone.
         """
         with self._explain_deletion():
-            self._check_lease()
             store = self.dataset.store
             by_folder = find_orphans(list_output_files(store), self.snapshot())
             orphans = [name for names in by_folder.values() for name in names]
+            self._check_lease()  # after listing: if the lease was lost, new files of another run may be listed
             store.delete(orphans)
         return orphans
+
+    def exclude_earlier_driver(self) -> None:
+        """Append a commit without changes, so that a driver that lost the lease cannot finish a commit.
+
+        A driver may be suspended between its last check of the lease and its log entry. Its entry has the
+        same number as this one, and a log accepts each number once. Call this before orphans are deleted,
+        because the files of that entry look like orphans.
+        """
+        nothing = FileChange(data_change=False)
+        self._write_commit({FEATURES: nothing, SCANS: nothing}, first=FEATURES)
 
     def compact(self, at_least: int = MIN_FILES_TO_COMPACT) -> int:
         """Merge small files of `features`; return the decrease in the number of files.

@@ -15,23 +15,28 @@ from types import FrameType
 from typing import Any
 
 from featray.errors import ExitCode
+from featray.terminal.streams import write_line
 
 RESUME_HINT = "run the same command again to resume"
+_STDERR = 2
+_STOP_MESSAGE = b"\nfeatray: stopping after the scans in progress; press Ctrl-C again to stop at once\n"
 
 
 def print_answer(args: argparse.Namespace, value: Any, text: str) -> None:
     """Print `text` on stdout, or with --json, `value` as one JSON document on one line."""
-    try:
-        print(json.dumps(value, default=to_json_value) if args.json else text, flush=True)
-    except BrokenPipeError:  # the reader has closed the pipe, as `| head` does; the work itself is done
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    write_line(sys.stdout, json.dumps(value, default=to_json_value) if args.json else text)
 
 
 def print_error(args: argparse.Namespace, text: str, code: ExitCode) -> None:
     """Print an error on stderr; with --json, also print it as a JSON document on stdout."""
-    print(f"featray: {text}", file=sys.stderr)
+    print_message(text)
     if args.json:
-        print(json.dumps({"error": text, "exit_code": int(code)}), flush=True)
+        write_line(sys.stdout, json.dumps({"error": text, "exit_code": int(code)}))
+
+
+def print_message(text: str) -> None:
+    """Print a line for the user on stderr."""
+    write_line(sys.stderr, f"featray: {text}")
 
 
 def align_columns(rows: Sequence[Sequence[str]]) -> str:
@@ -58,12 +63,10 @@ def stop_on_signal() -> Iterator[threading.Event]:
     def handle(_number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
+        signal.alarm(0)  # Ray's native handler may have run before, and would abort the process after 3 s
         stop.set()
-        print(
-            "\nfeatray: stopping after the scans in progress; press Ctrl-C again to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        with contextlib.suppress(OSError):  # stderr may be closed; `print` could be running already
+            os.write(_STDERR, _STOP_MESSAGE)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterator
 from typing import IO
 
+from featray.terminal.streams import open_closed_files
+
 _STDERR = 2
 _lock = threading.Lock()
 _patterns: list[re.Pattern[bytes]] = []
@@ -40,7 +42,8 @@ def _start_capture(unwanted: re.Pattern[bytes]) -> None:
         _active_filters += 1
         _patterns.append(unwanted)
         if _active_filters == 1:
-            sys.stderr.flush()
+            open_closed_files()
+            _flush_stderr()
             _original_stderr = os.dup(_STDERR)
             _captured = tempfile.TemporaryFile()  # noqa: SIM115  # the last filter to end closes it
             os.dup2(_captured.fileno(), _STDERR)
@@ -52,13 +55,20 @@ def _end_capture() -> None:
         _active_filters -= 1
         if _active_filters:
             return
-        sys.stderr.flush()
+        _flush_stderr()
         os.dup2(_original_stderr, _STDERR)
         os.close(_original_stderr)
         assert _captured is not None, "_start_capture has opened it"
         with _captured:
             _captured.seek(0)
             lines = [line for line in _captured if not any(pattern.match(line) for pattern in _patterns)]
-        os.write(_STDERR, b"".join(lines))
         _patterns.clear()
         _captured = None
+        with contextlib.suppress(OSError):  # nobody reads stderr any more
+            os.write(_STDERR, b"".join(lines))
+
+
+def _flush_stderr() -> None:
+    if sys.stderr is not None:  # a process without a terminal may have none
+        with contextlib.suppress(OSError):
+            sys.stderr.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from featray.schema import ScanRecord
+from featray.terminal.streams import write_line
 
 LINE_INTERVAL_S = 10.0
 
@@ -49,7 +51,8 @@ class Progress:
         """Close the bar, or stop the thread that prints lines."""
         self._stop.set()
         if self._bar is not None:
-            self._bar.close()
+            with contextlib.suppress(OSError):
+                self._bar.close()
         if self._thread is not None:
             self._thread.join()
 
@@ -61,14 +64,13 @@ class Progress:
         if self._bar is not None:
             megabytes_s = self._bytes / 1e6 / max(time.monotonic() - self._start, 1e-9)
             self._bar.set_postfix_str(f"{self._failed} failed, {megabytes_s:.0f} MB/s", refresh=False)
-            self._bar.update(len(records))
+            self._move_bar(len(records))
 
     def add_bytes(self, size: int) -> None:
         """Count the bytes of a file that was read."""
         self._done += size
         self._bytes += size
-        if self._bar is not None:
-            self._bar.update(size)
+        self._move_bar(size)
 
     def state(self) -> dict[str, Any]:
         """Return the state as `format_scans` and `format_bytes` expect it; every value fits into JSON."""
@@ -80,10 +82,15 @@ class Progress:
             "seconds": time.monotonic() - self._start,
         }
 
+    def _move_bar(self, step: int) -> None:
+        if self._bar is not None:
+            with contextlib.suppress(OSError):  # the terminal was closed; the work goes on
+                self._bar.update(step)
+
     def _print_lines(self) -> None:
         format_line = format_bytes if self._unit == "B" else format_scans
         while not self._stop.wait(LINE_INTERVAL_S):
-            print(f"featray: {format_line(self.state())}", file=sys.stderr, flush=True)
+            write_line(sys.stderr, f"featray: {format_line(self.state())}")
 
 
 def format_scans(state: Mapping[str, Any]) -> str:

@@ -219,3 +219,70 @@ def test_a_holder_on_another_host_is_running_while_its_heartbeat_is_recent(store
     assert read_live_lease(store) is not None
     write_lease(store, heartbeat=time.time() - 2 * STALE_S)
     assert read_live_lease(store) is None
+
+
+def test_the_lease_of_a_dead_run_whose_clock_is_ahead_is_taken_over(store: Store) -> None:
+    write_lease(store, heartbeat=time.time() + 3600)
+    with Lease(store, "second"):
+        assert list_leases(store) == [f"{LEASE_FOLDER}/second.json"]
+
+
+@pytest.mark.parametrize("skew_s", [3600, -3600])
+def test_a_run_whose_clock_differs_is_seen_by_the_change_of_its_heartbeat(
+    store: Store, monkeypatch: pytest.MonkeyPatch, skew_s: int
+) -> None:
+    monkeypatch.setattr(lease, "WATCH_S", 10.0)
+    monkeypatch.setattr(lease, "_WATCH_STEP_S", 0.01)
+    write_lease(store, heartbeat=time.time() + skew_s)
+    later = threading.Timer(0.1, lambda: write_lease(store, heartbeat=time.time() + skew_s))
+    later.start()
+    with pytest.raises(OutputBusyError):
+        raise_if_locked(store)
+    later.join()
+
+
+def test_a_run_that_was_suspended_for_long_continues_if_no_other_run_took_the_output(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 3600.0)  # no heartbeat, as while the process is suspended
+    with Lease(store, "first") as first:
+        name = f"{LEASE_FOLDER}/first.json"
+        holder = json.loads(store.read(name))
+        store.write(name, json.dumps({**holder, "heartbeat": time.time() - 10 * STALE_S}).encode())
+        first.check()
+        assert not first.was_taken_over
+
+
+def test_a_late_heartbeat_of_a_suspended_run_does_not_give_the_lease_back(store: Store) -> None:
+    write_lease(store, heartbeat=time.time() - 2 * STALE_S)
+    with Lease(store, "second") as second:
+        assert second.was_taken_over
+        write_lease(store)  # by the suspended run, which was writing a heartbeat
+        second.check()
+        assert list_leases(store) == [f"{LEASE_FOLDER}/second.json"]
+
+
+def test_a_run_whose_lease_was_taken_over_never_holds_it_again(store: Store) -> None:
+    with Lease(store, "first") as first:
+        content = store.read(f"{LEASE_FOLDER}/first.json")
+        store.delete([f"{LEASE_FOLDER}/first.json"])
+        for _ in range(2):
+            with pytest.raises(OutputBusyError):
+                first.check()
+            store.write(f"{LEASE_FOLDER}/first.json", content)
+
+
+def test_the_message_about_a_suspended_holder_says_so(store: Store) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from featray.output.lease import Lease\nfrom featray.storage.store import Store\n"
+        "Lease(Store(sys.argv[1]), 'suspended').__enter__()\n"
+        "os.kill(os.getpid(), signal.SIGSTOP)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, store.uri]) as process:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
+        try:
+            with pytest.raises(OutputBusyError, match="Its process is suspended: continue it, or end it"):
+                raise_if_locked(store)
+        finally:
+            process.kill()

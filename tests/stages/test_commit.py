@@ -19,6 +19,7 @@ from featray.errors import ConfigError, FeatrayError, OutputBusyError, Reason, S
 from featray.output import delta_log
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.delta_log import TableLog
+from featray.output.orphans import find_orphans
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages import commit as commit_module
 from featray.stages.commit import Committer
@@ -336,6 +337,48 @@ def test_a_driver_that_has_lost_its_lease_commits_and_deletes_nothing(dataset: D
         with pytest.raises(OutputBusyError):
             operation()
     assert (list_stored(dataset), read_values(dataset)) == (before, {"a": 1})
+
+
+def test_a_driver_that_was_suspended_within_its_commit_cannot_finish_it_after_another_took_the_output(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    earlier = make_committer(dataset)
+    earlier.commit([write_receipt(dataset, make_decoded("a", 1.0))])
+    receipt = write_receipt(dataset, make_decoded("b", 2.0))
+
+    def take_output_over() -> None:  # while the earlier driver is suspended after its last check
+        monkeypatch.setattr(earlier, "_check_lease", lambda: None)
+        later = make_committer(dataset, LATER)
+        later.exclude_earlier_driver()
+        later.delete_orphans()
+
+    monkeypatch.setattr(earlier, "_check_lease", take_output_over)
+    with pytest.raises(OutputBusyError):
+        earlier.commit([receipt])
+    assert read_values(dataset) == {"a": 1.0}
+    assert_consistent(dataset)
+    make_committer(dataset, LATER).commit([write_receipt(dataset, make_decoded("b", 3.0))])
+    assert read_values(dataset) == {"a": 1.0, "b": 3.0}
+
+
+def test_a_driver_that_loses_the_lease_while_it_lists_orphans_deletes_none(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committer = make_committer(dataset)
+    write_receipt(dataset, make_decoded("a", 1.0))
+    before = list_stored(dataset)
+
+    def list_slowly(*arguments: Any) -> Any:
+        def refuse() -> None:
+            raise OutputBusyError("taken over")
+
+        committer._check_lease = refuse
+        return find_orphans(*arguments)
+
+    monkeypatch.setattr("featray.stages.commit.find_orphans", list_slowly)
+    with pytest.raises(OutputBusyError):
+        committer.delete_orphans()
+    assert list_stored(dataset) == before
 
 
 def test_a_driver_that_was_suspended_until_its_log_entries_were_trimmed_is_refused(

@@ -22,7 +22,8 @@ INLINE, GPUS = Workers(2, 2, 2), Workers(8, 2, 9, has_gpus=True)
 @pytest.mark.parametrize(
     ("totals", "words"),
     [
-        (make_totals(1, 15, 16, INLINE), "limited by the cores: decoding took 50 % of their time"),
+        (make_totals(1, 15, 16, INLINE), "limited by the cores: decoding took 48 % of their time"),
+        (make_totals(18, 1, 1, INLINE), "limited by reading from the store: more decode workers"),
         (make_totals(1, 9, 19, GPUS), "limited by the model: more actors"),
         (make_totals(1, 79, 5, GPUS), "limited by decoding: more decode workers"),
         (make_totals(70, 9, 5, GPUS), "limited by reading from the store: more decode workers"),
@@ -37,6 +38,21 @@ def test_a_run_reports_what_limited_it(totals: RunTotals, words: str) -> None:
 def test_a_run_reports_how_many_workers_were_busy() -> None:
     text = describe_bottleneck(make_totals(1, 9, 5, GPUS))
     assert text.endswith("On average 1.0 of 8 decode workers and 0.5 of 2 model calls were busy, on 9 cores.")
+
+
+def test_a_run_reports_how_many_workers_waited_for_files() -> None:
+    text = describe_bottleneck(make_totals(70, 9, 5, GPUS))
+    assert "7.9 of 8 decode workers (7.0 of them reading)" in text
+
+
+def test_a_run_never_reports_more_busy_workers_than_there_are() -> None:
+    text = describe_bottleneck(make_totals(0, 580, 90, INLINE))
+    assert text.endswith("On average 2.0 of 2 decode workers and 2.0 of 2 model calls were busy, on 2 cores.")
+
+
+def test_a_run_that_is_too_short_to_judge_says_so() -> None:
+    totals = replace(make_totals(1, 15, 16, INLINE), seconds=3.0)
+    assert describe_bottleneck(totals) == "The run was too short (3.0 s) to tell what limits its speed."
 
 
 def test_a_run_that_decoded_nothing_reports_no_limit() -> None:

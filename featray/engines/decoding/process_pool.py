@@ -10,11 +10,11 @@ from __future__ import annotations
 import atexit
 import pickle
 import signal
-import time
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from typing import Any, Literal
 
+from featray.engines.decoding.work_clock import WorkClock
 from featray.engines.decoding.worker_process import (
     Message,
     TaskLimits,
@@ -30,7 +30,7 @@ MAX_DEAD_STARTS = 10
 _MAX_WAIT_S = 60.0
 _CRASH_GRACE_S = 1.0
 
-Failure = Literal["", "crash", "timeout"]
+Failure = Literal["", "crash", "timeout", "suspended"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class TaskResult:
     Attributes:
         task: As submitted.
         result: Return value of the work; None after a failure.
-        failure: `crash` or `timeout` if there is no result.
+        failure: `crash`, `timeout` or `suspended` if there is no result. After `suspended` nothing is known
+            about the task: its process was suspended for too long, and was ended.
         exit_code: Exit code of the process after a failure; a negative number is a signal.
     """
 
@@ -51,7 +52,7 @@ class TaskResult:
 
 
 class WorkerPool:
-    """A fixed number of worker processes that run the same work on their tasks, in order.
+    """Worker processes that run the same work on their tasks, in order.
 
     Args:
         count: Number of processes.
@@ -64,6 +65,7 @@ class WorkerPool:
         self._work: bytes | None = None
         self._dead_starts = 0
         self._closed = False
+        self._clock = WorkClock()
         self._processes = [self._start() for _ in range(count)]
         self._results: list[TaskResult] = []
 
@@ -76,6 +78,14 @@ class WorkerPool:
         self._work = work
         for process in self._processes:
             self._send_work(process)
+
+    def grow(self, count: int) -> None:
+        """Start processes until there are `count` of them."""
+        self._processes += [self._start() for _ in range(count - len(self._processes))]
+
+    def count_processes(self) -> int:
+        """Return the number of processes."""
+        return len(self._processes)
 
     def submit(self, task: Any) -> None:
         """Give a task to the process with the fewest tasks."""
@@ -92,7 +102,7 @@ class WorkerPool:
         while not self._results:
             busy = {process.connection: process for process in self._processes if process.tasks}
             deadline = min(process.deadline for process in busy.values())
-            timeout = max(0.0, min(_MAX_WAIT_S, deadline - time.monotonic()))
+            timeout = max(0.0, min(_MAX_WAIT_S, deadline - self._clock.now()))
             for connection in wait(list(busy), timeout):
                 self._receive(busy[connection])  # type: ignore[index]  # only connections were given
             self._stop_late_processes()
@@ -106,6 +116,7 @@ class WorkerPool:
     def close(self) -> None:
         """End all processes at once; a thread that waits for a result gets an error."""
         self._closed = True
+        self._clock.close()
         for process in self._processes:
             process.end()
 
@@ -125,10 +136,13 @@ class WorkerPool:
 
     def _send_task(self, process: WorkerProcess, task: Any) -> None:
         if not process.tasks:
-            allowed_s = START_TIMEOUT_S if process.unconfirmed else self._limits.timeout_s
-            process.deadline = time.monotonic() + allowed_s
+            process.has_resumed()  # forgets what was before the task
+            self._set_deadline(process, START_TIMEOUT_S if process.unconfirmed else self._limits.timeout_s)
         process.tasks.append(task)
         process.send(Message.TASK, pickle.dumps(task))
+
+    def _set_deadline(self, process: WorkerProcess, allowed_s: float) -> None:
+        process.deadline, process.lost_s = self._clock.now() + allowed_s, self._clock.lost_s()
 
     def _receive(self, process: WorkerProcess) -> None:
         try:
@@ -136,7 +150,7 @@ class WorkerPool:
         except (EOFError, OSError):
             self._replace(process, "crash")
             return
-        process.deadline = time.monotonic() + self._limits.timeout_s
+        self._set_deadline(process, self._limits.timeout_s)
         if process.unconfirmed:  # the first message only confirms the work
             process.unconfirmed -= 1
             self._dead_starts = 0
@@ -144,19 +158,27 @@ class WorkerPool:
         self._results.append(TaskResult(process.tasks.popleft(), result))
 
     def _stop_late_processes(self) -> None:
-        now = time.monotonic()
+        now = self._clock.now()
         for process in [process for process in self._processes if process.tasks and now > process.deadline]:
-            if not process.connection.poll():  # a result may have arrived while this process was busy
+            if process.connection.poll():  # a result may have arrived while this process was busy
+                continue
+            if process.is_suspended():
+                self._replace(process, "suspended")
+            elif process.has_resumed():
+                self._set_deadline(process, self._limits.timeout_s)
+            else:
                 self._replace(process, "timeout")
 
     def _replace(self, process: WorkerProcess, failure: Failure) -> None:
         """Settle the task of a dead or late process; give its other tasks to a new process."""
         exit_code = process.end(grace_s=_CRASH_GRACE_S if failure == "crash" else 0.0)
-        if process.unconfirmed:
-            self._count_dead_start(exit_code)
-        else:
-            failure = "timeout" if exit_code == -signal.SIGALRM else failure
+        if failure == "crash" and exit_code == -signal.SIGALRM:
+            # The alarm of the worker also counts the time in which both processes were suspended.
+            failure = "suspended" if self._clock.lost_s() > process.lost_s else "timeout"
+        if not process.unconfirmed:
             self._results.append(TaskResult(process.tasks.popleft(), failure=failure, exit_code=exit_code))
+        elif failure != "suspended":
+            self._count_dead_start(exit_code)
         new = self._start()
         self._processes[self._processes.index(process)] = new
         for task in process.tasks:

@@ -1,7 +1,8 @@
 """Decode scans in worker processes: listed scans in, decoded scans out, in order of completion.
 
 A scan whose process dies is decoded again; if its process dies in every attempt, the scan fails with
-`worker_crash`. A scan that takes too long fails with `timeout`. Tensors return through shared memory. Tiny
+`worker_crash`. A scan that takes too long fails with `timeout`; if its process was suspended for too long, it
+is decoded again. Tensors return through shared memory. Tiny
 scans are sent many at a time, and one by one if that fails. Engine `inline` uses a pool in the driver, engine
 `ray` a pool in each of its workers.
 """
@@ -30,6 +31,8 @@ MAX_BUFFER_BYTES = 64 * 2**20
 TINY_SCAN_BYTES = 64 * 2**10
 """Listed size up to which scans share a message, because a message costs more than decoding them."""
 TINY_SCANS_PER_TASK = 32
+MAX_SUSPENSIONS = 10
+"""Times that a scan is decoded again because its process was suspended for too long."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,14 @@ class _Attempt:
         scans: One scan; or several scans, and then all tensors go through the pipe.
         buffer: Name of the shared-memory buffer for the tensor of a single scan; None for the pipe.
         number: Number of the attempt, from 1.
+        suspensions: Number of times that the process of this attempt was suspended for too long.
         holds_place: Whether the attempt takes one of the pool's places.
     """
 
     scans: tuple[Scan, ...]
     buffer: str | None
     number: int = 1
+    suspensions: int = 0
     holds_place: bool = True
 
 
@@ -184,6 +189,9 @@ class ScanDecodePool:
     def _settle(self, result: TaskResult) -> list[_SettledScan]:
         attempt: _Attempt = result.task
         max_attempts = self._decoding.limits.attempts
+        if result.failure == "suspended" and attempt.suspensions < MAX_SUSPENSIONS:
+            self._submit(replace(attempt, suspensions=attempt.suspensions + 1))
+            return []
         if len(attempt.scans) > 1:
             self._release_place(attempt)
             attempt = replace(attempt, buffer=None, holds_place=False)
@@ -202,7 +210,7 @@ class ScanDecodePool:
         attempt: _Attempt = result.task
         (scan,) = attempt.scans
         decoder = self._decoding.decoder
-        if result.failure == "timeout":
+        if result.failure in ("timeout", "suspended"):
             return decoder.fail_late(scan, attempt.number)
         message = f"its process died in each of {attempt.number} attempts (exit code {result.exit_code})"
         return decoder.fail(scan, Reason.WORKER_CRASH, message, attempt.number)

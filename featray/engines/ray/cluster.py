@@ -11,14 +11,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from featray.config import LimitsConfig, RunConfig
+from featray.engines.ray.start_up import (
+    keep_sigterm_action,
+    make_join_error,
+    make_local_options,
+    make_start_error,
+)
 from featray.errors import ConfigError
-from featray.hardware import count_usable_cores
 from featray.terminal.native_stderr import filter_stderr
 
 log = logging.getLogger(__name__)
 
 _RAY_LOG_LINES = re.compile(rb".* logging\.cc:\d+: Set ray log level")
 _CONNECT_TIMEOUT_S = 10.0
+_ADDRESS = re.compile(r"(?:ray://)?(\[[^\s\]]+\]|[^\s:/\[\]]+):(\d{1,5})")
+_OTHER_CLIENT = re.compile(r"(?!https?:|ray:)\w+://")
+"""Addresses of clients that other packages register with Ray."""
+_MAX_PORT = 65535
 
 
 def connect(run: RunConfig, limits: LimitsConfig) -> bool:
@@ -28,7 +37,7 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
         Whether this call connected to Ray; false if this process had connected before.
 
     Raises:
-        ConfigError: Nothing answers at the address, or a local Ray lacks the resources that a stage claims.
+        ConfigError: Ray cannot be joined or started, or a local Ray lacks the resources that a stage claims.
     """
     # Ray's own log lines are hidden; output of user code is still shown.
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -45,16 +54,10 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     import ray
 
     address = named_address(run)
-    _refuse_unreachable(address)
+    _refuse_unreachable(_name_source(run), address)
     connects = not ray.is_initialized()
     if connects:
-        with filter_stderr(_RAY_LOG_LINES):
-            ray.init(
-                address=address or "local",  # "local" never joins another Ray on this machine
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                **({} if address else _local_options()),
-            )
+        _init(_name_source(run), address)
     import ray.data  # takes seconds: here it runs while the model is loaded
 
     try:
@@ -66,6 +69,24 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     return connects
 
 
+def _init(source: str, address: str | None) -> None:
+    """Call `ray.init`; an error of it becomes a message that says what to do."""
+    import ray
+
+    # CRITICAL, because Ray logs its errors with tracebacks before it raises them.
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    try:
+        with filter_stderr(_RAY_LOG_LINES), keep_sigterm_action():
+            # "local" never joins another Ray on this machine.
+            ray.init(address=address or "local", **options, **({} if address else make_local_options()))
+    except Exception as error:  # Ray raises errors of many types, also plain `Exception`
+        log.debug("Ray did not start", exc_info=True)
+        ray.shutdown()  # ends the processes that have started
+        problem = make_join_error(source, address, error) if address else make_start_error(error)
+        raise problem from None
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+
 def is_to_start(run: RunConfig) -> bool:
     """Return whether `connect` would start a local Ray: no address is given, and no cluster is joined."""
     ray = sys.modules.get("ray")
@@ -74,8 +95,13 @@ def is_to_start(run: RunConfig) -> bool:
 
 
 def named_address(run: RunConfig) -> str | None:
-    """Return the address from the config or from RAY_ADDRESS; None if neither gives one."""
-    return run.address or os.environ.get("RAY_ADDRESS")
+    """Return the address from the config or from RAY_ADDRESS; None for a Ray on this machine."""
+    address = run.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
+
+
+def _name_source(run: RunConfig) -> str:
+    return "run.address" if run.address else "RAY_ADDRESS"
 
 
 def cpus() -> float:
@@ -93,23 +119,28 @@ def nodes() -> list[dict[str, float]]:
     return [node for node in found if node.get("CPU") and node.get("memory")]
 
 
-def _refuse_unreachable(address: str | None) -> None:
-    """Try HOST:PORT before Ray does, because Ray itself tries for minutes."""
-    found = re.fullmatch(r"(?:ray://)?\[?([^\s\]]+)\]?:(\d+)", address or "")
-    if not found:
+def _refuse_unreachable(source: str, address: str | None) -> None:
+    """Try HOST:PORT before Ray does, because Ray itself tries for minutes.
+
+    Raises:
+        ConfigError: It is no address of a Ray cluster, or nothing answers there.
+    """
+    if address is None or address == "auto" or _OTHER_CLIENT.match(address):
         return
+    found = _ADDRESS.fullmatch(address)
+    if not found or int(found[2]) > _MAX_PORT:
+        raise ConfigError(
+            f"{source}: {address} is no address of a Ray cluster; give HOST:PORT of its head node (the port "
+            "is often 6379), ray://HOST:PORT or auto, or none to start Ray on this machine. An http address, "
+            "as `ray job submit` takes it, is that of the dashboard"
+        )
     try:
-        socket.create_connection((found[1], int(found[2])), timeout=_CONNECT_TIMEOUT_S).close()
+        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        problem = f"run.address: nothing answers at {address} ({type(error).__name__})"
+        problem = f"{source}: nothing answers at {address} ({type(error).__name__})"
         raise ConfigError(
             f"{problem}; check that the cluster is up and that the port is the one of its head node"
         ) from None
-
-
-def _local_options() -> dict[str, Any]:
-    """Return options for a Ray on this machine; on one core, an actor and a decode task share it."""
-    return {"include_dashboard": False, **({"num_cpus": 2} if count_usable_cores() < 2 else {})}
 
 
 def check_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:

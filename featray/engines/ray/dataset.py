@@ -8,6 +8,7 @@ CPU of the cluster, so that enough of them keep a GPU busy.
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Generator, Sequence
 from dataclasses import replace
@@ -73,7 +74,11 @@ class PassPipeline:
                 [{"scan": scan.to_json()} for scan in scans], override_num_blocks=tasks
             )
             has_gpus = bool(self._run.actors.num_gpus)
-            extracted = self._decode_then_extract(listed) if has_gpus else self._decode_and_extract(listed)
+            extracted = (
+                self._decode_then_extract(listed)
+                if has_gpus
+                else self._decode_and_extract(listed, len(scans))
+            )
             return extracted.map_batches(
                 WriteBatch,
                 fn_constructor_args=[self._stages.write],
@@ -85,13 +90,14 @@ class PassPipeline:
                 max_task_retries=self._retries,
             )
 
-    def _decode_and_extract(self, listed: Any) -> Any:
+    def _decode_and_extract(self, listed: Any, scans: int) -> Any:
         """Decode and extract in actors that share the CPUs."""
         actors, memory = self._run.actors, self._memory
         processes = max(1, int(actors.num_cpus))
         # Ray only schedules by the memory claim; the worker process enforces the limit of a scan.
-        setup = WorkerDecoding(self._decoding, processes, scans_ahead=2 * self._decoding.batch_scans)
         size = cpu_pool_size(self._run, cluster.nodes(), listed.num_blocks(), processes * (memory or 0))
+        processes = min(processes, math.ceil(scans / size.first))
+        setup = WorkerDecoding(self._decoding, processes, scans_ahead=2 * self._decoding.batch_scans)
         self.workers = Workers(size.first * processes, size.first, cluster.cpus())
         return listed.map_batches(
             DecodeAndExtractBatch,

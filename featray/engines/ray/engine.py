@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from featray.config import RunConfig
 from featray.engines.base import Decoding, Stages
@@ -32,6 +33,9 @@ _WINDOW_SCANS = 20_000
 actors start again, which costs as much as some hundred tiny scans."""
 _HEAD_START_S = 2.0
 """Seconds that the pool waits for the scans that the driver processes, because they use the same cores."""
+_START_WAIT_S = 20.0
+"""Seconds that a run that was stopped waits for Ray to start, so that it can end Ray properly."""
+_POLL_S = 0.2
 
 
 class RayEngine:
@@ -53,6 +57,7 @@ class RayEngine:
         self._has_results = False
         self._pipeline: PassPipeline | None = None
         self._connecting: Future[None] | None = None
+        self._decoding_since: float | None = None
         self._head_start = HeadStart(decoding, self.threads)
         # This thread lives as long as the cluster, because Ray's processes end with the thread that started
         # them.
@@ -66,13 +71,11 @@ class RayEngine:
         """Leave the cluster; a local Ray that this engine started ends."""
         self._head_start.close()
         end_early()
-        if self._connecting is not None:
-            self._connecting.exception()  # only waits; `connect` raises the error where the cluster is needed
-        if self._has_connected:
-            import ray
-
-            ray.shutdown()
-        self._thread.shutdown()
+        if self._connecting is None or wait([self._connecting], _START_WAIT_S).done:
+            self._leave()
+        else:  # the run was stopped, and Ray cannot be stopped while it starts
+            self._connecting.add_done_callback(lambda _: self._leave())
+        self._thread.shutdown(wait=False)
 
     def connect(self) -> None:
         """Join or start the cluster, unless that has been done; raises as `cluster.connect` does."""
@@ -82,11 +85,16 @@ class RayEngine:
         """Connect while this process loads the model; decode a few scans here if Ray must be started."""
         if cluster.is_to_start(self._run) and not self._run.actors.num_gpus:
             self._head_start.prefetch_scans(scans)
+        self._decoding_since = time.monotonic()
         self._connecting = self._thread.submit(self._connect)
 
     def workers(self) -> Workers | None:
         """Return the number of workers of each kind in the last pass."""
         return None if self._pipeline is None else self._pipeline.workers
+
+    def decoding_since(self) -> float | None:
+        """Return when the start of the cluster or the first pass began."""
+        return self._decoding_since
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
         """Yield receipts in order of completion; see the module for scans whose workers die.
@@ -96,8 +104,11 @@ class RayEngine:
         """
         from featray.engines.ray.metrics import Metrics  # imports ray
 
+        self._decoding_since = self._decoding_since or time.monotonic()
         remaining = self._head_start.start(scans, stages, stop)
-        self.connect()
+        if not self._connect_unless_stopped(stop):
+            yield from self._head_start.take_receipts(_HEAD_START_S)
+            return
         self._metrics = Metrics(len(scans))
         yield from self._take_head_start(_HEAD_START_S)
         for window, current in self._make_passes(remaining, stop):
@@ -107,6 +118,15 @@ class RayEngine:
             if current is Pass.ALONE and window.unsettled and not stop.is_set():
                 yield self._count(window.give_up(self._decoding))
         yield from self._take_head_start(0 if stop.is_set() else None)
+
+    def _connect_unless_stopped(self, stop: threading.Event) -> bool:
+        """Connect; return false as soon as `stop` is set. A stop may itself disturb Ray while it starts."""
+        self._connecting = self._connecting or self._thread.submit(self._connect)
+        while not stop.is_set():
+            if wait([self._connecting], _POLL_S).done and not stop.is_set():
+                self._connecting.result()
+                return True
+        return False
 
     def _run_pass(
         self, window: Window, current: Pass, stages: Stages, stop: threading.Event
@@ -154,6 +174,12 @@ class RayEngine:
             for first in range(0, len(claimed), _WINDOW_SCANS):
                 window = claimed[first : first + _WINDOW_SCANS]
                 yield Window({scan.scan_id: scan for scan in window}, memory)
+
+    def _leave(self) -> None:
+        if self._has_connected:
+            import ray
+
+            ray.shutdown()
 
     def _connect(self) -> None:
         end_early()  # the head start has taken the worker process by now, if it needs one

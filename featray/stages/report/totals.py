@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from featray.hardware import Workers
 from featray.schema import STAGE_TIMES, Receipt, UnitsSeen
 
 MIN_ROWS_FOR_DEAD_UNITS = 2
 """With fewer rows, a unit that is 0 means nothing."""
+MIN_JUDGED_S = 10.0
+"""Seconds of work below which start-up decides the speed of a run."""
+MIN_READING = 0.5
+"""Average number of workers waiting for files from which the text names it."""
 BUSY_SHARE = 0.9
 """Share of time above which workers count as always busy."""
 
@@ -52,7 +57,8 @@ class RunTotals:
         removed: Number of scans that were removed from the output.
         is_interrupted: Whether the run was asked to stop.
         bytes_read: Bytes of the scans' files.
-        seconds: Wall time of extraction, from the plan to the last commit.
+        seconds: Wall time from the first scan that was given to a worker, which may be before the model was
+            loaded, to the last commit.
         workers: Number of workers of each kind.
         units: Active units by layer.
         stage_seconds: Seconds of each stage, summed over scans.
@@ -86,36 +92,46 @@ class RunTotals:
 def describe_bottleneck(totals: RunTotals) -> str:
     """Return a sentence about the limit of the run's speed; empty if nothing was decoded.
 
-    It follows from the share of time in which workers were busy. Start-up, such as that of actors, is part of
-    the time, so short runs are limited by it.
+    It follows from the average number of workers that were busy: their seconds, divided by the wall time in
+    which they could work. Start-up, such as loading the model, is part of that time, so a short run says
+    nothing about the speed of a long one.
     """
-    seconds = totals.stage_seconds
+    seconds, workers = totals.stage_seconds, totals.workers
     decode_s = seconds["read_s"] + seconds["decode_s"] + seconds["preprocess_s"]
-    if totals.workers is None or not totals.seconds or not decode_s:
+    if workers is None or not totals.seconds or not decode_s:
         return ""
-    decoding, calls = decode_s / totals.seconds, seconds["infer_s"] / totals.seconds
-    busy = (
-        f"On average {decoding:.1f} of {totals.workers.decode} decode workers and {calls:.1f} of "
-        f"{totals.workers.model} model calls were busy, on {totals.workers.cores:g} cores."
+    if totals.seconds < MIN_JUDGED_S:
+        return f"The run was too short ({totals.seconds:.1f} s) to tell what limits its speed."
+    average = _BusyWorkers(
+        decoding=min(workers.decode, decode_s / totals.seconds),
+        reading=min(workers.decode, seconds["read_s"] / totals.seconds),
+        calls=min(workers.model, seconds["infer_s"] / totals.seconds),
     )
-    return f"{_describe_limit(totals.workers, decoding, calls, seconds['read_s'] / decode_s)}. {busy}"
+    waiting = f" ({average.reading:.1f} of them reading)" if average.reading >= MIN_READING else ""
+    return (
+        f"{_describe_limit(workers, average)}. On average {average.decoding:.1f} of {workers.decode} decode "
+        f"workers{waiting} and {average.calls:.1f} of {workers.model} model calls were busy, "
+        f"on {workers.cores:g} cores."
+    )
 
 
-def _describe_limit(workers: Workers, decoding: float, calls: float, read_share: float) -> str:
-    """Return a text about the limit of a run's speed.
+class _BusyWorkers(NamedTuple):
+    """Average numbers of workers that decoded, of those that were only reading files, and of model calls."""
 
-    Args:
-        workers: Number of workers of each kind.
-        decoding: Average number of workers that were decoding.
-        calls: Average number of model calls that were running.
-        read_share: Share of reading in the time of decode workers.
-    """
-    used_cores = decoding + (0.0 if workers.has_gpus else calls)
+    decoding: float
+    reading: float
+    calls: float
+
+
+def _describe_limit(workers: Workers, average: _BusyWorkers) -> str:
+    """Return a text about the limit of a run's speed. Reading is waiting for the store, and uses no core."""
+    decoding_cores = average.decoding - average.reading
+    used_cores = decoding_cores + (0.0 if workers.has_gpus else average.calls)
     if used_cores >= BUSY_SHARE * workers.cores and workers.decode + workers.model > workers.cores:
-        return f"limited by the cores: decoding took {100 * decoding / used_cores:.0f} % of their time"
-    if calls >= BUSY_SHARE * workers.model:
+        return f"limited by the cores: decoding took {100 * decoding_cores / used_cores:.0f} % of their time"
+    if average.calls >= BUSY_SHARE * workers.model:
         return "limited by the model: more actors or faster devices would help"
-    if decoding >= BUSY_SHARE * workers.decode:
-        part = "reading from the store" if read_share > 0.5 else "decoding"
+    if average.decoding >= BUSY_SHARE * workers.decode:
+        part = "reading from the store" if average.reading > average.decoding / 2 else "decoding"
         return f"limited by {part}: more decode workers would help"
     return "limited by neither decoding nor the model: start-up and waiting took the other time"

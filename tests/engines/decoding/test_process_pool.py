@@ -22,7 +22,7 @@ import pytest
 
 from featray.config import LimitsConfig, PreprocessConfig, RunConfig
 from featray.engines.base import Decoding
-from featray.engines.decoding import process_pool
+from featray.engines.decoding import process_pool, work_clock
 from featray.engines.decoding.process_pool import TaskResult, WorkerPool, end_early, start_early
 from featray.engines.decoding.worker_process import GRACE_S
 from featray.engines.inline import InlineEngine
@@ -43,6 +43,8 @@ def work(task: tuple[str, int]) -> int:
         ctypes.PyDLL(None).sleep(3600)  # holds the interpreter lock: no thread and no signal handler runs
     if kind == "nap":
         time.sleep(0.05)
+    if kind == "short":
+        time.sleep(1.0)
     return value
 
 
@@ -69,6 +71,12 @@ class Unpreparable:
 
     def __call__(self, task: Any) -> Any:
         return task
+
+
+def make_environment() -> dict[str, str]:
+    """Return an environment in which a script can import this file, and the same featray as this process."""
+    path = [os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
 
 
 def wait_for_all(pool: WorkerPool, count: int) -> list[TaskResult]:
@@ -163,7 +171,7 @@ def test_closing_leaves_no_process(pool: WorkerPool) -> None:
 def test_a_process_whose_task_hangs_in_c_ends_after_its_driver_was_killed(tmp_path: Path) -> None:
     script = tmp_path / "driver.py"
     script.write_text(_DYING_DRIVER)
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(__file__)}
+    environment = make_environment()
     driver = subprocess.run(
         [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False
     )
@@ -282,3 +290,72 @@ def test_an_early_process_ends_with_its_driver() -> None:
     driver = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not psutil.pid_exists(int(driver.stdout))
     assert not driver.stderr
+
+
+def signal_all(processes: list[psutil.Process], number: int) -> None:
+    for process in processes:
+        process.send_signal(number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["both", "driver", "worker"])
+def test_a_task_does_not_time_out_because_processes_were_suspended(who: str, tmp_path: Path) -> None:
+    script = tmp_path / "driver.py"
+    script.write_text(_SUSPENDED_DRIVER)
+    environment = make_environment()
+    with subprocess.Popen([sys.executable, str(script)], env=environment, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        worker = psutil.Process(int(driver.stdout.readline()))
+        groups = {"both": [driver.pid, worker.pid], "driver": [driver.pid], "worker": [worker.pid]}
+        suspended = [psutil.Process(pid) for pid in groups[who]]
+        signal_all(suspended, signal.SIGSTOP)
+        time.sleep(TIMEOUT_S + GRACE_S + 3)  # the alarm of a worker passes too
+        signal_all([process for process in suspended if process.is_running()], signal.SIGCONT)
+        results = driver.stdout.read().split()
+    assert driver.returncode == 0
+    assert set(results) <= {b"ok", b"suspended"}
+    assert results[-1] == b"ok"
+
+
+TIMEOUT_S = 4.0
+_SUSPENDED_DRIVER = f"""
+import pickle, test_process_pool
+from featray.engines.decoding.process_pool import WorkerPool
+pool = WorkerPool(1, timeout_s={TIMEOUT_S})
+pool.set_work(pickle.dumps(test_process_pool.work))
+pool.submit(("plain", 1))
+pool.wait()
+pool.submit(("short", 2))
+print(pool._processes[0].process.pid, flush=True)
+for _ in range(3):
+    (result,) = pool.wait()
+    print(result.failure or "ok", flush=True)
+    if result.failure != "suspended":
+        break
+    pool.submit(("plain", 2))
+pool.close()
+"""
+
+
+def test_a_worker_that_stays_suspended_is_replaced_and_its_task_is_not_blamed(pool: WorkerPool) -> None:
+    pool.submit(("plain", 0))
+    pool.submit(("plain", 1))
+    wait_for_all(pool, 2)
+    suspended = psutil.Process(pool._processes[0].process.pid)
+    suspended.suspend()
+    pool.submit(("plain", 2))
+    (result,) = wait_for_all(pool, 1)
+    assert (result.task, result.failure) == (("plain", 2), "suspended")
+    assert not suspended.is_running()
+    pool.submit(("plain", 3))
+    assert [result.result for result in wait_for_all(pool, 1)] == [3]
+
+
+def test_the_work_clock_counts_a_long_gap_as_one_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([100.0, 100.5, 4000.0, 4000.25])
+    monkeypatch.setattr(work_clock, "_TICK_S", 3600.0)  # only the calls below read the clock
+    monkeypatch.setattr(work_clock.time, "monotonic", lambda: next(times))
+    with contextlib.closing(work_clock.WorkClock()) as clock:
+        assert clock.now() == 0.5
+        assert clock.now() == 1.5
+        assert clock.lost_s() == 3898.5

@@ -170,3 +170,40 @@ def log_round(kill_round: Round, result: RoundResult, *, seconds: float) -> None
         line = {"round": kill_round.id, **asdict(result), "seconds": round(seconds, 1)}
         with open(path, "a", encoding="utf-8") as file:
             file.write(f"{json.dumps(line)}\n")
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("to_group", [False, True])
+def test_a_signal_while_a_local_ray_starts_ends_the_run_as_interrupted(
+    config: Path, number: signal.Signals, to_group: bool
+) -> None:
+    process = start_extract(config, "ray", is_new_session=True)
+    wait_until(lambda: bool(find_raylet(process.pid)) or process.poll() is not None, "Ray to start")
+    children = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, number) if to_group else process.send_signal(number)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 130, err
+    assert "run the same command again to resume" in err
+    assert "Traceback" not in err
+    assert not psutil.wait_procs(children, timeout=30)[1], "child processes are still running"
+
+
+def find_raylet(pid: int) -> list[psutil.Process]:
+    return [child for child in find_descendants(pid) if child.name() in ("gcs_server", "raylet")]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("seconds", [0.5, 2.0])
+def test_a_signal_during_imports_ends_the_command_as_interrupted(
+    config: Path, number: signal.Signals, seconds: float
+) -> None:
+    process = start_extract(config, "inline")
+    # The first worker process is started by the handler of the command, after the signals are handled.
+    wait_until(lambda: bool(find_descendants(process.pid)), "the first worker process")
+    time.sleep(seconds)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "run the same command again to resume" in err
+    assert "Traceback" not in err

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from featray.config import LimitsConfig, load
@@ -218,3 +219,35 @@ def test_a_script_without_a_main_guard_may_use_worker_processes(config_of: Any, 
     script.write_text(f"import featray\nprint(featray.extract({config!r}).ok)\n")
     completed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
     assert completed.stdout == "12\n", completed.stderr
+
+
+@pytest.mark.slow
+def test_a_daemonic_process_may_use_worker_processes(config_of: Any, tmp_path: Path) -> None:
+    """Job queues run their tasks in daemonic processes, which `multiprocessing` allows no children."""
+    config = config_of(run={"decode": {"workers": 2}})
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import featray, multiprocessing\n"
+        "context = multiprocessing.get_context('fork')\n"
+        "results = context.SimpleQueue()\n"
+        f"task = context.Process(target=lambda: results.put(featray.extract({config!r}).ok), daemon=True)\n"
+        "task.start(); print(results.get()); task.join()\n"
+    )
+    completed = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=False)
+    assert completed.stdout == "12\n", completed.stderr
+
+
+def count_worker_processes() -> int:
+    return sum("worker_process" in " ".join(child.cmdline()) for child in psutil.Process().children())
+
+
+def test_there_are_never_more_worker_processes_than_scans(decoder: Decoder, stages: Stages) -> None:
+    with make_engine(decoder, workers=4, batch_scans=1) as engine:
+        assert count_worker_processes() == 0
+        engine.prefetch_scans(make_scans("s1"))
+        assert count_worker_processes() == 1
+        receipts = engine.receipts(make_scans("s1", "s2", "s3"), stages, threading.Event())
+        records = [record for receipt in receipts for record in receipt.records]
+        assert count_worker_processes() == engine.workers().decode == 3
+    assert sorted(record.scan_id for record in records) == ["s1", "s2", "s3"]
+    assert count_worker_processes() == 0

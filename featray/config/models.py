@@ -258,8 +258,8 @@ class DecodeConfig(_Section):
     """Bytes of memory that decoding one scan may take; a scan that needs more is `too_large`. With engine
     ray, workers claim it. null = most of the machine's memory; large scans then claim memory by size."""
     workers: int | None = Field(default=None, ge=0)
-    """Worker processes (engine inline), never more than scans; null = one per core; 0 = decode in this process,
-    so that a debugger can follow."""
+    """Worker processes (engine inline), never more than scans; null = one per core; 0 = decode in this
+    process, so that a debugger can follow."""
 
 
 class RunConfig(_Section):

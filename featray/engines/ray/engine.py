@@ -33,7 +33,7 @@ _WINDOW_SCANS = 20_000
 actors start again, which costs as much as some hundred tiny scans."""
 _HEAD_START_S = 2.0
 """Seconds that the pool waits for the scans that the driver processes, because they use the same cores."""
-_START_WAIT_S = 20.0
+_START_WAIT_S = 5.0
 """Seconds that a run that was stopped waits for Ray to start, so that it can end Ray properly."""
 _POLL_S = 0.2
 

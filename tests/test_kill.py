@@ -23,7 +23,9 @@ from kill.harness import (
     TIMEOUT_S,
     FeatureValues,
     assert_same_output,
+    find_descendants,
     read_values,
+    wait_until,
 )
 from kill.rounds import DEFAULT_ROUNDS, ROUNDS, Round
 from kill.scenarios import GetCluster, RoundResult, Scenario, open_dataset, run_round

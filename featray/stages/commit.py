@@ -198,7 +198,7 @@ class Committer:
             store = self.dataset.store
             by_folder = find_orphans(list_output_files(store), self.snapshot())
             orphans = [name for names in by_folder.values() for name in names]
-            self._check_lease()  # after listing: if the lease was lost, new files of another run may be listed
+            self._check_lease()  # after listing: without the lease, new files of another run are listed
             store.delete(orphans)
         return orphans
 

@@ -1,4 +1,4 @@
-"""A Ray that cannot start or be joined is one message with exit code 2; ways out are taken where they exist."""
+"""A Ray that cannot start or be joined is one message with exit code 2; ways out are taken."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_an_address_that_is_none_is_refused_with_the_forms_that_are_valid(
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "[::1]:1", "nohost.invalid:6379"])
 def test_an_address_at_which_nothing_answers_is_refused(address: str) -> None:
-    with pytest.raises(ConfigError, match="run.address: nothing answers at"):
+    with pytest.raises(ConfigError, match=r"run\.address: nothing answers at"):
         cluster.connect(RunConfig(address=address), LimitsConfig())
 
 

@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from featray.config import RunConfig
 from featray.engines.base import Decoding, Stages
 from featray.engines.decoding.process_pool import end_early
+from featray.engines.decoding.work_clock import WorkClock
 from featray.engines.prefetch import prefetch
 from featray.engines.ray import cluster
 from featray.engines.ray.dataset import GPU_CALLS, PassPipeline
@@ -55,6 +56,8 @@ class RayEngine:
         )
         self._has_connected = False
         self._has_results = False
+        self._clock: WorkClock | None = None
+        self._was_suspended = False
         self._pipeline: PassPipeline | None = None
         self._connecting: Future[None] | None = None
         self._decoding_since: float | None = None
@@ -71,6 +74,8 @@ class RayEngine:
         """Leave the cluster; a local Ray that this engine started ends."""
         self._head_start.close()
         end_early()
+        if self._clock is not None:
+            self._clock.close()
         if self._connecting is None or wait([self._connecting], _START_WAIT_S).done:
             self._leave()
         else:  # the run was stopped, and Ray cannot be stopped while it starts
@@ -115,7 +120,7 @@ class RayEngine:
             for receipt in self._run_pass(window, current, stages, stop):
                 yield from self._take_head_start(0)
                 yield receipt
-            if current is Pass.ALONE and window.unsettled and not stop.is_set():
+            if current is Pass.ALONE and window.unsettled and not (stop.is_set() or self._was_suspended):
                 yield self._count(window.give_up(self._decoding))
         yield from self._take_head_start(0 if stop.is_set() else None)
 
@@ -134,22 +139,32 @@ class RayEngine:
         """Yield the receipts of one pass, which a thread reads, so that a stop ends the wait at once."""
         self._pipeline = PassPipeline(self._run, self._decoding, stages, current, window.memory)
         receipts = self._pipeline.receipts(window.scans_for(current))
+        clock = self._clock = self._clock or WorkClock()
+        lost_s = clock.lost_s()
         with end_pass_on_crash() as crash_names:
             for receipt in prefetch(receipts, count=0, stop=stop):
                 self._has_results |= any(record.status == "ok" for record in receipt.records)
                 if window.settle(receipt):
                     yield self._count(receipt)
-        if window.unsettled and not stop.is_set():
+        # Ray Data, which ends a pass without progress, counts the time in which this process was suspended.
+        self._was_suspended = "ExecutionTimeoutError" in crash_names and clock.lost_s() > lost_s
+        if window.unsettled and not (stop.is_set() or self._was_suspended):
             self._refuse_broken_cluster(len(window.unsettled), current, crash_names)
 
     def _make_passes(self, scans: Sequence[Scan], stop: threading.Event) -> Iterator[tuple[Window, Pass]]:
         """Yield each window with the passes that it needs: the next pass only if scans are unsettled."""
         for window in self._make_windows(scans):
             for current in Pass:
-                if stop.is_set():
-                    return
-                if window.unsettled:
-                    yield window, current
+                yield from self._repeat_pass(window, current, stop)
+
+    def _repeat_pass(
+        self, window: Window, current: Pass, stop: threading.Event
+    ) -> Iterator[tuple[Window, Pass]]:
+        """Yield the pass once, and again as often as it ends because this process was suspended."""
+        self._was_suspended = True
+        while window.unsettled and self._was_suspended and not stop.is_set():
+            self._was_suspended = False
+            yield window, current
 
     def _take_head_start(self, timeout_s: float | None) -> list[Receipt]:
         return [self._count(receipt) for receipt in self._head_start.take_receipts(timeout_s)]

@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 from kill import poison
+from ray.data.exceptions import ExecutionTimeoutError
 
 import featray
 from featray.config import LimitsConfig, RunConfig, load
 from featray.engines.base import Decoding, Stages
+from featray.engines.decoding.work_clock import WorkClock
 from featray.engines.ray import engine as engine_module
 from featray.engines.ray.dataset import PassPipeline
 from featray.engines.ray.engine import RayEngine
@@ -162,6 +164,28 @@ def test_if_all_workers_die_the_run_ends_with_an_error_of_the_cluster_and_no_sca
     with pytest.raises(FeatrayError, match="the cluster is to blame"):
         run_scans(make_stages(tmp_path), ["s0", "s1"])
     assert len(passes) == {"ActorDiedError": 1, "WorkerCrashedError": 3}[error]
+
+
+def test_a_pass_that_ends_because_the_driver_was_suspended_is_repeated_and_blames_no_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_like_ray(self: PassPipeline, scans: Any) -> Any:
+        passes.append(self._pass)
+        if len(passes) in (1, 3, 4):  # the second one dies
+            lost.append(3600.0)
+            raise ExecutionTimeoutError
+        if len(passes) == 2:
+            raise ray.exceptions.WorkerCrashedError
+        yield from original(self, scans)
+
+    passes: list[Pass] = []
+    lost: list[float] = []
+    original = PassPipeline.receipts
+    monkeypatch.setattr(PassPipeline, "receipts", fail_like_ray)
+    monkeypatch.setattr(WorkClock, "lost_s", lambda self: sum(lost))
+    records = run_scans(make_stages(tmp_path), ["s0", "s1"])
+    assert {record.status for record in records.values()} == {"ok"}
+    assert passes == [Pass.STRICT, Pass.STRICT, *[Pass.TOLERANT] * 3]
 
 
 def refuse_to_write(table: Any) -> Receipt:

@@ -263,6 +263,7 @@ def test_a_late_heartbeat_of_a_suspended_run_does_not_give_the_lease_back(store:
 
 
 def test_a_run_whose_lease_was_taken_over_never_holds_it_again(store: Store) -> None:
+    store.write("runs/other/run.json", b"{}")
     with Lease(store, "first") as first:
         content = store.read(f"{LEASE_FOLDER}/first.json")
         store.delete([f"{LEASE_FOLDER}/first.json"])

@@ -61,12 +61,14 @@ class Codestream:
         rows: Number of rows.
         columns: Number of columns.
         precision: Bits per value.
+        size: Bytes from the start of the frame to the end of its end marker, without padding.
     """
 
     coding: int
     rows: int
     columns: int
     precision: int
+    size: int
 
 
 def parse_codestream(encoded: bytes) -> Codestream:
@@ -98,9 +100,9 @@ def _parse_jpeg(encoded: bytes) -> Codestream:
         raise InvalidCodestreamError(_SEVERAL_COMPONENTS)
     if coding == SOF_LOSSLESS and (not 1 <= segment[3] <= 7 or segment[5]):
         raise InvalidCodestreamError("the compressed image has an undefined predictor, or is damaged")
-    _check_scan(encoded, position, _MARKER_IN_LS_SCAN if coding == SOF_JPEG_LS else _MARKER_IN_SCAN)
+    size = _check_scan(encoded, position, _MARKER_IN_LS_SCAN if coding == SOF_JPEG_LS else _MARKER_IN_SCAN)
     precision, rows, columns = struct.unpack_from(">BHH", frame)
-    return Codestream(coding, rows, columns, precision)
+    return Codestream(coding, rows, columns, precision, size)
 
 
 def _read_segment(encoded: bytes, position: int) -> tuple[int, bytes, int]:
@@ -131,13 +133,22 @@ def _check_huffman_tables(segment: bytes) -> None:
         raise InvalidCodestreamError(_DAMAGED)
 
 
-def _check_scan(encoded: bytes, start: int, marker: re.Pattern[bytes]) -> None:
-    """Raise unless the first marker after the coded data is the end marker and only padding follows it."""
+def _check_scan(encoded: bytes, start: int, marker: re.Pattern[bytes]) -> int:
+    """Return the end of the end marker; raise unless it is the first marker and only padding follows it."""
     match = marker.search(encoded, start)
     if match is None:
         raise InvalidCodestreamError(_TRUNCATED, is_truncated=True)
-    if encoded[match.start() + 1] != _EOI or encoded[match.end() :].strip(b"\0\xff"):
+    if encoded[match.start() + 1] != _EOI or not _is_padding(encoded[match.end() :]):
         raise InvalidCodestreamError(_DAMAGED)
+    return match.end()
+
+
+def _is_padding(rest: bytes) -> bool:
+    """Return whether bytes after an end marker are padding: 00 and FF, after at most one byte of any value.
+
+    Frames have an even length. Some archives take the byte that makes them even from other memory.
+    """
+    return not rest[1:].strip(b"\0\xff")
 
 
 def _parse_jpeg2000(encoded: bytes, start: int) -> Codestream:
@@ -152,12 +163,12 @@ def _parse_jpeg2000(encoded: bytes, start: int) -> Codestream:
         marker, _, position = _read_segment(encoded, position)
         if marker not in _J2K_MAIN_HEADER_MARKERS:
             raise InvalidCodestreamError(_DAMAGED)
-    _check_tile_parts(encoded, position)
-    return Codestream(SIZ, bottom - top, right - left, (precision & 0x7F) + 1)
+    end = _check_tile_parts(encoded, position)
+    return Codestream(SIZ, bottom - top, right - left, (precision & 0x7F) + 1, end)
 
 
-def _check_tile_parts(encoded: bytes, position: int) -> None:
-    """Raise unless the lengths of all tile-parts add up to the position of the end marker."""
+def _check_tile_parts(encoded: bytes, position: int) -> int:
+    """Return the end of the end marker; raise unless the lengths of all tile-parts add up to its position."""
     while not encoded.startswith(_EOC, position):
         if not encoded[position:].strip(b"\0"):
             raise InvalidCodestreamError(_TRUNCATED, is_truncated=True)
@@ -166,11 +177,21 @@ def _check_tile_parts(encoded: bytes, position: int) -> None:
             raise InvalidCodestreamError(_DAMAGED)
         length = int.from_bytes(tile_part[2:6], "big")
         if length == 0:  # allowed for the last tile-part, which extends to the end marker
-            length = len(encoded.rstrip(b"\0")) - 2 - position
+            length = _find_last_end_marker(encoded) - position
         if length < 14:
             raise InvalidCodestreamError(_DAMAGED)
         position += length
         if position + 2 > len(encoded):
             raise InvalidCodestreamError(_TRUNCATED, is_truncated=True)
-    if encoded[position + 2 :].strip(b"\0\xff"):
+    if not _is_padding(encoded[position + 2 :]):
         raise InvalidCodestreamError(_DAMAGED)
+    return position + 2
+
+
+def _find_last_end_marker(encoded: bytes) -> int:
+    """Return the offset of the end marker, before any padding; raise if there is none."""
+    end = len(encoded.rstrip(b"\0"))
+    start = encoded.rfind(_EOC, max(0, end - 3), end)
+    if start < 0:
+        raise InvalidCodestreamError(_TRUNCATED, is_truncated=True)
+    return start

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydicom.encaps import get_frame
+from pydicom.encaps import encapsulate
 from pydicom.pixels.decoders.base import get_decoder
 
 from featray.ct.dicom.codestream import (
@@ -31,7 +31,6 @@ from featray.ct.dicom.codestream import (
     InvalidCodestreamError,
     parse_codestream,
 )
-from featray.ct.dicom.elements import Elements, find_fragments
 from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason, ScanError
 
@@ -48,26 +47,34 @@ _CODINGS = {
 }
 """Supported transfer syntaxes below `_JPEG_ROOT`, and the `Codestream.coding` that their frames may have."""
 
-_GDCM_ONLY = (_JPEG_ROOT + "51", _JPEG_ROOT + "201", _JPEG_ROOT + "202", _JPEG_ROOT + "203")
-"""12-bit JPEG and HTJ2K: GDCM decodes them, but pydicom's GDCM plug-in does not offer them."""
+_JPEG_EXTENDED = _JPEG_ROOT + "51"
+_HTJ2K = (_JPEG_ROOT + "201", _JPEG_ROOT + "202", _JPEG_ROOT + "203")
+"""GDCM decodes HTJ2K, and JPEG of 12 bits, but pydicom's GDCM plug-in does not offer them."""
 
 
-def decode_frame(header: SliceHeader, elements: Elements, frame: int) -> NDArray[Any]:
-    """Return the stored values of compressed frame number `frame` (from 0), axes (y, x).
+def check_transfer_syntax(header: SliceHeader) -> None:
+    """Raise ScanError (`unsupported`) unless there is a decoder for the transfer syntax."""
+    _select_decoder(header)
+
+
+def decode_frame(header: SliceHeader, encoded: bytes) -> NDArray[Any]:
+    """Return the stored values of one compressed frame, axes (y, x).
 
     The dtype follows from BitsAllocated and PixelRepresentation.
+
+    Args:
+        header: Header of the file.
+        encoded: The bytes of the frame, with their padding.
 
     Raises:
         ScanError: `truncated`, `unreadable` or `unsupported`.
     """
     decode = _select_decoder(header)
-    _check_encapsulation(header, elements)
-    encoded = elements.data[elements.pixel_start :]
+    encoded = _check_codestream(header, encoded)
     try:
-        _check_codestream(header, get_frame(encoded, frame, number_of_frames=header.number_of_frames))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            values = decode(header, encoded, frame)
+            values = decode(header, encoded)
     except ScanError:
         raise
     except Exception as error:  # decoders raise errors of any type; their texts may quote the file
@@ -84,10 +91,10 @@ def decode_frame(header: SliceHeader, elements: Elements, frame: int) -> NDArray
     return values
 
 
-def _select_decoder(header: SliceHeader) -> Callable[[SliceHeader, bytes, int], NDArray[Any]]:
+def _select_decoder(header: SliceHeader) -> Callable[[SliceHeader, bytes], NDArray[Any]]:
     """Return the decoding function for the transfer syntax, or raise `unsupported`."""
     syntax = header.transfer_syntax
-    if syntax in _GDCM_ONLY and header.bits_stored > 8:
+    if syntax in _HTJ2K or (syntax == _JPEG_EXTENDED and header.bits_stored > 8):
         return _decode_with_gdcm
     is_known = syntax.startswith(_JPEG_ROOT) and syntax.removeprefix(_JPEG_ROOT) in _CODINGS
     if syntax != _RLE and not is_known:
@@ -98,23 +105,24 @@ def _select_decoder(header: SliceHeader) -> Callable[[SliceHeader, bytes, int], 
     return _decode_with_pydicom
 
 
-def _decode_with_pydicom(header: SliceHeader, encoded: bytes, frame: int) -> NDArray[Any]:
+def _decode_with_pydicom(header: SliceHeader, encoded: bytes) -> NDArray[Any]:
     decoder = get_decoder(header.transfer_syntax)
     if not decoder.is_available:
         raise ScanError(
             Reason.UNSUPPORTED, f"{header.file_name}: cannot decode {decoder.UID.name}; install python-gdcm"
         )
-    values, _ = decoder.as_array(encoded, index=frame, raw=True, **_make_decoder_options(header))
+    item = encapsulate([encoded], has_bot=False)
+    values, _ = decoder.as_array(item, index=0, raw=True, **_make_decoder_options(header))
     return np.asarray(values)
 
 
-def _decode_with_gdcm(header: SliceHeader, encoded: bytes, frame: int) -> NDArray[Any]:
+def _decode_with_gdcm(header: SliceHeader, encoded: bytes) -> NDArray[Any]:
     try:
         import gdcm
     except ImportError:
         raise ScanError(Reason.UNSUPPORTED, f"{header.file_name}: install python-gdcm to decode it") from None
     fragment, fragments_of_frame = gdcm.Fragment(), gdcm.SequenceOfFragments.New()
-    fragment.SetByteStringValue(get_frame(encoded, frame, number_of_frames=header.number_of_frames))
+    fragment.SetByteStringValue(encoded)
     fragments_of_frame.AddFragment(fragment)
     element = gdcm.DataElement(gdcm.Tag(0x7FE0, 0x0010))
     element.SetValue(fragments_of_frame.__ref__())
@@ -134,32 +142,18 @@ def _decode_with_gdcm(header: SliceHeader, encoded: bytes, frame: int) -> NDArra
 
 
 def _make_decoder_options(header: SliceHeader) -> dict[str, Any]:
-    """Return the description of the image that pydicom's decoders need."""
+    """Return the description of one frame that pydicom's decoders need."""
     return {
         "rows": header.rows,
         "columns": header.columns,
         "samples_per_pixel": 1,
-        "number_of_frames": header.number_of_frames,
+        "number_of_frames": 1,
         "bits_allocated": header.bits_allocated,
         "bits_stored": header.bits_stored,
         "pixel_representation": int(header.is_signed),
         "photometric_interpretation": header.photometric_interpretation or "MONOCHROME2",
         "pixel_keyword": "PixelData",
     }
-
-
-def _check_encapsulation(header: SliceHeader, elements: Elements) -> None:
-    """Raise ScanError unless the pixel data hold an offset table and at least one fragment per frame."""
-    if elements.pixel_length is not None:
-        raise ScanError(
-            Reason.UNREADABLE,
-            f"{header.file_name}: the transfer syntax says compressed, but the pixel data are not",
-        )
-    if len(find_fragments(elements)) < 1 + header.number_of_frames:
-        raise ScanError(
-            Reason.TRUNCATED,
-            f"{header.file_name}: the compressed pixels are cut or incomplete; copy the file again",
-        )
 
 
 def _format_syntax(header: SliceHeader) -> str:
@@ -171,10 +165,14 @@ def _format_syntax(header: SliceHeader) -> str:
     return f" {uid}" if re.fullmatch(r"1\.2\.840\.10008\.1\.2[.0-9]{0,12}", uid) else ""
 
 
-def _check_codestream(header: SliceHeader, encoded: bytes) -> None:
-    """Raise ScanError unless the codestream is complete and agrees with the DICOM header."""
+def _check_codestream(header: SliceHeader, encoded: bytes) -> bytes:
+    """Return the codestream without its padding.
+
+    Raises:
+        ScanError: The codestream is incomplete, or does not agree with the DICOM header.
+    """
     if header.transfer_syntax == _RLE:
-        return  # an RLE frame states neither size nor precision
+        return encoded  # an RLE frame states neither size nor precision
     try:
         stream = parse_codestream(encoded)
     except InvalidCodestreamError as error:
@@ -192,6 +190,7 @@ def _check_codestream(header: SliceHeader, encoded: bytes) -> None:
             f"{header.file_name}: the pixels have another compression than the transfer syntax says",
         )
     _check_precision(header, stream)
+    return encoded[: stream.size]
 
 
 def _check_precision(header: SliceHeader, stream: Codestream) -> None:

@@ -1,16 +1,18 @@
-"""Read the stored pixel values of one frame, before rescale slope and intercept.
+"""Read the stored pixel values of the frames of one file, before rescale slope and intercept.
 
 In: header, elements and bytes of one file. Knows neither Hounsfield units nor other slices.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from featray.ct.dicom.elements import BIG_ENDIAN, DEFLATED, Elements
+from featray.ct.dicom.encapsulation import EncapsulatedFrames
 from featray.ct.dicom.header import SliceHeader
 from featray.ct.formats.inflate import MAX_RATIO
 from featray.errors import Reason, ScanError
@@ -90,29 +92,46 @@ def check_size(header: SliceHeader, elements: Elements, file_size: int) -> None:
         )
 
 
-def read_stored_values(header: SliceHeader, elements: Elements, frame: int = 0) -> NDArray[Any]:
-    """Return the stored values of frame number `frame` (from 0), axes (y, x), before slope and intercept.
+class PixelSource:
+    """The pixel data of one file, from which frames are read in any order."""
 
-    The dtype is that of the file: 8, 16 or 32 bits, signed or unsigned, either byte order. Bits above
-    BitsStored are cleared, or filled with the sign bit if values are signed. The array may be a read-only
-    view.
+    def __init__(self, header: SliceHeader, elements: Elements) -> None:
+        """Keep header and elements of a file that has passed `check_format` and `check_size`."""
+        self._header, self._elements = header, elements
 
-    Some software writes a negative PixelPaddingValue into unsigned pixels (63536 for -2000). Such padding
-    becomes negative again in a wider signed type; as stored, it would be the brightest value of the image.
+    def read_stored_values(self, frame: int = 0) -> NDArray[Any]:
+        """Return the stored values of frame number `frame` (from 0), axes (y, x), before slope and intercept.
 
-    Raises:
-        ScanError: `truncated`, `unreadable` or `unsupported`.
-    """
-    if header.transfer_syntax in NATIVE_SYNTAXES:
-        raw = _read_native_frame(header, elements, frame)
-        values = _clear_unused_bits(raw, header)
-    else:
+        The dtype is that of the file: 8, 16 or 32 bits, signed or unsigned, either byte order. Bits above
+        BitsStored are cleared, or filled with the sign bit if values are signed. The array may be a read-only
+        view.
+
+        Some software writes a negative PixelPaddingValue into unsigned pixels (63536 for -2000). Such padding
+        becomes negative again in a wider signed type; as stored, it would be the brightest value of the
+        image.
+
+        Raises:
+            ScanError: `truncated`, `unreadable` or `unsupported`.
+        """
+        header = self._header
+        if header.transfer_syntax in NATIVE_SYNTAXES:
+            raw = _read_native_frame(header, self._elements, frame)
+            values = _clear_unused_bits(raw, header)
+        else:
+            from featray.ct.dicom.decompress import decode_frame  # imports pydicom, see below
+
+            raw = decode_frame(header, self._compressed_frames.get_frame(frame))
+            values = _fit_to_bits_stored(raw, header)
+        return _restore_negative_padding(values, raw, header)
+
+    @functools.cached_property
+    def _compressed_frames(self) -> EncapsulatedFrames:
+        """The compressed frames, which are searched for once per file."""
         # Import pydicom (0.3 s) only for compressed files; most CT files are not compressed.
-        from featray.ct.dicom.decompress import decode_frame
+        from featray.ct.dicom.decompress import check_transfer_syntax
 
-        raw = decode_frame(header, elements, frame)
-        values = _fit_to_bits_stored(raw, header)
-    return _restore_negative_padding(values, raw, header)
+        check_transfer_syntax(self._header)
+        return EncapsulatedFrames(self._header, self._elements)
 
 
 def _read_native_frame(header: SliceHeader, elements: Elements, frame: int) -> NDArray[Any]:

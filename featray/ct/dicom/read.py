@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from featray.ct import geometry
 from featray.ct.dicom.elements import DEFLATED, Elements
 from featray.ct.dicom.header import SliceHeader, parse_file
-from featray.ct.dicom.pixels import check_format, check_size, read_stored_values
+from featray.ct.dicom.pixels import PixelSource, check_format, check_size
 from featray.ct.dicom.split import find_mixture
 from featray.ct.dicom.stack import build_stack, check_same_grid, find_same_positions
 from featray.ct.rescale import VOLUME_DTYPES, choose_dtype, find_extremes, rescale
@@ -103,18 +103,18 @@ class _Frame:
 
     Attributes:
         header: Header of the frame.
-        elements: Position of the pixel data in the file.
+        pixels: The pixel data of the file.
         data: Content of the whole file.
         index: Number of the frame in the file, from 0.
     """
 
     header: SliceHeader
-    elements: Elements
+    pixels: PixelSource
     data: bytes
     index: int = 0
 
     def read_stored_values(self) -> NDArray[Any]:
-        return read_stored_values(self.header, self.elements, self.index)
+        return self.pixels.read_stored_values(self.index)
 
 
 def _load_frames(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_Frame]:
@@ -134,8 +134,10 @@ def _load_frames(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_F
     if len({(header.slope is None, header.intercept is None) for header, _, _ in parsed}) > 1:
         raise ScanError(Reason.UNREADABLE, "RescaleSlope or RescaleIntercept is missing in some slices only")
     return [
-        _Frame(frame_header, elements, data, index)
-        for header, elements, data in parsed
+        _Frame(frame_header, pixels, data, index)
+        for header, pixels, data in (
+            (header, PixelSource(header, elements), data) for header, elements, data in parsed
+        )
         for index, frame_header in enumerate(_make_frame_headers(header, data))
     ]
 

@@ -284,3 +284,85 @@ def test_padding_within_the_stored_range_is_an_ordinary_value(
         dataset.PixelData = np.array([4000] + [5] * 23, np.uint16).tobytes()
 
     assert read([(name, encode_file(d)) for name, d in slices.items()])[0, 0, 0] == 4000 - 1024
+
+
+HTJ2K_8_BITS = base64.b64decode(
+    "/0//UQApQAAAAAAEAAAABgAAAAAAAAAAAAAABAAAAAYAAAAAAAAAAAABBwEB/1AACAACAAAAAv9SAAwAAgABAAUEBEAB/1wAEyBI"
+    "UFBQUFBQUFBQUFBQSEhI/2QAFwABT3BlbkpQSCBWZXIgMC4yNi4zLv+QAAoAAAAAAEAAAf+TwCXBAId0AAAAwBKAUgGHdADAE0AS"
+    "gCz7AAt0APkAR3QAwCeATCLyAyPCdQBO54AitAD/2Q=="
+)
+"""Like `HTJ2K`, with 8 bits and the values 0, 10, 20 ..."""
+
+
+def test_htj2k_of_eight_bits_is_decoded(make_series: MakeSeries, encode_file: EncodeFile) -> None:
+    files = make_compressed_files(
+        make_series,
+        encode_file,
+        HTJ2KLossless,
+        HTJ2K_8_BITS,
+        BitsAllocated=8,
+        BitsStored=8,
+        HighBit=7,
+        PixelData=bytes(24),
+    )
+
+    assert read(files)[0].tolist() == (10 * np.arange(24).reshape(6, 4)).tolist()
+
+
+STREAMS = ["JPEGLosslessProcess14_1", "JPEGLSLossless", "JPEG2000Lossless"]
+SYNTAXES = {
+    "JPEGLosslessProcess14_1": JPEGLosslessSV1,
+    "JPEGLSLossless": JPEGLSLossless,
+    "JPEG2000Lossless": JPEG2000Lossless,
+}
+TAGS = {"Rows": 24, "Columns": 20, "PixelData": bytes(960), "BitsStored": 12, "HighBit": 11}
+
+
+def strip_padding(stream: bytes) -> bytes:
+    return stream[: stream.rindex(b"\xff\xd9") + 2]
+
+
+@pytest.mark.parametrize("padding", [b"\x20", b"\x01", b"\xd9", b"\xff", b"\0", b"\x47\0", b"\0\0\0"])
+@pytest.mark.parametrize("name", STREAMS)
+def test_padding_after_the_end_marker_changes_nothing(
+    make_series: MakeSeries, encode_file: EncodeFile, name: str, padding: bytes
+) -> None:
+    stream = strip_padding(make_frame(make_series, name)) + padding
+    files = make_compressed_files(make_series, encode_file, SYNTAXES[name], stream, **TAGS)
+
+    assert np.array_equal(read(files)[0], make_values(12, signed=False)[0])
+
+
+def test_a_last_tile_part_of_open_length_ends_before_the_padding(make_series: MakeSeries) -> None:
+    stream = bytearray(strip_padding(make_frame(make_series, "JPEG2000Lossless")))
+    tile = stream.index(b"\xff\x90")
+    stream[tile + 6 : tile + 10] = bytes(4)
+
+    for padding in (b"", b"\0", b"\x20"):
+        assert parse_codestream(bytes(stream) + padding).size == len(stream)
+    with pytest.raises(InvalidCodestreamError) as caught:
+        parse_codestream(bytes(stream[:-2]))
+    assert caught.value.is_truncated
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_more_than_one_byte_of_other_data_after_the_end_marker_is_damage(
+    make_series: MakeSeries, name: str
+) -> None:
+    stream = strip_padding(make_frame(make_series, name))
+
+    for rest in (b"\x20\x20", b"\0\x20", b"\x20\0\x20"):
+        with pytest.raises(InvalidCodestreamError, match="damaged"):
+            parse_codestream(stream + rest)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_stream_whose_end_marker_is_replaced_by_padding_is_truncated(
+    make_series: MakeSeries, name: str
+) -> None:
+    stream = strip_padding(make_frame(make_series, name))
+
+    for rest in (b"", b"\x20", b"\xff", b"\0\0"):
+        with pytest.raises(InvalidCodestreamError) as caught:
+            parse_codestream(stream[:-2] + rest)
+        assert caught.value.is_truncated

@@ -33,7 +33,7 @@ _KNOWN_MODALITIES = frozenset(
 _SECONDARY_CAPTURE_PREFIX = "1.2.840.10008.5.1.4.1.1.7."
 """SOP class of Secondary Capture Image Storage; the multi-frame variants append 1 to 4."""
 
-_LOCALIZER_IMAGE_TYPES = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
+LOCALIZER_IMAGE_TYPES = frozenset({"LOCALIZER", "SCOUT", "SURVIEW", "REF_SURVIEW", "TOPOGRAM"})
 
 MAX_COSINE_DIFFERENCE = 1e-3
 """Orientations are equal if their cosines differ by at most this; headers are rounded to 4 to 6 digits."""
@@ -79,7 +79,7 @@ def find_exclusion(header: SliceHeader, *, accept_other_modalities: bool) -> Exc
         advice = f" with the geometry of a slice; {CAPTURE_ADVICE}" if is_readable else ""
         kind = "" if is_readable else " (report, screenshot or copy of a localizer)"
         return Reason.NOT_CT, f"a secondary capture{kind}{advice}"
-    if _LOCALIZER_IMAGE_TYPES & set(header.image_type):
+    if LOCALIZER_IMAGE_TYPES & set(header.image_type):
         return Reason.NOT_A_VOLUME, "a localizer, not a volume"
     return None
 

@@ -116,10 +116,13 @@ class SliceHeader:
         patient_hash: Hash of PatientID; empty if there is none.
         temporal_position: TemporalPositionIdentifier, or TemporalPositionIndex of an enhanced frame.
         stack_id: StackID of an enhanced frame: the stack of frames that it belongs to.
+        frame_labels: Values of an enhanced frame that tell volumes in one file apart, such as its energy and
+            cardiac phase.
         concatenation_uid: ConcatenationUID, shared by the files that one multi-frame image was split into.
         concatenation_total: InConcatenationTotalNumber: how many files these are; 0 if unknown.
         image_type: Values of ImageType, e.g. ("ORIGINAL", "PRIMARY", "LOCALIZER").
-        instance_number: InstanceNumber. It explains gaps and never decides the order of slices.
+        instance_number: InstanceNumber; of an enhanced frame its place in the stack or in the file. It
+            explains gaps, shows passes that overlap, and never decides the order of slices.
         position: ImagePositionPatient: center of the first pixel, LPS mm (PS3.3 C.7.6.2).
         orientation: ImageOrientationPatient: direction cosines along a row (growing column index), then
             along a column (growing row index).
@@ -158,6 +161,7 @@ class SliceHeader:
     slice_thickness: str = ""
     echo_number: str = ""
     stack_id: str = ""
+    frame_labels: str = ""
     concatenation_uid: str = ""
     concatenation_total: int = 0
     modality: str = ""

@@ -7,9 +7,11 @@ since they were listed. This module must not know paths or storage. Conventions:
   different images at one position are refused.
 - Slices of several volumes that lie between each other are refused, also if their steps are equal (see
   `split.find_mixture`).
-- RescaleSlope and RescaleIntercept apply per slice (PS3.3 C.11.1). If no slice has them they are 1 and 0; if
-  only some slices have them the scan is `unreadable`. A RescaleType other than HU or US (unspecified) adds
-  the warning `not_hu`.
+- Every check is made on images, which are slices or the frames of a multi-frame file.
+- RescaleSlope and RescaleIntercept apply per image (PS3.3 C.11.1). If no image has them they are 1 and 0; if
+  only some images have them the scan is `unreadable`, and also if their RescaleType differs. A RescaleType
+  other than HU or US (unspecified) adds the warning `not_hu`.
+- Frames of different kinds (original and derived, perfusion, a localizer) are refused.
 - Padding pixels keep their value after the rescale (often -3024). Windowing clips them later.
 - Gantry tilt and irregular steps are refused unless the caller will resample them. Missing slices are always
   refused. Nothing is resampled here.
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 
 from featray.ct import geometry
 from featray.ct.dicom.elements import DEFLATED, Elements
+from featray.ct.dicom.exclude import LOCALIZER_IMAGE_TYPES
 from featray.ct.dicom.header import SliceHeader, parse_file
 from featray.ct.dicom.pixels import PixelSource, check_format, check_size
 from featray.ct.dicom.split import find_mixture
@@ -37,8 +40,17 @@ from featray.errors import Reason, ScanError, WarningCode
 _MAX_VALUE = 1e30
 """Larger scaled values are refused because they approach infinity in float32."""
 
-_HU_RESCALE_TYPES = ("", "HU", "US")
-"""Values of RescaleType that are accepted as Hounsfield units; US means unspecified."""
+_UNSPECIFIED_RESCALE_TYPES = ("", "US")
+"""Values of RescaleType that name no unit."""
+
+_HU_RESCALE_TYPES = (*_UNSPECIFIED_RESCALE_TYPES, "HU")
+"""Values of RescaleType that are accepted as Hounsfield units."""
+
+_COMPUTED_IMAGE_TYPES = frozenset(
+    {"ADDITION", "DIVISION", "MASKED", "MAXIMUM", "MEAN", "MINIMUM", "MULTIPLICATION", "PERFUSION"}
+    | {"QUANTITY", "STD_DEVIATION", "SUBTRACTION"}
+)
+"""Values of FrameType whose frames are no slices of a plain CT volume (PS3.3 C.8.16.1)."""
 
 
 def read_series(
@@ -131,15 +143,35 @@ def _load_frames(files: Sequence[tuple[str, bytes]], max_voxels: int) -> list[_F
         check_size(header, elements, len(data))
     _check_concatenation([header for header, _, _ in parsed])
     parsed = [_inflate_pixels(header, elements, data) for header, elements, data in parsed]
-    if len({(header.slope is None, header.intercept is None) for header, _, _ in parsed}) > 1:
+    frames = []
+    for header, elements, data in parsed:
+        pixels = PixelSource(header, elements)
+        headers = _make_frame_headers(header, elements, data)
+        frames += [_Frame(frame_header, pixels, data, index) for index, frame_header in enumerate(headers)]
+    _check_values([frame.header for frame in frames])
+    _check_frame_types([frame.header for frame in frames])
+    return frames
+
+
+def _check_values(images: list[SliceHeader]) -> None:
+    """Raise ScanError unless all images (slices or frames) have rescale values, or none, and one unit."""
+    if len({(image.slope is None, image.intercept is None) for image in images}) > 1:
         raise ScanError(Reason.UNREADABLE, "RescaleSlope or RescaleIntercept is missing in some slices only")
-    return [
-        _Frame(frame_header, pixels, data, index)
-        for header, pixels, data in (
-            (header, PixelSource(header, elements), data) for header, elements, data in parsed
+    if len({image.rescale_type for image in images} - set(_UNSPECIFIED_RESCALE_TYPES)) > 1:
+        raise ScanError(Reason.UNREADABLE, "slices with different RescaleType (units) in one series")
+
+
+def _check_frame_types(images: list[SliceHeader]) -> None:
+    """Raise ScanError unless the frames of multi-frame files are images of one kind and no localizers."""
+    types = [image.image_type for image in images if image.has_functional_groups]
+    if any(LOCALIZER_IMAGE_TYPES & set(values) for values in types):
+        raise ScanError(Reason.NOT_A_VOLUME, "a frame is a localizer; give it a series of its own")
+    if len({(values[:1], _COMPUTED_IMAGE_TYPES & set(values[2:])) for values in types}) > 1:
+        raise ScanError(
+            Reason.NOT_A_VOLUME,
+            "frames with different FrameType (original, derived, perfusion, projection) in one image; give "
+            "each kind a series of its own",
         )
-        for index, frame_header in enumerate(_make_frame_headers(header, data))
-    ]
 
 
 def _check_concatenation(headers: list[SliceHeader]) -> None:
@@ -166,13 +198,13 @@ def _inflate_pixels(
     return (*parse_file(data, header.name, end), data)
 
 
-def _make_frame_headers(header: SliceHeader, data: bytes) -> list[SliceHeader]:
+def _make_frame_headers(header: SliceHeader, elements: Elements, data: bytes) -> list[SliceHeader]:
     """Return one header per frame of a file."""
     if not header.has_functional_groups:
         return [header]
     from featray.ct.dicom.multiframe import make_frame_headers  # imports pydicom, which is slow
 
-    return make_frame_headers(header, data)
+    return make_frame_headers(header, elements, data)
 
 
 def _drop_copies(frames: list[_Frame]) -> tuple[list[_Frame], tuple[str, ...]]:

@@ -38,10 +38,14 @@ _TELLING_FIELDS = {
     "frame_of_reference_uid": "FrameOfReferenceUID",
     "series_number": "SeriesNumber",
     "image_type": "ImageType",
+    "frame_labels": "the functional groups (energy, phase, reconstruction)",
     "sop_class_uid": "SOPClassUID",
     "modality": "Modality",
 }
-"""Fields of `SliceHeader` that do not alternate in one volume → DICOM keyword, the most explicit first."""
+"""Fields of `SliceHeader` that do not alternate in one volume → their name in messages.
+
+The most explicit field is first.
+"""
 
 _FURTHER_FIELDS = ("trigger_time",)
 """Fields that separate volumes like `_TELLING_FIELDS`, but that may differ in each slice of a volume."""

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import base64
+import struct
 import tempfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import gdcm
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pydicom import dcmread
 from pydicom.dataset import Dataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
+from pydicom.filebase import DicomBytesIO
+from pydicom.sequence import Sequence
 from pydicom.uid import JPEG2000, HTJ2KLossless, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless
 
+from featray.ct.dicom import encapsulation
 from featray.ct.dicom.codestream import InvalidCodestreamError, parse_codestream
+from featray.ct.dicom.elements import Elements, find_fragments
 from featray.ct.dicom.read import read_series
 from featray.errors import Reason, ScanError
 
@@ -145,10 +152,6 @@ def make_compressed_files(
 
 def make_frame(make_series: MakeSeries, syntax: str) -> bytes:
     """Return the codestream of one unsigned 12-bit slice of `SHAPE`."""
-    from pydicom import dcmread
-    from pydicom.encaps import get_frame
-    from pydicom.filebase import DicomBytesIO
-
     slices = make_slices(make_series, make_values(12, signed=False), 12, signed=False)
     return get_frame(
         dcmread(DicomBytesIO(transcode(slices["001.dcm"], syntax))).PixelData, 0, number_of_frames=1
@@ -366,3 +369,115 @@ def test_a_stream_whose_end_marker_is_replaced_by_padding_is_truncated(
         with pytest.raises(InvalidCodestreamError) as caught:
             parse_codestream(stream[:-2] + rest)
         assert caught.value.is_truncated
+
+
+EncodeFrames = Callable[..., Files]
+
+
+@pytest.fixture
+def encode_frames(make_series: MakeSeries, encode_file: EncodeFile) -> EncodeFrames:
+    """Return a function that makes an enhanced JPEG 2000 file of 12-bit frames of `SHAPE`.
+
+    Its arguments are the fragments of each frame and the Basic Offset Table, None for the right one.
+    """
+
+    def encode(frames: list[list[bytes]], table: list[int] | None = None) -> Files:
+        (dataset,) = make_series(1, PixelRepresentation=0, RescaleIntercept=0, **TAGS).values()
+        dataset.file_meta.TransferSyntaxUID = JPEG2000Lossless
+        dataset.NumberOfFrames = len(frames)
+        dataset.PerFrameFunctionalGroupsSequence = Sequence(map(make_plane_group, range(len(frames))))
+        starts = np.cumsum([0, *(sum(len(fragment) + 8 for fragment in frame) for frame in frames)])
+        offsets = starts[:-1].tolist() if table is None else table
+        items = [struct.pack(f"<{len(offsets)}I", *offsets), *(part for frame in frames for part in frame)]
+        dataset.PixelData = b"".join(
+            b"\xfe\xff\0\xe0" + struct.pack("<I", len(item)) + item for item in items
+        )
+        dataset["PixelData"].is_undefined_length = True
+        dataset["PixelData"].VR = "OB"
+        return [("v.dcm", encode_file(dataset))]
+
+    return encode
+
+
+def make_plane_group(z: int) -> Dataset:
+    """Return the functional groups of a frame at `z` mm."""
+    plane, group = Dataset(), Dataset()
+    plane.ImagePositionPatient = [0, 0, z]
+    group.PlanePositionSequence = Sequence([plane])
+    return group
+
+
+@pytest.fixture
+def frame_streams(make_series: MakeSeries) -> list[bytes]:
+    """Return one JPEG 2000 stream of even length per slice of `make_values(12)`."""
+    slices = make_slices(make_series, make_values(12, signed=False), 12, signed=False)
+    streams = []
+    for dataset in slices.values():
+        decoded = dcmread(DicomBytesIO(transcode(dataset, "JPEG2000Lossless")))
+        streams.append(get_frame(decoded.PixelData, 0, number_of_frames=1))
+    return streams
+
+
+def cut(stream: bytes, *places: int) -> list[bytes]:
+    """Return the fragments of a stream that is cut at the given places."""
+    edges = [0, *places, len(stream)]
+    return [stream[start:end] for start, end in pairwise(edges)]
+
+
+@pytest.mark.parametrize(
+    ("places", "table"),
+    [
+        pytest.param([(), (), ()], None, id="one-fragment-per-frame"),
+        pytest.param([(), (), ()], [], id="no-table"),
+        pytest.param([(), (), ()], [0, 4, 8], id="wrong-table"),
+        pytest.param([(), (), ()], [0], id="table-of-one-frame"),
+        pytest.param([(20,), (), (10, 40)], None, id="several-fragments"),
+        pytest.param([(20,), (), (10, 40)], [], id="several-fragments-without-table"),
+        pytest.param([(20,), (), (10, 40)], [0, 4, 8], id="several-fragments-with-wrong-table"),
+    ],
+)
+def test_frames_are_found_among_their_fragments(
+    encode_frames: EncodeFrames,
+    frame_streams: list[bytes],
+    places: list[tuple[int, ...]],
+    table: list[int] | None,
+) -> None:
+    frames = [cut(stream, *cuts) for stream, cuts in zip(frame_streams, places, strict=True)]
+
+    assert np.array_equal(read(encode_frames(frames, table)), make_values(12, signed=False))
+
+
+def test_frames_that_no_table_and_no_end_marker_separate_are_unreadable(
+    encode_frames: EncodeFrames, frame_streams: list[bytes]
+) -> None:
+    frames = [cut(stream, 20) for stream in frame_streams]
+    frames[1][1] = frames[1][1][:-12]
+
+    assert read_refusal_reason(encode_frames(frames, [])) == Reason.UNREADABLE
+
+
+def test_fewer_fragments_than_frames_are_truncated(
+    encode_frames: EncodeFrames, frame_streams: list[bytes]
+) -> None:
+    frames = [[frame_streams[0]], [frame_streams[1]], []]
+
+    assert read_refusal_reason(encode_frames(frames, [])) == Reason.TRUNCATED
+
+
+def test_the_fragments_of_a_file_are_searched_for_once_and_not_copied_together(
+    encode_frames: EncodeFrames, frame_streams: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searches: list[int] = []
+
+    def search(elements: Elements) -> list[tuple[int, int]]:
+        searches.append(len(elements.data))
+        return find_fragments(elements)
+
+    monkeypatch.setattr(encapsulation, "find_fragments", search)
+    streams = frame_streams * 20
+    files = encode_frames([[stream] for stream in streams])
+
+    voxels = read(files)
+
+    assert np.array_equal(voxels, np.tile(make_values(12, signed=False), (20, 1, 1)))
+    assert searches == [len(files[0][1])]

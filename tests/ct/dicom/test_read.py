@@ -509,3 +509,154 @@ def test_the_number_of_functional_groups_must_equal_the_number_of_frames(
     del dataset.PerFrameFunctionalGroupsSequence[4]
 
     assert read_refusal_reason(encode_files({"v.dcm": dataset})) == Reason.UNREADABLE
+
+
+def edit_frames(dataset: Dataset, edit: Callable[[Dataset, int], None]) -> Dataset:
+    """Apply `edit` to the own functional groups of each frame, given with its number from 0."""
+    for number, own in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+        edit(own, number)
+    return dataset
+
+
+def set_group(own: Dataset, sequence: str, **values: Any) -> None:
+    setattr(own, sequence, Sequence([make_item(**values)]))
+
+
+def make_frames_with_own_rescale(
+    series: dict[str, Dataset], without: tuple[int, ...], **top_level: float
+) -> Dataset:
+    """Return an enhanced file of 5 frames with own rescale values, except the frames `without`."""
+
+    def edit(own: Dataset, number: int) -> None:
+        if number not in without:
+            set_group(own, "PixelValueTransformationSequence", RescaleSlope=2, RescaleIntercept=-number)
+
+    dataset = edit_frames(make_multiframe(series, [0, 2, 4, 6, 8]), edit)
+    del dataset.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+    for keyword, value in top_level.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
+def test_rescale_applies_per_frame(make_series: MakeSeries, encode_files: EncodeFiles) -> None:
+    volume = read(encode_files({"v.dcm": make_frames_with_own_rescale(make_series(), ())}))
+
+    stored = make_expected_zyx() + 1024
+    assert (volume.voxels_zyx == stored * 2 - np.arange(5)[:, None, None]).all()
+
+
+@pytest.mark.parametrize("top_level", [{}, {"RescaleSlope": 1, "RescaleIntercept": 0}])
+@pytest.mark.parametrize("without", [(0,), (2,), (1, 2, 3, 4)])
+def test_frames_without_rescale_beside_frames_that_have_it_fail_the_scan(
+    make_series: MakeSeries, encode_files: EncodeFiles, without: tuple[int, ...], top_level: dict[str, float]
+) -> None:
+    dataset = make_frames_with_own_rescale(make_series(), without, **top_level)
+
+    assert read_refusal_reason(encode_files({"v.dcm": dataset})) == Reason.UNREADABLE
+
+
+@pytest.mark.parametrize("place", ["shared", "frame", "rescale"])
+def test_a_modality_lookup_table_in_functional_groups_is_unsupported(
+    make_series: MakeSeries, encode_files: EncodeFiles, place: str
+) -> None:
+    dataset = make_multiframe(make_series(), [0, 2, 4, 6, 8])
+    shared = dataset.SharedFunctionalGroupsSequence[0]
+    targets = {
+        "shared": shared,
+        "frame": dataset.PerFrameFunctionalGroupsSequence[3],
+        "rescale": shared.PixelValueTransformationSequence[0],
+    }
+    targets[place].ModalityLUTSequence = Sequence([make_item(LUTExplanation="x")])
+
+    assert read_refusal_reason(encode_files({"v.dcm": dataset})) == Reason.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    ("sequence", "keyword", "values"),
+    [
+        ("CTReconstructionSequence", "ConvolutionKernel", ["B30", "B70"]),
+        ("CTReconstructionSequence", "ReconstructionAlgorithm", ["FILTER_BACK_PROJ", "ITERATIVE"]),
+        ("CTXRayDetailsSequence", "KVP", [80, 140]),
+        ("FrameContentSequence", "FrameAcquisitionNumber", [1, 2]),
+        ("PixelMeasuresSequence", "SliceThickness", [1, 5]),
+        ("CTImageFrameTypeSequence", "FrameType", [["ORIGINAL", "PRIMARY", "REST"], ["ORIGINAL", "PRIMARY"]]),
+        ("CardiacSynchronizationSequence", "NominalPercentageOfCardiacPhase", [30.0, 70.0]),
+        ("MultienergyCTCharacteristicsSequence", "MonoenergeticEnergyEquivalent", [40.0, 70.0]),
+        ("FrameContentSequence", "InStackPositionNumber", None),
+        ("PlanePositionSequence", "", None),
+    ],
+)  # fmt: skip
+def test_frames_of_two_volumes_that_alternate_are_refused_and_successive_ranges_are_read(
+    make_series: MakeSeries,
+    encode_files: EncodeFiles,
+    sequence: str,
+    keyword: str,
+    values: list[Any] | None,
+) -> None:
+    def make_file(*, alternate: bool) -> Files:
+        places = [2 * i + i // 4 - 8 * (i // 4) if alternate else i for i in range(8)]
+        dataset = make_multiframe(make_series(8), places)
+
+        def edit(own: Dataset, number: int) -> None:
+            if values:
+                set_group(own, sequence, **{keyword: values[number // 4]})
+            elif keyword:
+                set_group(own, sequence, **{keyword: number % 4 + 1 if alternate else number + 1})
+            if sequence == "PixelMeasuresSequence":
+                own.PixelMeasuresSequence[0].PixelSpacing = [0.5, 0.25]
+
+        return encode_files({"v.dcm": edit_frames(dataset, edit)})
+
+    assert read_refusal_reason(make_file(alternate=True)) == Reason.DUPLICATE_SLICES
+    assert (read(make_file(alternate=False)).voxels_zyx == make_expected_zyx(8)).all()
+
+
+@pytest.mark.parametrize(
+    "frame_type",
+    [
+        ["ORIGINAL", "PRIMARY", "LOCALIZER", "NONE"],
+        ["DERIVED", "PRIMARY", "VOLUME", "NONE"],
+        ["ORIGINAL", "PRIMARY", "PERFUSION", "NONE"],
+        ["ORIGINAL", "PRIMARY", "VOLUME", "MAXIMUM"],
+    ],
+)
+def test_a_frame_of_another_kind_among_the_frames_is_not_a_volume(
+    make_series: MakeSeries, encode_files: EncodeFiles, frame_type: list[str]
+) -> None:
+    def edit(own: Dataset, number: int) -> None:
+        usual = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"]
+        set_group(own, "CTImageFrameTypeSequence", FrameType=frame_type if number == 2 else usual)
+
+    dataset = edit_frames(make_multiframe(make_series(), [0, 2, 4, 6, 8]), edit)
+
+    assert read_refusal_reason(encode_files({"v.dcm": dataset})) == Reason.NOT_A_VOLUME
+
+
+@pytest.mark.parametrize(
+    ("sequence", "tags", "reason"),
+    [
+        ("PixelMeasuresSequence", {"PixelSpacing": [0.5, 0.3]}, Reason.NOT_A_VOLUME),
+        ("PlaneOrientationSequence", {"ImageOrientationPatient": SAGITTAL}, Reason.NOT_A_VOLUME),
+        ("PixelValueTransformationSequence", {"RescaleSlope": 0, "RescaleIntercept": 0}, Reason.UNREADABLE),
+        ("FrameContentSequence", {"StackID": "2"}, Reason.DUPLICATE_SLICES),
+        ("FrameContentSequence", {"TemporalPositionIndex": 2}, Reason.DUPLICATE_SLICES),
+    ],
+)
+def test_one_bad_frame_fails_the_scan(
+    make_series: MakeSeries, encode_files: EncodeFiles, sequence: str, tags: dict[str, Any], reason: Reason
+) -> None:
+    dataset = make_multiframe(make_series(), [0, 2, 4, 6, 8])
+    set_group(dataset.PerFrameFunctionalGroupsSequence[2], sequence, **tags)
+
+    assert read_refusal_reason(encode_files({"v.dcm": dataset})) == reason
+
+
+def test_images_in_other_units_among_slices_in_hu_fail_the_scan(
+    make_series: MakeSeries, encode_files: EncodeFiles
+) -> None:
+    slices = make_series(RescaleType="HU")
+    slices["003.dcm"].RescaleType = "Z_EFF"
+    assert read_refusal_reason(encode_files(slices)) == Reason.UNREADABLE
+
+    slices["003.dcm"].RescaleType = "US"
+    assert read(encode_files(slices)).warnings == ()

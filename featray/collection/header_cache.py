@@ -93,7 +93,8 @@ class HeaderCache:
     """
 
     def __init__(self) -> None:
-        self._stamp = ""
+        self._stamp = self._stored_stamp = ""
+        self._stored: dict[str, tuple[CacheEntry, ...]] = {}
         self._previous: dict[str, tuple[CacheEntry, ...]] = {}
         self._current: dict[str, tuple[CacheEntry, ...]] = {}
 
@@ -105,7 +106,7 @@ class HeaderCache:
             table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
             if not _has_stacks(table.schema):
                 return cls()
-            cache._stamp = (table.schema.metadata or {})[_STAMP].decode()
+            cache._stamp = cache._stored_stamp = (table.schema.metadata or {})[_STAMP].decode()
             for row in table.cast(_COLUMNS).to_pylist():
                 cache._previous.setdefault(row["place"], ())
                 cache._previous[row["place"]] += (_parse_entry(row),)
@@ -114,7 +115,7 @@ class HeaderCache:
                 "the cache of DICOM headers is damaged (%s); every header is read again", type(error).__name__
             )
             return cls()
-        cache._current = dict(cache._previous)
+        cache._stored, cache._current = cache._previous, dict(cache._previous)
         return cache
 
     def to_bytes(self) -> bytes:
@@ -130,8 +131,9 @@ class HeaderCache:
 
     @property
     def is_changed(self) -> bool:
-        """Whether the last listing put other entries than it was given, so that the cache must be stored."""
-        return self._current != self._previous
+        """Whether the last listing put other entries than those that are stored, or with another stamp."""
+        is_other_stamp = bool(self._current) and self._stamp != self._stored_stamp
+        return is_other_stamp or self._current != self._stored
 
     def start_listing(self, stamp: str) -> None:
         """Prepare for a listing, and drop entries that were made with another stamp.

@@ -62,6 +62,7 @@ from featray.output.dataset import (
 from featray.output.delta_log import LOG, FileChange, PendingCommit, TableLog
 from featray.output.orphans import find_orphans, list_output_files
 from featray.schema import DataFile, Receipt, ScanRecord
+from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,8 @@ class Committer:
         features, scans = [TableLog.open(dataset.store, table) for table in (FEATURES, SCANS)]
         _check_partitions(features, partition_by)
         refuse_missing_table(dataset.store, features, scans)
+        for name in [name for name, table in ((FEATURES, features), (SCANS, scans)) if table is None]:
+            _refuse_files_without_log(dataset.store, name, run_id)
         self._logs = {
             FEATURES: features or _create_table(dataset, FEATURES, (), partition_by),
             SCANS: scans or _create_table(dataset, SCANS, extra_columns, ()),
@@ -434,14 +437,18 @@ def _map_in_threads(function: Callable[[_In], _Out], items: Iterable[_In]) -> It
 def _create_table(
     dataset: Dataset, table: str, extra_columns: Sequence[str], partition_by: Sequence[str]
 ) -> TableLog:
-    written = [name for name in dataset.store.list_files(table) if parse_run_id(name)]
-    if written:
-        raise ConfigError(
-            f"{dataset.store!r}: the folder {table} holds {len(written)} files of earlier runs, but no log "
-            f"that says which of them are valid. Restore {table}/{LOG}, or delete what is left of the output"
-        )
     schema = make_table_schema(table, extra_columns, partition_by)
     return TableLog.create(dataset.store, table, schema, partition_by)
+
+
+def _refuse_files_without_log(store: Store, table: str, run_id: str) -> None:
+    """Raise if a table without a log has files of other runs; they would be deleted as orphans."""
+    written = [name for name in store.list_files(table) if parse_run_id(name) not in (None, run_id)]
+    if written:
+        raise ConfigError(
+            f"{store!r}: the folder {table} holds {len(written)} files of earlier runs, but no log that says "
+            f"which of them are valid. Restore {table}/{LOG}, or delete what is left of the output"
+        )
 
 
 def _check_partitions(features: TableLog | None, partition_by: Sequence[str]) -> None:

@@ -222,7 +222,7 @@ def _fetch_all(fs: fsspec.AbstractFileSystem, paths: Sequence[str], *, was_liste
         paths: Paths of the files.
         was_listed: Whether listing has seen the files, or only a manifest names them.
     """
-    fetch = functools.partial(_fetch, fs, was_listed=was_listed)
+    fetch = functools.partial(_fetch if was_listed else _fetch_unlisted, fs)
     if len(paths) == 1 or isinstance(fs, LocalFileSystem):
         return [(path, fetch(path)) for path in paths]
     with ThreadPoolExecutor(min(_FETCH_THREADS, len(paths))) as pool:
@@ -241,8 +241,14 @@ def _fetch_data_files(fs: fsspec.AbstractFileSystem, header: str, names: Sequenc
     return [(name, data) for name, (_, data) in zip(names, fetched, strict=True)]
 
 
-def _fetch(fs: fsspec.AbstractFileSystem, path: str, *, was_listed: bool) -> bytes:
-    data: bytes = _ask_store(path, lambda: fs.cat_file(path), was_listed=was_listed)
+def _fetch(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+    data: bytes = _ask_store(path, lambda: fs.cat_file(path))
+    return data
+
+
+def _fetch_unlisted(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
+    """Return the bytes of a file that only a manifest names."""
+    data: bytes = _ask_store(path, lambda: fs.cat_file(path), was_listed=False)
     return data
 
 

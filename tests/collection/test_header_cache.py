@@ -155,6 +155,24 @@ def write_series(folder: Path, seed: int) -> list[Path]:
     return sorted(folder.iterdir())
 
 
+def test_a_cache_is_stored_again_if_its_entries_or_its_stamp_have_changed(tmp_path: Path) -> None:
+    write_series(tmp_path / "s", 1)
+    cache = HeaderCache()
+    assert not cache.is_changed
+    list_folder(tmp_path, cache)
+    stored = cache.to_bytes()
+    for stamp, has_entries, is_changed in [("same", True, False), ("new", True, True), ("new", False, True)]:
+        again = HeaderCache.from_bytes(stored)
+        entries = {key: again.get(key) for key in again._stored}
+        again.start_listing(cache._stamp if stamp == "same" else stamp)
+        for key in entries if has_entries else ():
+            again.put(key, entries[key])
+        assert again.is_changed is is_changed
+    empty = HeaderCache()
+    empty.start_listing("new")
+    assert not empty.is_changed  # a collection without DICOM needs no cache
+
+
 def test_only_changed_folders_and_folders_that_share_a_series_with_them_are_read(
     tmp_path: Path, header_reads: list[str]
 ) -> None:

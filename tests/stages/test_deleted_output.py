@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from stages.test_commit import (
+    LATER,
     RUN,
     list_stored,
     make_committer,
@@ -16,10 +20,12 @@ from stages.test_commit import (
     write_receipt,
 )
 
+from featray.cli.main import main
 from featray.commands.status import status
 from featray.errors import ConfigError, FeatrayError, MissingFileError, OutputBusyError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.lease import Lease
+from featray.schema import Receipt
 from featray.stages.commit import Committer
 from featray.storage.store import Store
 
@@ -70,6 +76,42 @@ def test_a_deleted_output_ends_the_run_with_one_message(
     assert logs == {FEATURES, SCANS} - deleted
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_run_whose_output_is_deleted_ends_with_exit_code_1_and_one_message(
+    where: str,
+    config_of: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+) -> None:
+    output: dict[str, Any] = {"uri": str(tmp_path / "out")}
+    if where == "s3":
+        options = request.getfixturevalue("s3_options")
+        output = {"uri": request.getfixturevalue("s3_folder"), "storage_options": options}
+    config = config_of()
+    config["output"] = output
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    command = ["extract", str(tmp_path / "config.yaml"), "--quiet"]
+    write_commit = Committer.commit
+
+    def delete_and_commit(self: Committer, receipts: Sequence[Receipt]) -> None:
+        self.dataset.store.delete(self.dataset.store.list_files())
+        write_commit(self, receipts)
+
+    monkeypatch.setattr(Committer, "commit", delete_and_commit)
+    assert main(command) == 1
+    errors = capsys.readouterr().err
+    assert BOTH in errors
+    assert "Traceback" not in errors
+    monkeypatch.undo()
+    store = Store(output["uri"], output.get("storage_options"))
+    assert not any("_delta_log" in name for name in store.list_files())
+    store.delete(store.list_files())
+    assert main(command) == 0
+
+
 def test_an_output_that_another_run_has_taken_over_is_busy(dataset: Dataset) -> None:
     with Lease(dataset.store, RUN) as lease:
         committer = make_committer(dataset, check_lease=lease.check)
@@ -102,7 +144,7 @@ def test_files_of_features_without_a_log_are_not_taken_for_orphans(dataset: Data
     stored = list_stored(dataset)
     delete(dataset, "features/_delta_log", "scans")
     with pytest.raises(ConfigError, match="holds 2 files of earlier runs, but no log"):
-        make_committer(dataset)
+        make_committer(dataset, LATER)
     assert list_stored(dataset) == stored
 
 

@@ -206,8 +206,11 @@ def _check_values(batch: pa.RecordBatch) -> Iterator[Fault]:
     is_finite = np.isfinite(batch["feature"].flatten().to_numpy(zero_copy_only=False))
     if is_finite.all():
         return
-    ids = batch["scan_id"].take(pa.array(_find_rows_of_items(batch["feature"], ~is_finite)))
-    detail = f"{ids[0].as_py()}: at least {np.count_nonzero(~is_finite)} values in its file"
+    rows = _find_rows_of_items(batch["feature"], ~is_finite)
+    ids, patches = [batch[name].take(pa.array(rows)) for name in ("scan_id", "patch")]
+    values = batch["feature"][int(rows[0])].values.to_numpy(zero_copy_only=False)
+    count = np.count_nonzero(~np.isfinite(values))
+    detail = f"{ids[0].as_py()}: {count} of {len(values)} values of patch {patches[0].as_py()}"
     yield Fault(FindingKind.NOT_FINITE, ids, detail)
 
 

@@ -272,3 +272,26 @@ def test_the_run_folder_names_the_command(config: dict[str, Any]) -> None:
 def test_the_number_of_scans_per_file_is_about_the_square_root_of_all_scans() -> None:
     assert [_scans_per_file(n, 32) for n in (5, 100, 10_000, 1_000_000)] == [8, 10, 100, 1000]
     assert _scans_per_file(1_000_000, 2**22) == 4
+
+
+def test_a_changed_data_file_of_a_detached_header_is_extracted_again(
+    config: dict[str, Any], collection: Path
+) -> None:
+    sitk = pytest.importorskip("SimpleITK")
+    for number, name in enumerate("ab"):
+        image = sitk.Cast(sitk.ReadImage(str(collection / f"{name}.nii.gz")), sitk.sitkInt16)
+        sitk.WriteImage(image, str(collection / f"{name}.mhd"), useCompression=bool(number))
+    featray.extract(config)
+    before = read_layer(config)
+    for name in "ab":
+        assert np.allclose(before[f"{name}.mhd"], before[f"{name}.nii.gz"], rtol=1e-5, atol=1e-6)
+
+    voxels = np.fromfile(collection / "a.raw", np.int16)
+    (voxels + 300).tofile(collection / "a.raw")
+    summary = featray.refresh(config)
+    assert (summary.found, summary.ok, summary.done, summary.removed) == (8, 8, 1, 0)
+    after = read_layer(config)
+    assert [name for name in after if not np.array_equal(after[name], before[name])] == ["a.mhd"]
+    scan = read_scans(config)["b.mhd"]
+    assert scan["bytes_read"] == sum((collection / f"b.{end}").stat().st_size for end in ("mhd", "zraw"))
+    assert (scan["format"], scan["uri"]) == ("mha", str(collection / "b.mhd"))

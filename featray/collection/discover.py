@@ -151,9 +151,10 @@ def _find_scans(group: FileGroup, options: ListingOptions) -> list[FoundScan]:
         for file in group.files
         if (scan_format := detect_format(file.name, options.formats))
     ]
-    found += find_detached_scans(group, options)
-    used = {file for found_scan in found for file in found_scan.members}
-    group = replace(group, files=[file for file in group.files if file not in used])
+    if detached := find_detached_scans(group, options):
+        used = {file for found_scan in detached for file in found_scan.members}
+        group = replace(group, files=[file for file in group.files if file not in used])
+        found += detached
     pairs, unpaired = _match_pairs(group) if "nifti" in options.formats else ([], [])
     found += [
         FoundScan(make_scan(pair, pair[1].name, "nifti", options, group.archive), pair) for pair in pairs
@@ -174,7 +175,9 @@ def _match_pairs(group: FileGroup) -> tuple[list[tuple[File, File]], list[File]]
     for file in group.files:
         if suffix := get_pair_suffix(file.name):
             parts[file.name[: -len(suffix)]][PAIR_PARTS[suffix]] = file
-    unpaired = [(stem, pair) for stem, pair in parts.items() if len(pair) == 1]
+    # Many images may be DICOM slices: their other part is searched only for an image that was listed alone.
+    is_alone = len(group.files) == 1
+    unpaired = [(stem, pair) for stem, pair in parts.items() if len(pair) == 1 and (0 in pair or is_alone)]
     with ThreadPoolExecutor(group.threads) as pool:
         others = pool.map(lambda item: _find_other_part(group, *item), unpaired)
         for (_, pair), other in zip(unpaired, others, strict=True):
@@ -184,13 +187,8 @@ def _match_pairs(group: FileGroup) -> tuple[list[tuple[File, File]], list[File]]
 
 
 def _find_other_part(group: FileGroup, stem: str, pair: Mapping[int, File]) -> dict[int, File]:
-    """Return the other part of a NIfTI pair, if only a part of its folder was listed.
-
-    It is searched for a header, and for an image that was listed alone, because many images may be DICOM.
-    """
+    """Return the other part of a NIfTI pair, if only a part of its folder was listed."""
     ((part, file),) = pair.items()
-    if part == 1 and len(group.files) > 1:
-        return {}
     folder = posixpath.dirname(file.path)
     for suffix, other_part in PAIR_PARTS.items():
         path = posixpath.join(folder, posixpath.basename(stem) + suffix)
@@ -211,13 +209,13 @@ def _find_file(fs: fsspec.AbstractFileSystem, root: str, path: str) -> File | No
     """Return the file at a path of the store; None if there is none."""
     try:
         info = retry.run_with_retries(lambda: fs.info(path), retry.SOURCE_DEADLINE_S)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return make_file(path, info, root) if info["type"] == "file" or fs.isfile(path) else None
 
 
 def _read_start(fs: fsspec.AbstractFileSystem, file: File, count: int) -> bytes:
-    end = min(count, file.size)
+    end = min(count, file.size) if file.size else count  # some stores report no size
     data: bytes = retry.run_with_retries(lambda: fs.cat_file(file.path, 0, end), retry.SOURCE_DEADLINE_S)
     return data
 

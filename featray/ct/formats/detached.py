@@ -103,10 +103,11 @@ def match_data_files(names: Sequence[str], files: DataFiles, suffix: str) -> lis
             f"the voxels are in another file; rename this file to {suffix}, so that both are read",
         )
     if list(names) != [name for name, _ in files]:
+        named, found = posixpath.basename(names[0]), posixpath.basename(files[0][0])
         raise ScanError(
             Reason.UNREADABLE,
-            f"the header names the data file {posixpath.basename(names[0])}, but the file next to it is "
-            f"{posixpath.basename(files[0][0])}; correct the name in the header, or move the other file away",
+            f"the header names {len(names)} data file(s), {named} first, but the file with the header's name is "
+            f"{found}; correct the name in the header, or give the header a name that no other file has",
         )
     for name, data in files:
         if not data:

@@ -6,7 +6,8 @@ names of files that hold them, uncompressed or as one zlib or gzip stream per fi
 - ElementDataFile is LOCAL, the name of a file, LIST with one name per line after it, or a pattern such as
   `name%03d.raw 1 40 1` (first, last, step), one file per slice; see `detached`. HeaderSize bytes of a data
   file are skipped; -1 stands for everything before the voxels.
-- The data must be binary and hold one value per voxel. Other files are `unsupported`.
+- The data must be binary, as they are without BinaryData, and hold one value per voxel. Other files are
+  `unsupported`.
 - The last of four axes enumerates volumes, of which the caller may choose one, as in a 4-D NIfTI file.
 - MET_LONG has 4 bytes and MET_LONG_LONG 8, as in ITK.
 - Offset, TransformMatrix (one voxel axis per row) and ElementSpacing are LPS and mm, as in ITK.
@@ -167,7 +168,7 @@ def _check_supported(header: _Header, *, is_detached: bool) -> None:
         unsupported.append("DistanceUnits")
     if header.get("ObjectType", "Image").lower() != "image":
         unsupported.append("ObjectType")
-    if not _parse_flag(header, "BinaryData"):
+    if not _parse_flag(header, "BinaryData", default=True):
         unsupported.append("BinaryData")
     if unsupported:
         raise ScanError(
@@ -229,9 +230,9 @@ def _inflate(header: _Header, data: memoryview, least: int, most: int) -> Buffer
     return data
 
 
-def _parse_flag(header: _Header, key: str) -> bool:
-    """Return the value of a True or False field; False if it is missing."""
-    value = header.get(key, "False").lower()
+def _parse_flag(header: _Header, key: str, *, default: bool = False) -> bool:
+    """Return the value of a True or False field; `default` if it is missing."""
+    value = header.get(key, str(default)).lower()
     if value not in ("true", "false"):
         raise ScanError(Reason.UNREADABLE, f"{key} is neither True nor False")
     return value == "true"

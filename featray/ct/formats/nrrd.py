@@ -113,9 +113,9 @@ def read_nrrd(
     layout = choose_volume(_make_layout(header, sizes, axes), volume_index)
     check_layout(layout, max_voxels)
     affine, warnings = _parse_affine(header, axes)
-    check_units(
-        compute_spacing_zyx(affine), layout.shape_zyx, _parse_mm_per_unit(header, axes), "the space unit"
-    )
+    with np.errstate(all="ignore"):  # check_geometry reports values that are not finite
+        spacing = compute_spacing_zyx(affine)
+    check_units(spacing, layout.shape_zyx, _parse_mm_per_unit(header, axes), "space units")
     warnings += check_geometry(affine, keep_shear=keep_shear)
     if layout.volume_count > 1:
         warnings += (Reason.NOT_A_VOLUME.value,)
@@ -211,7 +211,7 @@ def _make_layout(header: Mapping[str, Any], sizes: list[int], axes: list[int]) -
     """Return the layout of all volumes; `axes` are the indices of the axes in space."""
     others = [axis for axis, size in enumerate(sizes) if size > 1 and axis not in axes]
     kinds = _get_kinds(header, len(sizes))
-    is_series = len(others) == 1 and kinds[others[0]] in _VOLUME_KINDS
+    is_series = len(axes) == 3 and len(others) == 1 and kinds[others[0]] in _VOLUME_KINDS
     is_first, is_last = is_series and others[0] < min(axes), is_series and others[0] > max(axes)
     if len(axes) != 3 or (others and not (is_first or is_last)):
         raise ScanError(
@@ -309,7 +309,7 @@ def _parse_mm_per_unit(header: Mapping[str, Any], axes: list[int]) -> float:
     if "space directions" not in header and not units:
         units = header.get("units", [])
         units = [units[axis] for axis in axes] if len(units) == header["dimension"] else units
-    known = {unit.lower() for unit in units} or {""}
+    known = {unit.lower() for unit in units if unit} or {""}
     unit = known.pop()
     if known or unit not in _MM_PER_UNIT:
         raise ScanError(Reason.UNSUPPORTED, "unknown space units; write the file again in mm")

@@ -155,6 +155,10 @@ def test_byte_orders_that_contradict_each_other_are_refused() -> None:
     assert caught.value.reason == Reason.UNREADABLE
 
 
+def test_data_are_binary_unless_the_header_denies_it() -> None:
+    assert (read(make_file(BinaryData=None)).voxels_zyx == STORED_XYZ.T).all()
+
+
 PACKED = zlib.compress(RAW)
 
 

@@ -203,6 +203,9 @@ def test_one_volume_of_a_series_can_be_chosen(kind: str | None, is_first: bool) 
             {"dimension": "4", "sizes": "3 2 5 4", "space_directions": "(1,0,0) none (0,1,0) (0,0,1)",
              "kinds": None}, id="list-between"),
         pytest.param({"space": "left-posterior-superior-time"}, id="space-with-time"),
+        pytest.param(
+            {"dimension": "1", "sizes": "120", "space": None, "space_directions": None, "space_origin": None,
+             "kinds": "list", "spacings": "1"}, id="one-list"),
     ],
 )  # fmt: skip
 def test_an_axis_outside_of_space_is_never_taken_for_z(fields: dict[str, str | None]) -> None:

@@ -106,8 +106,8 @@ def match_data_files(names: Sequence[str], files: DataFiles, suffix: str) -> lis
         named, found = posixpath.basename(names[0]), posixpath.basename(files[0][0])
         raise ScanError(
             Reason.UNREADABLE,
-            f"the header names {len(names)} data file(s), {named} first, but the file with the header's name is "
-            f"{found}; correct the name in the header, or give the header a name that no other file has",
+            f"the header names {len(names)} data file(s), {named} first, but the file with the header's name "
+            f"is {found}; correct the name in the header, or give the header a name that no other file has",
         )
     for name, data in files:
         if not data:

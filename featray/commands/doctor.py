@@ -268,7 +268,7 @@ class _Checks:
             return
         largest = max(2 * math.prod(decoded.record.shape or ()) for decoded in self._decoded)
         workers = self._config.run.decode.workers
-        count = count_usable_cores() if workers is None else workers
+        count = min(count_usable_cores() if workers is None else workers, len(self._listing.scans))
         tensor = max(decoded.tensor.nbytes for decoded in self._decoded)
         per_worker = _DECODE_COPIES * largest + tensor + _PROCESS_BYTES
         needed = count * per_worker + psutil.Process().memory_info().rss

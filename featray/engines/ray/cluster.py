@@ -28,6 +28,10 @@ _ADDRESS = re.compile(r"(?:ray://)?(\[[^\s\]]+\]|[^\s:/\[\]]+):(\d{1,5})")
 _OTHER_CLIENT = re.compile(r"(?!https?:|ray:)\w+://")
 """Addresses of clients that other packages register with Ray."""
 _MAX_PORT = 65535
+_HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
+"""The beginning of a gRPC connection: the preface of HTTP/2, and an empty frame of settings."""
+_FRAME_TYPE, _SETTINGS = 3, b"\4"
+"""Position of the type in a frame, and the type of the first frame that a server sends."""
 
 
 def connect(run: RunConfig, limits: LimitsConfig) -> bool:
@@ -135,12 +139,34 @@ def _refuse_unreachable(source: str, address: str | None) -> None:
             "as `ray job submit` takes it, is that of the dashboard"
         )
     try:
-        socket.create_connection((found[1].strip("[]"), int(found[2])), timeout=_CONNECT_TIMEOUT_S).close()
+        is_ray = _speaks_grpc(found[1].strip("[]"), int(found[2]))
     except OSError as error:
         problem = f"{source}: nothing answers at {address} ({type(error).__name__})"
         raise ConfigError(
             f"{problem}; check that the cluster is up and that the port is the one of its head node"
         ) from None
+    if not is_ray:
+        raise ConfigError(
+            f"{source}: what answers at {address} is no Ray cluster; give the port of its head node (often "
+            "6379), not that of the dashboard"
+        )
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    """Return whether the server at an address speaks the protocol of Ray; true if TLS hides it.
+
+    Raises:
+        OSError: Nothing answers.
+    """
+    with socket.create_connection((host, port), timeout=_CONNECT_TIMEOUT_S) as connection:
+        if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+            return True
+        try:
+            connection.sendall(_HTTP2_GREETING)
+            answer = connection.recv(_FRAME_TYPE + 1, socket.MSG_WAITALL)
+        except OSError:  # it closes the connection, or waits for another greeting
+            return False
+        return answer[_FRAME_TYPE:] == _SETTINGS
 
 
 def check_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,6 +45,29 @@ def test_an_address_that_is_none_is_refused_with_the_forms_that_are_valid(
 def test_an_address_at_which_nothing_answers_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match=r"run\.address: nothing answers at"):
         cluster.connect(RunConfig(address=address), LimitsConfig())
+
+
+@pytest.mark.parametrize("answer", [b"HTTP/1.0 400 Bad Request\r\n\r\n", b"", b"abc"])
+def test_a_server_that_is_not_ray_is_refused_at_once(answer: bytes) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as threads:
+
+        def serve() -> None:
+            connection, _ = server.accept()
+            with connection:
+                connection.recv(1000)
+                connection.sendall(answer)
+
+        threads.submit(serve)
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"what answers at {address} is no Ray cluster"):
+            cluster.connect(RunConfig(address=address), LimitsConfig())
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("local_ray")
+def test_the_head_node_of_a_cluster_is_recognized() -> None:
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    assert cluster._speaks_grpc(host, int(port))
 
 
 @pytest.mark.parametrize("address", ["local", ""])

@@ -19,10 +19,9 @@ from featray.ct.dicom.parts import (
     Distances,
     are_complete_volumes,
     belong_together,
+    complete_one_stack,
     is_regular,
     is_share_of,
-    share_positions,
-    unite,
 )
 from featray.ct.dicom.split import find_mixture, split_by_fields
 from featray.ct.dicom.stack import project_on_normal
@@ -191,13 +190,10 @@ def _join_groups(
 def _link_shares(groups: list[list[SliceHeader]]) -> list[tuple[int, int]]:
     """Return the pairs of groups (as indices) that are likely shares of one stack."""
     distances = _measure(groups)
-    if _is_label_per_slice(len(groups), sum(map(len, groups))):
+    if _is_label_per_slice(len(groups), sum(map(len, groups))) or complete_one_stack(distances):
         return [(0, number) for number in range(1, len(groups))]
-    if len(groups) <= MAX_OWNERS:
-        pairs = combinations(range(len(groups)), 2)
-        return [(i, j) for i, j in pairs if _are_shares(groups[i], groups[j], (distances[i], distances[j]))]
-    is_one_stack = not share_positions(distances) and is_regular(unite(distances))
-    return [(0, number) for number in range(1, len(groups))] if is_one_stack else []
+    pairs = combinations(range(len(groups)), 2) if len(groups) <= MAX_OWNERS else ()
+    return [(i, j) for i, j in pairs if _are_shares(groups[i], groups[j], (distances[i], distances[j]))]
 
 
 def _is_label_per_slice(labels: int, slices: int) -> bool:

@@ -121,11 +121,17 @@ def belong_together(first: Distances, second: Distances) -> bool:
     low, high = (first, second) if first.min() <= second.min() else (second, first)
     gap = float(high.min() - low.max())
     if gap <= 0:
-        return is_regular(unite([first, second])) and not are_complete_volumes([first, second])
+        return is_regular(unite([first, second])) and not (is_regular(first) and is_regular(second))
     steps = [float(np.median(np.diff(np.sort(part)))) for part in (first, second) if len(part) > 1]
     step = max(steps, default=gap)
     is_on_grid = abs(gap - round(gap / step) * step) <= _GRID_FRACTION * step
     return is_on_grid and gap <= MAX_GAP_STEPS * step and step <= 1.5 * min(steps, default=gap)
+
+
+def complete_one_stack(parts: Sequence[Distances]) -> bool:
+    """Return whether parts fill each place of one regular grid once, although not each has equal steps."""
+    is_one_grid = not share_positions(parts) and is_regular(unite(parts))
+    return is_one_grid and not all(map(is_regular, parts))
 
 
 def is_share_of(places: Distances, grid: Distances) -> bool:

@@ -18,6 +18,7 @@ import numpy as np
 
 from featray.ct.dicom.header import SliceHeader
 from featray.ct.dicom.parts import (
+    Distances,
     are_complete_volumes,
     has_crossing_labels,
     has_returning_label,
@@ -112,7 +113,7 @@ def find_mixture(slices: Sequence[SliceHeader]) -> str:
     if len(slices) < 2 or not all(header.position and header.orientation for header in slices):
         return ""
     labels_of_fields = _find_varying_labels(slices, tuple(_TELLING_FIELDS))
-    if not labels_of_fields:
+    if not labels_of_fields and len({header.trigger_time for header in slices}) < 2:
         return ""
     distances = project_on_normal(slices)
     if share_positions([distances]):
@@ -129,6 +130,15 @@ def find_mixture(slices: Sequence[SliceHeader]) -> str:
             return f"slices with {count} values of {keyword} lie between each other; {advice}"
         if field == "modality":
             return f"slices of {len(set(labels))} modalities in one stack; {_ADVICE}"
+    return _find_further_mixture(slices, distances, order)
+
+
+def _find_further_mixture(slices: Sequence[SliceHeader], distances: Distances, order: list[int]) -> str:
+    """Return why slices are a mixture if each value of a further field has a regular stack; else empty."""
+    for labels in _find_varying_labels(slices, _FURTHER_FIELDS).values():
+        parts = [distances[part] for part in _group_indices([labels])]
+        if has_crossing_labels([labels[i] for i in order]) and all(map(is_regular, parts)):
+            return f"slices with {len(parts)} values of TriggerTime lie between each other; {_ADVICE}"
     return ""
 
 

@@ -196,6 +196,15 @@ def test_a_series_with_one_slice_that_was_not_fetched_fails(store: Path, collect
 
 
 @pytest.mark.parametrize("has_version", [False, True])
+def test_a_broken_link_beside_the_series_that_a_manifest_names_is_no_second_scan(
+    store: Path, has_version: bool
+) -> None:
+    (store / "s" / "README").symlink_to("nowhere")
+    (store / "scans.csv").write_text(f"uri,version\ns,{'1' if has_version else ''}\n")
+    assert get_messages(store / "scans.csv") == {"s": None}
+
+
+@pytest.mark.parametrize("has_version", [False, True])
 def test_a_manifest_that_names_a_link_without_a_target(collection: Path, has_version: bool) -> None:
     (collection / "v.nii.gz").symlink_to(ANNEX_KEY)
     (collection / "scans.csv").write_text(f"uri,version\nv.nii.gz,{'1' if has_version else ''}\n")

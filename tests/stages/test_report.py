@@ -106,5 +106,10 @@ def test_a_summary_ends_with_the_next_command() -> None:
     assert stopped.endswith("next: run the same command again to process the other scans")
 
 
+def test_the_next_command_can_be_copied_although_the_output_has_an_unusual_name() -> None:
+    text = replace(SUMMARY, failed=1, output="my $out").text()
+    assert text.endswith("next: `featray failures 'my $$out'` lists the scans that are not ok")
+
+
 def test_a_summary_of_a_run_without_work_names_no_next_command() -> None:
     assert "next:" not in replace(SUMMARY, run_id="", done=0).text()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from featray.storage.expand import escape_path
 
 _STAGE_NAMES = {"read_s": "read", "decode_s": "decode", "preprocess_s": "preprocess", "infer_s": "model"}
 
@@ -107,11 +110,12 @@ class Summary:
     def _describe_next_step(self) -> list[str]:
         if self.interrupted:
             return ["next: run the same command again to process the other scans"]
+        output = shlex.quote(escape_path(self.output))
         if self.failed:
-            return [f"next: `featray failures {self.output}` lists the scans that are not ok"]
+            return [f"next: `featray failures {output}` lists the scans that are not ok"]
         if self.run_id and self.ok:
             read = f'featray.read("{self.output}", "{self.layers[0]}")'
-            return [f"next: `featray status {self.output}` shows the rows of each layer; in Python, `{read}`"]
+            return [f"next: `featray status {output}` shows the rows of each layer; in Python, `{read}`"]
         return []
 
     def _describe_what_refresh_would_do(self) -> list[str]:

@@ -33,6 +33,7 @@ _UNDEFINED_LENGTH = 0xFFFFFFFF
 _ITEM, _ITEM_END, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE00D, 0xFFFEE0DD
 _DELIMITER_GROUP = 0xFFFE
 _META_GROUP = 2
+_ODD_GROUP = 1 << 16
 _LONG_FORM_VRS = frozenset(
     {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 )
@@ -75,6 +76,8 @@ class Elements:
         pixel_start: Offset of the first byte of the pixel data value.
         pixel_length: Length of the pixel data as the header claims it; None for undefined length, which
             means encapsulated (compressed) frames.
+        private_tag: Tag of the longest private element, 0 if there is none.
+        private_length: Bytes of that element.
     """
 
     values: dict[int, bytes]
@@ -84,6 +87,8 @@ class Elements:
     data: bytes
     pixel_start: int = 0
     pixel_length: int | None = None
+    private_tag: int = 0
+    private_length: int = 0
 
 
 def parse_elements(data: bytes, wanted: frozenset[int], max_inflated: int = MAX_HEADER_BYTES) -> Elements:
@@ -112,7 +117,10 @@ def parse_elements(data: bytes, wanted: frozenset[int], max_inflated: int = MAX_
         data, start = inflate_raw(data, start, max_inflated), 0
     body = _ElementParser(data, "<" if is_little else ">", explicit=_has_explicit_vr(data, start))
     start, end = body.parse(start, wanted, values)
-    return Elements(values, syntax, is_little, end, data, start, body.pixel_length)
+    private_length, private_tag = body.longest_private
+    return Elements(
+        values, syntax, is_little, end, data, start, body.pixel_length, private_tag, private_length
+    )
 
 
 def decode_text(value: bytes) -> str:
@@ -168,7 +176,8 @@ class _ParseEndError(Exception):
 class _ElementParser:
     """Steps from element to element through one data set.
 
-    Holds the bytes and their encoding. After `parse` it also holds the claimed length of the pixel data.
+    Holds the bytes and their encoding. After `parse` it also holds the claimed length of the pixel data, and
+    the length and tag of the longest private element (of an odd group).
     """
 
     def __init__(self, data: bytes, byte_order: str, *, explicit: bool) -> None:
@@ -178,6 +187,7 @@ class _ElementParser:
         self._unpack_short = struct.Struct(byte_order + "HH2sH").unpack_from
         self._unpack_length = struct.Struct(byte_order + "I").unpack_from
         self.pixel_length: int | None = None
+        self.longest_private = (0, 0)
 
     def parse(
         self, start: int, wanted: frozenset[int], values: dict[int, bytes], only_group: int | None = None
@@ -198,6 +208,8 @@ class _ElementParser:
                 if tag >> 16 == _DELIMITER_GROUP:
                     raise _ParseEndError(ParseEnd.MALFORMED)
                 position = self._skip_value(value, length, 0, explicit=explicit)
+                if tag & _ODD_GROUP and position - value > self.longest_private[0]:
+                    self.longest_private = position - value, tag
                 if tag in wanted and length != _UNDEFINED_LENGTH:
                     values[tag] = self._data[value:position]
                 elif tag in wanted:

@@ -401,10 +401,10 @@ def _add_damaged_file(scan: DicomScan, header: SliceHeader) -> DicomScan:
     files = tuple(sorted({*scan.files, header.name}))
     if scan.reason:
         return replace(scan, files=files)
-    message = (
-        f"{header.file_name}: {header.message}; "
-        "copy the file again, or remove it if it does not belong to this scan"
-    )
+    advice = "; copy the file again, or"
+    if header.has_pixels or header.problem is Reason.UNSUPPORTED:  # the file is complete
+        advice = ", or" if header.has_pixels else ";"
+    message = f"{header.file_name}: {header.message}{advice} remove the file if it does not belong to this scan"
     return replace(scan, files=files, reason=header.problem, message=message)
 
 

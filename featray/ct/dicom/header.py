@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
 
@@ -79,6 +80,9 @@ _TEXT_FIELDS = {
 _WANTED = frozenset(_TAGS.values())
 _MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"
 """SOP class of a DICOMDIR."""
+
+_MAX_PRIVATE_RATIO = 20
+"""Compression by which a private element may hold the pixels; CT is compressed without loss by 2 to 5."""
 
 _READ_SIZES = (2**15, 2**18, 2**21, MAX_HEADER_BYTES)
 """Numbers of bytes from the start of the file that are parsed in turn, until the header is complete."""
@@ -237,8 +241,21 @@ def parse_file(data: bytes, name: str, max_inflated: int = MAX_HEADER_BYTES) -> 
     if header.problem:
         raise ScanError(header.problem, f"{header.file_name}: {header.message}")
     if not header.has_pixels:
-        raise ScanError(Reason.TRUNCATED, f"{header.file_name}: the file ends before its pixel data")
+        raise _make_no_pixels_error(header, elements)
     return header, elements
+
+
+def _make_no_pixels_error(header: SliceHeader, elements: Elements) -> ScanError:
+    """Return the error for a file without PixelData: a private element may hold the pixels, or it is cut."""
+    claimed = header.rows * header.columns * header.bits_allocated // 8
+    if not 0 < claimed <= elements.private_length * _MAX_PRIVATE_RATIO:
+        return ScanError(Reason.TRUNCATED, f"{header.file_name}: the file ends before its pixel data")
+    return ScanError(
+        Reason.UNSUPPORTED,
+        f"{header.file_name}: the pixels seem to be in the private element "
+        f"{_format_tag(elements.private_tag)} instead of PixelData, where only software of the vendor finds "
+        "them; export the series with standard pixel data",
+    )
 
 
 def _has_dicm_prefix(data: bytes) -> bool:
@@ -347,14 +364,29 @@ def _parse_floats(elements: Elements, keyword: str, count: int) -> tuple[float, 
     raw = _get_text(elements, keyword)
     if not raw:
         return None
-    parts = raw.split("\\")
     try:
-        values = tuple(float(part) for part in parts)
+        values = tuple(float(part) for part in raw.split("\\"))
     except ValueError:
-        raise ValueError(f"{keyword} is not a number") from None
+        values = ()
     if len(values) != count or not all(map(math.isfinite, values)):
-        raise ValueError(f"{keyword} has {len(values)} values, expected {count} finite values")
+        problem = _describe_bad_numbers(raw, values, count)
+        raise ValueError(f"{keyword} {_format_tag(_TAGS[keyword])} {problem}; correct the header")
     return values
+
+
+def _describe_bad_numbers(raw: str, values: tuple[float, ...], count: int) -> str:
+    """Return what is wrong with the text of `count` numbers; `values` are the numbers, or empty."""
+    if values:
+        return f"has {len(values)} value(s), expected {count} finite value(s)"
+    if not re.fullmatch(r"[-+0-9.eE,\\ ]*,[-+0-9.eE,\\ ]*", raw):
+        return "is not a number"
+    if count > 1 and "\\" not in raw and raw.count(",") == count - 1:
+        return "separates its values by a comma, DICOM requires a backslash"
+    return "has a comma as decimal sign, DICOM requires a point"
+
+
+def _format_tag(tag: int) -> str:
+    return f"({tag >> 16:04X},{tag & 0xFFFF:04X})"
 
 
 def _parse_instance_number(elements: Elements) -> int | None:
@@ -368,5 +400,6 @@ def _parse_unsigned(elements: Elements, keyword: str, default: int) -> int:
     if not raw:
         return default
     if len(raw) not in (2, 4):
-        raise ValueError(f"{keyword} has {len(raw)} bytes, expected 2 or 4")
+        place = f"{keyword} {_format_tag(_TAGS[keyword])}"
+        raise ValueError(f"{place} has {len(raw)} bytes, expected 2 or 4; correct the header")
     return int.from_bytes(raw, "little" if elements.little_endian else "big")

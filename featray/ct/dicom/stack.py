@@ -174,10 +174,10 @@ def _get_directions(header: SliceHeader) -> NDArray[np.float64]:
 
 
 def _compute_normal(header: SliceHeader) -> NDArray[np.float64]:
-    """Return the unit vector cross(row direction, column direction) in LPS."""
+    """Return the unit vector cross(row direction, column direction) in LPS; 0 if they are parallel."""
     row, column = _get_directions(header)
     normal = np.cross(row, column)
-    return np.asarray(normal / np.linalg.norm(normal))
+    return np.asarray(normal / (np.linalg.norm(normal) or 1.0))
 
 
 def _check_duplicates(steps: NDArray[np.float64]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from featray.ct.dicom.elements import ParseEnd, decode_text, find_fragments, parse_elements
-from featray.ct.dicom.header import SliceHeader, read_header
-from featray.errors import Reason
+from featray.ct.dicom.group import group_into_scans
+from featray.ct.dicom.header import SliceHeader, parse_file, read_header
+from featray.errors import Reason, ScanError
 
 KEYWORDS = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "Modality", "Rows", "Columns", "BitsStored"]
 KEYWORDS += [
@@ -192,3 +194,72 @@ def test_an_element_that_ends_exactly_at_a_read_size_does_not_end_the_header(
     assert parse_elements(data[:boundary], WANTED).end is ParseEnd.NO_PIXELS
     assert (header.problem, header.has_pixels, header.rows) == (None, True, 6)
     assert header == read_header_of(data + bytes(2))
+
+
+def replace_value(data: bytes, keyword: str, raw: bytes) -> bytes:
+    """Return the file with another value of an element that has a short length."""
+    tag = pydicom.datadict.tag_for_keyword(keyword)
+    assert tag is not None
+    start = data.index(struct.pack("<HH", tag >> 16, tag & 0xFFFF), 132)
+    (length,) = struct.unpack_from("<H", data, start + 6)
+    head = data[start : start + 6] + struct.pack("<H", len(raw))
+    return data[:start] + head + raw + data[start + 8 + length :]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "raw", "message"),
+    [
+        ("PixelSpacing", b"0.8,0.8 ", r"PixelSpacing \(0028,0030\) separates its values by a comma"),
+        ("PixelSpacing", b"0,8\\0,8 ", r"PixelSpacing \(0028,0030\) has a comma as decimal sign"),
+        ("RescaleSlope", b"1,0 ", r"RescaleSlope \(0028,1053\) has a comma as decimal sign"),
+        ("RescaleIntercept", b"-1024,", r"RescaleIntercept \(0028,1052\) has a comma as decimal sign"),
+        ("ImagePositionPatient", b"1,2,3 ", r"\(0020,0032\) separates its values by a comma"),
+        ("ImagePositionPatient", b"1\\2 ", r"ImagePositionPatient \(0020,0032\) has 2 value"),
+        ("PixelSpacing", b"nan\\1 ", r"PixelSpacing \(0028,0030\) has 2 value\(s\), expected 2 finite"),
+        ("PixelSpacing", b"Mr. X, Y", r"PixelSpacing \(0028,0030\) is not a number"),
+        ("Rows", b"6", r"Rows \(0028,0010\) has 1 bytes, expected 2 or 4"),
+    ],
+)
+def test_a_wrong_value_is_reported_with_its_tag_and_without_its_text(
+    dataset: Dataset, encode_file: EncodeFile, keyword: str, raw: bytes, message: str
+) -> None:
+    header = read_header_of(replace_value(encode_file(dataset), keyword, raw))
+
+    assert header.problem is Reason.UNREADABLE
+    assert re.match(rf".*{message}.*; correct the header$", header.message)
+    assert "Mr" not in header.message
+
+
+def test_a_copy_is_only_advised_for_a_file_that_is_cut_or_damaged(
+    make_series: MakeSeries, encode_file: EncodeFile
+) -> None:
+    def find_message(edit: Callable[[bytes], bytes]) -> str:
+        files = {name: encode_file(dataset) for name, dataset in make_series(3).items()}
+        files["002.dcm"] = edit(files["002.dcm"])
+        (scan,) = group_into_scans([read_header(io.BytesIO(data), name) for name, data in files.items()])
+        assert scan.reason is not None
+        return scan.message
+
+    for edit in (
+        lambda data: data.replace(b"0.5\\0.25", b"0,5\\0.25"),
+        lambda data: data.replace(b"\xe0\x7f\x10\0OW", b"\xe0\x7f\x08\0OF"),
+    ):
+        assert "copy" not in find_message(edit)
+        assert "remove the file if it does not belong to this scan" in find_message(edit)
+    assert "copy the file again, or remove the file" in find_message(lambda data: data[:400])
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [(30, Reason.UNSUPPORTED), (48, Reason.UNSUPPORTED), (2, Reason.TRUNCATED)]
+)
+def test_pixels_in_a_private_element_are_unsupported_and_not_truncated(
+    dataset: Dataset, encode_file: EncodeFile, size: int, reason: Reason
+) -> None:
+    del dataset.PixelData
+    dataset.add_new(0x07A10010, "LO", "E")
+    dataset.add_new(0x07A1100A, "OB", bytes(size))
+
+    with pytest.raises(ScanError) as caught:
+        parse_file(encode_file(dataset), "x.dcm")
+    assert caught.value.reason is reason
+    assert ("(07A1,100A)" in str(caught.value)) == (reason is Reason.UNSUPPORTED)

@@ -404,7 +404,9 @@ def _add_damaged_file(scan: DicomScan, header: SliceHeader) -> DicomScan:
     advice = "; copy the file again, or"
     if header.has_pixels or header.problem is Reason.UNSUPPORTED:  # the file is complete
         advice = ", or" if header.has_pixels else ";"
-    message = f"{header.file_name}: {header.message}{advice} remove the file if it does not belong to this scan"
+    message = (
+        f"{header.file_name}: {header.message}{advice} remove the file if it does not belong to this scan"
+    )
     return replace(scan, files=files, reason=header.problem, message=message)
 
 

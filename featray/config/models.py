@@ -185,8 +185,12 @@ class ModelConfig(_Section):
     builder: CodeText | None = None
     """Function that returns the model, for weights-only files: `package.module:function` or
     `file.py:function`."""
+    architecture: PathText | None = None
+    """Description of the model, for weights-only files: `model.json` or YAML, as `model.to_json()`
+    writes it."""
     custom_objects: tuple[CodeText, ...] = ()
-    """Custom classes and functions of the model: `file.py:Sampling` or `package.module:Class`."""
+    """Custom classes and functions of the model: `file.py:Sampling` or `package.module:Class`; and functions
+    in the place of code inside the file: `LAYER=file.py:function`."""
     submodel: str | None = None
     """Attribute or layer of the model that is used as the model, e.g. encoder."""
     trust: bool = False
@@ -207,6 +211,12 @@ class ModelConfig(_Section):
     """true accepts layers whose values differ from call to call."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
     """Options for fsspec to open `uri`; never written to logs, tables or run files."""
+
+    @model_validator(mode="after")
+    def _check_source_of_the_model(self) -> ModelConfig:
+        if self.architecture and self.builder:
+            raise ValueError("architecture and builder both describe the model; use one of them")
+        return self
 
 
 class OutputConfig(_Section):

@@ -246,11 +246,17 @@ def _choose_undeclared_shape(model: Any, shapes: Sequence[Shape]) -> Shape:
     if not shapes:
         raise ModelError(
             f"{model.name!r} does not say what input it takes; give its size (z, y, x), or "
-            "for arrays model.input_shape"
+            f"for arrays model.input_shape{_suggest_parts(model)}"
         )
     if len(shapes) == 1:
         return shapes[0]
     return next((shape for shape in shapes if trace.can_call(model, shape)), shapes[0])
+
+
+def _suggest_parts(model: Any) -> str:
+    """Return the advice to name a part of a model that has parts; empty if it has none."""
+    parts = ", ".join(layer.name for layer in getattr(model, "layers", []))
+    return f", or set model.submodel to the part that takes the scan: {parts}" if parts else ""
 
 
 def _make_constant(tensor: Any, value: Any) -> Any:

@@ -22,6 +22,14 @@ def list_layer_classes() -> list[Any]:
     return [keras.layers.Layer, *([keras2.layers.Layer] if keras2 is not None else [])]
 
 
+def list_model_classes() -> list[Any]:
+    """Return the base class of all models, for each Keras that this process has imported."""
+    import keras
+
+    keras2 = sys.modules.get("tf_keras")
+    return [keras.Model, *([keras2.Model] if keras2 is not None else [])]
+
+
 def is_layer(value: Any) -> bool:
     """Return whether a value is a layer or a model of any Keras."""
     return isinstance(value, tuple(list_layer_classes()))

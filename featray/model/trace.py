@@ -148,8 +148,13 @@ def can_call(model: Any, input_shape: Sequence[int | None]) -> bool:
 
     Layers that have no variables yet create them.
     """
+
+    def call(inputs: Any) -> Any:
+        with convert_python_branches(model):
+            return model(inputs, training=False)
+
     try:
-        _trace_function(lambda inputs: model(inputs, training=False), input_shape)
+        _trace_function(call, input_shape)
     except Exception:  # layers run user code, which can raise any error
         return False
     return True
@@ -332,7 +337,7 @@ def _intercept_layer_calls(
                 return original(layer, *args, **kwargs)
             layer_call = _push_call(stack, layer)
             try:
-                with _convert_python_branches(layer):
+                with convert_python_branches(layer):
                     result = original(layer, *args, **kwargs)
             except Exception:
                 report_failure(layer_call)
@@ -355,7 +360,7 @@ def _intercept_layer_calls(
             cls.__call__ = original
 
 
-def _convert_python_branches(layer: Any) -> contextlib.AbstractContextManager[Any]:
+def convert_python_branches(layer: Any) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which AutoGraph is on for a layer of Keras 2, as it was when Keras 2 ran layers."""
     if not keras_versions.is_keras2_layer(layer):
         return contextlib.nullcontext()

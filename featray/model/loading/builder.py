@@ -12,7 +12,7 @@ from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model import keras_versions
+from featray.model import keras_versions, trace
 from featray.model.loading import weights
 from featray.model.loading.custom_code import import_object
 from featray.model.loading.failure_messages import summarize_file_error
@@ -68,7 +68,7 @@ def _build_model_with_variables(build: Callable[[], Any], input_shapes: _InputSh
     for shape in input_shapes:
         with restart_layer_names():
             model = _call_builder(build)
-        if model.built:
+        if model.built or _mark_built_parts(model):
             return model
         try:
             _trace_call(model, shape)
@@ -78,12 +78,28 @@ def _build_model_with_variables(build: Callable[[], Any], input_shapes: _InputSh
     if first_error is not None:
         raise first_error
     model = _call_builder(build)
-    if not model.built:
+    if not model.built and not _mark_built_parts(model):
         raise ModelError(
             "builder: the model does not declare its input, so its weights cannot be created; set "
             "preprocess.size (z, y, x), or for arrays model.input_shape"
         )
     return model
+
+
+def _mark_built_parts(model: Any) -> bool:
+    """Return whether a model has no `call` of its own, and all of its parts have their variables.
+
+    Such a model is marked as built, so that Keras loads its weights. The VAE of Keras's tutorial is one: it
+    is trained by `train_step`, and only its encoder and its decoder can be called.
+    """
+    is_default = any(
+        type(model).call is getattr(cls, "call", None) for cls in keras_versions.list_model_classes()
+    )
+    parts = list(getattr(model, "layers", []))
+    if not (is_default and parts and all(part.built for part in parts)):
+        return False
+    model.built = True
+    return True
 
 
 def _call_builder(build: Callable[[], Any]) -> Any:
@@ -98,4 +114,9 @@ def _trace_call(model: Any, input_shape: tuple[int | None, ...]) -> None:
     import tensorflow as tf
 
     spec = tf.TensorSpec((None, *input_shape), tf.float32)
-    tf.function(lambda x: model(x, training=False), autograph=False).get_concrete_function(spec)
+
+    def call(inputs: Any) -> Any:
+        with trace.convert_python_branches(model):
+            return model(inputs, training=False)
+
+    tf.function(call, autograph=False).get_concrete_function(spec)

@@ -19,9 +19,14 @@ def describe_load_failure(path: Path, content: ModelFile, reason: str) -> str:
     """Return the message for a model file that the installed Keras cannot load for `reason`."""
     import keras
 
+    reader = f"Keras {keras.__version__}"
+    if keras2.is_keras2_file(content):
+        import tf_keras
+
+        reader = f"Keras 2 (tf_keras {tf_keras.__version__})"
     origin = f" that Keras {content.keras_version} wrote" if content.keras_version else ""
     return (
-        f"{path.name}: {content.format}{origin} cannot be loaded by Keras {keras.__version__} ({reason}); "
+        f"{path.name}: {content.format}{origin} cannot be loaded by {reader} ({reason}); "
         f"{_suggest_fix(content, keras.__version__)}"
     )
 

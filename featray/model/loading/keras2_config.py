@@ -31,17 +31,13 @@ def convert_config(config: dict[str, Any]) -> dict[str, Any]:
     return converted
 
 
-def list_corrections(config: Any, *, is_mirrored: bool) -> list[str]:
+def list_corrections(config: Any) -> list[str]:
     """Return what featray 0.1.0 computed differently from Keras 2 in a model, for the recipe.
 
     featray 0.1.0 loaded files of Keras 2 with Keras 3. Outputs of models without such a difference keep their
     recipe.
-
-    Args:
-        config: The description of the model.
-        is_mirrored: Whether Theano wrote the kernels.
     """
-    found: set[str] = {"theano"} if is_mirrored else set()
+    found: set[str] = set()
     is_masked = uses_attention = False
     for node in _walk(config):
         values = node.values()

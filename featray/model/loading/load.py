@@ -7,8 +7,9 @@ stored in a model file runs only if the config trusts the file. Must not know wh
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from featray.config import ModelConfig
 from featray.errors import ModelError
 from featray.model import keras_versions
 from featray.model.loading import (
+    architecture,
     builder,
     config_check,
     download,
@@ -38,7 +40,8 @@ class LoadedModel:
 
     Attributes:
         model: The Keras model, not compiled.
-        files: sha256 by role: `model`, `builder FILE:NAME`, `custom FILE:NAME`.
+        files: sha256 by role: `model`, `architecture`, `builder FILE:NAME`, `custom FILE:NAME`,
+            `layer:NAME FILE:NAME`.
         weights: The weights that the model had when it was loaded. Weights that the model creates later have
             random values.
         format: The format of the model file.
@@ -73,6 +76,7 @@ def load_model(spec: ModelConfig, input_shapes: Sequence[tuple[int | None, ...]]
         ModelError: The file is missing or damaged, custom code is missing or not allowed, or Keras cannot
             load the file. Lists all missing custom code.
     """
+    _refuse_checkpoint(spec.uri)
     file = download.get_local_file(spec.uri, spec.storage_options)
     content = model_file.read_model_file(file.path)
     code = import_custom_objects(spec)
@@ -84,12 +88,33 @@ def load_model(spec: ModelConfig, input_shapes: Sequence[tuple[int | None, ...]]
             model, files[f"builder {Path(spec.builder).name}"] = builder.load_with_builder(
                 spec, file.path, content.format, input_shapes
             )
+        elif spec.architecture:
+            description, files["architecture"] = architecture.read_architecture(spec)
+            model = _load_with_architecture(description, file.path, content, code)
+            content = replace(content, backend=content.backend or description.backend)
         else:
             model = _load_keras_file(file.path, content, code, trust=spec.trust)
             corrections = _list_corrections(content)
+    if theano.is_written_with_theano(content):
+        theano.flip_kernels(model)
+        corrections = sorted({*corrections, "theano"})
     if spec.compute:
         _set_compute_dtype(model, spec.compute)
     return LoadedModel(model, files, list(model.weights), content.format, corrections)
+
+
+def _refuse_checkpoint(uri: str) -> None:
+    """Raise ModelError if `uri` is a file or the prefix of a TensorFlow checkpoint."""
+    prefix = re.sub(r"\.(index|data-\d+-of-\d+)$", "", uri)
+    if prefix == uri and not Path(f"{uri}.index").is_file():
+        return
+    name = Path(prefix).name
+    raise ModelError(
+        f"{name}: is a TensorFlow checkpoint, which only code that builds the model can load; run once "
+        f"with Keras 2 (import tf_keras as keras): model.load_weights('{name}') and "
+        "model.save_weights('NAME.weights.h5'), give that file in model.uri, and name the code that builds the "
+        "model in model.builder"
+    )
 
 
 def get_submodel(loaded: LoadedModel, path: str | None) -> Any:
@@ -141,7 +166,8 @@ def _load_keras_file(path: Path, content: ModelFile, code: CustomCode, *, trust:
     if content.format is ModelFormat.WEIGHTS_H5:
         raise ModelError(
             f"{path.name}: holds weights only, no description of the model; name the code that builds the "
-            "model in model.builder (file.py:function), or save the whole model as .keras"
+            "model in model.builder (file.py:function), or give its description in model.architecture "
+            "(model.json), or save the whole model as .keras"
         )
     try:
         content, known, problems = match_custom_objects(content, code, trust=trust)
@@ -185,18 +211,28 @@ def _load_keras3_file(path: Path, content: ModelFile, objects: dict[str, Any], *
 def _load_keras2_file(path: Path, content: ModelFile, objects: Mapping[str, Any], *, trust: bool) -> Any:
     if content.format is ModelFormat.ARCHIVE:
         return keras2.load_archive(path, content.config, objects, trust=trust)
-    is_mirrored = theano.is_written_with_theano(content)
     model = keras2.build_model(content.config, objects)
     weights.load_weights(model, path, content.format)
-    if is_mirrored:
-        theano.flip_kernels(model)
     return model
+
+
+def _load_with_architecture(description: ModelFile, path: Path, content: ModelFile, code: CustomCode) -> Any:
+    """Load the weights of a file into the model of a description."""
+    try:
+        return architecture.load_with_architecture(description, path, content.format, code)
+    except ModelError:
+        raise
+    except Exception as error:  # Keras passes on any error that a layer raises
+        reason = summarize_file_error(error, path)
+        raise ModelError(
+            f"{path.name}: the weights do not fit the model that model.architecture describes ({reason})"
+        ) from error
 
 
 def _list_corrections(content: ModelFile) -> list[str]:
     if not keras2.is_keras2_file(content):
         return []
-    return keras2_config.list_corrections(content.config, is_mirrored=content.backend == "theano")
+    return keras2_config.list_corrections(content.config)
 
 
 def _load_saved_model(spec: ModelConfig, folder: Path) -> Any:

@@ -6,6 +6,7 @@ module does not import Keras.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,9 +51,21 @@ def make_replacement_classes(layer_class: Any, functions: Mapping[str, Callable[
             self.arguments = dict(arguments or {})
 
         def call(self, *args: Any, **kwargs: Any) -> Any:
-            return functions[self.name](*args, **self.arguments, **kwargs)
+            function = functions[self.name]
+            return function(*args, **{**self.arguments, **_select_accepted(function, kwargs)})
 
     return {cls.__name__: cls for cls in (PassThrough, MissingCode, NamedFunction)}
+
+
+def _select_accepted(function: Callable[..., Any], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keyword arguments without those that Keras adds and that the function does not take."""
+    accepted = inspect.signature(function).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
+    return {
+        key: value
+        for key, value in keywords.items()
+        if takes_all or key in accepted or key not in ("training", "mask")
+    }
 
 
 def _make_failing_value(arguments: Any, reason: str, value_shape: Any) -> Any:

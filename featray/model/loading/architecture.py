@@ -41,29 +41,31 @@ def read_architecture(spec: ModelConfig) -> tuple[ModelFile, str]:
     return content, file.sha256
 
 
-def load_with_architecture(content: ModelFile, path: Path, file_format: ModelFormat, code: CustomCode) -> Any:
+def load_with_architecture(
+    content: ModelFile, weights_file: tuple[Path, ModelFormat], code: CustomCode, *, trust: bool
+) -> Any:
     """Return the model of a description with the weights of a file.
 
     Args:
         content: The description, as `read_architecture` returns it.
-        path: A local .keras or .h5 file; its name may have any suffix.
-        file_format: The format of `path`.
+        weights_file: A local .keras or .h5 file of any name, and its format.
         code: The objects of the config.
+        trust: Whether Python code in the description may run.
 
     Raises:
         ModelError: Custom code is missing, or the weights do not fit.
     """
     import keras
 
-    content, known, problems = match_custom_objects(content, code, trust=False)
+    content, known, problems = match_custom_objects(content, code, trust=trust)
     if problems:
         raise ModelError(problems, "architecture")
     if keras2.is_keras2_file(content):
-        model = keras2.build_model(content.config, known)
+        model = keras2.build_model(content.config, known, trust=trust)
     else:
         with register_objects(known):
-            model = keras.saving.deserialize_keras_object(content.config)
-    weights.load_weights(model, path, file_format)
+            model = keras.saving.deserialize_keras_object(content.config, safe_mode=not trust)
+    weights.load_weights(model, *weights_file)
     return model
 
 

@@ -52,18 +52,20 @@ def load_archive(path: Path, config: dict[str, Any], objects: Mapping[str, Any],
         )
 
 
-def build_model(config: dict[str, Any], objects: Mapping[str, Any]) -> Any:
+def build_model(config: dict[str, Any], objects: Mapping[str, Any], *, trust: bool) -> Any:
     """Return the model that a description describes, with random weights.
 
     Args:
         config: The description of the model in the form of an .h5 file.
         objects: Custom classes and functions by the names under which the description refers to them.
+        trust: Whether Python code in the description may run.
     """
     import tf_keras
+    from tf_keras.src.saving import serialization_lib
     from tf_keras.src.saving.legacy.saved_model import json_utils
 
     adapted = _adapt_objects(objects)
-    with tf_keras.saving.custom_object_scope(adapted):
+    with tf_keras.saving.custom_object_scope(adapted), serialization_lib.SafeModeScope(not trust):
         return tf_keras.models.model_from_config(json_utils.decode(json.dumps(config)), adapted)
 
 

@@ -90,7 +90,7 @@ def load_model(spec: ModelConfig, input_shapes: Sequence[tuple[int | None, ...]]
             )
         elif spec.architecture:
             description, files["architecture"] = architecture.read_architecture(spec)
-            model = _load_with_architecture(description, file.path, content, code)
+            model = _load_with_architecture(description, (file.path, content.format), code, trust=spec.trust)
             content = replace(content, backend=content.backend or description.backend)
         else:
             model = _load_keras_file(file.path, content, code, trust=spec.trust)
@@ -112,8 +112,8 @@ def _refuse_checkpoint(uri: str) -> None:
     raise ModelError(
         f"{name}: is a TensorFlow checkpoint, which only code that builds the model can load; run once "
         f"with Keras 2 (import tf_keras as keras): model.load_weights('{name}') and "
-        "model.save_weights('NAME.weights.h5'), give that file in model.uri, and name the code that builds the "
-        "model in model.builder"
+        "model.save_weights('NAME.weights.h5'), give that file in model.uri, and name the code that builds "
+        "the model in model.builder"
     )
 
 
@@ -211,18 +211,21 @@ def _load_keras3_file(path: Path, content: ModelFile, objects: dict[str, Any], *
 def _load_keras2_file(path: Path, content: ModelFile, objects: Mapping[str, Any], *, trust: bool) -> Any:
     if content.format is ModelFormat.ARCHIVE:
         return keras2.load_archive(path, content.config, objects, trust=trust)
-    model = keras2.build_model(content.config, objects)
+    model = keras2.build_model(content.config, objects, trust=trust)
     weights.load_weights(model, path, content.format)
     return model
 
 
-def _load_with_architecture(description: ModelFile, path: Path, content: ModelFile, code: CustomCode) -> Any:
+def _load_with_architecture(
+    description: ModelFile, weights_file: tuple[Path, ModelFormat], code: CustomCode, *, trust: bool
+) -> Any:
     """Load the weights of a file into the model of a description."""
     try:
-        return architecture.load_with_architecture(description, path, content.format, code)
+        return architecture.load_with_architecture(description, weights_file, code, trust=trust)
     except ModelError:
         raise
     except Exception as error:  # Keras passes on any error that a layer raises
+        path, _ = weights_file
         reason = summarize_file_error(error, path)
         raise ModelError(
             f"{path.name}: the weights do not fit the model that model.architecture describes ({reason})"

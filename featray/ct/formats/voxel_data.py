@@ -218,6 +218,9 @@ def _check_not_constant(stored: NDArray[Any]) -> None:
         raise ScanError(Reason.NOT_A_VOLUME, f"every voxel is stored as {first:g}")
 
 
+_NOT_A_TILT = "no two voxel axes are at right angles, which a gantry tilt cannot cause"
+
+
 def check_geometry(affine_lps: Affine, *, keep_shear: bool) -> tuple[str, ...]:
     """Check that an affine (LPS mm) is usable, and return its warning codes.
 
@@ -234,10 +237,13 @@ def check_geometry(affine_lps: Affine, *, keep_shear: bool) -> tuple[str, ...]:
         raise ScanError(Reason.UNREADABLE, problem)
     if not geometry.is_sheared(affine_lps):
         return geometry.find_geometry_warnings(affine_lps)
+    if not keep_shear and _find_slice_axis(affine_lps) is None:
+        raise ScanError(Reason.GANTRY_TILT, _NOT_A_TILT)
     if not keep_shear:
         raise ScanError(
             Reason.GANTRY_TILT,
-            "the voxel axes are not at right angles (tilted gantry?); set policy.gantry_tilt to resample",
+            "the voxel axes are not at right angles (tilted gantry?); set policy.gantry_tilt: resample to "
+            "resample the volume onto an upright grid",
         )
     return (Reason.GANTRY_TILT.value, *geometry.find_geometry_warnings(affine_lps))
 
@@ -254,19 +260,28 @@ def convert_to_shifted_slices(volume: Volume) -> Volume:
     """
     if not geometry.is_sheared(volume.affine_lps):
         return volume
-    for slice_axis in (2, 1, 0):
-        order = [*(axis for axis in range(3) if axis != slice_axis), slice_axis]
-        affine = volume.affine_lps[:, [*order, 3]]
-        if not _is_sheared_in_plane(affine):
-            break
-    else:
-        raise ScanError(
-            Reason.GANTRY_TILT, "no two voxel axes are at right angles, which a gantry tilt cannot cause"
-        )
+    slice_axis = _find_slice_axis(volume.affine_lps)
+    if slice_axis is None:
+        raise ScanError(Reason.GANTRY_TILT, _NOT_A_TILT)
+    order = _move_last(slice_axis)
+    affine = volume.affine_lps[:, [*order, 3]]
     voxels = volume.voxels_zyx.transpose([2 - axis for axis in reversed(order)])
     origins = affine[:3, 3] + np.arange(len(voxels))[:, None] * affine[:3, 2]
     grid = make_upright_grid(affine, origins)
     return replace(volume, voxels_zyx=voxels, affine_lps=grid, slice_origins_lps=origins)
+
+
+def _find_slice_axis(affine_lps: Affine) -> int | None:
+    """Return an axis whose slices have their own two axes at right angles: z if possible, or None."""
+    for axis in (2, 1, 0):
+        if not _is_sheared_in_plane(affine_lps[:, [*_move_last(axis), 3]]):
+            return axis
+    return None
+
+
+def _move_last(axis: int) -> list[int]:
+    """Return the axes x, y and z (0, 1, 2) in their order, with one moved to the end."""
+    return [*(other for other in range(3) if other != axis), axis]
 
 
 def _is_sheared_in_plane(affine_lps: Affine) -> bool:

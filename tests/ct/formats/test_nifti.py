@@ -452,6 +452,16 @@ def test_a_file_sheared_along_all_axes_is_rejected() -> None:
     assert catch_reason(lambda: convert_to_shifted_slices(volume)) == Reason.GANTRY_TILT
 
 
+def test_the_policy_is_only_advised_for_a_shear_that_it_accepts() -> None:
+    everywhere = np.array([[1, 0.3, 0.3, 0], [0.3, 1, 0.3, 0], [0, 0.3, 1, 0], [0, 0, 0, 1.0]])
+
+    for affine, is_advised in ((SHEARED, True), (everywhere, False)):
+        with pytest.raises(ScanError) as caught:
+            read_nifti(make_nifti(affine=affine, sform_code=1), max_voxels=MANY)
+        assert caught.value.reason == Reason.GANTRY_TILT
+        assert ("set policy.gantry_tilt: resample" in str(caught.value)) == is_advised
+
+
 def test_a_volume_without_shear_is_not_converted_to_shifted_slices() -> None:
     volume = read(make_nifti())
 

@@ -258,7 +258,7 @@ def _parse_qform(header: Any) -> Affine | None:
     header["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1  # 0 and other values mean 1, as in niftilib
     header["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
     quaternion = np.array([header[f"quatern_{letter}"] for letter in "bcd"], np.float64)
-    norm = np.linalg.norm(quaternion)
+    norm = math.hypot(*quaternion)  # infinite if it is too large, without a warning
     if 1 < norm <= MAX_QUATERNION_NORM:  # rounded: the fourth number is 0
         header["quatern_b"], header["quatern_c"], header["quatern_d"] = quaternion / norm
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import struct
 import zlib
 from collections.abc import Callable
 from itertools import permutations
@@ -266,6 +267,15 @@ def test_a_quaternion_that_rounding_made_longer_than_1_is_normalized(length: flo
 
 def test_a_quaternion_that_is_no_rotation_is_refused() -> None:
     assert read_reason(make_qform_file([0.6, 0.6, 0.6])) == Reason.UNREADABLE
+
+
+def test_a_quaternion_of_huge_numbers_is_refused_without_a_numpy_warning() -> None:
+    image = nib.Nifti2Image(np.arange(24, dtype=np.int16).reshape(2, 3, 4), np.eye(4))
+    image.header.set_sform(None, code=0)
+    image.header["qform_code"] = 1
+    data = bytearray(image.to_bytes())
+    struct.pack_into("<d", data, 352, 1e200)  # quatern_b of NIfTI-2
+    assert read_reason(bytes(data)) == Reason.UNREADABLE
 
 
 @pytest.mark.parametrize("qfac", [1.0, -1.0])

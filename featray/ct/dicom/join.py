@@ -263,6 +263,8 @@ def _join_disjoint_folders(slices: list[SliceHeader]) -> list[list[SliceHeader]]
     folders: dict[str, list[SliceHeader]] = defaultdict(list)
     for header in slices:
         folders[header.folder].append(header)
+    if len(folders) == 1:
+        return list(folders.values())
     copies: list[list[SliceHeader]] = []
     keys_of_copies: list[set[object]] = []
     for members in folders.values():

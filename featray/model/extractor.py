@@ -109,7 +109,7 @@ class Extractor:
         import tensorflow as tf
 
         problems: list[str] = []
-        self._prepared = prepare.prepare_model(self._spec, input_zyx, problems)
+        self._prepared = prepare.prepare_model(self._spec, input_zyx, problems).forget_graph()
         outputs = prepare.select_outputs(self._spec, self._prepared, problems)
         self.layers = tuple(self._warm_up(outputs, problems)) if outputs else ()
         if problems:

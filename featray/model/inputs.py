@@ -26,7 +26,7 @@ Batch = NDArray[np.float32]
 Shape = tuple[int | None, ...]
 Result = TypeVar("Result")
 
-_TRIAL_SIZES = (32, 64, 128)
+TRIAL_SIZES = (32, 64, 128)
 """Sizes to try along an axis that accepts any. Models with many pooling layers need the larger ones."""
 
 
@@ -194,7 +194,7 @@ def run_trials(run: Callable[[Batch], Result], call: trace.ModelCall) -> TrialRe
         ModelError: The model fails on all trial sizes.
     """
     failure: Exception | None = None
-    sizes = _TRIAL_SIZES if None in call.input_shape else _TRIAL_SIZES[:1]
+    sizes = TRIAL_SIZES if None in call.input_shape else TRIAL_SIZES[:1]
     for probe, size in itertools.product(call.probe.list_attempts(), sizes):
         shape = tuple(size if extent is None else extent for extent in call.input_shape)
         a, b = probe.draw(2, shape)

@@ -103,7 +103,7 @@ def check_invariance(
     """
     section, problems = prepare.parse_model_section(spec), list[str]()
     runtime.configure()
-    prepared = prepare.prepare_model(section, input_zyx, problems)
+    prepared = prepare.prepare_model(section, input_zyx, problems).forget_graph()
     outputs = prepare.select_outputs(section, prepared, problems)
     if problems:
         raise ModelError(problems, download.redact_uri(section.uri))

@@ -14,14 +14,15 @@ from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model import pooling, prepare, runtime, select_layers, variation
+from featray.model import pooling, prepare, row_analysis, runtime, select_layers, variation
 from featray.model.inputs import Shape
 from featray.model.keras_versions import KERAS_PACKAGES
 from featray.model.loading import download
 from featray.model.pooling import Pool
+from featray.model.prepare import PreparedModel
 from featray.model.select_layers import OutputSpec
 from featray.model.trace import Tap
-from featray.model.variation import Variation
+from featray.model.variation import TapEvaluation, Variation
 
 _SPREAD = r"sigma|std|(log_?)?var(iance)?|log_?(sigma|std|sd)"
 _SPREAD_NAME = re.compile(rf"(^|_)({_SPREAD})($|_)", re.IGNORECASE)
@@ -42,8 +43,8 @@ class LayerInfo:
             this layer, or the number after the default pooling if it makes none. If the number depends on the
             size of the input, it is that of a small input.
         flags: Properties of the layer.
-            `stochastic`: the values for the same input differ from call to call, found by running the model.
-            `batch_dependent`: the values depend on the other inputs in the batch, also found by running it.
+            `stochastic`: the values for the same input differ from call to call.
+            `batch_dependent`: the values depend on the other inputs in the batch.
             `bottleneck`: no other layer has fewer values per input, not counting layers with a single value;
             layers with equally many values all have this flag.
             `dead_units_possible`: a ReLU layer that is the bottleneck, feeds a stochastic layer, or has the
@@ -109,8 +110,9 @@ def list_layers(  # noqa: PLR0913  # public as featray.layers
 ) -> LayerList:
     """Return every layer value that can be extracted, in order of computation.
 
-    The whole model runs three times, on two random inputs, to find out which layers are stochastic. Layers
-    that a config asks for and that the model does not have are ignored.
+    The graph of the model shows for most models which layers are stochastic or depend on the batch. Otherwise
+    the whole model runs three times, on two random inputs. Layers that a config asks for and that the model
+    does not have are ignored.
 
     Args:
         model: The `model` section of a config, or the path of a model file.
@@ -142,7 +144,7 @@ def list_layers(  # noqa: PLR0913  # public as featray.layers
         raise ModelError(
             [f"{layer.path}: {layer.reason}" for layer in unlisted], download.redact_uri(spec.uri)
         )
-    evaluation = variation.evaluate_taps(prepared.call, taps)
+    evaluation = _evaluate_taps(prepared, taps)
     value_counts = map(math.prod, evaluation.shapes.values())
     narrowest = min((count for count in value_counts if count > 1), default=0)
     outputs = prepare.select_outputs(spec, prepared, []) if is_config else []
@@ -151,13 +153,20 @@ def list_layers(  # noqa: PLR0913  # public as featray.layers
     return LayerList([_describe_tap(tap, survey) for tap in taps], unlisted)
 
 
+def _evaluate_taps(prepared: PreparedModel, taps: list[Tap]) -> TapEvaluation:
+    """Return shape and variation of the taps. The model runs only if its graph does not show them."""
+    assert prepared.recording is not None
+    shown = row_analysis.evaluate_taps_by_graph(prepared.call, prepared.recording, taps)
+    return shown or variation.evaluate_taps(prepared.call, taps)
+
+
 def _describe_unlisted(tap: Tap) -> UnlistedLayer:
     return UnlistedLayer(tap.path, type(tap.layer).__name__, tap.problem)
 
 
 @dataclass(frozen=True)
 class _Survey:
-    """All that is known of a model after running it.
+    """All that is known of a model.
 
     Attributes:
         evaluation: Shape and variation of each tap.
@@ -167,7 +176,7 @@ class _Survey:
         has_any_size: Whether the model accepts inputs of any size along some axis.
     """
 
-    evaluation: variation.TapEvaluation
+    evaluation: TapEvaluation
     narrowest: int
     taps: list[Tap]
     outputs: list[OutputSpec]

@@ -17,7 +17,7 @@ from featray.model.loading import load
 from featray.model.loading.load import LoadedModel
 from featray.model.loading.model_file import ModelFormat
 from featray.model.select_layers import OutputSpec
-from featray.model.trace import ModelCall, Tap
+from featray.model.trace import ModelCall, Recording, Tap
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,17 @@ class PreparedModel:
         loaded: The whole model and its files.
         call: The model to run, which is `model.submodel` or the whole model, and how to call it.
         taps: Every tensor that its layers return, in order of computation.
+        recording: The recording with these taps; None once `forget_graph` was called.
     """
 
     loaded: LoadedModel
     call: ModelCall
     taps: list[Tap]
+    recording: Recording | None = None
+
+    def forget_graph(self) -> PreparedModel:
+        """Return the same without the recording, which keeps the graph of the whole model in memory."""
+        return replace(self, recording=None)
 
 
 def parse_model_section(spec: ModelConfig | Mapping[str, Any]) -> ModelConfig:
@@ -63,7 +69,7 @@ def prepare_model(spec: ModelConfig, input_zyx: Shape | None, problems: list[str
     call = ModelCall(model, shape, inputs.make_fill(model, spec.constants))
     recording = trace.record_taps(call)
     problems += size_problems + _check_weights(model, loaded)
-    return PreparedModel(loaded, replace(call, probe=recording.probe), recording.taps)
+    return PreparedModel(loaded, replace(call, probe=recording.probe), recording.taps, recording)
 
 
 def select_outputs(spec: ModelConfig, prepared: PreparedModel, problems: list[str]) -> list[OutputSpec]:

@@ -75,19 +75,29 @@ def list_uncontrolled_random_ops(function: Any) -> list[str]:
     """
     graph = function.graph.as_graph_def()
     nodes = [*graph.node, *(node for part in graph.library.function for node in part.node_def)]
-    return [f"{node.name} ({node.op})" for node in nodes if _UNCONTROLLED_OP.match(node.op)]
+    return [f"{node.name} ({node.op})" for node in nodes if is_uncontrolled_random_op(node.op)]
 
 
 def find_random_outputs(function: Any) -> set[str]:
     """Return the names of the outputs of a traced function that are computed from a random number."""
-    states = {id(variable.handle) for variable in function.graph.variables if _is_state(variable)}
-    inner_states = {id(inner) for outer, inner in function.graph.captures if id(outer) in states}
+    inner_states = list_state_tensors(function.graph)
 
     def is_random(tensor: Any) -> bool:
-        return id(tensor) in inner_states or bool(_UNCONTROLLED_OP.match(tensor.op.type))
+        return tensor.name in inner_states or is_uncontrolled_random_op(tensor.op.type)
 
     outputs = function.graph.structured_outputs
     return {name for name, tensor in outputs.items() if _has_ancestor(tensor, is_random)}
+
+
+def list_state_tensors(graph: Any) -> set[str]:
+    """Return the names of the tensors by which a graph uses states of random number generators."""
+    states = {id(variable.handle) for variable in graph.variables if _is_state(variable)}
+    return {inner.name for outer, inner in graph.captures if id(outer) in states}
+
+
+def is_uncontrolled_random_op(op_type: str) -> bool:
+    """Return whether operations of a type draw random numbers that no seed controls."""
+    return bool(_UNCONTROLLED_OP.match(op_type))
 
 
 @contextlib.contextmanager

@@ -91,11 +91,13 @@ class Recording:
     Attributes:
         taps: Every tensor that any layer returns, in order of computation. If a layer fails, it and the
             layers that were not reached are at the end, each with its problem.
-        tensors: The tensor of each tap in the graph of the trace, by the key of the tap.
+        inputs: The tensor of the batch in the graph of the trace.
+        tensors: The tensor of each tap in this graph, by the key of the tap.
         probe: Range of the values that the model takes.
     """
 
     taps: list[Tap]
+    inputs: Any
     tensors: dict[str, Any]
     probe: ProbeRange
 
@@ -283,7 +285,7 @@ def _record_once(call: ModelCall) -> tuple[Recording, bool]:
         recorder.record_failure(error)
     recorder.mark_missing_code()
     probe = probes.find_probe_range(call.model, recorder.inputs)
-    recording = Recording(recorder.taps, recorder.tensors, probe)
+    recording = Recording(recorder.taps, recorder.inputs, recorder.tensors, probe)
     return recording, all(layer_call.was_built for layer_call in recorder.calls)
 
 

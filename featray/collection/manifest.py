@@ -259,7 +259,9 @@ def _is_unambiguous(data: bytes, separator: str) -> bool:
     return bool(len(quotes) % 2 == 0 and opens and closes)
 
 
-def _parse_any_csv(data: bytes, names: list[str], problems: dict[int, str], separator: str) -> list[pa.Array]:
+def _parse_any_csv(
+    data: bytes, names: list[str], problems: dict[int, str], separator: str = ","
+) -> list[pa.Array]:
     """Return the columns of a CSV file; short rows are padded with empty values, long rows are cut.
 
     The numbers of long rows are added to `problems`.

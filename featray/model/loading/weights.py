@@ -149,11 +149,11 @@ def _check_layout(saved: _WeightsLayout, model: Any) -> None:
         f"{len(names)} {difference}, e.g. {names[0]}" for difference, names in differences.items() if names
     ]
     if problems:
-        is_keras3 = not keras_versions.is_keras2_layer(model)
+        is_other_layout = not (saved.shapes.keys() & own.shapes.keys())
         hint = (
             "; if Keras 2 wrote the file, let the builder make a model of Keras 2 (import tf_keras as keras)"
         )
-        raise ModelError("; ".join(problems) + (hint if is_keras3 else ""))
+        raise ModelError("; ".join(problems) + (hint if is_other_layout else ""))
 
 
 def _find_swapped_layers(saved: dict[str, str], own: dict[str, str]) -> list[str]:

@@ -20,7 +20,18 @@ from featray.hardware import count_usable_cores
 from featray.output.dataset import RUNS, Dataset
 from featray.stages.report.summary import Summary
 
-PACKAGES = ("featray", "keras", "tensorflow", "ray", "numpy", "pyarrow", "deltalake", "nibabel", "pydicom")
+PACKAGES = (
+    "featray",
+    "keras",
+    "tf_keras",
+    "tensorflow",
+    "ray",
+    "numpy",
+    "pyarrow",
+    "deltalake",
+    "nibabel",
+    "pydicom",
+)
 """Packages whose versions are recorded."""
 
 

@@ -75,7 +75,7 @@ def test_every_key_has_a_description() -> None:
 
 def test_a_description_is_the_text_below_its_field() -> None:
     descriptions = read_descriptions()["LayerConfig"]
-    assert set(descriptions) == {"layer", "pool", "as"}
+    assert set(descriptions) == {"layer", "pool", "grid", "as"}
     assert f'"""{descriptions["layer"]}"""' in Path(models.__file__).read_text(encoding="utf-8")
 
 

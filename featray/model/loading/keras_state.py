@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,28 +46,36 @@ def restart_layer_names() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def keep_list_axes() -> Iterator[None]:
-    """Let layers in an .h5 file keep an `axis` that is a list of two or more.
+def keep_layer_configs() -> Iterator[None]:
+    """Let layers in an .h5 file keep two kinds of values that Keras changes before it makes the layer.
 
-    Keras drops it before it makes the layer, which then gets the default axis -1.
+    Keras drops an `axis` that is a list of two or more; the layer then gets the default axis -1. It replaces
+    a text that is the name of a function in `keras.layers`, such as `score_mode: dot`, with the function.
     """
+    from keras.src import layers, models
     from keras.src.legacy.saving import saving_utils, serialization
 
     original = saving_utils.model_from_config
+    model_classes = {"Functional": models.Functional, "Model": models.Model, "Sequential": models.Sequential}
+    objects = {**vars(layers), "InputLayer": layers.InputLayer, **model_classes}
+    classes = {name: value for name, value in objects.items() if not inspect.isfunction(value)}
 
     def model_from_config(config: Any, custom_objects: Any = None) -> Any:
         axis = config["config"].get("axis") if isinstance(config.get("config"), dict) else None
         if not isinstance(axis, list) or len(axis) < 2:
             return original(config, custom_objects)
         return serialization.deserialize_keras_object(
-            config,
-            module_objects=saving_utils.MODULE_OBJECTS.ALL_OBJECTS,  # exists: the model is made before
-            custom_objects=custom_objects,
-            printable_module_name="layer",
+            config, module_objects=classes, custom_objects=custom_objects, printable_module_name="layer"
         )
 
+    # Each thread has its own table of objects, which Keras fills when it loads its first model.
+    table = vars(saving_utils.MODULE_OBJECTS)
+    saved_table = dict(table)
+    table["ALL_OBJECTS"] = classes
     saving_utils.model_from_config = model_from_config
     try:
         yield
     finally:
         saving_utils.model_from_config = original
+        table.clear()
+        table.update(saved_table)

@@ -30,7 +30,7 @@ from featray.model.loading import (
 )
 from featray.model.loading.custom_objects import CustomCode, import_custom_objects, match_custom_objects
 from featray.model.loading.failure_messages import describe_load_failure, summarize_file_error
-from featray.model.loading.keras_state import keep_list_axes, register_objects, restart_layer_names
+from featray.model.loading.keras_state import keep_layer_configs, register_objects, restart_layer_names
 from featray.model.loading.model_file import ModelFile, ModelFormat
 
 
@@ -202,7 +202,7 @@ def _load_keras3_file(path: Path, content: ModelFile, objects: dict[str, Any], *
 
     is_h5 = content.format is ModelFormat.WHOLE_H5
     open_file = readable_file.open_h5_with_config if is_h5 else readable_file.open_with_config
-    with register_objects(objects), keep_list_axes(), open_file(path, content.config) as readable:
+    with register_objects(objects), keep_layer_configs(), open_file(path, content.config) as readable:
         model = keras.saving.load_model(readable, compile=False, safe_mode=not trust)
     _check_config(model, path, content)
     return model

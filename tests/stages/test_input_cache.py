@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import featray
+from featray.cli.main import main
 from featray.commands.cache import show_cache
 from featray.config import Config, load
 from featray.errors import ConfigError
@@ -262,6 +264,17 @@ def test_the_command_shows_and_clears_the_cache(config: Config, tmp_path: Path) 
     assert "4 model inputs" in shown.text()
     cleared = show_cache(config, clear=True)
     assert (cleared.entries, cleared.deleted) == (0, 4)
+
+
+def test_the_command_answers_in_json(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decode_all(config)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json", by_alias=True)))
+    assert main(["cache", str(path), "--clear", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (answer["entries"], answer["deleted"], answer["max_bytes"]) == (0, 4, 100 * 10**9)
 
 
 def test_without_a_cache_the_command_says_what_to_set(scans: Path, tmp_path: Path) -> None:

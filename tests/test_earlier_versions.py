@@ -66,6 +66,7 @@ def layer_values(output: Path, layer: str) -> tuple[list[str], list[str], np.nda
     return rows["scan_id"].to_pylist(), rows["recipe"].to_pylist(), np.array(rows["feature"].to_pylist())
 
 
+@pytest.mark.slow
 def test_extract_finds_nothing_to_do_and_the_same_recipe_id(project: Path) -> None:
     before = read_bytes(project / "out")
     summary = featray.extract("config.yaml")

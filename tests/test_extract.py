@@ -46,6 +46,7 @@ def list_files(folder: str) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_every_scan_of_a_mixed_collection_has_every_layer(config_of: Any) -> None:
     config = config_of()
     summary = featray.extract(config)
@@ -87,6 +88,7 @@ def test_features_equal_the_values_of_the_full_model_for_the_same_input(
     np.testing.assert_allclose(actual, np.asarray(expected)[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_second_extract_writes_nothing_and_reports_that_nothing_is_to_do(config_of: Any) -> None:
     config = config_of()
     featray.extract(config)
@@ -116,6 +118,7 @@ def broken(phantoms: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_broken_files_fail_with_a_reason_and_do_not_affect_other_scans(
     config_of: Any, broken: Path, workers: int
@@ -244,6 +247,7 @@ def test_a_fully_convolutional_model_takes_scans_at_their_native_size(config_of:
     }
 
 
+@pytest.mark.slow
 def test_the_run_folder_holds_the_config_the_versions_and_the_counts(config_of: Any) -> None:
     config = config_of(source={"storage_options": {"auto_mkdir": False}})
     summary = featray.extract(config)
@@ -258,6 +262,7 @@ def test_the_run_folder_holds_the_config_the_versions_and_the_counts(config_of: 
     assert "12 ok" in (folder / "summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_manifest_sets_ids_and_further_columns_of_scans(
     config_of: Any, phantoms: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def config(config_of: Any, collection: Path) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_a_refresh_of_an_unchanged_collection_writes_nothing_and_reports_this(config: dict[str, Any]) -> None:
     featray.refresh(config)
     before = list_files(config)
@@ -77,6 +78,7 @@ def test_a_refresh_of_an_unchanged_collection_writes_nothing_and_reports_this(co
     assert "nothing to do: 6 scans are up to date" in summary.text()
 
 
+@pytest.mark.slow
 def test_one_refresh_adds_new_scans_replaces_changed_ones_and_drops_removed_ones(
     config: dict[str, Any], collection: Path, phantoms: Path
 ) -> None:
@@ -103,6 +105,7 @@ def test_one_refresh_adds_new_scans_replaces_changed_ones_and_drops_removed_ones
         np.testing.assert_allclose(after[scan], value, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_only_changed_scans_are_read_again(
     config: dict[str, Any], collection: Path, phantoms: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -217,6 +217,7 @@ def test_the_monitor_measures_a_command_with_its_child_processes() -> None:
     assert (usage.store_bytes, usage.spilled) == (None, None)
 
 
+@pytest.mark.slow
 def test_an_interrupted_monitor_ends_the_whole_process_tree(tmp_path: Path) -> None:
     code = (
         "import subprocess, sys\n"
@@ -373,6 +374,7 @@ pq.write_table(pa.table(columns), document["out"])
 """
 
 
+@pytest.mark.slow
 def test_a_failed_measurement_is_named_with_its_error(config_of: Any, tmp_path: Path) -> None:
     config = config_of(model={"uri": str(tmp_path / "gone.keras")})
     with pytest.raises(FeatrayError, match=r"(?s)stages in isolation: ended with exit code 2:.*gone\.keras"):

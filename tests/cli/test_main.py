@@ -56,6 +56,7 @@ def test_help_describes_each_command_on_one_line(monkeypatch: pytest.MonkeyPatch
     assert all(re.fullmatch(r"    [a-z]+ +[a-z].*", line) for line in lines)
 
 
+@pytest.mark.slow
 def test_extract_status_and_failures_answer_in_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["extract", str(config), "--json", "--quiet"]) == 0
     summary = parse_last_line(capsys.readouterr().out)
@@ -93,6 +94,7 @@ def test_failures_lists_reasons_and_filters_by_reason(
     assert lines[0].startswith("empty.nii\tfailed\tempty\tread\t")
 
 
+@pytest.mark.slow
 def test_plan_counts_scans_estimates_and_writes_nothing(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -31,6 +31,7 @@ def join_messages(report: DoctorResult, check: str, status: str) -> str:
     return "\n".join(result.message for result in results)
 
 
+@pytest.mark.slow
 def test_a_correct_config_passes_every_check_and_nothing_is_written(config_of: Any, tmp_path: Path) -> None:
     config = config_of()
     report = doctor(config)

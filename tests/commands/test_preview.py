@@ -149,6 +149,7 @@ def test_the_patient_name_appears_nowhere(config: dict[str, Any], tmp_path: Path
     assert not any(b"Ottokar" in data for data in files)
 
 
+@pytest.mark.slow
 def test_no_model_is_loaded_and_neither_tensorflow_nor_ray_is_imported(
     config: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -122,6 +122,7 @@ def take_corner_late(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.nd
     return take_corner(batch, seeds)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_scans", [1, 3])  # with 1, the model reads the tensor in shared memory
 @pytest.mark.parametrize("model", [take_corner, pytest.param(take_corner_late, marks=pytest.mark.slow)])
 def test_each_scan_keeps_its_own_tensor_through_shared_memory(
@@ -139,6 +140,7 @@ def test_each_scan_keeps_its_own_tensor_through_shared_memory(
     assert values == {f"s{n}": float(n) for n in range(40)}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(count_usable_cores() < 2, reason="with one core, one call of the model runs at a time")
 def test_two_calls_of_the_model_run_at_once(decoder: Decoder, stages: Stages) -> None:
     both_calls = threading.Barrier(2, timeout=30)
@@ -152,6 +154,7 @@ def test_two_calls_of_the_model_run_at_once(decoder: Decoder, stages: Stages) ->
     assert {record.status for record in records.values()} == {"ok"}
 
 
+@pytest.mark.slow
 def test_prefetched_scans_are_processed_once_and_those_that_are_not_due_are_dropped(
     decoder: Decoder, stages: Stages
 ) -> None:
@@ -194,6 +197,7 @@ def test_of_tiny_scans_that_share_a_message_only_those_that_kill_or_hang_fail(
     assert records["s99"].attempts <= 2
 
 
+@pytest.mark.slow
 def test_shared_memory_has_no_name_in_dev_shm_that_could_outlive_the_run(
     decoder: Decoder, stages: Stages
 ) -> None:

@@ -72,6 +72,7 @@ def test_the_first_layer_that_depends_on_the_batch_is_named(
     assert f"first seen at layer {layer} ({report.class_name})" in report.to_text()
 
 
+@pytest.mark.slow
 def test_a_batch_dependent_output_is_refused_with_its_cause_even_if_stochastic_outputs_are_allowed(
     mixing: MakeSection,
 ) -> None:
@@ -82,6 +83,7 @@ def test_a_batch_dependent_output_is_refused_with_its_cause_even_if_stochastic_o
     assert set(Extractor({**mixing("Whiten"), "layers": ["conv"]})(np.ones((2, 4, 4, 4), "f4"))) == {"conv"}
 
 
+@pytest.mark.slow
 def test_a_batch_dependent_model_has_definite_values_with_batch_size_1(mixing: MakeSection) -> None:
     section = {**mixing("TrainingNorm"), "batch_size": 1}
     x = np.random.default_rng(0).random((3, 4, 4, 4), np.float32)
@@ -100,6 +102,7 @@ def test_batch_dependent_layers_are_not_flagged_as_stochastic(mixing: MakeSectio
     assert "batch_dependent" not in flags["conv"]
 
 
+@pytest.mark.slow
 def test_a_sound_model_passes_with_given_samples_and_its_stochastic_outputs_are_listed(
     spec: Callable[..., dict[str, Any]], volumes: Any
 ) -> None:
@@ -115,6 +118,7 @@ def test_one_sample_is_enough_to_find_batch_dependence(mixing: MakeSection) -> N
     assert check_invariance(mixing("Whiten"), (4, 4, 4), sample).problems
 
 
+@pytest.mark.slow
 def test_errors_in_the_model_section_and_in_the_samples_are_raised(
     spec: Callable[..., dict[str, Any]], volumes: Any
 ) -> None:

@@ -30,6 +30,7 @@ def test_every_layer_of_the_nested_vae_is_listed_in_order_of_computation(small_v
     assert {"encoder/z", "encoder:0", "decoder/deconv_1", "decoder/reconstruction", "decoder"} <= set(paths)
 
 
+@pytest.mark.slow
 def test_shape_is_before_pooling_and_values_are_counted_after_it(small_vae_file: Path) -> None:
     layers = _list_by_path(small_vae_file, custom_objects=SAMPLING)
     conv, mean = layers["encoder/conv_2"], layers["encoder/z_mean"]

@@ -80,6 +80,7 @@ def x() -> np.ndarray:
     return np.random.default_rng(3).random((5, *SHAPE), np.float32) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", CONTROLLED.values(), ids=CONTROLLED)
 def test_a_seed_decides_the_noise_of_every_kind_of_generator(noisy: Any, x: np.ndarray, noise: str) -> None:
     section = noisy(noise)
@@ -110,6 +111,7 @@ def test_z_depends_on_the_seed_and_z_mean_does_not(spec: Callable[..., dict[str,
     np.testing.assert_allclose(plain(volumes, SEEDS)["z_mean"], one["z_mean"], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_seeds_values_differ_from_call_to_call_even_after_calls_with_the_same_seeds(
     spec: Callable[..., dict[str, Any]], volumes: Any
 ) -> None:

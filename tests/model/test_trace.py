@@ -74,6 +74,7 @@ class SubclassedVae(keras.Model):
         return out
 
 
+@pytest.mark.slow
 def test_layers_of_a_subclassed_model_are_found_by_attribute_and_by_name() -> None:
     model = SubclassedVae()
     assert _list_paths(model) == [

@@ -238,6 +238,7 @@ CHANGES: dict[str, Callable[[Committer, Dataset], None]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_kill_at_any_step_of_any_change_leaves_consistent_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
@@ -381,6 +382,7 @@ def test_a_driver_that_loses_the_lease_while_it_lists_orphans_deletes_none(
     assert list_stored(dataset) == before
 
 
+@pytest.mark.slow
 def test_a_driver_that_was_suspended_until_its_log_entries_were_trimmed_is_refused(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -594,6 +596,7 @@ def test_compaction_keeps_partitions_and_the_file_size_limit(
     assert set(found.filter(pl.col("site") == "B")["scan_id"]) == {f"s{n:02}" for n in range(1, 16, 2)}
 
 
+@pytest.mark.slow
 def test_the_scans_table_stays_in_few_files_and_its_log_is_trimmed(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

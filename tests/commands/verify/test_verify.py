@@ -563,6 +563,7 @@ def test_further_partition_columns_are_compared_with_the_scans_table(tmp_path: P
     assert verify(dataset, forget_damaged=True).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_changed_bit_at_any_place_of_any_file_is_found(dataset: Dataset) -> None:
     rng = np.random.default_rng(3)
     paths = [
@@ -756,6 +757,7 @@ def test_files_that_a_run_replaces_during_verification_are_not_a_finding(
     assert verification.version == dataset.open_snapshot().version
 
 
+@pytest.mark.slow
 def test_an_output_that_changes_all_the_time_raises_output_busy(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -49,6 +49,7 @@ def write_nifti(path: Path, slices: int) -> None:
     nib.save(nib.Nifti1Image(np.broadcast_to(ramp[:, None, None], (256, 256, slices)), np.eye(4)), path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_a_scan_above_the_memory_limit_is_too_large_and_the_other_scans_are_ok(
     tmp_path: Path, suffix: str
@@ -103,6 +104,7 @@ def test_exhausted_memory_is_recognized_behind_each_error_that_it_causes(
     assert Decoder.from_config(config)(scan).record.reason == "too_large"
 
 
+@pytest.mark.slow
 def test_the_limit_ends_with_its_block() -> None:
     with limit_memory(50 * MIB), pytest.raises(MemoryError):
         np.ones(TOO_MUCH, np.uint8)

@@ -98,12 +98,14 @@ def pool(monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     pool.close()
 
 
+@pytest.mark.slow
 def test_every_task_has_one_result(pool: WorkerPool) -> None:
     for value in range(50):
         pool.submit(("plain", value))
     assert sorted(result.result for result in wait_for_all(pool, 50)) == list(range(50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "code"), [("die", -9), ("segfault", -11)])
 def test_a_task_that_kills_its_process_does_not_affect_other_tasks(
     pool: WorkerPool, kind: str, code: int
@@ -130,6 +132,7 @@ def test_a_task_that_hangs_times_out_and_does_not_affect_other_tasks(pool: Worke
     assert sorted(result.result for result in results if not result.failure) == list(range(6))
 
 
+@pytest.mark.slow
 def test_closing_the_pool_while_a_thread_waits_starts_no_process(pool: WorkerPool) -> None:
     pool.submit(("plain", 0))
     pool.submit(("hang", 1))
@@ -213,6 +216,7 @@ def test_a_task_above_the_memory_limit_fails_and_the_next_task_does_not(
         pool.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Unloadable", "Unpreparable"])
 def test_if_processes_never_start_the_pool_raises_and_no_task_fails(
     name: str, monkeypatch: pytest.MonkeyPatch
@@ -259,6 +263,7 @@ def get_pid(task: int) -> int:
     return os.getpid()
 
 
+@pytest.mark.slow
 def test_a_process_that_was_started_early_is_the_first_of_the_pool(early: psutil.Process) -> None:
     start_early()  # must not start a second process
     assert early.pid in run_tasks(2)

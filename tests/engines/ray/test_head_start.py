@@ -64,6 +64,7 @@ def test_prefetched_scans_are_processed_in_the_driver_and_the_others_are_returne
     assert not find_worker_processes()
 
 
+@pytest.mark.slow
 def test_a_prefetched_scan_that_is_not_due_is_dropped(stages: Stages) -> None:
     head_start = start_prefetch()
     due = [SCANS[0], *SCANS[2:]]

@@ -61,6 +61,7 @@ def _make_vae(k2: Any) -> tuple[Any, Any]:
     return k2.Model(outer, decoder(encoder(outer)[2]), name="vae"), encoder
 
 
+@pytest.mark.slow
 def test_a_nested_vae_gives_the_same_latent_values(k2: Any, save: Any) -> None:
     vae, encoder = _make_vae(k2)
     vae.compile(loss="mse")
@@ -83,6 +84,7 @@ def test_a_nested_sequential_model_is_called_in_the_right_order(k2: Any, save: A
     np.testing.assert_allclose(_extract(path, "inner#2", X), model(X).numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_layers_with_settings_that_keras_3_refuses_are_loaded(k2: Any, save: Any) -> None:
     series = k2.Input((5, 3))
     recurrent = k2.Model(series, k2.layers.LSTM(4, name="it")(series))

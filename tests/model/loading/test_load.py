@@ -21,6 +21,7 @@ Spec = Callable[..., dict[str, Any]]
 Code = Callable[[str, str], Path]
 
 
+@pytest.mark.slow
 def test_an_h5_file_gives_the_same_values_as_a_keras_file(
     small_vae: Any, spec: Spec, volumes: Any, tmp_path: Path
 ) -> None:

@@ -120,9 +120,11 @@ def _find_origin(operation: Any, given: Sequence[_Origin], index: int) -> _Origi
     if kind in _SHAPE_OPS:
         is_fixed = set(given) <= {_Origin.FIXED}
         return _Origin.FIXED if is_fixed else _Origin.SIZE
+    if kind in _CALLING_OPS:  # not each of its outputs needs each of its inputs
+        return _Origin.UNKNOWN
     if seeding.is_uncontrolled_random_op(kind) or _Origin.RANDOM in given:
         return _Origin.RANDOM
-    if _Origin.UNKNOWN in given or kind in _CALLING_OPS:
+    if _Origin.UNKNOWN in given:
         return _Origin.UNKNOWN
     if _Origin.ROWS in given:
         rule = _RULES.get(kind)

@@ -409,8 +409,13 @@ def _make_inner_call(parent: _LayerCall, layer: Any, number: int, names: tuple[s
         f"{parent.key}/{key}" if parent.key else key,
         (*parent.parts, *((name,) for name in first), (last,) if first else names),
         was_built=bool(getattr(layer, "built", True)),
-        is_per_step=parent.is_per_step or type(parent.layer).__name__ == "TimeDistributed",
+        is_per_step=parent.is_per_step or _merges_steps(parent.layer),
     )
+
+
+def _merges_steps(layer: Any) -> bool:
+    """Return whether a layer calls its inner layer once, with the time steps of all inputs as one batch."""
+    return keras_versions.is_keras2_layer(layer) and type(layer).__name__ == "TimeDistributed"
 
 
 def _list_names(parent: Any, layer: Any) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import ray
+from kill.harness import RayCluster
 
 from featray.config import LimitsConfig, RunConfig
 from featray.engines.ray import cluster, start_up
@@ -64,10 +65,13 @@ def test_a_server_that_is_not_ray_is_refused_at_once(answer: bytes) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.usefixtures("local_ray")
 def test_the_head_node_of_a_cluster_is_recognized() -> None:
-    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
-    assert cluster._speaks_grpc(host, int(port))
+    head = RayCluster()
+    try:
+        host, _, port = head.address.rpartition(":")
+        assert cluster._speaks_grpc(host, int(port))
+    finally:
+        head.close()
 
 
 @pytest.mark.parametrize("address", ["local", ""])

@@ -49,6 +49,10 @@ def collection(tmp_path: Path) -> Path:
     write_series(root / "moved", 2, ImagePositionPatient=[0, 0, 999])
     write_series(root / "unscaled", 3, RescaleSlope="0")
     write_series(root / "other", 4, Modality="MR")
+    for path in write_series(root / "excluded", 9).iterdir():
+        dataset = pydicom.dcmread(path)
+        dataset.Modality = "MR"
+        dataset.save_as(path)
     write_series(root / "rows", 5, Rows=9999)
     for path in sorted(write_series(root / "cut", 6).iterdir())[2:4]:
         path.write_bytes(path.read_bytes()[:-400])

@@ -21,7 +21,7 @@ import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -42,6 +42,8 @@ after it resumes, that another driver has committed."""
 LOG = "_delta_log"
 """Folder of the log, relative to the table's folder."""
 
+T = TypeVar("T")
+
 _RETENTION_PROPERTY = "delta.deletedFileRetentionDuration"
 _CONFIGURATION = {
     "delta.dataSkippingStatsColumns": "scan_id",
@@ -55,6 +57,8 @@ _MAX_ENTRIES_SEARCHED = 10
 properties are between two commits."""
 _DAY_S = 24 * 3600
 _UNIT_S = {"day": _DAY_S, "hour": 3600, "minute": 60, "second": 1}
+_STORE_ERROR = "Error interacting with object store"
+"""Text of errors of deltalake that a store caused."""
 _SYSTEM_ERROR = re.compile(r"\(os error (\d{1,3})\)")
 _BUSY = (
     "another run has changed this output since this run planned its work; nothing of this batch was "
@@ -122,7 +126,7 @@ class TableLog:
         """
         uri, options = store.delta_uri(table), store.delta_options(with_retries=True)
         try:
-            handle = store.run_operation(lambda: DeltaTable(uri, version=version, storage_options=options))
+            handle = _run_operation(store, lambda: DeltaTable(uri, version=version, storage_options=options))
             return cls(store, table, handle)
         except TableNotFoundError:
             return None
@@ -153,7 +157,7 @@ class TableLog:
             )
 
         try:
-            return cls(store, table, store.run_operation(create_table))
+            return cls(store, table, _run_operation(store, create_table))
         except DeltaError as error:
             existing = cls.open(store, table)
             if existing is None:
@@ -228,7 +232,7 @@ class TableLog:
         actions = _make_actions(change)
         try:
             # This may be repeated: the log accepts an entry with this number only once.
-            self._store.run_operation(lambda: self._write_entry(actions, entry))
+            _run_operation(self._store, lambda: self._write_entry(actions, entry))
         except (DeltaError, OSError) as error:
             raise StorageError(f"the commit to {self.table} failed ({_describe_error(error)})") from None
         self._reload()
@@ -307,7 +311,7 @@ class TableLog:
 
     def _reload(self) -> None:
         """Read the entries that were appended since; retried, because it only reads."""
-        self._store.run_operation(self._handle.update_incremental)
+        _run_operation(self._store, self._handle.update_incremental)
 
     def _write_entry(self, actions: list[AddAction | RemoveAction], entry: dict[str, Any]) -> None:
         """Write one log entry. Return normally even if it was written but the store's answer was lost."""
@@ -344,7 +348,7 @@ class TableLog:
                     raise
 
         try:
-            self._store.run_operation(change_once)
+            _run_operation(self._store, change_once)
         except (DeltaError, OSError) as error:
             raise StorageError(f"{self.table} cannot be changed ({type(error).__name__})") from None
         self._reload()
@@ -390,6 +394,23 @@ class TableLog:
 def is_temporary_log_file(name: str) -> bool:
     """Return whether a file is a temporary file that a killed writer left in the folder of a log."""
     return f"/{LOG}/" in name and bool(_TEMPORARY_NAME.search(name))
+
+
+def _run_operation(store: Store, operation: Callable[[], T]) -> T:
+    """Run an operation of deltalake on a store, retrying transient errors, and return its result.
+
+    deltalake raises OSError for most errors of a store, but not if the answer to a listing is cut.
+    """
+
+    def run_once() -> T:
+        try:
+            return operation()
+        except DeltaError as error:
+            if _STORE_ERROR in str(error):
+                raise OSError(str(error)) from None
+            raise
+
+    return store.run_operation(run_once)
 
 
 def _describe_error(error: Exception) -> str:

@@ -206,6 +206,7 @@ def test_an_output_that_another_run_holds_is_refused(config_of: Any) -> None:
         featray.extract(config)
 
 
+@pytest.mark.slow
 def test_each_patch_has_a_number_and_its_origin(config_of: Any) -> None:
     config = config_of(
         preprocess={"fit": "patches", "stride": [8, 8, 16]}, model={"layers": ["encoder/z_mean"]}
@@ -290,6 +291,7 @@ def test_a_manifest_sets_ids_and_further_columns_of_scans(
     assert dict(table.select("scan_id", "site").iter_rows()) == {"one": "A", "two": "B"}
 
 
+@pytest.mark.slow
 def test_a_failed_scan_has_no_features(config_of: Any, tmp_path: Path) -> None:
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "x.nii").write_bytes(b"\0" * 352)

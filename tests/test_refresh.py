@@ -277,6 +277,7 @@ def test_the_number_of_scans_per_file_is_about_the_square_root_of_all_scans() ->
     assert _scans_per_file(1_000_000, 2**22) == 4
 
 
+@pytest.mark.slow
 def test_a_changed_data_file_of_a_detached_header_is_extracted_again(
     config: dict[str, Any], collection: Path
 ) -> None:

@@ -203,6 +203,7 @@ def _double(value: int) -> int:
     return 2 * value
 
 
+@pytest.mark.slow
 def test_the_monitor_measures_a_command_with_its_child_processes() -> None:
     code = (
         "import subprocess, sys, time; document = sys.stdin.read(); print(document)\n"

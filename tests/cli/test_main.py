@@ -73,6 +73,7 @@ def test_extract_status_and_failures_answer_in_json(config: Path, capsys: pytest
     assert parse_last_line(capsys.readouterr().out) == {"failures": []}
 
 
+@pytest.mark.slow
 def test_failures_lists_reasons_and_filters_by_reason(
     config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -129,6 +130,7 @@ def test_layers_lists_paths_shapes_and_flags(
     assert {layer["path"] for layer in parse_last_line(capsys.readouterr().out)["layers"]} == set(by_config)
 
 
+@pytest.mark.slow
 def test_all_config_problems_are_in_one_message_and_nothing_is_written(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -156,6 +158,7 @@ def test_all_config_problems_are_in_one_message_and_nothing_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "fact"),
     [

@@ -45,6 +45,7 @@ def test_a_correct_config_passes_every_check_and_nothing_is_written(config_of: A
     assert not Path(config["output"]["uri"]).exists()
 
 
+@pytest.mark.slow
 def test_problems_of_all_checks_are_reported_together(config_of: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     config = config_of()
@@ -77,6 +78,7 @@ def test_one_unreadable_sample_scan_is_a_warning_but_no_readable_one_is_a_failur
     assert report.exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_layer_that_depends_on_the_rest_of_the_batch_is_named(tmp_path: Path) -> None:
     code = tmp_path / "code.py"
     code.write_text(

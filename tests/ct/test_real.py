@@ -105,6 +105,7 @@ def test_every_scan_with_known_properties_is_tested(facts: dict[str, dict[str, s
     assert set(facts) == set(COLLECTION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", TWINS)
 def test_dicom_and_nifti_twins_have_the_same_voxels_and_positions(shared_ct: Path, folder: str) -> None:
     dicom, nifti = read_scan(shared_ct / folder), read_scan(shared_ct / TWINS[folder])
@@ -126,6 +127,7 @@ def test_a_dicom_series_agrees_with_its_nrrd_twin_in_simpleitk(shared_ct: Path) 
     assert position == pytest.approx(image.TransformIndexToPhysicalPoint(last), abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ODD)
 def test_every_unusual_series_has_an_acceptable_outcome(shared_ct: Path, case: str) -> None:
     folder = shared_ct / "odd" / case
@@ -137,6 +139,7 @@ def test_every_unusual_series_has_an_acceptable_outcome(shared_ct: Path, case: s
         assert find_outcome(folder, scan) in acceptable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "shape", "spacing", "extremes"),
     [
@@ -200,6 +203,7 @@ def test_a_windowed_oblique_file_causes_two_warnings(shared_ct: Path) -> None:
     assert hu_statistics.find_hu_warnings(hu_statistics.compute_statistics(volume.voxels_zyx)) == ("not_hu",)
 
 
+@pytest.mark.slow
 def test_all_files_together_form_the_same_scans_as_each_folder_alone(shared_ct: Path) -> None:
     folders = [
         *shared_ct.glob("collection/dicom/*"),

@@ -245,6 +245,7 @@ def count_worker_processes() -> int:
     return sum("worker_process" in " ".join(child.cmdline()) for child in psutil.Process().children())
 
 
+@pytest.mark.slow
 def test_there_are_never_more_worker_processes_than_scans(decoder: Decoder, stages: Stages) -> None:
     with make_engine(decoder, workers=4, batch_scans=1) as engine:
         assert count_worker_processes() == 0

@@ -145,6 +145,7 @@ def test_c_a_model_that_flattens_its_feature_map_is_refused_for_another_size(tmp
         Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["code"]}, input_zyx=(50, 1))
 
 
+@pytest.mark.slow
 def test_d_mean_log_variance_dense_and_any_convolution_of_the_3d_vae_encoder(
     encoder: tuple[Any, Spec],
 ) -> None:

@@ -33,6 +33,7 @@ def _count_convolutions(extractor: Extractor) -> int:
     return sum("Conv3D" in operation.type for operation in extractor._extract.graph.get_operations())
 
 
+@pytest.mark.slow
 def test_four_layers_in_one_pass_equal_the_activations_of_the_full_model(
     small_vae: Any, spec: Spec, volumes: Any
 ) -> None:
@@ -148,6 +149,7 @@ def test_a_batch_of_another_shape_or_of_integers_is_refused(spec: Spec, batch: A
         Extractor(spec("z_mean"))(batch)
 
 
+@pytest.mark.slow
 def test_z_is_refused_with_the_advice_to_take_z_mean(spec: Spec) -> None:
     with pytest.raises(ModelError, match=r"'encoder/z' returns different values .* such as z_mean"):
         Extractor(spec("z_mean", "z"))
@@ -181,6 +183,7 @@ def test_noise_with_a_fixed_seed_is_stochastic_because_it_depends_on_the_place_i
         )
 
 
+@pytest.mark.slow
 def test_all_problems_are_listed_together(spec: Spec) -> None:
     layers = (
         "encoder/z_maen",
@@ -200,6 +203,7 @@ def test_all_problems_are_listed_together(spec: Spec) -> None:
     assert "'encoder/z' returns different values" in problems
 
 
+@pytest.mark.slow
 def test_a_glob_matches_layers_of_one_level_in_the_order_of_the_model(spec: Spec) -> None:
     layers = Extractor(spec("encoder/conv_*", "encoder/p*_[12]")).layers
     assert [layer.name for layer in layers] == [
@@ -210,6 +214,7 @@ def test_a_glob_matches_layers_of_one_level_in_the_order_of_the_model(spec: Spec
     ]
 
 
+@pytest.mark.slow
 def test_one_output_name_for_a_glob_that_matches_several_layers_is_refused(spec: Spec) -> None:
     with pytest.raises(ModelError, match=r"'convs' names one output, but 'encoder/conv_\*' matches 2 layers"):
         Extractor(spec({"layer": "encoder/conv_*", "as": "convs"}))
@@ -227,6 +232,7 @@ def test_a_layer_with_several_outputs_is_refused_with_the_name_of_each_output(
     )
 
 
+@pytest.mark.slow
 def test_pooling_a_layer_without_spatial_axes_is_refused(spec: Spec) -> None:
     with pytest.raises(ModelError, match=r"'encoder/z_mean' needs a feature map"):
         Extractor(spec({"layer": "z_mean", "pool": "avg"}))
@@ -379,6 +385,7 @@ def test_volumes_of_any_size_are_not_mistaken_for_images(tmp_path: Path) -> None
         Extractor({"uri": str(tmp_path / "m.keras"), "layers": ["flatten"]}, input_zyx=(None, None, None))
 
 
+@pytest.mark.slow
 def test_a_channels_first_model_takes_volumes_without_a_channel_axis(tmp_path: Path) -> None:
     conv = keras.layers.Conv3D(2, 3, data_format="channels_first", name="conv")
     keras.Sequential([keras.Input((1, 4, 5, 6)), conv]).save(tmp_path / "m.keras")

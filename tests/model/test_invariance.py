@@ -59,6 +59,7 @@ def _build_chain(layer: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), [("Whiten", "whiten"), ("TrainingNorm", "norm")])
 def test_the_first_layer_that_depends_on_the_batch_is_named(
     mixing: MakeSection, name: str, layer: str

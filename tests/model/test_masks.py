@@ -32,6 +32,7 @@ def _repeat(tokens: Any) -> Any:
     return kl.Concatenate()([kl.Reshape((6, 1))(tokens)] * 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front", FRONTS)
 @pytest.mark.parametrize(
     ("name", "suffix"),

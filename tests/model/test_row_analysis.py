@@ -135,12 +135,14 @@ def _build_vae() -> Any:
     return build_vae((8, 16, 16), (2, 3), 6, 4, seed=3), (8, 16, 16, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [_build_convolutions, _build_images, _build_tokens, _build_vae])
 def test_the_layers_of_usual_models_are_listed_without_running_them(build: Callable[[], Any]) -> None:
     shown, run = _evaluate(ModelCall(*build()))
     assert shown == run
 
 
+@pytest.mark.slow
 def test_a_model_whose_graph_shows_nothing_is_run_and_listed(tmp_path: Path) -> None:
     steps = keras.Input((5, 3))
     keras.Model(steps, kl.GRU(2, name="gru")(steps)).save(tmp_path / "m.keras")

@@ -30,6 +30,7 @@ def test_threads_are_set_and_startup_messages_are_dropped() -> None:
     assert process.stderr == "kept\n"
 
 
+@pytest.mark.slow
 def test_other_lines_on_stderr_are_passed_on_during_the_import() -> None:
     process = _run_python(
         "import os\nfrom featray.model import runtime\n"
@@ -49,6 +50,7 @@ def test_threads_that_cannot_be_set_any_more_are_logged(caplog: pytest.LogCaptur
     assert "TensorFlow already runs" in caplog.text
 
 
+@pytest.mark.slow
 def test_another_backend_is_refused_before_keras_is_imported() -> None:
     _run_python(
         "import os, sys; os.environ['KERAS_BACKEND'] = 'jax'\n"

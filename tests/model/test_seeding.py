@@ -171,6 +171,7 @@ def test_random_numbers_drawn_in_python_are_refused(noisy: Any) -> None:
         Extractor({**section, "allow_stochastic": False})
 
 
+@pytest.mark.slow
 def test_there_must_be_one_seed_per_row(spec: Callable[..., dict[str, Any]], volumes: Any) -> None:
     with pytest.raises(InputShapeError, match="expected one seed per row: 5, got 2"):
         Extractor(spec("z_mean"))(volumes, ["a", "b"])

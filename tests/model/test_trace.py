@@ -94,6 +94,7 @@ def test_layers_of_a_subclassed_model_are_found_by_attribute_and_by_name() -> No
     )
 
 
+@pytest.mark.slow
 def test_side_effects_after_the_last_selected_layer_do_not_happen(capfd: pytest.CaptureFixture[str]) -> None:
     model = SubclassedVae()
     function = _truncate(model, "z_mean")

@@ -118,6 +118,7 @@ def test_the_lease_of_a_killed_process_can_be_taken_at_once(store: Store) -> Non
         assert list_leases(store) == [f"{LEASE_FOLDER}/second.json"]
 
 
+@pytest.mark.slow
 def test_of_many_runs_that_start_together_at_most_one_holds_the_output(store: Store) -> None:
     holders, max_holders, lock = 0, 0, threading.Lock()
     start = threading.Barrier(8)

@@ -301,6 +301,7 @@ def test_a_version_whose_files_were_deleted_is_a_config_error(output: Output) ->
         featray.read(output.uri, "map", before)
 
 
+@pytest.mark.slow
 def test_reading_starts_again_with_the_newest_version_if_files_are_deleted(
     output: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -563,6 +563,7 @@ def test_the_retention_of_versions_can_be_changed_later(dataset: Dataset) -> Non
     assert dataset.open_snapshot().retention_days == 0
 
 
+@pytest.mark.slow
 def test_compaction_moves_rows_and_does_not_change_them(dataset: Dataset) -> None:
     committer = make_committer(dataset)
     for n in range(12):
@@ -577,6 +578,7 @@ def test_compaction_moves_rows_and_does_not_change_them(dataset: Dataset) -> Non
     assert committer.compact(at_least=2) == 0
 
 
+@pytest.mark.slow
 def test_compaction_keeps_partitions_and_the_file_size_limit(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:

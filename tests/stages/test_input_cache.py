@@ -148,6 +148,7 @@ def test_a_damaged_entry_is_noticed_and_replaced(
     assert not any(map(was_read, decode_all(config).values()))
 
 
+@pytest.mark.slow
 def test_every_changed_bit_of_an_entry_is_noticed_or_has_no_effect(config: Config, tmp_path: Path) -> None:
     scan = list_scans(config.source).scans[0]
     decode = Decoder.from_config(config, use_cache=True)

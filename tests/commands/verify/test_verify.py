@@ -452,6 +452,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_damage_is_found_and_its_remedy_changes_nothing_else(case: Case, dataset: Dataset) -> None:
     before = read_contents(dataset)
@@ -554,6 +555,7 @@ def test_two_recipes_with_different_layers_are_in_order(dataset: Dataset) -> Non
     assert verify(dataset).findings == ()
 
 
+@pytest.mark.slow
 def test_further_partition_columns_are_compared_with_the_scans_table(tmp_path: Path) -> None:
     dataset = Dataset(Store(str(tmp_path / "out")))
     fill_output(dataset, ("layer", "site"))
@@ -600,6 +602,7 @@ def test_several_problems_are_reported_together(dataset: Dataset) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_files_that_the_store_refuses_to_return_are_not_treated_as_lost(dataset: Dataset) -> None:
     path = find_path(dataset, FEATURES, "a", "map")
     path.unlink()
@@ -695,6 +698,7 @@ def test_a_commit_interrupted_between_the_tables_is_a_note_and_the_repair_finish
     assert "f" in list_scan_ids(dataset)
 
 
+@pytest.mark.slow
 def test_tables_more_than_one_commit_apart_are_a_finding(dataset: Dataset) -> None:
     for _ in range(2):
         log = TableLog.open(dataset.store, FEATURES)
@@ -777,6 +781,7 @@ def test_an_output_that_changes_all_the_time_raises_output_busy(
         verify(dataset)
 
 
+@pytest.mark.slow
 def test_the_command_prints_findings_and_remedies_as_text_and_json(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

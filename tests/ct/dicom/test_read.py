@@ -363,6 +363,7 @@ def test_only_tags_requested_by_keyword_are_copied(make_files: MakeFiles) -> Non
     assert tags == {"Manufacturer": "ACME", "ConvolutionKernel": "B30f\\3"}
 
 
+@pytest.mark.slow
 def test_no_error_message_identifies_the_patient(
     make_files: MakeFiles, identifying_values: tuple[str, ...]
 ) -> None:

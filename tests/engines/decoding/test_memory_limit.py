@@ -69,6 +69,7 @@ def test_a_scan_above_the_memory_limit_is_too_large_and_the_other_scans_are_ok(
     assert "run.decode.memory" in str(failed.message)
 
 
+@pytest.mark.slow
 def test_a_model_input_above_the_memory_limit_is_too_large(tmp_path: Path) -> None:
     write_nifti(tmp_path / "a.nii.gz", 40)
     [decoded] = decode_folder(tmp_path, 150 * MIB, preprocess={"size": [400, 512, 512]}).values()

@@ -200,6 +200,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
+@pytest.mark.slow
 def test_a_task_above_the_memory_limit_fails_and_the_next_task_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -271,6 +272,7 @@ def test_a_process_that_was_started_early_is_the_first_of_the_pool(early: psutil
     assert not early.is_running()
 
 
+@pytest.mark.slow
 def test_an_early_process_that_died_is_replaced(early: psutil.Process) -> None:
     early.kill()
     assert len(run_tasks(1)) == 4
@@ -342,6 +344,7 @@ pool.close()
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_stays_suspended_is_replaced_and_its_task_is_not_blamed(pool: WorkerPool) -> None:
     pool.submit(("plain", 0))
     pool.submit(("plain", 1))

@@ -14,6 +14,7 @@ def make_scan(name: str) -> Scan:
     return Scan(name, f"/{name}", "nifti", (f"/{name}",), "c")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sizes", "tasks"),
     [

@@ -134,6 +134,7 @@ def _load(path: Path, **keys: Any) -> Any:
     return load_model(load_model_section({"uri": str(path), "layers": ["layer"], **keys})).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["keras", "h5"])
 @pytest.mark.parametrize("name", [*LAYERS, *PAIRS, *WRAPPERS])
 def test_each_layer_of_keras_is_loaded_with_its_values_and_without_a_false_alarm(

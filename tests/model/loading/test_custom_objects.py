@@ -61,6 +61,7 @@ def test_a_registered_class_is_not_used_unless_the_config_names_it(spec: Spec) -
         Extractor(spec("z_mean", custom_objects=[], trust=True))
 
 
+@pytest.mark.slow
 def test_a_class_from_a_file_is_found_by_its_registered_name(double_file: Path, code: Code) -> None:
     assert _extract_twice(double_file, f"{code('a.py', DOUBLE.format(factor=2))}:Double") == 2
 

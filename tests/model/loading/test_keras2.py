@@ -129,6 +129,7 @@ def test_keras_2_weights_are_loaded_into_the_model_of_a_builder(k2: Any, save: A
     np.testing.assert_allclose(values, encoder(X)[1].numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_keras_2_archive_gives_the_same_latent_values(k2: Any, save: Any) -> None:
     vae, encoder = _make_vae(k2)
     keys = {"custom_objects": ["featray.synthetic.vae:Sampling"]}
@@ -136,6 +137,7 @@ def test_a_keras_2_archive_gives_the_same_latent_values(k2: Any, save: Any) -> N
     np.testing.assert_allclose(values, encoder(X)[0].numpy(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_tensor_operations_and_added_losses_of_the_keras_vae_example_are_loaded(k2: Any, save: Any) -> None:
     import tensorflow as tf
 
@@ -174,6 +176,7 @@ def test_slices_of_tensors_give_the_same_values(k2: Any, save: Any) -> None:
         np.testing.assert_allclose(_extract(path, f"part_{at}", X), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_sampling_written_with_plain_operations_is_found_and_follows_the_seeds(k2: Any, save: Any) -> None:
     import tensorflow as tf
 

@@ -79,6 +79,7 @@ def test_a_subclassed_model_loads_with_its_class(tmp_path: Path, code: Code, vol
     np.testing.assert_allclose(Extractor(section)(volumes)["conv"], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_automatic_layer_names_do_not_depend_on_earlier_models(tmp_path: Path, code: Code) -> None:
     source = code(
         "build.py", "import keras\ndef build():\n    return keras.Sequential([keras.layers.Dense(1)])"
@@ -114,6 +115,7 @@ def test_an_untrusted_saved_model_is_refused_with_a_way_to_save_the_model(tmp_pa
         Extractor({"uri": str(tmp_path / "exported"), "layers": ["dense"]})
 
 
+@pytest.mark.slow
 def test_importing_featray_model_does_not_import_tensorflow() -> None:
     import subprocess
 

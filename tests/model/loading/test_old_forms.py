@@ -99,6 +99,7 @@ def _add_dtype_to_initializers(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("edit", "version"),
     [
@@ -137,6 +138,7 @@ def test_layers_that_keras_3_cannot_load_give_the_same_values(layer: Any, shape:
     assert_same(extract(save_old(model, tmp_path / "m.h5"), "it", x), model(x))
 
 
+@pytest.mark.slow
 def test_hard_sigmoid_is_that_of_keras_2_and_changes_the_recipe(tmp_path: Path) -> None:
     series = k2.Input((5, 3))
     model = k2.Model(series, L.LSTM(4, recurrent_activation="hard_sigmoid", name="it")(series))
@@ -145,6 +147,7 @@ def test_hard_sigmoid_is_that_of_keras_2_and_changes_the_recipe(tmp_path: Path) 
     assert read_corrections(path, "it") == ["hard_sigmoid"]
 
 
+@pytest.mark.slow
 def test_a_gru_from_before_reset_after_and_a_layer_for_gpus_give_the_same_values(tmp_path: Path) -> None:
     def drop_settings(config: dict[str, Any]) -> dict[str, Any]:
         gru, lstm = config["config"]["layers"][1:]
@@ -159,6 +162,7 @@ def test_a_gru_from_before_reset_after_and_a_layer_for_gpus_give_the_same_values
     assert_same(extract(path, "it", x), model(x))
 
 
+@pytest.mark.slow
 def test_a_layer_called_with_training_true_stays_in_training(tmp_path: Path) -> None:
     vector = k2.Input((4,))
     x = L.BatchNormalization(name="norm")(L.Dense(3, name="dense")(vector), training=True)
@@ -277,6 +281,7 @@ def _write_code_of_another_python(config: dict[str, Any]) -> dict[str, Any]:
     return config
 
 
+@pytest.mark.slow
 def test_code_of_another_python_is_needed_only_behind_it(tmp_path: Path, code: Code) -> None:
     model = make_lambda_vae()
     path, x = save_old(model, tmp_path / "m.h5", _write_code_of_another_python), make_input(model)
@@ -357,6 +362,7 @@ def _make_keras1_layers(dim_ordering: str) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.slow
 def test_a_model_of_keras_1_gives_the_same_values(tmp_path: Path) -> None:
     model = k2.Sequential(
         [

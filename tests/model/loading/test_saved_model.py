@@ -55,6 +55,7 @@ def _make_section(path: Path | str, *layers: Any, **keys: Any) -> dict[str, Any]
     return {"uri": str(path), "trust": True, "layers": list(layers), **keys}
 
 
+@pytest.mark.slow
 def test_the_outputs_of_a_keras_3_export_are_extracted_by_name(
     encoder: Any, exported: Path, x: np.ndarray
 ) -> None:
@@ -77,6 +78,7 @@ def test_the_outputs_are_listed_and_sampling_is_found(exported: Path) -> None:
     assert [path for path, info in listed.items() if "stochastic" in info.flags] == ["z"]
 
 
+@pytest.mark.slow
 def test_the_noise_of_an_export_is_refused_or_follows_the_seeds(exported: Path, x: np.ndarray) -> None:
     with pytest.raises(ModelError, match="'z' returns different values"):
         Extractor(_make_section(exported, "z"))
@@ -113,6 +115,7 @@ def test_compute_is_refused_because_it_has_no_effect(exported: Path) -> None:
         Extractor(_make_section(exported, "z_mean", compute="bfloat16"))
 
 
+@pytest.mark.slow
 def test_one_of_several_endpoints_is_chosen_by_submodel(tmp_path: Path, x: np.ndarray) -> None:
     model = keras.Sequential([keras.Input(SHAPE), keras.layers.Conv3D(2, 3, name="conv")])
     archive = keras.export.ExportArchive()
@@ -131,6 +134,7 @@ def test_one_of_several_endpoints_is_chosen_by_submodel(tmp_path: Path, x: np.nd
         Extractor(_make_section(tmp_path / "m", "code", submodel="thrice"))
 
 
+@pytest.mark.slow
 def test_a_folder_that_keras_2_saved_is_loaded(tmp_path: Path, x: np.ndarray) -> None:
     k2 = pytest.importorskip("tf_keras", reason="tf_keras (Keras 2) is not installed: pip install tf_keras")
     volume = k2.Input(SHAPE)
@@ -168,6 +172,7 @@ def test_the_sha256_depends_on_every_file_of_the_folder(exported: Path, tmp_path
     assert first == same != Extractor(_make_section(copy, "z_mean")).sha256
 
 
+@pytest.mark.slow
 def test_a_remote_folder_is_downloaded_completely_and_once(
     exported: Path, cache: Path, x: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -35,6 +35,14 @@ _OUTSIDE = re.compile(r"^[/\\]|^[A-Za-z]:|://|(^|[/\\])\.\.([/\\]|$)|\0")
 _DICOM = re.compile(r"\.(dcm|dicom|ima)$", re.IGNORECASE)
 
 
+def parse_list(value: str, rest: bytes) -> tuple[str, ...] | None:
+    """Return the names in the lines `rest` if the field `value` is LIST; None for any other value."""
+    if not re.match(r"LIST(\s|$)", value):
+        return None
+    lines = rest.decode("utf-8", "surrogateescape").splitlines()
+    return check_names([line.strip() for line in lines if line.strip()])
+
+
 def split_pattern(text: str) -> tuple[str, list[int]]:
     """Return a file name with a number such as `%03d` and the whole numbers after it.
 

@@ -35,6 +35,7 @@ from featray.ct.formats.detached import (
     expand_pattern,
     join_parts,
     match_data_files,
+    parse_list,
     split_pattern,
 )
 from featray.ct.formats.inflate import GZIP_MAGIC, inflate_gzip, inflate_zlib
@@ -146,9 +147,9 @@ def _parse_data_files(header: _Header, rest: bytes) -> tuple[str, ...]:
     value = header["ElementDataFile"]
     if value.upper() == "LOCAL":
         return ()
-    if re.match(r"LIST(\s|$)", value):
-        lines = rest.decode("utf-8", "surrogateescape").splitlines()
-        return check_names([line.strip() for line in lines if line.strip()])
+    listed = parse_list(value, rest)
+    if listed is not None:
+        return listed
     pattern, numbers = split_pattern(value)
     if not pattern or len(numbers) > 3:
         return check_names([value])

@@ -37,6 +37,7 @@ from featray.ct.formats.detached import (
     expand_pattern,
     join_parts,
     match_data_files,
+    parse_list,
     split_pattern,
 )
 from featray.ct.formats.inflate import inflate_gzip
@@ -168,9 +169,9 @@ def _parse_header(data: bytes) -> tuple[dict[str, Any], tuple[str, ...], int]:
 
 def _parse_data_files(value: str, rest: bytes) -> tuple[str, ...]:
     """Return the names in the field `data file`; `rest` is the text of the header after it."""
-    if re.match(r"LIST(\s|$)", value):
-        lines = rest.decode("utf-8", "surrogateescape").splitlines()
-        return check_names([line.strip() for line in lines if line.strip()])
+    listed = parse_list(value, rest)
+    if listed is not None:
+        return listed
     pattern, numbers = split_pattern(value)
     if pattern and len(numbers) in (3, 4):  # the fourth is the number of axes of each file
         return check_names(expand_pattern(pattern, *numbers[:3]))

@@ -6,11 +6,12 @@ In: a .keras or .h5 file of any name. Out: the path of a temporary file or link.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,7 @@ CONFIG_MEMBER = "config.json"
 @contextlib.contextmanager
 def open_link(path: Path, name: str) -> Iterator[Path]:
     """Yield a link to `path` called `name`, because Keras decides by the suffix how to read a file."""
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / name
-        link.symlink_to(path.absolute())
+    with _open_link_or_copy(path, name, None) as link:
         yield link
 
 
@@ -34,14 +33,9 @@ def open_with_config(path: Path, config: dict[str, Any]) -> Iterator[Path]:
     """
     with zipfile.ZipFile(path) as archive:
         is_same = json.loads(archive.read(CONFIG_MEMBER)) == config
-    if is_same:
-        with open_link(path, "model.keras") as link:
-            yield link
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "model.keras"
-        _copy_archive(path, copy, config)
-        yield copy
+    write = None if is_same else functools.partial(_copy_archive, path, config)
+    with _open_link_or_copy(path, "model.keras", write) as readable:
+        yield readable
 
 
 @contextlib.contextmanager
@@ -51,19 +45,32 @@ def open_h5_with_config(path: Path, config: dict[str, Any]) -> Iterator[Path]:
 
     with h5py.File(path, "r") as file:
         is_same = json.loads(file.attrs["model_config"]) == config
-    if is_same:
-        with open_link(path, "model.h5") as link:
-            yield link
-        return
+    write = None if is_same else functools.partial(_copy_h5, path, config)
+    with _open_link_or_copy(path, "model.h5", write) as readable:
+        yield readable
+
+
+@contextlib.contextmanager
+def _open_link_or_copy(path: Path, name: str, write: Callable[[Path], None] | None) -> Iterator[Path]:
+    """Yield a link to `path`, or the file that `write` writes, under a name with the suffix for Keras."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "model.h5"
-        shutil.copyfile(path, copy)
-        with h5py.File(copy, "r+") as file:
-            file.attrs["model_config"] = json.dumps(config)
-        yield copy
+        readable = Path(folder) / name
+        if write is None:
+            readable.symlink_to(path.absolute())
+        else:
+            write(readable)
+        yield readable
 
 
-def _copy_archive(source: Path, target: Path, config: dict[str, Any]) -> None:
+def _copy_h5(source: Path, config: dict[str, Any], target: Path) -> None:
+    import h5py
+
+    shutil.copyfile(source, target)
+    with h5py.File(target, "r+") as file:
+        file.attrs["model_config"] = json.dumps(config)
+
+
+def _copy_archive(source: Path, config: dict[str, Any], target: Path) -> None:
     with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
         for name in old.namelist():
             if name == CONFIG_MEMBER:

@@ -245,12 +245,20 @@ def count_worker_processes() -> int:
     return sum("worker_process" in " ".join(child.cmdline()) for child in psutil.Process().children())
 
 
+def wait_for_worker_processes(count: int) -> None:
+    """Wait until `count` worker processes are there; a new child has its command line only after its exec."""
+    deadline = time.monotonic() + 30
+    while count_worker_processes() != count and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert count_worker_processes() == count
+
+
 @pytest.mark.slow
 def test_there_are_never_more_worker_processes_than_scans(decoder: Decoder, stages: Stages) -> None:
     with make_engine(decoder, workers=4, batch_scans=1) as engine:
         assert count_worker_processes() == 0
         engine.prefetch_scans(make_scans("s1"))
-        assert count_worker_processes() == 1
+        wait_for_worker_processes(1)
         receipts = engine.receipts(make_scans("s1", "s2", "s3"), stages, threading.Event())
         records = [record for receipt in receipts for record in receipt.records]
         assert count_worker_processes() == engine.workers().decode == 3

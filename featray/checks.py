@@ -127,14 +127,21 @@ def save_header_cache(listing: Listing, store: Store) -> None:
         store.write(HEADER_CACHE, listing.header_cache.to_bytes())
 
 
-def refuse_other_recipe(plan: Plan, recipe: str, *, refresh: bool) -> None:
-    """Raise if `extract` would write into an output with another recipe."""
-    if plan.other_recipe and not refresh:
-        raise ConfigError(
-            f"output.uri: {plan.other_recipe} scans of the output have features of another recipe than this "
-            f"config's ({recipe}), and a table must not mix recipes. `featray refresh` extracts them again. "
-            "Otherwise choose another output.uri, or use the earlier config."
-        )
+def refuse_mixed_recipes(plan: Plan, *, refresh: bool) -> None:
+    """Raise if `extract` would write a layer of which the output has cells of another recipe."""
+    if not plan.other_recipe or refresh:
+        return
+    stale = [name for name, work in plan.layers.items() if work.stale]
+    layers = f" (layers {', '.join(stale)})" if stale else ""
+    names = (
+        "To keep both, give the layers of this config other names: {layer: ..., as: NAME}."
+        if plan.can_keep_both
+        else "Reading or preprocessing differ, so one output cannot hold both; choose another output.uri."
+    )
+    raise ConfigError(
+        f"output.uri: {plan.other_recipe} scans of the output have features of another recipe than this "
+        f"config's{layers}, and a layer must not mix recipes. `featray refresh` extracts them again. {names}"
+    )
 
 
 def refuse_mass_removal(plan: Plan, limits: LimitsConfig, *, refresh: bool) -> None:

@@ -22,12 +22,13 @@ from featray.hardware import DEFAULT_THREADS, ModelThreads
 from featray.model import Extractor
 from featray.output.dataset import Dataset, Snapshot, make_partition_name
 from featray.output.lease import Lease
-from featray.recipe import make_recipe, recipe_id
-from featray.schema import SCAN_COLUMNS, Receipt
+from featray.output.ledger import Ledger
+from featray.recipe import RecipeIds, make_recipe, make_recipe_ids
+from featray.schema import Receipt
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.stages.list import Listing
-from featray.stages.plan import PLANNING_COLUMNS, Plan, make_plan
+from featray.stages.plan import Plan, make_plan
 from featray.stages.report import Run
 from featray.stages.write import write
 from featray.storage.names import MAX_NAME_BYTES
@@ -54,14 +55,16 @@ class RunScope:
     """Which scans a run processes besides new ones.
 
     Attributes:
-        refresh: Whether changed scans and scans with another recipe are processed, and scans that are no
+        refresh: Whether changed scans and cells of another recipe are computed again, and scans that are no
             longer listed are removed.
         retry: Reasons of failed scans that are tried again although nothing has changed, in addition to
             `storage`.
+        drop_layers: Whether layers that the config does not name are removed.
     """
 
     refresh: bool = False
     retry: Collection[str] | None = None
+    drop_layers: bool = False
 
     @property
     def command(self) -> str:
@@ -93,11 +96,12 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Job:
-    """The config of one run with the model loaded and the recipe known."""
+    """The config of one run with the model loaded and the recipes known."""
 
     config: Config
     extractor: Extractor
     run: Run
+    recipes: RecipeIds
     threads: ModelThreads
     scope: RunScope
     options: RunOptions
@@ -106,7 +110,7 @@ class Job:
     def prepare(
         cls, config: Config, engine: Engine, scope: RunScope | None = None, options: RunOptions | None = None
     ) -> Job:
-        """Load the model and make the recipe.
+        """Load the model and make the recipes.
 
         Args:
             config: Checked config.
@@ -120,30 +124,32 @@ class Job:
         scope, options = scope or RunScope(), options or RunOptions()
         extractor = load_extractor(config, engine.threads)
         recipe = make_recipe(config, extractor.recipe_part())
+        recipes = make_recipe_ids(recipe)
         run = Run(
             run_id=new_run_id(),
             command=scope.command,
             started=options.started,
             engine=engine.name,
-            recipe_id=recipe_id(recipe),
+            recipe_id=recipes.inputs,
             recipe=recipe,
             layers=tuple(layer.name for layer in extractor.layers),
+            layer_recipes=recipes.layers,
             model_sha256=extractor.files["model"],
             config=configuration.mask_secrets(config),
             max_failed_fraction=config.limits.max_failed_fraction,
         )
-        return cls(config, extractor, run, engine.threads, scope, options)
+        return cls(config, extractor, run, recipes, engine.threads, scope, options)
 
     def identify(self, receipt: Receipt) -> Receipt:
-        """Write this run and its recipe into the records of a receipt, and return it."""
-        receipt.set_run(self.run.recipe_id, self.run.run_id)
+        """Write this run and its recipes into the records of a receipt, and return it."""
+        receipt.set_run(self.recipes.inputs, self.recipes.layers, self.run.run_id)
         return receipt
 
     def make_plan(self, listing: Listing, stored: Snapshot | None, scope: RunScope | None = None) -> Plan:
         """Return the plan for the listed and the stored scans; the default scope is that of the run."""
         scope = scope or self.scope
-        ledger = SCAN_COLUMNS.empty_table() if stored is None else stored.read_scans(PLANNING_COLUMNS)
-        return make_plan(listing, ledger, self.run.recipe_id, refresh=scope.refresh, retry=scope.retry)
+        ledger = Ledger.read(stored, self.run.recipe)
+        return make_plan(listing, ledger, self.recipes, refresh=scope.refresh, retry=scope.retry)
 
     def open_committer(self, dataset: Dataset, listing: Listing, lease: Lease) -> Committer:
         """Open the output for this run's commits, and complete the commit of a run that was killed."""
@@ -165,13 +171,13 @@ class Job:
             write,
             dataset=dataset,
             partition_by=config.output.partition_by,
-            recipe=run.recipe_id,
+            recipes=self.recipes.layers,
             run_id=run.run_id,
         )
         return Stages(
             extractor=instrument("model", self.extractor),
             load_extractor=functools.partial(_load_instrumented, load, instrument),
-            recipe=run.recipe_id,
+            recipe=self.recipes.seed,
             write=instrument("write", write_run),
             scans_per_file=_scans_per_file(scans, sum(layer.values for layer in self.extractor.layers)),
         )

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.checks import check, check_stores, refuse_mass_removal, refuse_other_recipe, save_header_cache
+from featray.checks import check, check_stores, refuse_mass_removal, refuse_mixed_recipes, save_header_cache
 from featray.config import Config, ConfigInput
 from featray.engines.base import Engine
 from featray.engines.source_outage import SourceOutageDetector
@@ -43,7 +43,9 @@ def extract(
     show: bool = False,
     stop: threading.Event | None = None,
 ) -> Summary:
-    """Extract the features of every scan that has none yet; a second call resumes or does nothing.
+    """Extract the cells that are missing: new scans, and layers that stored scans lack.
+
+    A second call resumes or does nothing.
 
     Args:
         config: Path of a YAML file, a dict, or a `Config`.
@@ -64,29 +66,31 @@ def extract(
     return run(*check(config, overrides), RunScope(), options)
 
 
-def refresh(
+def refresh(  # noqa: PLR0913  # public as featray.refresh
     config: ConfigInput,
     overrides: list[str] | None = None,
     *,
     retry: Collection[str] | None = None,
+    drop_layers: bool = False,
     show: bool = False,
     stop: threading.Event | None = None,
 ) -> Summary:
     """Update the output to match the collection; if nothing has changed, commit nothing.
 
-    New scans are added. Scans with other content or another recipe are replaced. Scans that are no longer
-    listed are removed.
+    New scans and missing layers are added. Scans with other content and cells of another recipe are replaced.
+    Scans that are no longer listed are removed.
 
     Args:
         config: As for `extract`; the same holds for overrides, show, stop, the result and the errors.
         overrides: `key.path=value` texts.
         retry: Reason codes of failed scans to try again although neither content nor recipe has changed;
             scans that failed with `storage` are always tried again.
+        drop_layers: Whether to remove stored layers that the config does not name.
         show: Whether to show progress.
         stop: Set this event to stop cleanly.
     """
-    options = RunOptions.create(show=show, stop=stop)
-    return run(*check(config, overrides), RunScope(refresh=True, retry=retry), options)
+    scope = RunScope(refresh=True, retry=retry, drop_layers=drop_layers)
+    return run(*check(config, overrides), scope, RunOptions.create(show=show, stop=stop))
 
 
 def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) -> Summary:
@@ -109,7 +113,7 @@ def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) 
             if lease.was_taken_over:
                 committer.exclude_earlier_driver()
             plan = job.make_plan(listing, committer.snapshot())
-            refuse_other_recipe(plan, job.run.recipe_id, refresh=scope.refresh)
+            refuse_mixed_recipes(plan, refresh=scope.refresh)
             refuse_mass_removal(plan, config.limits, refresh=scope.refresh)
             committer.delete_orphans()
             save_header_cache(listing, dataset.store)
@@ -123,10 +127,16 @@ def _process(engine: Engine, plan: Plan, job: Job, committer: Committer, progres
     """Extract and commit the scans that are due, delete the removed ones, and compact; return the totals."""
     totals, stop = RunTotals(), job.options.stop
     removed = plan.removed if job.scope.refresh else ()
-    if not plan.todo and not removed:
+    dropped = plan.other_layers if job.scope.drop_layers else {}
+    if not (plan.todo or removed or dropped or plan.renames or plan.earlier_recipes):
         totals.is_interrupted = stop.is_set()
         return totals
     announce(job.run, committer.dataset)
+    committer.carry_over(plan.earlier_recipes)
+    committer.rename_layers(plan.renames)
+    committer.drop_layers(dropped)
+    totals.dropped_layers = len(dropped)
+    totals.has_changed_tables = bool(plan.earlier_recipes or plan.renames or dropped)
     with progress:
         _extract_scans(engine, plan.todo, job, _CommitQueue(committer, progress, totals))
         since = engine.decoding_since()

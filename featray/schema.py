@@ -8,6 +8,7 @@ data that can be pickled and written as JSON. It contains no logic of a stage.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
@@ -25,6 +26,8 @@ _FLOATS = pa.list_(pa.field("element", pa.float32()))
 _INTS = pa.list_(pa.field("element", pa.int32()))
 _DOUBLES = pa.list_(pa.field("element", pa.float64()))
 _STRINGS = pa.list_(pa.field("element", pa.string()))
+CELLS = pa.map_(pa.string(), pa.string())
+"""Type of the columns `layers` and `failed_layers`: name of a layer → recipe id."""
 
 FEATURE_COLUMNS = pa.schema(
     [
@@ -83,6 +86,8 @@ class Scan:
         reason: Why the scan is not read; None for a scan that is to be read.
         excluded: For a scan with a reason: true if a rule excludes it, false if it failed.
         message: For a scan with a reason: the reason in words.
+        due_layers: Layers to compute, whose cells replace older ones; other cells of the scan stay. Empty:
+            all layers of the config, which replace everything that is stored of the scan.
     """
 
     scan_id: str
@@ -103,6 +108,7 @@ class Scan:
     reason: Reason | None = None
     excluded: bool = False
     message: str = ""
+    due_layers: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Return the scan as one JSON text, for a row of Ray Data."""
@@ -112,7 +118,8 @@ class Scan:
     def from_json(cls, text: str) -> Scan:
         """Return the scan that `to_json` wrote."""
         values = json.loads(text)
-        values["files"], values["warnings"] = tuple(values["files"]), tuple(values["warnings"])
+        for name in ("files", "warnings", "due_layers"):
+            values[name] = tuple(values[name])
         values["center_lps"] = tuple(values["center_lps"]) if values["center_lps"] else None
         values["reason"] = Reason(values["reason"]) if values["reason"] else None
         return cls(**values)
@@ -133,6 +140,10 @@ class ScanRecord:
 
     Geometry is that of the input: axes (z, y, x), spacing in mm, HU before windowing. Times are in seconds.
     `columns` holds the manifest's further columns and the configured DICOM tags, which follow as strings.
+    `due_layers` is that of the scan.
+
+    `layers` says which cells `features` holds for the scan, also for a scan that has failed: a scan that
+    fails when a layer is added keeps its other cells. `failed_layers` says which cells were tried and failed.
     """
 
     scan_id: str = _column(pa.string())
@@ -146,6 +157,8 @@ class ScanRecord:
     content: str = _column(pa.string(), default="")
     recipe: str = _column(pa.string(), default="")
     run_id: str = _column(pa.string(), default="")
+    layers: dict[str, str] = _column(CELLS, default_factory=dict)
+    failed_layers: dict[str, str] = _column(CELLS, default_factory=dict)
     patches: int = _column(pa.int32(), default=0)
     shape: list[int] | None = _column(_INTS, default=None)
     spacing: list[float] | None = _column(_DOUBLES, default=None)
@@ -164,6 +177,7 @@ class ScanRecord:
     preprocess_s: float = _column(pa.float32(), default=0.0)
     infer_s: float = _column(pa.float32(), default=0.0)
     columns: dict[str, str] = field(default_factory=dict)
+    due_layers: list[str] = field(default_factory=list)
 
     @classmethod
     def from_scan(cls, scan: Scan) -> ScanRecord:
@@ -175,6 +189,7 @@ class ScanRecord:
             content=scan.content,
             warnings=list(scan.warnings),
             columns=dict(scan.columns),
+            due_layers=list(scan.due_layers),
         )
         if scan.reason is not None:
             record.fail("list", ScanError(scan.reason, scan.message))
@@ -284,10 +299,19 @@ class Receipt:
     records: tuple[ScanRecord, ...]
     units: tuple[UnitsSeen, ...] = ()
 
-    def set_run(self, recipe: str, run_id: str) -> None:
-        """Write the recipe and the run into all records; decoding, which makes records, knows neither."""
+    def set_run(self, recipe: str, layers: Mapping[str, str], run_id: str) -> None:
+        """Write recipes and run into all records; decoding, which makes records, knows neither.
+
+        Args:
+            recipe: Recipe id of reading and preprocessing.
+            layers: Layer of the config → its recipe id.
+            run_id: The run.
+        """
         for record in self.records:
             record.recipe, record.run_id = recipe, run_id
+            cells = {name: layers[name] for name in record.due_layers or layers}
+            record.layers = cells if record.status == "ok" else {}
+            record.failed_layers = cells if record.status == "failed" else {}
 
     def to_json(self) -> str:
         """Return the receipt as one JSON text, for a row of Ray Data."""

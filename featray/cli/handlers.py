@@ -47,7 +47,14 @@ def run_refresh(args: argparse.Namespace) -> int:
         raise ConfigError("--reason: add --retry-failed, because --reason selects the failed scans to retry")
     retry = (args.reason or [str(reason) for reason in Reason]) if args.retry_failed else None
     with stop_on_signal() as stop:
-        summary = refresh(args.config, args.set, retry=retry, show=not args.quiet, stop=stop)
+        summary = refresh(
+            args.config,
+            args.set,
+            retry=retry,
+            drop_layers=args.drop_layers,
+            show=not args.quiet,
+            stop=stop,
+        )
     print_answer(args, summary, summary.text())
     _print_ending(summary)
     return int(summary.exit_code)

@@ -173,6 +173,11 @@ def _add_run_commands(commands: Any) -> None:
     )
     _add_config_arguments(refresh)
     refresh.add_argument(
+        "--drop-layers",
+        action="store_true",
+        help="remove stored layers that the config does not name",
+    )
+    refresh.add_argument(
         "--retry-failed",
         action="store_true",
         help="process failed scans again even if they have not changed (default: only changed ones)",

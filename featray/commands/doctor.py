@@ -25,13 +25,15 @@ from featray.errors import ExitCode, FeatrayError
 from featray.hardware import count_usable_cores
 from featray.job import load_extractor, make_engine
 from featray.model import Extractor, OutputLayer, check_invariance, list_layers
-from featray.output.dataset import Dataset
+from featray.output.dataset import SCANS, Dataset, Snapshot
 from featray.output.lease import raise_if_locked
-from featray.recipe import make_recipe, recipe_id
+from featray.output.ledger import Ledger
+from featray.recipe import make_recipe, make_recipe_ids
 from featray.schema import Decoded
 from featray.stages.decode import Decoder
 from featray.stages.input_cache import InputCache
 from featray.stages.list import Listing
+from featray.stages.plan import make_plan
 from featray.storage.store import Store
 
 CheckStatus = Literal["PASS", "WARN", "FAIL"]
@@ -221,15 +223,20 @@ class _Checks:
         raise_if_locked(store)
         if not store.is_local:
             yield _check_exclusive_create(store)
-        rows = Dataset(store).read_scans(("status", "recipe")).to_pylist()
-        stored_recipes = {row["recipe"] for row in rows if row["status"] == "ok"}
-        yield "PASS", f"writable; holds {len(rows)} scans"
+        snapshot = Dataset(store).find_snapshot()
+        scans = sum(file.rows for file in snapshot.files(SCANS)) if snapshot else 0
+        yield "PASS", f"writable; holds {scans} scans"
         if self._extractor is not None:
-            recipe = recipe_id(make_recipe(self._config, self._extractor.recipe_part()))
-            if stored_recipes - {recipe}:
-                problem = f"holds features of another recipe than that of this config ({recipe})"
-                yield "WARN", f"{problem}; `extract` refuses to add to them, `featray refresh` replaces them"
+            yield from self._check_recipes(snapshot, self._extractor)
         yield from self._check_disk(store)
+
+    def _check_recipes(self, snapshot: Snapshot | None, extractor: Extractor) -> Outcomes:
+        """Warn if stored cells of the config's layers have another recipe."""
+        recipe = make_recipe(self._config, extractor.recipe_part())
+        plan = make_plan(self._listing, Ledger.read(snapshot, recipe), make_recipe_ids(recipe))
+        if plan.other_recipe:
+            problem = "holds features of another recipe than that of this config"
+            yield "WARN", f"{problem}; `extract` refuses to add to them, `featray refresh` replaces them"
 
     def _check_disk(self, store: Store) -> Outcomes:
         if not store.is_local or self._extractor is None or not self._decoded:

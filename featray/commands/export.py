@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from featray.errors import ConfigError, StorageError
 from featray.output.dataset import FEATURES, SCANS, Snapshot
 from featray.output.layer_totals import LayerTotals, sum_by_layer
+from featray.output.ledger import LEDGER_COLUMNS, read_stored_cells
 from featray.output.query import (
     Output,
     find_layer,
@@ -63,7 +64,8 @@ class ExportResult:
         output: Output that was exported, without credentials.
         version: Version of the output, as `--version` takes it.
         versions: Version of each table.
-        recipes: Number of ok scans by recipe id; more than one recipe while a refresh is incomplete.
+        recipes: Layer → recipe id → number of scans; a layer has more than one recipe while a refresh is
+            incomplete.
         scans: Number of scans by status.
         layers: Rows, files and bytes of each layer.
         files: Path below the folder → bytes.
@@ -75,7 +77,7 @@ class ExportResult:
     output: str
     version: int
     versions: dict[str, int]
-    recipes: dict[str, int]
+    recipes: dict[str, dict[str, int]]
     scans: dict[str, int]
     layers: tuple[LayerTotals, ...]
     files: dict[str, int]
@@ -90,11 +92,12 @@ class ExportResult:
             f"{sum(self.scans.values())} scans; {len(self.files)} files, {size / 1e6:.2f} MB "
             f"({self.copied} files copied now, {self.seconds:.1f} s)"
         ]
-        if len(self.recipes) > 1:
-            lines.append(
-                f"it has values of {len(self.recipes)} recipes, which must not be compared: "
-                f"{format_recipes(self.recipes)}. Filter by the column recipe, or export after the refresh"
-            )
+        lines += [
+            f"layer {layer} has values of {len(recipes)} recipes, which must not be compared: "
+            f"{format_recipes(recipes)}. Filter by the column recipe, or export after the refresh"
+            for layer, recipes in self.recipes.items()
+            if len(recipes) > 1
+        ]
         return "\n".join(lines)
 
     def to_marker(self) -> bytes:
@@ -289,15 +292,15 @@ class _Export:
         return data
 
     def _describe(self, sizes: Mapping[str, int], copied: int, seconds: float) -> ExportResult:
-        rows = self.snapshot.read_scans(("status", "recipe")).to_pylist()
+        rows = self.snapshot.read_scans((*LEDGER_COLUMNS, "layers", "failed_layers"))
         features = (file for path, file in self.files.items() if path.startswith(f"{FEATURES}/"))
         return ExportResult(
             directory=mask_url(self.target.uri),
             output=mask_url(self.snapshot.store.uri),
             version=self.snapshot.version,
             versions=self.snapshot.versions,
-            recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
-            scans=dict(Counter(row["status"] for row in rows).most_common()),
+            recipes=read_stored_cells(self.snapshot, rows).count_recipes(),
+            scans=dict(Counter(rows["status"].to_pylist()).most_common()),
             layers=sum_by_layer(features),
             files=dict(sorted(sizes.items())),
             copied=copied,

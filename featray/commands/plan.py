@@ -26,6 +26,7 @@ from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.plan import STATES, Plan
+from featray.stages.report import describe_other_layers
 
 SAMPLE_SCANS = 6
 """Scans that are decoded for the estimate, from small to large."""
@@ -68,17 +69,24 @@ class PlanResult:
         found: Number of listed scans.
         new: Number of scans without a row in the scans table.
         changed: Number of scans with other content than their row.
-        stale: Number of scans whose row was made with another recipe.
+        stale: Number of scans with cells of another recipe, or that failed with another recipe.
         failed: Number of unchanged scans that failed before.
+        incomplete: Number of unchanged scans that lack layers of the config.
         removed: Number of stored scans that are no longer listed; `refresh` would remove them.
         up_to_date: Number of unchanged scans that are stored or excluded.
         todo: Number of scans that `extract` would process. It refuses if `other_recipe` is not 0.
         refresh_todo: Number of scans that `refresh` would process.
-        other_recipe: Number of scans with stored features of another recipe.
+        other_recipe: Number of scans with cells of another recipe.
         unreachable: Number of stored scans that the listing could not reach; their rows are kept.
-        recipe: Recipe id of this config.
+        recipe: Recipe id of reading and preprocessing of this config.
         engine: Engine that `extract` would use.
         layers: Output names.
+        layer_recipes: Layer of the config → its recipe id.
+        cells: State → number of cells (scan x layer of the config); `new` are those of new scans, `missing`
+            those that stored scans lack.
+        work: A sentence about what there is to compute and what stays; empty if there is nothing.
+        other_layers: Stored layer that the config does not name → number of scans that have it.
+        renamed_layers: Stored layer → its name in the config, for layers whose name alone has changed.
         ignored: Number of files that are no scans by suffix.
         estimate: Estimate of `extract`, or of `refresh` if `extract` has nothing to do.
         scans: scan_id, state and why of every scan; empty unless requested.
@@ -89,6 +97,7 @@ class PlanResult:
     changed: int
     stale: int
     failed: int
+    incomplete: int
     removed: int
     up_to_date: int
     todo: int
@@ -98,6 +107,11 @@ class PlanResult:
     recipe: str
     engine: str
     layers: tuple[str, ...]
+    layer_recipes: dict[str, str] = field(default_factory=dict)
+    cells: dict[str, int] = field(default_factory=dict)
+    work: str = ""
+    other_layers: dict[str, int] = field(default_factory=dict)
+    renamed_layers: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     estimate: Estimate = field(default_factory=Estimate)
     scans: Sequence[dict[str, str]] = ()
@@ -108,10 +122,17 @@ class PlanResult:
         lines = [f"found {self.found} scans: {states}"]
         if self.unreachable:
             lines.append(f"{self.unreachable} stored scans cannot be reached now; their features are kept")
-        if not (self.todo or self.refresh_todo or self.removed):
+        lines += [
+            f"rename layer {old} to {new}, without computing" for old, new in self.renamed_layers.items()
+        ]
+        if self.other_layers:
+            lines.append(describe_other_layers(self.other_layers))
+        if not (self.todo or self.refresh_todo or self.removed or self.renamed_layers):
             return "\n".join([*lines, "nothing to do"])
+        if self.work:
+            lines.append(f"to compute: {self.work}")
         lines += [self._describe_extract(), self._describe_refresh()]
-        run = f"{len(self.layers)} layers, engine {self.engine}, recipe {self.recipe}"
+        run = f"{len(self.layers)} layers, engine {self.engine}"
         lines.append(f"{run}; `--why ID` explains the state of one scan")
         return "\n".join([*lines, *self._describe_estimate()])
 
@@ -166,6 +187,11 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
         recipe=job.run.recipe_id,
         engine=engine.name,
         layers=job.run.layers,
+        layer_recipes=job.recipes.layers,
+        cells=extract_plan.count_cells(),
+        work=extract_plan.describe_work(),
+        other_layers=dict(extract_plan.other_layers),
+        renamed_layers=dict(extract_plan.renames),
         ignored=listing.ignored,
         estimate=_estimate_run(job, dataset, estimated_plan),
         scans=list(extract_plan.explain_all()) if explain else (),

@@ -10,11 +10,13 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as pads
 
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.layer_totals import LayerTotals, sum_by_layer
 from featray.output.lease import read_live_lease
+from featray.output.ledger import LEDGER_COLUMNS, read_newest_layers, read_stored_cells
 from featray.terminal.progress import format_scans
 
 
@@ -27,23 +29,25 @@ class StatusResult:
         failed: Number of scans with status failed.
         excluded: Number of scans with status excluded.
         reasons: Number of failed and excluded scans by reason code.
-        recipes: Number of ok scans by recipe id.
+        recipes: Layer → recipe id → number of scans that have the layer with this recipe.
         layers: Rows, files and bytes of each layer.
         version: Version of each table; empty if nothing is committed yet.
         commit: Number of the last commit.
         running: The lease of the run that has locked the output, with its progress at the last heartbeat;
             None if no run has. The progress counts committed scans.
+        unnamed_layers: Names of the layers that the config of the newest run did not name.
     """
 
     ok: int
     failed: int
     excluded: int
     reasons: dict[str, int]
-    recipes: dict[str, int]
+    recipes: dict[str, dict[str, int]]
     layers: tuple[LayerTotals, ...]
     version: dict[str, int]
     commit: int
     running: dict[str, Any] | None = None
+    unnamed_layers: tuple[str, ...] = ()
 
     def text(self) -> str:
         """Return the result as text for the terminal."""
@@ -53,16 +57,19 @@ class StatusResult:
         lines.append(f"scans: {self.ok} ok, {self.failed} failed, {self.excluded} excluded")
         if self.reasons:
             lines.append("reasons: " + ", ".join(f"{count} {name}" for name, count in self.reasons.items()))
-        lines.append(
-            "recipes: "
-            + (", ".join(f"{name} ({count} scans)" for name, count in self.recipes.items()) or "-")
-        )
         lines.append(f"version {self.version[FEATURES]}, commit {self.commit}")
-        lines += [
-            f"layer {layer.layer}: {layer.rows} rows in {layer.files} files, {layer.size_bytes / 1e6:.2f} MB"
-            for layer in self.layers
-        ]
+        lines += [self._describe_layer(layer) for layer in self.layers]
         return "\n".join(lines)
+
+    def _describe_layer(self, layer: LayerTotals) -> str:
+        size = f"{layer.rows} rows in {layer.files} files, {layer.size_bytes / 1e6:.2f} MB"
+        recipes = ", ".join(
+            f"{count} scans with recipe {name}" for name, count in self.recipes.get(layer.layer, {}).items()
+        )
+        unnamed = ""
+        if layer.layer in self.unnamed_layers:
+            unnamed = "; the config of the newest run does not name it, `refresh --drop-layers` removes it"
+        return f"layer {layer.layer}: {size}; {recipes or 'no scan'}{unnamed}"
 
 
 def status(dataset: Dataset) -> StatusResult:
@@ -75,19 +82,25 @@ def status(dataset: Dataset) -> StatusResult:
     snapshot = dataset.open_snapshot() if lease is None else dataset.find_snapshot()
     if snapshot is None:  # the run has not committed anything yet
         return StatusResult(0, 0, 0, {}, {}, (), {}, 0, lease)
-    rows = snapshot.read_scans(("status", "reason", "recipe")).to_pylist()
-    counts = Counter(row["status"] for row in rows)
+    rows = snapshot.read_scans((*LEDGER_COLUMNS, "layers", "failed_layers"))
+    counts, layers = _count_values(rows["status"]), sum_by_layer(snapshot.files(FEATURES))
+    named = read_newest_layers(dataset.store)
     return StatusResult(
         ok=counts["ok"],
         failed=counts["failed"],
         excluded=counts["excluded"],
-        reasons=dict(Counter(row["reason"] for row in rows if row["status"] != "ok").most_common()),
-        recipes=dict(Counter(row["recipe"] for row in rows if row["status"] == "ok").most_common()),
-        layers=sum_by_layer(snapshot.files(FEATURES)),
+        reasons=dict(_count_values(rows["reason"].drop_null()).most_common()),
+        recipes=read_stored_cells(snapshot, rows).count_recipes(),
+        layers=layers,
         version=snapshot.versions,
         commit=snapshot.commit_number,
         running=lease,
+        unnamed_layers=tuple(layer.layer for layer in layers if named and layer.layer not in named),
     )
+
+
+def _count_values(column: pa.ChunkedArray) -> Counter[str]:
+    return Counter({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
 
 
 def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]]:

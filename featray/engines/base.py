@@ -42,7 +42,7 @@ class Stages:
     Attributes:
         extractor: The model, loaded in this process.
         load_extractor: Loads the model; called once in every other process that runs it.
-        recipe: Recipe id, from which the seeds of random layers are made.
+        recipe: Recipe id from which the seeds of random layers are made (`RecipeIds.seed`).
         write: Arrow rows of extracted scans → Receipt.
         scans_per_file: Number of scans whose features share one file, and so are committed together.
     """

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -56,6 +57,20 @@ class OutputLayer:
     values: int
     class_name: str
     grid: tuple[int, ...] = ()
+
+
+class _Function(NamedTuple):
+    """A traced function that computes some of the outputs.
+
+    Attributes:
+        call: float32 (n, *input_shape) → {output name: values}.
+        names: Names of its outputs.
+        state_variables: Variables that hold the states of its random number generators.
+    """
+
+    call: Any
+    names: frozenset[str]
+    state_variables: list[Any]
 
 
 class Extractor:
@@ -111,6 +126,8 @@ class Extractor:
         problems: list[str] = []
         self._prepared = prepare.prepare_model(self._spec, input_zyx, problems).forget_graph()
         outputs = prepare.select_outputs(self._spec, self._prepared, problems)
+        self._outputs, self._trace_lock = outputs, threading.Lock()
+        self._functions: dict[frozenset[str], _Function] = {}
         self.layers = tuple(self._warm_up(outputs, problems)) if outputs else ()
         if problems:
             raise ModelError(problems, download.redact_uri(self._spec.uri))
@@ -119,7 +136,9 @@ class Extractor:
         self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
         self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in self._prepared.taps})
 
-    def __call__(self, batch: Batch, seeds: Sequence[str] | None = None) -> dict[str, Batch]:
+    def __call__(
+        self, batch: Batch, seeds: Sequence[str] | None = None, layers: Sequence[str] = ()
+    ) -> dict[str, Batch]:
         """Return {output name: float32 (n, *shape)} for any n.
 
         The model runs in batches of the size that the config sets.
@@ -129,11 +148,14 @@ class Extractor:
                 (n, z, y, x). Values are already windowed and scaled as the model expects.
             seeds: One text per input. If outputs sample, the values of an input then depend on the input and
                 its seed only, and inputs run one by one. None draws different random numbers in each call.
+            layers: Names of the outputs to compute; the model runs only as far as they need. Empty for all.
 
         Raises:
             InputShapeError: The batch has the wrong shape or is not floating point, or the number of seeds is
                 not the number of inputs.
+            KeyError: No output has one of the names.
         """
+        function = self._get_function(layers)
         checked = inputs.check_batch(batch, self._prepared.call.input_shape)
         if seeds is not None and len(seeds) != len(checked):
             raise InputShapeError(f"expected one seed per row: {len(checked)}, got {len(seeds)}")
@@ -141,10 +163,11 @@ class Extractor:
             return {
                 layer.name: np.empty((0, *(size or 0 for size in layer.shape)), np.float32)
                 for layer in self.layers
+                if layer.name in function.names
             }
-        if seeds is None or not self.is_stochastic:
-            return self._run(checked)
-        return self._run_seeded(checked, seeds)
+        if seeds is None or not self._sampling & function.names:
+            return self._run(checked, function)
+        return self._run_seeded(checked, seeds, function)
 
     def recipe_part(self) -> dict[str, Any]:
         """Return everything about the model that decides the values, ready for JSON.
@@ -173,31 +196,46 @@ class Extractor:
             **({"keras2": corrections} if corrections else {}),
         }
 
-    def _run(self, batch: Batch) -> dict[str, Batch]:
-        """Run a checked batch in parts of the config's batch size."""
+    def _get_function(self, layers: Sequence[str]) -> _Function:
+        """Return the function that computes some outputs; it is traced when it is first used."""
+        names = frozenset(layers)
+        if not names or names == self._all.names:
+            return self._all
+        with self._trace_lock:
+            if names not in self._functions:
+                by_name = {output.name: output for output in self._outputs}
+                self._functions[names] = self._trace([by_name[name] for name in sorted(names)])
+            return self._functions[names]
+
+    def _run(self, batch: Batch, function: _Function | None = None) -> dict[str, Batch]:
+        """Run a checked batch in parts of the config's batch size, by default with all outputs."""
+        function = function or self._all
         size = self._spec.batch_size
         parts = (batch[start : start + size] for start in range(0, len(batch), size))
-        with seeding.LOCK if self._state_variables else contextlib.nullcontext():
-            return _concatenate([self._extract(inputs.make_tensor(part)) for part in parts])
+        with seeding.LOCK if function.state_variables else contextlib.nullcontext():
+            return _concatenate([function.call(inputs.make_tensor(part)) for part in parts])
 
-    def _run_seeded(self, batch: Batch, seeds: Sequence[str]) -> dict[str, Batch]:
+    def _run_seeded(
+        self, batch: Batch, seeds: Sequence[str], function: _Function | None = None
+    ) -> dict[str, Batch]:
         """Run each input of a checked batch alone, with its seed."""
-        rows = []
+        function, rows = function or self._all, []
         for row, seed in enumerate(seeds):
-            with seeding.set_seed(self._state_variables, seed):
-                rows.append(self._run(batch[row : row + 1]))
+            with seeding.set_seed(function.state_variables, seed):
+                rows.append(self._run(batch[row : row + 1], function))
         return _concatenate(rows)
 
-    def _trace(self, outputs: Sequence[OutputSpec]) -> None:
-        self._extract = prepare.build_function(self._prepared, outputs, jit_compile=self._spec.jit_compile)
-        self._state_variables = seeding.find_state_variables(self._extract)
+    def _trace(self, outputs: Sequence[OutputSpec]) -> _Function:
+        call = prepare.build_function(self._prepared, outputs, jit_compile=self._spec.jit_compile)
+        names = frozenset(output.name for output in outputs)
+        return _Function(call, names, seeding.find_state_variables(call))
 
     def _warm_up(self, outputs: Sequence[OutputSpec], problems: list[str]) -> list[OutputLayer]:
         """Trace the truncated model, run it on random inputs and check its outputs.
 
         Append outputs that cannot be used to `problems`. Set `is_stochastic`.
         """
-        self._trace(outputs)
+        self._all = self._trace(outputs)
         try:
             trials = inputs.run_trials(self._run, self._prepared.call)
         except ModelError as error:
@@ -205,7 +243,10 @@ class Extractor:
             return []
         variations = _classify_outputs(outputs, trials)
         variations |= self._find_rare_sampling(variations, trials)
-        self.is_stochastic = Variation.SAMPLES in variations.values()
+        self._sampling = frozenset(
+            name for name, output_variation in variations.items() if output_variation is Variation.SAMPLES
+        )
+        self.is_stochastic = bool(self._sampling)
         unusable = [line for output in outputs if (line := self._check_output(output, trials, variations))]
         if not unusable:
             unusable = self._check_seeds(outputs, variations, trials.batch)
@@ -215,7 +256,7 @@ class Extractor:
 
     def _describe_output(self, output: OutputSpec, trial_shape: tuple[int, ...]) -> OutputLayer:
         """Return the description of an output; `trial_shape` is its shape for one trial input."""
-        traced = tuple(self._extract.structured_outputs[output.name].shape)[1:]
+        traced = tuple(self._all.call.structured_outputs[output.name].shape)[1:]
         shape = traced if None in self._prepared.call.input_shape else trial_shape
         class_name = type(output.tap.layer).__name__
         return OutputLayer(
@@ -266,7 +307,7 @@ class Extractor:
         Such an output is computed from a random number that changes its values in few calls only. If it
         changes them in the last call of the trials, the output seems to depend on the batch.
         """
-        random_outputs = seeding.find_random_outputs(self._extract)
+        random_outputs = seeding.find_random_outputs(self._all.call)
         candidates = [
             name
             for name, output_variation in variations.items()
@@ -287,7 +328,7 @@ class Extractor:
             return []
         forward = self._run_seeded(batch, _TEST_SEEDS)
         backward = self._run_seeded(batch[::-1], _TEST_SEEDS[::-1])
-        uncontrolled_ops = seeding.list_uncontrolled_random_ops(self._extract)
+        uncontrolled_ops = seeding.list_uncontrolled_random_ops(self._all.call)
         paths = [
             output.tap.path
             for output in outputs
@@ -308,7 +349,7 @@ class Extractor:
         if not _has_custom_code(self._prepared, outputs):
             return []
         before = self._run_seeded(batch, _TEST_SEEDS)
-        self._trace(outputs)
+        self._all = self._trace(outputs)
         after = self._run_seeded(batch, _TEST_SEEDS)
         return [
             f"layers: {output.tap.path!r} returns different values each time the model is traced, because "

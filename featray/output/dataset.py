@@ -12,6 +12,7 @@ import bisect
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
@@ -89,8 +90,12 @@ class Snapshot:
         return self._logs[FEATURES].retention_days
 
     def schema(self, table: str) -> pa.Schema:
-        """Return the Arrow schema of a whole table, including the partition columns."""
-        return self._logs[table].schema
+        """Return the Arrow schema of a whole table, including the partition columns.
+
+        Columns that the version of featray that made the table did not have are part of it; they are null.
+        """
+        stored, fixed = self._logs[table].schema, FEATURE_COLUMNS if table == FEATURES else SCAN_COLUMNS
+        return pa.schema([*stored, *(column for column in fixed if column.name not in stored.names)])
 
     def files(self, table: str) -> list[DataFile]:
         """Return the files that hold the table's rows."""
@@ -271,12 +276,31 @@ class Dataset:
         """
         sink = pa.BufferOutputStream()
         pq.write_table(rows, sink, compression="zstd", use_dictionary=["recipe", "run_id"])
-        data = sink.getvalue().to_pybytes()
+        path, size = self._write_data(table, partition, sink.getvalue().to_pybytes(), run_id)
+        ids = rows["scan_id"]
+        return DataFile(path, size, dict(partition), len(rows), pc.min(ids).as_py(), pc.max(ids).as_py())
+
+    def copy_file(
+        self, table: str, file: DataFile, partition: Mapping[str, str | None], run_id: str
+    ) -> DataFile:
+        """Copy a data file into another partition, as `write_file` would write its rows.
+
+        Raises:
+            FileNotFoundError: The file is missing.
+            StorageError: The store does not answer, or no space is left.
+        """
+        data = self.store.read(f"{table}/{file.path}")
+        path, size = self._write_data(table, partition, data, run_id)
+        return replace(file, path=path, size=size, partition_values=dict(partition))
+
+    def _write_data(
+        self, table: str, partition: Mapping[str, str | None], data: bytes, run_id: str
+    ) -> tuple[str, int]:
+        """Write the bytes of a data file; return its path in the table's folder, and its size."""
         folder = "".join(f"{make_partition_name(key, value)}/" for key, value in partition.items())
         path = f"{folder}part-{run_id}-{hashlib.sha256(data).hexdigest()[:16]}.parquet"
         self.store.write(f"{table}/{path}", data)
-        ids = rows["scan_id"]
-        return DataFile(path, len(data), dict(partition), len(rows), pc.min(ids).as_py(), pc.max(ids).as_py())
+        return path, len(data)
 
     def _open_scans_at(self, scans: TableLog, number: int) -> TableLog | None:
         """Return the log of `scans` at commit `number`.

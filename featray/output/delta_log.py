@@ -27,7 +27,6 @@ from urllib.parse import unquote
 import pyarrow as pa
 from deltalake import CommitProperties, DeltaTable, Field, Schema
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
-from deltalake.schema import PrimitiveType
 from deltalake.transaction import AddAction, RemoveAction, Transaction
 
 from featray.errors import DeletedOutputError, OutputBusyError, StorageError
@@ -243,8 +242,8 @@ class TableLog:
         """Return whether the newest entry of this log is gone although no newer one has followed it."""
         return not self._has_entry() and max(self._list_entry_versions(), default=-1) < self.version
 
-    def add_columns(self, names: Sequence[str]) -> None:
-        """Add string columns that the table lacks.
+    def add_columns(self, columns: pa.Schema) -> None:
+        """Add the columns that the table lacks.
 
         Raises:
             StorageError: The store does not answer.
@@ -252,7 +251,8 @@ class TableLog:
 
         def list_missing() -> list[Field]:
             known = set(self.schema.names)
-            return [Field(name, PrimitiveType("string")) for name in names if name not in known]
+            missing = [column for column in columns if column.name not in known]
+            return list(Schema.from_arrow(pa.schema(missing)).fields)
 
         self._alter_table(lambda: not list_missing(), lambda: self._handle.alter.add_columns(list_missing()))
 

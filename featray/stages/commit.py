@@ -35,18 +35,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, DeletedOutputError, FeatrayError, MissingFileError, StorageError
+from featray.output.cells import CellColumn, CellMap
 from featray.output.dataset import (
     FEATURES,
     SCANS,
@@ -61,27 +59,23 @@ from featray.output.dataset import (
 )
 from featray.output.delta_log import LOG, FileChange, PendingCommit, TableLog
 from featray.output.orphans import find_orphans, list_output_files
+from featray.output.rewrite import TARGET_FILE_BYTES, FileRewriter, map_in_threads
+from featray.recipe import RecipeIds
 from featray.schema import DataFile, Receipt, ScanRecord
+from featray.stages.carry_over import carry_over_features, carry_over_scans
 from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-
 MAX_MERGED_SCAN_ROWS = 32_768
 """Maximum rows of a merged file of `scans`. A changed scan rewrites the whole file that holds its row."""
-TARGET_FILE_BYTES = 64 * 2**20
-"""Size to which files of `features` are merged; files larger than half of it are not merged."""
-MAX_MERGE_BYTES = 256 * 2**20
-"""Maximum number of uncompressed bytes that are merged into one file; all are in memory at the same time."""
 MIN_FILES_TO_COMPACT = 32
 """Number of small files in one partition from which `compact` merges them."""
 _MAX_SCANS_PER_DELETION = 20_000
 _TRIM_INTERVAL = 100
 """Commits between two calls of `trim`."""
-_THREADS = 4
-"""Number of files that are read at the same time, and are therefore in memory together."""
+FAILURE_COLUMNS = ("status", "reason", "stage", "message", "attempts", "run_id", "layers", "failed_layers")
+"""Columns of `scans` that change if a scan fails when cells are added to it."""
 _OTHER_TABLE = {FEATURES: SCANS, SCANS: FEATURES}
 
 
@@ -118,6 +112,7 @@ class Committer:
         check_lease: Callable[[], None] = lambda: None,
     ) -> None:
         self.dataset, self._run_id, self._check_lease = dataset, run_id, check_lease
+        self._different_cells: dict[tuple[tuple[str, str], ...], CellMap] = {}
         features, scans = [TableLog.open(dataset.store, table) for table in (FEATURES, SCANS)]
         _check_partitions(features, partition_by)
         refuse_missing_table(dataset.store, features, scans)
@@ -128,7 +123,8 @@ class Committer:
             SCANS: scans or _create_table(dataset, SCANS, extra_columns, ()),
         }
         self.recovered = self._finish_interrupted_commit()
-        self._logs[SCANS].add_columns(extra_columns)
+        self._files = FileRewriter(dataset, run_id)
+        self._logs[SCANS].add_columns(make_table_schema(SCANS, extra_columns, ()))
         if keep_versions_days is not None:
             for table_log in self._logs.values():
                 table_log.set_retention_days(keep_versions_days)
@@ -138,7 +134,10 @@ class Committer:
         return Snapshot(self.dataset.store, self._logs[FEATURES], self._logs[SCANS], None)
 
     def commit(self, receipts: Sequence[Receipt]) -> None:
-        """Commit the features and scan rows of receipts; they replace older rows of the same scans.
+        """Commit the features and scan rows of receipts.
+
+        They replace older rows of the same scans. The due layers of a scan replace its cells of these layers;
+        its other cells stay. If the scan failed, the due cells are removed.
 
         Raises:
             OutputBusyError: Another driver has committed since this one opened the tables.
@@ -152,21 +151,77 @@ class Committer:
         files = [file for receipt in receipts for file in receipt.files]
         records = [record for receipt in receipts for record in receipt.records]
         self._check_files_exist(files)
-        failed = [record for record in records if record.status != "ok" and self._has_features(record)]
-        if failed:  # a commit of its own: it only removes features, so `scans` comes first
-            ids = {record.scan_id for record in failed}
-            scans = self._replace_scan_rows(failed, ids)
-            self._write_commit({FEATURES: self._remove_rows(FEATURES, ids), SCANS: scans}, first=SCANS)
-            self._update_stored(failed)
-        others = [record for record in records if record not in failed] if failed else records
+        # Records that only remove features have a commit of their own, in which `scans` comes first.
+        failed = [record for record in records if record.status != "ok" and self._find_replaced(record)]
+        if failed:
+            self._commit_records(failed, (), first=SCANS)
+        failed_ids = {record.scan_id for record in failed}
+        others = [record for record in records if record.scan_id not in failed_ids]
         if others:
-            replaced = {record.scan_id for record in others if self._has_features(record)}
-            stored = {record.scan_id for record in others if record.scan_id in self._stored}
-            removal = self._remove_rows(FEATURES, replaced)
-            features = FileChange((*files, *removal.add), removal.remove)
-            scans = self._replace_scan_rows(others, stored)
+            self._commit_records(others, files, first=FEATURES)
+
+    def _commit_records(
+        self, records: Sequence[ScanRecord], files: Sequence[DataFile], *, first: str
+    ) -> None:
+        """Commit records with the files that hold their features."""
+        removal = self._remove_cells(records)
+        features = FileChange((*files, *removal.add), removal.remove)
+        kept = {record.scan_id: self._find_kept(record) for record in records}
+        rows = self._make_scan_rows(records, kept)
+        scans = self._replace_scan_rows(rows, [scan_id for scan_id in kept if scan_id in self._stored])
+        self._write_commit({FEATURES: features, SCANS: scans}, first=first)
+        for record in records:
+            self._stored[record.scan_id] = self._intern({**kept[record.scan_id], **record.layers})
+
+    def rename_layers(self, names: Mapping[str, str]) -> None:
+        """Give layers other names; their files are copied into the folders of the new names.
+
+        Args:
+            names: Old name → new name. No other layer may have one of the new names.
+        """
+        if not names:
+            return
+        with self._explain_deletion():
+            files = [file for file in self._logs[FEATURES].files() if file.partition_values["layer"] in names]
+
+            def rename(cells: CellMap) -> CellMap:
+                return {names.get(layer, layer): recipe for layer, recipe in cells.items()}
+
+            changes = {FEATURES: self._files.move_files(files, names), SCANS: self._change_cells(rename)}
+            self._write_commit(changes, first=FEATURES)
+            self.__dict__.pop("_stored", None)
+
+    def drop_layers(self, layers: Collection[str]) -> None:
+        """Remove all cells of layers."""
+        if not layers:
+            return
+        with self._explain_deletion():
+            files = self._logs[FEATURES].files()
+            removed = tuple(file for file in files if file.partition_values["layer"] in layers)
+
+            def drop(cells: CellMap) -> CellMap:
+                return {layer: recipe for layer, recipe in cells.items() if layer not in layers}
+
+            changes = {FEATURES: FileChange((), removed), SCANS: self._change_cells(drop)}
+            self._write_commit(changes, first=SCANS)
+            self.__dict__.pop("_stored", None)
+
+    def carry_over(self, translation: Mapping[str, RecipeIds]) -> None:
+        """Change all rows of featray 0.1.0 to rows of this version, in one commit.
+
+        Args:
+            translation: Recipe id of featray 0.1.0 → the ids that its layers have now.
+        """
+        if not translation:
+            return
+        with self._explain_deletion():
+            change_features = functools.partial(carry_over_features, translation=translation)
+            change_scans = functools.partial(carry_over_scans, translation=translation)
+            features = self._files.change_rows(FEATURES, self._logs[FEATURES].files(), change_features)
+            scans = self._files.change_rows(SCANS, self._logs[SCANS].files(), change_scans)
             self._write_commit({FEATURES: features, SCANS: scans}, first=FEATURES)
-            self._update_stored(others)
+            self.__dict__.pop("_stored", None)
+        log.info("changed %d files of featray 0.1.0 to one recipe per layer", len(features.add))
 
     def delete_scans(
         self, scan_ids: Collection[str], broken: Mapping[str, Collection[str]] | None = None
@@ -184,7 +239,8 @@ class Committer:
         for first in range(0, max(1, len(sorted_ids)), _MAX_SCANS_PER_DELETION):
             ids = set(sorted_ids[first : first + _MAX_SCANS_PER_DELETION])
             changes = {
-                table: self._remove_rows(table, ids, unreadable.get(table, ())) for table in self._logs
+                table: self._files.remove_rows(table, table_log.files(), ids, unreadable.get(table, ()))
+                for table, table_log in self._logs.items()
             }
             if any(change.remove for change in changes.values()):
                 self._write_commit(changes, first=SCANS)
@@ -233,7 +289,8 @@ class Committer:
         for partition, files in small_files.items():
             if len(files) < at_least:
                 continue
-            merged = tuple(self._merge_files(dict(partition), sorted(files, key=lambda file: file.min_id)))
+            by_id = sorted(files, key=lambda file: file.min_id)
+            merged = tuple(self._files.merge_files(dict(partition), by_id))
             if len(merged) < len(files):
                 features = FileChange(merged, tuple(files), data_change=False)
                 self._write_commit({FEATURES: features, SCANS: FileChange(data_change=False)}, first=FEATURES)
@@ -245,17 +302,81 @@ class Committer:
         return sum(len(table_log.trim()) for table_log in self._logs.values())
 
     @functools.cached_property
-    def _stored(self) -> dict[str, bool]:
-        """Id of each scan in `scans` → whether the scan has features."""
-        rows = self.snapshot().read_scans(("scan_id", "status"))
-        has_features = pc.equal(rows["status"], "ok").to_pylist()
-        return dict(zip(rows["scan_id"].to_pylist(), has_features, strict=True))
+    def _stored(self) -> dict[str, CellMap]:
+        """Id of each scan in `scans` → its cells in `features`. Scans with equal cells share one dict."""
+        rows = self.snapshot().read_scans(("scan_id", "layers"))
+        column = CellColumn.encode(rows["layers"])
+        maps = [self._intern(cells or {}) for cells in column.maps]
+        cells_of_rows = map(maps.__getitem__, column.codes.tolist())
+        return dict(zip(rows["scan_id"].to_pylist(), cells_of_rows, strict=True))
 
-    def _has_features(self, record: ScanRecord) -> bool:
-        return self._stored.get(record.scan_id, False)
+    def _intern(self, cells: CellMap) -> CellMap:
+        """Return the one dict that all scans with these cells share."""
+        return self._different_cells.setdefault(tuple(sorted(cells.items())), cells)
 
-    def _update_stored(self, records: Iterable[ScanRecord]) -> None:
-        self._stored.update((record.scan_id, record.status == "ok") for record in records)
+    def _find_kept(self, record: ScanRecord) -> CellMap:
+        """Return the stored cells that stay when this record is committed."""
+        if not record.due_layers:
+            return {}
+        stored = self._stored.get(record.scan_id, {})
+        return {layer: recipe for layer, recipe in stored.items() if layer not in record.due_layers}
+
+    def _find_replaced(self, record: ScanRecord) -> set[str]:
+        """Return the layers whose stored cells are removed when this record is committed."""
+        return self._stored.get(record.scan_id, {}).keys() - self._find_kept(record).keys()
+
+    def _remove_cells(self, records: Sequence[ScanRecord]) -> FileChange:
+        """Write the files of `features` without the cells that records replace."""
+        ids_by_layer: dict[str, list[str]] = defaultdict(list)
+        for record in records:
+            for layer in self._find_replaced(record):
+                ids_by_layer[layer].append(record.scan_id)
+        change = FileChange()
+        for name, files in self._group_by_layer().items():
+            part = self._files.remove_rows(FEATURES, files, ids_by_layer.get(name, ()))
+            change = FileChange((*change.add, *part.add), (*change.remove, *part.remove))
+        return change
+
+    def _group_by_layer(self) -> dict[str, list[DataFile]]:
+        files: dict[str, list[DataFile]] = defaultdict(list)
+        for file in self._logs[FEATURES].files():
+            files[file.partition_values["layer"] or ""].append(file)
+        return files
+
+    def _make_scan_rows(
+        self, records: Sequence[ScanRecord], kept: Mapping[str, CellMap]
+    ) -> list[dict[str, Any]]:
+        """Return rows of `scans`. A scan that has failed and keeps cells also keeps what describes them."""
+        rows = {record.scan_id: record.to_row() for record in records}
+        keeping = {record.scan_id for record in records if record.status != "ok" and kept[record.scan_id]}
+        for stored in self._read_scan_rows(keeping):
+            row = rows[stored["scan_id"]]
+            rows[stored["scan_id"]] = {**stored, **{name: row[name] for name in FAILURE_COLUMNS}}
+        for scan_id, row in rows.items():
+            row["layers"] = {**kept[scan_id], **row["layers"]}
+        return list(rows.values())
+
+    def _read_scan_rows(self, scan_ids: Collection[str]) -> list[dict[str, Any]]:
+        """Return the stored rows of some scans."""
+        ids, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
+        files = [file for file in self._logs[SCANS].files() if can_contain_any(file, sorted_ids)]
+        tables = [self._files.read_file(SCANS, file) for file in files]
+        rows = [table.filter(pc.is_in(table["scan_id"], ids)) for table in tables]
+        return [row for part in rows for row in part.to_pylist(maps_as_pydicts="strict")]
+
+    def _change_cells(self, change: Callable[[CellMap], CellMap]) -> FileChange:
+        """Write the files of `scans` again with changed maps of cells."""
+
+        def change_rows(_: DataFile, rows: pa.Table) -> pa.Table:
+            changed = rows
+            for name in ("layers", "failed_layers"):
+                column = CellColumn.encode(rows[name])
+                new = column.map(lambda cells: change(cells or {}))
+                if new.maps != column.maps:
+                    changed = changed.set_column(rows.column_names.index(name), name, new.decode())
+            return changed
+
+        return self._files.change_rows(SCANS, self._logs[SCANS].files(), change_rows)
 
     def _finish_interrupted_commit(self) -> bool:
         """Append the second half of a commit in which a run was killed; return whether there was one."""
@@ -276,7 +397,7 @@ class Committer:
         def get_size(file: DataFile) -> tuple[DataFile, int | None]:
             return file, self.dataset.store.get_size(f"{FEATURES}/{file.path}")
 
-        for file, size in _map_in_threads(get_size, files):
+        for file, size in map_in_threads(get_size, files):
             if size != file.size:
                 actual = "the file does not exist" if size is None else f"it has {size} bytes"
                 raise MissingFileError(
@@ -326,7 +447,7 @@ class Committer:
             [f"{table}/{file.path}" for table, change in changes.items() for file in change.remove]
         )
 
-    def _replace_scan_rows(self, records: Sequence[ScanRecord], replaced: Collection[str]) -> FileChange:
+    def _replace_scan_rows(self, rows: list[dict[str, Any]], replaced: Collection[str]) -> FileChange:
         """Write new rows of `scans` to one file, and return the change that adds it.
 
         The new file also takes in existing files, smallest first, as long as the next one has no more rows
@@ -334,104 +455,24 @@ class Committer:
         row is rewritten about log2(commits) times.
 
         Args:
-            records: The new rows.
+            rows: The new rows.
             replaced: Ids of these scans that already have a row, which is removed.
         """
-        removal = self._remove_rows(SCANS, replaced)
+        files = self._logs[SCANS].files()
+        removal = self._files.remove_rows(SCANS, files, replaced)
         schema = self._logs[SCANS].schema
-        tables = [pa.Table.from_pylist([record.to_row() for record in records], schema=schema)]
-        rewritten, merged, row_count = {file.path for file in removal.remove}, [], len(records)
-        untouched = [file for file in self._logs[SCANS].files() if file.path not in rewritten]
+        tables = [pa.Table.from_pylist(rows, schema=schema)]
+        rewritten, merged, row_count = {file.path for file in removal.remove}, [], len(rows)
+        untouched = [file for file in files if file.path not in rewritten]
         for file in sorted(untouched, key=lambda file: file.rows):
             if file.rows > row_count or row_count + file.rows > MAX_MERGED_SCAN_ROWS:
                 break
-            tables.append(self._read_file(SCANS, file))
+            tables.append(self._files.read_file(SCANS, file))
             merged.append(file)
             row_count += file.rows
-        rows = pa.concat_tables(tables, promote_options="default").select(schema.names).sort_by("scan_id")
-        written = self.dataset.write_file(SCANS, {}, rows, self._run_id)
+        table = pa.concat_tables(tables, promote_options="default").select(schema.names).sort_by("scan_id")
+        written = self.dataset.write_file(SCANS, {}, table, self._run_id)
         return FileChange((written, *removal.add), (*removal.remove, *merged))
-
-    def _remove_rows(self, table: str, scan_ids: Collection[str], broken: Collection[str] = ()) -> FileChange:
-        """Write the remaining rows of each file that holds one of the scans; return the change of files.
-
-        Args:
-            table: Name of the table.
-            scan_ids: Scans whose rows are removed.
-            broken: Paths of unreadable files, which are removed as a whole.
-        """
-        if not scan_ids and not broken:
-            return FileChange()
-        id_array, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
-        files = self._logs[table].files()
-        unreadable = [file for file in files if file.path in broken]
-        candidates = [file for file in files if file.path not in broken and can_contain_any(file, sorted_ids)]
-        results = _map_in_threads(lambda file: self._rewrite_file(table, file, id_array), candidates)
-        rewritten = [result for result in results if result]
-        add = tuple(new_file for _, new_file in rewritten if new_file)
-        return FileChange(add, (*unreadable, *(old_file for old_file, _ in rewritten)))
-
-    def _rewrite_file(
-        self, table: str, file: DataFile, scan_ids: pa.Array
-    ) -> tuple[DataFile, DataFile | None] | None:
-        """Write a file's rows of other scans to a new file.
-
-        Returns:
-            The old file and the new one, which is None if no row remains; None if the file holds none of the
-            scans.
-        """
-        parquet = self._open_file(table, file)
-        is_other = pc.invert(pc.is_in(parquet.read(["scan_id"])["scan_id"], scan_ids))
-        if pc.all(is_other).as_py():
-            return None
-        rows = parquet.read().filter(is_other)
-        if not len(rows):
-            return file, None
-        return file, self.dataset.write_file(table, file.partition_values, rows, self._run_id)
-
-    def _merge_files(
-        self, partition: Mapping[str, str | None], files: Sequence[DataFile]
-    ) -> Iterator[DataFile]:
-        """Write the rows of many files of one partition to a few larger files; yield these."""
-        tables: list[pa.Table] = []
-        size = uncompressed_size = 0
-        for file, rows in _map_in_threads(lambda file: (file, self._read_file(FEATURES, file)), files):
-            is_full = (
-                size + file.size > TARGET_FILE_BYTES or uncompressed_size + rows.nbytes > MAX_MERGE_BYTES
-            )
-            if tables and is_full:
-                yield self._write_sorted(partition, tables)
-                tables, size, uncompressed_size = [], 0, 0
-            tables.append(rows)
-            size += file.size
-            uncompressed_size += rows.nbytes
-        yield self._write_sorted(partition, tables)
-
-    def _write_sorted(self, partition: Mapping[str, str | None], tables: list[pa.Table]) -> DataFile:
-        rows = pa.concat_tables(tables).sort_by([("scan_id", "ascending"), ("patch", "ascending")])
-        return self.dataset.write_file(FEATURES, partition, rows, self._run_id)
-
-    def _read_file(self, table: str, file: DataFile) -> pa.Table:
-        return self._open_file(table, file).read()
-
-    def _open_file(self, table: str, file: DataFile) -> pq.ParquetFile:
-        """Read a whole file into memory: a rewrite needs all of it, and the size of files is limited."""
-        try:
-            return pq.ParquetFile(pa.BufferReader(self.dataset.store.read(f"{table}/{file.path}")))
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise FeatrayError(
-                f"{table}/{file.path} is missing or damaged ({type(error).__name__}), so the scans that need "
-                "it were not committed; earlier commits are kept. "
-                "Run `featray verify` on the output: it reports every problem and how to repair it."
-            ) from None
-
-
-def _map_in_threads(function: Callable[[_In], _Out], items: Iterable[_In]) -> Iterator[_Out]:
-    """Yield the results of `function` in order. A few calls run at once: object stores answer in parallel."""
-    with ThreadPoolExecutor(_THREADS) as pool:
-        iterator = iter(items)
-        while batch := list(itertools.islice(iterator, _THREADS)):
-            yield from pool.map(function, batch)
 
 
 def _create_table(

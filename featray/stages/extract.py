@@ -21,35 +21,37 @@ from featray.schema import EXTRACTED, EXTRACTED_ROW, Decoded
 
 LayerValues = Mapping[str, NDArray[np.float32]]
 """Layer name → float32 (rows, *shape)."""
-LayerExtractor = Callable[[NDArray[np.float32], Sequence[str]], LayerValues]
-"""float32 (rows, …) and one seed text per row → values of all layers."""
+LayerExtractor = Callable[..., LayerValues]
+"""float32 (rows, …), one seed text per row, and names of layers → values of these layers. Without names, the
+values of all layers."""
 
 MAX_VALUES = 2**31 - 1
 """Maximum number of values of one scan over all layers and patches: the capacity of one Arrow list."""
 
 
 def extract(extractor: LayerExtractor, decoded: Sequence[Decoded], *, recipe: str) -> pa.Table:
-    """Return one row per scan: its record, and its features of all layers and patches.
+    """Return one row per scan: its record, and its features of all due layers and all patches.
 
     Args:
         extractor: The model.
         decoded: Scans with model inputs of any shapes; scans that have failed stay in it, without features.
-        recipe: Recipe id, from which the seeds of random layers are made.
+        recipe: Recipe id from which the seeds of random layers are made (`RecipeIds.seed`).
 
     Returns:
         Rows of `schema.EXTRACTED`, in the order of `decoded`.
     """
     values: dict[str, LayerValues] = {}
-    for group in _group_by_shape(scan for scan in decoded if scan.record.status == "ok"):
+    for group in _group_alike(scan for scan in decoded if scan.record.status == "ok"):
         values |= _infer(functools.partial(_call_model, extractor, recipe=recipe), group)
     tables = [_make_row(scan, values.get(scan.record.scan_id, {})) for scan in decoded]
     return pa.concat_tables(tables) if tables else EXTRACTED.empty_table()
 
 
-def _group_by_shape(decoded: Iterable[Decoded]) -> list[list[Decoded]]:
-    groups: dict[tuple[int, ...], list[Decoded]] = defaultdict(list)
+def _group_alike(decoded: Iterable[Decoded]) -> list[list[Decoded]]:
+    """Return groups of scans with inputs of one shape and with the same due layers."""
+    groups: dict[tuple[object, ...], list[Decoded]] = defaultdict(list)
     for scan in decoded:
-        groups[scan.tensor.shape[1:]].append(scan)
+        groups[scan.tensor.shape[1:], tuple(scan.record.due_layers)].append(scan)
     return list(groups.values())
 
 
@@ -72,12 +74,13 @@ def _infer(
 
 
 def _call_model(extractor: LayerExtractor, group: list[Decoded], recipe: str) -> LayerValues:
-    """Return the layer values of the rows of all scans."""
-    seeds = _make_seeds(group, recipe)
+    """Return the values of the due layers, for the rows of all scans of a group."""
+    seeds, due_layers = _make_seeds(group, recipe), group[0].record.due_layers
+    layers = (tuple(due_layers),) if due_layers else ()
     if len(group) == 1:
-        return extractor(group[0].tensor, seeds)
+        return extractor(group[0].tensor, seeds, *layers)
     rows, memory = concatenate_rows([scan.tensor for scan in group])
-    values = extractor(rows, seeds)
+    values = extractor(rows, seeds, *layers)
     release_buffer(memory, values.values())
     return values
 

@@ -6,7 +6,7 @@ The files are not part of a table until `stages/commit.py` commits the receipt.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,19 @@ maps, whose dead units are of no interest."""
 
 
 def write(
-    extracted: pa.Table, dataset: Dataset, partition_by: Sequence[str], recipe: str, run_id: str
+    extracted: pa.Table,
+    dataset: Dataset,
+    partition_by: Sequence[str],
+    recipes: Mapping[str, str],
+    run_id: str,
 ) -> Receipt:
-    """Write the features of all layers to files, and return the receipt to commit.
+    """Write the features of all due layers to files, and return the receipt to commit.
 
     Args:
         extracted: Table with the schema `schema.EXTRACTED`.
         dataset: The output.
         partition_by: Partition columns: `layer`, then columns of `scans`.
-        recipe: Recipe id of all values.
+        recipes: Layer → its recipe id.
         run_id: The run that writes.
 
     Raises:
@@ -42,7 +46,9 @@ def write(
     for part in _split_by_size(extracted):
         records = tuple(ScanRecord.from_json(text) for text in part["record"].to_pylist())
         features = pa.Table.from_struct_array(pc.list_flatten(part["features"]).combine_chunks())
-        rows = features.append_column("recipe", pa.repeat(recipe, len(features)))
+        layers = features["layer"].combine_chunks().dictionary_encode()
+        ids = pa.array([recipes[layer] for layer in layers.dictionary.to_pylist()], pa.string())
+        rows = features.append_column("recipe", ids.take(layers.indices))
         rows = rows.append_column("run_id", pa.repeat(run_id, len(rows)))
         files = tuple(
             dataset.write_file(

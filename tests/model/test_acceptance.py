@@ -217,13 +217,13 @@ def test_layers_after_the_deepest_selected_layer_take_no_time(
 
 
 def _count_operations(extractor: Extractor, kind: str) -> int:
-    return sum(operation.type == kind for operation in extractor._extract.graph.get_operations())
+    return sum(operation.type == kind for operation in extractor._all.call.graph.get_operations())
 
 
 def _count_flops(extractor: Extractor) -> int:
     """Return the number of products and sums in all convolutions and matrix products, for one input."""
     total = 0
-    for operation in extractor._extract.graph.get_operations():
+    for operation in extractor._all.call.graph.get_operations():
         if operation.type in ("Conv3D", "MatMul"):
             (*extents, filters), kernel = operation.outputs[0].shape[1:], operation.inputs[1].shape
             total += 2 * int(np.prod(extents, dtype=int)) * int(tf.TensorShape(kernel).num_elements())

@@ -30,7 +30,7 @@ def _compute_activation(encoder: Any, name: str, volumes: np.ndarray) -> np.ndar
 
 
 def _count_convolutions(extractor: Extractor) -> int:
-    return sum("Conv3D" in operation.type for operation in extractor._extract.graph.get_operations())
+    return sum("Conv3D" in operation.type for operation in extractor._all.call.graph.get_operations())
 
 
 @pytest.mark.slow

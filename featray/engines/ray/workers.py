@@ -53,7 +53,7 @@ class ModelLoading:
 
     Attributes:
         load_extractor: Loads the model.
-        recipe: Recipe id, from which the seeds of random layers are made.
+        recipe: Recipe id from which the seeds of random layers are made (`RecipeIds.seed`).
     """
 
     load_extractor: Callable[[], LayerExtractor]

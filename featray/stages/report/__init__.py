@@ -6,7 +6,15 @@ writes both files.
 
 from featray.stages.report.report import announce, report
 from featray.stages.report.run_folder import Run
-from featray.stages.report.summary import Summary
+from featray.stages.report.summary import Summary, describe_other_layers
 from featray.stages.report.totals import RunTotals, describe_bottleneck
 
-__all__ = ["Run", "RunTotals", "Summary", "announce", "describe_bottleneck", "report"]
+__all__ = [
+    "Run",
+    "RunTotals",
+    "Summary",
+    "announce",
+    "describe_bottleneck",
+    "describe_other_layers",
+    "report",
+]

@@ -44,9 +44,10 @@ class Run:
         command: `extract` or `refresh`.
         started: Time at which the command began, in seconds since the epoch.
         engine: `inline` or `ray`.
-        recipe_id: Short hash of `recipe`.
-        recipe: Everything that decides the values of a feature.
+        recipe_id: Recipe id of reading and preprocessing.
+        recipe: Everything that decides the values of the features.
         layers: Names of the layers in the output.
+        layer_recipes: Layer → its recipe id.
         model_sha256: Digest of the model file.
         config: Config of the run, with masked secrets.
         max_failed_fraction: Share of failed scans above which the exit code is 3.
@@ -59,6 +60,7 @@ class Run:
     recipe_id: str
     recipe: dict[str, Any]
     layers: tuple[str, ...]
+    layer_recipes: dict[str, str]
     model_sha256: str
     config: dict[str, Any]
     max_failed_fraction: float
@@ -107,8 +109,8 @@ def _peak_bytes(who: int) -> int:
 
 def _make_markdown(run: Run, summary: Summary) -> str:
     lines = "\n".join(f"- {line}" for line in summary.lines())
-    layers = "\n".join(f"- `{name}`" for name in summary.layers)
+    layers = "\n".join(f"- `{name}` (recipe {run.layer_recipes[name]})" for name in summary.layers)
     return (
-        f"# Run {run.run_id}\n\n{lines}\n\n## Layers\n\n{layers}\n\n## Recipe {run.recipe_id}\n\n"
+        f"# Run {run.run_id}\n\n{lines}\n\n## Layers\n\n{layers}\n\n## Recipe\n\n"
         f"```json\n{json.dumps(run.recipe, indent=2)}\n```\n\nModel sha256 `{run.model_sha256}`.\n"
     )

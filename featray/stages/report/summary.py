@@ -19,14 +19,20 @@ class Summary:
         run_id: Id of the run; empty if there was nothing to do.
         command: `extract` or `refresh`.
         engine: `inline` or `ray`.
-        recipe: Recipe id.
-        layers: Names of the layers in the output.
+        recipe: Recipe id of reading and preprocessing.
+        layers: Names of the layers of the config.
+        layer_recipes: Layer of the config → its recipe id.
         found: Number of listed scans.
         ok, failed, excluded: Number of listed scans by status in the scans table; they add up to `found`.
         missing: Number of listed scans without a row in the scans table; 0 unless the run was interrupted.
         done: Number of scans that this run processed.
         removed: Number of scans that this run removed because they are no longer listed.
-        states: Number of scans by state before the run: new, changed, stale, failed, removed, up_to_date.
+        states: Number of scans by state before the run: new, changed, stale, failed, incomplete, removed,
+            up_to_date.
+        work: A sentence about what there was to compute and what stayed; empty if there was nothing.
+        renamed_layers: Old name → new name of each layer that the run renamed.
+        dropped_layers: Names of the layers that the run removed.
+        other_layers: Stored layer that the config does not name → number of scans that have it.
         reasons: Number of failed and excluded scans of the whole collection by reason.
         ignored: Number of files that are not scans, by suffix.
         seconds: Wall time of the command.
@@ -62,6 +68,11 @@ class Summary:
     interrupted: bool = False
     exit_code: int = 0
     output: str = ""
+    layer_recipes: dict[str, str] = field(default_factory=dict)
+    work: str = ""
+    renamed_layers: dict[str, str] = field(default_factory=dict)
+    dropped_layers: tuple[str, ...] = ()
+    other_layers: dict[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
         """Return the summary for a person, with the next command to try."""
@@ -70,8 +81,14 @@ class Summary:
     def lines(self) -> list[str]:
         """Return the facts of the summary, one per line."""
         lines = [self._describe_run(), self._describe_counts()]
+        if self.work:
+            lines.append(f"there was: {self.work}")
         if self.removed:
             lines.append(f"removed {self.removed} scans that are no longer in the collection")
+        lines += [f"renamed layer {old} to {new}" for old, new in self.renamed_layers.items()]
+        lines += [f"dropped layer {name}" for name in self.dropped_layers]
+        if self.other_layers:
+            lines.append(describe_other_layers(self.other_layers))
         lines += self._describe_what_refresh_would_do()
         if self.reasons:
             lines.append(f"reasons: {_join_counts(self.reasons)}")
@@ -89,7 +106,7 @@ class Summary:
     def _describe_run(self) -> str:
         if not self.run_id:
             count = self.states["up_to_date"]
-            return f"nothing to do: {count} scans are up to date (recipe {self.recipe})"
+            return f"nothing to do: {count} scans are up to date"
         rate = self.done / self.seconds if self.seconds else 0.0
         return (
             f"run {self.run_id}: {self.done} scans in {self.seconds:.1f} s with engine {self.engine}, "
@@ -130,6 +147,18 @@ class Summary:
                 f"{removed} stored scans are no longer in the collection; `featray refresh` removes them"
             )
         return lines
+
+
+def describe_other_layers(layers: Mapping[str, int]) -> str:
+    """Return a sentence about stored layers that the config does not name.
+
+    Args:
+        layers: Layer → number of scans that have it.
+    """
+    names = ", ".join(f"{name} ({count:,} scans)" for name, count in layers.items())
+    return (
+        f"this config does not name these layers, so they stay: {names}; `refresh --drop-layers` removes them"
+    )
 
 
 def _join_counts(counts: Mapping[str, int]) -> str:

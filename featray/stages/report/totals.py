@@ -55,6 +55,8 @@ class RunTotals:
     Attributes:
         scans: Number of scans.
         removed: Number of scans that were removed from the output.
+        dropped_layers: Number of layers that were removed.
+        has_changed_tables: Whether layers were renamed or dropped, or rows of an earlier version changed.
         is_interrupted: Whether the run was asked to stop.
         bytes_read: Bytes of the scans' files.
         seconds: Wall time from the first scan that was given to a worker, which may be before the model was
@@ -66,6 +68,8 @@ class RunTotals:
 
     scans: int = 0
     removed: int = 0
+    dropped_layers: int = 0
+    has_changed_tables: bool = False
     is_interrupted: bool = False
     bytes_read: int = 0
     seconds: float = 0.0
@@ -76,7 +80,7 @@ class RunTotals:
     @property
     def has_changes(self) -> bool:
         """Whether the run has committed anything."""
-        return bool(self.scans or self.removed)
+        return bool(self.scans or self.removed or self.has_changed_tables)
 
     def add(self, receipt: Receipt) -> None:
         """Count a committed receipt."""

@@ -24,10 +24,10 @@ from numpy.typing import NDArray
 
 from featray.job import new_run_id
 from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.output.ledger import LEDGER_COLUMNS
 from featray.schema import Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
-from featray.stages.plan import PLANNING_COLUMNS
 from featray.stages.write import write
 from featray.storage.store import Store
 
@@ -99,7 +99,13 @@ def _write_files(dataset: Dataset, scan_ids: Sequence[str]) -> Receipt:
         )
         for scan_id in scan_ids
     ]
-    return write(extract(_make_features, decoded, recipe="recipe"), dataset, ("layer",), "recipe", "run")
+    return write(
+        extract(_make_features, decoded, recipe="recipe"),
+        dataset,
+        ("layer",),
+        dict.fromkeys(WIDTHS, "recipe"),
+        "run",
+    )
 
 
 def _make_features(batch: NDArray[np.float32], _seeds: Sequence[str]) -> dict[str, NDArray[np.float32]]:
@@ -120,7 +126,7 @@ def _measure_output(dataset: Dataset, seconds: Sequence[float], commits: int) ->
     snapshot = dataset.open_snapshot()
     files = {table: len(snapshot.files(table)) for table in (FEATURES, SCANS)}
     opened = time.perf_counter()
-    scans = len(snapshot.read_scans(PLANNING_COLUMNS))
+    scans = len(snapshot.read_scans(LEDGER_COLUMNS))
     read = time.perf_counter()
     logs = [name for table in (FEATURES, SCANS) for name in dataset.store.list_files(f"{table}/_delta_log")]
     values = (commits, scans, statistics.median(seconds), opened - start, read - opened, len(logs))

@@ -72,7 +72,7 @@ def _encode_chunk(
     different = chunk.take(pa.array(first)).to_pylist()
     keys = [None if items is None else tuple(sorted(items)) for items in different]
     codes = np.array([maps.setdefault(key, len(maps)) for key in keys], np.int32)
-    return codes[inverse]
+    return np.asarray(codes[inverse], np.int32)
 
 
 def _number_rows(chunk: pa.MapArray) -> NDArray[np.int64]:
@@ -90,7 +90,7 @@ def _number_rows(chunk: pa.MapArray) -> NDArray[np.int64]:
             item = np.zeros(len(chunk), np.int64)
             item[has_pair] = column[starts[has_pair] + position] + 1
             numbers = _combine(numbers, item)
-    return numbers
+    return np.asarray(numbers, np.int64)
 
 
 def _combine(numbers: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -2,7 +2,7 @@
 
 Rows that featray 0.1.0 has written have one recipe for all layers and do not list their layers. They are read
 as the rows that the present version would have written: `translate_recipes` finds the recipes of their layers
-in the runs that wrote them. `stages/carry_over.py` changes the tables in the same way.
+in the runs that wrote them. `carry_over.py` changes the tables in the same way.
 """
 
 from __future__ import annotations

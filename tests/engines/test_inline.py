@@ -76,7 +76,9 @@ def decoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Decoder:
 def stages(tmp_path: Path) -> Stages:
     """Return stages with a model that gives the first voxel of each tensor as layer `corner`."""
     dataset = Dataset(Store(str(tmp_path / "out")))
-    write_run = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
+    write_run = functools.partial(
+        write, dataset=dataset, partition_by=("layer",), recipes={"corner": "r"}, run_id="run"
+    )
     return Stages(take_corner, lambda: take_corner, "r", write_run, scans_per_file=5)
 
 

@@ -114,7 +114,9 @@ def make_decoding(decoder: type[Decoder] = poison.CrashingDecoder, **limits: Any
 
 def make_stages(folder: Path) -> Stages:
     dataset = Dataset(Store(str(folder)))
-    write_run = functools.partial(write, dataset=dataset, partition_by=("layer",), recipe="r", run_id="run")
+    write_run = functools.partial(
+        write, dataset=dataset, partition_by=("layer",), recipes={"sum": "r"}, run_id="run"
+    )
     return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=4)
 
 

@@ -40,8 +40,9 @@ def make_decoding(**preprocess: Any) -> Decoding:
 
 @pytest.fixture
 def stages(tmp_path: Path) -> Stages:
+    dataset = Dataset(Store(str(tmp_path)))
     write_run = functools.partial(
-        write, dataset=Dataset(Store(str(tmp_path))), partition_by=("layer",), recipe="r", run_id="run"
+        write, dataset=dataset, partition_by=("layer",), recipes={"sum": "r"}, run_id="run"
     )
     return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=3)
 

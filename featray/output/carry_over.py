@@ -1,7 +1,7 @@
 """Carry over: rows of featray 0.1.0 in, rows of the present version out. The values stay as they are.
 
 Version 0.1.0 had one recipe for all layers of a run, and did not list the layers of a scan.
-`output/ledger.py` finds the recipes of the layers; `stages/commit.py` commits all changed files at once.
+`ledger.py` finds the recipes of the layers; `stages/commit.py` commits all changed files at once.
 """
 
 from __future__ import annotations

@@ -25,6 +25,8 @@ import pyarrow.csv
 import pyarrow.parquet
 
 RECIPE = "0123456789abcdef"
+LAYERS = {f"encoder.conv_{number}": f"{number:016x}" for number in range(8)}
+"""Recipe id of each layer that the output holds."""
 CHANGED_EVERY = 100
 """One row in this number of rows gets a changed version."""
 SCANS_PER_COMMIT = 32_768
@@ -77,15 +79,17 @@ def _plan_here(manifest: Path, output: Path) -> dict[str, Any]:
     from featray.config import SourceConfig
     from featray.output.dataset import Dataset
     from featray.stages.list import list_scans
-    from featray.stages.plan import PLANNING_COLUMNS, make_plan
+    from featray.output.ledger import Ledger
+    from featray.recipe import RecipeIds
+    from featray.stages.plan import make_plan
     from featray.storage.store import Store
 
     times.append(time.perf_counter())
     listing = list_scans(SourceConfig(uri=str(manifest), id_column="case"))
     times.append(time.perf_counter())
-    ledger = Dataset(Store(str(output))).read_scans(PLANNING_COLUMNS)
+    ledger = Ledger.read(Dataset(Store(str(output))).find_snapshot(), {})
     times.append(time.perf_counter())
-    plan = make_plan(listing, ledger, RECIPE, refresh=True)
+    plan = make_plan(listing, ledger, RecipeIds(RECIPE, LAYERS, ""), refresh=True)
     times.append(time.perf_counter())
     todo = list(plan.todo)
     times.append(time.perf_counter())
@@ -120,7 +124,7 @@ def _commit_scans(manifest: Path, output: Path) -> None:
     committer = Committer(Dataset(Store(str(output))), ("layer",), (), run_id="20260101T000000000-000000")
     for start in range(0, len(scans), SCANS_PER_COMMIT):
         records = [
-            replace(ScanRecord.from_scan(scan), recipe=RECIPE, run_id="run")
+            replace(ScanRecord.from_scan(scan), recipe=RECIPE, layers=dict(LAYERS), run_id="run")
             for scan in scans[start : start + SCANS_PER_COMMIT]
         ]
         committer.commit([Receipt((), tuple(records))])

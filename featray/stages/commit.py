@@ -44,6 +44,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featray.errors import ConfigError, DeletedOutputError, FeatrayError, MissingFileError, StorageError
+from featray.output.carry_over import carry_over_features, carry_over_scans
 from featray.output.cells import CellColumn, CellMap
 from featray.output.dataset import (
     FEATURES,
@@ -62,7 +63,6 @@ from featray.output.orphans import find_orphans, list_output_files
 from featray.output.rewrite import TARGET_FILE_BYTES, FileRewriter, map_in_threads
 from featray.recipe import RecipeIds
 from featray.schema import DataFile, Receipt, ScanRecord
-from featray.output.carry_over import carry_over_features, carry_over_scans
 from featray.storage.store import Store
 
 log = logging.getLogger(__name__)

@@ -78,9 +78,9 @@ def _plan_here(manifest: Path, output: Path) -> dict[str, Any]:
     times = [time.perf_counter()]
     from featray.config import SourceConfig
     from featray.output.dataset import Dataset
-    from featray.stages.list import list_scans
     from featray.output.ledger import Ledger
     from featray.recipe import RecipeIds
+    from featray.stages.list import list_scans
     from featray.stages.plan import make_plan
     from featray.storage.store import Store
 

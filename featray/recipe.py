@@ -62,15 +62,24 @@ def recipe_id(recipe: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def make_inputs_id(recipe: Mapping[str, Any]) -> str:
+    """Return the id of reading and preprocessing in the recipe of a run."""
+    return recipe_id(_select_inputs(recipe))
+
+
 def make_recipe_ids(recipe: Mapping[str, Any]) -> RecipeIds:
     """Return the ids that follow from the recipe of a run, also from one that featray 0.1.0 has made."""
-    inputs = {name: part for name, part in recipe.items() if name != "model"}
+    inputs = _select_inputs(recipe)
     model = {name: part for name, part in recipe["model"].items() if name != "layers"}
     layers = {}
     for layer in recipe["model"]["layers"]:
         cut = {name: part for name, part in layer.items() if name != "name"}
         layers[layer["name"]] = recipe_id({**inputs, "model": {**model, "layer": cut}})
     return RecipeIds(recipe_id(inputs), layers, recipe_id({**inputs, "model": model}))
+
+
+def _select_inputs(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: part for name, part in recipe.items() if name != "model"}
 
 
 def select_recipe_layers(recipe: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

@@ -45,6 +45,21 @@ class CellColumn:
         decoded = [None if items is None else dict(items) for items in maps]
         return cls(np.concatenate([np.zeros(0, np.int32), *parts]), decoded)
 
+    @classmethod
+    def concatenate(cls, columns: Sequence[CellColumn]) -> CellColumn:
+        """Return the rows of several columns as one column."""
+        codes: dict[tuple[tuple[str, str], ...] | None, int] = {}
+        parts = [np.zeros(0, np.int32)]
+        for column in columns:
+            keys = [None if cells is None else tuple(sorted(cells.items())) for cells in column.maps]
+            new_codes = np.array([codes.setdefault(key, len(codes)) for key in keys], np.int32)
+            parts.append(new_codes[column.codes])
+        return cls(np.concatenate(parts), [None if key is None else dict(key) for key in codes])
+
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> CellColumn:
+        """Return some rows, selected by number or by a mask."""
+        return CellColumn(self.codes[rows], self.maps)
+
     def decode(self) -> pa.Array:
         """Return the column as Arrow maps, sorted by layer."""
         items = [None if cells is None else sorted(cells.items()) for cells in self.maps]
@@ -70,7 +85,7 @@ def _encode_chunk(
     """Return the code of each row; add maps that are not known yet to `maps`."""
     _, first, inverse = np.unique(_number_rows(chunk), return_index=True, return_inverse=True)
     different = chunk.take(pa.array(first)).to_pylist()
-    keys = [None if items is None else tuple(sorted(items)) for items in different]
+    keys = [None if items is None else tuple(sorted(items, key=lambda item: item[0])) for items in different]
     codes = np.array([maps.setdefault(key, len(maps)) for key in keys], np.int32)
     return np.asarray(codes[inverse], np.int32)
 
@@ -82,7 +97,9 @@ def _number_rows(chunk: pa.MapArray) -> NDArray[np.int64]:
     widths = np.maximum(lengths, 0)
     starts = np.cumsum(widths) - widths
     pairs = lists.flatten()
-    columns = [pairs.field(index).dictionary_encode().indices.to_numpy() for index in (0, 1)]
+    columns = [
+        pc.fill_null(pairs.field(index).dictionary_encode().indices, -1).to_numpy() for index in (0, 1)
+    ]
     numbers = lengths + 1
     for position in range(int(widths.max(initial=0))):
         has_pair = np.flatnonzero(widths > position)

@@ -44,7 +44,6 @@ class FindingKind(StrEnum):
     LEDGER_WITHOUT_FEATURES = "ledger_without_features"
     FEATURES_WITHOUT_LEDGER = "features_without_ledger"
     OTHER_RECIPE = "other_recipe"
-    OTHER_RUN = "other_run"
     WRONG_PARTITION = "wrong_partition"
     ORPHAN = "orphan"
     FOREIGN_FILE = "foreign_file"
@@ -64,7 +63,7 @@ DESCRIPTIONS = {
     ),
     FindingKind.NULL_VALUE: "a value is null in a column that must not contain nulls",
     FindingKind.UNKNOWN_CODE: "a status, reason or warning is not one of the known codes",
-    FindingKind.WRONG_STATE: "the reason or the number of patches of a scan contradicts its status",
+    FindingKind.WRONG_STATE: "the reason, layers or number of patches of a scan contradict its status",
     FindingKind.COUNTS_DIFFER: "ok + failed + excluded differs from the number of rows",
     FindingKind.DOUBLED_ROW: "a row occurs more than once",
     FindingKind.MISSING_PATCH: "the features lack patches that the scans table lists",
@@ -72,12 +71,11 @@ DESCRIPTIONS = {
     FindingKind.WRONG_WIDTH: "the number of values of a feature does not match its shape",
     FindingKind.UNEVEN_SHAPE: "shapes within a layer differ although the input size is fixed",
     FindingKind.NOT_FINITE: "the features contain NaN or infinity",
-    FindingKind.LEDGER_WITHOUT_FEATURES: "a scan is ok in the scans table but has no features",
+    FindingKind.LEDGER_WITHOUT_FEATURES: "the scans table lists layers of a scan that has no features",
     FindingKind.FEATURES_WITHOUT_LEDGER: (
-        "there are features of a scan that is not in the scans table, or is not ok there"
+        "there are features of a scan or of a layer of a scan that the scans table does not list"
     ),
     FindingKind.OTHER_RECIPE: "the recipe of features differs from the recipe in the scans table",
-    FindingKind.OTHER_RUN: "the run of features differs from the run in the scans table",
     FindingKind.WRONG_PARTITION: "a file is in another partition than its scans belong to",
     FindingKind.ORPHAN: (
         "a file of an ended run belongs to no version; programs that read the folder directly see it"

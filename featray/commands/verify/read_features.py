@@ -20,6 +20,7 @@ from featray.commands.verify.data_file import (
     open_data_file,
     read_batches,
 )
+from featray.commands.verify.expected_cells import ExpectedCells
 from featray.commands.verify.findings import Fault, FindingKind
 from featray.commands.verify.read_scans import ScansTable
 from featray.output.dataset import FEATURES
@@ -41,8 +42,7 @@ class FeaturesFile:
     Attributes:
         scan: int64 (rows,), row number in `ScansTable`; -1 for a scan that is not in the scans table.
         patch: int32 (rows,).
-        recipe: int32 (rows,), code in `ScansTable.recipe`; -1 for a recipe that no scan has.
-        run: int32 (rows,), code in `ScansTable.run`; -1 for a run that wrote no scan.
+        recipe: int32 (rows,), code of the recipe in `ExpectedCells`; -1 for a recipe that no cell must have.
         unknown_ids: Ids of scans that are not in the scans table.
         shapes: Shape of a feature → row numbers in `ScansTable`; empty unless requested.
         faults: Faults of the file and of its rows.
@@ -52,7 +52,6 @@ class FeaturesFile:
     scan: Rows
     patch: NDArray[np.int32]
     recipe: NDArray[np.int32]
-    run: NDArray[np.int32]
     unknown_ids: pa.Array
     shapes: dict[Shape, Rows]
     faults: list[Fault]
@@ -67,21 +66,20 @@ class _Batches:
     scan: list[Rows] = field(default_factory=list)
     patch: list[NDArray[np.int32]] = field(default_factory=list)
     recipe: list[NDArray[np.int32]] = field(default_factory=list)
-    run: list[NDArray[np.int32]] = field(default_factory=list)
     unknown_ids: list[pa.Array] = field(default_factory=list)
     shapes: dict[Shape, list[Rows]] = field(default_factory=lambda: defaultdict(list))
     faults: list[Fault] = field(default_factory=list)
 
 
 def read_features_file(
-    store: Store, table_schema: pa.Schema, scans: ScansTable, file: DataFile, *, with_shapes: bool
+    store: Store, table_schema: pa.Schema, cells: ExpectedCells, file: DataFile, *, with_shapes: bool
 ) -> FeaturesFile:
     """Read one file of `features` and check its rows.
 
     Args:
         store: Store of the output.
         table_schema: Schema of the table `features`.
-        scans: All scans.
+        cells: The cells that all scans must have.
         file: The file as the log describes it.
         with_shapes: Whether to return the shapes of the features.
     """
@@ -92,19 +90,19 @@ def read_features_file(
         columns = pa.schema([column for column in table_schema if column.name not in file.partition_values])
         check_schema(parquet.schema_arrow, FEATURE_COLUMNS, columns, file)
         for batch in read_batches(parquet, file):
-            shapes = _add_batch(batches, batch, scans, file)
+            shapes = _add_batch(batches, batch, cells, file)
             if with_shapes:
                 _add_shapes(batches, shapes)
     except BrokenFileError as broken:
         return _join_batches(_Batches(faults=[broken.fault]), is_broken=True)
     ids = pa.chunked_array(batches.ids, pa.string()).combine_chunks()
     batches.faults += check_ids(file, ids)
-    batches.faults += _check_partition(file, ids, scans)
+    batches.faults += _check_partition(file, ids, cells.scans)
     return _join_batches(batches)
 
 
 def _add_batch(
-    batches: _Batches, batch: pa.RecordBatch, scans: ScansTable, file: DataFile
+    batches: _Batches, batch: pa.RecordBatch, cells: ExpectedCells, file: DataFile
 ) -> dict[Shape, Rows]:
     """Check one batch and add its rows; return row numbers in `ScansTable` by shape of the feature."""
     batches.ids.append(batch["scan_id"])
@@ -115,13 +113,12 @@ def _add_batch(
         batches.faults.append(Fault(FindingKind.NULL_VALUE, ids, detail))
         batch = batch.filter(pa.array(~is_null))
     encoded = batch["scan_id"].dictionary_encode()
-    scan_of_id = scans.find_rows(encoded.dictionary)
+    scan_of_id = cells.scans.find_rows(encoded.dictionary)
     scan = scan_of_id[encoded.indices.to_numpy()]
     batches.scan.append(scan)
     batches.unknown_ids.append(encoded.dictionary.filter(pa.array(scan_of_id < 0)))
     batches.patch.append(batch["patch"].to_numpy().astype(np.int32))
-    batches.recipe.append(scans.recipe.find_codes(batch["recipe"]))
-    batches.run.append(scans.run.find_codes(batch["run_id"]))
+    batches.recipe.append(cells.find_recipe_codes(batch["recipe"]))
     rows_by_shape = _group_by_shape(batch["shape"])
     batches.faults += [*_check_widths(batch, rows_by_shape), *_check_values(batch)]
     return {shape: scan[rows] for shape, rows in rows_by_shape.items()}
@@ -137,7 +134,6 @@ def _join_batches(batches: _Batches, *, is_broken: bool = False) -> FeaturesFile
         scan=np.concatenate([np.zeros(0, np.int64), *batches.scan]),
         patch=np.concatenate([np.zeros(0, np.int32), *batches.patch]),
         recipe=np.concatenate([np.zeros(0, np.int32), *batches.recipe]),
-        run=np.concatenate([np.zeros(0, np.int32), *batches.run]),
         unknown_ids=pa.chunked_array(batches.unknown_ids, pa.string()).combine_chunks(),
         shapes={shape: np.concatenate(rows) for shape, rows in batches.shapes.items()},
         faults=batches.faults,

@@ -6,7 +6,7 @@ The arrays of a million scans take about 100 MB. Row numbers follow the sorted i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,9 @@ from featray.commands.verify.data_file import (
 )
 from featray.commands.verify.findings import Fault, FindingKind
 from featray.errors import Reason, WarningCode
+from featray.output.cells import CellColumn, CellMap
 from featray.output.dataset import SCANS
+from featray.output.ledger import find_earlier_rows
 from featray.schema import SCAN_COLUMNS, DataFile
 from featray.storage.store import Store
 
@@ -34,6 +36,9 @@ _NOT_NULL = (
 )
 """Columns that have a value in every row, in addition to scan_id."""
 _USED_COLUMNS = ("scan_id", "status", "recipe", "run_id", "patches")
+_CELL_COLUMNS = ("layers", "failed_layers")
+_REQUIRED_COLUMNS = pa.schema([column for column in SCAN_COLUMNS if column.name not in _CELL_COLUMNS])
+"""Columns of every file; files of featray 0.1.0 do not have the columns of cells."""
 _REASONS = pa.array([str(reason) for reason in Reason])
 _WARNINGS = pa.array([str(code) for code in (*Reason, *WarningCode)])
 
@@ -44,10 +49,12 @@ class ScansFile:
 
     Attributes:
         rows: The used columns of rows that have a scan_id; None if the file cannot be read.
+        cells: The column `layers` of these rows; None if the file cannot be read.
         faults: Faults of the file and of its rows.
     """
 
     rows: pa.Table | None
+    cells: CellColumn | None
     faults: list[Fault]
 
     @property
@@ -76,10 +83,7 @@ class EncodedColumn:
 
     def find_codes(self, texts: pa.Array) -> NDArray[np.int32]:
         """Return the code of each text; -1 for a text that is not among the values."""
-        encoded = texts.dictionary_encode()
-        code_of = {value: code for code, value in enumerate(self.values)}
-        codes = np.array([code_of.get(text, -1) for text in encoded.dictionary.to_pylist()], np.int32)
-        return codes[encoded.indices.to_numpy()] if len(texts) else codes
+        return find_codes(texts, self.values)
 
 
 @dataclass(frozen=True)
@@ -90,8 +94,9 @@ class ScansTable:
         ids: large_string (scans,), without duplicates.
         counts: Number of rows in the table by status, including duplicates.
         is_ok: bool (scans,).
-        patches: int64 (scans,), number of rows per layer that `features` must contain; 0 unless ok.
-        recipe: Recipe id of each scan.
+        cells: The column `layers`: the cells that `features` must hold; null in rows of featray 0.1.0.
+        patches: int64 (scans,), number of rows of each cell; 0 for a scan without cells.
+        recipe: Recipe id of reading and preprocessing of each scan; in rows of 0.1.0, of all its layers.
         run: Id of the run that wrote each scan.
         partitions: Columns of `partition_by` except `layer` → their values.
     """
@@ -99,6 +104,7 @@ class ScansTable:
     ids: pa.Array
     counts: dict[str, int]
     is_ok: NDArray[np.bool_]
+    cells: CellColumn
     patches: NDArray[np.int64]
     recipe: EncodedColumn
     run: EncodedColumn
@@ -106,6 +112,11 @@ class ScansTable:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def has_no_map(self) -> NDArray[np.bool_]:
+        """Whether the column `layers` is null: bool (scans,)."""
+        return find_earlier_rows(self.cells)
 
     def find_rows(self, ids: pa.Array) -> NDArray[np.int64]:
         """Return the row number of each id; -1 for an id that is not in the table."""
@@ -132,28 +143,35 @@ def read_scans_file(
     """
     try:
         parquet = open_data_file(store, SCANS, file)
-        check_schema(parquet.schema_arrow, SCAN_COLUMNS, table_schema, file)
+        check_schema(parquet.schema_arrow, _REQUIRED_COLUMNS, table_schema, file)
         rows = read_table(parquet, file)
     except BrokenFileError as broken:
-        return ScansFile(None, [broken.fault])
-    faults = check_ids(file, rows["scan_id"].combine_chunks())
-    faults += [*_check_nulls(rows), *_check_codes(rows), *_check_states(rows)]
-    for name in partition_columns:
+        return ScansFile(None, None, [broken.fault])
+    for name in (*_CELL_COLUMNS, *partition_columns):
         if name not in rows.column_names:  # the column was added to the table after this file
-            rows = rows.append_column(name, pa.nulls(len(rows), pa.string()))
+            rows = rows.append_column(name, pa.nulls(len(rows), _get_type(name)))
+    cells, failed = [CellColumn.encode(rows[name]) for name in _CELL_COLUMNS]
+    faults = check_ids(file, rows["scan_id"].combine_chunks())
+    faults += [*_check_nulls(rows), *_check_codes(rows), *_check_states(rows, cells)]
+    faults += [*_check_cells(rows, cells, failed), *_check_null_cells(rows, cells, failed)]
     used = rows.select(list(dict.fromkeys((*_USED_COLUMNS, *partition_columns))))
-    return ScansFile(used.filter(rows["scan_id"].is_valid()), faults)
+    has_id = rows["scan_id"].is_valid()
+    return ScansFile(used.filter(has_id), cells.take(np.asarray(has_id, bool)), faults)
 
 
-def join_files(parts: Sequence[pa.Table], partition_columns: Sequence[str]) -> tuple[ScansTable, list[Fault]]:
+def join_files(
+    parts: Sequence[ScansFile], partition_columns: Sequence[str]
+) -> tuple[ScansTable, list[Fault]]:
     """Return the scans of all readable files as one table, and the faults of the table as a whole.
 
     Args:
-        parts: `ScansFile.rows` of each readable file.
+        parts: The files; those that cannot be read are left out.
         partition_columns: Partition columns of `features` except `layer`.
     """
     names = dict.fromkeys((*_USED_COLUMNS, *partition_columns))
-    rows = pa.concat_tables([pa.table({name: pa.array([], _get_type(name)) for name in names}), *parts])
+    empty = pa.table({name: pa.array([], _get_type(name)) for name in names})
+    rows = pa.concat_tables([empty, *(part.rows for part in parts if part.rows is not None)])
+    cells = CellColumn.concatenate([part.cells for part in parts if part.cells is not None])
     statuses = {item["values"]: item["counts"] for item in rows["status"].value_counts().to_pylist()}
     counts = {status: statuses.get(status, 0) for status in STATUSES}
     faults = _check_counts(rows, counts)
@@ -164,18 +182,28 @@ def join_files(parts: Sequence[pa.Table], partition_columns: Sequence[str]) -> t
     is_first[1:] = pc.not_equal(ids[1:], ids[:-1]).to_numpy(zero_copy_only=False)
     if not is_first.all():
         faults.append(Fault(FindingKind.DOUBLED_ROW, ids.filter(pa.array(~is_first))))
-    rows = rows.drop_columns("scan_id").take(order.filter(pa.array(is_first)))
+    order = order.filter(pa.array(is_first))
+    rows, cells = rows.drop_columns("scan_id").take(order), cells.take(order.to_numpy().astype(np.int64))
     is_ok = pc.fill_null(pc.equal(rows["status"], "ok"), fill_value=False).to_numpy(zero_copy_only=False)
     patches = pc.fill_null(rows["patches"], 0).to_numpy().astype(np.int64)
     return ScansTable(
         ids=ids.filter(pa.array(is_first)),
         counts=counts,
         is_ok=is_ok,
-        patches=np.where(is_ok, np.maximum(patches, 0), 0),
+        cells=cells,
+        patches=np.where(_has_cells(cells) | is_ok & find_earlier_rows(cells), np.maximum(patches, 0), 0),
         recipe=EncodedColumn.encode(rows["recipe"]),
         run=EncodedColumn.encode(rows["run_id"]),
         partitions={name: EncodedColumn.encode(rows[name]) for name in partition_columns},
     ), faults
+
+
+def find_codes(texts: pa.Array, values: Sequence[str]) -> NDArray[np.int32]:
+    """Return the position of each text among the values; -1 for a text that is not among them."""
+    encoded = texts.dictionary_encode()
+    code_of = {value: code for code, value in enumerate(values)}
+    codes = np.array([code_of.get(text, -1) for text in encoded.dictionary.to_pylist()], np.int32)
+    return codes[encoded.indices.to_numpy()] if len(texts) else codes
 
 
 def can_be_in_files(ids: pa.Array, files: Sequence[DataFile]) -> NDArray[np.bool_]:
@@ -249,9 +277,13 @@ def _check_codes(rows: pa.Table) -> list[Fault]:
     return faults
 
 
-def _check_states(rows: pa.Table) -> list[Fault]:
-    """Check that ok rows have patches and no reason, and that other rows have a reason and no patches."""
-    status, patches = rows["status"], rows["patches"]
+def _check_states(rows: pa.Table, cells: CellColumn) -> list[Fault]:
+    """Check that ok rows have patches and no reason, and that other rows have a reason.
+
+    Rows that are not ok have patches if they have cells: a scan that fails when a layer is added keeps its
+    other cells.
+    """
+    status, patches, has_cells = rows["status"], rows["patches"], pa.array(_has_cells(cells))
     is_ok = pc.fill_null(pc.equal(status, "ok"), fill_value=False)
     is_not_ok = pc.is_in(status, pa.array(["failed", "excluded"]))
     has_value = [rows[name].is_valid() for name in ("reason", "stage", "message")]
@@ -260,7 +292,12 @@ def _check_states(rows: pa.Table) -> list[Fault]:
     checks = (
         (is_ok, pc.less(patches, 1), "an ok row without patches"),
         (is_ok, has_any, "an ok row with a reason, a stage or a message"),
-        (is_not_ok, pc.not_equal(patches, 0), "a row that is not ok but has patches"),
+        (is_not_ok, pc.and_(pc.less(patches, 1), has_cells), "a row that lists layers but no patches"),
+        (
+            is_not_ok,
+            pc.and_(pc.not_equal(patches, 0), pc.invert(has_cells)),
+            "a row that is not ok and has patches, but lists no layers",
+        ),
         (is_not_ok, pc.invert(has_all), "a row that is not ok but lacks a reason, a stage or a message"),
     )
     wrong = (
@@ -272,6 +309,63 @@ def _check_states(rows: pa.Table) -> list[Fault]:
             _make_faults(FindingKind.WRONG_STATE, rows, mask, text) for mask, text in wrong
         )
     )
+
+
+def _check_cells(rows: pa.Table, cells: CellColumn, failed: CellColumn) -> list[Fault]:
+    """Check that the columns of cells agree with the status and with each other."""
+    is_ok, is_excluded = [
+        np.asarray(pc.fill_null(pc.equal(rows["status"], status), fill_value=False), bool)
+        for status in ("ok", "excluded")
+    ]
+    has_cells, has_failed = _has_cells(cells), _has_cells(failed)
+    checks = (
+        (is_ok & ~has_cells & ~find_earlier_rows(cells), "an ok row that lists no layers"),
+        (is_ok & has_failed, "an ok row that lists failed layers"),
+        (is_excluded & (has_cells | has_failed), "an excluded row that lists layers"),
+        (_find_shared_layers(cells, failed), "a layer that is both in `layers` and in `failed_layers`"),
+        (_find_doubled_layers(rows["layers"], cells), "a layer that is in `layers` twice"),
+        (_find_doubled_layers(rows["failed_layers"], failed), "a layer that is in `failed_layers` twice"),
+    )
+    faults = [_make_faults(FindingKind.WRONG_STATE, rows, pa.array(mask), text) for mask, text in checks]
+    return list(itertools.chain.from_iterable(faults))
+
+
+def _check_null_cells(rows: pa.Table, cells: CellColumn, failed: CellColumn) -> list[Fault]:
+    """Check that no recipe is null, and that either both columns of cells are null or neither."""
+    faults = []
+    for name, column, other in (("layers", cells, failed), ("failed_layers", failed, cells)):
+        is_null = find_earlier_rows(column) & ~find_earlier_rows(other)
+        is_null |= _select(column, lambda recipes: None in (recipes or {}).values())
+        faults += _make_faults(FindingKind.NULL_VALUE, rows, pa.array(is_null), f"column {name}")
+    return faults
+
+
+def _has_cells(column: CellColumn) -> NDArray[np.bool_]:
+    """Return for each row whether its map names a layer."""
+    return _select(column, bool)
+
+
+def _select(column: CellColumn, condition: Callable[[CellMap | None], bool]) -> NDArray[np.bool_]:
+    """Return for each row whether its map fulfills a condition."""
+    selected = np.array([*(condition(cells) for cells in column.maps), False], bool)
+    return selected[column.codes]
+
+
+def _find_shared_layers(first: CellColumn, second: CellColumn) -> NDArray[np.bool_]:
+    """Return for each row whether both of its maps name the same layer."""
+    numbers = first.codes.astype(np.int64) * (len(second.maps) + 1) + second.codes
+    _, rows, inverse = np.unique(numbers, return_index=True, return_inverse=True)
+    pairs = [(first.maps[first.codes[row]], second.maps[second.codes[row]]) for row in rows]
+    is_shared = np.array([bool({*(one or ())} & {*(other or ())}) for one, other in pairs], bool)
+    return is_shared[inverse]
+
+
+def _find_doubled_layers(maps: pa.ChunkedArray, column: CellColumn) -> NDArray[np.bool_]:
+    """Return for each row whether its map names a layer more than once; `column` is the encoded column."""
+    items = np.diff(maps.combine_chunks().offsets.to_numpy())
+    layers = np.array([*(len(cells or ()) for cells in column.maps), 0])
+    is_doubled: NDArray[np.bool_] = items > layers[column.codes]
+    return is_doubled
 
 
 def _check_counts(rows: pa.Table, counts: dict[str, int]) -> list[Fault]:

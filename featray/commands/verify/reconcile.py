@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from featray.commands.verify.expected_cells import NO_CELL, ExpectedCells
 from featray.commands.verify.findings import Fault, FindingKind, Findings
 from featray.commands.verify.read_features import FeaturesFile, Rows, Shape
 from featray.commands.verify.read_scans import ScansTable, can_be_in_files
-from featray.commands.verify.run_files import RecipeFacts
 from featray.output.dataset import FEATURES, SCANS
 from featray.schema import DataFile
 
@@ -28,43 +28,46 @@ _SEEN, _SEEN_WITH_OTHER_RECIPE = 1, 2
 
 
 class LayerReconciliation:
-    """The rows of one layer, compared with the scans table.
+    """The rows of one layer, compared with the cells that the layer must have.
 
     Args:
         layer: Name of the layer.
-        scans: All scans.
+        cells: The cells that all scans must have.
         rows: Number of rows of the layer according to the log.
+
+    Attributes:
+        has_rows: bool (scans,), whether the layer has a row of the scan.
     """
 
-    def __init__(self, layer: str, scans: ScansTable, rows: int) -> None:
-        self.layer, self.scans = layer, scans
+    def __init__(self, layer: str, cells: ExpectedCells, rows: int) -> None:
+        self.layer, self.scans, self._cells = layer, cells.scans, cells
+        self._recipe = cells.get_recipe_codes(layer)
+        scans = cells.scans
         # A layer cannot have more patches than rows. This limits the memory if a stored number is damaged.
-        self._patches = np.minimum(scans.patches, rows + 1)
+        self._patches = np.where(self._recipe == NO_CELL, 0, np.minimum(scans.patches, rows + 1))
         self._ends = np.cumsum(self._patches)
         self._seen = np.zeros(int(self._ends[-1]) if len(scans) else 0, np.uint8)
         self._shapes: dict[tuple[int, Shape], list[Rows]] = defaultdict(list)
-        self.recipes: set[int] = set()
+        self._seen_recipes: set[int] = set()
         self.has_rows = np.zeros(len(scans), bool)
 
     def add_file(self, file: FeaturesFile) -> list[Fault]:
         """Add the rows of one file, and return the faults that the comparison finds."""
         is_known = file.scan >= 0
         scan, patch = file.scan[is_known], file.patch[is_known].astype(np.int64)
-        recipe, run = file.recipe[is_known], file.run[is_known]
+        recipe, expected = file.recipe[is_known], self._recipe[scan]
         self.has_rows[scan] = True
-        is_other_recipe = recipe != self.scans.recipe.codes[scan]
-        is_other_run = ~is_other_recipe & (run != self.scans.run.codes[scan])
-        is_ok, is_required = self.scans.is_ok[scan], (patch >= 0) & (patch < self._patches[scan])
-        self.recipes.update(np.unique(recipe[is_ok & ~is_other_recipe]).tolist())
+        is_cell, is_other_recipe = expected != NO_CELL, recipe != expected
+        is_required = (patch >= 0) & (patch < self._patches[scan])
+        self._seen_recipes.update(np.unique(recipe[is_cell & ~is_other_recipe]).tolist())
         self._add_shapes(file.shapes)
         position = self._ends[scan] - self._patches[scan] + patch
         is_doubled = self._mark_seen(position, is_required & ~is_other_recipe, _SEEN)
         self._mark_seen(position, is_required & is_other_recipe, _SEEN_WITH_OTHER_RECIPE)
         checks = (
-            (FindingKind.FEATURES_WITHOUT_LEDGER, ~is_ok),
-            (FindingKind.OTHER_RECIPE, is_ok & is_other_recipe),
-            (FindingKind.OTHER_RUN, is_ok & is_other_run),
-            (FindingKind.SURPLUS_PATCH, is_ok & ~is_required),
+            (FindingKind.FEATURES_WITHOUT_LEDGER, ~is_cell),
+            (FindingKind.OTHER_RECIPE, is_cell & is_other_recipe),
+            (FindingKind.SURPLUS_PATCH, is_cell & ~is_required),
             (FindingKind.DOUBLED_ROW, is_doubled),
         )
         return [self._make_fault(kind, scan[mask], patch[mask]) for kind, mask in checks if mask.any()]
@@ -72,7 +75,7 @@ class LayerReconciliation:
     def find_missing_patches(self) -> tuple[Rows, Rows]:
         """Return the scans that lack patches of this layer, and the first missing patch of each.
 
-        Scans of recipes without this layer are among them.
+        Scans whose layers are assumed are among them.
         """
         positions = np.flatnonzero(self._seen == 0)
         scan = np.searchsorted(self._ends, positions, side="right")
@@ -80,36 +83,24 @@ class LayerReconciliation:
         scan, first = np.unique(scan, return_index=True)
         return scan, patch[first]
 
-    def has_layer(self, scan: Rows, facts: Mapping[int, RecipeFacts]) -> NDArray[np.bool_]:
-        """Return whether the recipe of each scan has this layer, according to its rows or its runs.
+    def has_layer(self, scan: Rows) -> NDArray[np.bool_]:
+        """Return whether each scan must have this layer.
+
+        If the layers of a scan are assumed, it must have this layer if a row of the same recipe has it.
 
         Args:
             scan: Row numbers in the scans table.
-            facts: Facts by code of the recipe.
         """
-        codes = range(len(self.scans.recipe.values))
-        with_layer = [code for code in codes if code in self.recipes or self.layer in facts[code].layers]
-        return np.isin(self.scans.recipe.codes[scan], with_layer)
+        is_assumed = self._cells.is_assumed[self._cells.codes[scan]]
+        return ~is_assumed | np.isin(self._recipe[scan], list(self._seen_recipes))
 
-    def lacks_layer(self, scan: Rows, facts: Mapping[int, RecipeFacts]) -> NDArray[np.bool_]:
-        """Return whether a run recorded that the recipe of each scan does not have this layer.
-
-        Args:
-            scan: Row numbers in the scans table.
-            facts: Facts by code of the recipe.
-        """
-        without_layer = [
-            code for code, recipe in facts.items() if recipe.layers and self.layer not in recipe.layers
-        ]
-        return np.isin(self.scans.recipe.codes[scan], without_layer)
-
-    def find_uneven_shapes(self, facts: Mapping[int, RecipeFacts]) -> list[Fault]:
+    def find_uneven_shapes(self) -> list[Fault]:
         """Return one fault for each shape that differs from the most frequent shape of its recipe.
 
-        Recipes whose input size is not fixed are left out.
+        Scans whose input size is not fixed are left out.
         """
         faults = []
-        for code in sorted({code for code, _ in self._shapes if facts[code].is_fixed_size}):
+        for code in sorted({code for code, _ in self._shapes}):
             scans_by_shape = {
                 shape: np.concatenate(parts)
                 for (other, shape), parts in self._shapes.items()
@@ -123,9 +114,10 @@ class LayerReconciliation:
         return faults
 
     def _add_shapes(self, shapes: Mapping[Shape, Rows]) -> None:
-        for shape, scan in shapes.items():
-            codes = self.scans.recipe.codes[scan]
-            for code in np.unique(codes).tolist():
+        for shape, all_scans in shapes.items():
+            scan = all_scans[self._cells.has_fixed_size[all_scans]]
+            codes = self._recipe[scan]
+            for code in np.unique(codes[codes != NO_CELL]).tolist():
                 self._shapes[code, shape].append(scan[codes == code].astype(np.int32))
 
     def _mark_seen(self, positions: Rows, mask: NDArray[np.bool_], bit: int) -> NDArray[np.bool_]:
@@ -172,35 +164,27 @@ class Reconciliation:
         self.has_rows = np.zeros(len(self.scans), bool)
         self.is_in_broken_file = np.zeros(len(self.scans), bool)
 
-    def add_layer(
-        self,
-        layer: LayerReconciliation,
-        broken: BrokenFiles,
-        facts: Mapping[int, RecipeFacts],
-        findings: Findings,
-    ) -> None:
+    def add_layer(self, layer: LayerReconciliation, broken: BrokenFiles, findings: Findings) -> None:
         """Add a layer after all its files have been read.
 
         Args:
             layer: The layer, with the rows of all readable files.
             broken: Files of the layer that cannot be read.
-            facts: Facts by code of the recipe.
             findings: Receives the problems of this layer.
         """
         self.has_rows |= layer.has_rows
-        for fault in layer.find_uneven_shapes(facts):
+        for fault in layer.find_uneven_shapes():
             findings.add(fault, FEATURES, layer.layer)
         scan, first_patch = layer.find_missing_patches()
-        # If the only file of a layer is broken, nothing else may show that a recipe has this layer. So every
-        # scan that the file can contain is affected, unless a run recorded that its recipe lacks the layer.
-        may_have_layer = scan[~layer.lacks_layer(scan, facts)]
+        # If the only file of a layer is broken, nothing else may show that an assumed cell exists. So every
+        # scan that may have the cell and that the file can contain is affected.
         is_explained = np.zeros(len(self.scans), bool)
         for kind, files in _group_by_kind(broken).items():
-            affected = may_have_layer[can_be_in_files(self.scans.ids, files)[may_have_layer]]
+            affected = scan[can_be_in_files(self.scans.ids, files)[scan]]
             is_explained[affected] = True
             findings.add(Fault(kind, self.scans.get_ids(affected)), FEATURES, layer.layer)
         self.is_in_broken_file |= is_explained
-        is_missing = layer.has_layer(scan, facts) & ~is_explained[scan]
+        is_missing = layer.has_layer(scan) & ~is_explained[scan]
         self.missing[layer.layer] = scan[is_missing], first_patch[is_missing]
 
     def report(self, broken_scans: BrokenFiles, findings: Findings) -> None:
@@ -210,8 +194,7 @@ class Reconciliation:
             broken_scans: Files of the scans table that cannot be read.
             findings: Receives the problems.
         """
-        must_have_rows = self.scans.is_ok & (self.scans.patches > 0)
-        has_nothing = must_have_rows & ~self.has_rows & ~self.is_in_broken_file
+        has_nothing = (self.scans.patches > 0) & ~self.has_rows & ~self.is_in_broken_file
         if has_nothing.any():
             ids = self.scans.get_ids(np.flatnonzero(has_nothing))
             findings.add(Fault(FindingKind.LEDGER_WITHOUT_FEATURES, ids, ids[0].as_py()), SCANS)

@@ -13,15 +13,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featray.commands.verify.data_file import find_schema_problems, map_files
+from featray.commands.verify.expected_cells import ExpectedCells, make_expected_cells
 from featray.commands.verify.findings import Fault, Finding, FindingKind, Findings
 from featray.commands.verify.orphans import report_unreferenced_files
 from featray.commands.verify.read_features import read_features_file
 from featray.commands.verify.read_scans import ScansTable, join_files, read_scans_file
 from featray.commands.verify.reconcile import BrokenFiles, LayerReconciliation, Reconciliation
-from featray.commands.verify.run_files import RecipeFacts, read_recipe_facts
+from featray.commands.verify.run_files import read_recipe_facts
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
 from featray.job import lock_output
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
+from featray.output.ledger import list_layers
 from featray.output.query import Output, open_output
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.stages.commit import Committer
@@ -214,10 +216,10 @@ class _SnapshotReader:
         self._check_table_schemas()
         with self.progress:
             scans, broken_scans = self._read_scans()
-            facts = read_recipe_facts(self.dataset.store, scans)
+            cells = self._make_expected_cells(scans)
             reconciliation, rows = Reconciliation(scans), {}
-            for layer, files in self._group_by_layer(facts).items():
-                rows[layer] = self._read_layer(layer, files, reconciliation, facts)
+            for layer, files in self._group_by_layer(cells).items():
+                rows[layer] = self._read_layer(layer, files, reconciliation, cells)
         reconciliation.report(broken_scans, self.findings)
         notes = report_unreferenced_files(self.dataset, self.snapshot, self.findings)
         return Verification(
@@ -240,41 +242,42 @@ class _SnapshotReader:
         schema = self.snapshot.schema(SCANS)
         read = functools.partial(read_scans_file, self.dataset.store, schema, partition_columns)
         broken: list[tuple[DataFile, Fault]] = []
-        parts = [
-            checked.rows
-            for _, checked in self._read_files(SCANS, self.files[SCANS], read, broken)
-            if checked.rows is not None
-        ]
+        parts = [checked for _, checked in self._read_files(SCANS, self.files[SCANS], read, broken)]
         self._raise_if_superseded(SCANS, broken)
         scans, faults = join_files(parts, partition_columns)
         for fault in faults:
             self.findings.add(fault, SCANS)
         return scans, broken
 
-    def _group_by_layer(self, facts: Mapping[int, RecipeFacts]) -> dict[str, list[DataFile]]:
-        """Return the files of each layer, including layers that a run recorded and that have no file."""
+    def _make_expected_cells(self, scans: ScansTable) -> ExpectedCells:
+        facts = read_recipe_facts(self.dataset.store, scans)
+        cells, faults = make_expected_cells(scans, facts, list_layers(self.snapshot))
+        for fault in faults:
+            self.findings.add(fault, SCANS)
+        return cells
+
+    def _group_by_layer(self, cells: ExpectedCells) -> dict[str, list[DataFile]]:
+        """Return the files of each layer, including layers that scans must have and that have no file."""
         files: dict[str, list[DataFile]] = defaultdict(list)
         for file in self.files[FEATURES]:
             files[file.partition_values.get("layer") or ""].append(file)
-        recorded = {layer for recipe in facts.values() for layer in recipe.layers}
-        return {layer: files.get(layer, []) for layer in sorted({*files, *recorded})}
+        return {layer: files.get(layer, []) for layer in sorted({*files, *cells.layers})}
 
     def _read_layer(
         self,
         name: str,
         files: Sequence[DataFile],
         reconciliation: Reconciliation,
-        facts: Mapping[int, RecipeFacts],
+        cells: ExpectedCells,
     ) -> int:
         """Read one layer, add it to the reconciliation, and return its number of readable rows."""
-        scans = reconciliation.scans
-        layer = LayerReconciliation(name, scans, sum(file.rows or 0 for file in files))
+        layer = LayerReconciliation(name, cells, sum(file.rows or 0 for file in files))
         read = functools.partial(
             read_features_file,
             self.dataset.store,
             self.snapshot.schema(FEATURES),
-            scans,
-            with_shapes=any(recipe.is_fixed_size for recipe in facts.values()),
+            cells,
+            with_shapes=bool(cells.has_fixed_size.any()),
         )
         broken: list[tuple[DataFile, Fault]] = []
         unknown_ids, rows = [], 0
@@ -284,7 +287,7 @@ class _SnapshotReader:
             rows += len(checked.scan)
         self._raise_if_superseded(FEATURES, broken)
         reconciliation.unknown_ids[name] = pc.unique(pa.chunked_array(unknown_ids, pa.string()))
-        reconciliation.add_layer(layer, broken, facts, self.findings)
+        reconciliation.add_layer(layer, broken, self.findings)
         return rows
 
     def _read_files(

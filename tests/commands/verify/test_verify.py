@@ -20,8 +20,9 @@ import pytest
 import featray
 from featray.cli.main import main
 from featray.commands.verify import FindingKind, Verification, data_file, verify
-from featray.commands.verify.read_scans import can_be_in_files, join_files
+from featray.commands.verify.read_scans import ScansFile, can_be_in_files, join_files
 from featray.errors import ConfigError, OutputBusyError, Reason, ScanError, StorageError
+from featray.output.cells import CellColumn
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.delta_log import FileChange, TableLog
 from featray.schema import DataFile, Decoded, Receipt, ScanRecord
@@ -33,6 +34,7 @@ from featray.storage.store import Store
 RUN = "20260101T000000000-abcdef"
 LATER = "20260102T000000000-abcdef"
 LAYERS = ("z_mean", "map")
+CELLS = {"map": "r0 of map", "z_mean": "r0 of z_mean"}
 Change = Callable[[pa.Table], pa.Table]
 
 
@@ -68,7 +70,12 @@ def make_receipt(
     extractor: Any = compute_layers,
     partition_by: Sequence[str] = ("layer",),
 ) -> Receipt:
-    return write(extract(extractor, scans, recipe=recipe), dataset, partition_by, recipe, run_id)
+    extracted = extract(extractor, scans, recipe=recipe)
+    layers = pc.unique(pc.list_flatten(extracted["features"]).combine_chunks().field("layer")).to_pylist()
+    recipes = {layer: f"{recipe} of {layer}" for layer in layers}
+    receipt = write(extracted, dataset, partition_by, recipes, run_id)
+    receipt.set_run(recipe, recipes, run_id)
+    return receipt
 
 
 def make_failed_record(scan_id: str, status: str = "failed") -> ScanRecord:
@@ -93,9 +100,9 @@ def dataset(tmp_path: Path) -> Dataset:
     return dataset
 
 
-def write_run(dataset: Dataset, size: list[int] | None, layers: Sequence[str] = LAYERS) -> None:
-    """Write the run.json that a run writes at its end."""
-    run = {"recipe_id": "r0", "layers": layers, "config": {"preprocess": {"size": size}}}
+def write_run(dataset: Dataset, size: list[int] | None, layers: Sequence[str] = LAYERS, **more: Any) -> None:
+    """Write the run.json that a run writes at its end; `more` are further values."""
+    run = {"recipe_id": "r0", "layers": layers, "config": {"preprocess": {"size": size}}, **more}
     dataset.store.write(f"runs/{RUN}/run.json", json.dumps(run).encode())
 
 
@@ -150,6 +157,22 @@ def set_value(column: str, scan_id: str, value: Any, patch: int | None = None) -
         return rows.set_column(rows.column_names.index(column), rows.schema.field(column), values)
 
     return change
+
+
+def set_values(scan_id: str, **values: Any) -> Change:
+    """Return a change that sets the values of several columns in the rows of a scan."""
+
+    def change(rows: pa.Table) -> pa.Table:
+        for column, value in values.items():
+            rows = set_value(column, scan_id, value)(rows)
+        return rows
+
+    return change
+
+
+def set_cells(scan_id: str, **recipes: str | None) -> Change:
+    """Return a change that sets the recipes of some layers in the column `layers` of a scan."""
+    return set_values(scan_id, layers=list({**CELLS, **recipes}.items()))
 
 
 def remove_rows(scan_id: str, patch: int | None = None) -> Change:
@@ -244,6 +267,19 @@ def copy_rows_to_another_file(dataset: Dataset) -> None:
 def delete_scan_from_all_layers(dataset: Dataset) -> None:
     for layer in LAYERS:
         rewrite_file(dataset, FEATURES, "a", remove_rows("a"), layer)
+
+
+def remove_layer(dataset: Dataset) -> None:
+    files = [
+        file for file in dataset.open_snapshot().files(FEATURES) if file.partition_values["layer"] == "map"
+    ]
+    write_log_entry(dataset, FEATURES, [], files)
+
+
+def copy_to_another_layer(dataset: Dataset) -> None:
+    file = find_file(dataset, FEATURES, "a", "map")
+    rows = pq.read_table(dataset.store.path(f"{FEATURES}/{file.path}"), partitioning=None)
+    write_log_entry(dataset, FEATURES, [dataset.write_file(FEATURES, {"layer": "other"}, rows, LATER)], [])
 
 
 def move_to_another_folder(dataset: Dataset) -> None:
@@ -368,16 +404,106 @@ CASES = [
         {"features_without_ledger": {"a"}},
     ),
     Case(
-        "a failed scan has features",
-        change_scans(lambda rows: set_value("status", "b", "failed")(set_value("patches", "b", 0)(rows))),
+        "a failed scan has features that it does not list",
+        change_scans(set_values("b", status="failed", layers=[], patches=0)),
         {"features_without_ledger": {"b"}, "wrong_state": {"b"}},
+    ),
+    Case(
+        "a failed scan lists layers but no patches",
+        change_scans(set_values("b", status="failed", patches=0)),
+        {"surplus_patch": {"b"}, "wrong_state": {"b"}},
+    ),
+    Case(
+        "a scan lists a layer with another recipe",
+        change_scans(set_cells("b", z_mean="r9")),
+        {"other_recipe": {"b"}},
+    ),
+    Case(
+        "a scan does not list one of its layers",
+        change_scans(set_values("b", layers=[("map", CELLS["map"])])),
+        {"features_without_ledger": {"b"}},
+    ),
+    Case(
+        "a scan lists a layer that has no file",
+        change_scans(set_cells("b", third="r0 of third")),
+        {"missing_patch": {"b"}},
+    ),
+    Case("all files of a layer are gone", remove_layer, {"missing_patch": {"a", "b", "c"}}),
+    Case("no scan lists a layer", copy_to_another_layer, {"features_without_ledger": {"a", "b"}}),
+    Case(
+        "a row has a copy of another recipe",
+        change_features(add_copy("b", recipe="r9")),
+        {"other_recipe": {"b"}},
+    ),
+    Case(
+        "an ok scan lists no layers",
+        change_scans(set_values("b", layers=[])),
+        {"features_without_ledger": {"b"}, "wrong_state": {"b"}},
+    ),
+    Case(
+        "an ok scan lists failed layers",
+        change_scans(set_values("b", failed_layers=[("third", "r0 of third")])),
+        {"wrong_state": {"b"}},
+    ),
+    Case(
+        "a layer is both stored and failed",
+        change_scans(
+            set_values(
+                "b",
+                status="failed",
+                reason="model",
+                stage="infer",
+                message="-",
+                failed_layers=[*CELLS.items()],
+            )
+        ),
+        {"wrong_state": {"b"}},
+    ),
+    Case(
+        "a scan lists a layer twice",
+        change_scans(set_values("b", layers=[*CELLS.items(), ("map", CELLS["map"])])),
+        {"wrong_state": {"b"}},
+    ),
+    Case(
+        "an excluded scan lists layers",
+        change_scans(set_values("e", layers=[*CELLS.items()], patches=1), "e"),
+        {"ledger_without_features": {"e"}, "wrong_state": {"e"}},
+    ),
+    Case(
+        "an excluded scan lists failed layers",
+        change_scans(set_values("e", failed_layers=[*CELLS.items()]), "e"),
+        {"wrong_state": {"e"}},
+    ),
+    Case(
+        "the layers of a scan are null",
+        change_scans(set_values("b", layers=None)),
+        {"null_value": {"b"}, "features_without_ledger": {"b"}},
+    ),
+    Case(
+        "both columns of cells of a scan are null",
+        change_scans(set_values("b", layers=None, failed_layers=None)),
+        {"null_value": {"b"}, "features_without_ledger": {"b"}},
+    ),
+    Case(
+        "the failed layers of a scan are null",
+        change_scans(set_values("d", failed_layers=None), "d"),
+        {"null_value": {"d"}},
+    ),
+    Case(
+        "the recipe of a listed layer is null",
+        change_scans(set_cells("b", map=None)),
+        {"null_value": {"b"}, "other_recipe": {"b"}},
     ),
     Case(
         "features have another recipe",
         change_features(set_value("recipe", "b", "r9")),
         {"other_recipe": {"b"}},
     ),
-    Case("features have another run", change_features(set_value("run_id", "b", LATER)), {"other_run": {"b"}}),
+    Case(
+        "features have the recipe of another layer",
+        change_features(set_value("recipe", "b", CELLS["map"])),
+        {"other_recipe": {"b"}},
+    ),
     Case(
         "the scans table lists more patches",
         change_scans(set_value("patches", "b", 2)),
@@ -487,7 +613,8 @@ def test_ids_and_ranges_of_files_are_found_as_by_a_linear_search() -> None:
     assert can_be_in_files(ids[:0], files).tolist() == []
     rows = pa.table({"scan_id": texts, "status": ["ok"] * len(texts), "recipe": texts, "run_id": texts})
     rows = rows.append_column("patches", pa.array([1] * len(texts), pa.int32()))
-    whole, _ = join_files([rows.take(pa.array(rng.permutation(len(texts))))], [])
+    cells = CellColumn(np.zeros(len(texts), np.int32), [CELLS])
+    whole, _ = join_files([ScansFile(rows.take(pa.array(rng.permutation(len(texts)))), cells, [])], [])
     wanted = [*texts[::3], "", "2", "1000000000000"]
     assert whole.find_rows(pa.array(wanted)).tolist() == [
         texts.index(text) if text in texts else -1 for text in wanted
@@ -528,10 +655,91 @@ def test_scans_of_a_layer_that_lost_its_only_file_are_extracted_again(tmp_path: 
     )
 
 
-def test_a_layer_that_a_run_recorded_without_any_features_is_missing(dataset: Dataset) -> None:
+def use_one_recipe(rows: pa.Table) -> pa.Table:
+    return rows.set_column(rows.column_names.index("recipe"), "recipe", pa.repeat("r0", len(rows)))
+
+
+def make_earlier_output(dataset: Dataset) -> None:
+    """Change all rows to those of featray 0.1.0: one recipe for all layers, and no columns of cells."""
+    for layer in LAYERS:
+        for scan_id in ("a", "c"):
+            rewrite_file(dataset, FEATURES, scan_id, use_one_recipe, layer)
+    rewrite_file(dataset, SCANS, "a", lambda rows: rows.drop_columns(["layers", "failed_layers"]))
+
+
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["without run.json", "with run.json"])
+def test_rows_of_an_earlier_version_have_one_recipe_and_all_layers(
+    dataset: Dataset, is_recorded: bool
+) -> None:
+    make_earlier_output(dataset)
+    if is_recorded:
+        write_run(dataset, [2, 2, 2])
+    assert verify(dataset).findings == ()
+    rewrite_file(dataset, FEATURES, "c", remove_rows("c", patch=1), "map")
+    rewrite_file(dataset, FEATURES, "b", set_value("recipe", "b", "r9"), "map")
+    assert group_ids_by_kind(verify(dataset)) == {"missing_patch": {"c"}, "other_recipe": {"b"}}
+    assert verify(dataset, forget_damaged=True).findings == ()
+    assert list_scan_ids(dataset) == ["a", "d", "e"]
+
+
+def test_a_layer_that_a_run_of_an_earlier_version_recorded_is_missing_without_files(dataset: Dataset) -> None:
+    make_earlier_output(dataset)
     write_run(dataset, None, (*LAYERS, "third"))
     (finding,) = verify(dataset).findings
     assert (finding.kind, finding.layer, finding.scan_ids) == ("missing_patch", "third", ("a", "b", "c"))
+
+
+def test_rows_of_an_earlier_version_may_be_next_to_rows_that_list_their_layers(dataset: Dataset) -> None:
+    for scan_id in ("b", "c"):
+        for layer in LAYERS:
+            rewrite_file(dataset, FEATURES, scan_id, set_value("recipe", scan_id, "r1"), layer)
+        change = set_values(scan_id, recipe="r1", layers=None, failed_layers=None)
+        rewrite_file(dataset, SCANS, scan_id, change)
+    assert verify(dataset).findings == ()
+    rewrite_file(dataset, FEATURES, "b", remove_rows("b"), "map")
+    assert group_ids_by_kind(verify(dataset)) == {"missing_patch": {"b"}}
+
+
+def test_a_row_without_layers_is_wrong_if_its_run_gave_each_layer_a_recipe(dataset: Dataset) -> None:
+    make_earlier_output(dataset)
+    write_run(dataset, None, layer_recipes=CELLS)
+    assert group_ids_by_kind(verify(dataset)) == {
+        "null_value": {"a", "b", "c", "d", "e"},
+        "features_without_ledger": {"a", "b", "c"},
+    }
+
+
+def fail_to_add_a_layer(dataset: Dataset, scan_id: str) -> None:
+    """Commit what a run commits if a scan fails when a layer is added to it."""
+    record = make_failed_record(scan_id)
+    record.due_layers, record.run_id, record.failed_layers = ["third"], LATER, {"third": "r0 of third"}
+    Committer(dataset, ("layer",), ["site"], run_id=LATER).commit([Receipt((), (record,))])
+
+
+def test_a_scan_that_failed_when_a_layer_was_added_keeps_its_other_cells(dataset: Dataset) -> None:
+    fail_to_add_a_layer(dataset, "c")
+    verification = verify(dataset)
+    assert (verification.findings, verification.scans["failed"]) == ((), 2)
+    rewrite_file(dataset, FEATURES, "c", remove_rows("c", patch=1), "map")
+    assert group_ids_by_kind(verify(dataset)) == {"missing_patch": {"c"}}
+    write_log_entry(dataset, FEATURES, [], [find_file(dataset, FEATURES, "c", layer) for layer in LAYERS])
+    assert group_ids_by_kind(verify(dataset)) == {"ledger_without_features": {"c"}}
+    assert verify(dataset, forget_damaged=True).exit_code == 0
+    assert list_scan_ids(dataset) == ["a", "b", "d", "e"]
+
+
+def test_the_cells_of_a_scan_may_come_from_several_runs(dataset: Dataset) -> None:
+    def compute_third(
+        batch: np.ndarray, seeds: Sequence[str], layers: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        return dict.fromkeys(layers, batch[:, 0, 0])
+
+    scan = make_decoded("c", 3, patches=2)
+    scan.record.due_layers = ["third"]
+    new_receipt = make_receipt(dataset, scan, run_id=LATER, extractor=compute_third)
+    Committer(dataset, ("layer",), ["site"], run_id=LATER).commit([new_receipt])
+    verification = verify(dataset)
+    assert (verification.findings, verification.rows) == ((), {"map": 4, "third": 2, "z_mean": 4})
 
 
 def test_shapes_may_differ_only_if_input_sizes_differ(dataset: Dataset) -> None:
@@ -670,7 +878,7 @@ def test_files_of_retained_versions_are_not_orphans(tmp_path: Path) -> None:
     committer.commit([make_receipt(dataset, make_decoded("a", 1), make_decoded("b", 2))])
     committer.commit([make_receipt(dataset, make_decoded("a", 5), run_id=LATER)])
     assert len(dataset.store.list_files("features/layer=map")) > 2
-    assert {finding.kind for finding in verify(dataset).findings} <= {"other_run"}
+    assert verify(dataset).findings == ()
 
 
 def test_a_commit_interrupted_between_the_tables_is_a_note_and_the_repair_finishes_it(

@@ -38,21 +38,16 @@ import functools
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
-
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from featray.errors import ConfigError, DeletedOutputError, FeatrayError, MissingFileError, StorageError
 from featray.output.carry_over import carry_over_features, carry_over_scans
-from featray.output.cells import CellColumn, CellMap
+from featray.output.cells import CellMap
 from featray.output.dataset import (
     FEATURES,
     SCANS,
     TABLES_APART,
     Dataset,
     Snapshot,
-    can_contain_any,
     make_table_schema,
     pair_logs,
     parse_run_id,
@@ -61,21 +56,18 @@ from featray.output.dataset import (
 from featray.output.delta_log import LOG, FileChange, PendingCommit, TableLog
 from featray.output.orphans import find_orphans, list_output_files
 from featray.output.rewrite import TARGET_FILE_BYTES, FileRewriter, map_in_threads
+from featray.output.scan_rows import ScanRows
 from featray.recipe import RecipeIds
 from featray.schema import DataFile, Receipt, ScanRecord
 from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
 
-MAX_MERGED_SCAN_ROWS = 32_768
-"""Maximum rows of a merged file of `scans`. A changed scan rewrites the whole file that holds its row."""
 MIN_FILES_TO_COMPACT = 32
 """Number of small files in one partition from which `compact` merges them."""
 _MAX_SCANS_PER_DELETION = 20_000
 _TRIM_INTERVAL = 100
 """Commits between two calls of `trim`."""
-FAILURE_COLUMNS = ("status", "reason", "stage", "message", "attempts", "run_id", "layers", "failed_layers")
-"""Columns of `scans` that change if a scan fails when cells are added to it."""
 _OTHER_TABLE = {FEATURES: SCANS, SCANS: FEATURES}
 
 
@@ -112,7 +104,6 @@ class Committer:
         check_lease: Callable[[], None] = lambda: None,
     ) -> None:
         self.dataset, self._run_id, self._check_lease = dataset, run_id, check_lease
-        self._different_cells: dict[tuple[tuple[str, str], ...], CellMap] = {}
         features, scans = [TableLog.open(dataset.store, table) for table in (FEATURES, SCANS)]
         _check_partitions(features, partition_by)
         refuse_missing_table(dataset.store, features, scans)
@@ -124,6 +115,7 @@ class Committer:
         }
         self.recovered = self._finish_interrupted_commit()
         self._files = FileRewriter(dataset, run_id)
+        self._scan_rows = ScanRows(dataset, self._files, run_id, self.snapshot)
         self._logs[SCANS].add_columns(make_table_schema(SCANS, extra_columns, ()))
         if keep_versions_days is not None:
             for table_log in self._logs.values():
@@ -152,7 +144,9 @@ class Committer:
         records = [record for receipt in receipts for record in receipt.records]
         self._check_files_exist(files)
         # Records that only remove features have a commit of their own, in which `scans` comes first.
-        failed = [record for record in records if record.status != "ok" and self._find_replaced(record)]
+        failed = [
+            record for record in records if record.status != "ok" and self._scan_rows.find_replaced(record)
+        ]
         if failed:
             self._commit_records(failed, (), first=SCANS)
         failed_ids = {record.scan_id for record in failed}
@@ -166,12 +160,9 @@ class Committer:
         """Commit records with the files that hold their features."""
         removal = self._remove_cells(records)
         features = FileChange((*files, *removal.add), removal.remove)
-        kept = {record.scan_id: self._find_kept(record) for record in records}
-        rows = self._make_scan_rows(records, kept)
-        scans = self._replace_scan_rows(rows, [scan_id for scan_id in kept if scan_id in self._stored])
+        scans = self._scan_rows.replace(records)
         self._write_commit({FEATURES: features, SCANS: scans}, first=first)
-        for record in records:
-            self._stored[record.scan_id] = self._intern({**kept[record.scan_id], **record.layers})
+        self._scan_rows.set_committed(records)
 
     def rename_layers(self, names: Mapping[str, str]) -> None:
         """Give layers other names; their files are copied into the folders of the new names.
@@ -187,9 +178,12 @@ class Committer:
             def rename(cells: CellMap) -> CellMap:
                 return {names.get(layer, layer): recipe for layer, recipe in cells.items()}
 
-            changes = {FEATURES: self._files.move_files(files, names), SCANS: self._change_cells(rename)}
+            changes = {
+                FEATURES: self._files.move_files(files, names),
+                SCANS: self._scan_rows.change_cells(rename),
+            }
             self._write_commit(changes, first=FEATURES)
-            self.__dict__.pop("_stored", None)
+            self._scan_rows.forget()
 
     def drop_layers(self, layers: Collection[str]) -> None:
         """Remove all cells of layers."""
@@ -202,9 +196,9 @@ class Committer:
             def drop(cells: CellMap) -> CellMap:
                 return {layer: recipe for layer, recipe in cells.items() if layer not in layers}
 
-            changes = {FEATURES: FileChange((), removed), SCANS: self._change_cells(drop)}
+            changes = {FEATURES: FileChange((), removed), SCANS: self._scan_rows.change_cells(drop)}
             self._write_commit(changes, first=SCANS)
-            self.__dict__.pop("_stored", None)
+            self._scan_rows.forget()
 
     def carry_over(self, translation: Mapping[str, RecipeIds]) -> None:
         """Change all rows of featray 0.1.0 to rows of this version, in one commit.
@@ -220,7 +214,7 @@ class Committer:
             features = self._files.change_rows(FEATURES, self._logs[FEATURES].files(), change_features)
             scans = self._files.change_rows(SCANS, self._logs[SCANS].files(), change_scans)
             self._write_commit({FEATURES: features, SCANS: scans}, first=FEATURES)
-            self.__dict__.pop("_stored", None)
+            self._scan_rows.forget()
         log.info("changed %d files of featray 0.1.0 to one recipe per layer", len(features.add))
 
     def delete_scans(
@@ -245,7 +239,7 @@ class Committer:
             if any(change.remove for change in changes.values()):
                 self._write_commit(changes, first=SCANS)
             unreadable = {}
-        self.__dict__.pop("_stored", None)
+        self._scan_rows.forget()
 
     def delete_orphans(self) -> list[str]:
         """Delete files that runs have written and that no retained version refers to; return their names.
@@ -301,82 +295,19 @@ class Committer:
         """Delete log entries that no retained version needs; return their number."""
         return sum(len(table_log.trim()) for table_log in self._logs.values())
 
-    @functools.cached_property
-    def _stored(self) -> dict[str, CellMap]:
-        """Id of each scan in `scans` → its cells in `features`. Scans with equal cells share one dict."""
-        rows = self.snapshot().read_scans(("scan_id", "layers"))
-        column = CellColumn.encode(rows["layers"])
-        maps = [self._intern(cells or {}) for cells in column.maps]
-        cells_of_rows = map(maps.__getitem__, column.codes.tolist())
-        return dict(zip(rows["scan_id"].to_pylist(), cells_of_rows, strict=True))
-
-    def _intern(self, cells: CellMap) -> CellMap:
-        """Return the one dict that all scans with these cells share."""
-        return self._different_cells.setdefault(tuple(sorted(cells.items())), cells)
-
-    def _find_kept(self, record: ScanRecord) -> CellMap:
-        """Return the stored cells that stay when this record is committed."""
-        if not record.due_layers:
-            return {}
-        stored = self._stored.get(record.scan_id, {})
-        return {layer: recipe for layer, recipe in stored.items() if layer not in record.due_layers}
-
-    def _find_replaced(self, record: ScanRecord) -> set[str]:
-        """Return the layers whose stored cells are removed when this record is committed."""
-        return self._stored.get(record.scan_id, {}).keys() - self._find_kept(record).keys()
-
     def _remove_cells(self, records: Sequence[ScanRecord]) -> FileChange:
         """Write the files of `features` without the cells that records replace."""
-        ids_by_layer: dict[str, list[str]] = defaultdict(list)
+        ids_by_layer: dict[str | None, list[str]] = defaultdict(list)
         for record in records:
-            for layer in self._find_replaced(record):
+            for layer in self._scan_rows.find_replaced(record):
                 ids_by_layer[layer].append(record.scan_id)
         change = FileChange()
-        for name, files in self._group_by_layer().items():
-            part = self._files.remove_rows(FEATURES, files, ids_by_layer.get(name, ()))
+        files = self._logs[FEATURES].files() if ids_by_layer else []
+        for layer, scan_ids in ids_by_layer.items():
+            of_layer = [file for file in files if file.partition_values["layer"] == layer]
+            part = self._files.remove_rows(FEATURES, of_layer, scan_ids)
             change = FileChange((*change.add, *part.add), (*change.remove, *part.remove))
         return change
-
-    def _group_by_layer(self) -> dict[str, list[DataFile]]:
-        files: dict[str, list[DataFile]] = defaultdict(list)
-        for file in self._logs[FEATURES].files():
-            files[file.partition_values["layer"] or ""].append(file)
-        return files
-
-    def _make_scan_rows(
-        self, records: Sequence[ScanRecord], kept: Mapping[str, CellMap]
-    ) -> list[dict[str, Any]]:
-        """Return rows of `scans`. A scan that has failed and keeps cells also keeps what describes them."""
-        rows = {record.scan_id: record.to_row() for record in records}
-        keeping = {record.scan_id for record in records if record.status != "ok" and kept[record.scan_id]}
-        for stored in self._read_scan_rows(keeping):
-            row = rows[stored["scan_id"]]
-            rows[stored["scan_id"]] = {**stored, **{name: row[name] for name in FAILURE_COLUMNS}}
-        for scan_id, row in rows.items():
-            row["layers"] = {**kept[scan_id], **row["layers"]}
-        return list(rows.values())
-
-    def _read_scan_rows(self, scan_ids: Collection[str]) -> list[dict[str, Any]]:
-        """Return the stored rows of some scans."""
-        ids, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
-        files = [file for file in self._logs[SCANS].files() if can_contain_any(file, sorted_ids)]
-        tables = [self._files.read_file(SCANS, file) for file in files]
-        rows = [table.filter(pc.is_in(table["scan_id"], ids)) for table in tables]
-        return [row for part in rows for row in part.to_pylist(maps_as_pydicts="strict")]
-
-    def _change_cells(self, change: Callable[[CellMap], CellMap]) -> FileChange:
-        """Write the files of `scans` again with changed maps of cells."""
-
-        def change_rows(_: DataFile, rows: pa.Table) -> pa.Table:
-            changed = rows
-            for name in ("layers", "failed_layers"):
-                column = CellColumn.encode(rows[name])
-                new = column.map(lambda cells: change(cells or {}))
-                if new.maps != column.maps:
-                    changed = changed.set_column(rows.column_names.index(name), name, new.decode())
-            return changed
-
-        return self._files.change_rows(SCANS, self._logs[SCANS].files(), change_rows)
 
     def _finish_interrupted_commit(self) -> bool:
         """Append the second half of a commit in which a run was killed; return whether there was one."""
@@ -446,33 +377,6 @@ class Committer:
         self.dataset.store.delete(
             [f"{table}/{file.path}" for table, change in changes.items() for file in change.remove]
         )
-
-    def _replace_scan_rows(self, rows: list[dict[str, Any]], replaced: Collection[str]) -> FileChange:
-        """Write new rows of `scans` to one file, and return the change that adds it.
-
-        The new file also takes in existing files, smallest first, as long as the next one has no more rows
-        than the new file has so far. So the number of files stays small after any number of commits, and a
-        row is rewritten about log2(commits) times.
-
-        Args:
-            rows: The new rows.
-            replaced: Ids of these scans that already have a row, which is removed.
-        """
-        files = self._logs[SCANS].files()
-        removal = self._files.remove_rows(SCANS, files, replaced)
-        schema = self._logs[SCANS].schema
-        tables = [pa.Table.from_pylist(rows, schema=schema)]
-        rewritten, merged, row_count = {file.path for file in removal.remove}, [], len(rows)
-        untouched = [file for file in files if file.path not in rewritten]
-        for file in sorted(untouched, key=lambda file: file.rows):
-            if file.rows > row_count or row_count + file.rows > MAX_MERGED_SCAN_ROWS:
-                break
-            tables.append(self._files.read_file(SCANS, file))
-            merged.append(file)
-            row_count += file.rows
-        table = pa.concat_tables(tables, promote_options="default").select(schema.names).sort_by("scan_id")
-        written = self.dataset.write_file(SCANS, {}, table, self._run_id)
-        return FileChange((written, *removal.add), (*removal.remove, *merged))
 
 
 def _create_table(

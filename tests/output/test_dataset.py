@@ -13,34 +13,13 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+from commits import RUN, compute_layers, make_decoded, write_receipt
 
 from featray.output.dataset import Dataset
-from featray.schema import Decoded, Receipt, ScanRecord
+from featray.schema import ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract
-from featray.stages.write import write
 from featray.storage.store import Store
-
-RUN = "20260101T000000-abcdef"
-
-
-def make_record(scan_id: str, **values: object) -> ScanRecord:
-    return ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content="c0", recipe="r0", run_id=RUN, **values)  # type: ignore[arg-type]
-
-
-def make_decoded(scan_id: str, value: float, patches: int = 1) -> Decoded:
-    tensor = np.full((patches, 2, 2, 2), value, np.float32)
-    return Decoded(make_record(scan_id), tensor, np.zeros((patches, 3), np.int32))
-
-
-def compute_layers(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
-    """Replace a model: two layers whose values show from which input they are."""
-    first = batch[:, 0, 0, 0]
-    return {"z_mean": np.stack([first, first + 1], axis=1), "map": np.tile(first[:, None, None], (1, 2, 3))}
-
-
-def write_receipt(dataset: Dataset, *scans: Decoded, partition_by: tuple[str, ...] = ("layer",)) -> Receipt:
-    return write(extract(compute_layers, scans, recipe="r0"), dataset, partition_by, "r0", RUN)
 
 
 @pytest.fixture

@@ -297,14 +297,14 @@ class Committer:
 
     def _remove_cells(self, records: Sequence[ScanRecord]) -> FileChange:
         """Write the files of `features` without the cells that records replace."""
-        ids_by_layer: dict[str | None, list[str]] = defaultdict(list)
+        ids_by_layer: dict[str, list[str]] = defaultdict(list)
         for record in records:
             for layer in self._scan_rows.find_replaced(record):
                 ids_by_layer[layer].append(record.scan_id)
         change = FileChange()
         files = self._logs[FEATURES].files() if ids_by_layer else []
-        for layer, scan_ids in ids_by_layer.items():
-            of_layer = [file for file in files if file.partition_values["layer"] == layer]
+        for name, scan_ids in ids_by_layer.items():
+            of_layer = [file for file in files if file.partition_values["layer"] == name]
             part = self._files.remove_rows(FEATURES, of_layer, scan_ids)
             change = FileChange((*change.add, *part.add), (*change.remove, *part.remove))
         return change

@@ -79,6 +79,17 @@ class FileChange:
     remove: tuple[DataFile, ...] = ()
     data_change: bool = True
 
+    def drop_same_files(self) -> FileChange:
+        """Return the change without files that it both adds and removes, which the log would reject.
+
+        A run that writes the same rows again gives the file the same name.
+        """
+        both = {file.path for file in self.add} & {file.path for file in self.remove}
+        add, remove = (
+            tuple(file for file in files if file.path not in both) for files in (self.add, self.remove)
+        )
+        return FileChange(add, remove, self.data_change)
+
 
 @dataclass(frozen=True)
 class PendingCommit:

@@ -339,6 +339,7 @@ class Committer:
     def _write_commit(self, changes: Mapping[str, FileChange], *, first: str) -> None:
         """Append the next entry to both logs, `first` before the other, then delete superseded files."""
         self._check_lease()
+        changes = {table: change.drop_same_files() for table, change in changes.items()}
         second, number = _OTHER_TABLE[first], self._logs[first].commit_number + 1
         pending = PendingCommit(second, changes[second])
         self._logs[first].append(changes[first], number, self._run_id, pending=pending)

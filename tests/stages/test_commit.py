@@ -513,6 +513,29 @@ def test_compaction_keeps_partitions_and_the_file_size_limit(
     assert set(found.filter(pl.col("site") == "B")["scan_id"]) == {f"s{n:02}" for n in range(1, 16, 2)}
 
 
+def test_compaction_keeps_a_file_that_has_no_other_to_merge_with(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    committer = make_committer(dataset)
+    for n in range(3):
+        committer.commit([write_receipt(dataset, make_decoded(f"s{n}", n))])
+    for module in (commit_module, rewrite):  # two files together are as large as a merged file may be
+        monkeypatch.setattr(module, "TARGET_FILE_BYTES", 6_000)
+    assert committer.compact(at_least=2) == 2
+    assert read_values(dataset) == {"s0": 0, "s1": 1, "s2": 2}
+    assert_consistent(dataset)
+
+
+def test_a_commit_of_the_same_rows_again_changes_nothing(dataset: Dataset) -> None:
+    committer = make_committer(dataset)
+    receipts = [write_receipt(dataset, make_decoded("a", 1)), make_failed_receipt("b")]
+    committer.commit(receipts)
+    before = list_committed(dataset) | list_committed(dataset, SCANS)
+    committer.commit(receipts)
+    assert list_committed(dataset) | list_committed(dataset, SCANS) == before
+    assert_consistent(dataset)
+
+
 @pytest.mark.slow
 def test_the_scans_table_stays_in_few_files_and_its_log_is_trimmed(
     dataset: Dataset, monkeypatch: pytest.MonkeyPatch

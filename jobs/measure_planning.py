@@ -1,10 +1,11 @@
-"""Measure the time and memory of planning a refresh: list a manifest and compare it with an output.
+"""Measure the time and memory of planning a run: list a manifest and compare it with the cells of an output.
 
 python jobs/measure_planning.py [--rows 10000 100000 1000000] [--directory DIR]
 
 For each number of rows, makes a manifest with the columns uri, version and case, as CSV and as Parquet, and
-commits an output that holds all its scans. Half of the uris are `.nii.gz` files, half are DICOM folders. Then
-lists and plans in fresh processes, once with 1 % of the versions changed and once with no change.
+commits an output that holds all its scans with eight layers. Half of the uris are `.nii.gz` files, half are
+DICOM folders. Then lists and plans in fresh processes: with no change, with 1 % of the versions changed, and
+with one more layer in the config. `open` is the time in which a committer reads which cells are there.
 Prints a table of wall seconds by step, CPU seconds and peak memory; the last line is the same as JSON.
 """
 
@@ -24,23 +25,27 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet
 
-RECIPE = "0123456789abcdef"
-LAYERS = {f"encoder.conv_{number}": f"{number:016x}" for number in range(8)}
-"""Recipe id of each layer that the output holds."""
+INPUTS = "0123456789abcdef"
+"""Recipe id of reading and preprocessing."""
+LAYERS = {f"encoder.conv3d_{number}": f"{number:016x}" for number in range(8)}
+"""Stored layer → recipe id."""
+NEW_LAYER = {"encoder.z_mean": "fedcba9876543210"}
 CHANGED_EVERY = 100
 """One row in this number of rows gets a changed version."""
 SCANS_PER_COMMIT = 32_768
-STEPS = ("import", "list", "ledger", "plan", "todo")
+STEPS = ("import", "list", "ledger", "plan", "todo", "open")
+CASES = ("unchanged", "changed", "new layer")
 
 
 def main() -> None:
     """Make manifests and outputs, plan in fresh processes, and print the figures."""
     args = _parse_arguments()
     if args.plan:
-        print(json.dumps(_plan_here(Path(args.plan[0]), Path(args.plan[1]))))
+        manifest, output, case = args.plan
+        print(json.dumps(_plan_here(Path(manifest), Path(output), case)))
         return
     results = []
-    print(f"{'rows':>9} {'manifest':>9} {'changed':>8} " + "".join(f"{step:>8}" for step in STEPS), end="")
+    print(f"{'rows':>9} {'manifest':>9} {'case':>10} " + "".join(f"{step:>8}" for step in STEPS), end="")
     print(f"{'total s':>9}{'CPU s':>9}{'peak GB':>9}")
     for rows in args.rows:
         with tempfile.TemporaryDirectory(prefix="featray-measure-", dir=args.directory) as name:
@@ -49,52 +54,54 @@ def main() -> None:
 
 
 def _measure_rows(folder: Path, rows: int) -> list[dict[str, Any]]:
-    """Plan with manifests of one number of rows, in both formats, with and without changes."""
+    """Plan with manifests of one number of rows, in both formats."""
     _make_files(folder, rows)
-    return [
-        _measure_plan(folder, kind, rows, changed)
-        for kind in ("csv", "parquet")
-        for changed in (rows // CHANGED_EVERY, 0)
-    ]
+    return [_measure_plan(folder, kind, rows, case) for kind in ("csv", "parquet") for case in CASES]
 
 
-def _measure_plan(folder: Path, kind: str, rows: int, changed: int) -> dict[str, Any]:
+def _measure_plan(folder: Path, kind: str, rows: int, case: str) -> dict[str, Any]:
     """Plan in a fresh process; print and return the figures."""
-    manifest = folder / f"{'changed' if changed else 'same'}.{kind}"
-    command = [sys.executable, __file__, "--plan", str(manifest), str(folder / "out")]
+    manifest = folder / f"{'changed' if case == 'changed' else 'same'}.{kind}"
+    command = [sys.executable, __file__, "--plan", str(manifest), str(folder / "out"), case]
     process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     figures: dict[str, Any] = json.loads(process.stdout)
-    assert (figures["changed"], figures["todo"]) == (changed, changed), figures
+    due = {"unchanged": 0, "changed": rows // CHANGED_EVERY, "new layer": rows}[case]
+    assert (figures["todo"], figures["stored"]) == (due, rows), figures
     seconds = figures["seconds"]
     line = "".join(f"{seconds[step]:8.2f}" for step in STEPS)
     total, cpu, peak = sum(seconds.values()), figures["cpu_s"], figures["peak"]
-    print(f"{rows:>9} {kind:>9} {changed:>8} {line}{total:9.2f}{cpu:9.2f}{peak / 1e9:9.2f}", flush=True)
-    settings = {"rows": rows, "manifest": kind, "changed": changed}
+    print(f"{rows:>9} {kind:>9} {case:>10} {line}{total:9.2f}{cpu:9.2f}{peak / 1e9:9.2f}", flush=True)
+    settings = {"rows": rows, "manifest": kind, "case": case}
     return {**settings, "total_s": total, "cpu_s": cpu, "peak": peak, **seconds}
 
 
-def _plan_here(manifest: Path, output: Path) -> dict[str, Any]:
+def _plan_here(manifest: Path, output: Path, case: str) -> dict[str, Any]:
     """Plan as `featray refresh` does, without loading the model; return the seconds of each step."""
     times = [time.perf_counter()]
     from featray.config import SourceConfig
     from featray.output.dataset import Dataset
     from featray.output.ledger import Ledger
     from featray.recipe import RecipeIds
+    from featray.stages.commit import Committer
     from featray.stages.list import list_scans
     from featray.stages.plan import make_plan
     from featray.storage.store import Store
 
+    layers = {**LAYERS, **NEW_LAYER} if case == "new layer" else LAYERS
     times.append(time.perf_counter())
     listing = list_scans(SourceConfig(uri=str(manifest), id_column="case"))
     times.append(time.perf_counter())
-    ledger = Ledger.read(Dataset(Store(str(output))).find_snapshot(), {})
+    dataset = Dataset(Store(str(output)))
+    ledger = Ledger.read(dataset.find_snapshot(), {})
     times.append(time.perf_counter())
-    plan = make_plan(listing, ledger, RecipeIds(RECIPE, LAYERS, ""), refresh=True)
+    plan = make_plan(listing, ledger, RecipeIds(INPUTS, layers, ""), refresh=True)
     times.append(time.perf_counter())
     todo = list(plan.todo)
     times.append(time.perf_counter())
+    stored = Committer(dataset, ("layer",), run_id="run-2")._stored
+    times.append(time.perf_counter())
     seconds = {step: end - start for step, start, end in zip(STEPS, times[:-1], times[1:], strict=True)}
-    counts = {"changed": plan.counts["changed"], "todo": len(todo)}
+    counts = {"todo": len(todo), "stored": len(stored)}
     return {"seconds": seconds, "cpu_s": time.process_time(), "peak": _read_peak_bytes(), **counts}
 
 
@@ -124,7 +131,7 @@ def _commit_scans(manifest: Path, output: Path) -> None:
     committer = Committer(Dataset(Store(str(output))), ("layer",), (), run_id="20260101T000000000-000000")
     for start in range(0, len(scans), SCANS_PER_COMMIT):
         records = [
-            replace(ScanRecord.from_scan(scan), recipe=RECIPE, layers=dict(LAYERS), run_id="run")
+            replace(ScanRecord.from_scan(scan), recipe=INPUTS, layers=LAYERS, run_id="run")
             for scan in scans[start : start + SCANS_PER_COMMIT]
         ]
         committer.commit([Receipt((), tuple(records))])
@@ -146,7 +153,7 @@ def _parse_arguments() -> argparse.Namespace:
         "--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000], help="numbers of rows"
     )
     parser.add_argument("--directory", help="folder for temporary files (default: the system's)")
-    parser.add_argument("--plan", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--plan", nargs=3, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

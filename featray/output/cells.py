@@ -69,6 +69,11 @@ class CellColumn:
         """Return the column with each map replaced by what `change` returns for it."""
         return CellColumn(self.codes, [change(cells) for cells in self.maps])
 
+    def has_cells(self) -> NDArray[np.bool_]:
+        """Return for each row whether its map names any layer."""
+        flags = np.array([bool(cells) for cells in self.maps], bool)
+        return flags[self.codes] if len(flags) else np.zeros(len(self.codes), bool)
+
     def count_recipes(self) -> dict[str, dict[str, int]]:
         """Return layer → recipe id → number of rows with this cell, layers sorted by name."""
         counts: dict[str, dict[str, int]] = {}

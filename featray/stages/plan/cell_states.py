@@ -55,7 +55,8 @@ class CellStates:
 
 def compare_cells(ledger: Ledger, recipes: RecipeIds) -> CellStates:
     """Return the states of all cells of a ledger."""
-    has_other_inputs = np.asarray(pc.not_equal(ledger.table["recipe"], recipes.inputs), bool)
+    has_same_inputs = pc.fill_null(pc.equal(ledger.table["recipe"], recipes.inputs), fill_value=False)
+    has_other_inputs = ~np.asarray(has_same_inputs, bool)
     columns = (ledger.cells.codes, ledger.failed.codes, has_other_inputs)
     combined = np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
     number = combined[:, 0] * (len(ledger.failed.maps) + 1) * 2 + combined[:, 1] * 2 + combined[:, 2]

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from featray.collection.listing import Listing
 from featray.errors import Reason
+from featray.output.ledger import Ledger
 
 _Flags = NDArray[np.bool_]
 _Item = TypeVar("_Item", bound=np.generic)
@@ -27,6 +28,8 @@ class Comparison:
         listed: The columns of the listing, one row per listed scan.
         ledger_rows: Row of each listed scan in the ledger; -1 if it has none.
         has_same_content: Whether the scan has the content that its row in the ledger records.
+        has_features: Whether `features` holds cells of the scan. A scan that failed when a layer was added
+            may have the cells of other layers.
         is_unlisted: For each row of the ledger, whether its scan is not listed any more.
     """
 
@@ -34,6 +37,7 @@ class Comparison:
     listed: pa.Table
     ledger_rows: NDArray[np.int64]
     has_same_content: _Flags
+    has_features: _Flags
     is_unlisted: _Flags
 
     def has_value(self, column: str, *values: str) -> _Flags:
@@ -47,13 +51,13 @@ class Comparison:
         Args:
             values: (rows of the ledger,).
         """
-        return np.append(values, np.zeros(1, values.dtype))[self.ledger_rows]
+        return _take_rows(values, self.ledger_rows)
 
     @functools.cached_property
     def is_unreachable(self) -> _Flags:
-        """Whether the listing could not reach the scan and its row is ok or excluded."""
+        """Whether the listing could not reach the scan, and its row is excluded or has features."""
         failed_now = pc.fill_null(pc.equal(self.listed["reason"], Reason.STORAGE.value), fill_value=False)
-        return _to_flags(failed_now) & self.has_value("status", "ok", "excluded")
+        return _to_flags(failed_now) & (self.has_features | self.has_value("status", "excluded"))
 
     @functools.cached_property
     def policy_changed(self) -> _Flags:
@@ -63,17 +67,20 @@ class Comparison:
         return (is_excluded & ~was_excluded) | (is_included & was_excluded)
 
 
-def compare(listing: Listing, ledger: pa.Table) -> Comparison:
+def compare(listing: Listing, ledger: Ledger) -> Comparison:
     """Return the listing next to the ledger."""
-    ids = ledger["scan_id"].cast(pa.large_string()).combine_chunks()
+    ids = ledger.table["scan_id"].cast(pa.large_string()).combine_chunks()
     rows = pc.index_in(listing.scan_ids, value_set=ids)
-    stored_content = ledger["content"].cast(pa.large_string()).take(rows)
+    stored_content = ledger.table["content"].cast(pa.large_string()).take(rows)
     has_same_content = pc.fill_null(pc.equal(listing.table["content"], stored_content), fill_value=False)
+    ledger_rows = np.asarray(pc.fill_null(rows, -1), np.int64)
+    has_features = ledger.cells.has_cells() | _to_flags(pc.equal(ledger.table["status"], "ok"))
     return Comparison(
-        ledger=ledger,
+        ledger=ledger.table,
         listed=listing.table,
-        ledger_rows=np.asarray(pc.fill_null(rows, -1), np.int64),
+        ledger_rows=ledger_rows,
         has_same_content=_to_flags(has_same_content),
+        has_features=_take_rows(has_features, ledger_rows),
         is_unlisted=~_to_flags(pc.is_in(ids, value_set=listing.scan_ids)),
     )
 
@@ -100,6 +107,11 @@ def _is_inside(scan_id: str, unreadable: set[str], folders: set[str]) -> bool:
     parts = path.split("/")
     path_and_parents = {"/".join(parts[:count]) for count in range(1, len(parts) + 1)}
     return bool(path_and_parents & unreadable) or path in folders
+
+
+def _take_rows(values: NDArray[_Item], rows: NDArray[np.int64]) -> NDArray[_Item]:
+    """Return the values of some rows; false or 0 for row -1."""
+    return np.append(values, np.zeros(1, values.dtype))[rows]
 
 
 def _to_flags(array: pa.ChunkedArray) -> _Flags:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from featray.collection.listing import Listing
 from featray.errors import Reason, UsageError
-from featray.stages.plan.cell_states import MISSING, STALE, CellStates
+from featray.stages.plan.cell_states import FAILED, MISSING, STALE, CellStates
 from featray.stages.plan.comparison import Comparison
 
 _SHOWN_DIGITS = 8
@@ -29,14 +29,16 @@ class _Facts:
         scan: Its row in the listing.
         row: Its row in the ledger; every value is None if it has none.
         kind: Its kind in `CellStates`; meaningless without a row.
-        is_unreachable: As in `Comparison`.
-        policy_changed: As in `Comparison`.
+        has_features: As in `Comparison`; so are the following.
+        is_unreachable: Whether the listing could not reach the scan.
+        policy_changed: Whether the policy decides otherwise about the scan than before.
     """
 
     state: str
     scan: dict[str, Any]
     row: dict[str, Any]
     kind: int
+    has_features: bool
     is_unreachable: bool
     policy_changed: bool
 
@@ -93,6 +95,7 @@ class Explainer:
             comparison.listed.slice(start, stop - start).to_pylist(),
             comparison.ledger.take(pa.array(rows, mask=rows < 0)).to_pylist(),
             comparison.of_rows(self.cells.kinds)[start:stop].tolist(),
+            comparison.has_features[start:stop].tolist(),
             comparison.is_unreachable[start:stop].tolist(),
             comparison.policy_changed[start:stop].tolist(),
         )
@@ -108,7 +111,8 @@ class Explainer:
 
     def _explain_state(self, facts: _Facts) -> str:
         if facts.is_unreachable:
-            return _explain_unreachable(facts.row)
+            kept = "features are" if facts.has_features else "row is"
+            return f"the listing could not reach it now (storage); its stored {kept} kept"
         if facts.state == "new":
             return "listed, and not stored yet"
         if facts.state == "changed":
@@ -116,7 +120,7 @@ class Explainer:
         if facts.state == "stale":
             return self._explain_stale(facts)
         if facts.state == "failed":
-            return _explain_failed(facts.row, self._list_layers(facts, MISSING))
+            return self._explain_failed(facts)
         if facts.state == "incomplete":
             return f"content is unchanged; it lacks {_name_layers(self._list_layers(facts, MISSING))}"
         return _explain_up_to_date(facts.row)
@@ -131,7 +135,7 @@ class Explainer:
         else:
             now, before = scan["content"][:_SHOWN_DIGITS], str(row["content"])[:_SHOWN_DIGITS]
             change = f"content is {now}, and was {before} when {run} processed it"
-        return change + self._explain_kept_features(row)
+        return change + self._explain_kept_features(facts)
 
     def _explain_stale(self, facts: _Facts) -> str:
         row = facts.row
@@ -145,16 +149,30 @@ class Explainer:
         elif stale:
             change = f"processed{run} with another recipe of {_name_layers(stale)} than this config's"
         else:
-            change = f"failed{run} with another recipe than this config's ({row['reason']})"
-        return change + self._explain_kept_features(row)
+            missing = _name_layers(self._list_layers(facts, MISSING))
+            recipe = f"this config's recipe of {missing}"
+            return f"failed{run} ({row['reason']}); tried again, because no run has tried {recipe}"
+        return change + self._explain_kept_features(facts)
+
+    def _explain_failed(self, facts: _Facts) -> str:
+        row, failed = facts.row, self._list_layers(facts, FAILED)
+        missing = self._list_layers(facts, MISSING)
+        failure = f"{row['reason']} at {row['stage']}" if row.get("stage") else str(row["reason"])
+        if facts.has_features:
+            failure += f", for {_name_layers(failed)}"
+        if row["reason"] == Reason.STORAGE.value:
+            return f"{failure}; the cause may be gone, so it is tried again"
+        if missing:
+            return f"{failure}; tried again, because no run has tried {_name_layers(missing)}"
+        return f"{failure}; unchanged, so only `refresh --retry-failed` tries it again"
 
     def _list_layers(self, facts: _Facts, state: int) -> list[str]:
         """Return the layers whose cell of this scan has a state."""
         states = self.cells.states[facts.kind].tolist()
         return [name for name, found in zip(self.cells.layers, states, strict=True) if found == state]
 
-    def _explain_kept_features(self, row: dict[str, Any]) -> str:
-        is_kept = row["status"] == "ok" and not self.refresh
+    def _explain_kept_features(self, facts: _Facts) -> str:
+        is_kept = facts.has_features and not self.refresh
         return "; it has features, so only `refresh` processes it again" if is_kept else ""
 
 
@@ -162,24 +180,13 @@ def _make_explanation(scan_id: str, state: str, why: str) -> dict[str, str]:
     return {"scan_id": scan_id, "state": state, "why": f"{state.replace('_', ' ')}: {why}"}
 
 
-def _explain_unreachable(row: dict[str, Any]) -> str:
-    kept = "features are" if row["status"] == "ok" else "row is"
-    return f"the listing could not reach it now (storage); its stored {kept} kept"
-
-
-def _explain_failed(row: dict[str, Any], missing: list[str]) -> str:
-    failure = f"{row['reason']} at {row['stage']}" if row.get("stage") else str(row["reason"])
-    if row["reason"] == Reason.STORAGE.value:
-        return f"{failure}; the cause may be gone, so it is tried again"
-    if missing:
-        return f"{failure}; tried again, because {_name_layers(missing)} was not tried yet"
-    return f"{failure}; unchanged, so only `refresh --retry-failed` tries it again"
-
-
 def _explain_up_to_date(row: dict[str, Any]) -> str:
     if row["status"] == "excluded":
         return f"excluded by a rule ({row['reason']}), and unchanged"
-    return "content and recipes are the same as those stored"
+    same = "content and recipes are the same as those stored"
+    if row["status"] == "failed":
+        return f"{same}; it failed ({row['reason']}) for a layer that this config does not name"
+    return same
 
 
 def _name_layers(names: Sequence[str]) -> str:

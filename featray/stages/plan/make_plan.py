@@ -137,7 +137,7 @@ def make_plan(
         cells=rename_cells(ledger.cells, renames),
         failed=rename_cells(ledger.failed, renames),
     )
-    comparison, cells = compare(listing, ledger.table), compare_cells(ledger, recipes)
+    comparison, cells = compare(listing, ledger), compare_cells(ledger, recipes)
     states = _find_states(comparison, cells)
     retried_reasons = {*_TRANSIENT, *(str(code) for code in retry or ())}
     due = _select_due(comparison, cells, states, retried_reasons, refresh=refresh)
@@ -211,12 +211,15 @@ def _select_due(
     refresh: bool,
 ) -> _Flags:
     """Return for each listed scan whether `refresh`, or else `extract`, processes it."""
-    may_be_replaced = refresh | ~comparison.has_value("status", "ok")
+    # Only `refresh` replaces features that are there.
+    loses_features = np.where(
+        states == _CHANGED, comparison.has_features, comparison.of_rows(cells.has_any(STALE))
+    )
     has_new_layers = comparison.of_rows(cells.has_any(MISSING))
     is_retried = comparison.has_value("reason", *sorted(retried_reasons)) | has_new_layers
     due: _Flags = (
         np.isin(states, (_NEW, _INCOMPLETE))
-        | (np.isin(states, (_CHANGED, _STALE)) & may_be_replaced)
+        | (np.isin(states, (_CHANGED, _STALE)) & (refresh | ~loses_features))
         | ((states == _FAILED) & is_retried)
     )
     return due
@@ -226,9 +229,12 @@ def _list_due_scans(
     listing: Listing, comparison: Comparison, cells: CellStates, states: _Numbers, due: _Flags
 ) -> Sequence[Scan]:
     """Return the due scans with their due layers."""
-    layers = [(), *cells.list_due_layers()]
+    number_of: dict[tuple[str, ...], int] = {(): 0}
+    codes_of_kinds = [number_of.setdefault(names, len(number_of)) for names in cells.list_due_layers()]
+    layers = list(number_of)
+    codes_of_rows = np.array(codes_of_kinds, np.int64)[cells.kinds]
     is_replaced = np.isin(states, (_NEW, _CHANGED))
-    codes = np.where(is_replaced, 0, comparison.of_rows(cells.kinds) + 1)
+    codes = np.where(is_replaced, 0, comparison.of_rows(codes_of_rows))
     positions = np.flatnonzero(due)
     order = np.argsort(codes[positions], kind="stable")
     scans = listing.take(positions[order])

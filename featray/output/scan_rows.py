@@ -103,7 +103,8 @@ class ScanRows:
             row = rows[stored["scan_id"]]
             rows[stored["scan_id"]] = {**stored, **{name: row[name] for name in FAILURE_COLUMNS}}
         for scan_id, row in rows.items():
-            row["layers"] = {**kept[scan_id], **row["layers"]}
+            row["layers"] = dict(sorted({**kept[scan_id], **row["layers"]}.items()))
+            row["failed_layers"] = dict(sorted(row["failed_layers"].items()))
         return list(rows.values())
 
     def _read_rows(self, scan_ids: Collection[str]) -> list[dict[str, Any]]:

@@ -10,9 +10,10 @@ These are its steps, in this order:
 3. Entry n is appended to the log of the second table.
 4. The superseded files are deleted, unless the output retains older versions (`output.keep_versions_days`).
 
-Which table is first: `features` if the commit adds features, `scans` if it only removes features. So whenever
-`scans` lists a scan as ok, its features are in `features`. This holds even for programs that read the log of
-each table by itself.
+Which table is first: `features` if the commit adds features, `scans` if it only removes features. So `scans`
+never names a cell whose features were not written yet, or were removed because the scan failed. This holds
+even for programs that read the log of each table by itself. Such programs may see the earlier recipe or name
+of a cell in `scans` for a moment when cells are replaced or renamed.
 
 Promises to readers of the logs:
 

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
@@ -61,6 +62,50 @@ def test_duckdb_reads_a_layer_folder(committed: Path) -> None:
         f"select scan_id, patch, feature[2] from '{committed}/features/layer=z_mean/*.parquet' order by all"
     ).fetchall()
     assert rows == [("a", 0, 2.0), ("b", 0, 3.0), ("c", 0, 4.0), ("c", 1, 4.0)]
+
+
+CELLS = {"z_mean": "r0", "map": "r1"}
+"""Layer → recipe id, which each scan of `committed` has in the column `layers` of `scans`."""
+
+
+def test_pyarrow_reads_the_cells_of_each_scan(committed: Path) -> None:
+    table = pads.dataset(str(committed / "scans"), format="parquet").to_table()
+    assert table["layers"].to_pylist(maps_as_pydicts="strict") == [CELLS] * 3
+    assert table["failed_layers"].to_pylist(maps_as_pydicts="strict") == [{}] * 3
+    of_layer = pc.map_lookup(table["layers"], pa.scalar("map"), "first")
+    assert of_layer.to_pylist() == ["r1"] * 3
+
+
+def test_pandas_reads_the_cells_of_each_scan(committed: Path) -> None:
+    frames = [pd.read_parquet(path) for path in sorted((committed / "scans").glob("*.parquet"))]
+    frame = pd.concat(frames).set_index("scan_id")
+    assert [dict(cells) for cells in frame["layers"]] == [CELLS] * 3
+    assert dict(frame.loc["a", "failed_layers"]) == {}
+
+
+def test_polars_reads_the_cells_of_each_scan(committed: Path) -> None:
+    plain = pl.read_parquet(str(committed / "scans/*.parquet"))
+    table = pl.scan_delta(str(committed / "scans")).collect()
+    for frame in (plain, table):
+        rows = frame.sort("scan_id").select("scan_id", "layers", "failed_layers").rows()
+        assert [(scan_id, dict(cells), dict(failed)) for scan_id, cells, failed in rows] == [
+            (scan_id, CELLS, {}) for scan_id in "abc"
+        ]
+
+
+def test_duckdb_reads_the_cells_of_each_scan(committed: Path) -> None:
+    rows = duckdb.sql(
+        "select scan_id, layers['map'], map_keys(layers), cardinality(failed_layers) "
+        f"from '{committed}/scans/*.parquet' order by scan_id"
+    ).fetchall()
+    assert rows == [(scan_id, "r1", ["map", "z_mean"], 0) for scan_id in "abc"]
+
+
+def test_the_cells_of_each_scan_have_the_type_of_the_contract(committed: Path) -> None:
+    schema = pq.read_schema(next((committed / "scans").glob("*.parquet")))
+    for name in ("layers", "failed_layers"):
+        kind = schema.field(name).type
+        assert (kind.key_type, kind.item_type) == (pa.string(), pa.string())
 
 
 def test_features_have_the_columns_and_types_of_the_contract(committed: Path) -> None:

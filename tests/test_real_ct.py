@@ -20,6 +20,9 @@ LAYERS = [
     {"layer": "encoder/conv_4", "as": "conv_4"},
 ]
 
+INPUT_ZYX = (16, 128, 128)
+"""Half of the usual size along each axis, so that the runs take seconds."""
+
 pytestmark = pytest.mark.slow
 
 
@@ -28,7 +31,7 @@ def large_vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from featray.synthetic.vae import build_vae
 
     path = tmp_path_factory.mktemp("model") / "vae.keras"
-    build_vae().save(path)
+    build_vae(INPUT_ZYX).save(path)
     return path
 
 
@@ -39,6 +42,7 @@ def extract_features(
     summary = featray.extract(
         {
             "source": {"uri": str(source)},
+            "preprocess": {"size": list(INPUT_ZYX)},
             "model": {
                 "uri": str(vae),
                 "custom_objects": ["featray.synthetic.vae:Sampling"],

@@ -1,14 +1,19 @@
 """The present version continues an output that an earlier version of featray wrote.
 
+Version 0.1.0 had one recipe for all layers of a run. The first run of the present version changes all rows to
+one recipe per layer, in one commit and without extracting.
+
 `tests/earlier_versions/README.md` says what the kept folders hold and how they were made.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +21,26 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pytest
+from commits import LATER, assert_consistent, make_committer, run_until_killed
 
 import featray
+from featray.errors import ConfigError
+from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.output.delta_log import FileChange, TableLog
+from featray.output.ledger import Ledger
+from featray.output.rewrite import FileRewriter
+from featray.recipe import RecipeIds, make_recipe_ids
+from featray.storage.store import Store
 
 KEPT = Path(__file__).resolve().parent / "earlier_versions"
 MODIFIED_S = 1_700_000_000
 """Modification time of all files of the kept collections, in seconds since the epoch."""
 NEW_NAME = "model.custom_objects=[featray.synthetic.vae:Sampling]"
 DIFFERENT_IN_EACH_RUN = {"uri", "run_id", "read_s", "decode_s", "preprocess_s", "infer_s"}
+MORE_LAYERS = (
+    "model.layers=[encoder/z_mean, encoder/z, encoder/z_log_var, "
+    "{layer: encoder/conv_2, pool: avgmax, as: conv2}]"
+)
 LAYERS = ("encoder.z_mean", "encoder.z", "conv2")
 
 
@@ -71,27 +88,181 @@ def layer_values(output: Path, layer: str) -> tuple[list[str], list[str], np.nda
     return rows["scan_id"].to_pylist(), rows["recipe"].to_pylist(), np.array(rows["feature"].to_pylist())
 
 
+def read_cells(output: Path) -> dict[str, dict[str, str]]:
+    """Return scan_id → layer → recipe id of the features, as a reader without featray sees them."""
+    cells: dict[str, dict[str, str]] = {}
+    rows = read_plain(output / "features")
+    columns = [rows[key].to_pylist() for key in ("scan_id", "layer", "recipe")]
+    for scan_id, layer, recipe in zip(*columns, strict=True):
+        assert cells.setdefault(scan_id, {}).setdefault(layer, recipe) == recipe
+    return cells
+
+
+def layer_recipes(project: Path) -> dict[str, str]:
+    """Return layer → recipe id that follows from what the earlier version recorded."""
+    return make_recipe_ids(stored_run(project)["recipe"]).layers
+
+
+def assert_carried_over(project: Path, recipes: RecipeIds) -> None:
+    """Check the recipes and cells in both tables of the output."""
+    rows = scan_rows(project / "out")
+    ok = {scan_id for scan_id, row in rows.items() if row["status"] == "ok"}
+    assert read_cells(project / "out") == dict.fromkeys(ok, recipes.layers)
+    for scan_id, row in rows.items():
+        assert row["recipe"] == recipes.inputs
+        assert dict(row["layers"]) == (recipes.layers if scan_id in ok else {})
+        assert dict(row["failed_layers"]) == ({} if scan_id in ok else recipes.layers)
+
+
 @pytest.mark.slow
-def test_extract_finds_nothing_to_do_and_the_same_recipe_id(project: Path) -> None:
-    before = read_bytes(project / "out")
-    summary = featray.extract("config.yaml")
-    assert "nothing to do: 5 scans are up to date" in summary.text()
-    assert (summary.found, summary.ok, summary.failed, summary.done, summary.run_id) == (6, 5, 1, 0, "")
-    assert summary.recipe == stored_run(project)["recipe_id"]
-    assert read_bytes(project / "out") == before
+@pytest.mark.parametrize("command", [featray.extract, featray.refresh])
+def test_the_first_run_gives_every_row_the_recipes_of_its_layers_and_extracts_nothing(
+    project: Path, command: Callable[..., featray.Summary]
+) -> None:
+    recipes = make_recipe_ids(stored_run(project)["recipe"])
+    features, scans = read_plain(project / "out/features"), read_plain(project / "out/scans")
+    version = Dataset(Store("out")).open_snapshot().commit_number
+    summary = command("config.yaml")
+    assert (summary.found, summary.ok, summary.failed, summary.done) == (6, 5, 1, 0)
+    assert summary.run_id, "the run has changed the output"
+    assert Dataset(Store("out")).open_snapshot().commit_number == version + 1
+    assert (summary.recipe, summary.layer_recipes) == (recipes.inputs, recipes.layers)
+    assert_carried_over(project, recipes)
+    assert read_plain(project / "out/features").drop(["recipe"]).equals(features.drop(["recipe"]))
+    carried = read_plain(project / "out/scans").drop(["recipe", "layers", "failed_layers"])
+    assert carried.equals(scans.drop(["recipe"]))
+    assert featray.verify("out").findings == ()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], [NEW_NAME]], ids=["old name of Sampling", "new name of Sampling"])
-def test_refresh_finds_nothing_to_do_with_either_name_of_the_sampling_layer(
+def test_the_second_run_finds_nothing_to_do_with_either_name_of_the_sampling_layer(
     project: Path, overrides: list[str]
 ) -> None:
+    featray.extract("config.yaml")
     before = read_bytes(project / "out")
-    summary = featray.refresh("config.yaml", overrides)
-    assert "nothing to do: 5 scans are up to date" in summary.text()
-    assert (summary.done, summary.removed, summary.run_id) == (0, 0, "")
-    assert summary.recipe == stored_run(project)["recipe_id"]
+    for command in (featray.extract, featray.refresh):
+        summary = command("config.yaml", overrides)
+        assert "nothing to do: 5 scans are up to date" in summary.text()
+        assert (summary.done, summary.removed, summary.run_id) == (0, 0, "")
     assert read_bytes(project / "out") == before
+
+
+@pytest.mark.slow
+def test_a_layer_is_added_without_extracting_the_layers_of_the_earlier_version(project: Path) -> None:
+    recipes, run_id = layer_recipes(project), stored_run(project)["run_id"]
+    before = read_plain(project / "out/features")
+    summary = featray.extract("config.yaml", [MORE_LAYERS])
+    assert (summary.ok, summary.failed, summary.done) == (5, 1, 6), "the failed scan is tried again"
+    assert summary.layer_recipes.items() > recipes.items()
+    after = read_plain(project / "out/features")
+    is_new = pads.field("layer") == "encoder.z_log_var"
+    assert set(after.filter(is_new)["run_id"].to_pylist()) == {summary.run_id}
+    assert len(after.filter(is_new)) == 5
+    assert after.filter(~is_new).drop(["recipe"]).equals(before.drop(["recipe"]))
+    assert set(before["run_id"].to_pylist()) == {run_id}
+    rows = scan_rows(project / "out").values()
+    assert [dict(row["layers"]) for row in rows if row["status"] == "ok"] == [summary.layer_recipes] * 5
+    assert featray.verify("out").findings == ()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], [MORE_LAYERS]], ids=["same layers", "one more layer"])
+def test_the_config_explains_the_rows_if_the_run_that_wrote_them_was_killed_and_recorded_nothing(
+    project: Path, overrides: list[str]
+) -> None:
+    recipes = make_recipe_ids(stored_run(project)["recipe"])
+    shutil.rmtree(project / "out/runs")
+    summary = featray.extract("config.yaml", overrides)
+    assert summary.done == (6 if overrides else 0)
+    cells = read_cells(project / "out")
+    assert len(cells) == 5
+    assert all(of_scan == summary.layer_recipes for of_scan in cells.values())
+    assert summary.layer_recipes.items() >= recipes.layers.items()
+    assert featray.verify("out").findings == ()
+
+
+@pytest.mark.slow
+def test_rows_that_neither_a_run_nor_the_config_explains_are_replaced_by_refresh_only(project: Path) -> None:
+    shutil.rmtree(project / "out/runs")
+    before, values = read_bytes(project / "out/features"), layer_values(project / "out", "conv2")[2]
+    other_window = ["preprocess.window=[-1000, 500]"]
+    with pytest.raises(ConfigError, match=r"5 scans .*another recipe.*`featray refresh` extracts them"):
+        featray.extract("config.yaml", other_window)
+    assert read_bytes(project / "out/features") == before
+    summary = featray.refresh("config.yaml", other_window)
+    assert (summary.ok, summary.failed, summary.done) == (5, 1, 6)
+    assert set(map(str, read_cells(project / "out").values())) == {str(summary.layer_recipes)}
+    assert not np.allclose(layer_values(project / "out", "conv2")[2], values)
+    assert featray.verify("out").findings == ()
+
+
+def write_again_as_before(output: Path, kept: Path, scan_id: str) -> None:
+    """Replace the rows of one scan by those that the earlier version wrote, as its refresh would."""
+    dataset, run_id = Dataset(Store(str(output))), "20270101T000000000-000000"
+    snapshot = dataset.open_snapshot()
+    is_scan = pads.field("scan_id") == scan_id
+    rewriter = FileRewriter(dataset, run_id)
+    for table in (FEATURES, SCANS):
+        removal = rewriter.remove_rows(table, snapshot.files(table), [scan_id])
+        added = []
+        for file in Dataset(Store(str(kept))).open_snapshot().files(table):
+            rows = pads.dataset(kept / table / file.path).to_table(filter=is_scan)
+            added.append(dataset.write_file(table, file.partition_values, rows, run_id))
+        log = TableLog.open(dataset.store, table)
+        assert log is not None
+        log.append(FileChange((*added, *removal.add), removal.remove), log.commit_number + 1, run_id)
+        dataset.store.delete([f"{table}/{file.path}" for file in removal.remove])
+
+
+@pytest.mark.slow
+def test_rows_that_the_earlier_version_wrote_after_the_first_run_are_changed_too(project: Path) -> None:
+    kept, scan_id = project / "kept", "nifti/phantom_002.nii.gz"
+    shutil.copytree(project / "out", kept)
+    recipes = make_recipe_ids(stored_run(project)["recipe"])
+    featray.extract("config.yaml")
+    features = read_plain(project / "out/features")
+    write_again_as_before(project / "out", kept, scan_id)
+    assert scan_rows(project / "out")[scan_id]["layers"] is None
+    assert featray.verify("out").findings == ()
+    summary = featray.extract("config.yaml")
+    assert (summary.ok, summary.done, bool(summary.run_id)) == (5, 0, True)
+    assert_carried_over(project, recipes)
+    assert read_plain(project / "out/features").equals(features)
+    assert featray.extract("config.yaml").run_id == ""
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_step_of_the_first_run_changes_all_rows_or_none(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = stored_run(project)["recipe"]
+
+    def carry_over(dataset: Dataset) -> None:
+        committer = make_committer(dataset, LATER)
+        committer.carry_over(Ledger.read(committer.snapshot(), recipe).earlier_recipes)
+
+    def read_recipes(dataset: Dataset) -> list[Any]:
+        names = ("scan_id", "recipe")
+        return [dataset.read(table, names).sort_by("scan_id").to_pylist() for table in (FEATURES, SCANS)]
+
+    before = read_recipes(Dataset(Store("out")))
+    seen = []
+    for kill_at in itertools.count():
+        folder = project / f"out{kill_at}"
+        shutil.copytree(project / "out", folder)
+        dataset = Dataset(Store(str(folder)))
+        killed = run_until_killed(lambda: carry_over(dataset), monkeypatch, kill_at)  # noqa: B023  # called at once
+        seen.append(read_recipes(dataset))
+        carry_over(dataset)
+        make_committer(dataset, LATER).delete_orphans()
+        assert_consistent(dataset)
+        if not killed:
+            break
+    assert before != seen[-1]
+    assert all(state in (before, seen[-1]) for state in seen)
+    assert before in seen[:-1]
+    assert seen[-1] in seen[:-1]
 
 
 def test_verify_finds_everything_in_order(project: Path) -> None:
@@ -104,6 +275,7 @@ def test_verify_finds_everything_in_order(project: Path) -> None:
 
 @pytest.mark.slow
 def test_refresh_replaces_the_one_scan_whose_file_has_changed(project: Path) -> None:
+    featray.extract("config.yaml")
     before, values_before = scan_rows(project / "out"), layer_values(project / "out", "encoder.z_mean")
     changed, source = "nifti/phantom_001.nii.gz", project / "collection" / "nifti" / "phantom_002.nii.gz"
     (project / "collection" / changed).write_bytes(source.read_bytes())
@@ -122,18 +294,21 @@ def test_refresh_replaces_the_one_scan_whose_file_has_changed(project: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_new_extraction_gives_the_stored_values_and_recipe_ids(project: Path) -> None:
+def test_a_new_extraction_gives_the_stored_values_except_of_layers_that_sample(project: Path) -> None:
+    """The seeds of encoder.z depended on the layers beside it in 0.1.0, and do not any more."""
     summary = featray.extract("config.yaml", ["output.uri=new"])
     assert (summary.ok, summary.failed, summary.done) == (5, 1, 6)
+    recipes = layer_recipes(project)
     for layer in LAYERS:
-        old_ids, old_recipes, old_values = layer_values(project / "out", layer)
+        old_ids, _, old_values = layer_values(project / "out", layer)
         new_ids, new_recipes, new_values = layer_values(project / "new", layer)
-        assert (new_ids, new_recipes) == (old_ids, old_recipes)
-        np.testing.assert_allclose(new_values, old_values, rtol=1e-5, err_msg=layer)
+        assert (new_ids, new_recipes) == (old_ids, [recipes[layer]] * 5)
+        if layer != "encoder.z":
+            np.testing.assert_allclose(new_values, old_values, rtol=1e-5, err_msg=layer)
     old_scans, new_scans = scan_rows(project / "out"), scan_rows(project / "new")
     assert new_scans.keys() == old_scans.keys()
     for scan_id, old in old_scans.items():
-        for name in old.keys() - DIFFERENT_IN_EACH_RUN:
+        for name in old.keys() - DIFFERENT_IN_EACH_RUN - {"recipe"}:
             expected = pytest.approx(old[name], rel=1e-5) if isinstance(old[name], float) else old[name]
             assert new_scans[scan_id][name] == expected, (scan_id, name)
 

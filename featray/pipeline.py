@@ -128,15 +128,16 @@ def _process(engine: Engine, plan: Plan, job: Job, committer: Committer, progres
     totals, stop = RunTotals(), job.options.stop
     removed = plan.removed if job.scope.refresh else ()
     dropped = plan.other_layers if job.scope.drop_layers else {}
-    if not (plan.todo or removed or dropped or plan.renames or plan.earlier_recipes):
+    if not (plan.todo or removed or dropped or plan.has_table_changes):
         totals.is_interrupted = stop.is_set()
         return totals
     announce(job.run, committer.dataset)
     committer.carry_over(plan.earlier_recipes)
     committer.rename_layers(plan.renames)
     committer.drop_layers(dropped)
+    committer.clear_failures(plan.cleared_failures)
     totals.dropped_layers = len(dropped)
-    totals.has_changed_tables = bool(plan.earlier_recipes or plan.renames or dropped)
+    totals.has_changed_tables = bool(dropped or plan.has_table_changes)
     with progress:
         _extract_scans(engine, plan.todo, job, _CommitQueue(committer, progress, totals))
         since = engine.decoding_since()

@@ -26,7 +26,7 @@ from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.plan import STATES, Plan
-from featray.stages.report import describe_other_layers
+from featray.stages.report import describe_cleared_failures, describe_other_layers
 
 SAMPLE_SCANS = 6
 """Scans that are decoded for the estimate, from small to large."""
@@ -86,6 +86,8 @@ class PlanResult:
             those that stored scans lack.
         work: A sentence about what there is to compute and what stays; empty if there is nothing.
         other_layers: Stored layer that the config does not name → number of scans that have it.
+        cleared_failures: Number of failed scans that a run sets to ok without computing, because they have
+            all layers of the config.
         renamed_layers: Stored layer → its name in the config, for layers whose name alone has changed.
         ignored: Number of files that are no scans by suffix.
         estimate: Estimate of `extract`, or of `refresh` if `extract` has nothing to do.
@@ -112,6 +114,7 @@ class PlanResult:
     work: str = ""
     other_layers: dict[str, int] = field(default_factory=dict)
     renamed_layers: dict[str, str] = field(default_factory=dict)
+    cleared_failures: int = 0
     ignored: dict[str, int] = field(default_factory=dict)
     estimate: Estimate = field(default_factory=Estimate)
     scans: Sequence[dict[str, str]] = ()
@@ -125,9 +128,12 @@ class PlanResult:
         lines += [
             f"rename layer {old} to {new}, without computing" for old, new in self.renamed_layers.items()
         ]
+        if self.cleared_failures:
+            lines.append(describe_cleared_failures(self.cleared_failures))
         if self.other_layers:
             lines.append(describe_other_layers(self.other_layers))
-        if not (self.todo or self.refresh_todo or self.removed or self.renamed_layers):
+        table_changes = self.removed or self.renamed_layers or self.cleared_failures
+        if not (self.todo or self.refresh_todo or table_changes):
             return "\n".join([*lines, "nothing to do"])
         if self.work:
             lines.append(f"to compute: {self.work}")
@@ -192,6 +198,7 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
         work=extract_plan.describe_work(),
         other_layers=dict(extract_plan.other_layers),
         renamed_layers=dict(extract_plan.renames),
+        cleared_failures=len(extract_plan.cleared_failures),
         ignored=listing.ignored,
         estimate=_estimate_run(job, dataset, estimated_plan),
         scans=list(extract_plan.explain_all()) if explain else (),

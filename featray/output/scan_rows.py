@@ -24,6 +24,15 @@ MAX_MERGED_SCAN_ROWS = 32_768
 FAILURE_COLUMNS = ("status", "reason", "stage", "message", "attempts", "run_id", "layers", "failed_layers")
 """Columns of `scans` that change if a scan fails when cells are added to it."""
 
+_WITHOUT_FAILURE: dict[str, Any] = {
+    "status": "ok",
+    "reason": None,
+    "stage": None,
+    "message": None,
+    "failed_layers": {},
+}
+"""Columns of `scans` that change if the failure of a scan is cleared, with their values."""
+
 
 class ScanRows:
     """The rows of `scans` as of the last commit, and the files that the next commit changes.
@@ -73,6 +82,24 @@ class ScanRows:
             return changed
 
         return self._files.change_rows(SCANS, self._open_snapshot().files(SCANS), change_rows)
+
+    def clear_failures(self, scan_ids: Collection[str]) -> FileChange:
+        """Write the files again in which scans are failed, with status ok for these scans."""
+        ids, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
+
+        def clear(_: DataFile, rows: pa.Table) -> pa.Table:
+            is_cleared = pc.is_in(rows["scan_id"], ids)
+            if not pc.any(is_cleared).as_py():
+                return rows
+            cleared = rows.filter(is_cleared)
+            for name, value in _WITHOUT_FAILURE.items():
+                field = rows.schema.field(name)
+                values = pa.array([value] * len(cleared), field.type)
+                cleared = cleared.set_column(rows.schema.get_field_index(name), field, values)
+            return pa.concat_tables([rows.filter(pc.invert(is_cleared)), cleared]).sort_by("scan_id")
+
+        files = [file for file in self._open_snapshot().files(SCANS) if can_contain_any(file, sorted_ids)]
+        return self._files.change_rows(SCANS, files, clear)
 
     @functools.cached_property
     def _stored(self) -> dict[str, CellMap]:

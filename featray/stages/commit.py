@@ -201,6 +201,21 @@ class Committer:
             self._write_commit(changes, first=SCANS)
             self._scan_rows.forget()
 
+    def clear_failures(self, scan_ids: Collection[str]) -> None:
+        """Set failed scans to ok: their cells are all that the config names. The failed cells are forgotten.
+
+        Args:
+            scan_ids: Ids of failed scans that have kept cells.
+        """
+        if not scan_ids:
+            return
+        with self._explain_deletion():
+            changes = {
+                FEATURES: FileChange(data_change=False),
+                SCANS: self._scan_rows.clear_failures(scan_ids),
+            }
+            self._write_commit(changes, first=FEATURES)
+
     def carry_over(self, translation: Mapping[str, RecipeIds]) -> None:
         """Change all rows of featray 0.1.0 to rows of this version, in one commit.
 

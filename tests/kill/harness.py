@@ -250,22 +250,28 @@ def run_to_end(config: Path, command: str) -> Any:
 
 
 def read_values(dataset: Dataset) -> FeatureValues:
-    """Return all features; check that each row occurs once and that the scans table names exactly these."""
+    """Return all features; check that each row occurs once and that the scans table names exactly these.
+
+    Each row must have the recipe that the scans table names for its cell.
+    """
     snapshot = dataset.open_snapshot()
-    rows = snapshot.read(FEATURES, ("scan_id", "layer", "patch", "feature")).to_pylist()
+    rows = snapshot.read(FEATURES, ("scan_id", "layer", "patch", "feature", "recipe")).to_pylist()
     values = {(row["scan_id"], row["layer"], row["patch"]): row["feature"] for row in rows}
     assert len(values) == len(rows), "a row occurs twice"
-    scans = snapshot.read(SCANS, ("scan_id", "status", "patches")).to_pylist()
+    columns = ("scan_id", "status", "patches", "layers", "failed_layers")
+    scans = snapshot.read(SCANS, columns).to_pylist(maps_as_pydicts="strict")
     assert len({scan["scan_id"] for scan in scans}) == len(scans), "a scan has two rows in the scans table"
-    layers = {layer for _, layer, _ in values}
     promised = {
-        (scan["scan_id"], layer, patch)
+        (scan["scan_id"], layer, patch): recipe
         for scan in scans
-        if scan["status"] == "ok"
-        for layer in layers
+        for layer, recipe in scan["layers"].items()
         for patch in range(scan["patches"])
     }
-    assert promised == values.keys(), "the scans table and the features differ"
+    stored = {(row["scan_id"], row["layer"], row["patch"]): row["recipe"] for row in rows}
+    assert stored == promised, "the scans table and the features differ"
+    for scan in scans:
+        assert not scan["layers"].keys() & scan["failed_layers"].keys(), "a cell is there and has failed"
+        assert bool(scan["failed_layers"]) == (scan["status"] == "failed"), "the status of a scan is wrong"
     return values
 
 

@@ -185,7 +185,8 @@ def _explain_up_to_date(row: dict[str, Any]) -> str:
         return f"excluded by a rule ({row['reason']}), and unchanged"
     same = "content and recipes are the same as those stored"
     if row["status"] == "failed":
-        return f"{same}; it failed ({row['reason']}) for a layer that this config does not name"
+        failed = f"it failed ({row['reason']}) for a layer that this config does not name"
+        return f"{same}; {failed}, so the next run sets it to ok without computing"
     return same
 
 

@@ -10,6 +10,9 @@ failed      failed before; content and recipe are unchanged
 incomplete  has a row with the same content, and lacks layers of the config
 removed     has a row, but is not listed any more
 up_to_date  has all cells of the config, or is excluded and unchanged, or cannot be reached now
+
+A scan that failed when a layer was added keeps its other cells. If the config no longer names that layer, the
+scan is up to date, and the run only has to clear its failure.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from featray.collection.listing import Listing
@@ -56,10 +60,12 @@ class Plan:
         todo: Scans that this run processes with their due layers; scans with the same due layers follow each
             other, sorted by id.
         removed: Ids of stored scans that are not listed any more, sorted.
+        cleared_failures: Ids of failed scans that have all cells of the config, sorted. The run sets their
+            status to ok without reading them.
         other_recipe: Number of stored scans with cells of another recipe.
         refresh_todo: Number of scans that a refresh would process.
         unreachable: Number of stored scans that the listing could not reach. Their rows are kept.
-        layers: Layer of the config → the states of its cells, in the order of the config.
+        layers: Layer of the config → the states of its cells, sorted by name.
         other_layers: Stored layer that the config does not name → number of scans that have it.
         renames: Stored layer → its name in the config, for layers whose name alone has changed.
         earlier_recipes: Recipe id of rows of featray 0.1.0 → the ids that their layers have now.
@@ -71,6 +77,7 @@ class Plan:
     todo: Sequence[Scan]
     removed: Sequence[str]
     other_recipe: int
+    cleared_failures: Sequence[str] = ()
     refresh_todo: int = 0
     unreachable: int = 0
     layers: Mapping[str, LayerWork] = field(default_factory=dict)
@@ -79,6 +86,11 @@ class Plan:
     earlier_recipes: Mapping[str, RecipeIds] = field(default_factory=dict)
     can_keep_both: bool = True
     _explainer: Explainer | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def has_table_changes(self) -> bool:
+        """Whether a run changes stored rows before it processes scans."""
+        return bool(self.earlier_recipes or self.renames or self.cleared_failures)
 
     def describe_work(self) -> str:
         """Return one sentence about what there is to compute and what stays."""
@@ -157,6 +169,7 @@ def make_plan(
         counts=dict(zip(STATES, counts.tolist(), strict=True)),
         todo=_list_due_scans(listing, comparison, cells, states, due),
         removed=removed,
+        cleared_failures=_find_cleared_failures(listing, comparison, states),
         other_recipe=int(np.count_nonzero(cells.has_any(STALE))),
         refresh_todo=int(np.count_nonzero(refresh_due)),
         unreachable=unreachable,
@@ -223,6 +236,14 @@ def _select_due(
         | ((states == _FAILED) & is_retried)
     )
     return due
+
+
+def _find_cleared_failures(listing: Listing, comparison: Comparison, states: _Numbers) -> list[str]:
+    """Return the ids of failed scans that are up to date; the layer that failed is not in the config."""
+    is_cleared = (states == _UP_TO_DATE) & ~comparison.is_unreachable
+    is_cleared &= comparison.has_value("status", "failed")
+    ids: list[str] = listing.scan_ids.filter(pa.array(is_cleared)).to_pylist()
+    return ids
 
 
 def _list_due_scans(

@@ -6,7 +6,7 @@ writes both files.
 
 from featray.stages.report.report import announce, report
 from featray.stages.report.run_folder import Run
-from featray.stages.report.summary import Summary, describe_other_layers
+from featray.stages.report.summary import Summary, describe_cleared_failures, describe_other_layers
 from featray.stages.report.totals import RunTotals, describe_bottleneck
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "Summary",
     "announce",
     "describe_bottleneck",
+    "describe_cleared_failures",
     "describe_other_layers",
     "report",
 ]

@@ -73,6 +73,7 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
         excluded=status["excluded"],
         missing=missing,
         done=totals.scans,
+        cleared_failures=len(plan.cleared_failures),
         removed=totals.removed,
         states=plan.counts,
         reasons=dict(_count_values(rows["reason"].drop_null()).most_common()),

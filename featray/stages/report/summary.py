@@ -26,6 +26,8 @@ class Summary:
         ok, failed, excluded: Number of listed scans by status in the scans table; they add up to `found`.
         missing: Number of listed scans without a row in the scans table; 0 unless the run was interrupted.
         done: Number of scans that this run processed.
+        cleared_failures: Number of failed scans that became ok without computing, because they have all
+            layers of the config.
         removed: Number of scans that this run removed because they are no longer listed.
         states: Number of scans by state before the run: new, changed, stale, failed, incomplete, removed,
             up_to_date.
@@ -73,6 +75,7 @@ class Summary:
     renamed_layers: dict[str, str] = field(default_factory=dict)
     dropped_layers: tuple[str, ...] = ()
     other_layers: dict[str, int] = field(default_factory=dict)
+    cleared_failures: int = 0
 
     def text(self) -> str:
         """Return the summary for a person, with the next command to try."""
@@ -85,6 +88,8 @@ class Summary:
             lines.append(f"there was: {self.work}")
         if self.removed:
             lines.append(f"removed {self.removed} scans that are no longer in the collection")
+        if self.cleared_failures:
+            lines.append(describe_cleared_failures(self.cleared_failures))
         lines += [f"renamed layer {old} to {new}" for old, new in self.renamed_layers.items()]
         lines += [f"dropped layer {name}" for name in self.dropped_layers]
         if self.other_layers:
@@ -147,6 +152,11 @@ class Summary:
                 f"{removed} stored scans are no longer in the collection; `featray refresh` removes them"
             )
         return lines
+
+
+def describe_cleared_failures(count: int) -> str:
+    """Return a sentence about failed scans that become ok, because the config has no failed layer."""
+    return f"{count} failed scans have all layers of this config and become ok, without computing"
 
 
 def describe_other_layers(layers: Mapping[str, int]) -> str:

@@ -56,7 +56,8 @@ class RunTotals:
         scans: Number of scans.
         removed: Number of scans that were removed from the output.
         dropped_layers: Number of layers that were removed.
-        has_changed_tables: Whether layers were renamed or dropped, or rows of an earlier version changed.
+        has_changed_tables: Whether layers were renamed or dropped, failures cleared, or rows of an earlier
+            version changed.
         is_interrupted: Whether the run was asked to stop.
         bytes_read: Bytes of the scans' files.
         seconds: Wall time from the first scan that was given to a worker, which may be before the model was

@@ -31,7 +31,7 @@ EXPLAINED = [
     (
         make_failed_row("failed elsewhere", {"other": "o"}, LAYERS),
         "up to date: content and recipes are the same as those stored; it failed (model) for a layer that "
-        "this config does not name",
+        "this config does not name, so the next run sets it to ok without computing",
     ),
     (
         make_failed_row("failed with others", {"y": "y0", "x": "x0"}, {"z": "z1"}),

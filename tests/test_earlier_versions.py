@@ -13,7 +13,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -197,14 +197,14 @@ def test_rows_that_neither_a_run_nor_the_config_explains_are_replaced_by_refresh
     assert featray.verify("out").findings == ()
 
 
-def write_again_as_before(output: Path, kept: Path, scan_id: str) -> None:
-    """Replace the rows of one scan by those that the earlier version wrote, as its refresh would."""
+def write_again_as_before(output: Path, kept: Path, scan_id: str, tables: Sequence[str]) -> None:
+    """Write the rows of one scan as the earlier version wrote them, and remove its other rows of `tables`."""
     dataset, run_id = Dataset(Store(str(output))), "20270101T000000000-000000"
     snapshot = dataset.open_snapshot()
     is_scan = pads.field("scan_id") == scan_id
     rewriter = FileRewriter(dataset, run_id)
     for table in (FEATURES, SCANS):
-        removal = rewriter.remove_rows(table, snapshot.files(table), [scan_id])
+        removal = rewriter.remove_rows(table, snapshot.files(table), [scan_id] if table in tables else [])
         added = []
         for file in Dataset(Store(str(kept))).open_snapshot().files(table):
             rows = pads.dataset(kept / table / file.path).to_table(filter=is_scan)
@@ -216,19 +216,24 @@ def write_again_as_before(output: Path, kept: Path, scan_id: str) -> None:
 
 
 @pytest.mark.slow
-def test_rows_that_the_earlier_version_wrote_after_the_first_run_are_changed_too(project: Path) -> None:
+@pytest.mark.parametrize("tables", [(FEATURES, SCANS), (SCANS,)], ids=["of a scan", "of a failed scan"])
+def test_rows_that_the_earlier_version_wrote_after_the_first_run_are_changed_too(
+    project: Path, tables: Sequence[str]
+) -> None:
+    """Version 0.1.0 does not know that a failed scan may have features, so it leaves them in the table."""
     kept, scan_id = project / "kept", "nifti/phantom_002.nii.gz"
     shutil.copytree(project / "out", kept)
     recipes = make_recipe_ids(stored_run(project)["recipe"])
     featray.extract("config.yaml")
     features = read_plain(project / "out/features")
-    write_again_as_before(project / "out", kept, scan_id)
+    write_again_as_before(project / "out", kept, scan_id, tables)
     assert scan_rows(project / "out")[scan_id]["layers"] is None
-    assert featray.verify("out").findings == ()
+    assert (featray.verify("out").findings == ()) == (FEATURES in tables)
     summary = featray.extract("config.yaml")
     assert (summary.ok, summary.done, bool(summary.run_id)) == (5, 0, True)
     assert_carried_over(project, recipes)
     assert read_plain(project / "out/features").equals(features)
+    assert featray.verify("out").findings == ()
     assert featray.extract("config.yaml").run_id == ""
 
 

@@ -66,7 +66,7 @@ class FileRewriter:
     def change_rows(
         self, table: str, files: Iterable[DataFile], change: Callable[[DataFile, pa.Table], pa.Table]
     ) -> FileChange:
-        """Write each file again with changed rows.
+        """Write each file again with changed rows; a file of which no row remains is removed.
 
         Args:
             table: Name of the table.
@@ -74,15 +74,17 @@ class FileRewriter:
             change: File and its rows → the new rows; the same object if nothing changes.
         """
 
-        def change_file(file: DataFile) -> tuple[DataFile, DataFile] | None:
+        def change_file(file: DataFile) -> tuple[DataFile, DataFile | None] | None:
             rows = self.read_file(table, file)
             changed = change(file, rows)
             if changed is rows:
                 return None
+            if not len(changed):
+                return file, None
             return file, self._dataset.write_file(table, file.partition_values, changed, self._run_id)
 
         changed = [result for result in map_in_threads(change_file, files) if result]
-        return FileChange(tuple(new for _, new in changed), tuple(old for old, _ in changed))
+        return FileChange(tuple(new for _, new in changed if new), tuple(old for old, _ in changed))
 
     def move_files(self, files: Iterable[DataFile], layers: Mapping[str, str]) -> FileChange:
         """Copy files of `features` into the folders of other layers.

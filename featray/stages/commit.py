@@ -41,7 +41,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from featray.errors import ConfigError, DeletedOutputError, FeatrayError, MissingFileError, StorageError
-from featray.output.carry_over import carry_over_features, carry_over_scans
+from featray.output.carry_over import carry_over_features, carry_over_scans, find_earlier_scans
 from featray.output.cells import CellMap
 from featray.output.dataset import (
     FEATURES,
@@ -225,7 +225,11 @@ class Committer:
         if not translation:
             return
         with self._explain_deletion():
-            change_features = functools.partial(carry_over_features, translation=translation)
+            change_features = functools.partial(
+                carry_over_features,
+                translation=translation,
+                earlier_scans=find_earlier_scans(self.snapshot()),
+            )
             change_scans = functools.partial(carry_over_scans, translation=translation)
             features = self._files.change_rows(FEATURES, self._logs[FEATURES].files(), change_features)
             scans = self._files.change_rows(SCANS, self._logs[SCANS].files(), change_scans)

@@ -1,6 +1,6 @@
 """Measure featray on one of four synthetic workloads, and compare it with hand-written scripts.
 
-python jobs/benchmark.py [--workload w1|w2|w3|w4] [--baselines] [--rounds 2] [--keep DIR] [--out DIR] [--json]
+python jobs/benchmark.py [--workload w1|w2|w3|w4] [--baselines] [--cache] [--keep DIR] [--out DIR]
 
 Workloads:
 w1: .nii.gz files of 512 x 512 x 40 to 275 voxels, stretched to (32, 256, 256), four layers of a 3-D VAE
@@ -92,6 +92,7 @@ def _measure(args: argparse.Namespace, workload: Workload, folder: Path) -> int:
         workers=tuple(args.workers),
         actors=tuple(args.actors),
         collection_sizes=tuple(args.collection_sizes),
+        cache=args.cache,
         keep=Path(args.keep) / args.workload if args.keep else None,
     )
     try:
@@ -200,6 +201,9 @@ def _parse_arguments() -> argparse.Namespace:
         ("--collection-sizes", "50,500", "numbers of scans to run once each with every engine"),
     ):
         parser.add_argument(name, type=_parse_counts, default=[], metavar=example, help=text)
+    parser.add_argument(
+        "--cache", action="store_true", help="also run with an empty input cache, and then with a filled one"
+    )
     parser.add_argument("--keep", metavar="DIR", help="folder that keeps the phantoms for the next benchmark")
     parser.add_argument(
         "--directory", metavar="DIR", help="folder for temporary files (default: the system's)"

@@ -53,6 +53,8 @@ class BenchmarkReport:
         rounds: Number of times that every measurement was repeated.
         scaling: Figures of engines with other numbers of workers or actors, by a description of the setting.
         collection_sizes: Single runs over collections of other sizes.
+        cached: Figures of whole runs with an input cache that was empty or filled.
+        cache_bytes: Size of the input cache per scan.
         differences: Differences of the features from featray's, by script.
         files: Paths of the written files.
     """
@@ -66,6 +68,8 @@ class BenchmarkReport:
     rounds: int
     scaling: dict[str, VariantMetrics] = field(default_factory=dict)
     collection_sizes: tuple[RunMetrics, ...] = ()
+    cached: tuple[VariantMetrics, ...] = ()
+    cache_bytes: float = 0.0
     differences: dict[str, tuple[FeatureDifference, ...]] = field(default_factory=dict)
     files: tuple[str, ...] = ()
 
@@ -84,6 +88,8 @@ class BenchmarkReport:
         ]
         if any(variant.stages for variant in self.variants):
             parts.append(_format_table(self._make_stage_rows()))
+        if self.cached:
+            parts += [_format_table(self._make_cached_rows()), self._explain_cache()]
         if self.scaling:
             parts.append(_format_table(self._make_scaling_rows()))
         if self.collection_sizes:
@@ -99,6 +105,8 @@ class BenchmarkReport:
         values = dataclasses.asdict(self)
         for variant, entry in zip(self.variants, values["variants"], strict=True):
             entry |= self._derive_figures(variant)
+        for variant, entry in zip(self.cached, values["cached"], strict=True):
+            entry["share_of_model_rate"] = self._compare_with_model(variant)
         for name, variant in self.scaling.items():
             values["scaling"][name] |= self._derive_figures(variant)
         derived = {
@@ -206,6 +214,36 @@ class BenchmarkReport:
                 (variant.name, *cpu, _format_number(other, 3), _format_number(driver, 3), largest, *busy)
             )
         return rows
+
+    def _make_cached_rows(self) -> list[Sequence[str]]:
+        head = ("with the input cache", "scans/s", "of the model alone", "CPU s/scan", "busy cores")
+        variants = [*self.variants, *self.cached]
+        return [
+            head,
+            *(
+                (
+                    variant.name,
+                    _format_spread(variant.rate),
+                    _format_number(self._compare_with_model(variant)),
+                    f"{variant.cpu_s:.3f}",
+                    _format_number(variant.count_busy_cores()),
+                )
+                for variant in variants
+                if variant.stages
+            ),
+        ]
+
+    def _compare_with_model(self, variant: VariantMetrics) -> float | None:
+        """Return the rate of a run divided by that of the model in isolation on all cores."""
+        return None if variant.rate is None else variant.rate.median / self.isolated.model_rate
+
+    def _explain_cache(self) -> str:
+        stored, raw = self.cache_bytes, self.isolated.bytes_input
+        return (
+            f"of the model alone: scans/s divided by {self.isolated.model_rate:.2f} scans/s, the model in "
+            "isolation on all cores\n"
+            f"the cache holds {stored / _MB:.2f} MB per scan; its model inputs are {raw / _MB:.2f} MB"
+        )
 
     def _make_scaling_rows(self) -> list[Sequence[str]]:
         head = ("scaling", "scans/s", "efficiency", "CPU efficiency", "CPU s/scan", "busy cores")

@@ -47,6 +47,8 @@ REPEATS = 2
 """Number of times that each stage is called for each scan in one measurement. It is small because the stages
 are measured before each run: the speed of a shared machine changes within minutes."""
 
+_UNLIMITED_GB = 10_000
+"""Size of the input cache that no benchmark reaches."""
 _PACKAGES = ("featray", "tensorflow", "keras", "ray", "numpy", "deflate")
 _FINISHED = (ExitCode.OK, ExitCode.TOO_MANY_FAILED)
 
@@ -106,6 +108,7 @@ class _BenchmarkRunner:
         isolated: Figures of the stages in isolation, one document for each measurement.
         expected: Features that featray wrote, to compare scripts with.
         differences: Differences of the features from featray's, by script.
+        cache_bytes: Size of the input cache per scan; 0 if it is not measured.
     """
 
     sample: Sample
@@ -118,6 +121,7 @@ class _BenchmarkRunner:
     isolated: list[dict[str, Any]] = field(default_factory=list)
     expected: scripts.FeaturesByLayer = field(default_factory=dict)
     differences: dict[str, tuple[FeatureDifference, ...]] = field(default_factory=dict)
+    cache_bytes: float = 0.0
 
     @classmethod
     def create(
@@ -139,7 +143,11 @@ class _BenchmarkRunner:
                 for threads in (DEFAULT_THREADS, ModelThreads.for_whole_machine())
             ]
             runs += list(self._measure_round())
-        names = dict.fromkeys(run.variant for run in runs)
+        variants = {
+            name: combine_runs([run for run in runs if run.variant == name])
+            for name in dict.fromkeys(run.variant for run in runs)
+        }
+        cached = {name for engine in self.settings.engines for name in _name_cached_runs(engine)}
         return BenchmarkReport(
             machine=_describe_host(),
             scans={
@@ -151,7 +159,9 @@ class _BenchmarkRunner:
             },
             listing_s=self.sample.listing_s,
             isolated=combine_isolated_stages(self.isolated, model_rounds),
-            variants=tuple(combine_runs([run for run in runs if run.variant == name]) for name in names),
+            variants=tuple(variant for name, variant in variants.items() if name not in cached),
+            cached=tuple(variant for name, variant in variants.items() if name in cached),
+            cache_bytes=self.cache_bytes,
             cores=count_usable_cores(),
             rounds=self.settings.rounds,
             scaling=dict(self._measure_scaling()),
@@ -168,9 +178,23 @@ class _BenchmarkRunner:
                 self.expected = scripts.read_features(self.folder / "out", self._layers)
             self._measure_stages()
             yield self._run_engine(engine, self.large)
+            if self.settings.cache:
+                yield from self._run_with_cache(engine)
         for name, script in self.settings.compare.items():
             yield self._run_script(name, script, self.small)
             yield self._run_script(name, script, self.large)
+
+    def _run_with_cache(self, engine: str) -> Iterator[RunMetrics]:
+        """Yield the smaller and the larger run of an engine with an empty cache, then with a filled one."""
+        folder = self.folder / "cache"
+        sections = {"cache": {"uri": str(folder), "max_gb": _UNLIMITED_GB}}
+        for count in (self.small, self.large):
+            shutil.rmtree(folder, ignore_errors=True)
+            for name in _name_cached_runs(engine):
+                yield replace(self._run_engine(engine, count, sections), variant=name)
+            files = [path for path in folder.rglob("*") if path.is_file()]
+            self.cache_bytes = sum(path.stat().st_size for path in files) / count
+        shutil.rmtree(folder)
 
     def _measure_scaling(self) -> Iterator[tuple[str, VariantMetrics]]:
         """Yield the figures of engines with other numbers of workers and actors, by a description."""
@@ -184,7 +208,7 @@ class _BenchmarkRunner:
         ]
         for name, engine, run_section in variants:
             runs = [
-                self._run_engine(engine, count, run_section)
+                self._run_engine(engine, count, {"run": run_section})
                 for _ in range(self.settings.rounds)
                 for count in (self.small, self.large)
             ]
@@ -223,18 +247,20 @@ class _BenchmarkRunner:
         return figures
 
     def _run_engine(
-        self, engine: str, count: int, run_section: Mapping[str, Any] | None = None
+        self, engine: str, count: int, sections: Mapping[str, Mapping[str, Any]] | None = None
     ) -> RunMetrics:
-        """Run an engine over `count` scans, with changes to the section `run` of the config."""
-        changes = f" {json.dumps(run_section)}" if run_section else ""
+        """Run an engine over `count` scans, with changes to sections of the config."""
+        sections = sections or {}
+        changes = f" {json.dumps(sections)}" if sections else ""
         self._print(f"engine {engine}, {count} scans{changes}")
         out, recordings = self.folder / "out", self.folder / "recordings"
         for place in (out, recordings):
             shutil.rmtree(place, ignore_errors=True)
         recordings.mkdir()
-        run = _merge_sections(self.config["run"], {"engine": engine, **(run_section or {})})
+        config = {name: _merge_section(self.config[name], changes) for name, changes in sections.items()}
+        config["run"] = {**config.get("run", self.config["run"]), "engine": engine}
         document = {
-            "config": {**self.config, "run": run},
+            "config": {**self.config, **config},
             "scans": [scan.to_json() for scan in self.sample.take(count)],
             "recordings": str(recordings),
         }
@@ -271,7 +297,11 @@ def _make_measured_config(config: Config, out: Path) -> dict[str, Any]:
     return values
 
 
-def _merge_sections(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+def _name_cached_runs(engine: str) -> tuple[str, str]:
+    return f"{engine}, cache empty", f"{engine}, cache filled"
+
+
+def _merge_section(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with the changes; a dict among the changes is merged into the one it changes."""
     nested = {key: {**values[key], **value} for key, value in changes.items() if isinstance(value, dict)}
     return {**values, **changes, **nested}

@@ -53,9 +53,14 @@ class Sample:
     made: bool
 
     def take(self, count: int) -> list[Scan]:
-        """Return `count` scans, repeating the distinct scans; each repetition gets a new scan id."""
+        """Return `count` scans, repeating the distinct scans.
+
+        Each repetition gets a new scan id and a new content, so that an input cache holds each of them.
+        """
         repeated = (
-            replace(scan, scan_id=f"{scan.scan_id}#{number}") if number else scan
+            replace(scan, scan_id=f"{scan.scan_id}#{number}", content=f"{scan.content}#{number}")
+            if number
+            else scan
             for number in itertools.count()
             for scan in self.scans
         )

@@ -32,6 +32,7 @@ class BenchmarkSettings:
         workers: Numbers of decode workers to try with engine inline.
         actors: Numbers of actors to try with engine ray.
         collection_sizes: Numbers of scans to run once each with every engine.
+        cache: Whether to run every engine with the input cache as well: once empty, then filled.
         keep: Folder that keeps the phantoms for the next benchmark; None makes and deletes them.
 
     Raises:
@@ -48,6 +49,7 @@ class BenchmarkSettings:
     workers: tuple[int, ...] = ()
     actors: tuple[int, ...] = ()
     collection_sizes: tuple[int, ...] = ()
+    cache: bool = False
     keep: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:

@@ -302,6 +302,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
         workers=_parse_counts(args.workers),
         actors=_parse_counts(args.actors),
         collection_sizes=_parse_counts(args.collection_sizes),
+        cache=args.cache,
         keep=args.keep,
     )
     result = benchmark(args.config, args.set, settings=settings, directory=args.out, show=not args.quiet)

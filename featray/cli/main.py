@@ -370,6 +370,11 @@ def _add_benchmark_options(command: argparse.ArgumentParser) -> None:
         help="numbers of scans to run once each with every engine (default: none)",
     )
     command.add_argument(
+        "--cache",
+        action="store_true",
+        help="also run every engine with an empty input cache, and then with a filled one",
+    )
+    command.add_argument(
         "--keep",
         type=_parse_path,
         metavar="DIR",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -317,6 +318,9 @@ def test_phantoms_are_not_made_for_arrays(tmp_path: Path, config_of: Any) -> Non
         sample_phantoms(config, 2, tmp_path)
 
 
+CACHE = "with another section"
+
+
 @pytest.mark.slow
 def test_a_small_benchmark_measures_every_stage_one_engine_and_one_script(
     config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -331,18 +335,20 @@ def test_a_small_benchmark_measures_every_stage_one_engine_and_one_script(
     report = benchmark(
         config,
         settings=BenchmarkSettings(
-            rounds=1, small=2, large=12, engines=("inline",), compare={"zeros": script}
+            rounds=1, small=2, large=12, engines=("inline",), compare={"zeros": script}, cache=True
         ),
         directory=out,
         show=True,
     )
     assert not Path(config["output"]["uri"]).exists()
     progress = [line.removeprefix("featray: ") for line in capsys.readouterr().err.splitlines()]
+    progress = [re.sub(r"\{.*\}", CACHE, line) for line in progress]
     assert progress[1:] == [
         "stages in isolation",
         "engine inline, 2 scans",
         "stages in isolation",
         "engine inline, 12 scans",
+        *(line for count in (2, 12) for line in [f"engine inline, {count} scans {CACHE}"] * 2),
         "zeros, 2 scans",
         "zeros, 12 scans",
     ]
@@ -355,6 +361,13 @@ def test_a_small_benchmark_measures_every_stage_one_engine_and_one_script(
     assert inline["first_opened_s"] > 0
     assert {"tree", "driver", "largest decoder"} <= set(inline["peak_bytes"])
     assert values["ideal_rate"] > 0
+    assert [variant["name"] for variant in values["cached"]] == [
+        "inline, cache empty",
+        "inline, cache filled",
+    ]
+    assert all({"rate", "share_of_model_rate"} <= variant.keys() for variant in values["cached"])
+    assert 0 < values["cache_bytes"] < 2 * values["alone"]["bytes_input"]
+    assert "the cache holds" in report.text()
     # The script writes zeros, so the relative difference is 1.
     assert [difference["relative"] for difference in values["differences"]["zeros"]] == [1.0] * 4
     ET.parse(out / "benchmark.svg")

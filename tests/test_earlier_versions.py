@@ -44,16 +44,27 @@ MORE_LAYERS = (
 LAYERS = ("encoder.z_mean", "encoder.z", "conv2")
 
 
-@pytest.fixture(params=["0.1.0"])
-def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def copy_kept(version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a copy of a kept folder, with the modification times that the earlier version saw."""
     folder = tmp_path / "project"
-    shutil.copytree(KEPT / request.param, folder)
+    shutil.copytree(KEPT / version, folder)
     for path in folder.rglob("*"):
         if path.is_file():
             os.utime(path, (MODIFIED_S, MODIFIED_S))
     monkeypatch.chdir(folder)  # the config names its files relative to its folder
     return folder
+
+
+@pytest.fixture(params=["0.1.0"])
+def project(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of a folder whose output has all scans of its config."""
+    return copy_kept(request.param, tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def killed_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a copy of the folder whose output has scans of a run and of a refresh that was killed."""
+    return copy_kept("0.1.0-f131d91", tmp_path, monkeypatch)
 
 
 def stored_run(project: Path) -> dict[str, Any]:
@@ -333,3 +344,41 @@ def test_after_one_listing_the_headers_of_unchanged_dicom_files_are_not_read_aga
     (project / "out" / "runs" / "listing.parquet").unlink()
     summary = featray.refresh("config.yaml")
     assert summary.reasons["unreadable"] == 10  # each of the ten files, now that their headers are read
+
+
+@pytest.mark.slow
+def test_scans_of_two_runs_get_the_recipes_of_their_layers_and_only_missing_layers_are_extracted(
+    killed_project: Path,
+) -> None:
+    earlier = read_plain(killed_project / "out/features")
+    summary = featray.extract("config.yaml")
+    assert (summary.found, summary.ok, summary.excluded, summary.done) == (4, 3, 1, 2)
+    assert summary.layer_recipes.keys() == {"encoder.z_mean", "conv2_grid"}
+    rows = scan_rows(killed_project / "out")
+    assert rows.pop("dicom/phantom_003").items() >= {"layers": [], "failed_layers": []}.items()
+    assert [dict(row["layers"]) for row in rows.values()] == [summary.layer_recipes] * 3
+    assert [(row["recipe"], row["patches"]) for row in rows.values()] == [(summary.recipe, 2)] * 3
+    assert read_cells(killed_project / "out") == dict.fromkeys(rows, summary.layer_recipes)
+    after = read_plain(killed_project / "out/features")
+    is_new = pads.field("run_id") == summary.run_id
+    assert after.filter(~is_new).drop(["recipe"]).equals(earlier.drop(["recipe"]))
+    new = after.filter(is_new).select(["layer", "scan_id", "patch"]).to_pylist()
+    added = itertools.product(
+        ["conv2_grid"], ["nifti/phantom_001.nii.gz", "nifti/phantom_002.nii.gz"], [0, 1]
+    )
+    assert [tuple(row.values()) for row in new] == list(added)
+    assert featray.verify("out").findings == ()
+    assert featray.extract("config.yaml").run_id == ""
+
+
+@pytest.mark.slow
+def test_a_new_extraction_of_patches_and_grids_gives_the_stored_values_and_recipes(
+    killed_project: Path,
+) -> None:
+    featray.extract("config.yaml")
+    featray.extract("config.yaml", ["output.uri=new"])
+    for layer in ("encoder.z_mean", "conv2_grid"):
+        old_ids, old_recipes, old_values = layer_values(killed_project / "out", layer)
+        new_ids, new_recipes, new_values = layer_values(killed_project / "new", layer)
+        assert (new_ids, new_recipes) == (old_ids, old_recipes)
+        np.testing.assert_allclose(new_values, old_values, rtol=1e-5, atol=1e-7, err_msg=layer)

@@ -15,7 +15,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from featray.config import Config
+from featray.config import Config, PreprocessConfig
 
 NUMERICS = 1
 """Version of featray's numeric behavior; raise it when the same input gives other values."""
@@ -51,9 +51,17 @@ def make_recipe(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
             **config.source.model_dump(include={"rows", "volume"}),
             **config.policy.model_dump(include={"gantry_tilt", "irregular_spacing", "oblique"}),
         },
-        "preprocess": config.preprocess.model_dump(mode="json"),
+        "preprocess": _describe_preprocessing(config.preprocess),
         "model": dict(model),
     }
+
+
+def _describe_preprocessing(preprocess: PreprocessConfig) -> dict[str, Any]:
+    """Return the keys of the section, and what featray 0.1.0 computed differently with these keys."""
+    # It placed the centers of a manifest as if `area` kept the corners.
+    is_corrected = preprocess.fit == "crop_pad" and preprocess.interpolation == "area"
+    corrections = {"corrections": ["area_centers"]} if is_corrected and preprocess.align_corners else {}
+    return {**preprocess.model_dump(mode="json"), **corrections}
 
 
 def recipe_id(recipe: Mapping[str, Any]) -> str:

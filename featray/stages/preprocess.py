@@ -187,8 +187,9 @@ def _resampled_index(
         raise _make_error(
             "the center point of the manifest lies outside of the scan; check source.center_frame"
         )
+    keeps_corners = config.align_corners and config.interpolation != "area"  # a mean has no corners
     return [
-        at * (m - 1) / max(n - 1, 1) if config.align_corners else (at + 0.5) * m / n - 0.5
+        at * (m - 1) / max(n - 1, 1) if keeps_corners else (at + 0.5) * m / n - 0.5
         for at, n, m in zip(index, shape, resampled, strict=True)
     ]
 

@@ -244,6 +244,22 @@ def test_the_input_has_the_configured_orientation() -> None:
     assert compute_values(make_row(1, 2, 3), make_raw_config(orientation="RPS")) == [3, 2, 1]
 
 
+def test_with_area_the_corners_do_not_move_the_center_of_a_crop() -> None:
+    # The voxel of 0 to 10 mm becomes four; its middle at 5 mm (index 0) lies between the second and the third.
+    row = make_volume([[[10, 20, 30]]], spacing_zyx=(1, 1, 10))
+    for align_corners in (False, True):
+        config = make_raw_config(
+            spacing=(1, 1, 2.5),
+            size=(1, 1, 2),
+            fit="crop_pad",
+            interpolation="area",
+            align_corners=align_corners,
+        )
+        tensor = preprocess(row, config, center_lps=(0.0, 0.0, 0.0)).tensor
+        whole = preprocess(row, config.model_copy(update={"size": None})).tensor
+        assert tensor.ravel().tolist() == whole.ravel().tolist()[1:3]
+
+
 LESION_XYZ_MM = (82.0, -33.0, 41.0)
 OUTSIDE_XYZ_MM = (1000.0, 1000.0, 1000.0)
 

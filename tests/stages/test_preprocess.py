@@ -245,7 +245,7 @@ def test_the_input_has_the_configured_orientation() -> None:
 
 
 def test_with_area_the_corners_do_not_move_the_center_of_a_crop() -> None:
-    # The voxel of 0 to 10 mm becomes four; its middle at 5 mm (index 0) lies between the second and the third.
+    # The first voxel becomes four. Its middle at 0 mm lies between the second and the third of these.
     row = make_volume([[[10, 20, 30]]], spacing_zyx=(1, 1, 10))
     for align_corners in (False, True):
         config = make_raw_config(

@@ -154,8 +154,10 @@ def _process(engine: Engine, plan: Plan, job: Job, committer: Committer, progres
 
 def _extract_scans(engine: Engine, scans: Sequence[Scan], job: Job, queue: _CommitQueue) -> None:
     """Put the receipts of all scans into the queue; first those of scans that listing excluded or failed."""
-    settled = [scan for scan in scans if scan.reason is not None]
-    readable = [scan for scan in scans if scan.reason is None]
+    settled: list[Scan] = []
+    readable: list[Scan] = []
+    for scan in scans:  # one pass, because each access builds the scan, and there may be a million
+        (settled if scan.reason else readable).append(scan)
     outage = SourceOutageDetector(readable, Decoder.from_config(job.config).reader)
     with queue:
         if settled:

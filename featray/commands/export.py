@@ -64,8 +64,8 @@ class ExportResult:
         output: Output that was exported, without credentials.
         version: Version of the output, as `--version` takes it.
         versions: Version of each table.
-        recipes: Layer → recipe id → number of scans; a layer has more than one recipe while a refresh is
-            incomplete.
+        recipes: Layer of the export → recipe id → number of scans; a layer has more than one recipe while a
+            refresh is incomplete.
         scans: Number of scans by status.
         layers: Rows, files and bytes of each layer.
         files: Path below the folder → bytes.
@@ -294,14 +294,16 @@ class _Export:
     def _describe(self, sizes: Mapping[str, int], copied: int, seconds: float) -> ExportResult:
         rows = self.snapshot.read_scans((*LEDGER_COLUMNS, "layers", "failed_layers"))
         features = (file for path, file in self.files.items() if path.startswith(f"{FEATURES}/"))
+        layers = sum_by_layer(features)
+        recipes = read_stored_cells(self.snapshot, rows).count_recipes()
         return ExportResult(
             directory=mask_url(self.target.uri),
             output=mask_url(self.snapshot.store.uri),
             version=self.snapshot.version,
             versions=self.snapshot.versions,
-            recipes=read_stored_cells(self.snapshot, rows).count_recipes(),
+            recipes={layer.layer: recipes.get(layer.layer, {}) for layer in layers},
             scans=dict(Counter(rows["status"].to_pylist()).most_common()),
-            layers=sum_by_layer(features),
+            layers=layers,
             files=dict(sorted(sizes.items())),
             copied=copied,
             seconds=seconds,

@@ -10,17 +10,18 @@ import functools
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import psutil
 
 from featray.checks import check
-from featray.collection.listing import sample_by_size
+from featray.collection.listing import Listing, sample_by_size
 from featray.config import ConfigInput
 from featray.engines.base import Decoding, Stages
 from featray.engines.prefetch import parallel_map
 from featray.hardware import ModelThreads, count_usable_cores
 from featray.job import Job, RunScope, make_decoding, make_engine
+from featray.model import OutputLayer
 from featray.model.runtime import list_gpu_names
 from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
@@ -42,16 +43,21 @@ _MAX_CANDIDATES = 5000
 class Estimate:
     """Expected time, memory and output size of a run, extrapolated from a sample of its scans.
 
+    Only the due layers of each scan count.
+
     Attributes:
+        command: Command that is estimated: `refresh` if `extract` would refuse or has nothing to do.
         sampled: Number of scans in the sample; 0 if there was no scan to sample, and then no estimate.
         decode_s: Seconds to read, decode and preprocess a scan of average size.
-        infer_s: Seconds of the model for one scan, called as the engine calls it in one process.
+        infer_s: Seconds of the model for the due layers of one scan, called as the engine calls it in one
+            process.
         scans_per_s: Scans per second on this machine alone, without start-up.
         seconds: Time for all scans to process.
-        output_bytes: Size of the values of all layers, before compression.
+        output_bytes: Size of the values to compute, before compression.
         memory_bytes: Memory of this process after the sample; each worker process needs about as much.
     """
 
+    command: str = "extract"
     sampled: int = 0
     decode_s: float = 0.0
     infer_s: float = 0.0
@@ -77,6 +83,7 @@ class PlanResult:
         todo: Number of scans that `extract` would process. It refuses if `other_recipe` is not 0.
         refresh_todo: Number of scans that `refresh` would process.
         other_recipe: Number of scans with cells of another recipe.
+        can_keep_both: Whether one output can hold these cells and those of this config under other names.
         unreachable: Number of stored scans that the listing could not reach; their rows are kept.
         recipe: Recipe id of reading and preprocessing of this config.
         engine: Engine that `extract` would use.
@@ -90,7 +97,7 @@ class PlanResult:
             all layers of the config.
         renamed_layers: Stored layer → its name in the config, for layers whose name alone has changed.
         ignored: Number of files that are no scans by suffix.
-        estimate: Estimate of `extract`, or of `refresh` if `extract` has nothing to do.
+        estimate: Estimate of the next run.
         scans: scan_id, state and why of every scan; empty unless requested.
     """
 
@@ -105,6 +112,7 @@ class PlanResult:
     todo: int
     refresh_todo: int
     other_recipe: int
+    can_keep_both: bool
     unreachable: int
     recipe: str
     engine: str
@@ -125,9 +133,6 @@ class PlanResult:
         lines = [f"found {self.found} scans: {states}"]
         if self.unreachable:
             lines.append(f"{self.unreachable} stored scans cannot be reached now; their features are kept")
-        lines += [
-            f"rename layer {old} to {new}, without computing" for old, new in self.renamed_layers.items()
-        ]
         if self.cleared_failures:
             lines.append(describe_cleared_failures(self.cleared_failures))
         if self.other_layers:
@@ -137,6 +142,9 @@ class PlanResult:
             return "\n".join([*lines, "nothing to do"])
         if self.work:
             lines.append(f"to compute: {self.work}")
+        if self.renamed_layers:
+            names = ", ".join(f"{old} to {new}" for old, new in self.renamed_layers.items())
+            lines.append(f"to rename, without computing: layer {names}")
         lines += [self._describe_extract(), self._describe_refresh()]
         run = f"{len(self.layers)} layers, engine {self.engine}"
         lines.append(f"{run}; `--why ID` explains the state of one scan")
@@ -145,8 +153,10 @@ class PlanResult:
     def _describe_extract(self) -> str:
         if self.other_recipe:
             problem = f"{self.other_recipe} scans have features of another recipe"
-            return f"extract: refuses, because {problem}; use `featray refresh`"
-        return f"extract: would process {self.todo} scans" if self.todo else "extract: nothing to do"
+            names = "; to keep both, give the layers of this config other names" if self.can_keep_both else ""
+            return f"extract: refuses, because {problem}, which `featray refresh` replaces{names}"
+        has_work = self.todo or self.renamed_layers or self.cleared_failures
+        return f"extract: would process {self.todo} scans" if has_work else "extract: nothing to do"
 
     def _describe_refresh(self) -> str:
         return f"refresh: would process {self.refresh_todo} scans and remove {self.removed}"
@@ -157,7 +167,8 @@ class PlanResult:
             return []
         duration, size = _format_duration(estimate.seconds), _format_size(estimate.output_bytes)
         return [
-            f"estimate from {estimate.sampled} scans: {estimate.scans_per_s:.2f} scans/s, {duration}, "
+            f"estimate of {estimate.command} from {estimate.sampled} scans: "
+            f"{estimate.scans_per_s:.2f} scans/s, {duration}, "
             f"{size} of values, {estimate.memory_bytes / 1e9:.1f} GB of memory per process"
         ]
 
@@ -179,16 +190,13 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
     job = Job.prepare(checked, engine)
     stored = dataset.find_snapshot()
     extract_plan = job.make_plan(listing, stored, RunScope())
-    has_only_refresh_work = bool(not extract_plan.todo and extract_plan.refresh_todo)
-    estimated_plan = (
-        job.make_plan(listing, stored, RunScope(refresh=True)) if has_only_refresh_work else extract_plan
-    )
     return PlanResult(
         found=len(listing.scans),
         **extract_plan.counts,
         todo=len(extract_plan.todo),
         refresh_todo=extract_plan.refresh_todo,
         other_recipe=extract_plan.other_recipe,
+        can_keep_both=extract_plan.can_keep_both,
         unreachable=extract_plan.unreachable,
         recipe=job.run.recipe_id,
         engine=engine.name,
@@ -200,7 +208,7 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
         renamed_layers=dict(extract_plan.renames),
         cleared_failures=len(extract_plan.cleared_failures),
         ignored=listing.ignored,
-        estimate=_estimate_run(job, dataset, estimated_plan),
+        estimate=_estimate_next_run(job, dataset, listing, extract_plan),
         scans=list(extract_plan.explain_all()) if explain else (),
     )
 
@@ -233,6 +241,22 @@ def _format_size(size_bytes: int) -> str:
     return f"{size_bytes / 1e3:.1f} kB"
 
 
+def _estimate_next_run(job: Job, dataset: Dataset, listing: Listing, plan: Plan) -> Estimate:
+    """Estimate `extract`, or `refresh` if `extract` refuses or has nothing to do.
+
+    Args:
+        job: The run.
+        dataset: The output.
+        listing: Every scan of the collection.
+        plan: The plan of `extract`.
+    """
+    if plan.refresh_todo and (plan.other_recipe or not plan.todo):
+        refresh = RunScope(refresh=True)
+        refresh_plan = job.make_plan(listing, dataset.find_snapshot(), refresh)
+        return replace(_estimate_run(job, dataset, refresh_plan), command=refresh.command)
+    return _estimate_run(job, dataset, plan)
+
+
 def _estimate_run(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     """Decode a few scans of the plan, run the model on them, and extrapolate to all scans."""
     if not plan.todo:
@@ -250,7 +274,7 @@ def _estimate_run(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     infer_s = _measure_infer_s(stages, usable, decoding.batch_scans, job.threads.calls)
     scans_per_s = _estimate_rate(decode_s, infer_s, job.threads)
     patches = statistics.mean(decoded.record.patches for decoded in usable)
-    values = sum(layer.values for layer in job.extractor.layers)
+    values = _average_values(job.extractor.layers, readable)
     return Estimate(
         sampled=len(usable),
         decode_s=decode_s,
@@ -260,6 +284,17 @@ def _estimate_run(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
         output_bytes=int(4 * values * patches * count),
         memory_bytes=psutil.Process().memory_info().rss,
     )
+
+
+def _average_values(layers: Sequence[OutputLayer], scans: Sequence[Scan]) -> float:
+    """Return the average number of values of the due layers for one model input.
+
+    Args:
+        layers: All layers of the config.
+        scans: Scans to process, or an even selection of them.
+    """
+    values = {layer.name: layer.values for layer in layers}
+    return statistics.mean(sum(values[name] for name in scan.due_layers or values) for scan in scans)
 
 
 def _decode_sample(decoding: Decoding, scans: Sequence[Scan]) -> list[tuple[Scan, Decoded]]:

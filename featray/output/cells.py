@@ -75,13 +75,19 @@ class CellColumn:
         return flags[self.codes] if len(flags) else np.zeros(len(self.codes), bool)
 
     def count_recipes(self) -> dict[str, dict[str, int]]:
-        """Return layer → recipe id → number of rows with this cell, layers sorted by name."""
+        """Return layer → recipe id → number of rows with this cell.
+
+        Layers are sorted by name; the most frequent recipe of a layer comes first.
+        """
         counts: dict[str, dict[str, int]] = {}
         for cells, rows in zip(self.maps, np.bincount(self.codes, minlength=len(self.maps)), strict=True):
             for layer, recipe in (cells or {}).items():
                 by_recipe = counts.setdefault(layer, {})
                 by_recipe[recipe] = by_recipe.get(recipe, 0) + int(rows)
-        return {layer: counts[layer] for layer in sorted(counts)}
+        return {
+            layer: dict(sorted(counts[layer].items(), key=lambda item: (-item[1], item[0])))
+            for layer in sorted(counts)
+        }
 
 
 def _encode_chunk(

@@ -30,16 +30,15 @@ from featray.stages.write import write
 from featray.storage.store import Store
 
 RUN = "20260101T000000000-abcdef"
+LAYERS = ("z_mean", "enc.map")
 ROWS = [("a", 0, [1.0, 2.0]), ("b", 0, [2.0, 3.0]), ("b", 1, [2.0, 3.0]), ("c", 0, [3.0, 4.0])]
 
 
 def compute_layers(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     """Compute two layers in place of a model; the values identify the input."""
     first = batch[:, 0, 0, 0]
-    return {
-        "z_mean": np.stack([first, first + 1], axis=1),
-        "enc.map": np.tile(first[:, None, None], (1, 2, 3)),
-    }
+    values = (np.stack([first, first + 1], axis=1), np.tile(first[:, None, None], (1, 2, 3)))
+    return dict(zip(LAYERS, values, strict=True))
 
 
 def commit_scans(
@@ -50,14 +49,16 @@ def commit_scans(
     keep_days: float = 0,
     partition_by: Sequence[str] = ("layer",),
 ) -> int:
-    """Commit scans (id, value, patches); return the version of the output."""
+    """Commit scans (id, value, patches) with one recipe for both layers; return the version of the output."""
     decoded = []
     for scan_id, value, patches in scans:
-        record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content="c0", recipe=recipe, run_id=RUN)
+        record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content="c0")
         record.columns = {name: f"{name} {scan_id}" for name in extra_columns}
         tensor = np.full((patches, 2, 2, 2), value, np.float32)
         decoded.append(Decoded(record, tensor, np.zeros((patches, 3), np.int32)))
-    receipt = write(extract(compute_layers, decoded, recipe=recipe), dataset, partition_by, recipe, RUN)
+    recipes, extracted = dict.fromkeys(LAYERS, recipe), extract(compute_layers, decoded, recipe=recipe)
+    receipt = write(extracted, dataset, partition_by, recipes, RUN)
+    receipt.set_run("i0", recipes, RUN)
     Committer(dataset, partition_by, extra_columns, run_id=RUN, keep_versions_days=keep_days).commit(
         [receipt]
     )
@@ -124,7 +125,7 @@ def test_the_marker_describes_the_folder(dataset: Dataset, tmp_path: Path) -> No
     marker = json.loads((tmp_path / "plain" / "export.json").read_text())
     snapshot = dataset.open_snapshot()
     assert (marker["version"], marker["versions"]) == (snapshot.version, snapshot.versions)
-    assert marker["recipes"] == {"r0": 3}
+    assert marker["recipes"] == {"enc.map": {"r0": 3}, "z_mean": {"r0": 3}}
     assert marker["scans"] == {"ok": 3}
     layers = {layer["layer"]: (layer["rows"], layer["files"]) for layer in marker["layers"]}
     assert layers == {"enc.map": (4, 2), "z_mean": (4, 2)}
@@ -138,6 +139,8 @@ def test_the_marker_describes_the_folder(dataset: Dataset, tmp_path: Path) -> No
 def test_only_requested_layers_are_exported_with_all_scans(dataset: Dataset, tmp_path: Path) -> None:
     featray.export(dataset, tmp_path / "plain", layers=["enc/map"])
     assert [path.name for path in (tmp_path / "plain/features").iterdir()] == ["layer=enc.map"]
+    marker = json.loads((tmp_path / "plain" / "export.json").read_text())
+    assert marker["recipes"] == {"enc.map": {"r0": 3}}
     assert len(pd.read_parquet(tmp_path / "plain/scans")) == 3
     with pytest.raises(UsageError, match="did you mean 'z_mean'"):
         featray.export(dataset, tmp_path / "other", layers=["z_men"])
@@ -307,8 +310,10 @@ def test_an_output_with_a_damaged_or_missing_file_is_not_exported(dataset: Datas
 def test_two_recipes_in_one_export_are_reported(dataset: Dataset, tmp_path: Path) -> None:
     commit_scans(dataset, ("d", 4, 1), recipe="r1")
     result = featray.export(dataset, tmp_path / "plain")
-    assert result.recipes == {"r0": 3, "r1": 1}
-    assert "2 recipes, which must not be compared: r0 (3 scans), r1 (1 scans)" in result.text()
+    assert result.recipes == {layer: {"r0": 3, "r1": 1} for layer in LAYERS}
+    for layer in LAYERS:
+        recipes = "2 recipes, which must not be compared: r0 (3 scans), r1 (1 scans)"
+        assert f"layer {layer} has values of {recipes}" in result.text()
 
 
 def test_an_export_to_another_kind_of_store_is_complete(

@@ -20,6 +20,7 @@ from featray.config import SourceConfig
 from featray.hardware import ModelThreads
 from featray.job import Job
 from featray.output.dataset import Dataset
+from featray.recipe import RecipeIds
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.list import list_scans
@@ -30,26 +31,28 @@ NAMES = ("a", "b", "c", "d")
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a config with recipe `r` whose four scans are stored as ok with the same recipe."""
+    """Return a config with the layer `z`, with which its four scans are stored."""
 
     def prepare(config: Any, engine: Any) -> Any:
-        """Make a job without loading a model."""
-        job = SimpleNamespace(run=SimpleNamespace(recipe_id="r", layers=("z",)), config=config)
+        """Make a job without loading a model; the layer `NAME=ID` of the config has the recipe ID."""
+        layers = dict(layer.layer.split("=") for layer in config.model.layers)
+        run = SimpleNamespace(recipe_id="r", recipe={}, layers=tuple(layers))
+        job = SimpleNamespace(run=run, recipes=RecipeIds("r", layers, "s"), config=config)
         job.make_plan = lambda *args: Job.make_plan(job, *args)
         return job
 
     monkeypatch.setattr(plan_module.Job, "prepare", prepare)
-    monkeypatch.setattr(plan_module, "_estimate_run", lambda *_: Estimate())
+    monkeypatch.setattr(plan_module, "_estimate_run", lambda *_: Estimate(sampled=1))
     write_manifest(tmp_path, dict.fromkeys(NAMES, "1"))
     records = [
-        replace(ScanRecord.from_scan(scan), recipe="r", run_id="run-1")
+        replace(ScanRecord.from_scan(scan), recipe="r", layers={"z": "z1"}, run_id="run-1")
         for scan in list_scans(SourceConfig(uri=str(tmp_path / "m.csv"))).scans
     ]
     committer = Committer(Dataset(Store(str(tmp_path / "out"))), ("layer",), run_id="run-1")
     committer.commit([Receipt((), tuple(records))])
     sections = {
         "source": {"uri": str(tmp_path / "m.csv")},
-        "model": {"uri": "none.keras", "layers": ["z"]},
+        "model": {"uri": "none.keras", "layers": ["z=z1"]},
         "output": {"uri": str(tmp_path / "out")},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(sections))
@@ -60,6 +63,11 @@ def write_manifest(folder: Path, versions: dict[str, str]) -> None:
     """Write a manifest of the scans with these names and versions."""
     lines = [f"{name}.nii,{version}" for name, version in versions.items()]
     (folder / "m.csv").write_text("\n".join(["uri,version", *lines]))
+
+
+def set_layers(*layers: str) -> tuple[str, str]:
+    """Return the arguments that give the config these layers, `NAME=ID` each."""
+    return "--set", f"model.layers={json.dumps(layers)}"
 
 
 def run_plan(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
@@ -73,8 +81,8 @@ def test_an_unchanged_collection_leaves_nothing_to_do(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = run_plan(capsys, str(config))
-    assert text.startswith("found 4 scans: 0 new, 0 changed, 0 stale, 0 failed, 0 removed, 4 up to date\n")
-    assert "nothing to do" in text
+    states = "0 new, 0 changed, 0 stale, 0 failed, 0 incomplete, 0 removed, 4 up to date"
+    assert text == f"found 4 scans: {states}\nnothing to do\n"
 
 
 def test_a_plan_says_what_extract_and_refresh_would_do(
@@ -82,7 +90,8 @@ def test_a_plan_says_what_extract_and_refresh_would_do(
 ) -> None:
     write_manifest(config.parent, {"a": "1", "b": "2", "new": "1"})
     text = run_plan(capsys, str(config))
-    assert "found 3 scans: 1 new, 1 changed, 0 stale, 0 failed, 2 removed, 1 up to date" in text
+    assert "found 3 scans: 1 new, 1 changed, 0 stale, 0 failed, 0 incomplete, 2 removed, 1 up to date" in text
+    assert "to compute: 1 new scan; 1 changed scan; 1 layer is up to date and stays as it is\n" in text
     assert "extract: would process 1 scans\nrefresh: would process 2 scans and remove 2\n" in text
     plan = json.loads(run_plan(capsys, str(config), "--json").splitlines()[-1])
     assert (plan["todo"], plan["refresh_todo"], plan["removed"]) == (1, 2, 2)
@@ -103,9 +112,78 @@ def test_why_explains_the_state_of_one_scan(config: Path, capsys: pytest.Capture
     explanation = json.loads(run_plan(capsys, str(config), "--why", "a.nii", "--json"))
     assert explanation == {
         "scan_id": "a.nii",
-        "why": "up to date: content and recipe are the same as those stored",
+        "why": "up to date: content and recipes are the same as those stored",
     }
     assert "similar ids: a.nii" in run_plan(capsys, str(config), "--why", "aa.nii", code=2)
+
+
+def test_a_plan_says_which_layers_are_new_and_that_the_others_stay(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = set_layers("z=z1", "y=y1", "x=x1")
+    assert run_plan(capsys, str(config), *layers).splitlines()[1:4] == [
+        "to compute: 2 new layers for 4 scans; 1 layer is up to date and stays as it is",
+        "extract: would process 4 scans",
+        "refresh: would process 4 scans and remove 0",
+    ]
+    plan = json.loads(run_plan(capsys, str(config), *layers, "--json").splitlines()[-1])
+    assert plan["work"] == "2 new layers for 4 scans; 1 layer is up to date and stays as it is"
+    assert plan["cells"] == {
+        "new": 0,
+        "changed": 0,
+        "missing": 8,
+        "stale": 0,
+        "failed": 0,
+        "up_to_date": 4,
+    }
+    assert plan["layer_recipes"] == {"z": "z1", "y": "y1", "x": "x1"}
+    assert (plan["incomplete"], plan["todo"], plan["other_layers"]) == (4, 4, {})
+    why = run_plan(capsys, str(config), *layers, "--why", "a.nii")
+    assert why == "incomplete: content is unchanged; it lacks layers y, x\n"
+
+
+def test_a_plan_names_stored_layers_that_are_not_in_the_config(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = run_plan(capsys, str(config), *set_layers("y=y1"))
+    assert "these layers, so they stay: z (4 scans); `refresh --drop-layers` removes them\n" in text
+    assert "to compute: 1 new layer for 4 scans\n" in text
+    plan = json.loads(run_plan(capsys, str(config), *set_layers("y=y1"), "--json").splitlines()[-1])
+    assert plan["other_layers"] == {"z": 4}
+
+
+def test_a_plan_renames_a_layer_whose_name_alone_has_changed(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_plan(capsys, str(config), *set_layers("zz=z1")).splitlines()[1:4] == [
+        "to rename, without computing: layer z to zz",
+        "extract: would process 0 scans",
+        "refresh: would process 0 scans and remove 0",
+    ]
+    plan = json.loads(run_plan(capsys, str(config), *set_layers("zz=z1"), "--json").splitlines()[-1])
+    assert (plan["renamed_layers"], plan["todo"], plan["other_layers"]) == ({"z": "zz"}, 0, {})
+
+
+def test_a_plan_says_that_extract_refuses_to_mix_recipes(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_manifest(config.parent, dict.fromkeys((*NAMES, "new"), "1"))
+    text = run_plan(capsys, str(config), *set_layers("z=z2", "y=y1"))
+    assert "to compute: 1 new scan; 1 new layer for 4 scans; 1 layer of 4 scans with another recipe\n" in text
+    assert (
+        "extract: refuses, because 4 scans have features of another recipe, which `featray refresh` "
+        "replaces; to keep both, give the layers of this config other names\n"
+    ) in text
+    assert "refresh: would process 5 scans and remove 0\n" in text
+    assert "estimate of refresh from 1 scans: " in text, "extract would refuse, so its time is of no use"
+
+
+def test_the_average_number_of_values_is_that_of_the_due_layers() -> None:
+    layers = [SimpleNamespace(name="z", values=4), SimpleNamespace(name="y", values=10)]
+    scan = make_timed_scan(1, 0.0)[0]
+    due: list[tuple[str, ...]] = [(), ("y",), ("z",), ("z", "y")]
+    scans = [replace(scan, due_layers=names) for names in due]
+    assert plan_module._average_values(layers, scans) == (14 + 10 + 4 + 14) / 4  # type: ignore[arg-type]
 
 
 def test_before_the_first_run_every_scan_is_new(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import featray
 from featray.synthetic.phantom import make_collection
 
+ConfigOf = Callable[..., dict[str, Any]]
 FACTOR = 5.0
 """Allowed factor between estimate and run. An estimate without the slower stage is wrong by ten or more."""
 FEW, MANY = 2, 60
@@ -75,3 +77,15 @@ def test_the_estimate_is_close_to_the_time_of_the_run(
     measure_run(make_config(FEW, "warm-up"))
     seconds = measure_run(make_config(MANY, "run"))
     assert seconds / FACTOR < estimate.seconds < seconds * FACTOR
+
+
+@pytest.mark.slow
+def test_the_estimate_is_for_the_layers_that_the_scans_lack(config_of: ConfigOf) -> None:
+    config = config_of(model={"layers": ["encoder/z_mean"]})
+    featray.extract(config)
+    config["model"]["layers"] = ["encoder/z_mean", "encoder/pre_latent"]
+    result = featray.plan(config)
+    assert result.work == "1 new layer for 12 scans; 1 layer is up to date and stays as it is"
+    assert (result.estimate.command, result.estimate.output_bytes) == ("extract", 4 * 16 * 12)
+    assert featray.extract(config).done == 12
+    assert featray.plan(config).estimate.sampled == 0

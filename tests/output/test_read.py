@@ -26,19 +26,19 @@ from featray.stages.write import write
 from featray.storage.store import Store
 
 RUN = "20260101T000000000-abcdef"
+LAYERS = ("enc.z_mean", "map", "native", "one")
 
 
 def compute_layers(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
     """Replace a model: values show from which input they are, and `native` has the shape of the input."""
     first = batch[:, 0, 0, 0]
     counted = first[:, None, None] + np.arange(6, dtype=np.float32).reshape(2, 3)
-    return {"enc.z_mean": np.stack([first, first + 1], axis=1), "map": counted, "native": batch, "one": first}
+    values = (np.stack([first, first + 1], axis=1), counted, batch, first)
+    return dict(zip(LAYERS, values, strict=True))
 
 
-def make_decoded(scan_id: str, value: float, patches: int = 1, recipe: str = "r0", width: int = 2) -> Decoded:
-    record = ScanRecord(
-        scan_id, f"/data/{scan_id}", "nifti", content="c0", recipe=recipe, run_id=RUN, warnings=["oblique"]
-    )
+def make_decoded(scan_id: str, value: float, patches: int = 1, width: int = 2) -> Decoded:
+    record = ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content="c0", warnings=["oblique"])
     record.shape, record.columns = [9, 9, width], {"site": f"site of {scan_id}"}
     return Decoded(
         record, np.full((patches, 2, 2, width), value, np.float32), np.zeros((patches, 3), np.int32)
@@ -61,10 +61,10 @@ class Output:
         self.uri, self._keep_versions_days = uri, keep_versions_days
 
     def add(self, *scans: Decoded, recipe: str = "r0", partition_by: Sequence[str] = ("layer",)) -> int:
-        """Commit scans and return the version of the output."""
-        receipt = write(
-            extract(compute_layers, scans, recipe=recipe), self.dataset, partition_by, recipe, RUN
-        )
+        """Commit scans with one recipe for every layer, and return the version of the output."""
+        recipes, extracted = dict.fromkeys(LAYERS, recipe), extract(compute_layers, scans, recipe=recipe)
+        receipt = write(extracted, self.dataset, partition_by, recipes, RUN)
+        receipt.set_run("i0", recipes, RUN)
         return self.commit(receipt, partition_by)
 
     def commit(self, receipt: Receipt, partition_by: Sequence[str] = ("layer",)) -> int:
@@ -251,7 +251,7 @@ def test_values_of_different_shapes_are_a_list_of_arrays(output: Output) -> None
 
 
 def test_two_recipes_are_an_error_until_one_is_chosen(output: Output) -> None:
-    output.add(make_decoded("d", 4, recipe="r1"), recipe="r1")
+    output.add(make_decoded("d", 4), recipe="r1")
     with pytest.raises(UsageError, match=r"2 recipes.*r0 \(3 scans\), r1 \(1 scans\).*recipe="):
         featray.read(output.uri, "map")
     assert featray.read(output.uri, "map", recipe="r1").scan_ids.tolist() == ["d"]
@@ -439,7 +439,7 @@ def test_ray_gives_each_value_its_own_shape_if_shapes_differ(output: Output) -> 
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")
 def test_read_ray_raises_the_errors_of_read_before_it_reads_values(output: Output) -> None:
-    output.add(make_decoded("d", 4, recipe="r1"), recipe="r1")
+    output.add(make_decoded("d", 4), recipe="r1")
     with pytest.raises(UsageError, match=r"2 recipes.*r0 \(3 scans\), r1 \(1 scans\)"):
         featray.read_ray(output.uri, "one")
     with pytest.raises(UsageError, match="did you mean 'one'"):

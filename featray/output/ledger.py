@@ -97,10 +97,9 @@ def read_stored_cells(snapshot: Snapshot, rows: pa.Table | None = None) -> CellC
     """
     if rows is None:
         rows = snapshot.read_scans((*LEDGER_COLUMNS, "layers", "failed_layers"))
-    layers = list_layers(snapshot)
+    translation = translate_recipes(snapshot, rows, {})
     as_stored = {
-        name: RecipeIds(name, dict.fromkeys(layers, name), "")
-        for name in pc.unique(rows["recipe"]).to_pylist()
+        name: RecipeIds(name, dict.fromkeys(ids.layers, name), "") for name, ids in translation.items()
     }
     return Ledger.from_rows(rows, as_stored).cells
 

@@ -289,6 +289,12 @@ def test_verify_finds_everything_in_order(project: Path) -> None:
     assert verification.rows == dict.fromkeys(LAYERS, 5)
 
 
+def test_verify_finds_the_scans_of_a_layer_that_has_lost_its_files(project: Path) -> None:
+    shutil.rmtree(project / "out" / "features" / "layer=conv2")
+    (finding,) = featray.verify("out").findings
+    assert (finding.kind, finding.layer, finding.scans) == ("missing_file", "conv2", 5)
+
+
 @pytest.mark.slow
 def test_refresh_replaces_the_one_scan_whose_file_has_changed(project: Path) -> None:
     featray.extract("config.yaml")

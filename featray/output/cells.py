@@ -60,6 +60,11 @@ class CellColumn:
         """Return some rows, selected by number or by a mask."""
         return CellColumn(self.codes[rows], self.maps)
 
+    def find_rows(self, condition: Callable[[CellMap | None], bool]) -> NDArray[np.bool_]:
+        """Return for each row whether its map fulfills a condition."""
+        fulfills = np.array([*(condition(cells) for cells in self.maps), False], bool)
+        return fulfills[self.codes]
+
     def decode(self) -> pa.Array:
         """Return the column as Arrow maps, sorted by layer."""
         items = [None if cells is None else sorted(cells.items()) for cells in self.maps]

@@ -70,7 +70,10 @@ class ScanRows:
         self.__dict__.pop("_stored", None)
 
     def change_cells(self, change: Callable[[CellMap], CellMap]) -> FileChange:
-        """Write the files again with changed maps of cells, those that are there and those that failed."""
+        """Write the files again with changed maps of cells, those that are there and those that failed.
+
+        A row that loses its last cell has no patches any more.
+        """
 
         def change_rows(_: DataFile, rows: pa.Table) -> pa.Table:
             changed = rows
@@ -79,7 +82,7 @@ class ScanRows:
                 new = column.map(lambda cells: change(cells or {}))
                 if new.maps != column.maps:
                     changed = changed.set_column(rows.column_names.index(name), name, new.decode())
-            return changed
+            return rows if changed is rows else _clear_patches(changed)
 
         return self._files.change_rows(SCANS, self._open_snapshot().files(SCANS), change_rows)
 
@@ -168,3 +171,10 @@ class ScanRows:
         table = pa.concat_tables(tables, promote_options="default").select(schema.names).sort_by("scan_id")
         written = self._dataset.write_file(SCANS, {}, table, self._run_id)
         return FileChange((written, *removal.add), (*removal.remove, *merged))
+
+
+def _clear_patches(rows: pa.Table) -> pa.Table:
+    """Return rows of `scans` without patches where there are no cells."""
+    has_cells = CellColumn.encode(rows["layers"]).find_rows(bool)
+    patches = pc.if_else(pa.array(has_cells), rows["patches"], pa.scalar(0, pa.int32()))
+    return rows.set_column(rows.column_names.index("patches"), "patches", patches)

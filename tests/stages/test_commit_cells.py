@@ -377,6 +377,18 @@ def test_a_dropped_layer_is_in_neither_table_and_the_other_files_stay(dataset: D
     assert_consistent(dataset)
 
 
+def test_a_scan_that_loses_its_last_layer_has_no_patches(dataset: Dataset) -> None:
+    committer = commit_three(dataset)
+    committer.commit([make_failed_receipt("a", due_layers=["late"], recipes=WITH_LATE)])
+    committer.drop_layers(["map"])
+    assert [read_row(dataset, scan_id)["patches"] > 0 for scan_id in "abc"] == [True, True, True]
+    committer.drop_layers(["z_mean"])
+    for scan_id, status in (("a", "failed"), ("b", "ok"), ("c", "ok")):
+        row = read_row(dataset, scan_id)
+        assert (row["status"], row["patches"], list(row["layers"])) == (status, 0, [])
+    assert_consistent(dataset)
+
+
 # Kills
 
 CHANGES: dict[str, Callable[[Committer, Dataset], None]] = {

@@ -6,7 +6,7 @@ The arrays of a million scans take about 100 MB. Row numbers follow the sorted i
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from featray.commands.verify.data_file import (
 )
 from featray.commands.verify.findings import Fault, FindingKind
 from featray.errors import Reason, WarningCode
-from featray.output.cells import CellColumn, CellMap
+from featray.output.cells import CellColumn
 from featray.output.dataset import SCANS
 from featray.output.ledger import find_earlier_rows
 from featray.schema import SCAN_COLUMNS, DataFile
@@ -191,7 +191,7 @@ def join_files(
         counts=counts,
         is_ok=is_ok,
         cells=cells,
-        patches=np.where(_has_cells(cells) | is_ok & find_earlier_rows(cells), np.maximum(patches, 0), 0),
+        patches=np.where(cells.find_rows(bool) | is_ok & find_earlier_rows(cells), np.maximum(patches, 0), 0),
         recipe=EncodedColumn.encode(rows["recipe"]),
         run=EncodedColumn.encode(rows["run_id"]),
         partitions={name: EncodedColumn.encode(rows[name]) for name in partition_columns},
@@ -278,26 +278,22 @@ def _check_codes(rows: pa.Table) -> list[Fault]:
 
 
 def _check_states(rows: pa.Table, cells: CellColumn) -> list[Fault]:
-    """Check that ok rows have patches and no reason, and that other rows have a reason.
+    """Check that ok rows have no reason, that other rows have one, and that rows with cells have patches.
 
-    Rows that are not ok have patches if they have cells: a scan that fails when a layer is added keeps its
-    other cells.
+    A scan that fails when a layer is added keeps its other cells. A scan whose last layer was dropped has
+    neither cells nor patches, whatever its status, until a run computes another layer.
     """
-    status, patches, has_cells = rows["status"], rows["patches"], pa.array(_has_cells(cells))
+    status, patches = rows["status"], rows["patches"]
     is_ok = pc.fill_null(pc.equal(status, "ok"), fill_value=False)
     is_not_ok = pc.is_in(status, pa.array(["failed", "excluded"]))
     has_value = [rows[name].is_valid() for name in ("reason", "stage", "message")]
     has_any = pc.or_(pc.or_(*has_value[:2]), has_value[2])
     has_all = pc.and_(pc.and_(*has_value[:2]), has_value[2])
+    has_cells = pa.array(cells.find_rows(bool) | find_earlier_rows(cells) & np.asarray(is_ok, bool))
     checks = (
-        (is_ok, pc.less(patches, 1), "an ok row without patches"),
+        (has_cells, pc.less(patches, 1), "a row with layers but without patches"),
+        (pc.invert(has_cells), pc.not_equal(patches, 0), "a row with patches but without layers"),
         (is_ok, has_any, "an ok row with a reason, a stage or a message"),
-        (is_not_ok, pc.and_(pc.less(patches, 1), has_cells), "a row that lists layers but no patches"),
-        (
-            is_not_ok,
-            pc.and_(pc.not_equal(patches, 0), pc.invert(has_cells)),
-            "a row that is not ok and has patches, but lists no layers",
-        ),
         (is_not_ok, pc.invert(has_all), "a row that is not ok but lacks a reason, a stage or a message"),
     )
     wrong = (
@@ -317,9 +313,8 @@ def _check_cells(rows: pa.Table, cells: CellColumn, failed: CellColumn) -> list[
         np.asarray(pc.fill_null(pc.equal(rows["status"], status), fill_value=False), bool)
         for status in ("ok", "excluded")
     ]
-    has_cells, has_failed = _has_cells(cells), _has_cells(failed)
+    has_cells, has_failed = cells.find_rows(bool), failed.find_rows(bool)
     checks = (
-        (is_ok & ~has_cells & ~find_earlier_rows(cells), "an ok row that lists no layers"),
         (is_ok & has_failed, "an ok row that lists failed layers"),
         (is_excluded & (has_cells | has_failed), "an excluded row that lists layers"),
         (_find_shared_layers(cells, failed), "a layer that is both in `layers` and in `failed_layers`"),
@@ -335,20 +330,9 @@ def _check_null_cells(rows: pa.Table, cells: CellColumn, failed: CellColumn) -> 
     faults = []
     for name, column, other in (("layers", cells, failed), ("failed_layers", failed, cells)):
         is_null = find_earlier_rows(column) & ~find_earlier_rows(other)
-        is_null |= _select(column, lambda recipes: None in (recipes or {}).values())
+        is_null |= column.find_rows(lambda recipes: None in (recipes or {}).values())
         faults += _make_faults(FindingKind.NULL_VALUE, rows, pa.array(is_null), f"column {name}")
     return faults
-
-
-def _has_cells(column: CellColumn) -> NDArray[np.bool_]:
-    """Return for each row whether its map names a layer."""
-    return _select(column, bool)
-
-
-def _select(column: CellColumn, condition: Callable[[CellMap | None], bool]) -> NDArray[np.bool_]:
-    """Return for each row whether its map fulfills a condition."""
-    selected = np.array([*(condition(cells) for cells in column.maps), False], bool)
-    return selected[column.codes]
 
 
 def _find_shared_layers(first: CellColumn, second: CellColumn) -> NDArray[np.bool_]:

@@ -436,7 +436,7 @@ CASES = [
         {"other_recipe": {"b"}},
     ),
     Case(
-        "an ok scan lists no layers",
+        "an ok scan has patches but lists no layers",
         change_scans(set_values("b", layers=[])),
         {"features_without_ledger": {"b"}, "wrong_state": {"b"}},
     ),
@@ -726,6 +726,16 @@ def test_a_scan_that_failed_when_a_layer_was_added_keeps_its_other_cells(dataset
     assert group_ids_by_kind(verify(dataset)) == {"ledger_without_features": {"c"}}
     assert verify(dataset, forget_damaged=True).exit_code == 0
     assert list_scan_ids(dataset) == ["a", "b", "d", "e"]
+
+
+def test_scans_that_lost_all_layers_because_they_were_dropped_are_in_order(dataset: Dataset) -> None:
+    fail_to_add_a_layer(dataset, "c")
+    Committer(dataset, ("layer",), ["site"], run_id=LATER).drop_layers(LAYERS)
+    verification = verify(dataset)
+    assert (verification.findings, verification.rows) == ((), {})
+    assert verification.scans == {"ok": 2, "failed": 2, "excluded": 1}
+    rewrite_file(dataset, SCANS, "a", set_value("patches", "a", 1))
+    assert group_ids_by_kind(verify(dataset)) == {"wrong_state": {"a"}}
 
 
 def test_the_cells_of_a_scan_may_come_from_several_runs(dataset: Dataset) -> None:

@@ -1,6 +1,6 @@
 """Runs that are killed or interrupted: when the command is started again, each scan is stored exactly once.
 
-By default twelve of the rounds in `kill.rounds` run; `pytest -m kill` runs all of them. `kill.harness` starts
+By default eight of the rounds in `kill.rounds` run; `pytest -m kill` runs all of them. `kill.harness` starts
 and kills the runs.
 """
 
@@ -28,7 +28,7 @@ from kill.harness import (
     wait_until,
 )
 from kill.rounds import DEFAULT_ROUNDS, ROUNDS, Round
-from kill.scenarios import GetCluster, RoundResult, Scenario, open_dataset, run_round
+from kill.scenarios import GetCluster, GetScenario, RoundResult, open_dataset, run_round
 
 import featray
 from featray.output.dataset import Dataset
@@ -159,10 +159,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 @pytest.mark.kill
 @pytest.mark.timeout(2 * TIMEOUT_S)
 def test_after_a_kill_the_next_run_stores_the_same_output_as_an_undisturbed_run(
-    kill_round: Round, kill_scenarios: dict[str, Scenario], get_cluster: GetCluster, tmp_path: Path
+    kill_round: Round, get_kill_scenario: GetScenario, get_cluster: GetCluster, tmp_path: Path
 ) -> None:
     start = time.monotonic()
-    result = run_round(kill_round, kill_scenarios[kill_round.command], get_cluster(kill_round), tmp_path)
+    scenario = get_kill_scenario(kill_round.scenario)
+    result = run_round(kill_round, scenario, get_cluster(kill_round), tmp_path)
     log_round(kill_round, result, seconds=time.monotonic() - start)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import yaml
 from kill.harness import read_values
+from small_model import save_small_model
 
 import featray
 from featray import checks, job, pipeline
@@ -54,26 +55,15 @@ def collection(phantoms: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def save_model(path: Path, seed: int) -> Path:
-    """Save a small model with the layers conv_1, conv_2, mean and z_mean; the seed decides its weights."""
-    keras.utils.set_random_seed(seed)
-    volume = keras.Input((8, 32, 32, 1))
-    maps = keras.layers.Conv3D(2, 3, strides=2, padding="same", activation="relu", name="conv_1")(volume)
-    maps = keras.layers.Conv3D(3, 3, strides=2, padding="same", activation="relu", name="conv_2")(maps)
-    mean = keras.layers.GlobalAveragePooling3D(name="mean")(maps)
-    keras.Model(volume, keras.layers.Dense(4, name="z_mean")(mean)).save(path)
-    return path
-
-
 @pytest.fixture(scope="module")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_model(tmp_path_factory.mktemp("model") / "model.keras", seed=1)
+    return save_small_model(tmp_path_factory.mktemp("model") / "model.keras", seed=1)
 
 
 @pytest.fixture(scope="module")
 def other_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a model with the same layers and other weights."""
-    return save_model(tmp_path_factory.mktemp("model") / "model.keras", seed=2)
+    return save_small_model(tmp_path_factory.mktemp("model") / "model.keras", seed=2)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from fuzz.damage import DAMAGE, Edit
 from fuzz.kinds import SCANS
 from hypothesis import HealthCheck, given, seed, settings
 from kill.rounds import ROUNDS, Round
-from kill.scenarios import GetCluster, Scenario, run_round
+from kill.scenarios import GetCluster, GetScenario, run_round
 
 EXAMPLES = 100
 """Number of damaged scans for each seed."""
@@ -142,13 +142,13 @@ def repeat_damage(soak: Soak, record: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_random_kills_lose_and_double_nothing(
     soak: Soak,
-    soak_scenarios: dict[str, Scenario],
+    get_soak_scenario: GetScenario,
     get_cluster: GetCluster,
     tmp_path: Path,
 ) -> None:
     if record := soak.read_record("kill"):
         round_ = Round(**record["round"])
-        run_round(round_, soak_scenarios[round_.command], get_cluster(round_), tmp_path)
+        run_round(round_, get_soak_scenario(round_.scenario), get_cluster(round_), tmp_path)
         return
     counts = Counter({"kills": 0, "kills in the middle of a run": 0, "failures": 0})
     for number in soak.make_seeds():
@@ -156,7 +156,7 @@ def test_random_kills_lose_and_double_nothing(
         folder = tmp_path / str(number)
         folder.mkdir()
         try:
-            result = run_round(round_, soak_scenarios[round_.command], get_cluster(round_), folder)
+            result = run_round(round_, get_soak_scenario(round_.scenario), get_cluster(round_), folder)
             counts["kills in the middle of a run"] += result.met_in_the_middle
         except Exception:
             counts["failures"] += 1

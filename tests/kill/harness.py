@@ -19,10 +19,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -32,8 +31,9 @@ import featray
 from featray.commands.verify import verify
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.lease import LEASE_FOLDER
+from featray.stages.report import Summary
 from featray.storage.store import Store
-from kill.rounds import Round
+from kill.rounds import SCENARIOS, Round
 
 TIMEOUT_S = 150.0
 """Time limit of each wait. A run takes a few seconds; the rest is for machines that are busy."""
@@ -130,7 +130,7 @@ def run_and_kill(config: Path, round_: Round, cluster: RayCluster | None) -> Kil
 
     Args:
         config: Config file of the run; further files are written next to it.
-        round_: Names the command, the victim and the moment of the kill.
+        round_: Names the scenario, the victim and the moment of the kill.
         cluster: Cluster that the run joins; None for engine inline, or for a local Ray of the driver's own.
     """
     output = config.parent / "stderr"
@@ -161,7 +161,14 @@ def _make_command(config: Path, round_: Round, cluster: RayCluster | None) -> li
     group = "1" if round_.victim == "group" else "0"
     paced = [sys.executable, "-m", "kill.paced", point, str(round_.nth), str(config.parent / "marker"), group]
     address = [] if cluster is None else ["--set", f"run.address={cluster.address}"]
-    return [*paced, round_.command, str(config), "--set", f"run.engine={round_.engine}", *address]
+    return [
+        *paced,
+        *SCENARIOS[round_.scenario],
+        str(config),
+        "--set",
+        f"run.engine={round_.engine}",
+        *address,
+    ]
 
 
 def _kill_victim(
@@ -240,13 +247,19 @@ def get_output_folder(config: Path) -> Path:
     return Path(yaml.safe_load(config.read_text())["output"]["uri"])
 
 
-def run_to_end(config: Path, command: str) -> Any:
-    """Run the command undisturbed in this process, and return its summary.
+def run_to_end(config: Path, command: Sequence[str]) -> Summary:
+    """Run a command undisturbed in this process, and return its summary.
 
     It always uses engine inline, because both engines give the same values.
+
+    Args:
+        config: Config file.
+        command: Words of the command line, as in `SCENARIOS`.
     """
-    run = featray.refresh if command == "refresh" else featray.extract
-    return run(str(config), ["run.engine=inline", "run.decode.workers=0"])
+    overrides = ["run.engine=inline", "run.decode.workers=0"]
+    if command[0] == "extract":
+        return featray.extract(str(config), overrides)
+    return featray.refresh(str(config), overrides, drop_layers="--drop-layers" in command)
 
 
 def read_values(dataset: Dataset) -> FeatureValues:

@@ -19,7 +19,16 @@ POINTS = (
     "before orphan deletion",
 )
 """Points of the driver's code at which the driver kills itself; `kill.paced` says where each of them is."""
-COMMANDS = ("extract", "refresh")
+SCENARIOS = {
+    "extract": ("extract",),
+    "refresh": ("refresh",),
+    "add_layers": ("extract",),
+    "drop_layers": ("refresh", "--drop-layers"),
+    "other_weights": ("refresh",),
+}
+"""What has changed since the output was written → the command that is killed. `extract` begins with an empty
+output, `refresh` with a changed collection; `kill.scenarios` makes both and the others."""
+LAYER_SCENARIOS = ("add_layers", "drop_layers", "other_weights")
 
 
 @dataclass(frozen=True)
@@ -28,8 +37,7 @@ class Round:
 
     Attributes:
         engine: `inline` or `ray`.
-        command: `extract` into an empty output, or `refresh` of an output after scans of its collection were
-            changed, removed and added.
+        scenario: One of `SCENARIOS`.
         victim: Which process is killed: `driver`; `group`, the driver and all processes of its group;
             `decoder`, a worker process that decodes scans; `actor`, a process of Ray that runs the model;
             `writer`, the process that has just written features; `raylet`, the process that manages the
@@ -39,7 +47,7 @@ class Round:
     """
 
     engine: str
-    command: str
+    scenario: str
     victim: str
     when: str
     seed: int
@@ -47,12 +55,19 @@ class Round:
     @property
     def id(self) -> str:
         """Name of the round; `pytest -m kill -k NAME` repeats it."""
-        return "-".join((self.engine, self.command, self.victim, self.when.replace(" ", "_"), str(self.seed)))
+        return "-".join(
+            (self.engine, self.scenario, self.victim, self.when.replace(" ", "_"), str(self.seed))
+        )
 
     @property
     def nth(self) -> int:
-        """How often the point is reached until the process dies: at most 4, so that much work remains."""
-        return 2 if self.when == "before orphan deletion" else 1 + random.Random(self.id).randrange(4)
+        """How often the point is reached until the process dies: at most 3, so that much work remains.
+
+        A run that drops layers renames one in its first commit and drops one in its second.
+        """
+        if self.when == "before orphan deletion":
+            return 2
+        return 1 + random.Random(self.id).randrange(2 if self.scenario == "drop_layers" else 3)
 
     @property
     def ends_the_run(self) -> bool:
@@ -62,40 +77,50 @@ class Round:
 
 
 def _make_rounds() -> Iterator[Round]:
-    for command in COMMANDS:
+    for scenario in ("extract", "refresh"):
         for engine in ("inline", "ray"):
             for point in POINTS:
-                yield Round(engine, command, "driver", point, 0)
+                yield Round(engine, scenario, "driver", point, 0)
             for seed in range(2):
-                yield Round(engine, command, "driver", "any time", seed)
-            yield Round(engine, command, "group", "any time", 0)
-            yield Round(engine, command, "group", "between tables", 0)
-            yield Round(engine, command, "writer", "after files", 0)
-            yield from (Round(engine, command, "decoder", "any time", seed) for seed in range(3))
-        yield from (Round("ray", command, "actor", "any time", seed) for seed in range(2))
-        yield Round("ray", command, "raylet", "any time", 0)
+                yield Round(engine, scenario, "driver", "any time", seed)
+            yield Round(engine, scenario, "group", "any time", 0)
+            yield Round(engine, scenario, "group", "between tables", 0)
+            yield Round(engine, scenario, "writer", "after files", 0)
+            yield from (Round(engine, scenario, "decoder", "any time", seed) for seed in range(3))
+        yield from (Round("ray", scenario, "actor", "any time", seed) for seed in range(2))
+        yield Round("ray", scenario, "raylet", "any time", 0)
     yield Round("ray", "extract", "node", "any time", 0)
+    yield from _make_layer_rounds()
+
+
+def _make_layer_rounds() -> Iterator[Round]:
+    """Yield fewer rounds for each scenario of layers: only its commits differ from those of `refresh`."""
+    for scenario in LAYER_SCENARIOS:
+        for engine in ("inline", "ray"):
+            for point in POINTS:
+                yield Round(engine, scenario, "driver", point, 0)
+            yield Round(engine, scenario, "driver", "between tables", 1)
+            yield Round(engine, scenario, "group", "any time", 0)
+            yield Round(engine, scenario, "writer", "after files", 0)
+            yield Round(engine, scenario, "decoder", "any time", 0)
+        yield Round("ray", scenario, "actor", "any time", 0)
 
 
 ROUNDS = tuple(_make_rounds())
-"""All rounds, more than 60; `pytest -m kill` runs them."""
+"""All rounds, more than 120; `pytest -m kill` runs them."""
 DEFAULT_ROUNDS = tuple(
     round_
     for round_ in ROUNDS
     if round_.id
     in {
-        "inline-extract-driver-after_files-0",
-        "inline-extract-driver-between_tables-0",
-        "inline-refresh-driver-before_commit-0",
-        "inline-refresh-driver-between_tables-0",
-        "inline-refresh-driver-after_commit-0",
-        "inline-refresh-driver-during_deletes-0",
-        "inline-refresh-group-any_time-0",
         "inline-extract-decoder-any_time-0",
-        "ray-refresh-driver-between_tables-0",
-        "ray-extract-decoder-any_time-0",
-        "ray-extract-actor-any_time-0",
-        "ray-extract-writer-after_files-0",
+        "inline-refresh-driver-during_deletes-0",
+        "inline-add_layers-driver-between_tables-0",
+        "inline-drop_layers-driver-before_commit-0",
+        "inline-other_weights-group-any_time-0",
+        "ray-add_layers-writer-after_files-0",
+        "ray-refresh-actor-any_time-0",
+        "ray-other_weights-driver-after_commit-0",
     }
 )
-"""The twelve rounds of `pytest` without `-m kill`: both engines and commands, most victims and points."""
+"""The eight rounds of `pytest` without `-m kill`: both engines, all scenarios, most victims and points."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from fuzz.kinds import SCANS
+from small_model import save_small_model
 
 from featray.output.dataset import Dataset
 from featray.storage.store import Store
@@ -25,15 +27,20 @@ from kill.harness import (
     run_and_kill,
     run_to_end,
 )
-from kill.rounds import COMMANDS, Round
+from kill.rounds import SCENARIOS, Round
 
 INPUT_ZYX = (8, 32, 32)
-"""Input shape of the model in the fixture `vae_file`."""
+"""Input shape of the model."""
+SCAN_COUNT = 20
+"""With three scans per file and commit, a run makes more commits than a kill waits for."""
+LAYERS = ["z_mean", "conv_2", {"layer": "conv_2", "pool": "grid", "grid": [2, 2, 2], "as": "conv_2_grid"}]
+OTHER_LAYER = "conv_1"
+"""A layer that only outputs before the command have."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """The input of a command, and the features that it must store.
+    """The input of a command, and the features that the output must hold after it.
 
     Attributes:
         config: Config without output.
@@ -48,13 +55,14 @@ class Scenario:
 
 @dataclass(frozen=True)
 class RoundResult:
-    """Whether a kill came while the run had work left, and how many scans the second run had to process."""
+    """Whether a kill came while the run had work left, and how many scans and layers the next run changed."""
 
     met_in_the_middle: bool
     left: int
 
 
 GetCluster = Callable[[Round], RayCluster | None]
+GetScenario = Callable[[str], Scenario]
 
 
 @pytest.fixture(scope="module")
@@ -93,14 +101,14 @@ def get_cluster(get_shared_cluster: Callable[[], RayCluster], request: pytest.Fi
 
 
 @pytest.fixture(scope="module")
-def kill_scenarios(vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    """Return command → scenario, over phantoms in NIfTI and DICOM."""
-    return {command: make_scenario(command, vae_file, tmp_path_factory) for command in COMMANDS}
+def get_kill_scenario(tmp_path_factory: pytest.TempPathFactory) -> GetScenario:
+    """Return a function that returns a scenario by its name, over phantoms in NIfTI and DICOM."""
+    return functools.cache(lambda name: make_scenario(name, tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="module")
-def soak_scenarios(vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Scenario]:
-    """Return command → scenario, over scans of every format that a listing finds by itself."""
+def get_soak_scenario(tmp_path_factory: pytest.TempPathFactory) -> GetScenario:
+    """Return a function that returns a scenario by its name, over scans of every format that can be found."""
     kinds = [kind for kind in SCANS.values() if kind.source_format == "auto"]
 
     def write_all_formats(folder: Path) -> None:
@@ -108,48 +116,94 @@ def soak_scenarios(vae_file: Path, tmp_path_factory: pytest.TempPathFactory) -> 
             (folder / f"kind_{number}").mkdir(parents=True)
             kind.write(folder / f"kind_{number}")
 
-    return {
-        command: make_scenario(command, vae_file, tmp_path_factory, write_all_formats) for command in COMMANDS
-    }
+    return functools.cache(lambda name: make_scenario(name, tmp_path_factory.mktemp(name), write_all_formats))
 
 
-def make_scenario(
-    command: str,
-    vae_file: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    write_more: Callable[[Path], None] | None = None,
-) -> Scenario:
-    """Return the scenario of a command; the collection of `refresh` has changed since it was extracted.
+def make_scenario(name: str, folder: Path, write_more: Callable[[Path], None] | None = None) -> Scenario:
+    """Return a scenario: write its output, then change its collection, its layers or its model.
 
     Args:
-        command: `extract` or `refresh`.
-        vae_file: Model.
-        tmp_path_factory: Makes the folder of the scenario.
+        name: One of `SCENARIOS`.
+        folder: Empty folder of the scenario.
         write_more: Writes further scans into the folder of the collection.
     """
-    folder = tmp_path_factory.mktemp(command)
-    make_collection(folder / "ct", 30, shape_zyx=(16, 40, 48), seed=11, dicom_count=1)
+    make_collection(folder / "ct", SCAN_COUNT, shape_zyx=(16, 40, 48), seed=11, dicom_count=1)
     if write_more:
         write_more(folder / "ct")
     config: dict[str, Any] = {
         "source": {"uri": str(folder / "ct")},
         "preprocess": {"size": list(INPUT_ZYX)},
         "model": {
-            "uri": str(vae_file),
-            "custom_objects": ["featray.synthetic.vae:Sampling"],
-            "layers": ["encoder/z_mean", "encoder/conv_2"],
+            "uri": str(save_small_model(folder / "model.keras", seed=1)),
+            "layers": list(LAYERS),
             "batch_size": 2,
         },
         "run": {"decode": {"workers": 2}},
     }
-    before = None
-    if command == "refresh":
-        before = folder / "before"
-        run_to_end(write_config(config, before, folder), "extract")
-        change_collection(folder / "ct" / "nifti")
+    before = _BEFORE[name](config, folder)
     undisturbed = write_config(config, folder / "undisturbed", folder)
-    run_to_end(undisturbed, "extract")
-    return Scenario(config, before, read_values(open_dataset(undisturbed)))
+    run_to_end(undisturbed, ("extract",))
+    expected = read_values(open_dataset(undisturbed))
+    if before is not None and name == "other_weights":
+        stored = read_values(open_dataset(write_config(config, before, folder)))
+        expected |= {key: value for key, value in stored.items() if key[1] == OTHER_LAYER}
+    return Scenario(config, before, expected)
+
+
+def _begin_with_nothing(config: dict[str, Any], folder: Path) -> None:
+    """Make no output: all scans are new."""
+
+
+def _change_collection_of_output(config: dict[str, Any], folder: Path) -> Path:
+    """Write the output, then change, remove and add scans."""
+    before = _extract_layers(config, folder, LAYERS)
+    change_collection(folder / "ct" / "nifti")
+    return before
+
+
+def _leave_out_layers(config: dict[str, Any], folder: Path) -> Path:
+    """Write the output with one layer, then add scans."""
+    before = _extract_layers(config, folder, ["z_mean"])
+    for number, scan in enumerate(sorted((folder / "ct" / "nifti").iterdir())[:4]):
+        shutil.copy(scan, scan.with_name(f"new_{number}.nii.gz"))
+    return before
+
+
+def _write_other_layers(config: dict[str, Any], folder: Path) -> Path:
+    """Write the output with a layer under another name and with a layer more, then change scans."""
+    before = _extract_layers(config, folder, [{"layer": "z_mean", "as": "latent"}, "conv_2", OTHER_LAYER])
+    change_collection(folder / "ct" / "nifti")
+    return before
+
+
+def _write_output_of_other_weights(config: dict[str, Any], folder: Path) -> Path:
+    """Write the output with other weights, such that changed scans lack two of its three layers."""
+    other = {**config["model"], "uri": str(save_small_model(folder / "other.keras", seed=2))}
+    earlier = {**config, "model": other}
+    before = _extract_layers(earlier, folder, ["z_mean", "conv_2", OTHER_LAYER])
+    change_collection(folder / "ct" / "nifti")
+    run_to_end(write_config(_set_layers(earlier, ["z_mean"]), before, folder), ("refresh",))
+    return before
+
+
+_BEFORE: dict[str, Callable[[dict[str, Any], Path], Path | None]] = {
+    "extract": _begin_with_nothing,
+    "refresh": _change_collection_of_output,
+    "add_layers": _leave_out_layers,
+    "drop_layers": _write_other_layers,
+    "other_weights": _write_output_of_other_weights,
+}
+"""Scenario → the function that writes the output before the command, and then changes the collection."""
+
+
+def _extract_layers(config: dict[str, Any], folder: Path, layers: Sequence[Any]) -> Path:
+    """Extract layers of all scans into a new output, and return its folder."""
+    run_to_end(write_config(_set_layers(config, layers), folder / "before", folder), ("extract",))
+    return folder / "before"
+
+
+def _set_layers(config: dict[str, Any], layers: Sequence[Any]) -> dict[str, Any]:
+    return {**config, "model": {**config["model"], "layers": list(layers)}}
 
 
 def open_dataset(config: Path) -> Dataset:
@@ -165,11 +219,11 @@ def write_config(config: dict[str, Any], output: Path, folder: Path) -> Path:
 
 
 def change_collection(folder: Path) -> None:
-    """Give twelve scans another content, and rename four, so that four are removed and four are new."""
-    scans = sorted(folder.iterdir())
-    for changed, other in zip(scans[:24:2], scans[1:24:2], strict=True):
+    """Give eight scans another content, and rename three, so that three are removed and three are new."""
+    scans = sorted(folder.glob("phantom_*"))
+    for changed, other in zip(scans[:16:2], scans[1:16:2], strict=True):
         shutil.copy(other, changed)
-    for number, renamed in enumerate(scans[24:28]):
+    for number, renamed in enumerate(scans[16:19]):
         renamed.rename(folder / f"new_{number}.nii.gz")
 
 
@@ -178,7 +232,7 @@ def run_round(round_: Round, scenario: Scenario, cluster: RayCluster | None, fol
 
     Args:
         round_: The round.
-        scenario: Scenario of the command of the round.
+        scenario: The scenario that the round names.
         cluster: The cluster that the run joins, or None.
         folder: Empty folder for the config and the output.
     """
@@ -193,9 +247,9 @@ def run_round(round_: Round, scenario: Scenario, cluster: RayCluster | None, fol
         assert not killed.was_running or killed.returncode == -signal.SIGKILL, killed.stderr
     if open_dataset(config).find_snapshot() is not None:
         read_values(open_dataset(config))  # between the two runs, a reader sees whole commits only
-    summary = run_to_end(config, round_.command)
+    summary = run_to_end(config, SCENARIOS[round_.scenario])
     assert_same_output(config, scenario.expected)
-    left = summary.done + summary.removed
+    left = summary.done + summary.removed + len(summary.renamed_layers) + len(summary.dropped_layers)
     # A run that kills itself at a point is in the middle. At any time, it may have had no work left.
     in_the_middle = bool(left) or round_.when != "any time" or not round_.ends_the_run
     return RoundResult(killed.was_running and in_the_middle, left)

@@ -37,6 +37,8 @@ from kill.rounds import SCENARIOS, Round
 
 TIMEOUT_S = 150.0
 """Time limit of each wait. A run takes a few seconds; the rest is for machines that are busy."""
+POLL_S = 0.03
+"""Interval between two looks at the processes or files of a run; looking takes CPU time from the run."""
 KILL_WINDOW_S = 0.8
 """A kill at `any time` comes within this time after the first commit; the paced run lasts about as long."""
 _TESTS = Path(__file__).resolve().parent.parent
@@ -142,9 +144,10 @@ def run_and_kill(config: Path, round_: Round, cluster: RayCluster | None) -> Kil
             env=make_environment(),
             start_new_session=True,  # so that killing its process group does not kill the test
         )
-    watch, commits_before = DescendantWatch(process.pid), count_commits(config)
+    watch, folder = DescendantWatch(process.pid), get_output_folder(config)
+    commits_before = count_commits(folder)
     try:
-        was_running = _kill_victim(process, round_, cluster, lambda: count_commits(config) > commits_before)
+        was_running = _kill_victim(process, round_, cluster, lambda: count_commits(folder) > commits_before)
         wait_until(lambda: process.poll() is not None, "the run to end")
         assert watch.have_ended(), "worker processes must end with their driver"
         return KilledRun(process.returncode, output.read_text(), was_running)
@@ -237,9 +240,9 @@ def _is_victim(process: psutil.Process, round_: Round) -> bool:
     return is_victim[round_.victim]
 
 
-def count_commits(config: Path) -> int:
+def count_commits(output: Path) -> int:
     """Return the number of entries in the log of the scans table, except the one that creates the table."""
-    return len(list((get_output_folder(config) / SCANS / "_delta_log").glob("*[1-9]*.json")))
+    return len(list((output / SCANS / "_delta_log").glob("*[1-9]*.json")))
 
 
 def get_output_folder(config: Path) -> Path:
@@ -303,7 +306,7 @@ def assert_same_output(config: Path, expected: FeatureValues) -> None:
 
 
 def wait_until(is_true: Callable[[], bool], event: str) -> None:
-    """Call `is_true` every few milliseconds until it returns true; fail after `TIMEOUT_S`.
+    """Call `is_true` every `POLL_S` until it returns true; fail after `TIMEOUT_S`.
 
     Args:
         is_true: Condition to wait for.
@@ -312,7 +315,7 @@ def wait_until(is_true: Callable[[], bool], event: str) -> None:
     deadline = time.monotonic() + TIMEOUT_S
     while not is_true():
         assert time.monotonic() < deadline, f"waited {TIMEOUT_S:.0f} s for {event}"
-        time.sleep(0.005)
+        time.sleep(POLL_S)
 
 
 def find_descendants(pid: int) -> list[psutil.Process]:

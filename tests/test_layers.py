@@ -456,7 +456,7 @@ def test_the_same_names_with_other_weights_are_refused_by_extract_and_replaced_b
     assert featray.plan(other).text().count("refuses") == 1
     summary = featray.refresh(other)
     assert (summary.done, summary.ok, summary.other_layers) == (4, 4, {"conv_2": 4})
-    assert summary.work == "1 new layer for 4 scans; 1 layer of 4 scans with another recipe"
+    assert summary.work == "1 new layer for 4 scans; 1 stale layer for 4 scans"
     assert read_layer_files(config, "conv_2") == files
     values = read_output(config)
     fresh = {**other, "output": {"uri": str(tmp_path / "fresh")}}

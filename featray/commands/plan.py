@@ -153,8 +153,14 @@ class PlanResult:
     def _describe_extract(self) -> str:
         if self.other_recipe:
             problem = f"{self.other_recipe} scans have features of another recipe"
-            names = "; to keep both, give the layers of this config other names" if self.can_keep_both else ""
-            return f"extract: refuses, because {problem}, which `featray refresh` replaces{names}"
+            way = (
+                "give the layers of this config other names"
+                if self.can_keep_both
+                else "choose another output"
+            )
+            return (
+                f"extract: refuses, because {problem}, which `featray refresh` replaces; to keep both, {way}"
+            )
         has_work = self.todo or self.renamed_layers or self.cleared_failures
         return f"extract: would process {self.todo} scans" if has_work else "extract: nothing to do"
 

@@ -169,12 +169,14 @@ def test_a_plan_says_that_extract_refuses_to_mix_recipes(
 ) -> None:
     write_manifest(config.parent, dict.fromkeys((*NAMES, "new"), "1"))
     text = run_plan(capsys, str(config), *set_layers("z=z2", "y=y1"))
-    assert "to compute: 1 new scan; 1 new layer for 4 scans; 1 layer of 4 scans with another recipe\n" in text
+    assert "to compute: 1 new scan; 1 new layer for 4 scans; 1 stale layer for 4 scans\n" in text
     assert (
         "extract: refuses, because 4 scans have features of another recipe, which `featray refresh` "
         "replaces; to keep both, give the layers of this config other names\n"
     ) in text
     assert "refresh: would process 5 scans and remove 0\n" in text
+    why = run_plan(capsys, str(config), *set_layers("z=z2", "y=y1"), "--why", "a.nii")
+    assert why.startswith("stale: processed by run run-1 with another recipe of layer z than this config's; ")
     assert "estimate of refresh from 1 scans: " in text, "extract would refuse, so its time is of no use"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,9 +65,11 @@ def describe_work(new: int, changed: int, layers: Mapping[str, LayerWork]) -> st
     """
     parts = [_count(new, "new scan")] if new else []
     parts += [_count(changed, "changed scan")] if changed else []
-    parts += _describe_missing(layers)
-    if stale := [work.stale for work in layers.values() if work.stale]:
-        parts.append(f"{_count(len(stale), 'layer')} of {_count(max(stale), 'scan')} with another recipe")
+    parts += _describe_groups("new layer", (work.missing for work in layers.values() if work.is_new))
+    parts += _describe_groups(
+        "incomplete layer", (work.missing for work in layers.values() if not work.is_new)
+    )
+    parts += _describe_groups("stale layer", (work.stale for work in layers.values()))
     whole = [work for work in layers.values() if not (work.missing or work.stale) and work.up_to_date]
     if whole and parts:
         is_one = len(whole) == 1
@@ -76,12 +78,12 @@ def describe_work(new: int, changed: int, layers: Mapping[str, LayerWork]) -> st
     return "; ".join(parts)
 
 
-def _describe_missing(layers: Mapping[str, LayerWork]) -> list[str]:
-    """Return one part per number of scans that lack layers, such as `2 new layers for 24,000 scans`."""
-    groups = Counter((work.is_new, work.missing) for work in layers.values() if work.missing)
+def _describe_groups(noun: str, scans_of_layers: Iterable[int]) -> list[str]:
+    """Return one part per number of scans, such as `2 new layers for 24,000 scans`; none for no scans."""
+    groups = Counter(scans for scans in scans_of_layers if scans)
     return [
-        f"{_count(count, 'new layer' if is_new else 'incomplete layer')} for {_count(scans, 'scan')}"
-        for (is_new, scans), count in sorted(groups.items(), reverse=True)
+        f"{_count(layers, noun)} for {_count(scans, 'scan')}"
+        for scans, layers in sorted(groups.items(), reverse=True)
     ]
 
 

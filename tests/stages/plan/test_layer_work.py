@@ -30,12 +30,12 @@ NEW = LayerWork(24_000, 0, 0, 0, is_new=True)
             "1,200 new scans; 3 changed scans; 1 layer is up to date and stays as it is",
         ),
         (7, 0, {"a": LayerWork(0, 0, 0, 0, is_new=True)}, "7 new scans"),
-        (0, 0, {"a": LayerWork(0, 5, 0, 0, is_new=False)}, "1 layer of 5 scans with another recipe"),
+        (0, 0, {"a": LayerWork(0, 5, 0, 0, is_new=False)}, "1 stale layer for 5 scans"),
         (
             0,
             0,
             {"a": LayerWork(0, 5, 0, 2, is_new=False), "b": LayerWork(0, 7, 0, 0, is_new=False)},
-            "2 layers of 7 scans with another recipe",
+            "1 stale layer for 7 scans; 1 stale layer for 5 scans",
         ),
         (
             0,
@@ -98,7 +98,7 @@ def test_every_cell_of_a_listed_scan_is_counted_once() -> None:
         (
             {"z": "z0", "y": "y1"},
             {"z": "z1", "y": "y1"},
-            "1 layer of 3 scans with another recipe; 1 layer is up to date and stays as it is",
+            "1 stale layer for 3 scans; 1 layer is up to date and stays as it is",
         ),
     ],
 )

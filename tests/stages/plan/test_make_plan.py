@@ -105,7 +105,7 @@ def test_the_rows_of_unreachable_scans_are_kept(caplog: pytest.LogCaptureFixture
     kept = dict.fromkeys(("good", "half", "out"), "up_to_date")
     assert get_states(plan) == {"bad": "changed", "new": "new"} | kept
     assert get_due(plan) == {"bad": (), "new": ()}
-    assert plan.unreachable == 3
+    assert (plan.unreachable, list(plan.cleared_failures)) == (3, [])
     assert "3 stored scans cannot be reached now (storage)" in caplog.text
     for name in ("good", "half"):
         why = "the listing could not reach it now (storage); its stored features are kept"
@@ -221,6 +221,7 @@ def test_only_refresh_replaces_the_features_of_a_changed_scan_that_failed_for_a_
 def test_a_failed_scan_with_all_layers_of_the_config_is_up_to_date() -> None:
     plan = plan_scans("a", make_failed_row("a", {"y": "y1"}, {"z": "z1"}))
     assert (get_states(plan), get_due(plan)) == ({"a": "up_to_date"}, {})
+    assert list(plan.cleared_failures) == ["a"]
 
 
 def test_scans_with_the_same_due_layers_follow_each_other() -> None:

@@ -68,7 +68,8 @@ def killed_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def stored_run(project: Path) -> dict[str, Any]:
-    (file,) = project.glob("out/runs/*/run.json")
+    """Return what the run of the earlier version recorded."""
+    file = min(project.glob("out/runs/*/run.json"))  # ids of runs sort by time
     run: dict[str, Any] = json.loads(file.read_text())
     return run
 
@@ -174,6 +175,34 @@ def test_a_layer_is_added_without_extracting_the_layers_of_the_earlier_version(p
     assert set(before["run_id"].to_pylist()) == {run_id}
     rows = scan_rows(project / "out").values()
     assert [dict(row["layers"]) for row in rows if row["status"] == "ok"] == [summary.layer_recipes] * 5
+    assert featray.verify("out").findings == ()
+
+
+@pytest.mark.slow
+def test_the_first_run_also_renames_and_drops_layers(project: Path) -> None:
+    before = layer_values(project / "out", "conv2")
+    layers = "model.layers=[encoder/z_mean, {layer: encoder/conv_2, pool: avgmax, as: renamed}]"
+    summary = featray.refresh("config.yaml", [layers], drop_layers=True)
+    assert (summary.done, summary.renamed_layers) == (0, {"conv2": "renamed"})
+    assert summary.dropped_layers == ("encoder.z",)
+    recipe = layer_recipes(project)["conv2"]
+    scan_ids, recipes, values = layer_values(project / "out", "renamed")
+    assert (scan_ids, recipes) == (before[0], [recipe] * 5)
+    np.testing.assert_array_equal(values, before[2])
+    assert all(of_scan == summary.layer_recipes for of_scan in read_cells(project / "out").values())
+    assert featray.verify("out").findings == ()
+
+
+@pytest.mark.slow
+def test_the_version_before_the_first_run_stays_readable_if_versions_are_kept(project: Path) -> None:
+    before = featray.read("out", "conv2")
+    summary = featray.extract("config.yaml", ["output.keep_versions_days=1"])
+    earlier, now = featray.read("out", "conv2", before.version), featray.read("out", "conv2")
+    assert before.recipe == earlier.recipe == stored_run(project)["recipe_id"]
+    assert now.recipe == summary.layer_recipes["conv2"]
+    for found in (earlier, now):
+        assert list(found.scan_ids) == list(before.scan_ids)
+        np.testing.assert_array_equal(found.array, before.array)
     assert featray.verify("out").findings == ()
 
 

@@ -410,7 +410,15 @@ CHANGES: dict[str, Callable[[Committer, Dataset], None]] = {
     "renamed": lambda c, d: c.rename_layers({"map": "grid"}),
     "swapped": lambda c, d: c.rename_layers({"map": "z_mean", "z_mean": "map"}),
     "dropped": lambda c, d: c.drop_layers(["map"]),
+    "cleared": lambda c, d: c.clear_failures(["b"]),
 }
+
+
+def commit_with_failure(dataset: Dataset) -> Committer:
+    """Commit three scans, of which b has failed when a layer was added; return the committer."""
+    committer = commit_three(dataset)
+    committer.commit([make_failed_receipt("b", due_layers=["late"], recipes=WITH_LATE)])
+    return committer
 
 
 @pytest.mark.slow
@@ -419,14 +427,14 @@ def test_a_kill_at_any_step_leaves_all_or_nothing_of_a_change_and_the_next_run_f
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     complete = Dataset(Store(str(tmp_path / "complete")))
-    committer = commit_three(complete)
+    committer = commit_with_failure(complete)
     before = read_state(complete)
     CHANGES[change](committer, complete)
     after = read_state(complete)
     assert after != before
     for kill_at in itertools.count():
         dataset = Dataset(Store(str(tmp_path / f"out{kill_at}")))
-        committer = commit_three(dataset)
+        committer = commit_with_failure(dataset)
         killed = run_until_killed(lambda: CHANGES[change](committer, dataset), monkeypatch, kill_at)  # noqa: B023  # called at once
         seen = read_state(dataset)
         assert seen in (before, after)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from stages.test_commit import (
+from commits import (
     LATER,
     RUN,
     list_stored,

@@ -29,6 +29,7 @@ from featray.cli.main import main
 from featray.collection.listing import Listing
 from featray.commands.plan import explain_scan
 from featray.commands.status import status
+from featray.commands.verify import verify
 from featray.errors import ConfigError, Reason
 from featray.job import RunOptions, RunScope
 from featray.model import Extractor
@@ -81,6 +82,7 @@ def with_layers(config: Config, *layers: Layer, **model: Any) -> Config:
 
 def read_output(config: Config) -> dict[tuple[str, str, int], np.ndarray]:
     """Return (scan_id, layer, patch) → value; check that both tables name the same cells."""
+    assert verify(open_output(config)).exit_code == 0
     return {key: np.array(value) for key, value in read_values(open_output(config)).items()}
 
 
@@ -198,6 +200,26 @@ def test_a_plan_counts_missing_cells_and_says_which_layers_stay(config: Config) 
     assert "this config does not name these layers, so they stay: conv_2 (4 scans)" in plan.text()
     why = explain_scan(with_layers(config, Z_MEAN, CONV_1, CONV_2_GRID), "a.nii.gz")
     assert why == "incomplete: content is unchanged; it lacks layers conv_1, conv_2_grid"
+
+
+def test_the_json_of_plan_extract_and_run_says_what_is_computed_and_what_stays(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    featray.extract(with_layers(config, Z_MEAN, CONV_2))
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(with_layers(config, Z_MEAN, CONV_1)))
+    answers = {}
+    for command in ("plan", "extract"):
+        assert main([command, str(path), "--json"]) == 0
+        answers[command] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answers["plan"]["cells"]["missing"] == answers["plan"]["cells"]["up_to_date"] == 4
+    folder = Path(config["output"]["uri"]) / "runs" / answers["extract"]["run_id"]
+    run = json.loads((folder / "run.json").read_text())
+    for answer in (*answers.values(), run["summary"]):
+        assert answer["work"] == "1 new layer for 4 scans; 1 layer is up to date and stays as it is"
+        assert answer["other_layers"] == {"conv_2": 4}
+    assert run["layer_recipes"] == answers["plan"]["layer_recipes"]
+    assert "there was: 1 new layer for 4 scans" in (folder / "summary.md").read_text()
 
 
 def test_new_scans_and_a_new_layer_are_computed_in_one_run(
@@ -384,7 +406,7 @@ def test_a_layer_whose_name_alone_changes_is_renamed_without_computing(
     renamed = with_layers(config, named(Z_MEAN, "latent"), CONV_2)
     plan = featray.plan(renamed)
     assert (plan.todo, plan.renamed_layers) == (0, {"z_mean": "latent"})
-    assert "rename layer z_mean to latent, without computing" in plan.text()
+    assert "to rename, without computing: layer z_mean to latent" in plan.text()
     summary = command(renamed)
     assert (summary.done, summary.renamed_layers) == (0, {"z_mean": "latent"})
     assert "renamed layer z_mean to latent" in summary.text()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from featray.hardware import Workers
+from featray.schema import Receipt, ScanRecord
 from featray.stages.report import RunTotals, Summary, describe_bottleneck
 
 
@@ -113,3 +114,32 @@ def test_the_next_command_can_be_copied_although_the_output_has_an_unusual_name(
 
 def test_a_summary_of_a_run_without_work_names_no_next_command() -> None:
     assert "next:" not in replace(SUMMARY, run_id="", done=0).text()
+
+
+def test_a_summary_says_which_layers_were_computed_renamed_dropped_or_only_stay() -> None:
+    summary = replace(
+        SUMMARY,
+        work="1 new layer for 4 scans; 1 layer is up to date and stays as it is",
+        renamed_layers={"old": "conv"},
+        dropped_layers=("pre_latent",),
+        other_layers={"other_model": 1_234},
+    )
+    lines = summary.lines()
+    assert "there was: 1 new layer for 4 scans; 1 layer is up to date and stays as it is" in lines
+    assert "renamed layer old to conv" in lines
+    assert "dropped layer pre_latent" in lines
+    (stays,) = [line for line in lines if "other_model" in line]
+    assert "other_model (1,234 scans); `refresh --drop-layers` removes them" in stays
+
+
+def test_records_get_the_recipes_of_their_due_layers_and_failed_records_those_that_failed() -> None:
+    records = (
+        ScanRecord("all", "/all", "nifti"),
+        ScanRecord("one", "/one", "nifti", due_layers=["conv"]),
+        ScanRecord("failed", "/failed", "nifti", due_layers=["conv"], status="failed"),
+        ScanRecord("excluded", "/excluded", "nifti", status="excluded"),
+    )
+    Receipt((), records).set_run("i0", {"z_mean": "r0", "conv": "r1"}, "r1")
+    assert [record.layers for record in records] == [{"z_mean": "r0", "conv": "r1"}, {"conv": "r1"}, {}, {}]
+    assert [record.failed_layers for record in records] == [{}, {}, {"conv": "r1"}, {}]
+    assert {(record.recipe, record.run_id) for record in records} == {("i0", "r1")}

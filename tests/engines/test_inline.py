@@ -169,6 +169,23 @@ def test_prefetched_scans_are_processed_once_and_those_that_are_not_due_are_drop
 
 
 @pytest.mark.slow
+def test_prefetched_scans_get_the_layers_that_are_due_when_the_output_is_locked(
+    decoder: Decoder, stages: Stages
+) -> None:
+    def take_due(batch: np.ndarray, seeds: Sequence[str], *due: tuple[str, ...]) -> dict[str, np.ndarray]:
+        return dict.fromkeys(due[0] if due else ("corner", "other"), batch[:, 0, 0, 0])
+
+    names = [f"s{n}" for n in range(12)]
+    scans = [replace(scan, due_layers=("corner",)) for scan in make_scans(*names)]
+    with make_engine(decoder) as engine:
+        engine.prefetch_scans(make_scans(*names))
+        receipts = list(engine.receipts(scans, replace(stages, extractor=take_due), threading.Event()))
+    assert {file.partition_values["layer"] for receipt in receipts for file in receipt.files} == {"corner"}
+    records = [record for receipt in receipts for record in receipt.records]
+    assert {record.scan_id: record.due_layers for record in records} == {name: ["corner"] for name in names}
+
+
+@pytest.mark.slow
 def test_prefetched_scans_that_kill_or_hang_their_process_fail_like_others(
     decoder: Decoder, stages: Stages
 ) -> None:

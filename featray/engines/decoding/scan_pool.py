@@ -55,6 +55,8 @@ class _Attempt:
 
 
 _SettledScan = tuple[Decoded, _Attempt]
+_DueLayers = dict[str, tuple[str, ...] | None]
+"""Id of each prefetched scan → its due layers; None if the scan is not due."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ class ScanDecodePool:
         """Yield lists of `batch_scans` decoded scans, in order of completion.
 
         Args:
-            scans: Scans to decode. A prefetched scan that is not among them is dropped.
+            scans: Scans to decode. A prefetched scan that is not among them is dropped; one that is among
+                them gets its due layers from there, because another run may have committed layers meanwhile.
             stop: Once it is set, only scans that were submitted are still yielded.
             batches_in_use: Number of lists that the caller uses at once: a list stays valid until that many
                 later lists are asked for. The last lists stay valid, and keep their places.
@@ -133,9 +136,7 @@ class ScanDecodePool:
         Raises:
             FeatrayError: No worker process can start.
         """
-        prefetched, self._prefetched = self._prefetched, set()
-        waiting = deque(scan for scan in scans if scan.scan_id not in prefetched)
-        unwanted = prefetched - {scan.scan_id for scan in scans} if prefetched else prefetched
+        waiting, due_layers = self._take_prefetched(scans)
         size = self._decoding.batch_scans
         ready: list[_SettledScan] = []
         in_use: deque[list[_SettledScan]] = deque()
@@ -145,13 +146,25 @@ class ScanDecodePool:
             while waiting and self._free_places:
                 self._submit_next(waiting)
             if self._running and len(ready) < size:
-                ready += self._collect(unwanted)
+                ready += self._collect(due_layers)
             while len(ready) >= size or (ready and not self._running and not waiting):
                 batch, ready = ready[:size], ready[size:]
                 yield [decoded for decoded, _ in batch]
                 in_use.append(batch)
                 if len(in_use) == batches_in_use:
                     self._release_batch(in_use.popleft())
+
+    def _take_prefetched(self, scans: Sequence[Scan]) -> tuple[deque[Scan], _DueLayers]:
+        """Return the scans that are not prefetched, and the due layers of each prefetched scan."""
+        prefetched, self._prefetched = self._prefetched, set()
+        due_layers: _DueLayers = dict.fromkeys(prefetched)
+        waiting: deque[Scan] = deque()
+        for scan in scans:
+            if scan.scan_id in prefetched:
+                due_layers[scan.scan_id] = scan.due_layers
+            else:
+                waiting.append(scan)
+        return waiting, due_layers
 
     def _submit_next(self, waiting: deque[Scan]) -> tuple[Scan, ...]:
         """Submit the next scan, or the next tiny scans together; return them."""
@@ -174,15 +187,21 @@ class ScanDecodePool:
         if attempt.holds_place:
             self._free_places.append(attempt.buffer)
 
-    def _collect(self, unwanted: set[str]) -> list[_SettledScan]:
-        """Wait for results; return the settled scans, and submit the others again."""
+    def _collect(self, due_layers: _DueLayers) -> list[_SettledScan]:
+        """Wait for results; return the settled scans, and submit the others again.
+
+        Args:
+            due_layers: Due layers of each prefetched scan.
+        """
         settled = []
         for result in self._pool.wait():
             self._running -= 1
             for decoded, attempt in self._settle(result):
-                if decoded.record.scan_id in unwanted:
+                due = due_layers.get(decoded.record.scan_id, decoded.record.due_layers)
+                if due is None:
                     self._release_place(attempt)
                 else:
+                    decoded.record.due_layers = list(due)
                     settled.append((decoded, attempt))
         return settled
 

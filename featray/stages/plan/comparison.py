@@ -55,9 +55,9 @@ class Comparison:
 
     @functools.cached_property
     def is_unreachable(self) -> _Flags:
-        """Whether the listing could not reach the scan, and its row is excluded or has features."""
+        """Whether the listing could not reach the scan, and its row is ok, excluded or has features."""
         failed_now = pc.fill_null(pc.equal(self.listed["reason"], Reason.STORAGE.value), fill_value=False)
-        return _to_flags(failed_now) & (self.has_features | self.has_value("status", "excluded"))
+        return _to_flags(failed_now) & (self.has_features | self.has_value("status", "ok", "excluded"))
 
     @functools.cached_property
     def policy_changed(self) -> _Flags:
@@ -74,13 +74,12 @@ def compare(listing: Listing, ledger: Ledger) -> Comparison:
     stored_content = ledger.table["content"].cast(pa.large_string()).take(rows)
     has_same_content = pc.fill_null(pc.equal(listing.table["content"], stored_content), fill_value=False)
     ledger_rows = np.asarray(pc.fill_null(rows, -1), np.int64)
-    has_features = ledger.cells.has_cells() | _to_flags(pc.equal(ledger.table["status"], "ok"))
     return Comparison(
         ledger=ledger.table,
         listed=listing.table,
         ledger_rows=ledger_rows,
         has_same_content=_to_flags(has_same_content),
-        has_features=_take_rows(has_features, ledger_rows),
+        has_features=_take_rows(ledger.cells.has_cells(), ledger_rows),
         is_unlisted=~_to_flags(pc.is_in(ids, value_set=listing.scan_ids)),
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commits import make_committer, make_decoded, make_failed_receipt, write_receipt
 
 from featray.cli.main import main
 from featray.commands.status import status
@@ -67,3 +68,24 @@ def test_no_run_is_shown_if_none_is_running(dataset: Dataset) -> None:
     result = status(dataset)
     assert result.running is None
     assert "running" not in result.text()
+
+
+def test_each_layer_is_shown_with_its_rows_and_the_scans_of_each_recipe(dataset: Dataset) -> None:
+    committer = make_committer(dataset)
+    committer.commit([write_receipt(dataset, *(make_decoded(name, 1, patches=2) for name in "abc"))])
+    committer.commit(
+        [
+            write_receipt(dataset, make_decoded("a", 2, 2, ["map"]), recipes={"map": "r9"}),
+            make_failed_receipt("b", due_layers=["new"], recipes={"new": "r2"}),
+        ]
+    )
+    dataset.store.write("runs/run-1/run.json", json.dumps({"layers": ["z_mean"]}).encode())
+    result = status(dataset)
+    assert (result.ok, result.failed, result.reasons) == (2, 1, {"truncated": 1})
+    assert result.recipes == {"map": {"r1": 2, "r9": 1}, "z_mean": {"r0": 3}}
+    assert result.unnamed_layers == ("map",)
+    *_, of_map, z_mean = result.text().splitlines()
+    assert of_map.startswith("layer map: 6 rows in ")
+    assert "; 2 scans with recipe r1, 1 scans with recipe r9; the config of the newest run does" in of_map
+    assert z_mean.startswith("layer z_mean: 6 rows in 1 files, ")
+    assert z_mean.endswith("; 3 scans with recipe r0")

@@ -56,3 +56,14 @@ def test_rows_are_taken_and_found_by_their_maps() -> None:
     assert is_found.tolist() == ["b" in (row or {}) for row in ROWS]
     assert list_maps(column.take(is_found)) == [row for row in ROWS if "b" in (row or {})]
     assert encode([]).find_rows(bool).tolist() == []
+
+
+def test_rows_without_cells_are_found() -> None:
+    assert encode(ROWS).has_cells().tolist() == [bool(row) for row in ROWS]
+    assert encode([]).has_cells().tolist() == []
+
+
+def test_the_recipes_of_each_layer_are_counted_with_the_most_frequent_first() -> None:
+    column = encode([{"b": "r2", "a": "r1"}, {"b": "r3"}, None, {}, {"b": "r3"}, {"a": "r0"}])
+    counts = {layer: list(recipes.items()) for layer, recipes in column.count_recipes().items()}
+    assert list(counts.items()) == [("a", [("r0", 1), ("r1", 1)]), ("b", [("r3", 2), ("r2", 1)])]

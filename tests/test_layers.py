@@ -184,7 +184,7 @@ def test_an_added_layer_and_another_pooling_are_computed_without_the_layers_that
     assert (summary.done, summary.ok, summary.exit_code) == (4, 4, 0)
     work = "2 new layers for 4 scans; 2 layers are up to date and stay as they are"
     assert summary.work == work
-    assert f"there was: {work}" in summary.text()
+    assert f"work: {work}" in summary.text()
     assert_equals_fresh_extraction(more)
     assert featray.extract(with_layers(config, CONV_2_GRID, CONV_1, *reversed(order))).done == 0
 
@@ -219,7 +219,7 @@ def test_the_json_of_plan_extract_and_run_says_what_is_computed_and_what_stays(
         assert answer["work"] == "1 new layer for 4 scans; 1 layer is up to date and stays as it is"
         assert answer["other_layers"] == {"conv_2": 4}
     assert run["layer_recipes"] == answers["plan"]["layer_recipes"]
-    assert "there was: 1 new layer for 4 scans" in (folder / "summary.md").read_text()
+    assert "work: 1 new layer for 4 scans" in (folder / "summary.md").read_text()
 
 
 def test_new_scans_and_a_new_layer_are_computed_in_one_run(

@@ -125,7 +125,7 @@ def test_a_summary_says_which_layers_were_computed_renamed_dropped_or_only_stay(
         other_layers={"other_model": 1_234},
     )
     lines = summary.lines()
-    assert "there was: 1 new layer for 4 scans; 1 layer is up to date and stays as it is" in lines
+    assert "work: 1 new layer for 4 scans; 1 layer is up to date and stays as it is" in lines
     assert "renamed layer old to conv" in lines
     assert "dropped layer pre_latent" in lines
     (stays,) = [line for line in lines if "other_model" in line]

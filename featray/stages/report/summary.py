@@ -85,7 +85,7 @@ class Summary:
         """Return the facts of the summary, one per line."""
         lines = [self._describe_run(), self._describe_counts()]
         if self.work:
-            lines.append(f"there was: {self.work}")
+            lines.append(f"work: {self.work}")
         if self.removed:
             lines.append(f"removed {self.removed} scans that are no longer in the collection")
         if self.cleared_failures:

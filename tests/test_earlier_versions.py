@@ -318,6 +318,12 @@ def test_verify_finds_everything_in_order(project: Path) -> None:
     assert verification.rows == dict.fromkeys(LAYERS, 5)
 
 
+def test_verify_finds_everything_in_order_if_the_recipes_of_two_runs_have_different_layers() -> None:
+    verification = featray.verify(str(KEPT / "0.1.0-f131d91" / "out"))
+    assert verification.findings == ()
+    assert verification.rows == {"conv2_grid": 2, "encoder.z_mean": 6}
+
+
 def test_verify_finds_the_scans_of_a_layer_that_has_lost_its_files(project: Path) -> None:
     shutil.rmtree(project / "out" / "features" / "layer=conv2")
     (finding,) = featray.verify("out").findings

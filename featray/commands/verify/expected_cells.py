@@ -78,7 +78,7 @@ def make_expected_cells(
     """
     maps, recipe = scans.cells.maps, scans.recipe
     has_no_map = scans.has_no_map
-    is_wrong = has_no_map & np.isin(recipe.codes, _find_recipes_with_maps(scans, facts))
+    is_wrong = has_no_map & np.isin(recipe.codes, _find_recipes_by_layer(scans, facts))
     earlier_layers = [facts[code].layers or frozenset(stored_layers) for code in range(len(recipe.values))]
     earlier_maps = [
         dict.fromkeys(names, id_) for names, id_ in zip(earlier_layers, recipe.values, strict=True)
@@ -97,11 +97,16 @@ def make_expected_cells(
     return cells, [Fault(FindingKind.NULL_VALUE, ids, f"{ids[0].as_py()}: column layers")]
 
 
-def _find_recipes_with_maps(scans: ScansTable, facts: Mapping[int, RecipeFacts]) -> list[int]:
+def _find_recipes_by_layer(scans: ScansTable, facts: Mapping[int, RecipeFacts]) -> list[int]:
     """Return the codes of recipes whose rows must list their layers.
 
-    featray changes all rows of 0.1.0 in one commit, and 0.1.0 made the ids of recipes in another way. So a
-    null is wrong if another row of the same recipe has a map, or if a run with layer recipes has the recipe.
+    featray 0.1.0 made recipe ids in another way, and the present version changes all its rows in one commit.
+    So the rows must list their layers if another row of the same recipe does, or if the run with the recipe
+    gave each layer a recipe of its own.
     """
-    in_rows = np.unique(scans.recipe.codes[~scans.has_no_map]).tolist()
-    return [*in_rows, *(code for code, recipe in facts.items() if recipe.has_layer_recipes)]
+    in_rows = set(np.unique(scans.recipe.codes[~scans.has_no_map]).tolist())
+    return [
+        code
+        for code, fact in facts.items()
+        if fact.has_layer_recipes or (code in in_rows and not fact.layers)
+    ]

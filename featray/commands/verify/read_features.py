@@ -44,7 +44,8 @@ class FeaturesFile:
         patch: int32 (rows,).
         recipe: int32 (rows,), code of the recipe in `ExpectedCells`; -1 for a recipe that no cell must have.
         unknown_ids: Ids of scans that are not in the scans table.
-        shapes: Shape of a feature → row numbers in `ScansTable`; empty unless requested.
+        shapes: Code of the recipe and shape of a feature → row numbers in `ScansTable`; empty unless
+            requested.
         faults: Faults of the file and of its rows.
         is_broken: Whether the rows cannot be read.
     """
@@ -53,7 +54,7 @@ class FeaturesFile:
     patch: NDArray[np.int32]
     recipe: NDArray[np.int32]
     unknown_ids: pa.Array
-    shapes: dict[Shape, Rows]
+    shapes: dict[tuple[int, Shape], Rows]
     faults: list[Fault]
     is_broken: bool = False
 
@@ -67,7 +68,7 @@ class _Batches:
     patch: list[NDArray[np.int32]] = field(default_factory=list)
     recipe: list[NDArray[np.int32]] = field(default_factory=list)
     unknown_ids: list[pa.Array] = field(default_factory=list)
-    shapes: dict[Shape, list[Rows]] = field(default_factory=lambda: defaultdict(list))
+    shapes: dict[tuple[int, Shape], list[Rows]] = field(default_factory=lambda: defaultdict(list))
     faults: list[Fault] = field(default_factory=list)
 
 
@@ -90,9 +91,9 @@ def read_features_file(
         columns = pa.schema([column for column in table_schema if column.name not in file.partition_values])
         check_schema(parquet.schema_arrow, FEATURE_COLUMNS, columns, file)
         for batch in read_batches(parquet, file):
-            shapes = _add_batch(batches, batch, cells, file)
+            rows_by_shape = _add_batch(batches, batch, cells, file)
             if with_shapes:
-                _add_shapes(batches, shapes)
+                _add_shapes(batches, rows_by_shape)
     except BrokenFileError as broken:
         return _join_batches(_Batches(faults=[broken.fault]), is_broken=True)
     ids = pa.chunked_array(batches.ids, pa.string()).combine_chunks()
@@ -104,7 +105,7 @@ def read_features_file(
 def _add_batch(
     batches: _Batches, batch: pa.RecordBatch, cells: ExpectedCells, file: DataFile
 ) -> dict[Shape, Rows]:
-    """Check one batch and add its rows; return row numbers in `ScansTable` by shape of the feature."""
+    """Check one batch and add its rows; return the numbers of these rows by shape of the feature."""
     batches.ids.append(batch["scan_id"])
     is_null = _find_null_rows(batch)
     if is_null.any():
@@ -121,12 +122,16 @@ def _add_batch(
     batches.recipe.append(cells.find_recipe_codes(batch["recipe"]))
     rows_by_shape = _group_by_shape(batch["shape"])
     batches.faults += [*_check_widths(batch, rows_by_shape), *_check_values(batch)]
-    return {shape: scan[rows] for shape, rows in rows_by_shape.items()}
+    return rows_by_shape
 
 
-def _add_shapes(batches: _Batches, shapes: dict[Shape, Rows]) -> None:
-    for shape, scan in shapes.items():
-        batches.shapes[shape].append(np.unique(scan[scan >= 0]))
+def _add_shapes(batches: _Batches, rows_by_shape: dict[Shape, Rows]) -> None:
+    """Add the shapes of the last batch."""
+    all_scans, all_recipes = batches.scan[-1], batches.recipe[-1]
+    for shape, rows in rows_by_shape.items():
+        scan, recipe = all_scans[rows], all_recipes[rows]
+        for code in np.unique(recipe).tolist():
+            batches.shapes[code, shape].append(np.unique(scan[(recipe == code) & (scan >= 0)]))
 
 
 def _join_batches(batches: _Batches, *, is_broken: bool = False) -> FeaturesFile:
@@ -135,7 +140,7 @@ def _join_batches(batches: _Batches, *, is_broken: bool = False) -> FeaturesFile
         patch=np.concatenate([np.zeros(0, np.int32), *batches.patch]),
         recipe=np.concatenate([np.zeros(0, np.int32), *batches.recipe]),
         unknown_ids=pa.chunked_array(batches.unknown_ids, pa.string()).combine_chunks(),
-        shapes={shape: np.concatenate(rows) for shape, rows in batches.shapes.items()},
+        shapes={key: np.concatenate(rows) for key, rows in batches.shapes.items()},
         faults=batches.faults,
         is_broken=is_broken,
     )

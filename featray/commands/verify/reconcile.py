@@ -113,12 +113,12 @@ class LayerReconciliation:
                 faults.append(Fault(FindingKind.UNEVEN_SHAPE, ids, detail))
         return faults
 
-    def _add_shapes(self, shapes: Mapping[Shape, Rows]) -> None:
-        for shape, all_scans in shapes.items():
-            scan = all_scans[self._cells.has_fixed_size[all_scans]]
-            codes = self._recipe[scan]
-            for code in np.unique(codes[codes != NO_CELL]).tolist():
-                self._shapes[code, shape].append(scan[codes == code].astype(np.int32))
+    def _add_shapes(self, shapes: Mapping[tuple[int, Shape], Rows]) -> None:
+        """Add the shapes of the expected cells of scans with a fixed input size."""
+        for (code, shape), scan in shapes.items():
+            is_judged = self._cells.has_fixed_size[scan] & (self._recipe[scan] == code)
+            if code != NO_CELL and is_judged.any():
+                self._shapes[code, shape].append(scan[is_judged].astype(np.int32))
 
     def _mark_seen(self, positions: Rows, mask: NDArray[np.bool_], bit: int) -> NDArray[np.bool_]:
         """Mark required rows as seen; return which rows were seen before, or are duplicates of each other.

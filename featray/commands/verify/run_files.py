@@ -19,9 +19,9 @@ class RecipeFacts:
     """What a run recorded about a recipe of the scans table.
 
     Attributes:
-        layers: Names of the layers of the run; empty if no run recorded them.
+        layers: Names of the layers that have this recipe; empty unless a run of featray 0.1.0 recorded them.
         is_fixed_size: Whether all inputs have the same size, so that all features of a layer have one shape.
-        has_layer_recipes: Whether the run gave each layer a recipe of its own, which featray 0.1.0 did not.
+        has_layer_recipes: Whether the run gave each layer a recipe of its own, which 0.1.0 did not.
     """
 
     layers: frozenset[str] = frozenset()
@@ -46,16 +46,17 @@ def read_recipe_facts(store: Store, scans: ScansTable) -> dict[int, RecipeFacts]
 def _make_facts(run: Mapping[str, Any], recipe: str) -> RecipeFacts | None:
     """Return what a run recorded about a recipe; None if it is about another recipe.
 
-    The recipe of a run of featray 0.1.0 has the recorded id in rows of 0.1.0, and the id of its inputs in
-    rows that the present version has changed.
+    The recorded id of a run of featray 0.1.0 is in the rows of 0.1.0. In rows that the present version has
+    changed, it is the id of reading and preprocessing.
     """
-    whole = run.get("recipe")
+    whole, has_layer_recipes = run.get("recipe"), "layer_recipes" in run
     inputs_id = make_inputs_id(whole) if isinstance(whole, dict) else None
     if recipe not in (run.get("recipe_id"), inputs_id):
         return None
     preprocess = (run.get("config") or {}).get("preprocess") or {}
+    is_of_all_layers = recipe == run.get("recipe_id") and not has_layer_recipes
     return RecipeFacts(
-        layers=frozenset(run.get("layers") or ()),
+        layers=frozenset(run.get("layers") or ()) if is_of_all_layers else frozenset(),
         is_fixed_size=preprocess.get("size") is not None,
-        has_layer_recipes="layer_recipes" in run,
+        has_layer_recipes=has_layer_recipes,
     )

@@ -667,6 +667,7 @@ def make_earlier_output(dataset: Dataset) -> None:
     rewrite_file(dataset, SCANS, "a", lambda rows: rows.drop_columns(["layers", "failed_layers"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_recorded", [False, True], ids=["without run.json", "with run.json"])
 def test_rows_of_an_earlier_version_have_one_recipe_and_all_layers(
     dataset: Dataset, is_recorded: bool
@@ -689,6 +690,7 @@ def test_a_layer_that_a_run_of_an_earlier_version_recorded_is_missing_without_fi
     assert (finding.kind, finding.layer, finding.scan_ids) == ("missing_patch", "third", ("a", "b", "c"))
 
 
+@pytest.mark.slow
 def test_rows_of_an_earlier_version_may_be_next_to_rows_that_list_their_layers(dataset: Dataset) -> None:
     for scan_id in ("b", "c"):
         for layer in LAYERS:
@@ -716,6 +718,7 @@ def fail_to_add_a_layer(dataset: Dataset, scan_id: str) -> None:
     Committer(dataset, ("layer",), ["site"], run_id=LATER).commit([Receipt((), (record,))])
 
 
+@pytest.mark.slow
 def test_a_scan_that_failed_when_a_layer_was_added_keeps_its_other_cells(dataset: Dataset) -> None:
     fail_to_add_a_layer(dataset, "c")
     verification = verify(dataset)
@@ -761,6 +764,14 @@ def test_shapes_may_differ_only_if_input_sizes_differ(dataset: Dataset) -> None:
     assert group_ids_by_kind(verification) == {"uneven_shape": {"b"}}
     assert "(2, 1), others have (2,)" in verification.findings[0].message
     assert verify(dataset, forget_damaged=True).exit_code == 0
+
+
+def test_shapes_are_compared_within_one_recipe(dataset: Dataset) -> None:
+    write_run(dataset, [2, 2, 2])
+    rewrite_file(dataset, FEATURES, "b", set_values("b", shape=[2, 1], recipe="r1 of z_mean"), "z_mean")
+    assert group_ids_by_kind(verify(dataset)) == {"other_recipe": {"b"}}
+    rewrite_file(dataset, SCANS, "b", set_cells("b", z_mean="r1 of z_mean"))
+    assert verify(dataset).findings == ()
 
 
 def test_two_recipes_with_different_layers_are_in_order(dataset: Dataset) -> None:

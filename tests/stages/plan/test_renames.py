@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
 import pytest
 from ledgers import Cells, Row, get_due, get_states, make_failed_row, plan_scans
+
+from featray.output.cells import CellColumn
+from featray.stages.plan.renames import find_renames
 
 
 @pytest.mark.parametrize(
@@ -92,3 +98,14 @@ def test_of_two_recipes_after_a_killed_refresh_the_more_frequent_one_decides_the
     plan = plan_scans("abc", *rows, layers={"z": "r2", "new": "r1"}, refresh=True)
     assert plan.renames == {"z": "new"}
     assert get_due(plan) == {"a": ("z",), "b": ("z", "new"), "c": ("z",)}
+
+
+def test_renames_never_merge_two_layers_or_move_one_that_has_its_place() -> None:
+    rng = random.Random(0)
+    for _ in range(500):
+        stored = {name: rng.choice("123") for name in rng.sample("abcde", rng.randint(1, 5))}
+        layers = {name: rng.choice("123") for name in rng.sample("abcde", rng.randint(1, 5))}
+        renames = find_renames(CellColumn(np.zeros(1, np.int32), [stored]), layers)
+        assert all(layers[new] == stored[old] for old, new in renames.items())
+        assert all(layers.get(old) != stored[old] for old in renames)
+        assert len({renames.get(name, name) for name in stored}) == len(stored)

@@ -134,10 +134,8 @@ def _process(engine: Engine, plan: Plan, job: Job, committer: Committer, progres
     announce(job.run, committer.dataset)
     committer.carry_over(plan.earlier_recipes)
     committer.rename_layers(plan.renames)
-    committer.drop_layers(dropped)
     committer.clear_failures(plan.cleared_failures)
-    totals.dropped_layers = len(dropped)
-    totals.has_changed_tables = bool(dropped or plan.has_table_changes)
+    totals.has_changed_tables = plan.has_table_changes
     with progress:
         _extract_scans(engine, plan.todo, job, _CommitQueue(committer, progress, totals))
         since = engine.decoding_since()
@@ -145,7 +143,8 @@ def _process(engine: Engine, plan: Plan, job: Job, committer: Committer, progres
         totals.workers = engine.workers()
     if not stop.is_set():
         committer.delete_scans(removed)
-        totals.removed = len(removed)
+        committer.drop_layers(dropped)  # last, so that a run that is stopped or killed has lost no layer
+        totals.removed, totals.dropped_layers = len(removed), len(dropped)
         committer.compact()
     committer.delete_orphans()
     totals.is_interrupted = stop.is_set()

@@ -81,7 +81,7 @@ class RunTotals:
     @property
     def has_changes(self) -> bool:
         """Whether the run has committed anything."""
-        return bool(self.scans or self.removed or self.has_changed_tables)
+        return bool(self.scans or self.removed or self.dropped_layers or self.has_changed_tables)
 
     def add(self, receipt: Receipt) -> None:
         """Count a committed receipt."""

@@ -70,9 +70,11 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("first-run")
     make_collection(folder / "data" / "ct", 3, shape_zyx=(32, 64, 64), dicom_count=0)
     (folder / "models").mkdir()
-    build_encoder().save(folder / "models" / "vae.keras")
+    build_encoder((16, 64, 64)).save(folder / "models" / "vae.keras")
     shutil.copy(REPOSITORY / "featray" / "synthetic" / "vae.py", folder / "models" / "sampling.py")
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
+    for config in (folder / "configs").glob("*.yaml"):  # a small model, because each command runs it
+        config.write_text(config.read_text().replace("size: [32, 256, 256]", "size: [16, 64, 64]"))
     make_featray_program(folder / "bin")
     keras.utils.clear_session()
     return folder

@@ -378,6 +378,7 @@ def test_after_one_listing_the_headers_of_unchanged_dicom_files_are_not_read_aga
     for path in (project / "collection" / "dicom").rglob("*.dcm"):
         path.write_bytes(bytes(path.stat().st_size))  # a header that is read again is now unreadable
         os.utime(path, (MODIFIED_S, MODIFIED_S))
+    caplog.clear()
     with caplog.at_level(logging.WARNING, "featray"):
         summary = featray.refresh("config.yaml")
     assert (summary.found, summary.done, summary.run_id) == (6, 0, "")

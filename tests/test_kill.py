@@ -176,8 +176,7 @@ def log_round(kill_round: Round, result: RoundResult, *, seconds: float) -> None
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("to_group", [False, True])
+@pytest.mark.parametrize(("number", "to_group"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_signal_while_a_local_ray_starts_ends_the_run_as_interrupted(
     config: Path, number: signal.Signals, to_group: bool
 ) -> None:
@@ -196,8 +195,7 @@ def find_raylet(pid: int) -> list[psutil.Process]:
     return [child for child in find_descendants(pid) if child.name() in ("gcs_server", "raylet")]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("seconds", [0.5, 2.0])
+@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 2.0), (signal.SIGTERM, 0.5)])
 def test_a_signal_during_imports_ends_the_command_as_interrupted(
     config: Path, number: signal.Signals, seconds: float
 ) -> None:

@@ -350,9 +350,9 @@ class DescendantWatch:
         self._thread.start()
 
     def have_ended(self) -> bool:
-        """Wait up to 20 s for all the processes to end; return whether they have."""
+        """Wait up to a minute for all the processes to end; return whether they have."""
         self._stop_searching()
-        return not psutil.wait_procs(self._processes, timeout=20)[1]
+        return not psutil.wait_procs(self._processes, timeout=60)[1]
 
     def kill(self) -> None:
         """Kill those of the processes that are still running."""

@@ -8,7 +8,8 @@ in two ways, both made by replacing functions of featray before the command line
 - It is slow enough that a kill meets it in the middle: decoding, writing and committing are preceded by
   pauses, few scans share a file, and each file is committed at once.
 - When it reaches POINT for the NTH time, it sends SIGKILL to itself, or, if GROUP is `1`, to its whole
-  process group. If POINT is `-`, it never does.
+  process group. If NTH is 0, it does so when it reaches POINT while it drops layers. If POINT is `-`, it
+  never does.
 
 The points of `kill.rounds.POINTS` are in the driver; `writer` is in the process that writes features, right
 after it has written them. On Ray several processes write, so they count how often they have reached the point
@@ -89,6 +90,11 @@ class _KillPoint:
         if self._nth == 0:
             os.killpg(0, signal.SIGKILL) if self._kills_group else os.kill(os.getpid(), signal.SIGKILL)
 
+    def begin_dropping(self) -> None:
+        """Note that layers are dropped now."""
+        if self._nth <= 0:
+            self._nth = 1
+
     def is_deadly(self, name: str) -> bool:
         """Return whether the process dies the next time that it reaches this point."""
         return name == self._name and self._nth == 1
@@ -133,6 +139,7 @@ def _insert_points(point: _KillPoint) -> None:
     _kill_between_tables(TableLog, point)
     _call_before(Committer, "_delete_superseded", lambda: point.reach("after commit"))
     _kill_during_deletes(Store, point)
+    _call_before(Committer, "drop_layers", point.begin_dropping)
     _call_before(Committer, "delete_orphans", lambda: point.reach("before orphan deletion"))
 
 

@@ -19,6 +19,8 @@ POINTS = (
     "before orphan deletion",
 )
 """Points of the driver's code at which the driver kills itself; `kill.paced` says where each of them is."""
+DROPPING_POINTS = ("before commit", "between tables", "after commit", "during deletes")
+"""Points that a run reaches while it drops layers."""
 SCENARIOS = {
     "extract": ("extract",),
     "refresh": ("refresh",),
@@ -63,11 +65,14 @@ class Round:
     def nth(self) -> int:
         """How often the point is reached until the process dies: at most 3, so that much work remains.
 
-        A run that drops layers renames one in its first commit and drops one in its second.
+        A run that drops layers renames one in its first commit and drops one in its last. With seed 1 it dies
+        when it reaches the point while it drops, which is 0.
         """
         if self.when == "before orphan deletion":
             return 2
-        return 1 + random.Random(self.id).randrange(2 if self.scenario == "drop_layers" else 3)
+        if self.scenario == "drop_layers":
+            return 1 - self.seed
+        return 1 + random.Random(self.id).randrange(3)
 
     @property
     def ends_the_run(self) -> bool:
@@ -99,7 +104,8 @@ def _make_layer_rounds() -> Iterator[Round]:
         for engine in ("inline", "ray"):
             for point in POINTS:
                 yield Round(engine, scenario, "driver", point, 0)
-            yield Round(engine, scenario, "driver", "between tables", 1)
+            for point in DROPPING_POINTS if scenario == "drop_layers" else ("between tables",):
+                yield Round(engine, scenario, "driver", point, 1)
             yield Round(engine, scenario, "group", "any time", 0)
             yield Round(engine, scenario, "writer", "after files", 0)
             yield Round(engine, scenario, "decoder", "any time", 0)
@@ -107,7 +113,7 @@ def _make_layer_rounds() -> Iterator[Round]:
 
 
 ROUNDS = tuple(_make_rounds())
-"""All rounds, more than 120; `pytest -m kill` runs them."""
+"""All rounds, more than 130; `pytest -m kill` runs them."""
 DEFAULT_ROUNDS = tuple(
     round_
     for round_ in ROUNDS
@@ -115,8 +121,8 @@ DEFAULT_ROUNDS = tuple(
     in {
         "inline-extract-decoder-any_time-0",
         "inline-refresh-driver-during_deletes-0",
-        "inline-add_layers-driver-between_tables-0",
-        "inline-drop_layers-driver-before_commit-0",
+        "inline-add_layers-driver-before_commit-0",
+        "inline-drop_layers-driver-between_tables-1",
         "inline-other_weights-group-any_time-0",
         "ray-add_layers-writer-after_files-0",
         "ray-refresh-actor-any_time-0",

@@ -55,10 +55,10 @@ def job(collection: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     from featray.synthetic.vae import build_encoder
 
     model = tmp_path_factory.mktemp("model") / "encoder.keras"
-    build_encoder((32, 128, 128)).save(model)
+    build_encoder((32, 96, 96)).save(model)
     return {
         "source": {"uri": str(collection)},
-        "preprocess": {"size": [32, 128, 128]},
+        "preprocess": {"size": [32, 96, 96]},
         "model": {
             "uri": str(model),
             "custom_objects": ["featray.synthetic.vae:Sampling"],

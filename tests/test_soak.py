@@ -4,7 +4,7 @@
 
 Each of the two tests takes half of the minutes. Seeds are random, unless `--soak-seed` gives the first one.
 Each failure is kept in a folder below `--soak-failures`, with the damaged files or the output, and with a
-`failure.json` that says what failed and how to repeat it: `pytest -m soak --soak-repeat FOLDER`. One line for
+`failure.json` that says what failed and how to repeat it: `pytest -m soak --soak-repeat=FOLDER`. One line for
 each test is added to the file `log.jsonl` in the same folder.
 """
 
@@ -64,7 +64,8 @@ class Soak:
         kept = self.failures / name
         shutil.rmtree(kept, ignore_errors=True)
         shutil.copytree(folder, kept, symlinks=True)
-        command = f"pytest -m soak --soak-repeat {kept}"
+        # With `=`, because pytest takes a folder that follows an option for the root of the tests.
+        command = f"pytest -m soak --soak-repeat={kept}"
         text = json.dumps({**record, "error": traceback.format_exc(limit=-3), "repeat": command}, indent=2)
         (kept / RECORD).write_text(text)
 

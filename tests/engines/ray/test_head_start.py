@@ -82,10 +82,11 @@ def test_a_prefetched_scan_that_is_not_due_is_dropped(stages: Stages) -> None:
 def test_no_scan_is_prefetched_if_inputs_vary_in_size_or_scans_are_few(
     preprocess: dict[str, Any], scans: list[Scan], stages: Stages
 ) -> None:
+    before = find_worker_processes()  # those of tests of other files, which end a moment later
     head_start = start_prefetch(scans, **preprocess)
     assert head_start.start(scans, stages, threading.Event()) == scans
     assert not head_start.take_receipts(None)
-    assert not find_worker_processes()
+    assert set(find_worker_processes()) <= set(before)
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ import pytest
 import yaml
 
 from featray.cli.main import main, make_parser
+from featray.engines.decoding.process_pool import end_early
 
 ENTRY = [sys.executable, "-m", "featray"]
+
+
+@pytest.fixture(autouse=True)
+def end_early_process() -> Iterator[None]:
+    """End the worker process that a command starts first; otherwise it ends with the process of the tests."""
+    yield
+    end_early()
 
 
 @pytest.fixture

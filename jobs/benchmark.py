@@ -204,16 +204,12 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--cache", action="store_true", help="also run with an empty input cache, and then with a filled one"
     )
-    parser.add_argument("--keep", metavar="DIR", help="folder that keeps the phantoms for the next benchmark")
-    parser.add_argument(
-        "--directory", metavar="DIR", help="folder for temporary files (default: the system's)"
-    )
-    parser.add_argument(
-        "--out",
-        default="featray-benchmark",
-        metavar="DIR",
-        help="folder for benchmark.json and benchmark.svg (default: %(default)s)",
-    )
+    for name, default, text in (
+        ("--keep", None, "folder that keeps the phantoms for the next benchmark"),
+        ("--directory", None, "folder for temporary files (default: the system's)"),
+        ("--out", "featray-benchmark", "folder for benchmark.json and benchmark.svg (default: %(default)s)"),
+    ):
+        parser.add_argument(name, default=default, metavar="DIR", help=text)
     parser.add_argument(
         "--set",
         action="append",

@@ -27,7 +27,7 @@ import featray
 from featray.errors import ConfigError
 from featray.output.dataset import FEATURES, SCANS, Dataset
 from featray.output.delta_log import FileChange, TableLog
-from featray.output.ledger import Ledger, read_stored_cells
+from featray.output.ledger import LEDGER_ROW_COLUMNS, Ledger, find_stored_cells
 from featray.output.rewrite import FileRewriter
 from featray.recipe import RecipeIds, make_recipe_ids
 from featray.storage.store import Store
@@ -415,7 +415,8 @@ def test_scans_of_two_runs_get_the_recipes_of_their_layers_and_only_missing_laye
 
 def test_the_status_counts_only_the_scans_that_have_a_layer(killed_project: Path) -> None:
     first, second = "efd69e3a9ff9d722", "c6e35b5a9a51dc35"
-    cells = read_stored_cells(Dataset(Store("out")).open_snapshot())
+    snapshot = Dataset(Store("out")).open_snapshot()
+    cells = find_stored_cells(snapshot, snapshot.read_scans(LEDGER_ROW_COLUMNS))
     assert cells.count_recipes() == {"conv2_grid": {second: 1}, "encoder.z_mean": {second: 1, first: 2}}
     assert featray.verify("out").findings == ()
 

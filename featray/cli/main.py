@@ -351,24 +351,12 @@ def _add_benchmark_options(command: argparse.ArgumentParser) -> None:
         metavar="NAME=FILE.py",
         help="script to run as well and to compare the features of; may be repeated (default: no script)",
     )
-    command.add_argument(
-        "--workers",
-        default="",
-        metavar="1,2,4",
-        help="numbers of decode workers to try with engine inline (default: only the config's)",
-    )
-    command.add_argument(
-        "--actors",
-        default="",
-        metavar="1,2",
-        help="numbers of actors to try with engine ray (default: only the config's)",
-    )
-    command.add_argument(
-        "--collection-sizes",
-        default="",
-        metavar="50,500",
-        help="numbers of scans to run once each with every engine (default: none)",
-    )
+    for name, example, text in (
+        ("--workers", "1,2,4", "decode workers to try with engine inline (default: only the config's)"),
+        ("--actors", "1,2", "actors to try with engine ray (default: only the config's)"),
+        ("--collection-sizes", "50,500", "scans to run once each with every engine (default: none)"),
+    ):
+        command.add_argument(name, default="", metavar=example, help=f"numbers of {text}")
     command.add_argument(
         "--cache",
         action="store_true",

@@ -16,7 +16,6 @@ import re
 import shutil
 import time
 import uuid
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -28,9 +27,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, StorageError
-from featray.output.dataset import FEATURES, SCANS, Snapshot
+from featray.output.dataset import FEATURES, SCANS, Snapshot, count_values
 from featray.output.layer_totals import LayerTotals, sum_by_layer
-from featray.output.ledger import LEDGER_COLUMNS, read_stored_cells
+from featray.output.ledger import LEDGER_ROW_COLUMNS, find_stored_cells
 from featray.output.query import (
     Output,
     find_layer,
@@ -292,17 +291,17 @@ class _Export:
         return data
 
     def _describe(self, sizes: Mapping[str, int], copied: int, seconds: float) -> ExportResult:
-        rows = self.snapshot.read_scans((*LEDGER_COLUMNS, "layers", "failed_layers"))
+        rows = self.snapshot.read_scans(LEDGER_ROW_COLUMNS)
         features = (file for path, file in self.files.items() if path.startswith(f"{FEATURES}/"))
         layers = sum_by_layer(features)
-        recipes = read_stored_cells(self.snapshot, rows).count_recipes()
+        recipes = find_stored_cells(self.snapshot, rows).count_recipes()
         return ExportResult(
             directory=mask_url(self.target.uri),
             output=mask_url(self.snapshot.store.uri),
             version=self.snapshot.version,
             versions=self.snapshot.versions,
             recipes={layer.layer: recipes.get(layer.layer, {}) for layer in layers},
-            scans=dict(Counter(rows["status"].to_pylist()).most_common()),
+            scans=dict(count_values(rows["status"]).most_common()),
             layers=layers,
             files=dict(sorted(sizes.items())),
             copied=copied,

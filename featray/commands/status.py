@@ -6,17 +6,15 @@ No features are read.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.dataset as pads
 
-from featray.output.dataset import FEATURES, SCANS, Dataset
+from featray.output.dataset import FEATURES, SCANS, Dataset, count_values
 from featray.output.layer_totals import LayerTotals, sum_by_layer
 from featray.output.lease import read_live_lease
-from featray.output.ledger import LEDGER_COLUMNS, read_newest_layers, read_stored_cells
+from featray.output.ledger import LEDGER_ROW_COLUMNS, find_stored_cells, read_newest_layers
 from featray.terminal.progress import format_scans
 
 
@@ -82,25 +80,21 @@ def status(dataset: Dataset) -> StatusResult:
     snapshot = dataset.open_snapshot() if lease is None else dataset.find_snapshot()
     if snapshot is None:  # the run has not committed anything yet
         return StatusResult(0, 0, 0, {}, {}, (), {}, 0, lease)
-    rows = snapshot.read_scans((*LEDGER_COLUMNS, "layers", "failed_layers"))
-    counts, layers = _count_values(rows["status"]), sum_by_layer(snapshot.files(FEATURES))
+    rows = snapshot.read_scans(LEDGER_ROW_COLUMNS)
+    counts, layers = count_values(rows["status"]), sum_by_layer(snapshot.files(FEATURES))
     named = read_newest_layers(dataset.store)
     return StatusResult(
         ok=counts["ok"],
         failed=counts["failed"],
         excluded=counts["excluded"],
-        reasons=dict(_count_values(rows["reason"].drop_null()).most_common()),
-        recipes=read_stored_cells(snapshot, rows).count_recipes(),
+        reasons=dict(count_values(rows["reason"].drop_null()).most_common()),
+        recipes=find_stored_cells(snapshot, rows).count_recipes(),
         layers=layers,
         version=snapshot.versions,
         commit=snapshot.commit_number,
         running=lease,
         unnamed_layers=tuple(layer.layer for layer in layers if named and layer.layer not in named),
     )
-
-
-def _count_values(column: pa.ChunkedArray) -> Counter[str]:
-    return Counter({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
 
 
 def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import bisect
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -344,6 +345,11 @@ def refuse_missing_table(store: Store, features: TableLog | None, scans: TableLo
         f"{present.commit_number} commits. Restore the folder {missing}, or delete the whole output and run "
         "again"
     )
+
+
+def count_values(column: pa.ChunkedArray) -> Counter[str]:
+    """Return how often each value of a column of texts occurs."""
+    return Counter({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
 
 
 def parse_run_id(name: str) -> str | None:

@@ -25,6 +25,8 @@ from featray.storage.store import Store
 
 LEDGER_COLUMNS = ("scan_id", "status", "reason", "content", "recipe", "stage", "run_id")
 """Columns of a ledger besides its cells."""
+LEDGER_ROW_COLUMNS = (*LEDGER_COLUMNS, "layers", "failed_layers")
+"""Columns of `scans` from which a ledger is made."""
 MAX_RUNS_PER_RECIPE = 20
 """Number of runs to try for one recipe; a run that was killed may have no run.json."""
 
@@ -53,10 +55,7 @@ class Ledger:
             snapshot: The output.
             recipe: Recipe of the present run, for rows of featray 0.1.0 whose runs have no run.json.
         """
-        if snapshot is None:
-            rows = SCAN_COLUMNS.empty_table()
-        else:
-            rows = snapshot.read_scans((*LEDGER_COLUMNS, "layers", "failed_layers"))
+        rows = SCAN_COLUMNS.empty_table() if snapshot is None else snapshot.read_scans(LEDGER_ROW_COLUMNS)
         translation = translate_recipes(snapshot, rows, recipe)
         return cls.from_rows(rows, translation)
 
@@ -65,7 +64,7 @@ class Ledger:
         """Return the ledger of rows of `scans`.
 
         Args:
-            rows: Rows with the columns of a ledger and both map columns.
+            rows: Rows with the columns `LEDGER_ROW_COLUMNS`.
             translation: Recipe id of featray 0.1.0 → the ids that its layers have now.
         """
         cells, failed = CellColumn.encode(rows["layers"]), CellColumn.encode(rows["failed_layers"])
@@ -88,15 +87,13 @@ class Ledger:
         )
 
 
-def read_stored_cells(snapshot: Snapshot, rows: pa.Table | None = None) -> CellColumn:
+def find_stored_cells(snapshot: Snapshot, rows: pa.Table) -> CellColumn:
     """Return the cells that `features` holds for each scan, with the recipe ids that are in its files.
 
     Args:
         snapshot: The output.
-        rows: Rows of `scans` with the columns of a ledger; None to read them.
+        rows: Rows of `scans` with the columns `LEDGER_ROW_COLUMNS`.
     """
-    if rows is None:
-        rows = snapshot.read_scans((*LEDGER_COLUMNS, "layers", "failed_layers"))
     translation = translate_recipes(snapshot, rows, {})
     as_stored = {
         name: RecipeIds(name, dict.fromkeys(ids.layers, name), "") for name, ids in translation.items()

@@ -16,7 +16,7 @@ import pyarrow.dataset as pads
 
 from featray.output.dataset import FEATURES
 from featray.output.features import FEATURE, Shapes, flatten_values, make_matrix
-from featray.output.ledger import LEDGER_COLUMNS, read_stored_cells
+from featray.output.ledger import LEDGER_ROW_COLUMNS, find_stored_cells
 from featray.output.query import (
     Output,
     ReadRequest,
@@ -119,8 +119,8 @@ def _make_filter(selection: Selection) -> pads.Expression | None:
 
 def _count_recipes(selection: Selection) -> dict[str, int]:
     """Return recipe id → number of requested scans with features. Reads `scans`, and no file of features."""
-    rows = selection.read_scans([*LEDGER_COLUMNS[1:], "layers", "failed_layers"])
-    return read_stored_cells(selection.snapshot, rows).count_recipes().get(selection.layer, {})
+    rows = selection.read_scans([name for name in LEDGER_ROW_COLUMNS if name != "scan_id"])
+    return find_stored_cells(selection.snapshot, rows).count_recipes().get(selection.layer, {})
 
 
 def _read_files(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from featray.errors import ExitCode
-from featray.output.dataset import Dataset
+from featray.output.dataset import Dataset, count_values
 from featray.stages.list import Listing
 from featray.stages.plan import Plan
 from featray.stages.report.run_folder import Run, write_start, write_summary
@@ -50,7 +49,7 @@ def _select_listed(stored: pa.Table, listing: Listing) -> pa.Table:
 
 
 def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: RunTotals) -> Summary:
-    status = _count_values(rows["status"])
+    status = count_values(rows["status"])
     found = len(listing.scan_ids)
     missing = found - len(rows)
     unfinished = totals.is_interrupted and (missing > 0 or totals.scans < len(plan.todo))
@@ -76,7 +75,7 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
         cleared_failures=len(plan.cleared_failures),
         removed=totals.removed,
         states=plan.counts,
-        reasons=dict(_count_values(rows["reason"].drop_null()).most_common()),
+        reasons=dict(count_values(rows["reason"].drop_null()).most_common()),
         ignored=listing.ignored,
         seconds=time.time() - run.started,
         stage_seconds=totals.stage_seconds,
@@ -87,10 +86,6 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
         exit_code=_choose_exit_code(unfinished=unfinished, is_complete=has_all_rows and has_few_failures),
         output=str(run.config["output"]["uri"]),
     )
-
-
-def _count_values(column: pa.ChunkedArray) -> Counter[str]:
-    return Counter({item["values"]: item["counts"] for item in column.value_counts().to_pylist()})
 
 
 def _choose_exit_code(*, unfinished: bool, is_complete: bool) -> ExitCode:

@@ -90,11 +90,14 @@ def test_every_scan_of_the_collection_has_its_known_properties(
         }
 
 
-def test_dicom_and_nifti_twins_have_equal_features(inline: dict[str, Any]) -> None:
+def test_dicom_and_nifti_twins_have_the_same_features(inline: dict[str, Any]) -> None:
+    """Allow for rounding: a model sums in another order if the two scans lie in batches of different sizes."""
     for name in ("STS_002", "CRLM-CT-1004"):
         dicom, nifti = inline[f"dicom/{name}"], inline[f"nifti/{name}.nii.gz"]
         for layer, values in nifti["layers"].items():
-            np.testing.assert_array_equal(dicom["layers"][layer], values, err_msg=f"{name} {layer}")
+            np.testing.assert_allclose(
+                dicom["layers"][layer], values, rtol=1e-5, atol=1e-6, err_msg=f"{name} {layer}"
+            )
 
 
 @pytest.mark.ray

@@ -91,7 +91,7 @@ def test_every_scan_of_the_collection_has_its_known_properties(
 
 
 def test_dicom_and_nifti_twins_have_the_same_features(inline: dict[str, Any]) -> None:
-    """Allow for rounding: a model sums in another order if the two scans lie in batches of different sizes."""
+    """Allow for rounding: batches of different sizes may lead to sums in another order."""
     for name in ("STS_002", "CRLM-CT-1004"):
         dicom, nifti = inline[f"dicom/{name}"], inline[f"nifti/{name}.nii.gz"]
         for layer, values in nifti["layers"].items():

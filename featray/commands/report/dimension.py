@@ -1,10 +1,10 @@
 """Estimate the intrinsic dimension of the features with TwoNN.
 
 Source: E. Facco, M. d'Errico, A. Rodriguez and A. Laio, "Estimating the intrinsic dimension of datasets by a
-    minimal
-neighborhood information", Scientific Reports 7, 12140 (2017). If r1 and r2 are the distances of a scan to its
-nearest and second-nearest neighbor, the ratio r2/r1 has the distribution 1 - ratio^(-d) for dimension d. As
-in the paper, the largest tenth of the ratios is left out, and a line through the origin is fitted.
+minimal neighborhood information", Scientific Reports 7, 12140 (2017). If r1 and r2 are the distances of a scan
+to its nearest and second-nearest neighbor, the ratio r2/r1 has the distribution function 1 - ratio^(-d) for
+dimension d. As in the paper, the largest tenth of the ratios is left out, and a line through the origin is
+fitted.
 
 With few scans the estimate is too low: 10 dimensions give about 9 from 100 scans, and 50 dimensions give
 about 26. So the result is a lower bound, to be shown as "at least".

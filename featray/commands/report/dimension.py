@@ -1,13 +1,14 @@
 """Estimate the intrinsic dimension of the features with TwoNN.
 
 Source: E. Facco, M. d'Errico, A. Rodriguez and A. Laio, "Estimating the intrinsic dimension of datasets by a
-minimal neighborhood information", Scientific Reports 7, 12140 (2017). If r1 and r2 are the distances of a scan
-to its nearest and second-nearest neighbor, the ratio r2/r1 has the distribution function 1 - ratio^(-d) for
-dimension d. As in the paper, the largest tenth of the ratios is left out, and a line through the origin is
-fitted.
+minimal neighborhood information", Scientific Reports 7, 12140 (2017). If r1 and r2 are the distances of a
+scan to its nearest and second-nearest neighbor, the ratio r2/r1 has the distribution function 1 - ratio^(-d)
+for dimension d. As in the paper, the largest tenth of the ratios is left out, and a line through the origin
+is fitted.
 
-With few scans the estimate is too low: 10 dimensions give about 9 from 100 scans, and 50 dimensions give
-about 26. So the result is a lower bound, to be shown as "at least".
+With few scans the estimate is too low: normally distributed features of 10 dimensions give 8.5 from 100 scans
+and 9.4 from 1,000 scans; 50 dimensions give 27 and 31. So the result is to be shown as "at least". Its
+standard deviation is about the dimension divided by the square root of the number of scans.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ class IntrinsicDimension:
     """Result of TwoNN on standardized values.
 
     Attributes:
-        at_least: Estimated dimension, a lower bound; at most `units`. None if there is an obstacle.
+        at_least: Estimated dimension, which the true one probably exceeds; at most `units`. None if there is
+            an obstacle.
         obstacle: Why there is no estimate; None if there is one.
         scans: Number of scans with different features that were used.
         duplicates: Number of scans that were left out because their features equal those of another scan.

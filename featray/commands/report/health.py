@@ -20,9 +20,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.commands.report.moments import Block, Moments, compute_moments, convert_block, split_rows
+from featray.commands.report.moments import Block, Moments, Values, compute_moments, convert_block, split_rows
 
-Values = NDArray[np.float64]
 Positions = NDArray[np.int64]
 
 DUPLICATE_CORRELATION = 0.999
@@ -31,8 +30,7 @@ MIN_SCANS_FOR_DUPLICATES = 10
 MIN_SCANS_FOR_OUTLIERS = 10
 OUTLIER_SCORE = 3.5
 MAX_DEVIATION = 5.0
-"""Standard deviations to which the deviation of one unit is limited, so that no single unit makes an outlier.
-"""
+"""Standard deviations to which a unit is limited, so that no single unit of many makes an outlier."""
 _BLOCK_UNITS = 512
 
 
@@ -42,8 +40,7 @@ class SignPattern(StrEnum):
     SIGNED = "signed"
     """There are negative values."""
     RELU = "relu"
-    """There are no negative values, but exact zeros: the pattern of a ReLU. A Gaussian mean must not have it.
-    """
+    """There are exact zeros and no negative values: a ReLU. A Gaussian mean must not have this pattern."""
     POSITIVE = "positive"
     """All values are above 0, as after a softplus or sigmoid. A Gaussian mean rarely has this pattern."""
     ZERO = "zero"
@@ -121,8 +118,8 @@ class Outliers:
     outliers", ASQC 1993.
 
     Attributes:
-        rows: Positions of the outliers, the farthest first; None if there are too few scans or no unit
-            varies.
+        rows: Positions of the outliers, the farthest first; None if there are too few scans or no unit has
+            variation.
         scores: (scans,) score of each scan; 0 if `rows` is None.
         scans: Number of scans that were used.
     """
@@ -189,7 +186,7 @@ def _find_signs(moments: Moments) -> SignPattern:
 
 
 class RowChecks:
-    """Checks the scans of one candidate over blocks. It keeps 16 bytes per scan."""
+    """Checks the scans of one candidate over blocks. It keeps about 60 bytes per scan."""
 
     def __init__(self) -> None:
         self._scans = 0

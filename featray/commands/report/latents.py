@@ -1,4 +1,4 @@
-"""Tell which latents of a variational autoencoder are in use, and whether its posterior has collapsed.
+"""Find the latents of a variational autoencoder that are in use, and judge whether its posterior collapsed.
 
 Active units: Y. Burda, R. Grosse and R. Salakhutdinov, "Importance weighted autoencoders", ICLR 2016: a
 latent is active if the variance of its mean over the scans is above 0.01. The threshold assumes that the
@@ -21,9 +21,7 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.commands.report.moments import Block, Moments, compute_moments, convert_block
-
-Values = NDArray[np.float64]
+from featray.commands.report.moments import Block, Moments, Values, compute_moments, convert_block
 
 ACTIVE_VARIANCE = 0.01
 """Variance above which a mean is active, and signal above which a latent is in use."""

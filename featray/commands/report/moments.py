@@ -27,14 +27,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 Block = NDArray[Any]
-"""Features (scans, units) of one candidate, of any real type."""
+"""Features (scans, units) of one candidate, of any real type.
+
+Pass the type in which the values are stored: a conversion to float64 hides their rounding error.
+"""
 Values = NDArray[np.float64]
 
 ROUNDING_MARGIN = 2
 """A standard deviation below this multiple of the rounding error of the stored values is rounding."""
 DEAD_VARIANCE = 1e-8
-"""A unit is dead if its variance is below this multiple of the median variance of the units with variation.
-"""
+"""A unit is dead if its variance is below this multiple of the median variance of the other units."""
 _BLOCK_ROWS = 1024
 _PRODUCT_ROWS = 2048
 """Products are added to at most this many rows of a matrix at once, which limits the temporary memory."""

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.commands.report.moments import Block, compute_moments, convert_block, split_rows
-
-Values = NDArray[np.float64]
+from featray.commands.report.moments import Block, Values, compute_moments, convert_block, split_rows
 
 MAX_SCANS = 5000
 """Sample size of the measures that compare all pairs of scans: some 4 s per 2,048 units on one core."""

@@ -16,12 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.linalg import eigh
 
-from featray.commands.report.moments import Block, Moments, compute_moments, convert_block
-
-Values = NDArray[np.float64]
+from featray.commands.report.moments import Block, Moments, Values, compute_moments, convert_block
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.commands.report.moments import Block, Products, compute_moments, convert_block, split_rows
-
-Values = NDArray[np.float64]
+from featray.commands.report.moments import (
+    Block,
+    Products,
+    Values,
+    compute_moments,
+    convert_block,
+    split_rows,
+)
 
 MIN_SCANS = 4
 """The estimator divides by scans - 3."""

@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.commands.report.moments import ROUNDING_MARGIN, Block
-
-Values = NDArray[np.float64]
+from featray.commands.report.moments import ROUNDING_MARGIN, Block, Values
 
 GOOD_ICC = 0.75
 MIN_SCANS = 10

@@ -18,6 +18,7 @@ from featray.commands.report.folds import make_folds
 from featray.commands.report.labels import Label, LeftOut, decide_column
 from featray.commands.report.probe import (
     Trial,
+    compute_permutation_p,
     control_by_permutation,
     make_target,
     probe_features,
@@ -25,6 +26,7 @@ from featray.commands.report.probe import (
 
 MIN_CLASS_SCANS = 15
 """Smallest number of scans of a class; rarer classes are merged into one."""
+MAX_P = 0.05
 OTHER = "other"
 """Name of the class into which rare classes are merged."""
 
@@ -39,7 +41,7 @@ class Leak:
         metric: `AUC` or `R²`.
         score: Mean score over the folds.
         chance: Mean score for permuted facts.
-        chance_high: Score that 5 % of the permuted facts exceed.
+        p: Share of the permuted facts that can be read as well as the true fact.
     """
 
     fact: str
@@ -47,12 +49,12 @@ class Leak:
     metric: str
     score: float
     chance: float
-    chance_high: float
+    p: float
 
     @property
     def is_above_chance(self) -> bool:
         """Return whether the fact can be read better than 95 % of the permuted facts."""
-        return self.score > self.chance_high
+        return self.p <= MAX_P
 
 
 def make_facts(columns: Mapping[str, Sequence[Any]]) -> tuple[list[Label], list[LeftOut]]:
@@ -122,6 +124,5 @@ def measure_leakage(
 def _measure_leak(fact: str, candidate: str, features: NDArray[np.floating], trial: Trial) -> Leak:
     probe = probe_features(features, trial)
     control = control_by_permutation(features, trial)
-    permuted = control.permuted[~np.isnan(control.permuted)]
-    high = float(np.percentile(permuted, 95)) if len(permuted) else math.nan
-    return Leak(fact, candidate, trial.target.metric, probe.score, control.chance, high)
+    p = compute_permutation_p([control])
+    return Leak(fact, candidate, trial.target.metric, probe.score, control.chance, p)

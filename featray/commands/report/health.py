@@ -112,10 +112,12 @@ class RowHealth:
 class Outliers:
     """Scans that are far from the other scans.
 
-    The distance of a scan is the root mean square of its standardized units, each limited to `MAX_DEVIATION`.
-    Its score is the modified z-score of the logarithm of the distance, 0.6745 (x - median) / MAD. A scan is
-    an outlier if its score is above 3.5. Source: B. Iglewicz and D. Hoaglin, "How to detect and handle
-    outliers", ASQC 1993.
+    The distance d of a scan is the root mean square of its standardized units, each limited to
+    `MAX_DEVIATION`. For normally distributed features d² has a chi-square distribution, so x = d^(2/3) has
+    nearly a normal one for any number of independent units (E. Wilson and M. Hilferty, PNAS 1931). The score
+    is the modified z-score 0.6745 (x - median) / MAD, and a scan is an outlier if it is above 3.5 (B.
+    Iglewicz and D. Hoaglin, "How to detect and handle outliers", ASQC 1993): 2 of 10,000 normally distributed
+    scans are.
 
     Attributes:
         rows: Positions of the outliers, the farthest first; None if there are too few scans or no unit has
@@ -288,9 +290,8 @@ def find_outliers(distances: Values) -> Outliers:
     scans = len(distances)
     if scans < MIN_SCANS_FOR_OUTLIERS or not distances.any():
         return Outliers(None, np.zeros(scans), scans)
-    smallest = distances[distances > 0].min()
-    logs = np.log(np.maximum(distances, smallest))
-    deviations = logs - np.median(logs)
+    values = np.cbrt(np.square(distances))
+    deviations = values - np.median(values)
     scores = deviations / _estimate_spread(deviations)
     rows = np.flatnonzero(scores > OUTLIER_SCORE)
     return Outliers(rows[np.argsort(-scores[rows], kind="stable")], scores, scans)

@@ -183,10 +183,28 @@ def test_one_unusual_unit_of_many_makes_no_outlier() -> None:
     assert 5 not in outliers.rows
 
 
-def test_the_score_is_the_modified_z_score_of_the_logarithm() -> None:
-    logs = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 100.0])
-    scores = find_outliers(np.exp(logs)).scores
-    np.testing.assert_allclose(scores, 0.6745 * (logs - 5) / 3)
+def test_the_score_is_the_modified_z_score_of_the_power_two_thirds() -> None:
+    values = np.array([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 100.0])
+    scores = find_outliers(values**1.5).scores
+    np.testing.assert_allclose(scores, 0.6745 * (values - 5) / 3, atol=1e-12)
+
+
+@pytest.mark.parametrize("independent", [1, 2, 5, 50])
+def test_few_normal_scans_are_outliers_for_any_number_of_independent_units(independent: int) -> None:
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(20000, independent)) @ rng.normal(size=(independent, 50))
+    outliers = find_outliers(measure_distances(features, compute_moments(features)))
+    assert outliers.rows is not None
+    assert len(outliers.rows) < 30
+
+
+@pytest.mark.parametrize("units", [1, 2, 300])
+def test_an_outlier_along_a_single_direction_is_found(units: int) -> None:
+    features = np.repeat(make_features(500, 1), units, axis=1)
+    features[9] = 8
+    outliers = find_outliers(measure_distances(features, compute_moments(features)))
+    assert outliers.rows is not None
+    assert 9 in outliers.rows
 
 
 def test_equal_distances_have_no_outliers_except_those_that_differ() -> None:

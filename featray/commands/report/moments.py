@@ -7,8 +7,8 @@ read twice in blocks, and all sums are float64:
    about 100 bytes per unit.
 2. `ProductSum`, one for all candidates, gives the products of the values around these means.
    `estimate_product_bytes` says how much memory it needs: 503 MB for 5 candidates of 2,048 values, besides
-   the float64 copy of one block (84 MB for 1,024 scans of these candidates) and one temporary product (34
-   MB).
+   the float64 copy of one block (84 MB for 1,024 scans of these candidates) and one temporary product
+   (34 MB).
 
 Both passes subtract a value of the unit before they sum, so a large offset costs no digits, and the variance
 of a unit that never changes is exactly 0. Variances and covariances are divided by the number of scans.

@@ -1,9 +1,8 @@
 """Read the features of all candidates twice, in blocks, for the measures that need all scans.
 
 Memory: the matrices of `ProductSum` (see `estimate_product_bytes`), one block of all candidates as float64,
-    and
-about 70 bytes per scan and candidate. For 5 candidates of 2,048 values and blocks of 1,024 scans these are
-0.7 GB.
+and about 70 bytes per scan and candidate. With 5 candidates of 2,048 values and blocks of 1,024 scans the
+process needs 0.8 GB, and one core 6 s per block for the products.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from featray.commands.report.moments import (
 
 MAX_PRODUCT_BYTES = 1_500_000_000
 ReadBlocks = Callable[[], Iterable[Sequence[Block]]]
-"""Reads the features anew at each call: one block (scans, units) per candidate, all with the same scans."""
+"""Reads the features from the start at each call: blocks (scans, units) of the same scans, one per candidate."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,10 @@ def _read_second(
 
 
 def _find_finite(candidates: Sequence[Block]) -> NDArray[np.bool_]:
-    return np.stack([np.isfinite(block).all(axis=1) for block in candidates]).all(axis=0)
+    is_finite = np.ones(len(candidates[0]), bool)
+    for block in candidates:
+        is_finite &= np.isfinite(block).all(axis=1)
+    return is_finite
 
 
 def _move_rows(outliers: Outliers, used: Positions) -> Outliers:

@@ -33,7 +33,7 @@ from featray.commands.report.moments import (
 
 MAX_PRODUCT_BYTES = 1_500_000_000
 ReadBlocks = Callable[[], Iterable[Sequence[Block]]]
-"""Reads the features from the start at each call: one block (scans, units) of the same scans per candidate."""
+"""Reads the features from the start at each call: one block of the same scans per candidate."""
 
 
 @dataclass(frozen=True)

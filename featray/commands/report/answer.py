@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.commands.report.choice import Rule, choose_candidate
-from featray.commands.report.compare import compute_test_ratio, find_beaten
+from featray.commands.report.compare import compare_scores, compute_test_ratio, find_beaten
 from featray.commands.report.folds import make_folds, sample_scans
 from featray.commands.report.labels import Label
 from featray.commands.report.probe import (
@@ -97,7 +97,8 @@ def answer_label(
     scans, trial = _make_trial(label, collection)
     probes = [probe_features(candidate.features[scans], trial) for candidate in candidates]
     controls = tuple(control_by_permutation(candidate.features[scans], trial) for candidate in candidates)
-    rule = _make_rule(candidates, probes, trial)
+    references = [probe_features(baseline.features[scans], trial) for baseline in baselines]
+    rule = _make_rule(candidates, probes, references, compute_test_ratio(trial.folds))
     choice = choose_candidate(probes, trial, rule)
     best_control = controls[choice.best]
     evidence = Evidence(
@@ -106,7 +107,7 @@ def answer_label(
         patients=len(np.unique(trial.patients)),
         noun=noun,
         candidates=tuple(map(_make_score, candidates, probes)),
-        baselines=tuple(_make_score(item, probe_features(item.features[scans], trial)) for item in baselines),
+        baselines=tuple(map(_make_score, baselines, references)),
         choice=choice,
         permutation_p=compute_permutation_p(controls),
         chance=(best_control.chance, float(np.nanstd(best_control.permuted))),
@@ -132,9 +133,16 @@ def _make_trial(label: Label, collection: Collection) -> tuple[NDArray[np.intp],
     return scans, Trial(target, patients, folds, collection.seed)
 
 
-def _make_rule(candidates: Sequence[Candidate], probes: Sequence[Probe], trial: Trial) -> Rule:
+def _make_rule(
+    candidates: Sequence[Candidate], probes: Sequence[Probe], references: Sequence[Probe], test_ratio: float
+) -> Rule:
+    """Return the rule of the choice; `references` are the results of the baselines."""
     sizes = np.array([candidate.features.shape[1] for candidate in candidates], np.intp)
-    return Rule(sizes, find_beaten([probe.scores for probe in probes], compute_test_ratio(trial.folds)))
+    gains = [
+        all(compare_scores(probe.scores, other.scores, test_ratio).is_gain for other in references)
+        for probe in probes
+    ]
+    return Rule(sizes, find_beaten([probe.scores for probe in probes], test_ratio), np.array(gains, bool))
 
 
 def _make_score(candidate: Candidate, probe: Probe) -> Score:

@@ -64,10 +64,13 @@ class Rule:
     Attributes:
         sizes: Values per scan of each candidate.
         beaten: Whether the candidate of the row beats the candidate of the column.
+        gains: Whether the candidate is better than all baselines. A candidate that is not is chosen only if
+            there is no other one within the tolerance.
     """
 
     sizes: NDArray[np.intp]
     beaten: NDArray[np.bool_]
+    gains: NDArray[np.bool_]
 
 
 def choose_candidate(probes: Sequence[Probe], trial: Trial, rule: Rule) -> Choice:
@@ -115,7 +118,8 @@ def apply_rule(scores: Floats, rule: Rule, tolerance: float) -> NDArray[np.intp]
     """
     best = scores.argmax(axis=0)
     allowed = (scores >= scores.max(axis=0) - tolerance) & ~rule.beaten[best].T
-    sizes = np.where(allowed, rule.sizes[:, None], np.iinfo(np.intp).max)
+    order = np.where(rule.gains, rule.sizes, rule.sizes + rule.sizes.max())
+    sizes = np.where(allowed, order[:, None], np.iinfo(np.intp).max)
     smallest = sizes == sizes.min(axis=0)
     chosen: NDArray[np.intp] = np.where(smallest, scores, -np.inf).argmax(axis=0)
     return chosen
@@ -162,7 +166,8 @@ def _score_auc(
         order = (first[:, None] > second).astype(np.float32) + np.float32(0.5) * (first[:, None] == second)
         ordered += ((weights[:, positive] @ order) * weights[:, negative]).sum(axis=1)
         pairs += weights[:, positive].sum(axis=1) * weights[:, negative].sum(axis=1)
-    return ordered / np.where(pairs > 0, pairs, np.nan)
+    scores: Floats = ordered / np.where(pairs > 0, pairs, np.nan)
+    return scores
 
 
 def _score_r2(predictions: NDArray[np.float32], truth: Floats, weights: NDArray[np.float32]) -> Floats:
@@ -174,4 +179,5 @@ def _score_r2(predictions: NDArray[np.float32], truth: Floats, weights: NDArray[
     total = np.where(total > 0, total, np.nan)
     mean = heavy @ values / total
     variance = heavy @ (values - values.mean()) ** 2 / total - (mean - values.mean()) ** 2
-    return 1 - (heavy @ errors / total) / np.where(variance > 0, variance, np.nan)
+    scores: Floats = 1 - (heavy @ errors / total) / np.where(variance > 0, variance, np.nan)
+    return scores

@@ -19,6 +19,8 @@ from featray.commands.report.folds import Fold
 
 MAX_P = 0.01
 """Largest p-value at which one candidate beats another."""
+MAX_GAIN_P = 0.05
+"""Largest p-value at which a gap is more than error."""
 MIN_GAP = 0.03
 """Smallest difference in score that matters."""
 
@@ -43,6 +45,11 @@ class Comparison:
     def first_beats(self) -> bool:
         """Return whether A beats B: p below 0.01 and a gap above 0.03."""
         return self.p < MAX_P and self.gap > MIN_GAP
+
+    @property
+    def is_gain(self) -> bool:
+        """Return whether A is better than B by more than error: p below 0.05 and a gap above 0.03."""
+        return self.p < MAX_GAIN_P and self.gap > MIN_GAP
 
 
 def compare_scores(first: NDArray[np.float64], second: NDArray[np.float64], test_ratio: float) -> Comparison:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.commands.report.folds import make_folds
-from featray.commands.report.labels import Label, LeftOut, decide_column
+from featray.commands.report.labels import Label, LeftOut, count_patients, decide_column
 from featray.commands.report.probe import (
     Trial,
     compute_permutation_p,
@@ -26,6 +26,8 @@ from featray.commands.report.probe import (
 
 MIN_CLASS_SCANS = 15
 """Smallest number of scans of a class; rarer classes are merged into one."""
+MIN_PATIENTS = 20
+"""Smallest number of patients for which a fact is probed."""
 MAX_P = 0.05
 OTHER = "other"
 """Name of the class into which rare classes are merged."""
@@ -57,20 +59,25 @@ class Leak:
         return self.p <= MAX_P
 
 
-def make_facts(columns: Mapping[str, Sequence[Any]]) -> tuple[list[Label], list[LeftOut]]:
+def make_facts(
+    columns: Mapping[str, Sequence[Any]], patients: NDArray[np.intp]
+) -> tuple[list[Label], list[LeftOut]]:
     """Return facts as labels, and the columns that cannot be facts with the reason.
 
     The rules are those of labels. In addition, classes with fewer than 15 scans are merged into one class,
-    and if that is still rarer, its scans are left out.
+    and if that is still rarer, its scans are left out. Facts of fewer than 20 patients are left out.
 
     Args:
         columns: Name of the fact → one text or number per scan; None if it is not known.
+        patients: Number of the patient of each scan.
     """
     facts, left_out = [], []
     for name, values in columns.items():
         decided = decide_column(name, ["" if value is None else str(value) for value in values])
         if isinstance(decided, Label) and decided.kind == "classes":
             decided = merge_rare_classes(decided)
+        if isinstance(decided, Label) and count_patients(patients, decided.known) < MIN_PATIENTS:
+            decided = LeftOut(name, f"it is known for fewer than {MIN_PATIENTS} patients")
         if isinstance(decided, Label):
             facts.append(decided)
         else:

@@ -232,24 +232,25 @@ def reduce_columns(
     kept = find_varying_columns(train)
     if not kept.any():
         return np.zeros((len(train), 1)), np.zeros((len(test), 1))
-    train, test = train[:, kept].astype(np.float64), test[:, kept].astype(np.float64)
-    mean, sd = train.mean(axis=0), train.std(axis=0)
+    known, new = train[:, kept].astype(np.float64), test[:, kept].astype(np.float64)
+    mean, sd = known.mean(axis=0), known.std(axis=0)
     sd = np.maximum(sd, _SD_FLOOR * np.median(sd))
-    train, test = (np.clip((part - mean) / sd, -CLIP, CLIP) for part in (train, test))
-    center = train.mean(axis=0)
-    train, test = train - center, test - center
-    directions = _find_directions(train, components)
-    train, test = train @ directions, test @ directions
-    scale = np.sqrt(train.var(axis=0).mean())
-    return train / scale, test / scale
+    known, new = (np.clip((part - mean) / sd, -CLIP, CLIP) for part in (known, new))
+    center = known.mean(axis=0)
+    known, new = known - center, new - center
+    directions = _find_directions(known, components)
+    known, new = known @ directions, new @ directions
+    scale = np.sqrt(known.var(axis=0).mean())
+    return known / scale, new / scale
 
 
 def find_varying_columns(values: NDArray[np.floating]) -> NDArray[np.bool_]:
     """Return which columns vary: not constant, and not equal to the median in all but two scans."""
     largest = np.abs(values).max(axis=0)
-    varies: NDArray[np.bool_] = values.std(axis=0, dtype=np.float64) > _NEAR_CONSTANT * largest
     differs = np.abs(values - np.median(values, axis=0)) > _NEAR_CONSTANT * largest
-    return varies & (differs.sum(axis=0) >= _MIN_DIFFERENT)
+    varies: NDArray[np.bool_] = values.std(axis=0, dtype=np.float64) > _NEAR_CONSTANT * largest
+    varies &= differs.sum(axis=0) >= _MIN_DIFFERENT
+    return varies
 
 
 def predict_ridge(train: Floats, truth: Floats, test: Floats, inner: Sequence[Fold]) -> Floats:
@@ -282,7 +283,8 @@ def predict_logistic(train: Floats, truth: Floats, test: Floats, inner: Sequence
             path = _predict_logistic_path(train[fold.train], known, train[fold.test], len(losses))
             losses += np.logaddexp(0, np.where(truth[fold.test] == 1, -path, path)).sum(axis=1)
     best = int(losses.argmin())
-    return _predict_logistic_path(train, truth, test, best + 1)[-1]
+    odds: Floats = _predict_logistic_path(train, truth, test, best + 1)[-1]
+    return odds
 
 
 def fit_logistic(train: Floats, truth: Floats, inverse_penalty: float, start: Floats) -> Floats:
@@ -363,7 +365,8 @@ def _find_directions(centered: Floats, components: int) -> Floats:
     values, vectors = eigh(gram, subset_by_index=(len(gram) - number, len(gram) - 1))
     kept = values > 1e-10 * values[-1]
     values, vectors = values[kept], vectors[:, kept]
-    return centered.T @ vectors / np.sqrt(values) if is_wide else vectors
+    directions: Floats = centered.T @ vectors / np.sqrt(values) if is_wide else vectors
+    return directions
 
 
 def _predict_ridge_path(train: Floats, truth: Floats, new: Floats) -> Floats:
@@ -374,7 +377,8 @@ def _predict_ridge_path(train: Floats, truth: Floats, new: Floats) -> Floats:
     weights = vectors.T @ (centered.T @ (truth - level))
     rotated = (new - center) @ vectors
     shrink = 1 / (np.maximum(values, 0) + _PENALTIES[:, None] * len(train))
-    return np.stack([rotated @ (row[:, None] * weights) for row in shrink]) + level
+    path: Floats = np.stack([rotated @ (row[:, None] * weights) for row in shrink]) + level
+    return path
 
 
 def _predict_logistic_path(train: Floats, truth: Floats, new: Floats, length: int) -> Floats:
@@ -399,5 +403,5 @@ def _exchange_blocks(
     for size in np.unique(sizes):
         same = np.flatnonzero(sizes == size)
         for patient, other in zip(same, generator.permutation(same), strict=True):
-            source[blocks[patient]] = blocks[other]
+            source[blocks[int(patient)]] = blocks[int(other)]
     return source

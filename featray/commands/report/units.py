@@ -25,6 +25,13 @@ BEST_UNITS = 10
 BINS = 20
 """Bins of a unit, and of a label that is a number, in the histogram."""
 
+_NEAR_CONSTANT = 1e-6
+"""Standard deviation, relative to the largest absolute value, below which a unit is constant."""
+_COLUMNS_AT_ONCE = 256
+"""Limits the memory for copies of columns in double precision."""
+_MIN_SCANS = 10
+"""Fewer scans have no estimate of the mutual information."""
+
 Floats = NDArray[np.float64]
 
 
@@ -130,14 +137,9 @@ def measure_units(
 
 def correlate_units(features: NDArray[np.floating], values: Floats) -> Floats:
     """Return Pearson's correlation of each column with `values`; 0 for a constant column."""
-    largest = np.abs(features).max(axis=0)
-    centered = features - features.mean(axis=0, dtype=np.float64)
-    sd = centered.std(axis=0)
-    level = values - values.mean()
-    covariance = level @ centered / len(values)
-    varies = (sd > 1e-6 * largest) & (level.std() > 0)
-    result: Floats = np.where(varies, covariance / np.where(varies, sd * level.std(), 1), 0.0)
-    return result.clip(-1, 1)
+    starts = range(0, features.shape[1], _COLUMNS_AT_ONCE)
+    parts = [_correlate(features[:, start : start + _COLUMNS_AT_ONCE], values) for start in starts]
+    return np.concatenate(parts)
 
 
 def control_discoveries(correlations: Floats, patients: int, *, tests: int = 1) -> tuple[Floats, Floats]:
@@ -159,12 +161,21 @@ def control_discoveries(correlations: Floats, patients: int, *, tests: int = 1) 
 def count_histogram(unit: NDArray[np.floating], label: Label, truth: Floats) -> Histogram:
     """Return the two-dimensional histogram of the values of a unit against a label without missing values."""
     edges: Floats = np.histogram_bin_edges(unit.astype(np.float64), BINS)
+    label_edges: Floats = np.histogram_bin_edges(truth, BINS).astype(np.float64)
     if label.kind == "classes":
         label_edges = np.arange(len(label.classes) + 1) - 0.5
-    else:
-        label_edges = np.histogram_bin_edges(truth, BINS)
     counts = np.histogram2d(unit, truth, (edges, label_edges))[0].astype(np.intp)
     return Histogram(edges, np.zeros(0) if label.classes else label_edges, label.classes, counts)
+
+
+def _correlate(features: NDArray[np.floating], values: Floats) -> Floats:
+    largest = np.abs(features).max(axis=0)
+    centered = features - features.mean(axis=0, dtype=np.float64)
+    sd, level = centered.std(axis=0), values - values.mean()
+    covariance = level @ centered / len(values)
+    varies = (sd > _NEAR_CONSTANT * largest) & (level.std() > 0)
+    result: Floats = np.where(varies, covariance / np.where(varies, sd * level.std(), 1), 0.0).clip(-1, 1)
+    return result
 
 
 def _make_columns(label: Label, truth: Floats) -> Floats:
@@ -183,9 +194,9 @@ def _compute_unit_auc(unit: NDArray[np.floating], column: Floats, correlation: f
 
 
 def _estimate_information(features: NDArray[np.floating], label: Label, truth: Floats, seed: int) -> Floats:
-    """Return the mutual information of each column with the label."""
-    if not features.shape[1]:
-        return np.zeros(0)
+    """Return the mutual information of each column with the label; NaN with too few scans."""
+    if not features.shape[1] or len(features) < _MIN_SCANS:
+        return np.full(features.shape[1], np.nan)
     estimate = mutual_info_classif if label.kind == "classes" else mutual_info_regression
     information: Floats = estimate(features, truth, random_state=seed)
     return information

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.commands.report.choice import Choice
-from featray.commands.report.compare import MAX_P, MIN_GAP, Comparison, compare_scores
+from featray.commands.report.compare import MAX_GAIN_P, MAX_P, MIN_GAP, Comparison, compare_scores
 from featray.commands.report.labels import Label, count_class_patients, count_patients
 
 MIN_PATIENTS = 50
@@ -22,8 +22,6 @@ MIN_CLASS_PATIENTS = 15
 MAX_WIDTH = 0.3
 """Largest width of the interval of a verdict."""
 MAX_PERMUTATION_P = 0.05
-MAX_UNCERTAIN_P = 0.05
-"""Largest p-value of a gap that is more than error."""
 TYPICAL_PATIENTS = 150
 """Patients with which the interval of an AUC is usually narrower than `MAX_WIDTH`."""
 
@@ -188,7 +186,7 @@ def find_other(evidence: Evidence) -> Score | None:
         score
         for score in evidence.candidates
         if score.size < chosen.size
-        and compare_scores(chosen.scores, score.scores, evidence.test_ratio).p >= MAX_UNCERTAIN_P
+        and compare_scores(chosen.scores, score.scores, evidence.test_ratio).p >= MAX_GAIN_P
     ]
     return min(smaller, key=lambda score: (score.size, -score.score), default=None)
 
@@ -228,7 +226,7 @@ def _check_gain(evidence: Evidence) -> Verdict | None:
         return None
     chosen = evidence.candidates[evidence.choice.chosen]
     gain = compare_scores(chosen.scores, baseline.scores, evidence.test_ratio)
-    if gain.gap > MIN_GAP and gain.p < MAX_UNCERTAIN_P:
+    if gain.is_gain:
         return None
     reason = (
         f"{chosen.name} has {evidence.metric} {chosen.score:.2f} and the baseline {baseline.name} "
@@ -255,7 +253,7 @@ def _make_refusal(evidence: Evidence, refusal: Refusal, reason: str, needed: int
         advice = (
             f"about {needed} are needed"
             if refusal is Refusal.WIDE_INTERVAL
-            else (f"about {needed} {evidence.noun} are needed to tell")
+            else f"about {needed} {evidence.noun} are needed to tell"
         )
     elif refusal is Refusal.NO_GAIN:
         advice = "another layer, view or model is needed"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -41,7 +43,7 @@ def make_probe(trial: Trial, strength: float, seed: int) -> Probe:
 
 def make_rule(sizes: list[int], beaten: NDArray[np.bool_] | None = None) -> Rule:
     none = np.zeros((len(sizes), len(sizes)), bool)
-    return Rule(np.array(sizes), none if beaten is None else beaten)
+    return Rule(np.array(sizes), none if beaten is None else beaten, np.ones(len(sizes), bool))
 
 
 def test_the_smallest_candidate_within_the_tolerance_of_the_best_is_chosen() -> None:
@@ -57,6 +59,13 @@ def test_a_candidate_that_the_best_one_beats_is_not_chosen() -> None:
     beaten[0, 2] = True
     scores = np.array([[0.90], [0.87], [0.80]])
     assert apply_rule(scores, make_rule([1000, 100, 10], beaten), 0.2).tolist() == [1]
+
+
+def test_a_smaller_candidate_that_is_not_better_than_the_baselines_is_not_chosen() -> None:
+    rule = replace(make_rule([1000, 100, 10]), gains=np.array([True, True, False]))
+    scores = np.array([[0.90], [0.87], [0.80]])
+    assert apply_rule(scores, rule, 0.2).tolist() == [1]
+    assert apply_rule(scores, replace(rule, gains=np.zeros(3, bool)), 0.2).tolist() == [2]
 
 
 def test_of_candidates_of_one_size_the_better_one_is_chosen() -> None:

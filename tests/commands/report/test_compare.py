@@ -46,6 +46,16 @@ def test_a_candidate_beats_another_only_with_a_gap_that_is_certain_and_matters()
     assert not compare_scores(base - 0.1 + noise, base, 1 / 3).first_beats
 
 
+def test_a_gain_needs_less_certainty_than_beating() -> None:
+    differences = 0.1 + np.array([-0.1, 0.1] * 10)
+    comparison = compare_scores(differences, np.zeros(20), 1 / 3)
+    assert 0.01 < comparison.p < 0.2
+    assert comparison.is_gain == (comparison.p < 0.05)
+    assert not comparison.first_beats
+    certain = compare_scores(0.02 + differences / 1000, np.zeros(20), 1 / 3)
+    assert not certain.is_gain
+
+
 def test_folds_without_a_score_are_left_out() -> None:
     first, second = np.array([0.9, np.nan, 0.8, 0.7]), np.array([0.5, 0.1, np.nan, 0.6])
     assert compare_scores(first, second, 1 / 3).gap == pytest.approx(0.25)

@@ -25,14 +25,14 @@ def make_columns() -> dict[str, list[object]]:
 
 
 def test_facts_without_difference_are_left_out_with_the_reason() -> None:
-    facts, left_out = make_facts(make_columns())
+    facts, left_out = make_facts(make_columns(), PATIENTS)
     assert [fact.name for fact in facts] == ["scanner", "spacing"]
     assert [item.name for item in left_out] == ["kernel", "kVp"]
     assert "same value" in left_out[0].reason
 
 
 def test_a_layer_that_holds_the_scanner_leaks_and_noise_does_not() -> None:
-    facts, _ = make_facts(make_columns())
+    facts, _ = make_facts(make_columns(), PATIENTS)
     noise = GENERATOR.normal(size=(SCANS, 8)).astype(np.float32)
     leaky = noise.copy()
     leaky[:, 0] += 4 * SCANNER
@@ -49,6 +49,12 @@ def test_a_layer_that_holds_the_scanner_leaks_and_noise_does_not() -> None:
     assert found["scanner", "clean"].score < 0.7
     assert not found["scanner", "clean"].is_above_chance
     assert found["spacing", "clean"].score < 0.1
+
+
+def test_facts_of_few_patients_are_left_out() -> None:
+    facts, left_out = make_facts(make_columns(), PATIENTS // 10)
+    assert facts == []
+    assert left_out[0].reason == "it is known for fewer than 20 patients"
 
 
 def test_rare_classes_are_merged() -> None:

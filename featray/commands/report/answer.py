@@ -23,7 +23,7 @@ from featray.commands.report.probe import (
 )
 from featray.commands.report.verdict import Evidence, Score, Verdict, check_size, decide_verdict
 
-MAX_SCANS = 2000
+MAX_SCANS = 1000
 """Largest number of scans that are probed. More are sampled by patient."""
 
 
@@ -127,7 +127,8 @@ def answer_label(
 def _make_trial(label: Label, collection: Collection) -> tuple[NDArray[np.intp], Trial]:
     """Return the positions of the scans to probe, and the trial of these scans."""
     known = np.flatnonzero(label.known)
-    scans = known[sample_scans(collection.patients[known], MAX_SCANS, collection.seed)]
+    codes = label.values[known].astype(np.intp) if label.kind == "classes" else None
+    scans = known[sample_scans(collection.patients[known], codes, MAX_SCANS, collection.seed)]
     target, patients = make_target(label, scans), collection.patients[scans]
     folds = make_folds(patients, target.codes, collection.seed)
     return scans, Trial(target, patients, folds, collection.seed)

@@ -68,17 +68,34 @@ def make_folds(
     return result
 
 
-def sample_scans(patients: NDArray[np.intp], limit: int, seed: int) -> NDArray[np.intp]:
+def sample_scans(
+    patients: NDArray[np.intp], classes: NDArray[np.intp] | None, limit: int, seed: int
+) -> NDArray[np.intp]:
     """Return positions of at most `limit` scans, in ascending order; a patient is sampled with all scans.
 
-    Patients are taken in random order until the next one would exceed the limit.
+    Classes get equal shares of the sample as far as they have scans, so that rare classes are not lost. The
+    AUC of two classes does not depend on their shares.
+
+    Args:
+        patients: Number of the patient of each scan.
+        classes: Class of each scan; None if the label has no classes.
+        limit: Largest number of scans. Up to this number, all scans are returned.
+        seed: Same seed, same sample.
     """
     if len(patients) <= limit:
         return np.arange(len(patients))
+    codes = np.zeros(len(patients), np.intp) if classes is None else classes
     numbers, of_scan, scans = np.unique(patients, return_inverse=True, return_counts=True)
     order = np.random.default_rng(seed).permutation(len(numbers))
-    taken = order[np.cumsum(scans[order]) <= limit]
-    return np.flatnonzero(np.isin(of_scan, taken))
+    is_taken = np.zeros(len(numbers), bool)
+    rarest_first = np.argsort(np.bincount(codes), kind="stable")
+    for place, code in enumerate(rarest_first):
+        share = (limit - int(scans[is_taken].sum())) // (len(rarest_first) - place)
+        has_class = np.zeros(len(numbers), bool)
+        has_class[of_scan[codes == code]] = True
+        free = order[(has_class & ~is_taken)[order]]
+        is_taken[free[np.cumsum(scans[free]) <= share]] = True
+    return np.flatnonzero(is_taken[of_scan])
 
 
 def _assign_patients(

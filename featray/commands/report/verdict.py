@@ -155,7 +155,7 @@ def decide_verdict(evidence: Evidence) -> Verdict:
     ]
     if other is not None:
         clauses.append(_describe_other(chosen, other))
-    baseline = _find_best_baseline(evidence)
+    baseline = next(iter(_sort_baselines(evidence)), None)
     if baseline is not None:
         gain = compare_scores(chosen.scores, baseline.scores, evidence.test_ratio)
         if gain.p >= MAX_P:
@@ -221,18 +221,17 @@ def _check_chance(evidence: Evidence) -> Verdict | None:
 
 
 def _check_gain(evidence: Evidence) -> Verdict | None:
-    baseline = _find_best_baseline(evidence)
-    if baseline is None:
-        return None
+    """Return a refusal if the chosen candidate is not better than every baseline, the best one first."""
     chosen = evidence.candidates[evidence.choice.chosen]
-    gain = compare_scores(chosen.scores, baseline.scores, evidence.test_ratio)
-    if gain.is_gain:
-        return None
-    reason = (
-        f"{chosen.name} has {evidence.metric} {chosen.score:.2f} and the baseline {baseline.name} "
-        f"{baseline.score:.2f}, no gain beyond error"
-    )
-    return _make_refusal(evidence, Refusal.NO_GAIN, reason, _estimate_for_gain(evidence, gain))
+    for baseline in _sort_baselines(evidence):
+        gain = compare_scores(chosen.scores, baseline.scores, evidence.test_ratio)
+        if not gain.is_gain:
+            reason = (
+                f"{chosen.name} has {evidence.metric} {chosen.score:.2f} and the baseline {baseline.name} "
+                f"{baseline.score:.2f}, no gain beyond error"
+            )
+            return _make_refusal(evidence, Refusal.NO_GAIN, reason, _estimate_for_gain(evidence, gain))
+    return None
 
 
 def _estimate_for_gain(evidence: Evidence, gain: Comparison) -> int | None:
@@ -261,7 +260,7 @@ def _make_refusal(evidence: Evidence, refusal: Refusal, reason: str, needed: int
         advice = (
             f"more {evidence.noun} alone are not expected to help; another layer, view or model is needed"
         )
-    baseline = _find_best_baseline(evidence)
+    baseline = next(iter(_sort_baselines(evidence)), None)
     return Verdict(
         evidence.label,
         f"{_refuse(evidence.label)}: {reason}; {advice}.",
@@ -276,9 +275,10 @@ def _refuse(label: str) -> str:
     return f"No verdict for *{label}*"
 
 
-def _find_best_baseline(evidence: Evidence) -> Score | None:
+def _sort_baselines(evidence: Evidence) -> list[Score]:
+    """Return the baselines that have a score, the best one first."""
     defined = [score for score in evidence.baselines if not math.isnan(score.score)]
-    return max(defined, key=lambda score: score.score, default=None)
+    return sorted(defined, key=lambda score: -score.score)
 
 
 def _format_score(evidence: Evidence) -> str:

@@ -56,8 +56,17 @@ def test_fewer_patients_than_folds_are_an_error() -> None:
 
 
 def test_a_sample_holds_whole_patients_and_at_most_the_limit() -> None:
-    scans = sample_scans(PATIENTS, 50, 0)
+    scans = sample_scans(PATIENTS, None, 50, 0)
     assert 40 <= len(scans) <= 50
     sampled = set(PATIENTS[scans])
     np.testing.assert_array_equal(scans, np.flatnonzero(np.isin(PATIENTS, list(sampled))))
-    np.testing.assert_array_equal(sample_scans(PATIENTS, 150, 0), np.arange(150))
+    np.testing.assert_array_equal(sample_scans(PATIENTS, CLASSES, 150, 0), np.arange(150))
+
+
+def test_a_sample_holds_equal_shares_of_the_classes_as_far_as_they_have_scans() -> None:
+    classes = np.repeat([0, 1, 2], [5000, 20, 1000])
+    scans = sample_scans(np.arange(6020), classes, 200, 0)
+    assert np.bincount(classes[scans]).tolist() == [90, 20, 90]
+    by_patient = sample_scans(PATIENTS, CLASSES, 90, 0)
+    assert len(by_patient) <= 90
+    assert np.bincount(CLASSES[by_patient]).min() >= 20

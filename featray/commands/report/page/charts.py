@@ -129,7 +129,7 @@ def _draw_dot_row(row: DotRow, axis: Axis, guides: Markup, *, is_first: bool) ->
         ends = axis.to_percent(row.low), axis.to_percent(row.high)
         marks.append(element("line", x1=ends[0], x2=ends[1], y1=_ROW_MIDDLE, y2=_ROW_MIDDLE, class_="range"))
     for name, position, text in row.ticks:
-        tick = _draw_vertical(axis, position, _ROW_MIDDLE + 8, _ROW_MIDDLE + 15, "leak")
+        tick = _draw_vertical(axis, position, _ROW_MIDDLE + 5, _ROW_MIDDLE + 12, "leak")
         marks.append(element("g", element("title", f"{name} {text}"), tick))
     if row.value is not None:
         radius = 6 if row.is_chosen else 5

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from featray.commands.report.page.markup import clean
 from featray.commands.report.page.model import Column, PageModel
 
 FORMAT = 1
@@ -80,11 +79,13 @@ def make_maps_table(model: PageModel) -> pa.Table:
 
 def make_neighbors_table(model: PageModel) -> pa.Table:
     """Return one row per neighbor: candidate, scan_id, rank (from 1), neighbor, distance and measure."""
-    ids = np.array([clean(scan_id) for scan_id in model.scans.ids], dtype=object)
+    ids = np.array([_encode_text(scan_id) for scan_id in model.scans.ids], dtype=object)
     parts = []
     for lists in model.neighbors:
         scans, ranks = np.nonzero(lists.neighbors >= 0)
-        candidate, measure = (pa.repeat(clean(text), len(scans)) for text in (lists.candidate, lists.measure))
+        candidate, measure = (
+            pa.repeat(_encode_text(text), len(scans)) for text in (lists.candidate, lists.measure)
+        )
         columns = [
             candidate,
             _to_array(ids[scans].tolist()),
@@ -130,14 +131,14 @@ def _encode_column(column: Column) -> pa.Array:
 
 
 def _choose_name(name: str, taken: Mapping[str, Any]) -> str:
-    name = clean(name)
+    name = _encode_text(name)
     while name in taken:
         name = f"column_{name}"
     return name
 
 
 def _to_array(texts: Any) -> pa.Array:
-    return pa.array([None if text is None else clean(text) for text in texts], pa.string())
+    return pa.array([None if text is None else _encode_text(text) for text in texts], pa.string())
 
 
 def _to_floats(values: Any) -> pa.Array:
@@ -146,15 +147,20 @@ def _to_floats(values: Any) -> pa.Array:
     return pa.array(array, pa.float64(), mask=~np.isfinite(array))
 
 
+def _encode_text(text: str) -> str:
+    """Return a text as it is, except lone surrogates, which UTF-8 cannot hold: they become question marks."""
+    return text.encode("utf-8", "replace").decode()
+
+
 def _get_id(model: PageModel, scan: int) -> str:
-    return clean(model.scans.ids[scan])
+    return _encode_text(model.scans.ids[scan])
 
 
 def _to_json(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
         return {part.name: _to_json(getattr(value, part.name)) for part in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {clean(str(key)): _to_json(part) for key, part in value.items()}
+        return {_encode_text(str(key)): _to_json(part) for key, part in value.items()}
     if isinstance(value, np.ndarray):
         return _to_json(value.tolist())
     if isinstance(value, np.generic):
@@ -163,4 +169,4 @@ def _to_json(value: Any) -> Any:
         return [_to_json(part) for part in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    return clean(value) if isinstance(value, str) else value
+    return _encode_text(value) if isinstance(value, str) else value

@@ -57,13 +57,15 @@ def _write_label_chart(key: str, result: LabelResult, model: PageModel) -> Marku
         _make_row(candidate, scores.get(candidate.name), _find_ticks(candidate, model, result.chance, reach))
         for candidate in model.candidates
     ]
-    headers = ("Layer (view)", result.metric, "Per scan", "")
+    headers = ("Layer (view)", result.metric, "Per scan", "Comparison")
     chart = DotChart(
         f"{result.metric} for {result.label}", f"{key}-read", headers, result.chance, tuple(rows)
     )
     title = join(f"{result.metric} for ", isolate(result.label))
     reading = " ".join((_explain_dots(result), _explain_ticks(model.leaks)))
-    return write_figure(key, title, reading.strip(), draw_dot_chart(chart), _write_numbers(result, model))
+    return write_figure(
+        key, title, reading.strip(), draw_dot_chart(chart), _write_numbers(result, model), heading="h2"
+    )
 
 
 def _explain_dots(result: LabelResult) -> str:
@@ -157,7 +159,7 @@ def _write_leak_chart(model: PageModel) -> Markup:
     )
     reading = "Layers are in network order. " + _explain_ticks(model.leaks)
     details = write_details("Numbers as a table", table)
-    return write_figure("leakage", "Leakage", reading, draw_dot_chart(chart), details)
+    return write_figure("leakage", "Leakage", reading, draw_dot_chart(chart), details, heading="h2")
 
 
 def _write_cards(model: PageModel) -> Markup:
@@ -230,4 +232,4 @@ def _write_strip(extremes: Extremes, model: PageModel) -> Markup:
         f"The scans with the smallest and the largest values of the unit that follows {extremes.label} best. "
         f"Under each slice: the scan, the value of the unit and the value of {extremes.label}."
     )
-    return write_figure("extremes", title, reading, element("div", groups, class_="strip"))
+    return write_figure("extremes", title, reading, element("div", groups, class_="strip"), heading="h2")

@@ -11,7 +11,10 @@ Attribute = str | int | float | None
 _VOID = {"br", "circle", "image", "input", "line", "meta", "path", "rect", "use"}
 """Elements that never have content."""
 _SVG_VOID = {"circle", "image", "line", "path", "rect", "use"}
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]"
+)
+"""Control characters, also those of the writing direction, lone surrogates and noncharacters."""
 _SCRIPT_ESCAPES = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 
 
@@ -26,7 +29,7 @@ Child = str | Iterable["Child"] | None
 
 
 def clean(text: str) -> str:
-    """Replace control characters and lone surrogates, which HTML cannot hold."""
+    """Replace characters that HTML cannot hold or that change the text around them."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 

@@ -89,7 +89,7 @@ def _write_health(model: PageModel) -> Markup | None:
         "health",
         "Health of the layers",
         element("p", table.reading, class_="read") if table.reading else None,
-        write_table(table.columns, table.rows, "Health of the layers", table.explanations),
+        write_table(table.columns, table.rows, "Measures of health", table.explanations),
         write_details("What the columns mean", element("dl", terms)) if terms else None,
     )
 

@@ -16,11 +16,11 @@ def write_section(key: str, title: str, *content: Child) -> Markup:
     return element("section", heading, *content, id=key, aria_labelledby=f"{key}-title")
 
 
-def write_figure(key: str, title: Child, reading: str, *content: Child) -> Markup:
+def write_figure(key: str, title: Child, reading: str, *content: Child, heading: str = "h3") -> Markup:
     """Return a figure with a heading and a sentence on how to read it, whose id is `KEY-read`."""
     caption = element(
         "figcaption",
-        element("h3", title, id=f"{key}-name"),
+        element(heading, title, id=f"{key}-name"),
         element("p", reading, class_="read", id=f"{key}-read"),
     )
     return element("figure", caption, *content, id=key, aria_labelledby=f"{key}-name")

@@ -216,12 +216,13 @@
         name.textContent = data.ids[scan];
         row.append(name, ...[0, 1].map((axis) => {
           const cell = document.createElement("td");
-          cell.textContent = table[2 * scan + axis];
+          cell.textContent = table[2 * scan + axis].toPrecision(3).replace("-", "−");
           return cell;
         }));
         return row;
       });
       body.replaceChildren(...rows);
+      find(".note", details).forEach((note) => note.remove());
     });
   });
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from featray.commands.report.page.data import (
     encode_document,
@@ -14,6 +17,7 @@ from featray.commands.report.page.data import (
     make_neighbors_table,
     make_points_table,
 )
+from featray.commands.report.page.files import make_files
 from featray.commands.report.page.model import (
     Column,
     Matrix,
@@ -83,7 +87,7 @@ def test_the_points_table_has_coordinates_neighbors_and_columns() -> None:
             {"ids": [0], "distances": [0.1]},
             {"ids": [], "distances": []},
         ],
-        "column_x": ["a", None, "b\ufffd"],
+        "column_x": ["a", None, "b\x00"],
         "age": [1.0, 2.5, None],
     }
 
@@ -110,3 +114,14 @@ def test_tables_of_an_empty_model_have_no_rows() -> None:
         0,
         0,
     ]
+
+
+def test_the_files_of_a_report_are_the_page_and_all_files_that_it_links_to(make_model: ModelMaker) -> None:
+    files = make_files(make_model(), include_images=False)
+    links = set(re.findall(r'href="([^"#]+)"', files["report.html"].decode()))
+    assert links == files.keys() - {"report.html"}
+    assert pq.read_table(pa.BufferReader(files["points.parquet"])).num_rows == 60
+
+
+def test_a_report_without_scans_has_no_tables() -> None:
+    assert set(make_files(PageModel("empty"))) == {"report.html", "report.json"}

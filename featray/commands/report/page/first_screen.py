@@ -6,7 +6,13 @@ from featray.commands.report.page.charts import DotChart, DotRow, draw_dot_chart
 from featray.commands.report.page.images import draw_tile
 from featray.commands.report.page.markup import Child, Markup, element, isolate, join
 from featray.commands.report.page.model import Candidate, Cell, Extremes, LabelResult, Leak, PageModel, Score
-from featray.commands.report.page.numbers import format_bytes, format_cell, format_gb, format_number
+from featray.commands.report.page.numbers import (
+    drop_nonfinite,
+    format_bytes,
+    format_cell,
+    format_gb,
+    format_number,
+)
 from featray.commands.report.page.parts import write_details, write_figure, write_select, write_table
 
 _MAX_COSTS = 6
@@ -93,22 +99,22 @@ def _find_ticks(
     return tuple(
         (leak.target, chance + leak.strength * reach, _describe_leak(leak))
         for leak in model.leaks
-        if leak.candidate == candidate.name
+        if leak.candidate == candidate.name and drop_nonfinite(leak.strength) is not None
     )
 
 
 def _describe_leak(leak: Leak) -> str:
     if leak.score is None:
-        return f"{leak.strength:.0%}"
+        return f"{format_number(100 * leak.strength, 0)} %"
     return f"{leak.metric} {format_number(leak.score)}".strip()
 
 
 def _make_row(candidate: Candidate, score: Score | None, ticks: tuple[tuple[str, float, str], ...]) -> DotRow:
     return DotRow(
         candidate.name,
-        None if score is None else score.value,
-        None if score is None else score.low,
-        None if score is None else score.high,
+        None if score is None else drop_nonfinite(score.value),
+        None if score is None else drop_nonfinite(score.low),
+        None if score is None else drop_nonfinite(score.high),
         ticks,
         (
             _describe_score(score),
@@ -137,7 +143,7 @@ def _write_numbers(result: LabelResult, model: PageModel) -> Markup:
     for candidate in model.candidates:
         score = scores.get(candidate.name)
         numbers = (score.value, score.low, score.high) if score else (None, None, None)
-        wins = None if score is None or score.wins is None else f"{score.wins:.0%}"
+        wins = None if score is None or score.wins is None else f"{format_number(100 * score.wins, 0)} %"
         cells = [candidate.name, *map(format_number, numbers), wins, candidate.values]
         rows.append([*cells, *(strengths.get((candidate.name, target)) for target in targets)])
     columns = ("Candidate", result.metric, "Low", "High", "Resamples won", "Values", *targets)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -196,7 +197,7 @@ class Column:
     def is_numeric(self) -> bool:
         """Return whether every value that is present is a number."""
         present = [value for value in self.values if value is not None]
-        return bool(present) and all(isinstance(value, int | float) for value in present)
+        return bool(present) and all(isinstance(value, Real) for value in present)
 
 
 @dataclass(frozen=True)

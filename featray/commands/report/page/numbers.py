@@ -55,6 +55,11 @@ def format_gb(count: int) -> str:
     return f"{size:,.{3 if size < 0.1 else 1 if size < 100 else 0}f} GB"
 
 
+def drop_nonfinite(value: float | None) -> float | None:
+    """Return None for numbers that are not finite, which have no position on an axis."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 @dataclass(frozen=True)
 class Axis:
     """Linear map from values to percent of the width."""

@@ -53,8 +53,8 @@ def render_page(
 ) -> bytes:
     """Return the page as UTF-8.
 
-    A page above `MAX_BYTES` is written again with smaller slices, then without slices, then with fewer maps
-    and columns; it says what was left out.
+    A page above `MAX_BYTES` is written again with smaller slices, then without slices, then with fewer maps,
+    then without the scans; it says what was left out.
 
     Args:
         model: Content.
@@ -80,7 +80,7 @@ def _reduce(model: PageModel) -> Iterator[PageModel]:
         )
         yield model
     for count in reversed(range(len(model.maps))):
-        note = f"{len(model.maps) - count} maps were left out because the page became too large."
+        note = f"Maps left out because the page became too large: {len(model.maps) - count}."
         yield _caution(replace(model, maps=model.maps[:count]), note)
     note = "Everything that lists scans was left out because the page became too large."
     without_scans = replace(model, scans=Scans(), maps=(), neighbors=(), outliers=(), extremes=None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from featray.commands.report.page.charts import place_on_map
 from featray.commands.report.page.colors import ColumnColors, color_alike, color_column
 from featray.commands.report.page.model import Cell, NeighborLists, PageModel, ScanMap
@@ -79,6 +81,8 @@ def make_payload(model: PageModel) -> dict[str, Any]:
 
 def _shorten(value: Cell) -> Cell:
     """Round numbers to five digits; return None for numbers that are not finite."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
         return float(f"{value:.5g}") if math.isfinite(value) else None
     return value

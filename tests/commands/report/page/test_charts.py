@@ -111,6 +111,10 @@ def test_missing_values_have_no_color_and_the_most_frequent_category_has_the_fir
     assert colors.get_mark(3) == (7, "na")
 
 
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Column("age", (np.int64(3), np.float32(4.5))).is_numeric  # type: ignore[arg-type]
+
+
 def test_numbers_are_colored_in_seven_steps_of_their_range() -> None:
     colors = color_column(Column("age", (*range(70), None)))
     assert colors.codes[0] == "0"

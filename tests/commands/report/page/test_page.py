@@ -14,7 +14,7 @@ import pytest
 
 import featray.commands.report.page.page as page_module
 from featray.commands.report.page.markup import clean
-from featray.commands.report.page.model import Column, LabelResult, Outlier, PageModel, Scans, Score
+from featray.commands.report.page.model import Column, LabelResult, Leak, Outlier, PageModel, Scans, Score
 from featray.commands.report.page.page import MAX_BYTES, Download, render_page
 
 ModelMaker = Callable[..., PageModel]
@@ -204,8 +204,9 @@ def test_an_empty_model_gives_a_page(make_model: ModelMaker) -> None:
 
 
 def test_missing_numbers_are_shown_as_dashes(make_model: ModelMaker) -> None:
-    model = make_model(scans=12, slices=0)
     nan = float("nan")
+    model = make_model(scans=12, slices=0)
+    model = dataclasses.replace(model, leaks=(Leak("conv_1 (mean)", "kernel", nan),))
     label = LabelResult("x", "No verdict.", True, "AUC", 0.5, scores=(Score("conv_1 (mean)", nan, nan, nan),))
     maps = tuple(dataclasses.replace(part, x=np.full(12, np.nan)) for part in model.maps)
     columns = (Column("a", (None,) * 12), Column("b", (nan,) * 12))
@@ -215,6 +216,8 @@ def test_missing_numbers_are_shown_as_dashes(make_model: ModelMaker) -> None:
     )
     text = render_page(changed).decode()
     assert "–" in text
+    assert 'class="dot"' not in text
+    assert 'class="leak"' not in text
     assert "nan" not in " ".join(re.findall(r'="([^"]*)"', text)).lower().split()
 
 
@@ -245,7 +248,7 @@ def test_a_page_with_5000_points_and_300_slices_fits_and_draws_on_canvas(make_mo
     [
         (420_000, 60, None),
         (210_000, 0, "The slices were left out"),
-        (150_000, 0, "maps were left out"),
+        (150_000, 0, "Maps left out because"),
         (10_000, 0, "Everything that lists scans was left out"),
     ],
 )

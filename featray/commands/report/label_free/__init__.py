@@ -1,0 +1,1 @@
+"""Measures of features that need no labels: pure functions of arrays."""

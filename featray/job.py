@@ -134,6 +134,8 @@ class Job:
             recipe=recipe,
             layers=tuple(layer.name for layer in extractor.layers),
             layer_recipes=recipes.layers,
+            layer_positions={layer.name: layer.position for layer in extractor.layers},
+            sampling_layers=tuple(sorted(extractor.sampling_layers)),
             model_sha256=extractor.files["model"],
             config=configuration.mask_secrets(config),
             max_failed_fraction=config.limits.max_failed_fraction,

@@ -48,6 +48,7 @@ class OutputLayer:
             small input.
         class_name: Class of the Keras layer.
         grid: For pool `grid`: number of cells along each spatial axis.
+        position: Position of the layer in the order of computation. Outputs of one layer have the same.
     """
 
     name: str
@@ -57,6 +58,7 @@ class OutputLayer:
     values: int
     class_name: str
     grid: tuple[int, ...] = ()
+    position: int = 0
 
 
 class _Function(NamedTuple):
@@ -169,6 +171,11 @@ class Extractor:
             return self._run(checked, function)
         return self._run_seeded(checked, seeds, function)
 
+    @property
+    def sampling_layers(self) -> frozenset[str]:
+        """Names of the outputs that sample."""
+        return self._sampling
+
     def recipe_part(self) -> dict[str, Any]:
         """Return everything about the model that decides the values, ready for JSON.
 
@@ -258,15 +265,16 @@ class Extractor:
         """Return the description of an output; `trial_shape` is its shape for one trial input."""
         traced = tuple(self._all.call.structured_outputs[output.name].shape)[1:]
         shape = traced if None in self._prepared.call.input_shape else trial_shape
-        class_name = type(output.tap.layer).__name__
+        keys = [tap.key for tap in self._prepared.taps]
         return OutputLayer(
             output.name,
             output.tap.path,
             output.pool,
             shape,
             math.prod(trial_shape),
-            class_name,
+            type(output.tap.layer).__name__,
             output.grid,
+            keys.index(output.tap.key),
         )
 
     def _check_output(

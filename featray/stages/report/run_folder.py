@@ -48,6 +48,8 @@ class Run:
         recipe: Everything that decides the values of the features.
         layers: Names of the layers in the output.
         layer_recipes: Layer → its recipe id.
+        layer_positions: Layer → its position in the order of computation of the model.
+        sampling_layers: Layers that sample.
         model_sha256: Digest of the model file.
         config: Config of the run, with masked secrets.
         max_failed_fraction: Share of failed scans above which the exit code is 3.
@@ -61,6 +63,8 @@ class Run:
     recipe: dict[str, Any]
     layers: tuple[str, ...]
     layer_recipes: dict[str, str]
+    layer_positions: dict[str, int]
+    sampling_layers: tuple[str, ...]
     model_sha256: str
     config: dict[str, Any]
     max_failed_fraction: float

@@ -8,6 +8,7 @@ counts. The scans of a patient are not independent, so the p-values use the numb
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -161,7 +162,7 @@ def control_discoveries(correlations: Floats, patients: int, *, tests: int = 1) 
 def count_histogram(unit: NDArray[np.floating], label: Label, truth: Floats) -> Histogram:
     """Return the two-dimensional histogram of the values of a unit against a label without missing values."""
     edges = np.histogram_bin_edges(unit.astype(np.float64), BINS).astype(np.float64)
-    label_edges: Floats = np.histogram_bin_edges(truth, BINS).astype(np.float64)
+    label_edges: NDArray[Any] = np.histogram_bin_edges(truth, BINS).astype(np.float64)
     if label.kind == "classes":
         label_edges = np.arange(len(label.classes) + 1) - 0.5
     counts = np.histogram2d(unit, truth, (edges, label_edges))[0].astype(np.intp)
@@ -182,7 +183,7 @@ def _make_columns(label: Label, truth: Floats) -> Floats:
     """Return the label as columns: the number, the second of two classes, or each class against the rest."""
     if label.kind == "number":
         return truth[:, None]
-    columns = (truth[:, None] == np.arange(len(label.classes))).astype(np.float64)
+    columns: Floats = (truth[:, None] == np.arange(len(label.classes))).astype(np.float64)
     return columns[:, 1:] if len(label.classes) == 2 else columns
 
 

@@ -12,14 +12,16 @@ rows x_i and y_i have the squared norms p_i and q_i, it is exactly
     n (n - 3) HSIC = |XᵀY|² - n/(n - 2) sum p_i q_i + (sum p_i)(sum q_i) / ((n - 1)(n - 2)),
 
 because centering does not change the estimator and makes all row sums of the Gram matrix 0. So `ProductSum`
-of `moments.py` streams it. For candidates with more units than scans, `compare_features` gets |XᵀY|² from the
-Gram matrices, which needs less memory.
+of `moments.py` streams it. For samples and for candidates with many units, `compare_features` gets |XᵀY|² as
+the sum of the products of the two Gram matrices.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +32,6 @@ from featray.commands.report.label_free.moments import (
     Values,
     compute_moments,
     convert_block,
-    split_rows,
 )
 
 MIN_SCANS = 4
@@ -40,6 +41,7 @@ REDUNDANT = 0.95
 result."""
 _ROUNDING = 1e-11
 """HSIC below this multiple of its largest term is rounding."""
+_MAX_GRAM_BYTES = 600_000_000
 
 
 @dataclass(frozen=True)
@@ -70,40 +72,35 @@ def compare_products(products: Products) -> Similarity:
     return _compare(products.scans, cross, products.norms, totals)
 
 
-def compare_features(features: Sequence[Block]) -> Similarity:
-    """Return the similarity of candidates in memory, each (scans, units) with the same scans.
+def compare_features(features: Iterable[Block]) -> Similarity:
+    """Return the similarity of candidates, each (scans, units) with the same scans.
 
-    Memory: float64 copies of two candidates, and 1,024 x scans values of their Gram matrices.
+    Each candidate is taken once, so an iterator can read one after the other. Memory: float64 copies of one
+    candidate, and the Gram matrix (scans, scans) of every candidate; see `count_gram_scans`.
 
     Raises:
         ValueError: The candidates have different numbers of scans, or values are not finite.
     """
-    if len({len(block) for block in features}) != 1:
+    grams = [_compute_gram(block) for block in features]
+    if len({len(gram) for gram in grams}) != 1:
         raise ValueError("all candidates need the same scans")
-    count, scans = len(features), len(features[0])
-    cross, norms = np.zeros((count, count)), np.zeros((count, scans))
-    for a in range(count):
-        first = _center(features[a])
-        norms[a] = np.square(first).sum(axis=1)
-        for b in range(a, count):
-            second = first if a == b else _center(features[b])
-            cross[a, b] = cross[b, a] = _sum_gram_products(first, second)
-    return _compare(scans, cross, norms @ norms.T, norms.sum(axis=1))
+    count = len(grams)
+    cross = np.zeros((count, count))
+    for a, b in combinations_with_replacement(range(count), 2):
+        cross[a, b] = cross[b, a] = np.vdot(grams[a], grams[b])
+    norms = np.stack([gram.diagonal() for gram in grams])
+    return _compare(len(grams[0]), cross, norms @ norms.T, norms.sum(axis=1))
 
 
-def _center(features: Block) -> Values:
+def count_gram_scans(candidates: int) -> int:
+    """Return the largest number of scans for which the Gram matrices of `compare_features` need 600 MB."""
+    return math.isqrt(_MAX_GRAM_BYTES // (8 * max(candidates, 1)))
+
+
+def _compute_gram(features: Block) -> Values:
     moments = compute_moments(features)
-    return convert_block(features, moments.units) - moments.mean
-
-
-def _sum_gram_products(first: Values, second: Values) -> float:
-    """Return the sum of all products of the two Gram matrices, |XᵀY|², by the cheaper of two ways."""
-    scans, units = len(first), first.shape[1] + second.shape[1]
-    if first.shape[1] * second.shape[1] < scans * units:
-        product = first.T @ second
-        return float(np.vdot(product, product))
-    parts = split_rows(scans)
-    return float(sum(np.vdot(first[part] @ first.T, second[part] @ second.T) for part in parts))
+    values = convert_block(features, moments.units) - moments.mean
+    return np.asarray(values @ values.T, np.float64)
 
 
 def _compare(scans: int, cross: Values, norms: Values, totals: Values) -> Similarity:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featray.commands.report import health
+from featray.commands.report.label_free import health
 from featray.commands.report.label_free.health import (
     MAX_DEVIATION,
     RowChecks,

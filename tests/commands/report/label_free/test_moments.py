@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featray.commands.report import moments
+from featray.commands.report.label_free import moments
 from featray.commands.report.label_free.moments import (
     Moments,
     MomentSum,

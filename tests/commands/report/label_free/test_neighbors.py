@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.neighbors import NearestNeighbors
 
-from featray.commands.report import neighbors as module
+from featray.commands.report.label_free import neighbors as module
 from featray.commands.report.label_free.neighbors import (
     compare_neighbors,
     find_nearest,

@@ -1,10 +1,9 @@
 """Measure how well a light probe reads a label from features, by cross-validation over patients.
 
 A probe is a logistic regression for classes and a ridge regression for numbers. Everything that is learned
-from the data is learned inside the training part of a fold: near-constant columns are dropped, columns are
-standardized with a floor for the standard deviation, extreme values are clipped, the columns are reduced to
-principal components, and the penalty is chosen by an inner cross-validation over patients. All candidates get
-the same largest number of components, so that a wide layer has no larger probe than a narrow layer.
+from the data is learned inside the training part of a fold: the principal components of the standardized
+columns, and the penalty, which an inner cross-validation over patients chooses. All candidates get the same
+largest number of components, so that a wide layer has no larger probe than a narrow layer.
 
 Classes are scored by the area under the ROC curve (AUC), for more than two classes as the mean over the
 classes, each against the rest. Numbers are scored by R². The score is computed per fold and then averaged,
@@ -13,39 +12,29 @@ because predictions of different folds have different offsets and must not be po
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import eigh
-from scipy.special import expit
 from scipy.stats import rankdata
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
 
+from featray.commands.report.labeled.components import count_components, reduce_columns
 from featray.commands.report.labeled.folds import Fold, make_folds
 from featray.commands.report.labeled.labels import Label
 
-MAX_COMPONENTS = 100
-"""Largest number of principal components that a probe gets."""
-CLIP = 5.0
-"""Largest absolute value of a standardized column."""
 PERMUTATIONS = 99
 
-_NEAR_CONSTANT = 1e-6
-"""Standard deviation, relative to the largest absolute value, below which a column is constant."""
-_MIN_DIFFERENT = 3
-"""Scans that must differ from the median of a column, so that the column is not near-constant."""
-_SD_FLOOR = 0.01
-"""Smallest standard deviation of a column, relative to the median over the columns."""
 _INNER_FOLDS = 3
 _PENALTIES = 10.0 ** np.arange(3, -4, -1)
 """Penalties of the ridge regression per training scan, the strongest first."""
 _INVERSE_PENALTIES = 10.0 ** np.arange(-4, 2)
 """Parameters C of the logistic regression, the strongest penalty first."""
-_INTERCEPT_PENALTY = 1e-8
-"""Keeps the equations of Newton's method solvable; too weak to change a result."""
-_MAX_NEWTON_STEPS = 50
-_LOSS_TOLERANCE = 1e-7
+_GRADIENT_TOLERANCE = 1e-6
+"""At this tolerance, log odds differ from the exact ones by less than 0.001."""
 
 Floats = NDArray[np.float64]
 
@@ -216,43 +205,6 @@ def permute_target(target: Target, patients: NDArray[np.intp], permutations: int
     return result
 
 
-def count_components(folds: Sequence[Fold]) -> int:
-    """Return the largest number of principal components, the same for all candidates."""
-    return min(MAX_COMPONENTS, min(len(fold.train) for fold in folds) - 1)
-
-
-def reduce_columns(
-    train: NDArray[np.floating], test: NDArray[np.floating], components: int
-) -> tuple[Floats, Floats]:
-    """Return the principal components of both parts, learned from the training part.
-
-    The components have the mean variance 1 over the training part, so that one grid of penalties serves all
-    candidates. Without any usable column, the result has one column of zeros.
-    """
-    kept = find_varying_columns(train)
-    if not kept.any():
-        return np.zeros((len(train), 1)), np.zeros((len(test), 1))
-    known, new = train[:, kept].astype(np.float64), test[:, kept].astype(np.float64)
-    mean, sd = known.mean(axis=0), known.std(axis=0)
-    sd = np.maximum(sd, _SD_FLOOR * np.median(sd))
-    known, new = (np.clip((part - mean) / sd, -CLIP, CLIP) for part in (known, new))
-    center = known.mean(axis=0)
-    known, new = known - center, new - center
-    directions = _find_directions(known, components)
-    known, new = known @ directions, new @ directions
-    scale = np.sqrt(known.var(axis=0).mean())
-    return known / scale, new / scale
-
-
-def find_varying_columns(values: NDArray[np.floating]) -> NDArray[np.bool_]:
-    """Return which columns vary: not constant, and not equal to the median in all but two scans."""
-    largest = np.abs(values).max(axis=0)
-    differs = np.abs(values - np.median(values, axis=0)) > _NEAR_CONSTANT * largest
-    varies: NDArray[np.bool_] = values.std(axis=0, dtype=np.float64) > _NEAR_CONSTANT * largest
-    varies &= differs.sum(axis=0) >= _MIN_DIFFERENT
-    return varies
-
-
 def predict_ridge(train: Floats, truth: Floats, test: Floats, inner: Sequence[Fold]) -> Floats:
     """Return predictions of ridge regressions, one per column of `truth`, each with its own penalty.
 
@@ -280,45 +232,11 @@ def predict_logistic(train: Floats, truth: Floats, test: Floats, inner: Sequence
     for fold in inner:
         known = truth[fold.train]
         if known.min() < known.max():
-            path = _predict_logistic_path(train[fold.train], known, train[fold.test], len(losses))
+            path = _predict_logistic_path(train[fold.train], known, train[fold.test], _INVERSE_PENALTIES)
             losses += np.logaddexp(0, np.where(truth[fold.test] == 1, -path, path)).sum(axis=1)
-    best = int(losses.argmin())
-    odds: Floats = _predict_logistic_path(train, truth, test, best + 1)[-1]
+    best = float(_INVERSE_PENALTIES[losses.argmin()])
+    odds: Floats = _predict_logistic_path(train, truth, test, [best])[0]
     return odds
-
-
-def fit_logistic(train: Floats, truth: Floats, inverse_penalty: float, start: Floats) -> Floats:
-    """Return the weights of a penalized logistic regression by Newton's method; the last is the intercept.
-
-    The minimized function is that of scikit-learn's `LogisticRegression` with C = `inverse_penalty`: the sum
-    of the log losses plus the squared weights, without the intercept, divided by 2 C.
-
-    Args:
-        train: (scans, components).
-        truth: 0 or 1 for each scan, both present.
-        inverse_penalty: C.
-        start: Weights to start from.
-    """
-    values = np.column_stack([train, np.ones(len(train))])
-    penalty = np.full(values.shape[1], 1 / inverse_penalty)
-    penalty[-1] = _INTERCEPT_PENALTY
-    signs = 2 * truth - 1
-
-    def compute_loss(weights: Floats) -> float:
-        return float(np.logaddexp(0, -signs * (values @ weights)).sum() + penalty @ weights**2 / 2)
-
-    weights, loss = start, compute_loss(start)
-    for _ in range(_MAX_NEWTON_STEPS):
-        chance = expit(values @ weights)
-        gradient = values.T @ (chance - truth) + penalty * weights
-        curvature = (values.T * (chance * (1 - chance))) @ values + np.diag(penalty)
-        step = np.linalg.solve(curvature, gradient)
-        while (new_loss := compute_loss(weights - step)) > loss + _LOSS_TOLERANCE:
-            step /= 2
-        weights, gain, loss = weights - step, loss - new_loss, new_loss
-        if gain < _LOSS_TOLERANCE * len(train):
-            break
-    return weights
 
 
 def score_columns(target: Target, truth: Floats, predicted: Floats) -> float:
@@ -356,19 +274,6 @@ def _predict(train: Floats, truth: Floats, test: Floats, inner: Sequence[Fold], 
     return np.stack([predict_logistic(train, column, test, inner) for column in truth.T], axis=1)
 
 
-def _find_directions(centered: Floats, components: int) -> Floats:
-    """Return (columns, components): the directions of largest variance, at most as many as there are."""
-    scans, columns = centered.shape
-    is_wide = columns > scans
-    gram = centered @ centered.T if is_wide else centered.T @ centered
-    number = min(components, len(gram))
-    values, vectors = eigh(gram, subset_by_index=(len(gram) - number, len(gram) - 1))
-    kept = values > 1e-10 * values[-1]
-    values, vectors = values[kept], vectors[:, kept]
-    directions: Floats = centered.T @ vectors / np.sqrt(values) if is_wide else vectors
-    return directions
-
-
 def _predict_ridge_path(train: Floats, truth: Floats, new: Floats) -> Floats:
     """Return (penalties, scans, columns): the predictions of new scans for each penalty."""
     center, level = train.mean(axis=0), truth.mean(axis=0)
@@ -381,16 +286,21 @@ def _predict_ridge_path(train: Floats, truth: Floats, new: Floats) -> Floats:
     return path
 
 
-def _predict_logistic_path(train: Floats, truth: Floats, new: Floats, length: int) -> Floats:
-    """Return (penalties, scans): the log odds of new scans for the first `length` penalties.
+def _predict_logistic_path(
+    train: Floats, truth: Floats, new: Floats, inverse_penalties: Sequence[float] | NDArray[np.floating]
+) -> Floats:
+    """Return (penalties, scans): the log odds of new scans for each penalty.
 
-    Each regression starts from the result for the stronger penalty before it.
+    Each regression starts from the result for the penalty before it.
     """
-    weights = np.zeros(train.shape[1] + 1)
+    model = LogisticRegression(solver="newton-cholesky", tol=_GRADIENT_TOLERANCE, warm_start=True)
     path = []
-    for inverse in _INVERSE_PENALTIES[:length]:
-        weights = fit_logistic(train, truth, float(inverse), weights)
-        path.append(new @ weights[:-1] + weights[-1])
+    with warnings.catch_warnings():
+        # With a weak penalty, the steps for separable classes end at the precision of the loss.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for inverse in inverse_penalties:
+            model.set_params(C=float(inverse)).fit(train, truth)
+            path.append(model.decision_function(new))
     return np.stack(path)
 
 

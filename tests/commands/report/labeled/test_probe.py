@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression, Ridge
-from sklearn.metrics import r2_score, roc_auc_score
+from sklearn.metrics import log_loss, r2_score, roc_auc_score
 
 from featray.commands.report.labeled.folds import Fold, make_folds
 from featray.commands.report.labeled.labels import Label
@@ -18,15 +18,12 @@ from featray.commands.report.labeled.probe import (
     compute_permutation_p,
     compute_r2,
     control_by_permutation,
-    count_components,
-    find_varying_columns,
-    fit_logistic,
     make_class_target,
     make_target,
     permute_target,
+    predict_logistic,
     predict_ridge,
     probe_features,
-    reduce_columns,
 )
 
 SCANS = 120
@@ -55,6 +52,7 @@ def carry(trial: Trial, columns: int = 12, strength: float = 2.0) -> NDArray[np.
     return features
 
 
+@pytest.mark.slow
 def test_a_layer_that_carries_a_label_scores_high_and_one_that_does_not_scores_at_chance() -> None:
     trial = make_class_trial()
     # Two normal classes at a distance of 3 standard deviations have an AUC of 0.983.
@@ -69,6 +67,7 @@ def test_a_number_is_predicted_as_well_as_its_noise_allows() -> None:
     assert probe_features(make_noise(12), trial).score < 0.05
 
 
+@pytest.mark.slow
 def test_three_classes_have_the_mean_auc_of_each_against_the_rest() -> None:
     trial = make_class_trial(3)
     probe = probe_features(carry(trial, 8, 4.0), trial)
@@ -125,6 +124,7 @@ def test_wide_maps_with_tiny_and_rare_columns_do_not_destroy_a_prediction() -> N
     assert probe_features(features, trial).score > 0.6
 
 
+@pytest.mark.slow
 def test_constant_features_score_at_chance() -> None:
     classes, numbers = make_class_trial(), make_number_trial()
     constant = np.full((SCANS, 5), 7.0, np.float32)
@@ -132,6 +132,7 @@ def test_constant_features_score_at_chance() -> None:
     assert probe_features(constant, numbers).score < 0.05
 
 
+@pytest.mark.slow
 def test_a_test_part_with_one_class_has_no_score() -> None:
     codes = np.repeat([0, 1], [38, 2])
     patients = np.arange(40)
@@ -142,17 +143,37 @@ def test_a_test_part_with_one_class_has_no_score() -> None:
 
 
 @pytest.mark.parametrize(("scans", "columns"), [(40, 3), (75, 60), (60, 100)])
-@pytest.mark.parametrize("inverse_penalty", [1e-4, 0.1, 10])
-def test_the_logistic_regression_is_that_of_scikit_learn(
-    scans: int, columns: int, inverse_penalty: float
+def test_the_log_odds_are_those_of_an_exact_regression_with_the_penalty_of_least_inner_loss(
+    scans: int, columns: int
 ) -> None:
     generator = np.random.default_rng(scans)
-    values = generator.normal(size=(scans, columns))
-    truth = (values[:, 0] + 0.1 * generator.normal(size=scans) > 0).astype(np.float64)
-    weights = fit_logistic(values, truth, inverse_penalty, np.zeros(columns + 1))
-    model = LogisticRegression(C=inverse_penalty, tol=1e-10, max_iter=10_000).fit(values, truth)
-    np.testing.assert_allclose(weights[:-1], model.coef_[0], atol=1e-4)
-    assert weights[-1] == pytest.approx(model.intercept_[0], abs=1e-4)
+    values = generator.normal(size=(scans + 20, columns))
+    truth = (values[:, 0] + 0.5 * generator.normal(size=scans + 20) > 0).astype(np.float64)
+    train, known, test = values[:scans], truth[:scans], values[scans:]
+    inner = make_folds(np.arange(scans), known.astype(np.intp), 0, repeats=1, folds=3)
+
+    def fit(penalty: float, part: NDArray[np.intp]) -> LogisticRegression:
+        return LogisticRegression(C=penalty, tol=1e-10, max_iter=10_000).fit(train[part], known[part])
+
+    def sum_loss(penalty: float) -> float:
+        return sum(
+            log_loss(known[f.test], fit(penalty, f.train).predict_proba(train[f.test])) * len(f.test)
+            for f in inner
+        )
+
+    best = min(10.0 ** np.arange(-4, 2), key=sum_loss)
+    odds = predict_logistic(train, known, test, inner)
+    np.testing.assert_allclose(odds, fit(best, np.arange(scans)).decision_function(test), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_classes_that_are_separable_have_finite_log_odds() -> None:
+    values = np.linspace(-1, 1, 60)[:, None] * np.ones(3)
+    truth = (values[:, 0] > 0).astype(np.float64)
+    inner = make_folds(np.arange(60), truth.astype(np.intp), 0, repeats=1, folds=3)
+    odds = predict_logistic(1e3 * values, truth, 1e3 * values, inner)
+    assert np.isfinite(odds).all()
+    assert ((odds > 0) == (truth == 1)).all()
 
 
 def test_the_ridge_regression_is_that_of_scikit_learn_with_the_penalty_of_least_inner_error() -> None:
@@ -192,32 +213,6 @@ def test_auc_and_r2_are_those_of_scikit_learn() -> None:
         compute_r2(truth, predicted), r2_score(truth, predicted, multioutput="raw_values")
     )
     assert np.isnan(compute_auc(np.ones((5, 1)), np.zeros((5, 1)))).all()
-
-
-def test_columns_that_differ_in_fewer_than_three_scans_are_dropped() -> None:
-    values = np.zeros((20, 4))
-    values[:, 0] = np.arange(20)
-    values[:2, 1] = 100
-    values[:3, 2] = 100
-    values[:, 3] = 1e6 + 1e-3 * np.arange(20)
-    assert find_varying_columns(values).tolist() == [True, False, True, False]
-
-
-def test_components_have_the_mean_variance_one_and_are_learned_from_the_training_part() -> None:
-    features = make_noise(300) * 50
-    train, test = reduce_columns(features[:80], features[80:], 30)
-    assert train.shape == (80, 30)
-    assert train.var(axis=0).mean() == pytest.approx(1)
-    np.testing.assert_allclose(train.mean(axis=0), 0, atol=1e-8)
-    changed, _ = reduce_columns(features[:80], features[80:] * 3, 30)
-    np.testing.assert_array_equal(changed, train)
-    assert test.shape == (40, 30)
-
-
-def test_all_candidates_get_the_same_largest_number_of_components() -> None:
-    assert count_components(make_number_trial().folds) == 89
-    patients = np.arange(400)
-    assert count_components(make_folds(patients, None, 0)) == 100
 
 
 def test_permuted_labels_of_a_layer_with_the_label_score_at_chance() -> None:

@@ -104,6 +104,19 @@ def choose_candidate(probes: Sequence[Probe], trial: Trial, rule: Rule) -> Choic
     )
 
 
+def measure_interval(predictions: Sequence[NDArray[np.float32]], trial: Trial) -> tuple[float, float]:
+    """Return the 95 % interval of a score on patients that were not drawn; NaN if it is not defined.
+
+    Args:
+        predictions: Out-of-fold predictions (repeats, scans, columns), one array per seed. In each resample,
+            the score is the mean over the seeds.
+        trial: The trial of the predictions.
+    """
+    left_out = (draw_patients(trial.patients, RESAMPLES, trial.seed) == 0).astype(np.float32)
+    scores = np.mean([score_weighted(one, trial, left_out) for one in predictions], axis=0)
+    return compute_interval(scores)
+
+
 def compute_interval(scores: Floats) -> tuple[float, float]:
     """Return the ends of the 95 % interval of the scores that are defined; NaN without any."""
     defined = scores[~np.isnan(scores)]

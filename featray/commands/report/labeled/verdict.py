@@ -50,12 +50,14 @@ class Score:
         size: Values per scan.
         scores: Score of each fold.
         score: Mean over the folds.
+        interval: Ends of the 95 % interval of the score on patients that were not drawn; NaN if not known.
     """
 
     name: str
     size: int
     scores: NDArray[np.float64]
     score: float
+    interval: tuple[float, float] = (math.nan, math.nan)
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def decide_verdict(evidence: Evidence) -> Verdict:
     chosen, choice = evidence.candidates[evidence.choice.chosen], evidence.choice
     other = find_other(evidence)
     clauses = [
-        f"For *{evidence.label}* take {chosen.name}: {_format_score(evidence)}",
+        f"For {evidence.label} take {chosen.name}: {_format_score(evidence)}",
         f"it wins {choice.wins[choice.chosen]:.0%} of resamples".replace("%", " %"),
     ]
     if other is not None:
@@ -160,7 +162,8 @@ def decide_verdict(evidence: Evidence) -> Verdict:
         gain = compare_scores(chosen.scores, baseline.scores, evidence.test_ratio)
         if gain.p >= MAX_P:
             clauses.append(
-                f"its gain of {gain.gap:.2f} over {baseline.name} is not certain (p = {gain.p:.2f})"
+                f"its gain of {gain.gap:.2f} over the baseline {baseline.name} is not certain "
+                f"(p = {gain.p:.2f})"
             )
     return Verdict(
         evidence.label,
@@ -272,7 +275,7 @@ def _make_refusal(evidence: Evidence, refusal: Refusal, reason: str, needed: int
 
 
 def _refuse(label: str) -> str:
-    return f"No verdict for *{label}*"
+    return f"No verdict for {label}"
 
 
 def _sort_baselines(evidence: Evidence) -> list[Score]:

@@ -6,12 +6,19 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from featray.commands.report.labeled.answer import Answer, Candidate, Collection, answer_label
+from featray.commands.report.labeled.answer import (
+    Answer,
+    Candidate,
+    Collection,
+    answer_label,
+    choose_scans,
+    restrict_label,
+)
 from featray.commands.report.labeled.compare import find_beaten
 from featray.commands.report.labeled.folds import make_folds
 from featray.commands.report.labeled.labels import Label
 from featray.commands.report.labeled.probe import Target, Trial, probe_features
-from featray.commands.report.labeled.verdict import Refusal
+from featray.commands.report.labeled.verdict import Refusal, Score
 
 SCANS = 150
 COLLECTION = Collection(np.arange(SCANS))
@@ -35,18 +42,22 @@ def carry(label: Label, seed: int, columns: int, noise: float = 0.5) -> NDArray[
 def answer(
     label: Label, layers: dict[str, NDArray[np.float32]], collection: Collection = COLLECTION
 ) -> Answer:
-    baselines = [Candidate("header", make_noise(50, 3, len(label.values)))]
-    return answer_label(label, [Candidate(*item) for item in layers.items()], baselines, collection)
+    baselines = [Candidate.from_arrays("header", make_noise(50, 3, len(label.values)))]
+    return answer_label(
+        label, [Candidate.from_arrays(*item) for item in layers.items()], baselines, collection
+    )
 
 
+@pytest.mark.slow
 def test_the_layer_that_carries_the_label_is_chosen_and_beats_one_that_does_not() -> None:
     label = make_label()
     result = answer(label, {"noise": make_noise(1, 4), "carrier": carry(label, 2, 8)})
     assert result.verdict.candidate == "carrier"
     assert result.verdict.refusal is None
-    assert result.verdict.text.startswith("For *size* take carrier: R² 0.7")
-    assert result.beaten is not None
-    assert result.beaten.tolist() == [[False, False], [True, False]]
+    assert result.verdict.text.startswith("For size take carrier: R² 0.7")
+    assert result.rule is not None
+    assert result.rule.beaten.tolist() == [[False, False], [True, False]]
+    assert result.rule.gains.tolist() == [False, True]
     assert result.evidence is not None
     assert result.evidence.choice.wins == (0.0, 1.0)
     assert result.evidence.choice.low < result.evidence.candidates[1].score < result.evidence.choice.high
@@ -62,7 +73,7 @@ def test_classes_are_answered_with_the_auc() -> None:
     label = Label("contrast", "classes", (number.values > 0).astype(float), ("no", "yes"))
     result = answer(label, {"carrier": carry(number, 2, 6, 0.2), "noise": make_noise(1, 6)})
     assert result.verdict.candidate == "carrier"
-    assert result.verdict.text.startswith("For *contrast* take carrier: AUC 0.9")
+    assert result.verdict.text.startswith("For contrast take carrier: AUC 0.9")
 
 
 def test_of_two_layers_that_hold_the_same_the_smaller_one_is_chosen() -> None:
@@ -87,24 +98,66 @@ def test_two_equal_layers_have_no_winner_in_at_least_nine_of_ten_draws() -> None
     assert winners <= draws / 10
 
 
+@pytest.mark.slow
 def test_layers_that_hold_nothing_get_no_verdict() -> None:
     result = answer(make_label(), {"a": make_noise(1, 10), "b": make_noise(2, 20)})
     assert result.verdict.refusal in (Refusal.CHANCE, Refusal.WIDE_INTERVAL)
-    assert result.verdict.text.startswith("No verdict for *size*: ")
+    assert result.verdict.text.startswith("No verdict for size: ")
 
 
 def test_a_layer_that_is_not_better_than_a_baseline_gets_no_verdict() -> None:
     label = make_label()
     layer = carry(label, 2, 10)
-    result = answer_label(label, [Candidate("layer", layer)], [Candidate("header", layer)], COLLECTION)
+    result = answer_label(
+        label, [Candidate.from_arrays("layer", layer)], [Candidate.from_arrays("header", layer)], COLLECTION
+    )
     assert result.verdict.refusal is Refusal.NO_GAIN
     assert "the baseline header" in result.verdict.text
+
+
+@pytest.mark.slow
+def test_a_baseline_of_several_seeds_has_the_mean_scores_and_an_interval() -> None:
+    label = make_label()
+    arrays = [carry(label, seed, 4, 1.0) for seed in (5, 6)]
+
+    def get_scores(*chosen: NDArray[np.float32]) -> Score:
+        layer = Candidate.from_arrays("layer", carry(label, 2, 10))
+        result = answer_label(label, [layer], [Candidate.from_arrays("untrained", *chosen)], COLLECTION)
+        assert result.evidence is not None
+        return result.evidence.baselines[0]
+
+    both, first, second = get_scores(*arrays), get_scores(arrays[0]), get_scores(arrays[1])
+    np.testing.assert_allclose(both.scores, (first.scores + second.scores) / 2)
+    assert both.interval[0] < both.score < both.interval[1]
+
+
+@pytest.mark.slow
+def test_each_candidate_and_baseline_is_named_before_it_is_probed() -> None:
+    label, steps = make_label(), []
+    layers = [Candidate.from_arrays(name, make_noise(1, 2)) for name in ("a", "b")]
+    answer_label(label, layers, [Candidate.from_arrays("header", make_noise(2, 2))], COLLECTION, steps.append)
+    assert steps == ["a", "b", "header"]
+
+
+def test_at_most_a_thousand_scans_are_probed_always_the_same() -> None:
+    label = make_label(scans=1500)
+    collection = Collection(np.arange(1500))
+    scans = choose_scans(label, collection)
+    assert len(scans) == 1000
+    np.testing.assert_array_equal(scans, choose_scans(label, collection))
+    restricted = restrict_label(label, scans)
+    np.testing.assert_array_equal(choose_scans(restricted, collection), scans)
+    np.testing.assert_array_equal(np.flatnonzero(restricted.known), scans)
+
+
+def test_a_label_that_is_refused_for_its_size_needs_no_scans() -> None:
+    assert len(choose_scans(make_label(scans=24), Collection(np.arange(24)))) == 0
 
 
 def test_too_few_scans_are_refused_and_not_probed() -> None:
     label = make_label(scans=24)
     result = answer(label, {"a": carry(label, 1, 5)}, Collection(np.arange(24), has_patients=False))
-    assert result.verdict.text == "No verdict for *size*: 24 scans; about 150 are needed."
+    assert result.verdict.text == "No verdict for size: 24 scans; about 150 are needed."
     assert result.evidence is None
     assert len(result.scans) == 0
 
@@ -120,6 +173,7 @@ def test_scans_without_a_value_are_left_out() -> None:
     assert result.verdict.candidate == "layer"
 
 
+@pytest.mark.slow
 def test_a_layer_that_only_knows_the_patient_gets_no_verdict() -> None:
     patients = np.repeat(np.arange(60), 3)
     label = Label("size", "number", np.random.default_rng(0).normal(size=60)[patients])

@@ -59,7 +59,7 @@ def make_label(counts: list[int]) -> tuple[Label, np.ndarray]:
 def test_the_sentence_names_candidate_score_interval_wins_and_a_smaller_candidate_that_is_as_good() -> None:
     verdict = decide_verdict(EVIDENCE)
     assert verdict.text == (
-        "For *contrast* take conv_3 (grid): AUC 0.86 (0.78 to 0.92); it wins 71 % of resamples; "
+        "For contrast take conv_3 (grid): AUC 0.86 (0.78 to 0.92); it wins 71 % of resamples; "
         "z_mean is as good within error and 40 times smaller."
     )
     assert verdict.refusal is None
@@ -80,7 +80,7 @@ def test_if_a_smaller_candidate_is_chosen_the_best_one_is_named_with_its_size() 
     choice = make_choice(chosen=1, best=0)
     verdict = decide_verdict(replace(EVIDENCE, candidates=(GRID, close), choice=choice))
     assert verdict.text == (
-        "For *contrast* take z_mean: AUC 0.86 (0.78 to 0.92); it wins 29 % of resamples; "
+        "For contrast take z_mean: AUC 0.86 (0.78 to 0.92); it wins 29 % of resamples; "
         "conv_3 (grid) is no better within error and 4 times larger."
     )
 
@@ -95,14 +95,14 @@ def test_a_gain_that_is_not_certain_is_named_with_its_p_value() -> None:
     baseline = make_score("HU histogram", 64, 0.70, 2, 10)
     verdict = decide_verdict(replace(EVIDENCE, baselines=(baseline,)))
     assert verdict.refusal is None
-    assert "its gain of 0.16 over HU histogram is not certain (p = 0.03)." in verdict.text
+    assert "its gain of 0.16 over the baseline HU histogram is not certain (p = 0.03)." in verdict.text
 
 
 def test_few_scans_are_refused_with_the_number_that_is_needed() -> None:
     label, patients = make_label([12, 12])
     verdict = check_size(label, patients, "scans")
     assert verdict is not None
-    assert verdict.text == "No verdict for *contrast*: 24 scans; about 150 are needed."
+    assert verdict.text == "No verdict for contrast: 24 scans; about 150 are needed."
     assert (verdict.refusal, verdict.needed) == (Refusal.FEW_PATIENTS, 150)
 
 
@@ -110,7 +110,7 @@ def test_few_scans_of_which_one_class_is_rare_need_more() -> None:
     label, patients = make_label([38, 2])
     verdict = check_size(label, patients)
     assert verdict is not None
-    assert verdict.text == "No verdict for *contrast*: 40 patients; about 300 are needed."
+    assert verdict.text == "No verdict for contrast: 40 patients; about 300 are needed."
 
 
 def test_scans_of_one_patient_count_once() -> None:
@@ -127,7 +127,7 @@ def test_a_small_class_is_refused() -> None:
     assert verdict is not None
     assert verdict.refusal is Refusal.SMALL_CLASS
     assert verdict.text == (
-        "No verdict for *contrast*: 10 patients in the smallest class; 15 are needed, about 150 in all "
+        "No verdict for contrast: 10 patients in the smallest class; 15 are needed, about 150 in all "
         "classes at the same shares."
     )
 
@@ -164,7 +164,7 @@ def test_a_wide_interval_is_refused_with_the_patients_that_would_narrow_it() -> 
     verdict = decide_verdict(replace(EVIDENCE, choice=choice, patients=60))
     assert (verdict.refusal, verdict.needed) == (Refusal.WIDE_INTERVAL, 170)
     assert verdict.text == (
-        "No verdict for *contrast*: AUC 0.86 (0.50 to 1.00) is too uncertain with 60 patients; "
+        "No verdict for contrast: AUC 0.86 (0.50 to 1.00) is too uncertain with 60 patients; "
         "about 170 are needed."
     )
 
@@ -197,7 +197,7 @@ def test_no_gain_over_a_baseline_is_refused() -> None:
     verdict = decide_verdict(replace(EVIDENCE, baselines=(make_score("HU histogram", 64, 0.85, 2),)))
     assert (verdict.refusal, verdict.needed) == (Refusal.NO_GAIN, None)
     assert verdict.text == (
-        "No verdict for *contrast*: conv_3 (grid) has AUC 0.86 and the baseline HU histogram 0.85, "
+        "No verdict for contrast: conv_3 (grid) has AUC 0.86 and the baseline HU histogram 0.85, "
         "no gain beyond error; another layer, view or model is needed."
     )
 

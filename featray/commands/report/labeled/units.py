@@ -1,12 +1,16 @@
-"""Test single units of a layer against a label: correlation with false-discovery control, and the best unit.
+"""Test single units of all candidates against labels: correlation with false-discovery control.
 
 For numbers the correlation is Pearson's. For classes it is the point-biserial correlation, which is Pearson's
 with 0 and 1; with more than two classes each class is tested against the rest, and the strongest correlation
 counts. The scans of a patient are not independent, so the p-values use the number of patients, not of scans.
+
+The correlations of all scans are summed over blocks, in one pass for all labels. Memory: 24 bytes per unit
+and column of a label, and one block in double precision.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +25,52 @@ from featray.commands.report.labeled.probe import compute_auc
 
 MAX_Q = 0.05
 """Largest q-value of a unit that counts as related to the label."""
-BEST_UNITS = 10
-"""Units for which AUC and mutual information are computed."""
-BINS = 20
-"""Bins of a unit, and of a label that is a number, in the histogram."""
+UNIT_BINS, LABEL_BINS = 12, 8
+"""Bins of a unit, and of a label that is a number, in a histogram."""
+MAX_INFORMATION_SCANS = 2000
+"""Scans from which the mutual information is estimated; more are sampled."""
 
 _NEAR_CONSTANT = 1e-6
 """Standard deviation, relative to the largest absolute value, below which a unit is constant."""
-_COLUMNS_AT_ONCE = 256
-"""Limits the memory for copies of columns in double precision."""
 _MIN_SCANS = 10
 """Fewer scans have no estimate of the mutual information."""
+_HISTOGRAM_RANGE = (2, 98)
+"""Percentiles between which the bins lie; the outer bins also count the values beyond."""
 
 Floats = NDArray[np.float64]
+Block = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class UnitTests:
+    """Result of testing all units of all candidates against one label.
+
+    Attributes:
+        label: The label.
+        correlations: For each candidate the correlation of each unit; 0 for a constant unit.
+        q: For each candidate the q-value of each unit: the p-value after the control of Benjamini and
+            Hochberg over all units of all candidates; 1 for a constant unit.
+        classes: For each candidate the class that each unit follows most; 1 for two classes, 0 for numbers.
+        scans: Number of scans with a value of the label.
+        patients: Number of patients of these scans.
+    """
+
+    label: Label
+    correlations: tuple[Floats, ...]
+    q: tuple[Floats, ...]
+    classes: tuple[NDArray[np.intp], ...]
+    scans: int
+    patients: int
+
+    def find_strongest(self, candidate: int, number: int) -> list[int]:
+        """Return the units of a candidate with the strongest correlations, without constant units."""
+        size = np.abs(self.correlations[candidate])
+        order = np.argsort(-size, kind="stable")[:number]
+        return [int(unit) for unit in order if size[unit] > 0]
+
+    def count_related(self, candidate: int) -> int:
+        """Return the number of units of a candidate with a q-value of at most 0.05."""
+        return int(np.sum(self.q[candidate] <= MAX_Q))
 
 
 @dataclass(frozen=True)
@@ -43,104 +80,88 @@ class Histogram:
     Attributes:
         unit_edges: Edges of the bins of the unit's values.
         label_edges: Edges of the bins of a number; empty for classes.
-        classes: Names of the classes; empty for numbers.
         counts: (bins of the unit, bins or classes of the label), number of scans.
     """
 
     unit_edges: Floats
     label_edges: Floats
-    classes: tuple[str, ...]
     counts: NDArray[np.intp]
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One of the units that are most related to the label.
-
-    Attributes:
-        number: Position of the unit in the feature.
-        correlation: Pearson's or the point-biserial correlation.
-        q: p-value after the control of Benjamini and Hochberg over all units of the layer.
-        auc: For classes the AUC of the unit alone, in the direction of the correlation and for the class with
-            the strongest correlation; NaN for numbers.
-        information: Mutual information with the label in nats, estimated from nearest neighbors.
-    """
-
-    number: int
-    correlation: float
-    q: float
-    auc: float
-    information: float
-
-
-@dataclass(frozen=True)
-class UnitTests:
-    """Result of testing all units of a layer.
-
-    Attributes:
-        correlations: Correlation of each unit; 0 for a constant unit.
-        p: p-value of each unit; 1 for a constant unit.
-        q: p-value after false-discovery control.
-        best: The units with the strongest correlations, the strongest first.
-        histogram: Histogram of the best unit; None if all units are constant.
-        scans: Number of scans with a value of the label.
-        patients: Number of patients of these scans.
-    """
-
-    correlations: Floats
-    p: Floats
-    q: Floats
-    best: tuple[Unit, ...]
-    histogram: Histogram | None
-    scans: int
-    patients: int
-
-    @property
-    def related(self) -> int:
-        """Return the number of units with a q-value of at most 0.05."""
-        return int(np.sum(self.q <= MAX_Q))
-
-
-def measure_units(
-    features: NDArray[np.floating], label: Label, patients: NDArray[np.intp], *, seed: int = 0
-) -> UnitTests:
-    """Return the tests of all units of a layer against a label.
+class CorrelationSum:
+    """Sums the correlations of the units of one candidate with several columns over blocks of scans.
 
     Args:
-        features: (scans, units), finite.
-        label: Label of the same scans; scans without a value are left out.
-        patients: Number of the patient of each scan.
-        seed: For the noise that the estimate of the mutual information adds.
+        units: Number of units.
+        columns: (scans, columns) numbers; NaN where a scan does not count for the column.
     """
-    values, truth = features[label.known], label.values[label.known]
-    number = count_patients(patients, label.known)
-    columns = _make_columns(label, truth)
-    matrix = np.array([correlate_units(values, column) for column in columns.T])
-    strongest = np.abs(matrix).argmax(axis=0)
-    correlations: Floats = matrix[strongest, np.arange(matrix.shape[1])]
-    p, q = control_discoveries(correlations, number, tests=columns.shape[1])
-    order = np.argsort(-np.abs(correlations), kind="stable")[:BEST_UNITS]
-    order = order[correlations[order] != 0]
-    information = _estimate_information(values[:, order], label, truth, seed)
-    best = tuple(
-        Unit(
-            int(unit),
-            float(correlations[unit]),
-            float(q[unit]),
-            _compute_unit_auc(values[:, unit], columns[:, strongest[unit]], correlations[unit], label),
-            float(bits),
-        )
-        for unit, bits in zip(order, information, strict=True)
-    )
-    histogram = count_histogram(values[:, order[0]], label, truth) if len(order) else None
-    return UnitTests(correlations, p, q, best, histogram, len(truth), number)
+
+    def __init__(self, units: int, columns: Floats) -> None:
+        self._is_known = ~np.isnan(columns)
+        self._counts = self._is_known.sum(axis=0)[:, None]
+        level = np.where(self._is_known, columns, 0).sum(axis=0) / self._counts[:, 0].clip(1)
+        self._columns = np.where(self._is_known, columns - level, 0.0)
+        shape = (columns.shape[1], units)
+        self._sums, self._squares, self._products = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        self._largest = np.zeros(units)
+        self._origin: Floats | None = None
+
+    def add(self, block: Block, start: int) -> None:
+        """Add the features (scans, units) of consecutive scans, of which the first is scan `start`.
+
+        The features of scans that count for no column are ignored.
+        """
+        rows = np.arange(start, start + len(block))
+        used = self._is_known[rows].any(axis=1)
+        values, known = block[used].astype(np.float64), self._is_known[rows[used]].astype(np.float64)
+        if not len(values):
+            return
+        self._largest = np.maximum(self._largest, np.abs(values).max(axis=0))
+        if self._origin is None:
+            self._origin = values.mean(axis=0)
+        values -= self._origin  # a large mean would cost digits
+        self._products += self._columns[rows[used]].T @ values
+        self._sums += known.T @ values
+        self._squares += known.T @ np.square(values, out=values)
+
+    def finish(self) -> Floats:
+        """Return the correlations (columns, units); 0 if the unit or the column is constant."""
+        counts = self._counts.clip(1)
+        variance = (self._squares / counts - np.square(self._sums / counts)).clip(0)
+        spread = np.square(self._columns).sum(axis=0)[:, None] / counts
+        varies = (np.sqrt(variance) > _NEAR_CONSTANT * self._largest) & (spread > 0)
+        size = np.sqrt(np.where(varies, variance * spread, 1.0))
+        correlations: Floats = np.where(varies, self._products / counts / size, 0.0).clip(-1, 1)
+        return correlations
 
 
-def correlate_units(features: NDArray[np.floating], values: Floats) -> Floats:
-    """Return Pearson's correlation of each column with `values`; 0 for a constant column."""
-    starts = range(0, features.shape[1], _COLUMNS_AT_ONCE)
-    parts = [_correlate(features[:, start : start + _COLUMNS_AT_ONCE], values) for start in starts]
-    return np.concatenate(parts)
+def correlate_units(
+    blocks: Iterable[Sequence[Block]],
+    units: Sequence[int],
+    labels: Sequence[Label],
+    patients: NDArray[np.intp],
+) -> list[UnitTests]:
+    """Return the tests of all units for each label, from one pass over the features.
+
+    Args:
+        blocks: Consecutive blocks of the same scans of all candidates.
+        units: Number of units of each candidate.
+        labels: Labels of the scans. The features of scans with a value must be finite.
+        patients: Number of the patient of each scan.
+    """
+    columns = [_make_columns(label) for label in labels]
+    sums = [CorrelationSum(number, np.concatenate(columns, axis=1)) for number in units]
+    start = 0
+    for block in blocks:
+        for total, values in zip(sums, block, strict=True):
+            total.add(values, start)
+        start += len(block[0])
+    correlations = [total.finish() for total in sums]
+    ends = np.cumsum([part.shape[1] for part in columns])
+    return [
+        _test_label(label, [one[end - part.shape[1] : end] for one in correlations], patients)
+        for label, part, end in zip(labels, columns, ends, strict=True)
+    ]
 
 
 def control_discoveries(correlations: Floats, patients: int, *, tests: int = 1) -> tuple[Floats, Floats]:
@@ -159,45 +180,77 @@ def control_discoveries(correlations: Floats, patients: int, *, tests: int = 1) 
     return p, q
 
 
-def count_histogram(unit: NDArray[np.floating], label: Label, truth: Floats) -> Histogram:
-    """Return the two-dimensional histogram of the values of a unit against a label without missing values."""
-    edges = np.histogram_bin_edges(unit.astype(np.float64), BINS).astype(np.float64)
-    label_edges: NDArray[Any] = np.histogram_bin_edges(truth, BINS).astype(np.float64)
+def count_histogram(unit: Block, label: Label) -> Histogram:
+    """Return the histogram of the values of a unit against a label; scans without a value do not count."""
+    values, truth = unit[label.known].astype(np.float64), label.values[label.known]
+    edges = _make_edges(values, UNIT_BINS)
+    label_edges = _make_edges(truth, LABEL_BINS)
     if label.kind == "classes":
         label_edges = np.arange(len(label.classes) + 1) - 0.5
-    counts = np.histogram2d(unit, truth, (edges, label_edges))[0].astype(np.intp)
-    return Histogram(edges, np.zeros(0) if label.classes else label_edges, label.classes, counts)
+    inside = (np.clip(part, ends[0], ends[-1]) for part, ends in ((values, edges), (truth, label_edges)))
+    counts = np.histogram2d(*inside, (edges, label_edges))[0].astype(np.intp)
+    return Histogram(edges, np.zeros(0) if label.kind == "classes" else label_edges, counts)
 
 
-def _correlate(features: NDArray[np.floating], values: Floats) -> Floats:
-    largest = np.abs(features).max(axis=0)
-    centered = features - features.mean(axis=0, dtype=np.float64)
-    sd, level = centered.std(axis=0), values - values.mean()
-    covariance = level @ centered / len(values)
-    varies = (sd > _NEAR_CONSTANT * largest) & (level.std() > 0)
-    result = np.where(varies, covariance / np.where(varies, sd * level.std(), 1), 0.0)
-    return np.asarray(result.clip(-1, 1), np.float64)
+def compute_unit_auc(unit: Block, label: Label, code: int) -> float:
+    """Return the AUC of a unit for one class against the rest, in the better direction; NaN for numbers."""
+    if label.kind == "number":
+        return float("nan")
+    truth = (label.values[label.known] == code).astype(np.float64)
+    auc = float(compute_auc(truth[:, None], unit[label.known, None])[0])
+    return max(auc, 1 - auc)
 
 
-def _make_columns(label: Label, truth: Floats) -> Floats:
+def estimate_information(units: Block, label: Label, seed: int = 0) -> Floats:
+    """Return the mutual information of each column with a label in nats; NaN with too few scans.
+
+    Args:
+        units: (scans, units).
+        label: The label; scans without a value are left out.
+        seed: For the sample of scans, and for the noise that the estimate from nearest neighbors adds.
+    """
+    scans = np.flatnonzero(label.known)
+    if len(scans) < _MIN_SCANS or not units.shape[1]:
+        return np.full(units.shape[1], np.nan)
+    if len(scans) > MAX_INFORMATION_SCANS:
+        scans = np.random.default_rng(seed).choice(scans, MAX_INFORMATION_SCANS, replace=False)
+    estimate = mutual_info_classif if label.kind == "classes" else mutual_info_regression
+    information: Floats = estimate(units[scans], label.values[scans], random_state=seed)
+    return information
+
+
+def _make_columns(label: Label) -> Floats:
     """Return the label as columns: the number, the second of two classes, or each class against the rest."""
     if label.kind == "number":
-        return truth[:, None]
-    columns: Floats = (truth[:, None] == np.arange(len(label.classes))).astype(np.float64)
+        return label.values[:, None]
+    columns = (label.values[:, None] == np.arange(len(label.classes))).astype(np.float64)
+    columns[~label.known] = np.nan
     return columns[:, 1:] if len(label.classes) == 2 else columns
 
 
-def _compute_unit_auc(unit: NDArray[np.floating], column: Floats, correlation: float, label: Label) -> float:
-    if label.kind == "number":
-        return float("nan")
-    values = unit[:, None] * np.sign(correlation)
-    return float(compute_auc(column[:, None], values)[0])
+def _test_label(label: Label, matrices: Sequence[Floats], patients: NDArray[np.intp]) -> UnitTests:
+    """Return the tests for a label from the correlations (columns of the label, units) of each candidate."""
+    strongest = [np.abs(matrix).argmax(axis=0) for matrix in matrices]
+    correlations = [
+        matrix[column, np.arange(matrix.shape[1])] for matrix, column in zip(matrices, strongest, strict=True)
+    ]
+    number = count_patients(patients, label.known)
+    _, q = control_discoveries(np.concatenate(correlations), number, tests=len(matrices[0]))
+    ends = np.cumsum([len(one) for one in correlations])[:-1]
+    return UnitTests(
+        label=label,
+        correlations=tuple(correlations),
+        q=tuple(np.split(q, ends)),
+        classes=tuple(column + (len(label.classes) == 2) for column in strongest),
+        scans=int(label.known.sum()),
+        patients=number,
+    )
 
 
-def _estimate_information(features: NDArray[np.floating], label: Label, truth: Floats, seed: int) -> Floats:
-    """Return the mutual information of each column with the label; NaN with too few scans."""
-    if not features.shape[1] or len(features) < _MIN_SCANS:
-        return np.full(features.shape[1], np.nan)
-    estimate = mutual_info_classif if label.kind == "classes" else mutual_info_regression
-    information: Floats = estimate(features, truth, random_state=seed)
-    return information
+def _make_edges(values: Floats, bins: int) -> Floats:
+    low = np.percentile(values, _HISTOGRAM_RANGE[0], method="higher")
+    high = np.percentile(values, _HISTOGRAM_RANGE[1], method="lower")
+    if low >= high:
+        low, high = values.min(), values.max()
+    edges: Floats = np.histogram_bin_edges(np.zeros(0), bins, (low, high)).astype(np.float64)
+    return edges

@@ -17,13 +17,8 @@ The messages name columns and line numbers, and never a value, because a value m
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
 import math
-import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -32,9 +27,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from featray.commands.report.labeled.label_rows import PATIENT, SCAN_ID, LabelRows, parse_rows
 from featray.errors import UsageError
 
-SCAN_ID, PATIENT = "scan_id", "patient"
 MAX_CLASSES = 20
 """Largest number of different texts that are classes."""
 MAX_WHOLE_CLASSES = 5
@@ -47,14 +42,9 @@ _DIFFERENT_SHARE = 0.9
 """Share of different values from which a column counts as an id."""
 _MIN_RUNNING_NUMBERS = 20
 _ID_NAME = re.compile(r"(^|[\W_])(id|uid|mrn|accession|key)s?$|^(id|uid|mrn|accession)([\W_]|$)", re.I)
-_PATIENT_NAME = re.compile(r"^(patient|subject)s?[\W_]*(id|no|nr|number|key|name|hash)?$", re.I)
 _DATE = re.compile(r"^(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.](\d{4}|\d{2}))([T ].*)?$")
 _COMPACT_DATE = re.compile(r"^(19|20)\d{6}$")
 _DECIMAL_COMMA = re.compile(r"^[+-]?\d*,\d+$")
-_LOOKS_LIKE_VALUE = re.compile(r"[/\\]|^[\d.,;+\s-]+$|\.(nii|gz|dcm|nrrd|mha|mhd|npy|zip)$", re.IGNORECASE)
-"""Texts that are values of a row rather than the name of a column."""
-_WHERE = "table of labels"
-_MAX_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -114,59 +104,29 @@ class LabelTable:
     rows_without_patient: int
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The table as texts: header, rows of the same length, and the line on which each row ends."""
-
-    header: list[str]
-    rows: list[list[str]]
-    lines: list[int]
-    comma_decimals: bool
-
-    def get_column(self, name: str) -> list[str]:
-        place = self.header.index(name)
-        return [row[place] for row in self.rows]
-
-
-def read_labels(path: str | os.PathLike[str], scan_ids: Sequence[str]) -> LabelTable:
-    """Read a local file of labels; see `parse_labels`.
-
-    Raises:
-        UsageError: The file cannot be read, or as `parse_labels`.
-    """
-    try:
-        with open(path, "rb") as file:
-            data = file.read()
-    except OSError as error:
-        raise UsageError(f"the {_WHERE} cannot be read: {error.strerror}") from error
-    return parse_labels(data, scan_ids)
-
-
 def parse_labels(data: bytes, scan_ids: Sequence[str]) -> LabelTable:
     """Return the labels of scans from the bytes of a table.
 
     Args:
-        data: Content of the file, in UTF-8, or in UTF-16 with a byte order mark.
+        data: Content of the file; see `parse_rows`.
         scan_ids: Ids of the scans of the output. All arrays of the result have this order.
 
     Raises:
         UsageError: The table is empty, damaged, without `scan_id`, without known scans, or lists scans twice.
     """
-    table = _parse_rows(_decode(data))
-    _check_header(table.header)
+    table = parse_rows(data)
     ids = table.get_column(SCAN_ID)
-    _check_ids(ids, table.lines)
     row_of = {scan_id: number for number, scan_id in enumerate(ids)}
     places = [row_of.get(scan_id, -1) for scan_id in scan_ids]
     found = sum(place >= 0 for place in places)
     if not found:
         raise UsageError(
-            f"none of the {len(ids)} scan_id values of the {_WHERE} is in the output; "
+            f"none of the {len(ids)} scan_id values of the table of labels is in the output; "
             "the output's ids are in the column scan_id of its scans table"
         )
     patient_texts = _get_patients(table, places)
     usable = [text is not None for text in patient_texts]
-    columns = [_decide_aligned(table, name, places, usable) for name in _get_label_names(table.header)]
+    columns = [_decide_aligned(table, name, places, usable) for name in table.label_names]
     return LabelTable(
         labels=tuple(column for column in columns if isinstance(column, Label)),
         left_out=tuple(column for column in columns if isinstance(column, LeftOut)),
@@ -196,7 +156,7 @@ def decide_column(name: str, texts: Sequence[str], *, comma_decimals: bool = Fal
         return LeftOut(name, f"it has the same value for all {len(present)} scans that have one")
     if sum(map(_is_date, present)) >= _DATE_SHARE * len(present):
         return LeftOut(name, "it holds dates")
-    numbers = [_parse_number(text, comma_decimals=comma_decimals) for text in clean]
+    numbers = [parse_number(text, comma_decimals=comma_decimals) for text in clean]
     if all(number is not None for number, text in zip(numbers, clean, strict=True) if not _is_missing(text)):
         values = np.array([math.nan if number is None else number for number in numbers], np.float64)
         return _decide_numbers(name, values)
@@ -213,88 +173,18 @@ def count_class_patients(label: Label, patients: NDArray[np.intp]) -> tuple[int,
     return tuple(count_patients(patients, label.values == code) for code in range(len(label.classes)))
 
 
-def _decode(data: bytes) -> str:
-    if not data.strip():
-        raise UsageError(f"the {_WHERE} is empty; its first line must name the columns, such as {SCAN_ID}")
-    is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+def parse_number(text: str, *, comma_decimals: bool = False) -> float | None:
+    """Return a finite number, or None; `comma_decimals` says whether `1,5` is a number."""
+    if comma_decimals and _DECIMAL_COMMA.match(text):
+        text = text.replace(",", ".")
     try:
-        return data.decode("utf-16" if is_utf_16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the {_WHERE} is not text in UTF-8; save it as CSV in UTF-8") from error
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) and "_" not in text else None
 
 
-def _parse_rows(text: str) -> _Rows:
-    """Return the header and the rows; lines without any text are skipped."""
-    first = next(line for line in text.splitlines() if line.strip())
-    separator = max(",;\t", key=first.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    rows: list[list[str]] = []
-    lines: list[int] = []
-    try:
-        for row in reader:
-            if any(value.strip() for value in row):
-                rows.append([value.strip() for value in row])
-                lines.append(reader.line_num)
-    except csv.Error as error:
-        raise UsageError(
-            f"line {reader.line_num} of the {_WHERE} cannot be read; check its quotation marks"
-        ) from error
-    header = rows[0]
-    wrong = [line for row, line in zip(rows, lines, strict=True) if len(row) != len(header)]
-    if wrong:
-        raise UsageError(f"the {_WHERE} has {len(header)} columns, but not on {_format_lines(wrong)}")
-    return _Rows(header, rows[1:], lines[1:], separator != ",")
-
-
-def _check_header(header: list[str]) -> None:
-    """Raise UsageError if the columns cannot be used."""
-    if SCAN_ID not in header:
-        raise UsageError(f"the {_WHERE} has no column {SCAN_ID}{_describe_columns(header)}")
-    twice = [name for name, number in Counter(header).items() if name and number > 1]
-    if twice:
-        raise UsageError(f"the {_WHERE} has {len(twice)} names that more than one column uses")
-    similar = [name for name in header if _PATIENT_NAME.match(name)]
-    if PATIENT not in header and similar:
-        raise UsageError(
-            f"the {_WHERE} has a column {similar[0][:40]!r} and no column {PATIENT!r}. If it says to which "
-            f"patient a scan belongs, rename it to {PATIENT!r}; otherwise give it another name"
-        )
-    if not _get_label_names(header):
-        raise UsageError(f"the {_WHERE} has no column besides {SCAN_ID} and {PATIENT}; add one per label")
-
-
-def _check_ids(ids: list[str], lines: list[int]) -> None:
-    """Raise UsageError if rows have no id, or the id of an earlier row."""
-    if not ids:
-        raise UsageError(f"the {_WHERE} has no rows below the names of the columns")
-    empty = [line for scan_id, line in zip(ids, lines, strict=True) if not scan_id]
-    first: dict[str, int] = {}
-    twice = [
-        line for scan_id, line in zip(ids, lines, strict=True) if first.setdefault(scan_id, line) != line
-    ]
-    problems = []
-    if empty:
-        problems.append(f"{len(empty)} rows have no {SCAN_ID}: {_format_lines(empty)}")
-    if twice and not empty:
-        problems.append(f"{len(twice)} rows repeat the {SCAN_ID} of an earlier row: {_format_lines(twice)}")
-    if problems:
-        raise UsageError(problems, _WHERE)
-
-
-def _describe_columns(header: list[str]) -> str:
-    """Return the rest of a message about a missing column. Names that may be values are not quoted."""
-    if any(_LOOKS_LIKE_VALUE.search(name) for name in header):
-        return "; its first line looks like a row. Put a line with the names of the columns before it"
-    shown = ", ".join(repr(name[:40]) for name in header[:_MAX_SHOWN])
-    hidden = len(header) - _MAX_SHOWN
-    return f"; its columns are {shown}{f' and {hidden} more' if hidden > 0 else ''}"
-
-
-def _get_label_names(header: list[str]) -> list[str]:
-    return [name for name in header if name not in (SCAN_ID, PATIENT) and name]
-
-
-def _get_patients(table: _Rows, places: list[int]) -> list[str | None]:
+def _get_patients(table: LabelRows, places: list[int]) -> list[str | None]:
     """Return the patient of each scan, by scan if there is no such column; None if it is not known."""
     if PATIENT not in table.header:
         return [str(number) for number in range(len(places))]
@@ -309,7 +199,7 @@ def _number_patients(texts: list[str | None]) -> NDArray[np.intp]:
     return np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.intp)
 
 
-def _decide_aligned(table: _Rows, name: str, places: list[int], usable: list[bool]) -> Label | LeftOut:
+def _decide_aligned(table: LabelRows, name: str, places: list[int], usable: list[bool]) -> Label | LeftOut:
     """Return the decision on a column, with one value per scan of the output."""
     texts = table.get_column(name)
     aligned = [texts[place] if place >= 0 and use else "" for place, use in zip(places, usable, strict=True)]
@@ -366,20 +256,3 @@ def _is_date(text: str) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _parse_number(text: str, *, comma_decimals: bool) -> float | None:
-    """Return a finite number, or None."""
-    if comma_decimals and _DECIMAL_COMMA.match(text):
-        text = text.replace(",", ".")
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) and "_" not in text else None
-
-
-def _format_lines(lines: list[int]) -> str:
-    shown = ", ".join(map(str, lines[:_MAX_SHOWN]))
-    hidden = len(lines) - _MAX_SHOWN
-    return f"line{'s' if len(lines) > 1 else ''} {shown}{f' and {hidden} more' if hidden > 0 else ''}"

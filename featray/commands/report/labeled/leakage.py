@@ -1,7 +1,9 @@
 """Measure how well facts of the header can be read from features: scanner, kernel, spacing and similar facts.
 
 A layer that holds the scanner may predict a label only because the label depends on the scanner in this
-collection. There is no accepted limit, so the scores are reported next to the score for permuted facts.
+collection. There is no accepted limit, so the scores are reported next to the score for permuted facts. The
+probe is a least-squares probe on one repeat of the folds, because it scores all facts and their permutations
+from one reduction of the features.
 """
 
 from __future__ import annotations
@@ -14,14 +16,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from featray.commands.report.labeled.answer import Candidate
 from featray.commands.report.labeled.folds import make_folds
-from featray.commands.report.labeled.labels import Label, LeftOut, count_patients, decide_column
+from featray.commands.report.labeled.labels import (
+    MAX_WHOLE_CLASSES,
+    MISSING,
+    Label,
+    LeftOut,
+    count_patients,
+    parse_number,
+)
 from featray.commands.report.labeled.probe import (
+    PermutationControl,
     Trial,
     compute_permutation_p,
-    control_by_permutation,
+    control_targets,
     make_target,
-    probe_features,
 )
 
 MIN_CLASS_SCANS = 15
@@ -31,6 +41,8 @@ MIN_PATIENTS = 20
 MAX_P = 0.05
 OTHER = "other"
 """Name of the class into which rare classes are merged."""
+_SAME_SHARE = 0.9
+"""Share of scans with the same number from which a number becomes two classes."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +66,11 @@ class Leak:
     p: float
 
     @property
+    def strength(self) -> float:
+        """Return the position of the score between chance (0) and perfect (1)."""
+        return float(np.clip((self.score - self.chance) / (1 - self.chance), 0, 1))
+
+    @property
     def is_above_chance(self) -> bool:
         """Return whether the fact can be read better than 95 % of the permuted facts."""
         return self.p <= MAX_P
@@ -64,8 +81,11 @@ def make_facts(
 ) -> tuple[list[Label], list[LeftOut]]:
     """Return facts as labels, and the columns that cannot be facts with the reason.
 
-    The rules are those of labels. In addition, classes with fewer than 15 scans are merged into one class,
-    and if that is still rarer, its scans are left out. Facts of fewer than 20 patients are left out.
+    Texts are classes. Numbers are classes if there are two of them or at most five whole ones, or if nearly
+    all scans have the same; then the classes are this value and all others. Other numbers are numbers, and
+    logarithms if all are positive, because ratios of spacings matter. Classes with fewer than 15 scans are
+    merged into one class, and if that is still rarer, its scans are left out. Facts of fewer than 20 patients
+    are left out.
 
     Args:
         columns: Name of the fact → one text or number per scan; None if it is not known.
@@ -73,9 +93,7 @@ def make_facts(
     """
     facts, left_out = [], []
     for name, values in columns.items():
-        decided = decide_column(name, ["" if value is None else str(value) for value in values])
-        if isinstance(decided, Label) and decided.kind == "classes":
-            decided = merge_rare_classes(decided)
+        decided = _decide_fact(name, ["" if value is None else str(value).strip() for value in values])
         if isinstance(decided, Label) and count_patients(patients, decided.known) < MIN_PATIENTS:
             decided = LeftOut(name, f"it is known for fewer than {MIN_PATIENTS} patients")
         if isinstance(decided, Label):
@@ -83,6 +101,37 @@ def make_facts(
         else:
             left_out.append(decided)
     return facts, left_out
+
+
+def _decide_fact(name: str, texts: Sequence[str]) -> Label | LeftOut:
+    is_known = np.array([text.casefold() not in MISSING for text in texts], bool)
+    present = np.array(texts, object)[is_known]
+    if not len(present):
+        return LeftOut(name, "it is not known for any scan")
+    numbers = [parse_number(text) for text in present]
+    if None in numbers:
+        return _make_class_fact(name, present, is_known)
+    values = np.array(numbers, np.float64)
+    different, counts = np.unique(values, return_counts=True)
+    is_whole = bool(np.all(different == np.round(different)))
+    if len(different) <= 2 or (is_whole and len(different) <= MAX_WHOLE_CLASSES):
+        return _make_class_fact(name, np.array([f"{value:g}" for value in values], object), is_known)
+    if counts.max() >= _SAME_SHARE * len(values):
+        is_usual = values == different[counts.argmax()]
+        return _make_class_fact(name, np.where(is_usual, "usual value", OTHER).astype(object), is_known)
+    result = np.full(len(texts), math.nan)
+    result[is_known] = np.log2(values) if different[0] > 0 else values
+    return Label(name, "number", result)
+
+
+def _make_class_fact(name: str, present: NDArray[Any], is_known: NDArray[np.bool_]) -> Label | LeftOut:
+    """Return the fact with the classes `present`, one for each scan of which it is known."""
+    classes, codes = np.unique(present.astype(str), return_inverse=True)
+    if len(classes) == 1:
+        return LeftOut(name, f"it is the same for all {len(present)} scans of which it is known")
+    values = np.full(len(is_known), math.nan)
+    values[is_known] = codes
+    return merge_rare_classes(Label(name, "classes", values, tuple(map(str, classes))))
 
 
 def merge_rare_classes(label: Label) -> Label | LeftOut:
@@ -103,33 +152,39 @@ def merge_rare_classes(label: Label) -> Label | LeftOut:
 
 
 def measure_leakage(
-    candidates: Mapping[str, NDArray[np.floating]],
-    facts: Sequence[Label],
-    patients: NDArray[np.intp],
-    *,
-    seed: int = 0,
+    candidates: Sequence[Candidate], facts: Sequence[Label], patients: NDArray[np.intp], *, seed: int = 0
 ) -> list[Leak]:
-    """Return one `Leak` per fact and candidate, by one repeat of the probe that scores labels.
+    """Return one `Leak` per candidate and fact.
 
     Args:
-        candidates: Name → features (scans, values).
-        facts: Facts of the same scans.
+        candidates: The candidates.
+        facts: Facts, one value per scan. Scans without a value are left out.
         patients: Number of the patient of each scan.
         seed: For the folds and the permutations.
     """
     leaks = []
-    for fact in facts:
-        scans = np.flatnonzero(fact.known)
-        target = make_target(fact, scans)
-        folds = make_folds(patients[scans], target.codes, seed, repeats=1)
-        trial = Trial(target, patients[scans], folds, seed)
-        for name, features in candidates.items():
-            leaks.append(_measure_leak(fact.name, name, features[scans], trial))
+    for group in _group_by_scans(facts):
+        scans = np.flatnonzero(group[0].known)
+        targets = [make_target(fact, scans) for fact in group]
+        folds = make_folds(patients[scans], None, seed, repeats=1)
+        trial = Trial(targets[0], patients[scans], folds, seed)
+        for candidate in candidates:
+            controls = control_targets(candidate.readers[0](scans), targets, trial)
+            leaks += [
+                _make_leak(fact.name, candidate.name, target.metric, control)
+                for fact, target, control in zip(group, targets, controls, strict=True)
+            ]
     return leaks
 
 
-def _measure_leak(fact: str, candidate: str, features: NDArray[np.floating], trial: Trial) -> Leak:
-    probe = probe_features(features, trial)
-    control = control_by_permutation(features, trial)
+def _group_by_scans(facts: Sequence[Label]) -> list[list[Label]]:
+    """Return the facts that are known for the same scans together."""
+    groups: dict[bytes, list[Label]] = {}
+    for fact in facts:
+        groups.setdefault(fact.known.tobytes(), []).append(fact)
+    return list(groups.values())
+
+
+def _make_leak(fact: str, candidate: str, metric: str, control: PermutationControl) -> Leak:
     p = compute_permutation_p([control])
-    return Leak(fact, candidate, trial.target.metric, probe.score, control.chance, p)
+    return Leak(fact, candidate, metric, control.observed, control.chance, p)

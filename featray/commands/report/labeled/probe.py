@@ -157,20 +157,31 @@ def control_by_permutation(features: NDArray[np.floating], trial: Trial) -> Perm
     the score of the candidate, because the true label and the permuted labels are scored in the same way.
     The same trial gives the same permutations for all candidates.
     """
-    target, patients = trial.target, trial.patients
-    columns = permute_target(target, patients, PERMUTATIONS, trial.seed)
-    flat = columns.reshape(len(patients), -1)
-    components = count_components(trial.folds)
-    scores = []
+    return control_targets(features, [trial.target], trial)[0]
+
+
+def control_targets(
+    features: NDArray[np.floating], targets: Sequence[Target], trial: Trial
+) -> list[PermutationControl]:
+    """Return `control_by_permutation` for several targets of the same scans, in one reduction per fold.
+
+    Args:
+        features: (scans, values), finite.
+        targets: Targets instead of that of the trial.
+        trial: Patients and folds of the same scans.
+    """
+    patients, components = trial.patients, count_components(trial.folds)
+    permuted = [permute_target(target, patients, PERMUTATIONS, trial.seed) for target in targets]
+    scores: list[list[Floats]] = [[] for _ in targets]
     for number, fold in enumerate(fold for fold in trial.folds if fold.repeat == 0):
         train, test = reduce_columns(features[fold.train], features[fold.test], components)
         inner = make_folds(patients[fold.train], None, number, repeats=1, folds=_INNER_FOLDS)
-        predicted = predict_ridge(train, flat[fold.train], test, inner).reshape(-1, *columns.shape[1:])
-        parts = range(columns.shape[1])
-        truth = columns[fold.test]
-        scores.append([score_columns(target, truth[:, part], predicted[:, part]) for part in parts])
-    means = np.array([mean_without_nan(column) for column in np.array(scores).T])
-    return PermutationControl(float(means[0]), means[1:])
+        for target, columns, of_target in zip(targets, permuted, scores, strict=True):
+            known = columns[fold.train].reshape(len(train), -1)
+            predicted = predict_ridge(train, known, test, inner)
+            of_target.append(_score_permutations(target, columns[fold.test], predicted))
+    means = [[mean_without_nan(one) for one in np.array(of_target).T] for of_target in scores]
+    return [PermutationControl(one[0], np.array(one[1:])) for one in means]
 
 
 def compute_permutation_p(controls: Sequence[PermutationControl]) -> float:
@@ -178,9 +189,10 @@ def compute_permutation_p(controls: Sequence[PermutationControl]) -> float:
 
     The largest score over the candidates is compared with the largest score for each permuted label.
     """
-    observed = max(control.observed for control in controls)
-    largest = np.max([control.permuted for control in controls], axis=0)
-    return float((1 + np.sum(largest >= observed)) / (1 + len(largest)))
+    observed = np.fmax.reduce([control.observed for control in controls])
+    largest = np.fmax.reduce([control.permuted for control in controls])
+    reached = ~(largest < observed)  # scores that are not defined count against the label
+    return float((1 + np.sum(reached)) / (1 + len(largest)))
 
 
 def permute_target(target: Target, patients: NDArray[np.intp], permutations: int, seed: int) -> Floats:
@@ -266,6 +278,13 @@ def mean_without_nan(values: Floats) -> float:
     """Return the mean of the values that are not NaN; NaN if there are none."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else float("nan")
+
+
+def _score_permutations(target: Target, truth: Floats, predicted: Floats) -> Floats:
+    """Return the score of each permutation; `truth` is (scans, permutations, columns)."""
+    score = compute_r2 if target.codes is None else compute_auc
+    of_columns = score(truth.reshape(len(truth), -1), predicted).reshape(truth.shape[1:])
+    return np.array([mean_without_nan(one) for one in of_columns])
 
 
 def _predict(train: Floats, truth: Floats, test: Floats, inner: Sequence[Fold], *, is_class: bool) -> Floats:

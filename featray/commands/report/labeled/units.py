@@ -184,11 +184,12 @@ def count_histogram(unit: Block, label: Label) -> Histogram:
     """Return the histogram of the values of a unit against a label; scans without a value do not count."""
     values, truth = unit[label.known].astype(np.float64), label.values[label.known]
     edges = _make_edges(values, UNIT_BINS)
-    label_edges = _make_edges(truth, LABEL_BINS)
     if label.kind == "classes":
-        label_edges = np.arange(len(label.classes) + 1) - 0.5
-    inside = (np.clip(part, ends[0], ends[-1]) for part, ends in ((values, edges), (truth, label_edges)))
-    counts = np.histogram2d(*inside, (edges, label_edges))[0].astype(np.intp)
+        label_edges = np.linspace(-0.5, len(label.classes) - 0.5, len(label.classes) + 1)
+    else:
+        label_edges = _make_edges(truth, LABEL_BINS)
+    values, truth = np.clip(values, edges[0], edges[-1]), np.clip(truth, label_edges[0], label_edges[-1])
+    counts = np.histogram2d(values, truth, (edges, label_edges))[0].astype(np.intp)
     return Histogram(edges, np.zeros(0) if label.kind == "classes" else label_edges, counts)
 
 
@@ -248,9 +249,9 @@ def _test_label(label: Label, matrices: Sequence[Floats], patients: NDArray[np.i
 
 
 def _make_edges(values: Floats, bins: int) -> Floats:
-    low = np.percentile(values, _HISTOGRAM_RANGE[0], method="higher")
-    high = np.percentile(values, _HISTOGRAM_RANGE[1], method="lower")
+    low = float(np.percentile(values, _HISTOGRAM_RANGE[0], method="higher"))
+    high = float(np.percentile(values, _HISTOGRAM_RANGE[1], method="lower"))
     if low >= high:
-        low, high = values.min(), values.max()
-    edges: Floats = np.histogram_bin_edges(np.zeros(0), bins, (low, high)).astype(np.float64)
+        low, high = float(values.min()), float(values.max())
+    edges: Floats = np.linspace(low, high, bins + 1)
     return edges

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
+from datetime import date
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from featray.commands.report.labeled.labels import (
@@ -13,7 +16,6 @@ from featray.commands.report.labeled.labels import (
     count_class_patients,
     decide_column,
     parse_labels,
-    read_labels,
 )
 from featray.errors import UsageError
 
@@ -194,8 +196,25 @@ def test_text_that_is_damaged_is_refused() -> None:
     assert "quotation marks" in fail(make_table("scan_id,x", f'scan00,"{SECRET}'))
 
 
-def test_a_file_that_is_missing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
-        read_labels(tmp_path / "labels.csv", IDS)
-    (tmp_path / "labels.csv").write_text("scan_id,x\nscan00,a\nscan01,b\n")
-    assert len(read_labels(tmp_path / "labels.csv", IDS).labels) == 1
+def test_parquet_is_read_like_text() -> None:
+    sink = io.BytesIO()
+    columns = {
+        "scan_id": IDS[:30],
+        "size": [None, *(number / 7 for number in range(29))],
+        "contrast": [bool(number % 2) for number in range(30)],
+        "grade": pa.array([number % 3 for number in range(30)], pa.int8()),
+        "visit": [date(2024, 1, 1 + number) for number in range(30)],
+        "__index_level_0__": list(range(30)),
+    }
+    pq.write_table(pa.table(columns), sink)
+    table = parse_labels(sink.getvalue(), IDS)
+    size, contrast, grade = table.labels
+    assert (size.kind, contrast.classes, grade.classes) == ("number", ("False", "True"), ("0", "1", "2"))
+    assert int(size.known.sum()) == 29
+    assert size.values[8] == 1
+    assert [column.name for column in table.left_out] == ["visit"]
+    assert table.scans_without_row == 10
+
+
+def test_parquet_that_is_damaged_is_refused() -> None:
+    assert "no complete Parquet file" in fail(b"PAR1" + bytes(40))

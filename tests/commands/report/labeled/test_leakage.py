@@ -5,13 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from featray.commands.report.labeled.answer import Candidate
 from featray.commands.report.labeled.labels import Label, LeftOut
-from featray.commands.report.labeled.leakage import make_facts, measure_leakage, merge_rare_classes
+from featray.commands.report.labeled.leakage import Leak, make_facts, measure_leakage, merge_rare_classes
+from featray.commands.report.labeled.probe import PermutationControl, compute_permutation_p
 
 SCANS = 100
 PATIENTS = np.arange(SCANS)
 GENERATOR = np.random.default_rng(4)
 SCANNER = np.arange(SCANS) % 2
+UNDEFINED = PermutationControl(np.nan, np.full(99, np.nan))
 SPACING = GENERATOR.uniform(0.5, 5, SCANS)
 
 
@@ -28,7 +31,8 @@ def test_facts_without_difference_are_left_out_with_the_reason() -> None:
     facts, left_out = make_facts(make_columns(), PATIENTS)
     assert [fact.name for fact in facts] == ["scanner", "spacing"]
     assert [item.name for item in left_out] == ["kernel", "kVp"]
-    assert "same value" in left_out[0].reason
+    assert left_out[0].reason == "it is the same for all 100 scans of which it is known"
+    assert left_out[1].reason == "it is not known for any scan"
 
 
 def test_a_layer_that_holds_the_scanner_leaks_and_noise_does_not() -> None:
@@ -37,7 +41,9 @@ def test_a_layer_that_holds_the_scanner_leaks_and_noise_does_not() -> None:
     leaky = noise.copy()
     leaky[:, 0] += 4 * SCANNER
     leaky[:, 1] = SPACING
-    leaks = measure_leakage({"leaky": leaky, "clean": noise}, facts, PATIENTS)
+    leaks = measure_leakage(
+        [Candidate.from_arrays("leaky", leaky), Candidate.from_arrays("clean", noise)], facts, PATIENTS
+    )
     found = {(leak.fact, leak.candidate): leak for leak in leaks}
     assert len(found) == 4
     assert found["scanner", "leaky"].score > 0.95
@@ -49,6 +55,40 @@ def test_a_layer_that_holds_the_scanner_leaks_and_noise_does_not() -> None:
     assert found["scanner", "clean"].score < 0.7
     assert not found["scanner", "clean"].is_above_chance
     assert found["spacing", "clean"].score < 0.1
+
+
+def test_facts_that_are_known_for_different_scans_are_measured_together() -> None:
+    columns = make_columns()
+    columns["spacing"][:30] = [None] * 30
+    facts, _ = make_facts(columns, PATIENTS)
+    leaky = Candidate.from_arrays("leaky", np.stack([SCANNER, np.log2(SPACING)], axis=1))
+    leaks = measure_leakage([leaky], facts, PATIENTS)
+    assert {leak.fact: round(leak.strength) for leak in leaks} == {"scanner": 1, "spacing": 1}
+
+
+def test_texts_are_classes_and_numbers_are_logarithms_or_classes() -> None:
+    count = 200
+    columns = {
+        "kernel": [f"B{number % 30}f" for number in range(count)],  # 7 of each
+        "kVp": [("80", "120")[number % 2] for number in range(count)],
+        "slice count": list(range(100, 100 + count)),
+        "spacing": [1.0] * (count - 18) + [1.5 + 0.1 * number for number in range(18)],
+        "offset": [-1.0, 0.5, 2.0, 3.0] * (count // 4),
+    }
+    facts, left_out = make_facts(columns, np.arange(count))
+    found = {fact.name: fact for fact in facts}
+    assert [item.name for item in left_out] == ["kernel"]
+    assert found["kVp"].classes == ("120", "80")
+    assert found["slice count"].kind == "number"
+    assert found["slice count"].values[-1] == np.log2(299)
+    assert found["spacing"].classes == ("other", "usual value")
+    assert found["offset"].values[0] == -1
+
+
+def test_a_score_that_is_not_defined_is_not_above_chance() -> None:
+    leak = Leak("kernel", "layer", "AUC", np.nan, np.nan, compute_permutation_p([UNDEFINED]))
+    assert not leak.is_above_chance
+    assert np.isnan(leak.strength)
 
 
 def test_facts_of_few_patients_are_left_out() -> None:

@@ -7,9 +7,11 @@ are percentages, so that texts and marks keep their size on every screen.
 from __future__ import annotations
 
 import math
+import string
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from featray.commands.report.page.markup import Markup, element, isolate, join
+from featray.commands.report.page.markup import Child, Markup, element, isolate, join
 from featray.commands.report.page.model import Floats, Matrix
 from featray.commands.report.page.numbers import Axis, format_number
 
@@ -18,7 +20,9 @@ DIVERGING_STEPS = 9
 MAP_SIDE = 400
 """Side of the square in which maps are drawn, in units of its view box."""
 _MAP_PADDING = 14
-_ROW_MIDDLE, _ROW_HEIGHT = 11, 28
+_ROW_MIDDLE, _ROW_HEIGHT, _HEAD_HEIGHT = 11, 32, 28
+_LETTER_WIDTH = 3.0
+"""Width of a letter under a tick on a narrow screen, in percent of the chart's width."""
 _LONG_NAME = 26
 """Longer names are wrapped."""
 _MANY_COLUMNS = 8
@@ -60,6 +64,7 @@ class DotChart:
         headers: Titles of the names and of the texts at the right.
         chance: Position of the line for chance.
         rows: The rows, from the top.
+        tick_names: Names of all ticks, in the order of their letters.
     """
 
     name: str
@@ -67,6 +72,7 @@ class DotChart:
     headers: tuple[str, ...]
     chance: float
     rows: tuple[DotRow, ...]
+    tick_names: tuple[str, ...] = ()
 
     def make_axis(self) -> Axis:
         """Return an axis that shows all marks and chance."""
@@ -88,7 +94,11 @@ def draw_dot_chart(chart: DotChart) -> Markup:
         element("th", _draw_axis_texts(chart, axis), class_="plot", scope="col"),
         [element("th", header, scope="col", class_="text") for header in chart.headers[1:]],
     )
-    rows = [_draw_dot_row(row, axis, guides, is_first=number == 0) for number, row in enumerate(chart.rows)]
+    letters = _assign_letters(chart.tick_names)
+    rows = [
+        _draw_dot_row(row, join(guides, _draw_row_marks(row, axis, letters)), is_first=number == 0)
+        for number, row in enumerate(chart.rows)
+    ]
     return element(
         "table",
         element("thead", head),
@@ -107,7 +117,7 @@ def _draw_axis_texts(chart: DotChart, axis: Axis) -> Markup:
     ]
     chance = element("text", "chance", x=axis.to_percent(chart.chance), y=27, class_="chance")
     label = "Scale from " + " to ".join(format_number(end) for end in (axis.first, axis.last))
-    return element("svg", ticks, chance, class_="axis", height=_ROW_HEIGHT, role="img", aria_label=label)
+    return element("svg", ticks, chance, class_="axis", height=_HEAD_HEIGHT, role="img", aria_label=label)
 
 
 def _draw_guides(chart: DotChart, axis: Axis) -> Markup:
@@ -123,22 +133,51 @@ def _draw_vertical(axis: Axis, position: float, top: int, bottom: int, name: str
     return element("line", x1=x, x2=x, y1=top, y2=bottom, class_=name)
 
 
-def _draw_dot_row(row: DotRow, axis: Axis, guides: Markup, *, is_first: bool) -> Markup:
+def _assign_letters(names: Sequence[str]) -> dict[str, str]:
+    """Return the letter of each tick; a single kind of tick needs none."""
+    if len(names) < 2:
+        return dict.fromkeys(names, "")
+    return {name: string.ascii_lowercase[number % 26] for number, name in enumerate(names)}
+
+
+def _draw_row_marks(row: DotRow, axis: Axis, letters: dict[str, str]) -> Markup:
     marks: list[Markup] = []
     if row.low is not None and row.high is not None:
         ends = axis.to_percent(row.low), axis.to_percent(row.high)
         marks.append(element("line", x1=ends[0], x2=ends[1], y1=_ROW_MIDDLE, y2=_ROW_MIDDLE, class_="range"))
     for name, position, text in row.ticks:
-        tick = _draw_vertical(axis, position, _ROW_MIDDLE + 5, _ROW_MIDDLE + 12, "leak")
+        tick = _draw_vertical(axis, position, _ROW_MIDDLE + 5, _ROW_MIDDLE + 11, "leak")
         marks.append(element("g", element("title", f"{name} {text}"), tick))
+    places = [(axis.locate(position), letters.get(name, "")) for name, position, _ in row.ticks]
+    for place, text in merge_letters(places):
+        marks.append(element("text", text, x=f"{place:.2f}%", y=_ROW_HEIGHT - 2, class_="leak"))
     if row.value is not None:
         radius = 6 if row.is_chosen else 5
         marks.append(element("circle", cx=axis.to_percent(row.value), cy=_ROW_MIDDLE, r=radius, class_="dot"))
+    return join(marks)
+
+
+def merge_letters(places: Iterable[tuple[float, str]]) -> list[tuple[float, str]]:
+    """Join letters that would cover each other into one text at their middle.
+
+    Args:
+        places: Position of each letter in percent, and the letter.
+    """
+    groups: list[list[tuple[float, str]]] = []
+    for place, letter in sorted(pair for pair in places if pair[1]):
+        is_close = groups and place - groups[-1][-1][0] < _LETTER_WIDTH
+        if is_close:
+            groups[-1].append((place, letter))
+        else:
+            groups.append([(place, letter)])
+    return [((group[0][0] + group[-1][0]) / 2, "".join(letter for _, letter in group)) for group in groups]
+
+
+def _draw_dot_row(row: DotRow, marks: Markup, *, is_first: bool) -> Markup:
     leaks = ", ".join(f"{name} {text}" for name, _, text in row.ticks)
     name = f"{row.name}: {', '.join(text for text in row.texts if text)}"
     picture = element(
         "svg",
-        guides,
         marks,
         class_="row",
         height=_ROW_HEIGHT,
@@ -154,6 +193,32 @@ def _draw_dot_row(row: DotRow, axis: Axis, guides: Markup, *, is_first: bool) ->
         [element("td", text, class_="text") for text in row.texts],
         class_=kind.strip(),
     )
+
+
+def draw_dot_key(chart: DotChart, value: str) -> Markup:
+    """Return a list of the marks in a dot chart with their meaning; a dot means `value`."""
+    dot = join(
+        element("line", x1=1, x2=25, y1=8, y2=8, class_="range"),
+        element("circle", cx=13, cy=8, r=5, class_="dot"),
+    )
+    shown = [row for row in chart.rows if row.value is not None]
+    entries: list[tuple[int, Markup, Child]] = [(26, dot, value)] if shown else []
+    if any(row.is_baseline for row in shown):
+        entries.append((6, _draw_swatch_line("base", 0, 16), "baseline"))
+    entries.append((6, _draw_swatch_line("chance", 0, 16), "chance"))
+    if chart.tick_names:
+        letters = _assign_letters(chart.tick_names)
+        names = ", ".join(f"{letter} {name}".strip() for name, letter in letters.items())
+        entries.append((6, _draw_swatch_line("leak", 5, 11), join("leakage: ", isolate(names))))
+    items = [
+        element("li", element("svg", mark, width=width, height=16, aria_hidden="true"), element("span", text))
+        for width, mark, text in entries
+    ]
+    return element("ul", items, class_="marks")
+
+
+def _draw_swatch_line(name: str, top: int, bottom: int) -> Markup:
+    return element("line", x1=3, x2=3, y1=top, y2=bottom, class_=name)
 
 
 def choose_step(value: float, low: float, high: float, steps: int) -> int:

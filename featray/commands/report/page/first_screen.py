@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from featray.commands.report.page.charts import DotChart, DotRow, draw_dot_chart
+from featray.commands.report.page.charts import DotChart, DotRow, draw_dot_chart, draw_dot_key
 from featray.commands.report.page.images import draw_tile
 from featray.commands.report.page.markup import Child, Markup, element, isolate, join
 from featray.commands.report.page.model import Candidate, Cell, Extremes, LabelResult, Leak, PageModel, Score
@@ -15,6 +15,7 @@ from featray.commands.report.page.numbers import (
 )
 from featray.commands.report.page.parts import write_details, write_figure, write_select, write_table
 
+_HOW_TO_MOVE = "Click a row, or move with the arrow keys, to read it."
 _MAX_COSTS = 6
 """Candidates on the card about costs."""
 _MAX_VETOES = 5
@@ -65,31 +66,59 @@ def _write_label_chart(key: str, result: LabelResult, model: PageModel) -> Marku
     ]
     headers = ("Layer (view)", result.metric, "Per scan", "Comparison")
     chart = DotChart(
-        f"{result.metric} for {result.label}", f"{key}-read", headers, result.chance, tuple(rows)
+        f"{result.metric} for {result.label}",
+        f"{key}-read",
+        headers,
+        result.chance,
+        tuple(rows),
+        _list_targets(model),
     )
-    title = join(f"{result.metric} for ", isolate(result.label))
-    reading = " ".join((_explain_dots(result), _explain_ticks(model.leaks)))
-    return write_figure(
-        key, title, reading.strip(), draw_dot_chart(chart), _write_numbers(result, model), heading="h2"
-    )
-
-
-def _explain_dots(result: LabelResult) -> str:
     patients = "" if result.patients is None else f" of {result.patients:,} patients"
-    return (
-        f"Layers are in network order. The dot is the {result.metric} and the line its {result.interval}, "
-        f"from {result.scans:,} scans{patients}. Dotted lines continue the baselines; the solid line is "
-        "chance."
+    reading = f"From {result.scans:,} scans{patients}; layers are in network order. {_explain_ticks(model)}"
+    return _write_chart(
+        chart,
+        join(f"{result.metric} for ", isolate(result.label)),
+        f"{result.metric}, {result.interval}",
+        f"{reading}{_HOW_TO_MOVE}",
+        _write_numbers(result, model),
     )
 
 
-def _explain_ticks(leaks: tuple[Leak, ...]) -> str:
-    targets = list(dict.fromkeys(leak.target for leak in leaks))
-    if not targets:
+def _write_chart(chart: DotChart, title: Child, value: str, reading: str, numbers: Markup) -> Markup:
+    """Return a dot chart as a figure, with the meaning of its marks above it and the explanation below.
+
+    Args:
+        chart: The chart; its figure gets the id before `-read` in `DotChart.described_by`.
+        title: Heading.
+        value: What a dot and its interval are.
+        reading: Sentences on how to read the chart.
+        numbers: The numbers as a table.
+    """
+    key = chart.described_by.removesuffix("-read")
+    return element(
+        "figure",
+        element("figcaption", element("h2", title, id=f"{key}-name")),
+        draw_dot_key(chart, value),
+        draw_dot_chart(chart),
+        element("p", class_="readout scripted", aria_hidden="true"),
+        element("p", reading, class_="read", id=f"{key}-read"),
+        numbers,
+        id=key,
+        aria_labelledby=f"{key}-name",
+    )
+
+
+def _list_targets(model: PageModel) -> tuple[str, ...]:
+    """Return the names of the ticks in the order of their letters."""
+    return tuple(dict.fromkeys(leak.target for leak in model.leaks))
+
+
+def _explain_ticks(model: PageModel) -> str:
+    if not model.leaks:
         return ""
     return (
-        f"A tick under a row shows how well {', '.join(targets)} can be read from the same values, "
-        "between chance and the best possible score: a tick far to the right warns of leakage."
+        "The ticks under a row show how well facts of the acquisition can be read from the same values, "
+        "between chance and the best possible score: a tick far to the right warns of leakage. "
     )
 
 
@@ -137,7 +166,7 @@ def _describe_score(score: Score | None) -> str:
 def _write_numbers(result: LabelResult, model: PageModel) -> Markup:
     """Return the numbers of a chart as a table, with the leakage of each candidate."""
     scores = {score.candidate: score for score in result.scores}
-    targets = list(dict.fromkeys(leak.target for leak in model.leaks))
+    targets = _list_targets(model)
     strengths = {(leak.candidate, leak.target): _describe_leak(leak) for leak in model.leaks}
     rows: list[list[Cell]] = []
     for candidate in model.candidates:
@@ -157,15 +186,15 @@ def _write_leak_chart(model: PageModel) -> Markup:
         ticks = _find_ticks(candidate, model, 0.0, 1.0)
         texts = (format_bytes(candidate.bytes_per_scan),)
         rows.append(DotRow(candidate.name, None, None, None, ticks, texts, is_baseline=candidate.is_baseline))
-    chart = DotChart("Leakage", "leakage-read", ("Layer (view)", "Per scan"), 0.0, tuple(rows))
+    headers = ("Layer (view)", "Per scan")
+    chart = DotChart("Leakage", "leakage-read", headers, 0.0, tuple(rows), _list_targets(model))
     table = write_table(
         ("Candidate", "Property", "Strength", "Score"),
         [(leak.candidate, leak.target, leak.strength, _describe_leak(leak)) for leak in model.leaks],
         "Leakage as a table",
     )
-    reading = "Layers are in network order. " + _explain_ticks(model.leaks)
-    details = write_details("Numbers as a table", table)
-    return write_figure("leakage", "Leakage", reading, draw_dot_chart(chart), details, heading="h2")
+    reading = f"Layers are in network order. {_explain_ticks(model)}{_HOW_TO_MOVE}"
+    return _write_chart(chart, "Leakage", "", reading, write_details("Numbers as a table", table))
 
 
 def _write_cards(model: PageModel) -> Markup:

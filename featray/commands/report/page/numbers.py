@@ -75,10 +75,14 @@ class Axis:
         space = _PADDING * ((high - low) or 1.0)
         return cls(low - space, high + space)
 
-    def to_percent(self, value: float) -> str:
-        """Return the position of a value; values outside of the axis are put on its end."""
+    def locate(self, value: float) -> float:
+        """Return the position of a value in percent; values outside of the axis are put on its end."""
         share = (value - self.first) / (self.last - self.first)
-        return f"{100 * min(1.0, max(0.0, share)):.2f}%"
+        return 100 * min(1.0, max(0.0, share))
+
+    def to_percent(self, value: float) -> str:
+        """Return the position of a value as SVG has it."""
+        return f"{self.locate(value):.2f}%"
 
     def make_ticks(self, count: int = 6) -> list[float]:
         """Return round numbers on the axis, about `count` of them."""

@@ -12,10 +12,16 @@ from urllib.parse import quote
 
 from featray.commands.report.page.first_screen import write_first_screen
 from featray.commands.report.page.images import draw_sprites, shrink_slices
-from featray.commands.report.page.markup import Markup, clean, element, encode_script_data, isolate, join
+from featray.commands.report.page.markup import Markup, clean, element, encode_script_data, isolate
 from featray.commands.report.page.model import PageModel, Scans
 from featray.commands.report.page.panels import write_panels
-from featray.commands.report.page.parts import write_details, write_section, write_table
+from featray.commands.report.page.parts import (
+    Section,
+    write_contents,
+    write_details,
+    write_section,
+    write_table,
+)
 from featray.commands.report.page.payload import make_payload
 
 MAX_BYTES = 5_000_000
@@ -94,6 +100,7 @@ def _caution(model: PageModel, sentence: str) -> PageModel:
 
 
 def _write_page(model: PageModel, downloads: Sequence[Download]) -> str:
+    sections = [*write_panels(model), *_write_end(model, downloads)]
     body = element(
         "body",
         draw_sprites(model.slices),
@@ -102,7 +109,11 @@ def _write_page(model: PageModel, downloads: Sequence[Download]) -> str:
         _write_header(model),
         _write_search() if model.scans.ids else None,
         element(
-            "main", write_first_screen(model), write_panels(model), _write_end(model, downloads), id="main"
+            "main",
+            write_first_screen(model),
+            write_contents(sections),
+            [section.content for section in sections],
+            id="main",
         ),
         element("script", encode_script_data(make_payload(model)), type="application/json", id="data"),
         element("script", Markup(_read("script.js"))),
@@ -173,7 +184,7 @@ def _write_search() -> Markup:
     )
 
 
-def _write_end(model: PageModel, downloads: Sequence[Download]) -> Markup:
+def _write_end(model: PageModel, downloads: Sequence[Download]) -> list[Section]:
     methods = [
         write_details(method.title, [element("p", part) for part in clean(method.text).split("\n\n")])
         for method in model.methods
@@ -189,16 +200,16 @@ def _write_end(model: PageModel, downloads: Sequence[Download]) -> Markup:
     ]
     advice = "Handle it as you handle the scans." if model.slices else "It names scans by their ids."
     privacy = f"This file {_count_slices(model)}. {advice}"
-    return join(
-        write_section("methods", "Methods", methods) if methods else None,
-        write_section("files", "Files", element("p", "Next to this page:"), element("ul", links))
-        if links
-        else None,
-        write_section(
-            "about",
-            "About this file",
-            element("p", privacy),
-            element("p", "It needs no network and loads nothing."),
-            write_details("Versions", versions) if model.versions else None,
-        ),
+    about = write_section(
+        "about",
+        "About this file",
+        element("p", privacy),
+        element("p", "It needs no network and loads nothing."),
+        write_details("Versions", versions) if model.versions else None,
     )
+    files = write_section("files", "Files", element("p", "Next to this page:"), element("ul", links))
+    return [
+        *([write_section("methods", "Methods", methods)] if methods else []),
+        *([files] if links else []),
+        about,
+    ]

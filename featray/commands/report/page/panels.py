@@ -11,6 +11,7 @@ from featray.commands.report.page.markup import Markup, element, isolate, join
 from featray.commands.report.page.model import Matrix, NeighborLists, PageModel, ScanMap
 from featray.commands.report.page.numbers import format_number
 from featray.commands.report.page.parts import (
+    Section,
     write_details,
     write_figure,
     write_matrix,
@@ -28,9 +29,9 @@ _TABLE_ROWS = 20
 """Rows of the table of a map that are in the file; the script adds the others."""
 
 
-def write_panels(model: PageModel) -> Markup:
+def write_panels(model: PageModel) -> list[Section]:
     """Return all panels for which the model has content."""
-    return join(
+    panels = [
         _write_label_matrix(model),
         _write_health(model),
         _write_maps(model) if model.maps else None,
@@ -39,10 +40,11 @@ def write_panels(model: PageModel) -> Markup:
         _write_matrices("agreement", "Agreement of layers", model.agreement),
         _write_outliers(model) if model.outliers else None,
         _write_sheet(model) if model.slices else None,
-    )
+    ]
+    return [panel for panel in panels if panel]
 
 
-def _write_label_matrix(model: PageModel) -> Markup | None:
+def _write_label_matrix(model: PageModel) -> Section | None:
     """Return layers × labels with the scores as texts, colored on the way from chance to perfect."""
     results = [result for result in model.labels if result.scores]
     if not results:
@@ -76,7 +78,7 @@ def _write_label_matrix(model: PageModel) -> Markup | None:
     )
 
 
-def _write_health(model: PageModel) -> Markup | None:
+def _write_health(model: PageModel) -> Section | None:
     if model.health is None:
         return None
     table = model.health
@@ -94,7 +96,7 @@ def _write_health(model: PageModel) -> Markup | None:
     )
 
 
-def _write_maps(model: PageModel) -> Markup:
+def _write_maps(model: PageModel) -> Section:
     colors = color_scans(model)
     options = [(number, column.name) for number, column in enumerate(colors)]
     select = write_select("color", "Color by", options) if model.scans.columns else None
@@ -158,7 +160,7 @@ def _write_map(key: str, scan_map: ScanMap, model: PageModel, colors: ColumnColo
     )
 
 
-def _write_neighbors(model: PageModel) -> Markup:
+def _write_neighbors(model: PageModel) -> Section:
     """Return the neighbors of a scan in two layers; the script fills in other scans and layers."""
     queries = choose_queries(model)
     names = list(enumerate(lists.candidate for lists in model.neighbors))
@@ -210,12 +212,12 @@ def _write_neighbor_list(key: str, lists: NeighborLists, scan: int, model: PageM
     )
 
 
-def _write_matrices(key: str, title: str, matrices: tuple[Matrix, ...]) -> Markup | None:
+def _write_matrices(key: str, title: str, matrices: tuple[Matrix, ...]) -> Section | None:
     figures = [write_matrix(f"{key}-{number}", matrix) for number, matrix in enumerate(matrices)]
     return write_section(key, title, element("div", figures, class_="matrices")) if figures else None
 
 
-def _write_outliers(model: PageModel) -> Markup:
+def _write_outliers(model: PageModel) -> Section:
     rows = [
         element(
             "li",
@@ -238,10 +240,13 @@ def _write_outliers(model: PageModel) -> Markup:
     )
 
 
-def _write_sheet(model: PageModel) -> Markup:
+def _write_sheet(model: PageModel) -> Section:
     scans = sorted(model.slices)[:MAX_SHEET]
     tiles = [draw_tile(scan, model.scans.ids[scan], "", model.slices) for scan in scans]
-    reading = f"The middle slice of {len(scans):,} scans, in the order of the output."
+    reading = (
+        f"The middle slice of {len(scans):,} scans, in the order of the output. Click a slice, here or "
+        "above, to highlight its scan on the whole page."
+    )
     return write_section(
         "sheet",
         "Contact sheet",

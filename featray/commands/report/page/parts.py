@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from featray.commands.report.page.charts import draw_matrix
 from featray.commands.report.page.markup import Child, Markup, element, isolate
@@ -10,10 +11,32 @@ from featray.commands.report.page.model import Cell, Matrix
 from featray.commands.report.page.numbers import format_cell
 
 
-def write_section(key: str, title: str, *content: Child) -> Markup:
+@dataclass(frozen=True)
+class Section:
+    """A section with a heading.
+
+    Attributes:
+        key: Id of its element, to which links lead.
+        title: Text of its heading.
+        content: The element.
+    """
+
+    key: str
+    title: str
+    content: Markup
+
+
+def write_section(key: str, title: str, *content: Child) -> Section:
     """Return a section with a heading that other parts can link to."""
     heading = element("h2", title, id=f"{key}-title")
-    return element("section", heading, *content, id=key, aria_labelledby=f"{key}-title")
+    whole = element("section", heading, *content, id=key, aria_labelledby=f"{key}-title")
+    return Section(key, title, whole)
+
+
+def write_contents(sections: Sequence[Section]) -> Markup:
+    """Return links to sections."""
+    links = [element("li", element("a", part.title, href=f"#{part.key}")) for part in sections]
+    return element("nav", element("ul", links), aria_label="Parts of this page", class_="contents")
 
 
 def write_figure(key: str, title: Child, reading: str, *content: Child, heading: str = "h3") -> Markup:

@@ -41,6 +41,8 @@
       if (!event.target.hasAttribute("tabindex")) return;
       find('[tabindex="0"]', body).forEach((mark) => { mark.tabIndex = -1; });
       event.target.tabIndex = 0;
+      const readout = body.closest("figure").querySelector("p.readout");
+      if (readout) readout.textContent = event.target.getAttribute("aria-label");
     });
   }
   find("[data-keys]").forEach(listenToKeys);

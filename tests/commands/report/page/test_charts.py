@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from featray.commands.report.page.charts import (
     DotRow,
     choose_matrix_color,
     draw_dot_chart,
+    draw_dot_key,
+    merge_letters,
     place_on_map,
 )
 from featray.commands.report.page.colors import color_column
@@ -86,6 +90,33 @@ def test_a_dot_an_interval_and_ticks_are_where_the_axis_says() -> None:
     assert f'x1="{axis.to_percent(0.5)}" x2="{axis.to_percent(1.0)}"' in text
     assert "<title>kernel AUC 0.60</title>" in text
     assert 'aria-label="layer: 0.75; leakage: kernel AUC 0.60"' in text
+
+
+def test_ticks_have_letters_if_there_are_several_kinds() -> None:
+    ticks = (("kernel", 0.6, "AUC 0.60"), ("spacing", 0.9, "AUC 0.90"))
+    row = DotRow("layer", 0.75, 0.5, 1.0, ticks, ("0.75",))
+    chart = DotChart("AUC", "read", ("Layer", "AUC"), 0.5, (row,), ("spacing", "kernel"))
+    axis = chart.make_axis()
+    text = draw_dot_chart(chart)
+    assert f'x="{axis.to_percent(0.6)}" y="30" class="leak">b</text>' in text
+    assert f'x="{axis.to_percent(0.9)}" y="30" class="leak">a</text>' in text
+    assert "leakage: <bdi>a spacing, b kernel</bdi>" in draw_dot_key(chart, "AUC")
+    single = dataclasses.replace(chart, tick_names=("kernel",))
+    assert "leakage: <bdi>kernel</bdi>" in draw_dot_key(single, "AUC")
+    assert "<text" not in draw_dot_chart(single).split("<tbody")[1]
+
+
+def test_the_key_of_a_dot_chart_has_only_the_marks_that_are_in_it() -> None:
+    row = DotRow("layer", None, None, None, (), ())
+    key = draw_dot_key(DotChart("Leakage", "read", ("Layer",), 0.0, (row,)), "AUC")
+    assert "AUC" not in key
+    assert "baseline" not in key
+    assert "chance" in key
+
+
+def test_letters_of_ticks_that_are_close_stand_together() -> None:
+    places = [(50.0, "b"), (10.0, "c"), (48.0, "a"), (90.0, "")]
+    assert merge_letters(places) == [(10.0, "c"), (49.0, "ab")]
 
 
 def test_colors_of_a_matrix_follow_its_range() -> None:

@@ -224,7 +224,7 @@ def _make_columns(label: Label) -> Floats:
     """Return the label as columns: the number, the second of two classes, or each class against the rest."""
     if label.kind == "number":
         return label.values[:, None]
-    columns = (label.values[:, None] == np.arange(len(label.classes))).astype(np.float64)
+    columns: Floats = (label.values[:, None] == np.arange(len(label.classes))).astype(np.float64)
     columns[~label.known] = np.nan
     return columns[:, 1:] if len(label.classes) == 2 else columns
 

@@ -194,6 +194,17 @@ def find_other(evidence: Evidence) -> Score | None:
     return min(smaller, key=lambda score: (score.size, -score.score), default=None)
 
 
+def estimate_to_beat(evidence: Evidence, first: Score, second: Score) -> int | None:
+    """Return about how many patients would make the gap between two candidates certain.
+
+    None if the gap is certain or too small to matter, or if more patients than can be expected are needed.
+    """
+    comparison = compare_scores(first.scores, second.scores, evidence.test_ratio)
+    if comparison.p < MAX_P or not abs(comparison.gap) > MIN_GAP:
+        return None
+    return _estimate_needed(evidence, _NORMAL_1_PERCENT * comparison.error / abs(comparison.gap))
+
+
 def round_up(number: float) -> int:
     """Return a number of patients as a round number: steps of 10, from 200 of 50, from 1,000 of 500."""
     step = 10 if number <= 200 else 50 if number <= 1000 else 500

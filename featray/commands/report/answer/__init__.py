@@ -1,0 +1,1 @@
+"""From features and labels to the parts of the page that need labels."""

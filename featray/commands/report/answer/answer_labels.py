@@ -127,7 +127,7 @@ def _probe_labels(
     again: BaselineFeatures | None,
     span: Span,
 ) -> Iterator[Answer]:
-    candidates = make_candidates(features, plan)
+    candidates = make_candidates(features, plan.candidates)
     number = len(candidates) + len(baselines.probed)
     parts = span.divide(*(np.arange(1, len(plan.labels) + 1) / max(len(plan.labels), 1)).tolist())
     for label, planned, part in zip(plan.labels, plan.scans, parts, strict=True):

@@ -143,8 +143,8 @@ def _list_missing_baselines(again: BaselineFeatures | None) -> Iterator[str]:
     missing += ["PCA of voxels"] if again is None or again.voxels is None else []
     if missing:
         yield (
-            f"The baselines {join_words(missing)} are missing. Where the scans can be read again, they would "
-            "show whether a layer holds more than the voxels."
+            f"Missing baselines: {join_words(missing)}. Where the scans can be read again, they show "
+            "whether a layer holds more than the voxels."
         )
     if again is None or not again.untrained:
         yield "`--random-weights` would show what the training added: the same model with random weights."

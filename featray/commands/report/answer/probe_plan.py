@@ -81,11 +81,11 @@ def group_scans(scans: pa.Table, table: LabelTable | None, seed: int = 0) -> Col
     return Collection(np.arange(len(scans)), has_patients=False, seed=seed)
 
 
-def make_candidates(features: FeatureSet, plan: ProbePlan) -> list[Candidate]:
-    """Return the candidates of a plan, which are read from their files only when they are probed."""
+def make_candidates(features: FeatureSet, places: Sequence[int]) -> list[Candidate]:
+    """Return the candidates at these positions, which are read from their files only when they are probed."""
     return [
         Candidate(features.views[place].name, features.views[place].units, (features.files[place].read,))
-        for place in plan.candidates
+        for place in places
     ]
 
 

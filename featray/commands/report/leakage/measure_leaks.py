@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from featray.commands.report.answer.probe_plan import make_candidates
 from featray.commands.report.describe.progress import OnStep, Span
 from featray.commands.report.describe.texts import count, join_words
 from featray.commands.report.feature_set import FeatureSet
@@ -92,7 +93,8 @@ def measure_leaks(features: FeatureSet, scope: LeakScope, on_step: OnStep) -> Le
     probing, sharing = Span(on_step).divide(0.8, 1.0)
     scans = _choose_scans(features, scope)
     facts, left_out = _make_facts(features, scope, scans)
-    candidates = _make_candidates(features, scope)
+    places = range(len(features.views)) if scope.candidates is None else scope.candidates
+    candidates = make_candidates(features, places)
     results = []
     for number, candidate in enumerate(candidates):
         probing.report(f"Reading facts of the acquisition off {candidate.name}", number, len(candidates))
@@ -128,14 +130,6 @@ def _make_facts(
         for name, values in columns.items()
     }
     return make_facts(sampled, scope.collection.patients)
-
-
-def _make_candidates(features: FeatureSet, scope: LeakScope) -> list[Candidate]:
-    places = range(len(features.views)) if scope.candidates is None else scope.candidates
-    return [
-        Candidate(features.views[place].name, features.views[place].units, (features.files[place].read,))
-        for place in places
-    ]
 
 
 def _show_leak(leak: Leak) -> PageLeak:

@@ -1,66 +1,16 @@
-"""Makes sets of features from arrays."""
+"""Describes sets of features, and makes pages of the parts without labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
 import pytest
-from numpy.typing import NDArray
 
 from featray.commands.report.describe.describe_features import LabelFreeParts, describe_features
-from featray.commands.report.feature_set import FeatureFile, FeatureSet, View
+from featray.commands.report.feature_set import FeatureSet
 from featray.commands.report.page.files import make_files
 from featray.commands.report.page.model import Candidate, PageModel
-from featray.schema import SCAN_COLUMNS
-
-FeatureSetMaker = Callable[..., FeatureSet]
-
-
-def make_view(path: str, units: int, view: str = "vector", is_sampling: bool | None = None) -> View:
-    return View(path.rpartition("/")[2], view, path, units, (units,), "recipe", is_sampling)
-
-
-def make_scans(scan_ids: tuple[str, ...], columns: Mapping[str, Any]) -> pa.Table:
-    """Return rows of the table `scans` with some of its columns, and manifest columns of any names."""
-    table = pa.table({"scan_id": list(scan_ids)})
-    for name, values in columns.items():
-        kind = SCAN_COLUMNS.field(name).type if name in SCAN_COLUMNS.names else pa.string()
-        table = table.append_column(name, pa.array(values, kind))
-    return table
-
-
-@pytest.fixture
-def make_set(tmp_path: Path) -> FeatureSetMaker:
-    """Return a function that makes a set of features from arrays (scans, units) by path in the model."""
-
-    def make(
-        layers: Mapping[str, NDArray[Any]],
-        columns: Mapping[str, Any] | None = None,
-        views: Mapping[str, str] | None = None,
-    ) -> FeatureSet:
-        scans = len(next(iter(layers.values())))
-        files = []
-        for number, values in enumerate(layers.values()):
-            file = FeatureFile.create(tmp_path / f"{number}.values", *values.shape)
-            file.open("r+")[:] = values
-            files.append(file)
-        scan_ids = tuple(f"scan-{number:05d}" for number in range(scans))
-        return FeatureSet(
-            scan_ids=scan_ids,
-            views=tuple(
-                make_view(path, values.shape[1], (views or {}).get(path, "vector"))
-                for path, values in layers.items()
-            ),
-            files=tuple(files),
-            scans=make_scans(scan_ids, columns or {}),
-            left_out=(),
-            version=1,
-        )
-
-    return make
 
 
 def describe_with_defaults(features: FeatureSet, **options: Any) -> LabelFreeParts:

@@ -47,7 +47,7 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
         raise ConfigError(problems, where)
     listing = Listing(())
     try:
-        listing = check_source(checked, _load_header_cache(checked))
+        listing = check_source(checked, load_header_cache(checked))
     except UsageError as error:
         problems += error.problems
     if problems:  # there will be no run; the model is loaded only to report its problems too
@@ -106,7 +106,7 @@ def _explain_errors(store: Store, key: str) -> Iterator[None]:
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
 
 
-def _load_header_cache(config: Config) -> HeaderCache | None:
+def load_header_cache(config: Config) -> HeaderCache | None:
     """Return the cache of the last run, empty if there is none; None if it cannot be read.
 
     An unreachable output is reported later.

@@ -20,12 +20,12 @@ from numpy.typing import NDArray
 
 from featray.checks import check
 from featray.collection.listing import Listing
+from featray.commands.input_view import choose_gray_range, find_voxel_mm
 from featray.commands.montage import VoxelGrid, draw_montage
 from featray.config import Config, ConfigInput, PreprocessConfig
-from featray.errors import ConfigError, ExitCode, Reason, UsageError, WarningCode
-from featray.schema import Decoded, Scan, ScanRecord
+from featray.errors import ConfigError, ExitCode, UsageError
+from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
-from featray.stages.preprocess import input_spacing
 
 DIRECTORY = "featray-preview"
 """Default folder for the two files, below the working directory."""
@@ -34,7 +34,6 @@ MAX_TRIES = 20
 """Scans that are decoded to find a usable one if `--scan` is not given."""
 
 _MAX_STEM_LENGTH = 100
-_AXIS_OF_LETTER = {"L": 0, "R": 0, "P": 1, "A": 1, "S": 2, "I": 2}
 
 
 @dataclass(frozen=True)
@@ -148,9 +147,7 @@ def preview(
     if result.status != "ok":
         return result
     if decoded.record.orientation:
-        voxel_mm = (
-            None if _is_regridded(used, decoded.record, checked) else _get_voxel_mm(decoded.record, checked)
-        )
+        voxel_mm = find_voxel_mm(used, decoded.record, checked.preprocess, checked.policy)
         result = replace(result, orientation=checked.preprocess.orientation, voxel_mm=voxel_mm)
     image = draw_montage(
         decoded.tensor,
@@ -222,30 +219,8 @@ def _describe_input(decoded: Decoded) -> PreviewResult:
     )
 
 
-def _is_regridded(scan: Scan, record: ScanRecord, config: Config) -> bool:
-    """Return whether the scan was cropped to a mask or resampled to an upright grid before preprocessing."""
-    codes = {Reason.GANTRY_TILT, WarningCode.RESAMPLED_STEPS}
-    if config.policy.oblique == "resample":
-        codes.add(WarningCode.OBLIQUE)
-    return bool(scan.mask) or not codes.isdisjoint(record.warnings)
-
-
-def _get_voxel_mm(record: ScanRecord, config: Config) -> tuple[float, float, float]:
-    """Return the voxel spacing (z, y, x) of the tensor in mm, from shape and spacing of the scan."""
-    shape, spacing = record.shape or [], record.spacing or []
-    scan_axes = [_AXIS_OF_LETTER[letter] for letter in record.orientation or ""]
-    z, y, x = (
-        2 - scan_axes.index(_AXIS_OF_LETTER[letter]) for letter in reversed(config.preprocess.orientation)
-    )
-    reoriented = (shape[z], shape[y], shape[x]), (spacing[z], spacing[y], spacing[x])
-    return input_spacing(config.preprocess, *reoriented)
-
-
 def _get_gray_range(result: PreviewResult, config: PreprocessConfig) -> tuple[float, float]:
-    """Return the values drawn as black and white: the ends of `scale`, or without a window the extremes."""
-    if config.window is None:
-        return result.minimum or 0.0, result.maximum or 0.0
-    return min(config.scale), max(config.scale)
+    return choose_gray_range(config, result.minimum or 0.0, result.maximum or 0.0)
 
 
 def _describe_gray_range(result: PreviewResult, config: PreprocessConfig) -> str:

@@ -96,7 +96,7 @@ class InlineEngine:
         """Yield the features of one file of scans at a time."""
         tables: list[pa.Table] = []
         flushed = time.monotonic()
-        with contextlib.closing(self._decode_batches(scans, stop)) as batches:
+        with contextlib.closing(self.decode_batches(scans, stop)) as batches:
             run_model = functools.partial(extract, stages.extractor, recipe=stages.recipe)
             for table in parallel_map(run_model, batches, self.threads.calls):
                 tables.append(table)
@@ -107,8 +107,11 @@ class InlineEngine:
         if tables:
             yield pa.concat_tables(tables)
 
-    def _decode_batches(self, scans: Sequence[Scan], stop: threading.Event) -> Generator[list[Decoded]]:
-        """Yield decoded scans in lists of `batch_scans`, in order of completion."""
+    def decode_batches(self, scans: Sequence[Scan], stop: threading.Event) -> Generator[list[Decoded]]:
+        """Yield decoded scans in lists of `batch_scans`, in order of completion.
+
+        The tensors of a list are valid until two later lists were asked for; the last lists stay valid.
+        """
         if not self._decode_workers:
             self._decoding_since = time.monotonic()
             return _decode_here(scans, self._decoding, stop)

@@ -176,6 +176,15 @@ class Extractor:
         """Names of the outputs that sample."""
         return self._sampling
 
+    @property
+    def model(self) -> Any:
+        """The Keras model that runs. Values that are assigned to its weights hold for later calls."""
+        return self._prepared.call.model
+
+    def list_variables(self) -> list[Any]:
+        """Return the TensorFlow variables that the outputs are computed from."""
+        return list(self._all.call.graph.variables)
+
     def recipe_part(self) -> dict[str, Any]:
         """Return everything about the model that decides the values, ready for JSON.
 

@@ -191,14 +191,14 @@ def test_the_command_prints_text_or_json_and_returns_its_exit_codes(
 def test_the_voxel_spacing_of_the_input_follows_its_axes(
     options: dict[str, Any], expected: tuple[float, float, float]
 ) -> None:
-    from featray.commands.preview import _get_voxel_mm
+    from featray.commands.input_view import compute_voxel_mm
 
     # array axis z runs from right to left: 4 voxels of 2 mm; y from back to front: 8 of 0.5 mm;
     # x upwards: 12 of 5 mm
     record = ScanRecord("id", "", "nifti", shape=[4, 8, 12], spacing=[2, 0.5, 5], orientation="SAL")
     sections = {"source": {"uri": "ct"}, "model": {"uri": "m", "layers": ["z"]}, "output": {"uri": "out"}}
     config = load({**sections, "preprocess": {"size": None, **options}})
-    assert _get_voxel_mm(record, config) == pytest.approx(expected)
+    assert compute_voxel_mm(record, config.preprocess) == pytest.approx(expected)
 
 
 def test_titles_and_letters_follow_the_orientation() -> None:

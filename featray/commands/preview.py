@@ -22,7 +22,7 @@ from featray.checks import check
 from featray.collection.listing import Listing
 from featray.commands.input_view import choose_gray_range, find_voxel_mm
 from featray.commands.montage import VoxelGrid, draw_montage
-from featray.config import Config, ConfigInput, PreprocessConfig
+from featray.config import ConfigInput, PreprocessConfig
 from featray.errors import ConfigError, ExitCode, UsageError
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder

@@ -111,8 +111,7 @@ def record_initializers() -> Iterator[_Recorded]:
 
 
 def _copy_values(initializer: Any) -> Any:
-    """Return an initializer unchanged, but values as an array that loading cannot change; None if it fails.
-    """
+    """Return an initializer unchanged, and values as an array that loading cannot change; None if unknown."""
     if callable(initializer) or isinstance(initializer, str):
         return initializer
     try:
@@ -152,8 +151,8 @@ def _refuse_fixed_weights(extractor: Extractor) -> None:
     ]
     if hidden:
         raise ModelError(
-            f"random weights: {len(hidden)} variables are no weights of the model for Keras and would keep "
-            f"their trained values, e.g. {hidden[0]}"
+            "random weights: variables that Keras does not list as weights of the model would keep their "
+            f"trained values: {len(hidden)}, e.g. {hidden[0]}"
         )
 
 

@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -49,7 +50,7 @@ class Decoder:
     cache: InputCache | None = None
 
     @classmethod
-    def from_config(cls, config: Config, *, use_cache: bool = False) -> Decoder:
+    def from_config(cls, config: Config, *, use_cache: bool = False) -> Self:
         """Return the decoder of a config; without its input cache unless `use_cache` is true."""
         tags = config.privacy.dicom_tags
         reader = Reader(config.source, config.policy, config.limits.max_voxels, tags)

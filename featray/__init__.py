@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from featray.commands.export import export
     from featray.commands.plan import plan
+    from featray.commands.report import report
     from featray.commands.vacuum import vacuum
     from featray.commands.verify import verify
     from featray.errors import FeatrayError
@@ -34,6 +35,7 @@ __all__ = [
     "read",
     "read_ray",
     "refresh",
+    "report",
     "vacuum",
     "verify",
 ]
@@ -47,6 +49,7 @@ _LAZY_EXPORTS = {
     "extract": ("featray.pipeline", "extract"),
     "layers": ("featray.model", "list_layers"),
     "refresh": ("featray.pipeline", "refresh"),
+    "report": ("featray.commands.report", "report"),
     "vacuum": ("featray.commands.vacuum", "vacuum"),
     "plan": ("featray.commands.plan", "plan"),
     "read": ("featray.output.read", "read"),

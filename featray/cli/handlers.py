@@ -250,6 +250,26 @@ def run_export(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def run_report(args: argparse.Namespace) -> int:
+    """Run `featray report`."""
+    from featray.commands.report import report
+
+    result = report(
+        args.output,
+        args.labels,
+        args.out,
+        layers=args.layer,
+        version=args.version,
+        images=not args.no_images,
+        random_weights=args.random_weights,
+        stability=args.stability,
+        storage_options=_parse_storage_options(args.storage_options),
+        show=not args.quiet,
+    )
+    print_answer(args, result, result.text())
+    return ExitCode.OK
+
+
 def _parse_storage_options(text: str | None) -> dict[str, Any] | None:
     """Return fsspec options from the path of a YAML or JSON file, or from a text such as `{anon: true}`."""
     import yaml

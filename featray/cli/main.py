@@ -245,6 +245,13 @@ def _add_output_commands(commands: Any) -> None:
         commands, "export", handlers.run_export, "copy one version of an output to a folder of Parquet files"
     )
     _add_export_arguments(export)
+    report = _add_command(
+        commands,
+        "report",
+        handlers.run_report,
+        "say which layer to use: an HTML page and its numbers",
+    )
+    _add_report_arguments(report)
     vacuum = _add_command(
         commands,
         "vacuum",
@@ -409,6 +416,55 @@ def _add_export_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="fsspec options of DIR: a YAML or JSON file, or a text such as {anon: true} (default: the "
         "options of OUTPUT if both are in the same kind of store)",
+    )
+
+
+def _add_report_arguments(command: argparse.ArgumentParser) -> None:
+    _add_output_argument(command)
+    command.add_argument(
+        "--labels",
+        type=_parse_path,
+        metavar="FILE",
+        help="table with columns scan_id, optionally patient, and one column per label (default: a report "
+        "without labels)",
+    )
+    command.add_argument(
+        "--out",
+        type=_parse_path,
+        metavar="DIR",
+        help="folder or URL for the page and its numbers (default: the folder `report` of OUTPUT)",
+    )
+    command.add_argument(
+        "--layer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="layer to compare; may be repeated (default: all layers)",
+    )
+    command.add_argument(
+        "--version", type=int, metavar="N", help="version of OUTPUT to read (default: the newest)"
+    )
+    command.add_argument(
+        "--no-images",
+        action="store_true",
+        help="leave out the slices of the scans, which are patient data (default: show some)",
+    )
+    command.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="also compare with the same model untrained; reads the model and scans (default: do not)",
+    )
+    command.add_argument(
+        "--stability",
+        action="store_true",
+        help="also measure how much noise, a shift and resampling change the features of some scans; reads "
+        "the model and scans (default: do not)",
+    )
+    command.add_argument(
+        "--storage-options",
+        metavar="FILE",
+        help="fsspec options of the output, the labels and DIR: a YAML or JSON file, or a text such as "
+        "{anon: true} (default: those of the config, if OUTPUT is one)",
     )
 
 

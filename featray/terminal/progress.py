@@ -93,6 +93,44 @@ class Progress:
             write_line(sys.stderr, f"featray: {format_line(self.state())}")
 
 
+class StepProgress:
+    """Show which step of a command is done at present, and the share of the work that is done.
+
+    A terminal shows a bar; otherwise a line is printed at most every ten seconds.
+
+    Args:
+        show: Whether to print anything.
+    """
+
+    def __init__(self, *, show: bool) -> None:
+        self._show = show
+        self._last_line = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+
+    def __enter__(self) -> StepProgress:
+        """Show the bar on a terminal."""
+        if self._show and sys.stderr.isatty():
+            layout = "{percentage:3.0f}%|{bar:20}| {elapsed} {desc}"
+            self._bar = tqdm(total=1.0, bar_format=layout, dynamic_ncols=True, leave=False)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):
+                self._bar.close()
+
+    def report(self, step: str, share: float) -> None:
+        """Report the present step, and the share of the whole work that is done, from 0 to 1."""
+        if self._bar is not None:
+            with contextlib.suppress(OSError):  # the terminal was closed; the work goes on
+                self._bar.n = share
+                self._bar.set_description_str(step)
+        elif self._show and time.monotonic() - self._last_line >= LINE_INTERVAL_S:
+            self._last_line = time.monotonic()
+            write_line(sys.stderr, f"featray: {100 * share:.0f} % done. {step}")
+
+
 def format_scans(state: Mapping[str, Any]) -> str:
     """Return the progress of a run as one line.
 

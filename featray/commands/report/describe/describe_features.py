@@ -17,7 +17,6 @@ from featray.commands.report.describe.measure import (
     CandidateMeasures,
     Measures,
     RankedOutlier,
-    measure_features,
 )
 from featray.commands.report.describe.methods import list_cautions, list_methods
 from featray.commands.report.describe.numbers import make_numbers
@@ -80,29 +79,38 @@ class LabelFreeParts:
     measures: Measures
 
 
+@dataclass(frozen=True)
+class Emphasis:
+    """What the answers for labels put into the foreground.
+
+    Attributes:
+        columns: Labels by which the maps can be colored, with one value per scan of the report.
+        preferred: Names of the candidates whose maps and neighbors come first, such as those of the verdicts.
+        included: Positions of scans that the page must show.
+    """
+
+    columns: Sequence[Column] = ()
+    preferred: Sequence[str] = ()
+    included: Sequence[int] = ()
+
+
 def describe_features(
-    features: FeatureSet,
-    columns: Sequence[Column],
-    seed: int,
-    on_step: OnStep,
-    preferred: Sequence[str] = (),
+    features: FeatureSet, measures: Measures, emphasis: Emphasis, seed: int, on_step: OnStep
 ) -> LabelFreeParts:
     """Return everything of the page that needs no labels.
 
     Args:
         features: The candidates.
-        columns: Labels by which the maps can be colored, with one value per scan of `features`.
-        seed: Decides the sample of the scans and the maps.
+        measures: Their measures.
+        emphasis: What comes first.
+        seed: Decides the maps.
         on_step: Called with the current step in words and the share of the work that is done.
-        preferred: Names of candidates whose maps and neighbors come first, such as those of the verdicts.
     """
-    measuring, mapping = Span(on_step).divide(0.6, 1.0)
-    measures = measure_features(features, seed, measuring)
     findings = find_faults(features, measures)
-    shown = _choose_shown(measures)
-    order = _order_candidates(measures, findings, preferred)
-    maps = make_maps(measures, shown, order, seed, mapping)
-    chosen = choose_columns(features.scans, columns, shown)
+    shown = _choose_shown(measures, emphasis.included)
+    order = _order_candidates(measures, findings, emphasis.preferred)
+    maps = make_maps(measures, shown, order, seed, Span(on_step))
+    chosen = choose_columns(features.scans, emphasis.columns, shown)
     cautions = list(list_cautions(features, measures, maps))
     if chosen.left_out:
         cautions.append(f"The maps cannot be colored by {count(chosen.left_out, 'further column')}.")
@@ -124,10 +132,12 @@ def describe_features(
     )
 
 
-def _choose_shown(measures: Measures) -> Positions:
-    """Return all scans if there are few, otherwise the compared ones."""
+def _choose_shown(measures: Measures, included: Sequence[int]) -> Positions:
+    """Return all scans if there are few, otherwise the compared ones and those to include."""
     scans = measures.scope.scans
-    return np.arange(scans) if scans <= MAX_SHOWN else measures.compared
+    if scans <= MAX_SHOWN:
+        return np.arange(scans)
+    return np.union1d(measures.compared, np.array(included, np.int64))
 
 
 def _order_candidates(measures: Measures, findings: Sequence[Finding], preferred: Sequence[str]) -> list[str]:

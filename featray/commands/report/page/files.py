@@ -23,19 +23,25 @@ _POINTS = Download(
 )
 _MAPS = Download("maps.parquet", "one row per map and scan")
 _NEIGHBORS = Download("neighbors.parquet", "one row per layer, scan and neighbor")
+_MEASURES = Download("measures.parquet", "one row per layer with all measures that need no labels")
 
 
-def make_files(model: PageModel, *, include_images: bool = True) -> dict[str, bytes]:
+def make_files(
+    model: PageModel, measures: pa.Table | None = None, *, include_images: bool = True
+) -> dict[str, bytes]:
     """Return the files of a report by their names; the page links to the others.
 
     Args:
         model: Content.
+        measures: Measures that need no labels as numbers, one row per candidate; None if there are none.
         include_images: Whether the page may hold slices; they are patient data.
     """
     files = {_DOCUMENT: encode_document(model)}
     if model.scans.ids:
         tables = {_POINTS: make_points_table, _MAPS: make_maps_table, _NEIGHBORS: make_neighbors_table}
         files |= {download: _encode_table(make(model)) for download, make in tables.items()}
+    if measures is not None:
+        files[_MEASURES] = _encode_table(measures)
     page = render_page(model, tuple(files), include_images=include_images)
     return {PAGE_NAME: page, **{download.name: content for download, content in files.items()}}
 

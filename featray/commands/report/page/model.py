@@ -342,6 +342,7 @@ class PageModel:
         changes: Sentences on what would change the verdict.
         extremes: Scans at the ends of the best unit; None if there is no best unit.
         health: Measures that need no labels; None if there are none.
+        stability: How much small changes of the scans change the features; None if it was not measured.
         scans: The scans that the page shows.
         maps: Maps of these scans.
         neighbors: Neighbors of these scans.
@@ -365,6 +366,7 @@ class PageModel:
     changes: tuple[str, ...] = ()
     extremes: Extremes | None = None
     health: DataTable | None = None
+    stability: DataTable | None = None
     scans: Scans = field(default_factory=Scans)
     maps: tuple[ScanMap, ...] = ()
     neighbors: tuple[NeighborLists, ...] = ()

@@ -8,7 +8,7 @@ from featray.commands.report.page.charts import draw_canvas_map, draw_map, draw_
 from featray.commands.report.page.colors import ColumnColors
 from featray.commands.report.page.images import draw_slice, draw_tile
 from featray.commands.report.page.markup import Markup, element, isolate, join
-from featray.commands.report.page.model import Matrix, NeighborLists, PageModel, ScanMap
+from featray.commands.report.page.model import DataTable, Matrix, NeighborLists, PageModel, ScanMap
 from featray.commands.report.page.numbers import format_number
 from featray.commands.report.page.parts import (
     Section,
@@ -33,7 +33,8 @@ def write_panels(model: PageModel) -> list[Section]:
     """Return all panels for which the model has content."""
     panels = [
         _write_label_matrix(model),
-        _write_health(model),
+        _write_measures("health", "Health of the layers", model.health),
+        _write_measures("stability", "Stability of the layers", model.stability),
         _write_maps(model) if model.maps else None,
         _write_neighbors(model) if model.neighbors and model.scans.ids else None,
         _write_matrices("units", "Units and labels", model.units),
@@ -78,20 +79,20 @@ def _write_label_matrix(model: PageModel) -> Section | None:
     )
 
 
-def _write_health(model: PageModel) -> Section | None:
-    if model.health is None:
+def _write_measures(key: str, title: str, table: DataTable | None) -> Section | None:
+    """Return a table of measures with explanations of its columns; None without a table."""
+    if table is None:
         return None
-    table = model.health
     terms = [
         (element("dt", title), element("dd", table.explanations[title]))
         for title in table.columns
         if title in table.explanations
     ]
     return write_section(
-        "health",
-        "Health of the layers",
+        key,
+        title,
         element("p", table.reading, class_="read") if table.reading else None,
-        write_table(table.columns, table.rows, "Measures of health", table.explanations),
+        write_table(table.columns, table.rows, f"Measures of {key}", table.explanations),
         write_details("What the columns mean", element("dl", terms)) if terms else None,
     )
 

@@ -7,15 +7,19 @@ from typing import Any
 
 import pytest
 
-from featray.commands.report.describe.describe_features import LabelFreeParts, describe_features
+from featray.commands.report.describe.describe_features import Emphasis, LabelFreeParts, describe_features
+from featray.commands.report.describe.measure import measure_features
+from featray.commands.report.describe.progress import Span
 from featray.commands.report.feature_set import FeatureSet
 from featray.commands.report.page.files import make_files
 from featray.commands.report.page.model import Candidate, PageModel
 
 
 def describe_with_defaults(features: FeatureSet, **options: Any) -> LabelFreeParts:
-    defaults: dict[str, Any] = {"columns": (), "seed": 0, "on_step": lambda text, share: None}
-    return describe_features(features, **(defaults | options))
+    seed, on_step = options.pop("seed", 0), options.pop("on_step", lambda text, share: None)
+    measuring, mapping = Span(on_step).divide(0.6, 1.0)
+    measures = measure_features(features, seed, measuring)
+    return describe_features(features, measures, Emphasis(**options), seed, mapping.report)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -77,7 +77,7 @@ def find_faults(features: FeatureSet, measures: Measures) -> list[Finding]:
                 "By its name it holds the uncertainty of the latents, not their content (information only)."
             )
             findings.append(Finding(view.name, Kind.UNCERTAINTY, reason))
-    findings += _find_redundant(measures)
+    findings += _find_redundant(measures, {finding.candidate for finding in findings})
     order = {kind: number for number, kind in enumerate(Kind)}
     return sorted(findings, key=lambda finding: order[finding.kind])
 
@@ -96,15 +96,11 @@ def describe_collapse(latents: Latents) -> str:
     if latents.verdict is Collapse.COMPLETE:
         return f"The posterior has collapsed: none of {count(latents.latents, 'latent')} is in use ({rule})."
     if latents.verdict is Collapse.MOST:
-        return (
-            f"Most of the posterior has collapsed: only {used} ({rule}). An "
-            "earlier layer probably holds more."
-        )
+        advice = "An earlier layer probably holds more."
+        return f"Most of the posterior has collapsed: only {used} ({rule}). {advice}"
     if latents.verdict is Collapse.PARTIAL:
-        return (
-            f"The posterior has collapsed in part: {used} ({rule}). This is usual "
-            "if a model has more latents than its data needs."
-        )
+        advice = "This is usual if a model has more latents than its data needs."
+        return f"The posterior has collapsed in part: {used} ({rule}). {advice}"
     return f"The posterior has not collapsed: {used} ({rule})."
 
 
@@ -183,7 +179,8 @@ def _explain_sampling(*, is_known: bool | None) -> str:
     return f"{source}: the same scan gives other values each time. Take the layer of the means instead."
 
 
-def _find_redundant(measures: Measures) -> Iterator[Finding]:
+def _find_redundant(measures: Measures, faulty: Collection[str]) -> Iterator[Finding]:
+    """Yield the candidates that a smaller one can replace; `faulty` ones cannot replace others."""
     similarity = measures.similarity
     if similarity is None or similarity.scans < MIN_SCANS_TO_COMPARE:
         return
@@ -191,7 +188,9 @@ def _find_redundant(measures: Measures) -> Iterator[Finding]:
     order = [(view.units, number) for number, view in enumerate(views)]
     for number, view in enumerate(views):
         near = np.flatnonzero((similarity.cka[number] > REDUNDANT) & similarity.is_defined)
-        smaller = [order[other] for other in near if order[other] < order[number]]
+        smaller = [
+            order[other] for other in near if order[other] < order[number] and views[other].name not in faulty
+        ]
         if not smaller or not similarity.is_defined[number]:
             continue
         units, other = min(smaller)

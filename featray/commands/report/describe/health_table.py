@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from featray.commands.report.describe.findings import count_equal_scans, describe_collapse
 from featray.commands.report.describe.measure import CandidateMeasures, Measures
+from featray.commands.report.describe.sample import MAX_UNITS_FOR_DUPLICATES
 from featray.commands.report.describe.texts import count, format_share
 from featray.commands.report.feature_set import FeatureSet
 from featray.commands.report.label_free.dimension import MIN_SCANS as MIN_SCANS_OF_DIMENSION
@@ -86,7 +87,7 @@ def _make_columns(measures: Measures) -> list[_Column]:
             "Duplicate units",
             f"Units whose correlation with an earlier unit is above {DUPLICATE_CORRELATION} or below "
             f"−{DUPLICATE_CORRELATION}, {_list_scans(measures, _count_duplicate_scans)}; a dash below "
-            f"{MIN_SCANS_FOR_DUPLICATES} scans.",
+            f"{MIN_SCANS_FOR_DUPLICATES} scans and above {MAX_UNITS_FOR_DUPLICATES:,} values.",
             _get_duplicates,
         ),
         _Column(

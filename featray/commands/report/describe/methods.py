@@ -11,7 +11,7 @@ from featray.commands.report.describe.texts import count, count_part, join_words
 from featray.commands.report.feature_set import FeatureSet
 from featray.commands.report.label_free.health import MAX_DEVIATION, MIN_SCANS_FOR_OUTLIERS, OUTLIER_SCORE
 from featray.commands.report.label_free.latents import ACTIVE_VARIANCE
-from featray.commands.report.label_free.neighbors import NEIGHBORS
+from featray.commands.report.label_free.neighbors import MAX_SCANS, NEIGHBORS
 from featray.commands.report.page.model import Method
 
 FEW_SCANS = 20
@@ -48,10 +48,7 @@ def list_cautions(features: FeatureSet, measures: Measures, maps: Maps) -> Itera
     if len(scope.used) < FEW_SCANS:
         yield f"{count(len(scope.used), 'scan')} can show little: the measures need {FEW_SCANS} or more."
     if len(measures.sample) < len(scope.used):
-        yield (
-            f"Maps, neighbors and the intrinsic dimension are from {len(measures.sample):,} of "
-            f"{len(scope.used):,} scans, drawn at random."
-        )
+        yield _describe_sample(measures)
     if maps.without_map:
         yield (
             f"{count(maps.without_map, 'layer')} {'has' if maps.without_map == 1 else 'have'} no map, "
@@ -59,6 +56,17 @@ def list_cautions(features: FeatureSet, measures: Measures, maps: Maps) -> Itera
         )
     if maps.without_tsne:
         yield f"{count(maps.without_tsne, 'layer')} without a t-SNE map, because it would take too long."
+
+
+def _describe_sample(measures: Measures) -> str:
+    """Return which parts of the page are from a sample, and whether wide layers make it small."""
+    scans, used = len(measures.sample), len(measures.scope.used)
+    sampled = ["Maps", "neighbors", "the intrinsic dimension"]
+    if measures.candidates[0].sample.rank.scans < used:
+        sampled += ["ranks", "duplicate units", "the similarity of layers"]
+    widest = max(candidate.view.units for candidate in measures.candidates)
+    reason = "" if scans >= MAX_SCANS else f", because a layer has {widest:,} values per scan"
+    return f"{join_words(sampled)} are from at most {scans:,} of {used:,} scans, drawn at random{reason}."
 
 
 def _describe_health(measures: Measures) -> Method:

@@ -21,6 +21,8 @@ from featray.commands.report.label_free.sampling import draw_sample
 
 COMPONENTS = 50
 """Principal components that are kept of each candidate for maps."""
+MAX_UNITS_FOR_DUPLICATES = 20_000
+"""Units above which duplicate units are not searched, because all pairs of units are compared."""
 _MAX_DUPLICATE_WORK = 5e11
 """Limit of scans x units² for the search for duplicate units: some 25 s on one core."""
 
@@ -98,8 +100,10 @@ def _select_rows(block: Floats, is_selected: NDArray[np.bool_]) -> Floats:
 
 
 def _find_duplicates(sample: Floats) -> DuplicateUnits:
-    """Return the duplicate units; of very wide candidates, from fewer scans."""
+    """Return the duplicate units; of wide candidates from fewer scans, and of very wide ones none."""
     scans, units = sample.shape
+    if units > MAX_UNITS_FOR_DUPLICATES:
+        return DuplicateUnits(None, scans)
     limit = max(1, int(_MAX_DUPLICATE_WORK / units**2))
     if scans <= limit:
         return find_duplicate_units(sample)

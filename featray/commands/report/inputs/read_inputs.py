@@ -100,7 +100,7 @@ def read_inputs(
         found: The config of the user, or the one that `find_recorded_config` found.
         request: The scans, and what is needed of them.
         folder: Folder for the temporary files of the result.
-        on_scan: Called once for each scan of the request.
+        on_scan: Called once for each scan of the request, unless the source cannot be listed.
     """
     problem = found.explain_source()
     if found.config is None or problem:
@@ -112,6 +112,8 @@ def read_inputs(
         return ReportInputs(cautions=(text,))
     for _ in range(len(request.scans) - len(selected.scans)):
         on_scan()
+    if not selected.scans:
+        return ReportInputs(cautions=(*_describe_skipped(selected.skipped), found.way_out))
     with _open_engine(found.config, selected, request) as engine:
         engine.prefetch_scans(selected.scans)  # the worker processes decode while the model is loaded
         reading = _Reading(found, request, selected, folder)

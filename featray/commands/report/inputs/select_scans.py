@@ -16,8 +16,11 @@ from featray.schema import Scan
 from featray.stages.list import list_scans
 
 REMOVED = "are no longer in the collection"
-CHANGED = "have changed since they were extracted"
-OTHER_RECIPE = "were extracted with other reading or preprocessing than the config names"
+CHANGED = "have changed since they were extracted (`featray refresh CONFIG` extracts them again)"
+OTHER_RECIPE = (
+    "were extracted with other reading or preprocessing than the config names (`featray refresh CONFIG` "
+    "extracts them again)"
+)
 
 
 @dataclass(frozen=True)

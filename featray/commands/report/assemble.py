@@ -14,8 +14,8 @@ import numpy as np
 from featray.commands.report.answer.answer_labels import LabeledParts
 from featray.commands.report.answer.changes import list_general_changes, write_summary
 from featray.commands.report.describe.describe_features import Emphasis, LabelFreeParts
+from featray.commands.report.describe.stability_table import make_stability_table
 from featray.commands.report.describe.texts import count
-from featray.commands.report.describe_stability import make_stability_table
 from featray.commands.report.feature_set import FeatureSet
 from featray.commands.report.labeled.labels import LabelTable
 from featray.commands.report.leakage.measure_leaks import LeakParts

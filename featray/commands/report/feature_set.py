@@ -11,6 +11,7 @@ The features of a scan with several patches are the mean over its patches.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -82,8 +83,22 @@ class FeatureFile:
 
     @classmethod
     def create(cls, path: Path, scans: int, units: int) -> FeatureFile:
-        """Create a file full of zeros."""
-        np.memmap(path, np.float32, "w+", shape=(scans, units))
+        """Create a file full of zeros.
+
+        Its space is reserved, because a process that writes to a mapped file on a full disk is killed.
+
+        Raises:
+            UsageError: There is not enough space.
+        """
+        size = 4 * scans * units
+        try:
+            with path.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, size))
+        except OSError as error:
+            raise UsageError(
+                f"{path.parent} has no space for {size / 1e9:.1f} GB of features ({error.strerror}); set "
+                "TMPDIR to a folder with more space, or name fewer layers with --layer"
+            ) from None
         return cls(path, scans, units)
 
     def open(self, mode: str = "r") -> np.memmap[Any, np.dtype[np.float32]]:

@@ -13,9 +13,15 @@ from featray.commands.report.page.numbers import (
     format_gb,
     format_number,
 )
-from featray.commands.report.page.parts import write_details, write_figure, write_select, write_table
+from featray.commands.report.page.parts import (
+    write_advice,
+    write_details,
+    write_figure,
+    write_numbers,
+    write_select,
+    write_table,
+)
 
-_HOW_TO_MOVE = "Click a row, or move with the arrow keys, to read it."
 _MAX_COSTS = 6
 """Candidates on the card about costs."""
 _MAX_VETOES = 5
@@ -79,7 +85,7 @@ def _write_label_chart(key: str, result: LabelResult, model: PageModel) -> Marku
         chart,
         join(f"{result.metric} for ", isolate(result.label)),
         f"{result.metric}, {result.interval}",
-        f"{reading}{_HOW_TO_MOVE}",
+        reading,
         _write_numbers(result, model),
     )
 
@@ -101,7 +107,13 @@ def _write_chart(chart: DotChart, title: Child, value: str, reading: str, number
         draw_dot_key(chart, value),
         draw_dot_chart(chart),
         element("p", class_="readout scripted", aria_hidden="true"),
-        element("p", reading, class_="read", id=f"{key}-read"),
+        element(
+            "p",
+            reading.strip(),
+            write_advice("Click a row, or move with the arrow keys, to read it."),
+            class_="read",
+            id=f"{key}-read",
+        ),
         numbers,
         id=key,
         aria_labelledby=f"{key}-name",
@@ -118,7 +130,7 @@ def _explain_ticks(model: PageModel) -> str:
         return ""
     return (
         "The ticks under a row show how well facts of the acquisition can be read from the same values, "
-        "between chance and the best possible score: a tick far to the right warns of leakage. "
+        "between chance and the best possible score: a tick far to the right warns of leakage."
     )
 
 
@@ -176,7 +188,7 @@ def _write_numbers(result: LabelResult, model: PageModel) -> Markup:
         cells = [candidate.name, *map(format_number, numbers), wins, candidate.values]
         rows.append([*cells, *(strengths.get((candidate.name, target)) for target in targets)])
     columns = ("Candidate", result.metric, "Low", "High", "Resamples won", "Values", *targets)
-    return write_details("Numbers as a table", write_table(columns, rows, f"Numbers for {result.label}"))
+    return write_numbers("Numbers as a table", write_table(columns, rows, f"Numbers for {result.label}"))
 
 
 def _write_leak_chart(model: PageModel) -> Markup:
@@ -193,8 +205,8 @@ def _write_leak_chart(model: PageModel) -> Markup:
         [(leak.candidate, leak.target, leak.strength, _describe_leak(leak)) for leak in model.leaks],
         "Leakage as a table",
     )
-    reading = f"Layers are in network order. {_explain_ticks(model)}{_HOW_TO_MOVE}"
-    return _write_chart(chart, "Leakage", "", reading, write_details("Numbers as a table", table))
+    reading = f"Layers are in network order. {_explain_ticks(model)}"
+    return _write_chart(chart, "Leakage", "", reading, write_numbers("Numbers as a table", table))
 
 
 def _write_cards(model: PageModel) -> Markup:

@@ -12,9 +12,11 @@ from featray.commands.report.page.model import DataTable, Matrix, NeighborLists,
 from featray.commands.report.page.numbers import format_number
 from featray.commands.report.page.parts import (
     Section,
+    write_advice,
     write_details,
     write_figure,
     write_matrix,
+    write_numbers,
     write_section,
     write_select,
     write_table,
@@ -110,8 +112,11 @@ def _write_maps(model: PageModel) -> Section:
         element(
             "p",
             "Each point is a scan; points that are close have similar values. Shapes repeat the colors of "
-            "categories. Click a point, or move with the arrow keys and press Enter, to highlight the scan "
-            "on the whole page.",
+            "categories.",
+            write_advice(
+                "Click a point, or move with the arrow keys and press Enter, to highlight the scan on the "
+                "whole page."
+            ),
             class_="read",
         ),
         select,
@@ -157,7 +162,7 @@ def _write_map(key: str, scan_map: ScanMap, model: PageModel, colors: ColumnColo
         f"{count:,} scans. {scan_map.caption}".strip(),
         chart,
         element("output", class_="readout"),
-        write_details("Positions as a table", element("p", note, class_="note") if note else None, table),
+        write_numbers("Positions as a table", element("p", note, class_="note") if note else None, table),
     )
 
 
@@ -244,13 +249,11 @@ def _write_outliers(model: PageModel) -> Section:
 def _write_sheet(model: PageModel) -> Section:
     scans = sorted(model.slices)[:MAX_SHEET]
     tiles = [draw_tile(scan, model.scans.ids[scan], "", model.slices) for scan in scans]
-    reading = (
-        f"The middle slice of {len(scans):,} scans, in the order of the output. Click a slice, here or "
-        "above, to highlight its scan on the whole page."
-    )
+    reading = f"The middle slice of {len(scans):,} scans, in the order of the output."
+    advice = write_advice("Click a slice, here or above, to highlight its scan on the whole page.")
     return write_section(
         "sheet",
         "Contact sheet",
-        element("p", reading, class_="read"),
+        element("p", reading, advice, class_="read"),
         element("ol", tiles, class_="tiles sheet"),
     )

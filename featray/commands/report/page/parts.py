@@ -88,6 +88,16 @@ def write_details(summary: str, *content: Child, **attributes: str | int | None)
     return element("details", element("summary", summary), *content, **attributes)
 
 
+def write_numbers(summary: str, *content: Child) -> Markup:
+    """Return a table that a click opens; unlike other folded content, it is printed only if it is open."""
+    return write_details(summary, *content, class_="numbers")
+
+
+def write_advice(text: str) -> Markup:
+    """Return a sentence about clicks and keys, which is shown only if scripts run."""
+    return element("span", f" {text}", class_="scripted")
+
+
 def write_select(key: str, label: str, options: Iterable[tuple[int, str]], chosen: int = 0) -> Markup:
     """Return a labeled select element, which is shown only if scripts run."""
     choices = [

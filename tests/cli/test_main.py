@@ -61,7 +61,7 @@ def test_help_describes_each_command_on_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("COLUMNS", "80")
     parser = make_parser()
     lines = parser.format_help().partition("COMMAND\n")[2].splitlines()
-    assert len(lines) == 15
+    assert len(lines) == 16
     assert all(re.fullmatch(r"    [a-z]+ +[a-z].*", line) for line in lines)
 
 

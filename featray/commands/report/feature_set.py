@@ -93,7 +93,9 @@ class FeatureFile:
         size = 4 * scans * units
         try:
             with path.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, max(1, size))
+                file.truncate(size)
+                if hasattr(os, "posix_fallocate"):  # macOS lacks it
+                    os.posix_fallocate(file.fileno(), 0, max(1, size))
         except OSError as error:
             raise UsageError(
                 f"{path.parent} has no space for {size / 1e9:.1f} GB of features ({error.strerror}); set "

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from featray.commands.report.describe.texts import count
 from featray.commands.report.labeled.answer import Answer, Collection
-from featray.commands.report.labeled.compare import MAX_GAIN_P, MIN_GAP, compare_scores
+from featray.commands.report.labeled.compare import compare_scores
 from featray.commands.report.labeled.labels import Label, count_patients
 from featray.commands.report.labeled.probe import PERMUTATIONS
 from featray.commands.report.labeled.verdict import Evidence
@@ -90,7 +90,7 @@ def _compare_candidate(place: int, answer: Answer, evidence: Evidence) -> str:
         return NO_GAIN
     first, second = evidence.candidates[chosen], evidence.candidates[place]
     comparison = compare_scores(first.scores, second.scores, evidence.test_ratio)
-    if comparison.p >= MAX_GAIN_P or abs(comparison.gap) <= MIN_GAP:
+    if comparison.is_within_error:
         return AS_GOOD
     return PROBABLY_WORSE if comparison.gap > 0 else PROBABLY_BETTER
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from featray.commands.report.labeled.choice import Rule, choose_candidate, measure_interval
 from featray.commands.report.labeled.compare import compare_scores, compute_test_ratio, find_beaten
@@ -128,6 +129,9 @@ def answer_label(
 ) -> Answer:
     """Return the answer for one label.
 
+    Linear algebra runs on one thread, because the matrices of a probe are small: several threads gain little
+    on a free machine, lose much on a busy one, and change the last digits of the scores.
+
     Args:
         label: The label, one value per scan.
         candidates: At least one layer in one view, all for the same scans as the label.
@@ -140,16 +144,16 @@ def answer_label(
     if refused is not None:
         return Answer(label, scans, refused)
     trial = _make_trial(label, scans, collection)
-    probes, controls = [], []
-    for candidate in candidates:
-        on_step(candidate.name)
-        features = candidate.readers[0](scans)
-        probes.append(probe_features(features, trial))
-        controls.append(control_by_permutation(features, trial))
-    references = []
-    for baseline in baselines:
-        on_step(baseline.name)
-        references.append(_probe_baseline(baseline, scans, trial))
+    probes, controls, references = [], [], []
+    with threadpool_limits(1):
+        for candidate in candidates:
+            on_step(candidate.name)
+            features = candidate.readers[0](scans)
+            probes.append(probe_features(features, trial))
+            controls.append(control_by_permutation(features, trial))
+        for baseline in baselines:
+            on_step(baseline.name)
+            references.append(_probe_baseline(baseline, scans, trial))
     rule = _make_rule(candidates, probes, references, compute_test_ratio(trial.folds))
     choice = choose_candidate(probes, trial, rule)
     best_control = controls[choice.best]

@@ -51,6 +51,11 @@ class Comparison:
         """Return whether A is better than B by more than error: p below 0.05 and a gap above 0.03."""
         return self.p < MAX_GAIN_P and self.gap > MIN_GAP
 
+    @property
+    def is_within_error(self) -> bool:
+        """Return whether A and B are as good within error: p of at least 0.05, or a gap of at most 0.03."""
+        return self.p >= MAX_GAIN_P or abs(self.gap) <= MIN_GAP
+
 
 def compare_scores(first: NDArray[np.float64], second: NDArray[np.float64], test_ratio: float) -> Comparison:
     """Return the corrected resampled t-test of the scores of two candidates.

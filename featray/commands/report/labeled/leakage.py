@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from featray.commands.report.labeled.answer import Candidate
 from featray.commands.report.labeled.folds import make_folds
@@ -169,7 +170,8 @@ def measure_leakage(
         folds = make_folds(patients[scans], None, seed, repeats=1)
         trial = Trial(targets[0], patients[scans], folds, seed)
         for candidate in candidates:
-            controls = control_targets(candidate.readers[0](scans), targets, trial)
+            with threadpool_limits(1):  # as in `answer_label`
+                controls = control_targets(candidate.readers[0](scans), targets, trial)
             leaks += [
                 _make_leak(fact.name, candidate.name, target.metric, control)
                 for fact, target, control in zip(group, targets, controls, strict=True)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.commands.report.labeled.choice import Choice
-from featray.commands.report.labeled.compare import MAX_GAIN_P, MAX_P, MIN_GAP, Comparison, compare_scores
+from featray.commands.report.labeled.compare import MAX_P, MIN_GAP, Comparison, compare_scores
 from featray.commands.report.labeled.labels import Label, count_class_patients, count_patients
 
 MIN_PATIENTS = 50
@@ -155,8 +155,12 @@ def decide_verdict(evidence: Evidence) -> Verdict:
         f"For {evidence.label} take {chosen.name}: {_format_score(evidence)}",
         f"it wins {choice.wins[choice.chosen]:.0%} of resamples".replace("%", " %"),
     ]
+    equals = find_equals(evidence)
     if other is not None:
         clauses.append(_describe_other(chosen, other))
+    elif equals:
+        more = f" and {len(equals) - 1} more" if len(equals) > 1 else ""
+        clauses.append(f"{equals[0].name}{more} {'are' if more else 'is'} as good within error")
     baseline = next(iter(_sort_baselines(evidence)), None)
     if baseline is not None:
         gain = compare_scores(chosen.scores, baseline.scores, evidence.test_ratio)
@@ -179,19 +183,26 @@ def find_other(evidence: Evidence) -> Score | None:
     """Return a candidate that is as good within error and that the sentence should name, or None.
 
     If the best candidate was not chosen because a smaller one is as good, this is the best candidate.
-    Otherwise it is the smallest candidate whose gap to the chosen one has a p-value of 0.05 or more.
+    Otherwise it is the smallest candidate that is as good within error and smaller than the chosen one.
     """
     chosen = evidence.candidates[evidence.choice.chosen]
     best = evidence.candidates[evidence.choice.best]
     if best.size > chosen.size:
         return best
-    smaller = [
-        score
-        for score in evidence.candidates
-        if score.size < chosen.size
-        and compare_scores(chosen.scores, score.scores, evidence.test_ratio).p >= MAX_GAIN_P
-    ]
+    smaller = [score for score in find_equals(evidence) if score.size < chosen.size]
     return min(smaller, key=lambda score: (score.size, -score.score), default=None)
+
+
+def find_equals(evidence: Evidence) -> list[Score]:
+    """Return the other candidates that are as good as the chosen one within error, the best one first."""
+    chosen = evidence.candidates[evidence.choice.chosen]
+    equals = [
+        score
+        for place, score in enumerate(evidence.candidates)
+        if place != evidence.choice.chosen
+        and compare_scores(chosen.scores, score.scores, evidence.test_ratio).is_within_error
+    ]
+    return sorted(equals, key=lambda score: -score.score)
 
 
 def estimate_to_beat(evidence: Evidence, first: Score, second: Score) -> int | None:

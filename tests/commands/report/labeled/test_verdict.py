@@ -85,6 +85,15 @@ def test_if_a_smaller_candidate_is_chosen_the_best_one_is_named_with_its_size() 
     )
 
 
+def test_other_candidates_that_are_as_good_are_named_although_none_is_smaller() -> None:
+    others = [make_score(f"conv_{number}", 2560, 0.85, number, 4) for number in (1, 2)]
+    verdict = decide_verdict(replace(EVIDENCE, candidates=(GRID, *others)))
+    assert verdict.text.endswith("it wins 71 % of resamples; conv_1 and 1 more are as good within error.")
+    verdict = decide_verdict(replace(EVIDENCE, candidates=(GRID, others[0])))
+    assert verdict.text.endswith("; conv_1 is as good within error.")
+    assert verdict.other is None
+
+
 def test_without_baselines_there_is_a_verdict() -> None:
     verdict = decide_verdict(replace(EVIDENCE, baselines=()))
     assert verdict.refusal is None

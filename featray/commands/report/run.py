@@ -154,9 +154,14 @@ def _open_target(dataset: Dataset, directory: str | os.PathLike[str] | None) -> 
     if directory is None:
         return Store(f"{source.uri.rstrip('/')}/{FOLDER}", source.options)
     uri = os.fspath(directory)
+    return Store(uri, _find_options(dataset, uri))
+
+
+def _find_options(dataset: Dataset, uri: str) -> dict[str, Any] | None:
+    """Return the storage options of the output for a URL of the same protocol, and None for others."""
     protocol = uri.partition("://")[0] if "://" in uri else ""
-    has_same_store = bool(protocol) and source.uri.startswith(f"{protocol}://")
-    return Store(uri, source.options if has_same_store else None)
+    has_same_store = bool(protocol) and dataset.store.uri.startswith(f"{protocol}://")
+    return dataset.store.options if has_same_store else None
 
 
 def _read_features(request: _Request, folder: Path, on_step: OnStep) -> FeatureSet:
@@ -179,7 +184,8 @@ def _read_features(request: _Request, folder: Path, on_step: OnStep) -> FeatureS
 def _read_labels(request: _Request, features: FeatureSet) -> LabelTable | None:
     if request.labels is None:
         return None
-    return read_labels(request.labels, features.scan_ids, request.dataset.store.options)
+    options = _find_options(request.dataset, os.fspath(request.labels))
+    return read_labels(request.labels, features.scan_ids, options)
 
 
 def _plan_probes(

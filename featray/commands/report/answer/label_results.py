@@ -90,7 +90,7 @@ def _compare_candidate(place: int, answer: Answer, evidence: Evidence) -> str:
         return NO_GAIN
     first, second = evidence.candidates[chosen], evidence.candidates[place]
     comparison = compare_scores(first.scores, second.scores, evidence.test_ratio)
-    if comparison.is_within_error:
+    if comparison.is_within_error(evidence.choice.tolerance):
         return AS_GOOD
     return PROBABLY_WORSE if comparison.gap > 0 else PROBABLY_BETTER
 

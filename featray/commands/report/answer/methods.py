@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from featray.commands.report.answer.baselines import HEADER, HISTOGRAM, UNTRAINED, VOXELS
-from featray.commands.report.describe.texts import join_words
+from featray.commands.report.describe.texts import count
 from featray.commands.report.labeled.answer import MAX_SCANS, Answer, Candidate
 from featray.commands.report.labeled.baselines import HISTOGRAM_BINS, SIDE
 from featray.commands.report.labeled.choice import RESAMPLES
@@ -70,8 +70,8 @@ def _describe_choice() -> Method:
         "score on these patients. The choice is the smallest layer within one standard error of the best one "
         "that the best one does not beat. A layer beats another one if the corrected resampled t-test (C. "
         f"Nadeau and Y. Bengio, Machine Learning 52, 2003) has p below {MAX_P} and the gap is above "
-        f"{MIN_GAP}. Two layers with p of at least {MAX_GAIN_P} or a smaller gap are called as good, which "
-        "does not prove that they are equal.",
+        f"{MIN_GAP}. Two layers are called as good if the gap is at most {MIN_GAP}, or at most two standard "
+        f"errors with p of at least {MAX_GAIN_P}; that does not prove that they are equal.",
     )
 
 
@@ -91,14 +91,15 @@ def _describe_baselines(baselines: Sequence[Candidate]) -> list[Method]:
     if untrained is not None:
         seeds = len(untrained.readers)
         texts.append(
-            f"{UNTRAINED}: the same layer of the same model with random weights, mean over {seeds} seeds"
+            f"{UNTRAINED}: the same layer of the same model with random weights, mean over "
+            f"{count(seeds, 'seed')}"
         )
     if not texts:
         return []
     return [
         Method(
             "Baselines",
-            f"The same probe on values that need no trained model. {join_words(texts)}. A layer that is no "
+            f"The same probe on values that need no trained model. {'; '.join(texts)}. A layer that is no "
             "better than these is not worth storing for the label.",
         )
     ]
@@ -110,7 +111,7 @@ def _describe_units() -> Method:
         "Pearson's correlation of each unit with a number, and with 0 and 1 for a class. The p-values use "
         "the number of patients. The false-discovery rate is controlled over all units of all layers (Y. "
         "Benjamini and Y. Hochberg, Journal of the Royal Statistical Society B 57, 1995): of the units "
-        f"with q of at most {MAX_Q}, about {100 * MAX_Q:g} % are expected to be unrelated. Mutual "
+        f"with q of at most {MAX_Q}, at most about {100 * MAX_Q:g} % are expected to be unrelated. Mutual "
         "information is estimated from nearest neighbors (A. Kraskov, H. Stögbauer and P. Grassberger, "
         "Physical Review E 69, 2004; B. Ross, PLoS ONE 9, 2014).",
     )

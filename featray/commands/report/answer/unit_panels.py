@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,7 +23,7 @@ from featray.commands.report.labeled.units import (
     estimate_information,
 )
 from featray.commands.report.page.model import Extreme, Extremes, Matrix
-from featray.commands.report.page.numbers import format_cell
+from featray.commands.report.page.numbers import format_cell, format_number
 
 MAX_ROWS = 24
 """Rows of the heat map of units, over all labels."""
@@ -234,8 +235,8 @@ def _make_histogram(data: UnitData, test: UnitTests, key: UnitKey, values: NDArr
         title=f"Best unit for {label.name}",
         reading=(
             f"Number of scans by {label.name} (rows) and by the value of {data.get_unit_name(key)} "
-            f"(columns, middle of each range; the outer ranges also count the scans beyond), from "
-            f"{count(test.scans, 'scan')}. {_describe_unit(test, key, values)}"
+            f"(columns), from {count(test.scans, 'scan')}. Ranges of numbers have the name of their middle, "
+            f"and the outer ranges also count the scans beyond. {_describe_unit(test, key, values)}"
         ),
         rows=rows,
         columns=tuple(_describe_bins(histogram.unit_edges)),
@@ -248,7 +249,9 @@ def _make_histogram(data: UnitData, test: UnitTests, key: UnitKey, values: NDArr
 
 def _describe_unit(test: UnitTests, key: UnitKey, values: NDArray[np.float32]) -> str:
     label, number = test.label, int(test.classes[key.candidate][key.unit])
-    correlation = f"Correlation {_get_correlation(test, key):.2f}"
+    q = float(test.q[key.candidate][key.unit])
+    certainty = "q below 0.001" if q < 0.001 else f"q = {q:.2g}"
+    correlation = f"Correlation {format_number(_get_correlation(test, key))} ({certainty})"
     if label.kind == "number":
         return f"{correlation}."
     auc = compute_unit_auc(values, label, number)
@@ -257,9 +260,11 @@ def _describe_unit(test: UnitTests, key: UnitKey, values: NDArray[np.float32]) -
 
 
 def _describe_bins(edges: NDArray[np.float64]) -> Iterator[str]:
-    """Yield the middle of each range."""
+    """Yield the middle of each range, with two digits for the width of a range."""
+    width = float(edges[1] - edges[0])
+    decimals = min(6, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 2
     for low, high in pairwise(edges.tolist()):
-        yield format_cell((low + high) / 2)
+        yield format_number((low + high) / 2, decimals)
 
 
 def _find_best_unit(data: UnitData, answers: Sequence[Answer]) -> tuple[UnitTests, UnitKey] | None:

@@ -51,10 +51,17 @@ class Comparison:
         """Return whether A is better than B by more than error: p below 0.05 and a gap above 0.03."""
         return self.p < MAX_GAIN_P and self.gap > MIN_GAP
 
-    @property
-    def is_within_error(self) -> bool:
-        """Return whether A and B are as good within error: p of at least 0.05, or a gap of at most 0.03."""
-        return self.p >= MAX_GAIN_P or abs(self.gap) <= MIN_GAP
+    def is_within_error(self, standard_error: float) -> bool:
+        """Return whether A and B are as good within error.
+
+        That is a gap of at most 0.03, or a gap of at most two standard errors with p of at least 0.05. A
+        larger gap is not called as good, although with few patients its p may be large.
+
+        Args:
+            standard_error: Standard error of the score of the better candidate.
+        """
+        size = abs(self.gap)
+        return size <= MIN_GAP or (size <= 2 * standard_error and self.p >= MAX_GAIN_P)
 
 
 def compare_scores(first: NDArray[np.float64], second: NDArray[np.float64], test_ratio: float) -> Comparison:

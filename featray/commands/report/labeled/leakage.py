@@ -96,7 +96,7 @@ def make_facts(
     for name, values in columns.items():
         decided = _decide_fact(name, ["" if value is None else str(value).strip() for value in values])
         if isinstance(decided, Label) and count_patients(patients, decided.known) < MIN_PATIENTS:
-            decided = LeftOut(name, f"it is known for fewer than {MIN_PATIENTS} patients")
+            decided = LeftOut(name, f"known for fewer than {MIN_PATIENTS} patients")
         if isinstance(decided, Label):
             facts.append(decided)
         else:
@@ -108,7 +108,7 @@ def _decide_fact(name: str, texts: Sequence[str]) -> Label | LeftOut:
     is_known = np.array([text.casefold() not in MISSING for text in texts], bool)
     present = np.array(texts, object)[is_known]
     if not len(present):
-        return LeftOut(name, "it is not known for any scan")
+        return LeftOut(name, "not known for any scan")
     numbers = [parse_number(text) for text in present]
     if None in numbers:
         return _make_class_fact(name, present, is_known)
@@ -129,7 +129,7 @@ def _make_class_fact(name: str, present: NDArray[Any], is_known: NDArray[np.bool
     """Return the fact with the classes `present`, one for each scan of which it is known."""
     classes, codes = np.unique(present.astype(str), return_inverse=True)
     if len(classes) == 1:
-        return LeftOut(name, f"it is the same for all {len(present)} scans of which it is known")
+        return LeftOut(name, f"no difference between {len(present)} scans")
     values = np.full(len(is_known), math.nan)
     values[is_known] = codes
     return merge_rare_classes(Label(name, "classes", values, tuple(map(str, classes))))
@@ -143,7 +143,7 @@ def merge_rare_classes(label: Label) -> Label | LeftOut:
     rare = int(counts.sum() - counts[kept].sum())
     has_other = rare >= MIN_CLASS_SCANS
     if len(kept) + has_other < 2:
-        return LeftOut(label.name, f"fewer than two of its classes have {MIN_CLASS_SCANS} scans")
+        return LeftOut(label.name, f"fewer than two classes with {MIN_CLASS_SCANS} scans")
     new_codes = np.full(len(label.classes), len(kept) if has_other else math.nan)
     new_codes[kept] = np.arange(len(kept))
     values = label.values.copy()

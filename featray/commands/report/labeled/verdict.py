@@ -195,12 +195,13 @@ def find_other(evidence: Evidence) -> Score | None:
 
 def find_equals(evidence: Evidence) -> list[Score]:
     """Return the other candidates that are as good as the chosen one within error, the best one first."""
-    chosen = evidence.candidates[evidence.choice.chosen]
+    choice, ratio = evidence.choice, evidence.test_ratio
+    chosen = evidence.candidates[choice.chosen]
     equals = [
         score
         for place, score in enumerate(evidence.candidates)
-        if place != evidence.choice.chosen
-        and compare_scores(chosen.scores, score.scores, evidence.test_ratio).is_within_error
+        if place != choice.chosen
+        and compare_scores(chosen.scores, score.scores, ratio).is_within_error(choice.tolerance)
     ]
     return sorted(equals, key=lambda score: -score.score)
 

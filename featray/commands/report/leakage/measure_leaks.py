@@ -156,8 +156,11 @@ def _list_cautions(facts: Sequence[Label], left_out: Sequence[LeftOut]) -> Itera
     if not facts:
         yield "Leakage was not measured, because no fact of the acquisition differs between enough scans."
     elif left_out:
-        reasons = "; ".join(f"{fact.name}: {fact.reason}" for fact in left_out)
-        yield f"Leakage was not measured for some facts. {reasons}."
+        names: dict[str, list[str]] = {}
+        for fact in left_out:
+            names.setdefault(fact.reason, []).append(fact.name)
+        reasons = "; ".join(f"{join_words(of_reason)}: {reason}" for reason, of_reason in names.items())
+        yield f"Leakage was not measured for some facts ({reasons})."
 
 
 def _compare_sharing(

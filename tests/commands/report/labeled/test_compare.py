@@ -56,6 +56,19 @@ def test_a_gain_needs_less_certainty_than_beating() -> None:
     assert not certain.is_gain
 
 
+def test_candidates_are_as_good_within_error_if_the_gap_is_small_or_neither_certain_nor_large() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, 20)
+    zeros = np.zeros(20)
+    tiny = compare_scores(0.02 + noise / 1000, zeros, 1 / 3)
+    assert tiny.p < 0.01
+    assert tiny.is_within_error(0.0)
+    uncertain = compare_scores(0.06 + noise - noise.mean(), zeros, 1 / 3)
+    assert uncertain.p > 0.05
+    assert uncertain.is_within_error(0.031)
+    assert not uncertain.is_within_error(0.029)
+    assert not compare_scores(0.06 + noise / 100, zeros, 1 / 3).is_within_error(0.1)
+
+
 def test_folds_without_a_score_are_left_out() -> None:
     first, second = np.array([0.9, np.nan, 0.8, 0.7]), np.array([0.5, 0.1, np.nan, 0.6])
     assert compare_scores(first, second, 1 / 3).gap == pytest.approx(0.25)

@@ -31,8 +31,8 @@ def test_facts_without_difference_are_left_out_with_the_reason() -> None:
     facts, left_out = make_facts(make_columns(), PATIENTS)
     assert [fact.name for fact in facts] == ["scanner", "spacing"]
     assert [item.name for item in left_out] == ["kernel", "kVp"]
-    assert left_out[0].reason == "it is the same for all 100 scans of which it is known"
-    assert left_out[1].reason == "it is not known for any scan"
+    assert left_out[0].reason == "no difference between 100 scans"
+    assert left_out[1].reason == "not known for any scan"
 
 
 def test_a_layer_that_holds_the_scanner_leaks_and_noise_does_not() -> None:
@@ -94,7 +94,7 @@ def test_a_score_that_is_not_defined_is_not_above_chance() -> None:
 def test_facts_of_few_patients_are_left_out() -> None:
     facts, left_out = make_facts(make_columns(), PATIENTS // 10)
     assert facts == []
-    assert left_out[0].reason == "it is known for fewer than 20 patients"
+    assert left_out[0].reason == "known for fewer than 20 patients"
 
 
 def test_rare_classes_are_merged() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from featray.commands.report.page.charts import DotChart, DotRow, draw_dot_chart, draw_dot_key
 from featray.commands.report.page.images import draw_tile
-from featray.commands.report.page.markup import Child, Markup, element, isolate, join
+from featray.commands.report.page.markup import Child, Markup, element, isolate, join, mark_code
 from featray.commands.report.page.model import Candidate, Cell, Extremes, LabelResult, Leak, PageModel, Score
 from featray.commands.report.page.numbers import (
     drop_nonfinite,
@@ -22,10 +22,12 @@ from featray.commands.report.page.parts import (
     write_table,
 )
 
+_FEW_VERDICTS = 3
+"""More verdicts are written smaller, next to each other."""
 _MAX_COSTS = 6
 """Candidates on the card about costs."""
-_MAX_VETOES = 5
-"""Reasons on the card before the others are folded away."""
+_MAX_ITEMS = 6
+"""Sentences on a card before the others are folded away."""
 
 
 def write_first_screen(model: PageModel) -> Markup:
@@ -33,9 +35,11 @@ def write_first_screen(model: PageModel) -> Markup:
     verdicts = [_write_verdict(result) for result in model.labels]
     if not verdicts:
         verdicts = [element("div", element("p", model.summary, class_="sentence"), class_="verdict")]
+    many = "verdicts many" if len(verdicts) > _FEW_VERDICTS else "verdicts"
+    charts = _write_charts(model)
     return join(
-        element("section", verdicts, class_="verdicts", aria_label="Verdicts"),
-        element("div", _write_charts(model), _write_cards(model), class_="front"),
+        element("section", verdicts, class_=many, aria_label="Verdicts"),
+        element("div", charts, _write_cards(model), class_="front" if charts else None),
         _write_strip(model.extremes, model) if model.extremes else None,
     )
 
@@ -45,18 +49,18 @@ def _write_verdict(result: LabelResult) -> Markup:
     sentence = join(element("strong", start + colon.strip()), " ", rest) if colon else join(result.sentence)
     return element(
         "div",
-        element("p", isolate(result.label), class_="label"),
+        None if result.label in start else element("p", isolate(result.label), class_="label"),
         element("p", sentence, class_="sentence"),
         [element("p", note, class_="note") for note in result.notes],
         class_="verdict refusal" if result.is_refusal else "verdict",
     )
 
 
-def _write_charts(model: PageModel) -> Markup:
-    """Return one chart per label with scores, of which the script shows one; without labels, the leakage."""
+def _write_charts(model: PageModel) -> Markup | None:
+    """Return one chart per label with scores, of which the script shows one; without scores, the leakage."""
     results = [result for result in model.labels if result.scores]
     if not results:
-        return element("div", _write_leak_chart(model) if model.leaks else None, class_="charts")
+        return element("div", _write_leak_chart(model), class_="charts") if model.leaks else None
     options = [(number, result.label) for number, result in enumerate(results)]
     select = write_select("label", "Label", options) if len(results) > 1 else None
     charts = [_write_label_chart(f"chart-{number}", result, model) for number, result in enumerate(results)]
@@ -211,23 +215,26 @@ def _write_leak_chart(model: PageModel) -> Markup:
 
 def _write_cards(model: PageModel) -> Markup:
     vetoes = [
-        element("li", element("strong", isolate(veto.candidate), ":"), " ", veto.reason)
+        join(element("strong", isolate(veto.candidate), ":"), " ", mark_code(veto.reason))
         for veto in model.vetoes
     ]
-    shown: Child = element("ul", vetoes[:_MAX_VETOES]) if vetoes else "No measure rules out a layer."
-    more = vetoes[_MAX_VETOES:]
-    changes = [element("li", change) for change in model.changes]
+    changes = [mark_code(change) for change in model.changes]
     return element(
         "div",
-        _write_card(
-            "What rules a layer out",
-            shown,
-            write_details(f"{len(more)} more", element("ul", more)) if more else None,
-        ),
+        _write_card("What rules a layer out", _write_items(vetoes) or "No measure rules out a layer."),
         _write_card("What it costs", _write_costs(model)),
-        _write_card("What would change this", element("ul", changes) if changes else "Nothing is known."),
+        _write_card("What would change this", _write_items(changes) or "Nothing is known."),
         class_="cards",
     )
+
+
+def _write_items(texts: list[Markup]) -> Markup:
+    """Return a list of which a long rest is folded away."""
+    shown, more = texts[:_MAX_ITEMS], texts[_MAX_ITEMS:]
+    if len(more) == 1:
+        shown, more = texts, []
+    lists = [element("ul", [element("li", text) for text in part]) for part in (shown, more) if part]
+    return join(lists[:1], write_details(f"{len(more)} more", lists[1]) if more else None)
 
 
 def _write_card(title: str, *content: Child) -> Markup:

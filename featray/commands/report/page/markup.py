@@ -68,6 +68,14 @@ def isolate(text: str, **attributes: Attribute) -> Markup:
     return element("bdi", text, **attributes)
 
 
+def mark_code(text: str) -> Markup:
+    """Return a sentence whose parts between backticks are code."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:
+        return escape(text)
+    return join([element("code", part) if place % 2 else part for place, part in enumerate(parts)])
+
+
 def encode_script_data(data: object) -> Markup:
     """Return JSON that can stand in a script element: no text in it can end the element."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)

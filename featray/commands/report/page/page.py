@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from featray.commands.report.page.first_screen import write_first_screen
 from featray.commands.report.page.images import draw_sprites, shrink_slices
-from featray.commands.report.page.markup import Markup, clean, element, encode_script_data, isolate
+from featray.commands.report.page.markup import Markup, clean, element, encode_script_data, isolate, mark_code
 from featray.commands.report.page.model import PageModel, Scans
 from featray.commands.report.page.panels import write_panels
 from featray.commands.report.page.parts import (
@@ -160,7 +160,7 @@ def _write_header(model: PageModel) -> Markup:
         element("p", "featray report", class_="label"),
         element("h1", isolate(model.title)),
         element("ul", facts, class_="facts"),
-        [element("p", caution, class_="caution") for caution in model.cautions],
+        [element("p", mark_code(caution), class_="caution") for caution in model.cautions],
     )
 
 

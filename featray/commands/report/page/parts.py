@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ from featray.commands.report.page.charts import draw_matrix
 from featray.commands.report.page.markup import Child, Markup, element, isolate
 from featray.commands.report.page.model import Cell, Matrix
 from featray.commands.report.page.numbers import format_cell
+
+_NUMBER = re.compile(r"[-−]?[\d,]+(\.\d+)?( ?[%\w]{1,3})?|–")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def write_table(
     """Return a table whose first column names the rows; numbers are aligned at the right."""
     notes = explanations or {}
     lines = list(rows)
-    is_text = [any(isinstance(line[place], str) for line in lines) for place in range(len(columns))]
+    is_text = [any(_is_text(line[place]) for line in lines) for place in range(len(columns))]
     titles = [
         element("th", isolate(title), scope="col", title=notes.get(title), class_="text" if text else None)
         for title, text in zip(columns, is_text, strict=True)
@@ -79,8 +82,13 @@ def _write_cell(value: Cell, *, is_name: bool = False) -> Markup:
     text = format_cell(value)
     if is_name:
         return element("th", isolate(text), scope="row")
-    is_text = isinstance(value, str)
-    return element("td", isolate(text) if is_text else text, class_="text" if is_text else None)
+    content = isolate(text) if isinstance(value, str) else text
+    return element("td", content, class_="text" if _is_text(value) else None)
+
+
+def _is_text(value: Cell) -> bool:
+    """Return whether a cell holds words, not a number or a number with a unit."""
+    return isinstance(value, str) and not _NUMBER.fullmatch(value)
 
 
 def write_details(summary: str, *content: Child, **attributes: str | int | None) -> Markup:

@@ -20,7 +20,7 @@ from featray.commands.report.page.charts import (
 )
 from featray.commands.report.page.colors import color_column
 from featray.commands.report.page.images import encode_slice, shrink_slices
-from featray.commands.report.page.markup import element, encode_script_data
+from featray.commands.report.page.markup import element, encode_script_data, mark_code
 from featray.commands.report.page.model import Column, Matrix, Slice
 from featray.commands.report.page.numbers import Axis, format_bytes, format_cell, format_gb, format_number
 
@@ -172,3 +172,8 @@ def test_slices_are_only_made_smaller() -> None:
 def test_attributes_and_script_data_are_escaped() -> None:
     assert element("p", "<b>", title='"&') == '<p title="&quot;&amp;">&lt;b&gt;</p>'
     assert encode_script_data(["</script>", "\u2028"]) == '["\\u003c/script\\u003e","\\u2028"]'
+
+
+def test_parts_of_a_sentence_between_backticks_are_code() -> None:
+    assert mark_code("run `a<b` again") == "run <code>a&lt;b</code> again"
+    assert mark_code("a ` alone") == "a ` alone"

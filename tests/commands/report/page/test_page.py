@@ -17,6 +17,7 @@ import featray.commands.report.page.page as page_module
 from featray.commands.report.page.markup import clean
 from featray.commands.report.page.model import Column, LabelResult, Leak, Outlier, PageModel, Scans, Score
 from featray.commands.report.page.page import MAX_BYTES, Download, render_page
+from featray.commands.report.page.parts import write_table
 
 ModelMaker = Callable[..., PageModel]
 VOID = {"br", "circle", "image", "input", "line", "meta", "path", "rect", "use"}
@@ -169,6 +170,39 @@ def test_a_page_without_labels_says_so_and_shows_the_leakage(make_model: ModelMa
     assert "No labels were given." in reader.get_text()
     assert "leakage" in {attributes["id"] for attributes in reader.find("figure")}
     assert "label-matrix" not in {attributes["id"] for attributes in reader.find("figure")}
+
+
+def test_many_verdicts_are_small_and_without_scores_no_place_is_kept_for_a_chart(
+    make_model: ModelMaker,
+) -> None:
+    refusal = dataclasses.replace(make_model().labels[1], scores=())
+    model = dataclasses.replace(make_model(), labels=(refusal,) * 4, leaks=())
+    classes = {attributes.get("class") for _, attributes, _ in read_page(model).elements}
+    assert "verdicts many" in classes
+    assert not {"front", "charts"} & classes
+    assert {"verdicts", "front"} <= {row.get("class") for _, row, _ in read_page(make_model()).elements}
+
+
+def test_a_label_stands_over_its_verdict_unless_the_verdict_begins_with_it(make_model: ModelMaker) -> None:
+    label = make_model().labels[1]
+    named = dataclasses.replace(label, sentence=f"No verdict for {label.label}: 24 scans.")
+    for result, is_there in ((label, True), (named, False)):
+        text = render_page(dataclasses.replace(make_model(), labels=(result,))).decode()
+        assert ('<p class="label"><bdi>lesion radius</bdi></p>' in text) == is_there
+
+
+def test_a_long_list_on_a_card_is_folded_away(make_model: ModelMaker) -> None:
+    model = dataclasses.replace(make_model(), changes=tuple(f"change {number}" for number in range(9)))
+    reader = read_page(model)
+    assert "3 more" in reader.get_text()
+    around = [around for tag, _, around in reader.elements if tag == "li" and "details" in around]
+    assert len(around) == 3
+
+
+def test_numbers_with_a_unit_are_aligned_as_numbers() -> None:
+    table = write_table(("Layer", "Zeros", "State"), [("a", "5.7 %", "active"), ("b", None, "12 of 16")], "x")
+    cells = [row.get("class") for tag, row, _ in Reader(table).elements if tag in ("th", "td")]
+    assert cells == ["text", None, "text", None, None, "text", None, None, "text"]
 
 
 def test_an_empty_model_gives_a_page(make_model: ModelMaker) -> None:

@@ -125,11 +125,12 @@ def format_value(label: Label, scan: int) -> str:
 
 
 def _choose_rows(data: UnitData) -> list[UnitKey]:
-    """Return the strongest units of each label, label by label, without repetition."""
+    """Return the strongest unit of each label and further related ones, label by label, each unit once."""
     number = max(MIN_ROWS_PER_LABEL, MAX_ROWS // max(len(data.tests), 1))
     keys: list[UnitKey] = []
     for test in data.tests:
-        keys += _rank_units(test, range(len(data.places)))[:number]
+        ranked = _rank_units(test, range(len(data.places)))[:number]
+        keys += [key for place, key in enumerate(ranked) if place == 0 or _is_related(test, key)]
     return list(dict.fromkeys(keys))[:MAX_ROWS]
 
 
@@ -158,11 +159,9 @@ def _make_correlations(data: UnitData, keys: Sequence[UnitKey]) -> Matrix:
         title="Strongest units",
         reading=(
             f"Correlation of single units with the labels, over all scans with a value ({_count(data)}); a "
-            "label of two classes counts as 0 and 1 in the order of their names."
-            + sign
-            + " An asterisk marks a "
-            f"q-value of at most {MAX_Q} over all units of all layers. The units are the strongest ones of "
-            f"each label, at most {MAX_ROWS_PER_CANDIDATE} per layer."
+            f"label of two classes counts as 0 and 1 in the order of their names.{sign} An asterisk marks a "
+            f"q-value of at most {MAX_Q} over all units of all layers. The rows are the strongest unit of "
+            f"each label and others with an asterisk, at most {MAX_ROWS_PER_CANDIDATE} per layer and label."
         ),
         rows=tuple(map(data.get_unit_name, keys)),
         columns=tuple(test.label.name for test in data.tests),

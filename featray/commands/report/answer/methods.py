@@ -25,6 +25,8 @@ from featray.commands.report.page.model import Method
 
 def list_methods(answers: Sequence[Answer], baselines: Sequence[Candidate]) -> tuple[Method, ...]:
     """Return the descriptions of the methods that were used for labels."""
+    if not answers:
+        return ()
     methods = [_describe_units()]
     if any(answer.evidence is not None for answer in answers):
         methods = [_describe_probes(), _describe_choice(), *_describe_baselines(baselines), *methods]

@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
+from featray.commands.report.answer.answer_labels import answer_labels
 from featray.commands.report.answer.changes import (
     list_changes,
     list_general_changes,
     list_table_cautions,
     write_summary,
 )
+from featray.commands.report.answer.probe_plan import plan_probes
 from featray.commands.report.feature_set import FeatureSet
 from featray.commands.report.labeled.answer import Answer, Collection
 from featray.commands.report.labeled.choice import Choice
@@ -90,6 +92,16 @@ def test_a_table_without_a_usable_label_is_explained_in_the_summary() -> None:
         "dates; same: it has the same value for all 2 scans that have one."
     )
     assert write_summary(make_table("scan_id,x", "s0,a", "s1,b")) == ""
+
+
+def test_a_table_without_a_usable_label_gives_parts_without_content(
+    make_set: Callable[..., FeatureSet],
+) -> None:
+    features = make_set({"z_mean": np.zeros((4, 2))})
+    table = parse_labels(b"scan_id,x\nscan-00000,a\nscan-00001,a\n", features.scan_ids)
+    parts = answer_labels(features, table, plan_probes(features, table), None, lambda *_: None)
+    assert (parts.labels, parts.units, parts.methods, parts.baselines) == ((), (), (), ())
+    assert parts.extremes is None
 
 
 def test_rows_that_are_not_used_are_counted() -> None:

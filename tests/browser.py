@@ -29,10 +29,19 @@ _PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
 _OPTIONS = ("--disable-gpu", "--disable-quic", "--disable-sync")
 
 
+def require_chromium() -> str:
+    """Return the program of Chromium; skip the file that calls this at its top if there is none."""
+    programs = (os.environ.get("FEATRAY_TEST_CHROMIUM"), *map(shutil.which, _PROGRAMS))
+    program = next(filter(None, programs), None)
+    if program is None:
+        reason = "there is no Chromium: install Debian's package chromium, or set FEATRAY_TEST_CHROMIUM"
+        pytest.skip(reason, allow_module_level=True)
+    return program
+
+
 @contextlib.contextmanager
-def run_chromium() -> Iterator[Browser]:
-    """Run Chromium while the `with` block lasts; skip the test if there is none."""
-    program = _find_chromium()
+def run_chromium(program: str) -> Iterator[Browser]:
+    """Run this Chromium while the `with` block lasts."""
     from playwright.sync_api import sync_playwright  # slow to import, and not needed to skip
 
     with sync_playwright() as playwright:
@@ -41,15 +50,6 @@ def run_chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
-
-
-def _find_chromium() -> str:
-    """Return the program of Chromium; skip the test if there is none."""
-    programs = (os.environ.get("FEATRAY_TEST_CHROMIUM"), *map(shutil.which, _PROGRAMS))
-    program = next(filter(None, programs), None)
-    if program is None:
-        pytest.skip("there is no Chromium: install Debian's package chromium, or set FEATRAY_TEST_CHROMIUM")
-    return program
 
 
 def read_axe() -> str:

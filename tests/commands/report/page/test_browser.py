@@ -16,6 +16,7 @@ from browser import (
     Visits,
     find_accessibility_faults,
     read_axe,
+    require_chromium,
     run_chromium,
 )
 from hostile_texts import HOSTILE, change_texts
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 ModelMaker = Callable[..., PageModel]
 pytestmark = pytest.mark.slow
+CHROMIUM = require_chromium()
 PAGES = ("usual", "no-labels", "large", "hostile")
 SCANS = 12
 SCAN = 3
@@ -45,7 +47,7 @@ LOOK_AT_FOCUS = """() => {
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """Run one browser for all tests of this file."""
-    with run_chromium() as running:
+    with run_chromium(CHROMIUM) as running:
         yield running
 
 

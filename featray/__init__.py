@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from featray.commands.export import export
+    from featray.commands.export_vectors import export_vectors
     from featray.commands.plan import plan
     from featray.commands.report import report
     from featray.commands.vacuum import vacuum
@@ -29,6 +30,7 @@ __all__ = [
     "Features",
     "Summary",
     "export",
+    "export_vectors",
     "extract",
     "layers",
     "plan",
@@ -46,6 +48,7 @@ _LAZY_EXPORTS = {
     "Features": ("featray.output.features", "Features"),
     "Summary": ("featray.stages.report", "Summary"),
     "export": ("featray.commands.export", "export"),
+    "export_vectors": ("featray.commands.export_vectors", "export_vectors"),
     "extract": ("featray.pipeline", "extract"),
     "layers": ("featray.model", "list_layers"),
     "refresh": ("featray.pipeline", "refresh"),

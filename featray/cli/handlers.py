@@ -21,6 +21,8 @@ from featray.terminal.answer import (
 )
 
 if TYPE_CHECKING:
+    from featray.commands.export import ExportResult
+    from featray.commands.export_vectors import VectorExportResult
     from featray.model.list_layers import LayerInfo, UnlistedLayer
     from featray.output.dataset import Dataset
     from featray.stages.report import Summary
@@ -238,14 +240,25 @@ def run_vacuum(args: argparse.Namespace) -> int:
 def run_export(args: argparse.Namespace) -> int:
     """Run `featray export`."""
     from featray.commands.export import export
+    from featray.commands.export_vectors import export_vectors
 
-    result = export(
-        _open_dataset(args),
-        args.directory,
-        args.version,
-        layers=args.layer,
-        directory_options=_parse_storage_options(args.storage_options),
-    )
+    columns = [name.strip() for name in args.columns.split(",") if name.strip()]
+    if (columns or args.float16) and not args.vectors:
+        raise ConfigError("--columns and --float16: add --vectors, because files are copied without it")
+    dataset, options = _open_dataset(args), _parse_storage_options(args.storage_options)
+    result: VectorExportResult | ExportResult
+    if args.vectors:
+        result = export_vectors(
+            dataset,
+            args.directory,
+            args.version,
+            layers=args.layer,
+            columns=columns,
+            float16=args.float16,
+            directory_options=options,
+        )
+    else:
+        result = export(dataset, args.directory, args.version, layers=args.layer, directory_options=options)
     print_answer(args, result, result.text())
     return ExitCode.OK
 

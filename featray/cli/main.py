@@ -412,6 +412,24 @@ def _add_export_arguments(command: argparse.ArgumentParser) -> None:
         help="layer to export; may be repeated (default: all layers)",
     )
     command.add_argument(
+        "--vectors",
+        action="store_true",
+        help="write fixed-size vectors, for arrays of DuckDB, Lance, Hugging Face datasets and PyTorch "
+        "(default: copy the files as they are)",
+    )
+    command.add_argument(
+        "--columns",
+        default="",
+        metavar="NAMES",
+        help="with --vectors: columns of the table scans to add to each row, for example spacing,warnings "
+        "(default: none)",
+    )
+    command.add_argument(
+        "--float16",
+        action="store_true",
+        help="with --vectors: round the values to float16, and say what that has changed (default: float32)",
+    )
+    command.add_argument(
         "--storage-options",
         metavar="FILE",
         help="fsspec options of DIR: a YAML or JSON file, or a text such as {anon: true} (default: the "

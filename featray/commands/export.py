@@ -9,49 +9,38 @@ files of the export, so that the same call can continue after a kill.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version as version_of
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featray.errors import ConfigError, StorageError
+from featray.commands.export_folder import ExportFolder, describe_mixed_recipes, make_marker
+from featray.errors import StorageError
 from featray.output.dataset import FEATURES, SCANS, Snapshot, count_values
 from featray.output.layer_totals import LayerTotals, sum_by_layer
 from featray.output.ledger import LEDGER_ROW_COLUMNS, find_stored_cells
 from featray.output.query import (
     Output,
     find_layer,
-    format_recipes,
     open_output,
     read_one_version,
     translate_arrow_errors,
 )
 from featray.schema import DataFile
-from featray.storage.store import Store
 from featray.storage.urls import mask_url
 
 log = logging.getLogger(__name__)
 
-MARKER = "export.json"
-"""File that describes a complete export."""
-STARTED = "export.started.json"
-"""File that lists the files of an export that is not complete."""
 _PARALLEL_COPIES = 4
 """Files copied at once. Between two different stores, each of them is in memory."""
-_SCRATCH = re.compile(r"\.[0-9a-f]{32}\.tmp$")
-_MAX_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -91,19 +80,12 @@ class ExportResult:
             f"{sum(self.scans.values())} scans; {len(self.files)} files, {size / 1e6:.2f} MB "
             f"({self.copied} files copied now, {self.seconds:.1f} s)"
         ]
-        lines += [
-            f"layer {layer} has values of {len(recipes)} recipes, which must not be compared: "
-            f"{format_recipes(recipes)}. Filter by the column recipe, or export after the refresh"
-            for layer, recipes in self.recipes.items()
-            if len(recipes) > 1
-        ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *describe_mixed_recipes(self.recipes)])
 
     def to_marker(self) -> bytes:
         """Return the content of `export.json`."""
         facts = {name: value for name, value in asdict(self).items() if name not in ("copied", "seconds")}
-        finished = datetime.now(UTC).isoformat(timespec="seconds")
-        return _to_json({"featray": version_of("featray"), "finished": finished, **facts})
+        return make_marker(facts)
 
 
 def export(  # noqa: PLR0913  # public function with the options of the command
@@ -138,34 +120,12 @@ def export(  # noqa: PLR0913  # public function with the options of the command
     """
     start = time.monotonic()
     dataset = open_output(output, storage_options)
-    target = _open_target(dataset.store, os.fspath(directory), directory_options)
+    folder = ExportFolder.open(dataset.store, os.fspath(directory), directory_options)
 
     def export_version(snapshot: Snapshot) -> ExportResult:
-        return _Export(snapshot, target, _select_files(snapshot, layers)).run(start)
+        return _Export(snapshot, folder, _select_files(snapshot, layers)).run(start)
 
     return read_one_version(dataset, version, export_version)
-
-
-def _open_target(source: Store, directory: str, options: Mapping[str, Any] | None) -> Store:
-    """Return the store of the folder to fill.
-
-    Raises:
-        ConfigError: The folder is a file, or inside the output.
-    """
-    protocol = directory.partition("://")[0] if "://" in directory else ""
-    if options is None and protocol and source.uri.startswith(f"{protocol}://"):
-        options = source.options
-    target = Store(directory, dict(options or {}))
-    if target.is_local and os.path.lexists(target.root) and not os.path.isdir(target.root):
-        raise ConfigError(f"{target.root} is a file; name a folder to export to")
-    is_inside = f"{_resolve_root(target)}/".startswith(f"{_resolve_root(source)}/")
-    if is_inside and type(target.fs) is type(source.fs):
-        raise ConfigError(f"{mask_url(directory)} is inside the output; name a folder outside of it")
-    return target
-
-
-def _resolve_root(store: Store) -> str:
-    return os.path.realpath(store.root) if store.is_local else store.root
 
 
 def _select_files(snapshot: Snapshot, layers: Sequence[str]) -> dict[str, DataFile]:
@@ -184,12 +144,12 @@ class _Export:
 
     Attributes:
         snapshot: The version.
-        target: Store of the folder to fill.
+        folder: The folder to fill.
         files: Path below the folder → file of the output.
     """
 
     snapshot: Snapshot
-    target: Store
+    folder: ExportFolder
     files: Mapping[str, DataFile]
 
     def run(self, start: float) -> ExportResult:
@@ -205,7 +165,7 @@ class _Export:
         log.info("copying %d files, %.1f MB, of version %d", len(missing), size / 1e6, self.snapshot.version)
         sizes |= self._copy_files(missing)
         result = self._describe(sizes, len(missing), time.monotonic() - start)
-        self._finish(result)
+        self.folder.finish(result.files, result.to_marker())
         return result
 
     def _prepare_folder(self, sizes: Mapping[str, int]) -> set[str]:
@@ -220,20 +180,12 @@ class _Export:
         Raises:
             ConfigError: The folder holds a complete export, or files that belong to no export.
         """
-        target = self.target
-        found = target.list_file_sizes()
-        if MARKER in found:
-            raise ConfigError(f"{target!r} holds a complete export (see its {MARKER}); name another folder")
-        started = set(json.loads(target.read(STARTED))["files"]) if STARTED in found else set()
-        foreign = [path for path in found if _SCRATCH.sub("", path) not in started | {STARTED, MARKER}]
-        if foreign:
-            problem = "an incomplete export and files that are not part of it" if started else "other files"
-            raise ConfigError(
-                f"{target!r} holds {problem} ({_shorten(foreign)}); name a folder that is new or empty"
-            )
+        found, _ = self.folder.inspect()
         complete = {path for path, size in found.items() if sizes.get(path) == size}
-        target.delete([path for path in found if path not in complete and path != STARTED])
-        target.write(STARTED, _to_json({"version": self.snapshot.version, "files": sorted(self.files)}))
+        self.folder.start(
+            [path for path in found if path not in complete],
+            {"version": self.snapshot.version, "files": sorted(self.files)},
+        )
         return complete
 
     def _copy_files(self, paths: Sequence[str]) -> dict[str, int]:
@@ -253,7 +205,7 @@ class _Export:
         """Copy one file; return its size in the folder."""
         if path.startswith(f"{SCANS}/"):
             return self._copy_scans_file(path)
-        source, target, size = self.snapshot.store, self.target, self.files[path].size
+        source, target, size = self.snapshot.store, self.folder.store, self.files[path].size
         if source.is_local and target.is_local:
             _copy_local_file(source.path(path), target.path(path))
         elif source.fs is target.fs and not source.is_local:  # the store copies without this machine
@@ -273,7 +225,7 @@ class _Export:
                 sink = pa.BufferOutputStream()
                 pq.write_table(complete.select(schema.names), sink, compression="zstd")
                 data = sink.getvalue().to_pybytes()
-        self.target.write(path, data)
+        self.folder.store.write(path, data)
         return len(data)
 
     def _read_file(self, path: str) -> bytes:
@@ -296,7 +248,7 @@ class _Export:
         layers = sum_by_layer(features)
         recipes = find_stored_cells(self.snapshot, rows).count_recipes()
         return ExportResult(
-            directory=mask_url(self.target.uri),
+            directory=mask_url(self.folder.store.uri),
             output=mask_url(self.snapshot.store.uri),
             version=self.snapshot.version,
             versions=self.snapshot.versions,
@@ -308,25 +260,6 @@ class _Export:
             seconds=seconds,
         )
 
-    def _finish(self, result: ExportResult) -> None:
-        """Compare the folder with the result and mark the export as complete.
-
-        Raises:
-            StorageError: A file is missing, has another size, or does not belong to the export.
-        """
-        found = self.target.list_file_sizes()
-        found.pop(STARTED, None)
-        paths = found.keys() | result.files.keys()
-        different = sorted(path for path in paths if found.get(path) != result.files.get(path))
-        if different:
-            raise StorageError(
-                f"{self.target!r} differs from what was copied to it ({len(different)} files: "
-                f"{_shorten(different)}). Stop other programs that write there, check the output with "
-                "`featray verify`, and run the same command again"
-            )
-        self.target.write(MARKER, result.to_marker())
-        self.target.delete([STARTED])
-
 
 def _copy_local_file(source: str, destination: str) -> None:
     """Copy a file so that the destination never exists incomplete."""
@@ -336,12 +269,3 @@ def _copy_local_file(source: str, destination: str) -> None:
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, destination)
-
-
-def _shorten(paths: Sequence[str]) -> str:
-    """Return the first paths, separated by commas, and `…` if there are others."""
-    return ", ".join(paths[:_MAX_SHOWN]) + (", …" if len(paths) > _MAX_SHOWN else "")
-
-
-def _to_json(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()

@@ -1,7 +1,7 @@
 """Select data to read: an output and a user's request in, files, columns and filters of one version out.
 
-All code that reads features back starts here: `output/read.py`, `output/read_ray.py` and
-`commands/export.py`.
+All code that reads features back starts here: `output/read.py`, `output/read_ray.py`, `commands/export.py`
+and `commands/export_vectors.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from featray.config import load
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError, find_similar_names
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot, can_contain_any
-from featray.output.features import FEATURE, KEYS
+from featray.output.features import KEYS
 from featray.schema import DataFile
 from featray.storage.store import Store
 
@@ -89,11 +89,14 @@ class Selection:
             lambda: read_file_rows(fragment, schema, columns, None, file.rows)
         )
 
-    def iter_values(self, file: DataFile, rows_per_batch: int) -> Iterator[pa.ListArray]:
-        """Yield the values of all rows of one file in batches.
+    def iter_batches(
+        self, file: DataFile, columns: Sequence[str], rows_per_batch: int
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield columns of all rows of one file in batches.
 
         Args:
             file: One of `files`.
+            columns: Columns that are in the file itself, so no partition columns.
             rows_per_batch: Rows to decode at once. Arrow needs several times the memory of the decoded rows.
 
         Raises:
@@ -106,8 +109,7 @@ class Selection:
             fragment.open() as source,
             pq.ParquetFile(source, pre_buffer=True) as parquet,
         ):
-            for batch in parquet.iter_batches(rows_per_batch, columns=[FEATURE]):
-                yield batch.column(FEATURE)
+            yield from parquet.iter_batches(rows_per_batch, columns=list(columns))
 
     def read_scan_columns(self) -> pa.Table:
         """Return scan_id and `scan_columns` of the requested scans, with their names in the result.
@@ -293,8 +295,16 @@ def join_scans(rows: pa.Table, scans: pa.Table) -> pa.Table:
     Args:
         rows: Table with a column scan_id.
         scans: Table with scan_id as the first column; each id occurs once.
+
+    Raises:
+        FeatrayError: `scans` does not have a scan of `rows`.
     """
     positions = pc.index_in(rows["scan_id"], value_set=scans["scan_id"].combine_chunks())
+    if positions.null_count:
+        raise FeatrayError(
+            f"{positions.null_count} rows of features belong to scans that the table scans does not have; "
+            "`featray verify` reports them and how to repair the output"
+        )
     for name in scans.column_names[1:]:
         rows = rows.append_column(scans.schema.field(name), scans[name].take(positions))
     return rows

@@ -206,7 +206,7 @@ def _read_values(selection: Selection, positions: Sequence[Indices], shapes: Sha
             # This can be repeated after a transient error: it writes the same numbers to the same positions.
             store.run_operation(
                 lambda: _scatter_batches(
-                    values, shapes, positions, selection.iter_values(file, rows_per_batch)
+                    values, shapes, positions, selection.iter_batches(file, [FEATURE], rows_per_batch)
                 )
             )
 
@@ -218,7 +218,7 @@ def _read_values(selection: Selection, positions: Sequence[Indices], shapes: Sha
 
 
 def _scatter_batches(
-    values: Floats, shapes: Shapes, positions: Indices, batches: Iterable[pa.ListArray]
+    values: Floats, shapes: Shapes, positions: Indices, batches: Iterable[pa.RecordBatch]
 ) -> None:
     """Copy the numbers of one file to their positions in a flat array.
 
@@ -226,7 +226,7 @@ def _scatter_batches(
         values: Flat array for the numbers of the result; it is changed.
         shapes: Shapes of the rows of the result.
         positions: Row number in the result of each row of the file; -1 for rows to leave out.
-        batches: The values of all rows of the file.
+        batches: The column `feature` of all rows of the file.
 
     Raises:
         FeatrayError: The number of rows in the file has changed, or a row does not match its shape.
@@ -238,7 +238,7 @@ def _scatter_batches(
         is_requested = batch_positions >= 0
         if not is_requested.all():
             batch, batch_positions = batch.filter(pa.array(is_requested)), batch_positions[is_requested]
-        scatter_values(values, shapes, batch_positions, batch)
+        scatter_values(values, shapes, batch_positions, batch.column(FEATURE))
     if first != len(positions):
         raise FeatrayError(
             "a file has lost rows while it was read; check whether another program writes to this output"

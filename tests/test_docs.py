@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import commits
 import generated_docs
 import pytest
 import yaml
@@ -19,7 +21,9 @@ from test_imports import FLOORS
 import featray
 from featray.commands.demo import make_demo_config
 from featray.config import load
+from featray.output.dataset import Dataset
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
+from featray.storage.store import Store
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
@@ -114,7 +118,7 @@ def test_the_commands_of_the_documents_run_as_written(first_run: Path) -> None:
             run_line(line, first_run)
     assert counts["README.md"] == 8
     assert counts["configs/README.md"] == 2
-    assert counts["deploy/README.md"] == 4
+    assert counts["deploy/README.md"] == 5
     snippets = read_blocks(README, "python")
     assert len(snippets) == 2
     for snippet in snippets:
@@ -123,6 +127,43 @@ def test_the_commands_of_the_documents_run_as_written(first_run: Path) -> None:
         )
         assert done.returncode == 0, done.stderr
         assert "phantom_001.nii.gz" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with vectors of three scans, where the recipes of deploy/README.md read them."""
+    folder = tmp_path_factory.mktemp("vectors")
+    dataset = Dataset(Store(str(folder / "out" / "features")))
+    scans = [commits.make_decoded(f"phantom_{number}", number) for number in range(3)]
+    commits.make_committer(dataset).commit([commits.write_receipt(dataset, *scans)])
+    featray.export_vectors(dataset, folder / "out" / "vectors", columns=["spacing", "warnings"])
+    return folder
+
+
+RECIPES = re.findall(
+    r"```python\n(.*?)```",
+    read_section(REPOSITORY / "deploy" / "README.md", "Use vectors in other libraries"),
+    re.DOTALL,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda code: re.findall(r"(?:import|from) (\w+)", code)[0])
+def test_the_recipes_for_vectors_run_as_written(vectors: Path, recipe: str) -> None:
+    for library in re.findall(r"^(?:import|from) (\w+)", recipe, re.MULTILINE):
+        if importlib.util.find_spec(library) is None:
+            pytest.skip(f"{library} is not installed; it is not in the extra `test`, because it is large")
+    environment = {**os.environ, "HF_HOME": str(vectors / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-c", recipe],
+        cwd=vectors,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "phantom_" in done.stdout or "torch.Size([3, 2])" in done.stdout
 
 
 def test_ci_runs_exactly_the_test_command_of_the_readme() -> None:

@@ -43,7 +43,7 @@ from featray.storage.urls import mask_url
 
 log = logging.getLogger(__name__)
 
-_FILE_BYTES = 128 * 2**20
+_FILE_BYTES = 64 * 2**20
 """Size of the vectors of one file, before compression; a single larger file of the output is not split."""
 _PARALLEL_FILES = 2
 _READERS = 8

@@ -25,7 +25,7 @@ from featray.schema import DataFile
 
 COLUMNS = ("scan_id", "patch", "origin", FEATURE, "recipe")
 """Columns of `features` in a file of vectors; columns of `scans` follow."""
-_GROUP_BYTES = 32 * 2**20
+_GROUP_BYTES = 16 * 2**20
 """Size of the vectors of one row group as float32, before compression."""
 _GROUP_ROWS = 2**16
 _METADATA = b"featray"

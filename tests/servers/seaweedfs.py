@@ -20,6 +20,8 @@ import fsspec
 
 KEY, SECRET = "PLANTED-KEY", "PLANTED-SECRET"
 READ_ONLY_KEY, READ_ONLY_SECRET = "PLANTED-READER", "PLANTED-READER-SECRET"
+PUBLIC_BUCKET = "idc-open-data"
+"""Bucket that everybody may read without credentials, named as the one of the Imaging Data Commons."""
 START_S = 60.0
 _PORTS = 5  # master, volume, filer, S3, admin
 _GRPC_OFFSET = 10000  # each server also listens for gRPC on its port plus this number
@@ -107,6 +109,10 @@ _IDENTITIES = {
             "name": "reader",
             "credentials": [{"accessKey": READ_ONLY_KEY, "secretKey": READ_ONLY_SECRET}],
             "actions": ["Read", "List"],
+        },
+        {  # requests without a signature, as for a bucket of public data
+            "name": "anonymous",
+            "actions": [f"Read:{PUBLIC_BUCKET}", f"List:{PUBLIC_BUCKET}"],
         },
     ]
 }

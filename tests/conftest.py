@@ -42,7 +42,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(skip_soak)
         if markers & SLOW_MARKERS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-    # The two processes of pytest-xdist end at about the same time if the files with most work come first.
+    # The processes of pytest-xdist end at about the same time if the files with most work come first.
     work = Counter(item.path for item in items for name in ("slow", "kill") if item.get_closest_marker(name))
     items.sort(key=lambda item: -work[item.path])
 

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from featray.commands.report.layer_facts import LayerFacts, LayerFactsByRecipe, read_layer_facts
 from featray.errors import UsageError
 from featray.output.dataset import SCANS, Snapshot
-from featray.output.features import Shapes, check_lengths
+from featray.output.features import FEATURE, Shapes, check_lengths
 from featray.output.ledger import list_layers
 from featray.output.query import ReadRequest, Selection, select, sort_scan_ids
 
@@ -332,7 +332,8 @@ def _copy_values(
     batch_rows = max(1, _BATCH_VALUES // max(1, layer.units))
     for file, table in zip(layer.selection.files, layer.rows, strict=True):
         rows, first = _find_rows(table, scan_ids), 0
-        for batch in layer.selection.iter_values(file, batch_rows):
+        for rows_of_batch in layer.selection.iter_batches(file, [FEATURE], batch_rows):
+            batch = rows_of_batch.column(FEATURE)
             targets = rows[first : first + len(batch)]
             first += len(batch)
             is_used = targets >= 0

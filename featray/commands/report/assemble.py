@@ -77,7 +77,7 @@ def assemble_page(dataset: Dataset, parts: Parts, options: ReportOptions) -> Pag
         leaks=leaks.leaks,
         vetoes=(*free.vetoes, *leaks.vetoes),
         collection_scans=len(features.scan_ids),
-        changes=(*(labeled.changes if labeled else ()), *list_general_changes(features, parts.table)),
+        changes=(*list_general_changes(features, parts.table), *(labeled.changes if labeled else ())),
         extremes=_place_extremes(labeled.extremes, free) if labeled else None,
         health=free.health,
         stability=make_stability_table(parts.again.stability, names, parts.again.stability_scans),

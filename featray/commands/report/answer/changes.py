@@ -25,19 +25,21 @@ _POSITION_VIEWS = ("grid", "map")
 def list_changes(
     answers: Sequence[Answer], collection: Collection, again: BaselineFeatures | None
 ) -> tuple[str, ...]:
-    """Return what would change the answers for labels.
+    """Return what would change the answers for labels, the advice for all of them first.
 
     Args:
         answers: The answers.
         collection: The scans.
         again: What was read from the scans again; None for nothing.
     """
-    changes = [change for answer in answers for change in _list_label_changes(answer, collection.noun)]
+    changes = []
     if not collection.has_patients:
         changes.append(
             "Each scan counts as one patient. If patients have several scans, add a column patient to the "
             "table of labels; otherwise the scores are too high."
         )
+    for answer in answers:
+        changes += _list_label_changes(answer, collection.noun)
     if any(answer.evidence is not None for answer in answers):
         changes += _list_missing_baselines(again)
     return tuple(changes)

@@ -228,7 +228,6 @@ def test_series_in_a_public_bucket_are_extracted_without_an_account_and_revised_
     assert (rows["1.2.41"]["collection_id"], rows["1.2.41"]["format"]) == ("lidc_idri", "dicom")
     before = featray.read(tmp_path / "out", "z_mean").array
     assert make_manifest(manifest, index=write_index(index, series[0], revised)) == 0
-    assert featray.plan(config).changed == 1
     assert featray.refresh(config).done == 1
     after = featray.read(tmp_path / "out", "z_mean").array
     assert (before[0] == after[0]).all()
@@ -241,7 +240,7 @@ def store_series(server: SeaweedFS, local: Path, version: str, seed: int) -> Non
     fs = fsspec.filesystem("s3", **server.options())
     if not fs.exists(PUBLIC_BUCKET):
         fs.mkdir(PUBLIC_BUCKET)
-    write_dicom_series(make_phantom(seed, (20, 32, 32)), local / version, name=version)
+    write_dicom_series(make_phantom(seed, (8, 32, 32)), local / version, name=version)
     for file in (local / version).iterdir():
         fs.pipe_file(f"{PUBLIC_BUCKET}/{version}/{make_uuid(version + file.name)}.dcm", file.read_bytes())
 

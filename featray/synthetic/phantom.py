@@ -207,7 +207,7 @@ def make_collection(
             scan_id = f"dicom/{name}"
             write_dicom_series(phantom, root / scan_id, name=f"{name}-{seed}")
         rows.append({"scan_id": scan_id} | dataclasses.asdict(phantom.parameters))
-    return _write_labels(root / "labels.csv", rows)
+    return write_labels(root / "labels.csv", rows)
 
 
 def _draw_parameters(rng: np.random.Generator) -> PhantomParameters:
@@ -355,7 +355,7 @@ def _fill_slice(series: Dataset, phantom: Phantom, z: int, name: str) -> None:
     series.PixelData = (phantom.voxels_zyx[z] - STORED_HU[0]).astype("<u2").tobytes()
 
 
-def _write_labels(path: Path, rows: list[dict[str, Any]]) -> Path:
+def write_labels(path: Path, rows: list[dict[str, Any]]) -> Path:
     names = ["scan_id", *(field.name for field in dataclasses.fields(PhantomParameters))]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)

@@ -311,7 +311,7 @@ def run_demo(args: argparse.Namespace) -> int:
     from featray.commands.demo import demo
 
     with stop_on_signal() as stop:
-        result = demo(args.directory, show=not args.quiet, stop=stop)
+        result = demo(args.directory, args.scans, show=not args.quiet, stop=stop)
     print_answer(args, result, result.text())
     _print_ending(result.summary)
     return int(result.summary.exit_code)

@@ -100,7 +100,7 @@ def _add_model_commands(commands: Any) -> None:
         commands,
         "demo",
         handlers.run_demo,
-        "make sample scans, train a small VAE, and extract four layers",
+        "make sample scans, train a small VAE, extract five layers, and write the report",
     )
     demo.add_argument(
         "directory",
@@ -109,6 +109,13 @@ def _add_model_commands(commands: Any) -> None:
         default="featray-demo",
         metavar="DIR",
         help="folder to create (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--scans",
+        type=int,
+        metavar="N",
+        help="number of scans; with 200, the report has verdicts after some minutes (default: 24, or as many "
+        "as DIR already has)",
     )
     layers = _add_command(
         commands, "layers", handlers.run_layers, "list every layer of a model that can be extracted"

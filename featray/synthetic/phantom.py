@@ -356,6 +356,7 @@ def _fill_slice(series: Dataset, phantom: Phantom, z: int, name: str) -> None:
 
 
 def write_labels(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write one row per phantom, its `scan_id` and its parameters, as CSV; return the path."""
     names = ["scan_id", *(field.name for field in dataclasses.fields(PhantomParameters))]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, names)

@@ -1,9 +1,9 @@
-"""Make a collection of phantoms in which all properties vary independently, to judge the layers of a model with.
+"""Make a collection of phantoms whose properties vary independently, to compare the layers of a model.
 
-`make_collection` gives all its phantoms the same grid, and lets the depth of the body grow with its width. Here
-each column of the labels, the grid of the voxels and the file format are drawn independently of each other. So
-features that hold one of them do not hold another one by accident. This module must not know the configuration
-or models.
+`make_collection` gives all its phantoms the same grid, and lets the depth of the body grow with its width.
+Here each column of the labels, the grid of the voxels and the file format are drawn independently. So
+features that hold one of them do not hold another one by accident. This module must not know the
+configuration or models.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ DICOM_SHARE = 0.25
 """Probability that a phantom is written as a DICOM series."""
 
 _LESION_X_MM = 76.0
-_LESION_REACH_XYZ_MM = (8.0, 18.0, 40.0)
-"""The center of a lesion is in an ellipsoid with these half axes, at `_LESION_X_MM` to the left or right. The
-smallest and the largest lungs contain every such lesion."""
+_LESION_REACH_XYZ_MM = (8.0, 16.0, 40.0)
+"""The center of a lesion is at most this far from `_LESION_X_MM` to the left or right, in the middle of the
+other axes. The smallest and the largest lungs contain every such lesion."""
 
 
 def make_varied_collection(folder: str | os.PathLike[str], count: int, *, seed: int = 0) -> Path:
@@ -70,9 +70,8 @@ def make_varied_collection(folder: str | os.PathLike[str], count: int, *, seed: 
 
 def draw_independent_parameters(rng: np.random.Generator) -> PhantomParameters:
     """Return parameters none of which depends on another, rounded so that the labels hold them exactly."""
-    direction = rng.standard_normal(3)
-    in_ball = rng.uniform() ** (1 / 3) * direction / np.linalg.norm(direction)
-    x, y, z = (in_ball * _LESION_REACH_XYZ_MM + [_LESION_X_MM * rng.choice([-1, 1]), 0, 0]).tolist()
+    side = rng.choice([-1, 1])
+    x, y, z = (rng.uniform(-1, 1, 3) * _LESION_REACH_XYZ_MM + [_LESION_X_MM * side, 0, 0]).tolist()
     return PhantomParameters(
         lesion_radius_mm=round(rng.uniform(6, 24), 3),
         lesion_x_mm=round(x, 3),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from featray.cli.main import main
+from featray.commands import demo
 
 SCRIPT = """\
 #!{python}
@@ -23,6 +27,18 @@ from featray.commands import demo
 demo.EPOCHS = 1
 from featray.cli.main import console
 console()
+"""
+
+
+READING = Path(__file__).resolve().parents[2] / "deploy" / "README.md"
+"""Document with the examples for scikit-learn and PyTorch, which read the output of the demo."""
+TORCH_STUB = """\
+import sys
+from unittest.mock import MagicMock
+torch = MagicMock()
+torch.utils.data.DataLoader.return_value = [(MagicMock(), MagicMock())]
+torch.nn.functional.binary_cross_entropy_with_logits.return_value.item.return_value = 0.5
+sys.modules |= {"torch": torch, "torch.utils": torch.utils, "torch.utils.data": torch.utils.data}
 """
 
 
@@ -82,9 +98,10 @@ def test_the_picture_of_features_has_as_many_colors_as_a_color_map(demo_run: Dem
 
 def test_every_printed_command_runs_when_copied(demo_run: DemoRun) -> None:
     steps = demo_run.stdout.partition("What to try next\n")[2].splitlines()
-    commands = [line.strip() for line in steps if not line.startswith("  #")]
+    *commands, larger = [line.strip() for line in steps if not line.startswith("  #")]
     assert [command.split()[1] for command in commands] == ["status", "layers", "plan", "-c"]
     assert all(command.startswith("bin/featray ") for command in commands[:3])
+    assert larger == "bin/featray demo --scans 200 featray-demo-200", "it takes too long to be run here"
     for command in commands:
         done = demo_run.run_command(command)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
@@ -103,9 +120,16 @@ def test_the_printed_rows_are_those_of_the_table(demo_run: DemoRun) -> None:
 
 
 def test_stderr_has_only_the_steps_of_the_demo(demo_run: DemoRun) -> None:
-    steps = ("making 24 phantom scans", "training a small VAE", "epoch ", "extracting 4 layers of 24 scans")
+    steps = (
+        "making 24 phantom scans",
+        "training a small VAE",
+        "epoch ",
+        "extracting 5 layers of 24 scans",
+        "writing the report",
+    )
     lines = [line.removeprefix("featray: ") for line in demo_run.stderr.splitlines()]
-    assert [line for line in lines if not line.startswith(steps) and "scans/s" not in line] == []
+    others = [line for line in lines if not line.startswith(steps)]
+    assert [line for line in others if "scans/s" not in line and "% done" not in line] == []
 
 
 def test_a_second_call_extracts_nothing_and_answers_in_json(demo_run: DemoRun) -> None:
@@ -115,10 +139,77 @@ def test_a_second_call_extracts_nothing_and_answers_in_json(demo_run: DemoRun) -
     answer = json.loads(done.stdout.splitlines()[-1])
     assert {"directory", "config", "output", "labels", "summary"} <= set(answer)
     assert (answer["summary"]["done"], answer["summary"]["ok"]) == (0, 24)
+    assert answer["report"].endswith("featray-demo/out/report/report.html")
     assert answer["pictures"] == ["featray-demo/scans.png", "featray-demo/z_mean.png"]
     assert model.stat().st_mtime_ns == before
     with open(demo_run.folder / answer["labels"], newline="", encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 24
+
+
+def test_the_report_of_the_default_demo_gives_no_verdict_for_any_label(demo_run: DemoRun) -> None:
+    lines = demo_run.stdout.partition("Which layer to use for which property\n")[2].partition("\n\n")[0]
+    sentences = [line.strip() for line in lines.splitlines()]
+    labels = (demo_run.folder / "featray-demo" / "ct" / "labels.csv").read_text().splitlines()[0].split(",")
+    assert sentences == [
+        f"No verdict for {label}: 24 scans; about 150 are needed." for label in labels if label != "scan_id"
+    ]
+    page = (demo_run.folder / "featray-demo" / "out" / "report" / "report.html").read_text(encoding="utf-8")
+    assert "about 150 are needed" in page
+    assert "featray-demo/out/report/report.html" in demo_run.stdout
+
+
+def read_example(library: str) -> str:
+    """Return the example of the documents that imports a library."""
+    blocks = re.findall(r"```python\n(.*?)```", READING.read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = [block for block in blocks if f"import {library}" in block or f"from {library}" in block]
+    return str(example)
+
+
+def test_the_example_for_scikit_learn_runs_as_written(demo_run: DemoRun) -> None:
+    done = demo_run.run_command(shlex.join([sys.executable, "-c", read_example("sklearn")]))
+    assert done.returncode == 0, done.stderr
+    scores = [float(text) for text in done.stdout.strip(" []\n").split()]
+    assert len(scores) == 4
+    assert all(score <= 1 for score in scores)
+
+
+def test_the_example_for_pytorch_reads_what_is_there(demo_run: DemoRun) -> None:
+    """PyTorch is replaced by a stub where it is not installed; featray and the labels are never replaced."""
+    stub = "" if importlib.util.find_spec("torch") else TORCH_STUB
+    done = demo_run.run_command(shlex.join([sys.executable, "-c", stub + read_example("torch")]))
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"training loss \d\.\d{3}\n", done.stdout)
+
+
+def test_another_number_of_scans_in_the_same_folder_is_refused_with_a_command_for_another_folder(
+    demo_run: DemoRun,
+) -> None:
+    done = demo_run.run_command("bin/featray demo --scans 200")
+    assert done.returncode == 2
+    assert "featray-demo holds a demo of 24 scans" in done.stderr
+    assert "another folder: bin/featray demo --scans 200 featray-demo-200" in done.stderr
+    assert not done.stdout
+
+
+def test_the_scans_of_an_interrupted_demo_are_made_again(tmp_path: Path) -> None:
+    partial = tmp_path / "part-ct" / "nifti" / "phantom_999.nii.gz"
+    partial.parent.mkdir(parents=True)
+    partial.write_text("x")
+    assert demo._choose_scans(tmp_path, 30) == 30
+    demo._make_collection(tmp_path, 6)
+    assert [path.name for path in tmp_path.iterdir()] == ["ct"]
+    assert not (tmp_path / "ct" / "nifti" / "phantom_999.nii.gz").exists()
+    assert demo._choose_scans(tmp_path, None) == 6
+
+
+def test_too_few_scans_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", str(tmp_path / "new"), "--scans", "2"]) == 2
+    assert "2 scans are too few for the demo; the smallest number is 6" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_epochs_of_larger_demos_keep_the_training_short() -> None:
+    assert [demo._count_epochs(scans) for scans in (6, 24, 25, 200, 2000)] == [15, 15, 64, 8, 3]
 
 
 def test_a_folder_with_other_files_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,3 +219,10 @@ def test_a_folder_with_other_files_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert main(["demo", str(tmp_path / "notes.txt")]) == 2
     assert "is a file; name a folder for the demo" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_the_scans_of_a_user_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "ct").mkdir()
+    (tmp_path / "ct" / "scan.nii.gz").write_text("x")
+    assert main(["demo", str(tmp_path)]) == 2
+    assert "holds other files; name a new folder for the demo" in capsys.readouterr().err

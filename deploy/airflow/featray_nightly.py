@@ -1,6 +1,7 @@
 """Refresh an output every night from Airflow, as the CronJob in deploy/kubernetes/cronjob does.
 
-kubectl apply -n featray -k deploy/kubernetes/base && cp deploy/airflow/featray_nightly.py "$AIRFLOW_HOME/dags/"
+kubectl apply -n featray -k deploy/kubernetes/base
+cp deploy/airflow/featray_nightly.py "$AIRFLOW_HOME/dags/"
 
 The first command makes the config map, the service account and the network policy that the pod uses. Needs
 Airflow 3 with apache-airflow-providers-cncf-kubernetes, and its connection to the Kubernetes cluster. If
@@ -36,7 +37,8 @@ with DAG(
         automount_service_account_token=False,
         env_from=[k8s.V1EnvFromSource(secret_ref=k8s.V1SecretEnvSource(name="featray-store", optional=True))],
         container_resources=k8s.V1ResourceRequirements(
-            requests={"cpu": "4", "memory": "8Gi"}, limits={"cpu": "4", "memory": "8Gi"}
+            requests={"cpu": "4", "memory": "8Gi", "ephemeral-storage": "10Gi"},
+            limits={"cpu": "4", "memory": "8Gi", "ephemeral-storage": "10Gi"},
         ),
         security_context=k8s.V1PodSecurityContext(
             run_as_non_root=True,

@@ -1,0 +1,143 @@
+"""Linters have no complaints about the files of deploy/, and the bucket policies grant what documents say."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import deploy_files
+import pytest
+import yaml
+from deploy_files import DEPLOY, REPOSITORY
+
+SLURM = sorted((DEPLOY / "slurm").iterdir())
+READ = {"s3:GetObject", "s3:ListBucket"}
+WRITE = {"s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"}
+
+
+def find_program(name: str) -> str:
+    """Return the path of a program, which may lie next to this Python; skip the test if there is none."""
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
+    if not found:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+def run_linter(*words: str | Path) -> str:
+    """Return the exit code and everything that a linter prints; nothing if it has no complaints."""
+    done = subprocess.run(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPOSITORY, check=False
+    )
+    return f"exit code {done.returncode}\n{done.stdout}" if done.returncode or done.stdout else ""
+
+
+def test_hadolint_has_no_complaints() -> None:
+    assert run_linter(find_program("hadolint"), "deploy/Dockerfile") == ""
+
+
+def test_hadolint_finds_a_package_without_a_version(tmp_path: Path) -> None:
+    (tmp_path / "Dockerfile").write_text("FROM python:3.12-slim\nRUN pip install --no-cache-dir ray\n")
+    assert "DL3013" in run_linter(find_program("hadolint"), tmp_path / "Dockerfile")
+
+
+def test_the_image_copies_only_what_it_needs() -> None:
+    text = (DEPLOY / "Dockerfile").read_text(encoding="utf-8")
+    copied = [
+        words for line in re.findall(r"^COPY (?!--from)(.*)$", text, re.M) for words in line.split()[:-1]
+    ]
+    assert all((REPOSITORY / name).exists() for name in copied)
+    assert set(copied) == {"deploy/constraints.txt", "pyproject.toml", "README.md", "LICENSE", "featray"}
+
+
+@pytest.mark.parametrize("script", SLURM, ids=lambda path: path.stem)
+def test_shellcheck_has_no_complaints(script: Path) -> None:
+    assert run_linter(find_program("shellcheck"), script) == ""
+
+
+@pytest.mark.parametrize("script", SLURM, ids=lambda path: path.stem)
+def test_slurm_reads_all_options(script: Path) -> None:
+    # Slurm ignores #SBATCH lines behind the first command.
+    lines = script.read_text(encoding="utf-8").splitlines()
+    first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+    assert options
+    assert max(options) < first_command
+
+
+@pytest.fixture
+def units(tmp_path: Path) -> Path:
+    """Return a copy of the systemd units that starts a program which exists, as systemd demands."""
+    for path in (DEPLOY / "systemd").iterdir():
+        text = path.read_text(encoding="utf-8").replace("/opt/featray/bin/featray", sys.executable)
+        (tmp_path / path.name).write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def verify_units(units: Path) -> str:
+    return run_linter(find_program("systemd-analyze"), "verify", "--man=no", *sorted(units.iterdir()))
+
+
+def test_systemd_prints_nothing_about_the_units(units: Path) -> None:
+    assert verify_units(units) == ""
+
+
+def test_systemd_prints_a_key_that_it_does_not_know(units: Path) -> None:
+    service = units / "featray.service"
+    service.write_text(service.read_text().replace("RestartSec=", "RestartSeconds="))
+    assert "RestartSeconds" in verify_units(units)  # the exit code is 0 all the same
+
+
+def test_the_airflow_dag_is_python_and_names_no_secret() -> None:
+    source = (DEPLOY / "airflow" / "featray_nightly.py").read_text(encoding="utf-8")
+    compile(source, "featray_nightly.py", "exec")
+    assert "V1SecretEnvSource" in deploy_files.load_airflow_arguments()["env_from"]
+
+
+class CloudFormationLoader(yaml.SafeLoader):
+    """Reads `!Sub` and `!Ref` as the texts behind them."""
+
+
+CloudFormationLoader.add_multi_constructor("!", lambda loader, _tag, node: loader.construct_scalar(node))
+
+
+def load_statements(name: str) -> list[dict[str, Any]]:
+    text = (DEPLOY / "aws" / "policies.yaml").read_text(encoding="utf-8")
+    template = yaml.load(text, Loader=CloudFormationLoader)
+    statements: list[dict[str, Any]] = template["Resources"][name]["Properties"]["PolicyDocument"][
+        "Statement"
+    ]
+    return statements
+
+
+def list_actions(statements: list[dict[str, Any]]) -> set[str]:
+    actions = [statement["Action"] for statement in statements]
+    return {name for item in actions for name in ([item] if isinstance(item, str) else item)}
+
+
+def test_the_source_is_read_only_and_the_output_is_not() -> None:
+    assert list_actions(load_statements("ReadPolicy")) == READ
+    assert list_actions(load_statements("OutputPolicy")) == READ | WRITE
+
+
+def test_the_documents_name_the_actions_of_the_output_policy() -> None:
+    text = (REPOSITORY / "configs" / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in text.splitlines() if line.startswith("| S3 |")]
+    named = {f"s3:{name}" for name in re.findall(r"[A-Z][a-z]+(?:[A-Z][a-z]+)+", row)}
+    assert named == list_actions(load_statements("OutputPolicy"))
+
+
+@pytest.mark.parametrize("name", ["ReadPolicy", "OutputPolicy"])
+def test_no_policy_reaches_beyond_its_prefix(name: str) -> None:
+    for statement in load_statements(name):
+        resources = statement["Resource"]
+        for resource in [resources] if isinstance(resources, str) else resources:
+            if statement["Action"] == "s3:ListBucket":
+                (prefix,) = statement["Condition"]["StringLike"].values()
+                assert re.fullmatch(r"\$\{\w+Prefix\}\*", prefix)
+                assert re.fullmatch(r"arn:\S+:s3:::\$\{\w+Bucket\}", resource)
+            else:
+                assert re.fullmatch(r"arn:\S+:s3:::\$\{\w+Bucket\}/\$\{\w+Prefix\}\*", resource)

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from dataclasses import dataclass
+from pathlib import Path
+
+_CGROUP_CPU_LIMITS = (
+    ("/sys/fs/cgroup/cpu.max",),
+    ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+"""Files with the quota and the period of a container in microseconds: control groups version 2, version 1."""
 
 
 @dataclass(frozen=True)
@@ -52,4 +61,15 @@ class Workers:
 
 def count_usable_cores() -> int:
     """Return the number of cores that this process may use; a container or batch system may limit it."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, math.ceil(min(cores, _read_cpu_limit())))
+
+
+def _read_cpu_limit() -> float:
+    """Return the CPU seconds per second that this container may use; infinite without a limit."""
+    for files in _CGROUP_CPU_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # a file is missing, or contains `max`
+            quota, period = " ".join(Path(name).read_text(encoding="ascii") for name in files).split()
+            if int(quota) > 0:
+                return int(quota) / int(period)
+    return math.inf

@@ -56,7 +56,7 @@ def list_path(fs: fsspec.AbstractFileSystem, path: str, options: ListingOptions)
     Raises:
         FileNotFoundError: The path is neither a file nor a folder.
     """
-    info = _run_with_retries(lambda: fs.info(path))
+    info = _get_info(fs, path)
     is_file = info["type"] == "file" or (info["type"] != "directory" and fs.isfile(path))
     if is_file:  # one request
         root = posixpath.dirname(path)
@@ -69,6 +69,27 @@ def list_path(fs: fsspec.AbstractFileSystem, path: str, options: ListingOptions)
     else:
         found = _find_in_store(fs, path)
     return _list_files(fs, path, found, options, is_whole_folder=True)
+
+
+def _get_info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
+    """Return what the file system knows about a path.
+
+    If an identity may read only the objects below a folder, S3 refuses to say whether an object has the name
+    of the folder itself. Such a path is a folder if something is listed below it.
+
+    Raises:
+        FileNotFoundError: Nothing has this path.
+    """
+    try:
+        info: dict[str, Any] = _run_with_retries(lambda: fs.info(path))
+    except PermissionError:
+        if isinstance(fs, LocalFileSystem):
+            raise
+        names = _run_with_retries(lambda: fs.ls(path, detail=False))
+        if not any(name.startswith(f"{path}/") for name in names):
+            raise
+        return {"type": "directory"}
+    return info
 
 
 def list_glob(fs: fsspec.AbstractFileSystem, pattern: str, options: ListingOptions) -> Listing:

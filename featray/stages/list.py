@@ -7,6 +7,7 @@ marked and ids are made unique.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from importlib.metadata import version
 
@@ -80,8 +81,10 @@ def _list_source(fs: fsspec.AbstractFileSystem, root: str, options: ListingOptio
         return _list_by_kind(fs, root, options)
     except FileNotFoundError:
         if not has_wildcard(root):
-            # For a store that cannot be reached, `isfile` returns False. `info` raises the actual error.
-            fs.info(root)
+            # For a store that cannot be reached, `isfile` returns False. `info` raises the actual error. It is
+            # refused, although the path does not exist, if only objects below it may be read.
+            with contextlib.suppress(PermissionError):
+                fs.info(root)
         raise
 
 

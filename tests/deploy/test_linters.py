@@ -1,4 +1,4 @@
-"""Linters have no complaints about the files of deploy/, and the bucket policies grant what documents say."""
+"""Linters have no complaints about the files of deploy/."""
 
 from __future__ import annotations
 
@@ -7,16 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import deploy_files
 import pytest
-import yaml
 from deploy_files import DEPLOY, REPOSITORY
 
 SLURM = sorted((DEPLOY / "slurm").iterdir())
-READ = {"s3:GetObject", "s3:ListBucket"}
-WRITE = {"s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"}
 
 
 def find_program(name: str) -> str:
@@ -95,49 +91,3 @@ def test_the_airflow_dag_is_python_and_names_no_secret() -> None:
     source = (DEPLOY / "airflow" / "featray_nightly.py").read_text(encoding="utf-8")
     compile(source, "featray_nightly.py", "exec")
     assert "V1SecretEnvSource" in deploy_files.load_airflow_arguments()["env_from"]
-
-
-class CloudFormationLoader(yaml.SafeLoader):
-    """Reads `!Sub` and `!Ref` as the texts behind them."""
-
-
-CloudFormationLoader.add_multi_constructor("!", lambda loader, _tag, node: loader.construct_scalar(node))
-
-
-def load_statements(name: str) -> list[dict[str, Any]]:
-    text = (DEPLOY / "aws" / "policies.yaml").read_text(encoding="utf-8")
-    template = yaml.load(text, Loader=CloudFormationLoader)
-    statements: list[dict[str, Any]] = template["Resources"][name]["Properties"]["PolicyDocument"][
-        "Statement"
-    ]
-    return statements
-
-
-def list_actions(statements: list[dict[str, Any]]) -> set[str]:
-    actions = [statement["Action"] for statement in statements]
-    return {name for item in actions for name in ([item] if isinstance(item, str) else item)}
-
-
-def test_the_source_is_read_only_and_the_output_is_not() -> None:
-    assert list_actions(load_statements("ReadPolicy")) == READ
-    assert list_actions(load_statements("OutputPolicy")) == READ | WRITE
-
-
-def test_the_documents_name_the_actions_of_the_output_policy() -> None:
-    text = (REPOSITORY / "configs" / "README.md").read_text(encoding="utf-8")
-    (row,) = [line for line in text.splitlines() if line.startswith("| S3 |")]
-    named = {f"s3:{name}" for name in re.findall(r"[A-Z][a-z]+(?:[A-Z][a-z]+)+", row)}
-    assert named == list_actions(load_statements("OutputPolicy"))
-
-
-@pytest.mark.parametrize("name", ["ReadPolicy", "OutputPolicy"])
-def test_no_policy_reaches_beyond_its_prefix(name: str) -> None:
-    for statement in load_statements(name):
-        resources = statement["Resource"]
-        for resource in [resources] if isinstance(resources, str) else resources:
-            if statement["Action"] == "s3:ListBucket":
-                (prefix,) = statement["Condition"]["StringLike"].values()
-                assert re.fullmatch(r"\$\{\w+Prefix\}\*", prefix)
-                assert re.fullmatch(r"arn:\S+:s3:::\$\{\w+Bucket\}", resource)
-            else:
-                assert re.fullmatch(r"arn:\S+:s3:::\$\{\w+Bucket\}/\$\{\w+Prefix\}\*", resource)

@@ -73,6 +73,7 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("first-run")
     make_collection(folder / "data" / "ct", 3, shape_zyx=(32, 64, 64), dicom_count=0)
+    shutil.copy(folder / "data" / "ct" / "labels.csv", folder)
     (folder / "models").mkdir()
     build_encoder((16, 64, 64)).save(folder / "models" / "vae.keras")
     shutil.copy(REPOSITORY / "featray" / "synthetic" / "vae.py", folder / "models" / "sampling.py")
@@ -116,7 +117,7 @@ def test_the_commands_of_the_documents_run_as_written(first_run: Path) -> None:
         counts[name_document(document)] = len(lines)
         for line in lines:
             run_line(line, first_run)
-    assert counts["README.md"] == 8
+    assert counts["README.md"] == 9
     assert counts["configs/README.md"] == 2
     assert counts["deploy/README.md"] == 5
     snippets = read_blocks(README, "python")

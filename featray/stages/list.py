@@ -81,8 +81,8 @@ def _list_source(fs: fsspec.AbstractFileSystem, root: str, options: ListingOptio
         return _list_by_kind(fs, root, options)
     except FileNotFoundError:
         if not has_wildcard(root):
-            # For a store that cannot be reached, `isfile` returns False. `info` raises the actual error. It is
-            # refused, although the path does not exist, if only objects below it may be read.
+            # For a store that cannot be reached, `isfile` returns False. `info` raises the actual error. If
+            # only objects below the path may be read, it is refused although the path does not exist.
             with contextlib.suppress(PermissionError):
                 fs.info(root)
         raise

@@ -30,6 +30,7 @@ SCANS_PER_COMMIT = 2000
 FACTORS = 40
 """Independent numbers per scan from which the features are made."""
 POLL_S = 0.05
+RUN_ID = "20260101T000000000-abcdef"
 
 
 def main() -> None:
@@ -100,7 +101,7 @@ def _make_output(folder: Path, args: argparse.Namespace) -> None:
 
     dataset = Dataset(Store(str(folder / "out")))
     layers = {f"layer_{number}": f"{number:016x}" for number in range(args.layers)}
-    committer = Committer(dataset, ("layer",), run_id="20260101T000000000-abcdef")
+    committer = Committer(dataset, ("layer",), run_id=RUN_ID)
     generator = np.random.default_rng(0)
     mixing = generator.standard_normal((args.layers, FACTORS, args.values), np.float32)
     rows = []
@@ -133,23 +134,33 @@ def _make_values(
 def _write(
     dataset: Any, scan_ids: Sequence[str], values: dict[str, NDArray[np.float32]], recipes: dict[str, str]
 ) -> Any:
-    from featray.schema import Decoded, ScanRecord
-    from featray.stages.extract import extract
-    from featray.stages.write import write
+    """Write one file per layer, and return the receipt. Arrow tables are made at once for all scans."""
+    import pyarrow as pa
 
-    def take_values(_batch: Any, _seeds: Sequence[str]) -> dict[str, NDArray[np.float32]]:
-        return values
+    from featray.output.dataset import FEATURES
+    from featray.schema import FEATURE_COLUMNS, Receipt, ScanRecord
 
-    inputs = [
-        Decoded(
-            ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content=scan_id, shape=[100, 512, 512]),
-            np.zeros((1, 1, 1, 1), np.float32),
-            np.zeros((1, 3), np.int32),
+    count, files = len(scan_ids), []
+    for layer, rows in values.items():
+        offsets = np.arange(count + 1, dtype=np.int32) * rows.shape[1]
+        columns = {
+            "scan_id": pa.array(scan_ids),
+            "patch": pa.repeat(0, count),
+            "origin": pa.array([[0, 0, 0]] * count),
+            "feature": pa.ListArray.from_arrays(offsets, rows.ravel()),
+            "shape": pa.array([[rows.shape[1]]] * count),
+            "recipe": pa.repeat(recipes[layer], count),
+            "run_id": pa.repeat(RUN_ID, count),
+        }
+        files.append(
+            dataset.write_file(FEATURES, {"layer": layer}, pa.table(columns).cast(FEATURE_COLUMNS), RUN_ID)
         )
+    records = [
+        ScanRecord(scan_id, f"/data/{scan_id}", "nifti", content=scan_id, patches=1, shape=[100, 512, 512])
         for scan_id in scan_ids
     ]
-    receipt = write(extract(take_values, inputs, recipe="seed"), dataset, ("layer",), recipes, "run")
-    receipt.set_run("0123456789abcdef", recipes, "run")
+    receipt = Receipt(tuple(files), tuple(records))
+    receipt.set_run("0123456789abcdef", recipes, RUN_ID)
     return receipt
 
 

@@ -115,6 +115,8 @@ def _explain_refusal(verdict: Verdict, noun: str) -> str:
         return about
     if verdict.refusal is Refusal.SMALL_CLASS:
         return f"{about}, or {MIN_CLASS_PATIENTS} in each class"
+    if verdict.is_baseline_enough:
+        return f"nothing, because no layer can hold much more of it than the baseline {verdict.baseline}"
     if not about:
         against = f" than the baseline {verdict.baseline}" if verdict.refusal is Refusal.NO_GAIN else ""
         advice = f"more {noun} alone are not expected to help"

@@ -103,6 +103,8 @@ class Verdict:
         other: Name of a candidate that is as good within error, and smaller or larger; None if there is none.
         size_ratio: Size of the larger of these two divided by the size of the smaller.
         baseline: Name of the best baseline; None without baselines.
+        is_baseline_enough: Whether the best baseline is so good that no candidate could be better by
+            `MIN_GAP`.
     """
 
     label: str
@@ -113,6 +115,7 @@ class Verdict:
     other: str | None = None
     size_ratio: float | None = None
     baseline: str | None = None
+    is_baseline_enough: bool = False
 
 
 def check_size(label: Label, patients: NDArray[np.intp], noun: str = "patients") -> Verdict | None:
@@ -274,7 +277,11 @@ def _estimate_needed(evidence: Evidence, ratio: float) -> int | None:
 
 
 def _make_refusal(evidence: Evidence, refusal: Refusal, reason: str, needed: int | None) -> Verdict:
-    if needed is not None:
+    baseline = next(iter(_sort_baselines(evidence)), None)
+    is_enough = refusal is Refusal.NO_GAIN and baseline is not None and baseline.score > 1 - MIN_GAP
+    if is_enough:
+        advice = "the baseline is enough"
+    elif needed is not None:
         advice = (
             f"about {needed} are needed"
             if refusal is Refusal.WIDE_INTERVAL
@@ -286,7 +293,6 @@ def _make_refusal(evidence: Evidence, refusal: Refusal, reason: str, needed: int
         advice = (
             f"more {evidence.noun} alone are not expected to help; another layer, view or model is needed"
         )
-    baseline = next(iter(_sort_baselines(evidence)), None)
     return Verdict(
         evidence.label,
         f"{_refuse(evidence.label)}: {reason}; {advice}.",
@@ -294,6 +300,7 @@ def _make_refusal(evidence: Evidence, refusal: Refusal, reason: str, needed: int
         needed,
         candidate=evidence.candidates[evidence.choice.chosen].name,
         baseline=baseline.name if baseline is not None else None,
+        is_baseline_enough=is_enough,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ NO_SCANS = np.zeros(0, np.intp)
 NOISE = np.random.default_rng(0).normal(0, 0.05, 20)
 
 
-def explain(refusal: Refusal, needed: int | None, **options: str) -> str:
+def explain(refusal: Refusal, needed: int | None, **options: Any) -> str:
     verdict = Verdict("contrast", "No verdict", refusal, needed, **options)
     (change,) = list_changes([Answer(LABEL, NO_SCANS, verdict)], PATIENTS, None)
     return change
@@ -47,6 +48,8 @@ def test_each_refusal_says_what_would_lift_it() -> None:
     gain = explain(Refusal.NO_GAIN, 400, candidate="z", baseline="header")
     assert gain.endswith("to tell whether z gains over the baseline header.")
     assert "holds more of it than the baseline header;" in explain(Refusal.NO_GAIN, None, baseline="header")
+    enough = explain(Refusal.NO_GAIN, None, baseline="header", is_baseline_enough=True)
+    assert enough.endswith("nothing, because no layer can hold much more of it than the baseline header.")
 
 
 def test_a_verdict_says_how_many_patients_would_tell_close_layers_apart() -> None:

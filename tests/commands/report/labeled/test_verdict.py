@@ -211,6 +211,16 @@ def test_no_gain_over_a_baseline_is_refused() -> None:
     )
 
 
+@pytest.mark.parametrize(("score", "is_enough"), [(0.98, True), (0.965, False)])
+def test_a_baseline_over_which_no_layer_could_gain_is_enough(score: float, is_enough: bool) -> None:
+    layer = make_score("conv_3 (grid)", 2560, 0.97, 0)
+    baseline = make_score("PCA of voxels", 64, score, 2)
+    evidence = replace(EVIDENCE, candidates=(layer, LATENT), baselines=(baseline,))
+    verdict = decide_verdict(evidence)
+    assert (verdict.refusal, verdict.is_baseline_enough) == (Refusal.NO_GAIN, is_enough)
+    assert verdict.text.endswith("no gain beyond error; the baseline is enough.") is is_enough
+
+
 def test_a_gain_within_error_is_refused_with_the_patients_that_would_show_it() -> None:
     baseline = make_score("HU histogram", 64, 0.80, 2, 10)
     verdict = decide_verdict(replace(EVIDENCE, baselines=(baseline,)))

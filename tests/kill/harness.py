@@ -35,7 +35,7 @@ from featray.stages.report import Summary
 from featray.storage.store import Store
 from kill.rounds import SCENARIOS, Round
 
-TIMEOUT_S = 150.0
+TIMEOUT_S = 300.0
 """Time limit of each wait. A run takes a few seconds; the rest is for machines that are busy."""
 POLL_S = 0.03
 """Interval between two looks at the processes or files of a run; looking takes CPU time from the run."""

@@ -210,7 +210,6 @@ def test_the_installed_index_has_the_columns_that_are_needed(job: Any, tmp_path:
     assert len(job.make_manifest(lidc, ())) == len(lidc)
 
 
-@pytest.mark.slow
 def test_series_in_a_public_bucket_are_extracted_without_an_account_and_revised_ones_again(
     make_manifest: MakeManifest, tmp_path: Path, vae_file: Path, s3_server: SeaweedFS
 ) -> None:

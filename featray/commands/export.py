@@ -180,12 +180,10 @@ class _Export:
         Raises:
             ConfigError: The folder holds a complete export, or files that belong to no export.
         """
-        found, _ = self.folder.inspect()
+        found = self.folder.list_files()
         complete = {path for path, size in found.items() if sizes.get(path) == size}
-        self.folder.start(
-            [path for path in found if path not in complete],
-            {"version": self.snapshot.version, "files": sorted(self.files)},
-        )
+        incomplete = [path for path in found if path not in complete]
+        self.folder.start(self.snapshot.version, sorted(self.files), incomplete)
         return complete
 
     def _copy_files(self, paths: Sequence[str]) -> dict[str, int]:

@@ -61,11 +61,8 @@ class ExportFolder:
             raise ConfigError(f"{mask_url(directory)} is inside the output; name a folder outside of it")
         return cls(target)
 
-    def inspect(self) -> tuple[dict[str, int], dict[str, Any]]:
-        """Return what an incomplete export has left in the folder.
-
-        Returns:
-            Path → bytes of its files, and what `start` has noted; both are empty for a new folder.
+    def list_files(self) -> dict[str, int]:
+        """Return path → bytes of the files that an incomplete export has left; empty for a new folder.
 
         Raises:
             ConfigError: The folder holds a complete export, or files that belong to no export.
@@ -75,30 +72,26 @@ class ExportFolder:
             raise ConfigError(
                 f"{self.store!r} holds a complete export (see its {MARKER}); name another folder"
             )
-        notes = json.loads(self.store.read(STARTED)) if STARTED in found else {}
-        own = {*notes.get("files", ()), STARTED, MARKER}
-        foreign = [path for path in found if _SCRATCH.sub("", path) not in own]
+        started = set(json.loads(self.store.read(STARTED))["files"]) if STARTED in found else set()
+        foreign = [path for path in found if _SCRATCH.sub("", path) not in started | {STARTED, MARKER}]
         if foreign:
-            problem = "an incomplete export and files that are not part of it" if notes else "other files"
+            problem = "an incomplete export and files that are not part of it" if started else "other files"
             raise ConfigError(
                 f"{self.store!r} holds {problem} ({_shorten(foreign)}); name a folder that is new or empty"
             )
         found.pop(STARTED, None)
-        return found, notes
+        return found
 
-    def start(self, incomplete: Sequence[str], notes: Mapping[str, Any]) -> None:
-        """Delete incomplete files of an earlier call and note what this call writes.
+    def start(self, version: int, files: Sequence[str], incomplete: Sequence[str]) -> None:
+        """Delete files of an earlier call that are of no use, and write the list of files.
 
         Args:
+            version: Version of the output.
+            files: Paths of all files of the export.
             incomplete: Paths of the files to delete.
-            notes: JSON values; `files` lists the paths of all files of the export.
         """
         self.store.delete(list(incomplete))
-        self.note(notes)
-
-    def note(self, notes: Mapping[str, Any]) -> None:
-        """Replace the notes of an export that is not complete."""
-        self.store.write(STARTED, to_json(notes))
+        self.store.write(STARTED, _to_json({"version": version, "files": list(files)}))
 
     def finish(self, files: Mapping[str, int], marker: bytes) -> None:
         """Compare the folder with the files of the export and mark the export as complete.
@@ -126,7 +119,7 @@ class ExportFolder:
 def make_marker(facts: Mapping[str, Any]) -> bytes:
     """Return the content of the marker: facts about the export, the version of featray and the time."""
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    return to_json({"featray": version_of("featray"), "finished": finished, **facts})
+    return _to_json({"featray": version_of("featray"), "finished": finished, **facts})
 
 
 def describe_mixed_recipes(recipes: Mapping[str, Mapping[str, int]]) -> list[str]:
@@ -143,8 +136,7 @@ def describe_mixed_recipes(recipes: Mapping[str, Mapping[str, int]]) -> list[str
     ]
 
 
-def to_json(value: Any) -> bytes:
-    """Return a value as the content of a JSON file."""
+def _to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 

@@ -333,15 +333,13 @@ class _VectorExport:
         Raises:
             ConfigError: The folder holds a complete export, or files that belong to no export.
         """
-        found, _ = self.folder.inspect()
+        found = self.folder.list_files()
         complete: dict[str, _Written] = {}
         for part in parts:
             if part.path in found and (rounding := self._read_rounding(part)) is not None:
                 complete[part.path] = _Written(found[part.path], rounding)
-        self.folder.start(
-            [path for path in found if path not in complete],
-            {"version": self.snapshot.version, "files": [part.path for part in parts]},
-        )
+        incomplete = [path for path in found if path not in complete]
+        self.folder.start(self.snapshot.version, [part.path for part in parts], incomplete)
         return complete
 
     def _read_rounding(self, part: _Part) -> Rounding | None:

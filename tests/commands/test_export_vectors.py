@@ -209,6 +209,7 @@ def interrupt_writes(patch: pytest.MonkeyPatch, after: int) -> None:
     patch.setattr(export_vectors, "_PARALLEL_FILES", 1)
 
 
+@pytest.mark.slow
 def test_files_of_a_call_with_other_options_or_of_another_version_are_not_kept(
     dataset: Dataset, tmp_path: Path, one_file_each: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -223,6 +224,7 @@ def test_files_of_a_call_with_other_options_or_of_another_version_are_not_kept(
     assert read_layer(tmp_path / "v")["feature"].to_pylist()[0] == [7, 8]
 
 
+@pytest.mark.slow
 def test_an_output_that_is_refreshed_meanwhile_is_exported_as_one_version(
     dataset: Dataset, tmp_path: Path, one_file_each: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

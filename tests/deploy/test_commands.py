@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import deploy_files
@@ -57,6 +58,16 @@ def test_every_file_opens_with_the_command_that_uses_it(path: Path) -> None:
     programs = ("docker", "kubectl", "systemctl", "sbatch", "aws", "featray", "cp")
     used = [line for line in head if any(name in line for name in names)]
     assert any(f"{program} " in line for line in used for program in programs), head
+
+
+def test_the_readme_lists_every_file_or_its_folder() -> None:
+    text = (deploy_files.DEPLOY / "README.md").read_text(encoding="utf-8")
+    section = text.split("\n## Deploy\n")[1].split("\n## ")[0]
+    linked = [deploy_files.DEPLOY / target for target in re.findall(r"\]\(([\w./-]+)\)", section)]
+    folders = {path.parent for path in linked} - {deploy_files.DEPLOY}
+    assert [
+        path for path in deploy_files.list_files() if path not in linked and path.parent not in folders
+    ] == []
 
 
 def test_exit_codes_decide_what_is_tried_again() -> None:

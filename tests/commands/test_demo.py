@@ -159,9 +159,12 @@ def test_the_report_of_the_default_demo_gives_no_verdict_for_any_label(demo_run:
 
 
 def read_example(library: str) -> str:
-    """Return the example of the documents that imports a library."""
+    """Return the example of the documents that reads the demo with a library."""
     blocks = re.findall(r"```python\n(.*?)```", READING.read_text(encoding="utf-8"), re.DOTALL)
-    (example,) = [block for block in blocks if f"import {library}" in block or f"from {library}" in block]
+    imports = (f"import {library}", f"from {library}")
+    (example,) = [
+        block for block in blocks if "featray-demo" in block and any(text in block for text in imports)
+    ]
     return str(example)
 
 

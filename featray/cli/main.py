@@ -100,7 +100,7 @@ def _add_model_commands(commands: Any) -> None:
         commands,
         "demo",
         handlers.run_demo,
-        "make sample scans, train a small VAE, extract five layers, and write the report",
+        "make scans, train a VAE, extract layers, and write the report",
     )
     demo.add_argument(
         "directory",

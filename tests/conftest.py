@@ -17,6 +17,8 @@ ConfigOf = Callable[..., dict[str, Any]]
 pytest_plugins = ["servers.fixtures", "kill.scenarios"]
 SLOW_MARKERS = {"emulator", "kill", "ray", "soak"}
 SLOW_FIXTURES = {"demo_run", "s3_server"}
+COSTS = {"slow": 1, "ray": 4, "kill": 10}
+"""Rough work of a test with a marker, by which the files are ordered."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,7 +45,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if markers & SLOW_MARKERS or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
     # The processes of pytest-xdist end at about the same time if the files with most work come first.
-    work = Counter(item.path for item in items for name in ("slow", "kill") if item.get_closest_marker(name))
+    work: Counter[Path] = Counter()
+    for item in items:
+        work[item.path] += sum(cost for name, cost in COSTS.items() if item.get_closest_marker(name))
     items.sort(key=lambda item: -work[item.path])
 
 

@@ -16,8 +16,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from featray.cli import handlers
+from featray.cli.arguments import (
+    add_benchmark_options,
+    add_config_arguments,
+    add_export_arguments,
+    add_layers_arguments,
+    add_output_argument,
+    add_report_arguments,
+    add_schema_arguments,
+    parse_path,
+)
 from featray.errors import ExitCode, FeatrayError, Reason
-from featray.storage.expand import expand_path
 from featray.terminal.answer import RESUME_HINT, print_error
 from featray.terminal.streams import exit_at_once, flush_streams, make_streams_robust
 
@@ -92,6 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_preparation_commands(commands)
     _add_run_commands(commands)
     _add_output_commands(commands)
+    _add_result_commands(commands)
     return parser
 
 
@@ -105,7 +115,7 @@ def _add_model_commands(commands: Any) -> None:
     demo.add_argument(
         "directory",
         nargs="?",
-        type=_parse_path,
+        type=parse_path,
         default="featray-demo",
         metavar="DIR",
         help="folder to create (default: %(default)s)",
@@ -120,7 +130,7 @@ def _add_model_commands(commands: Any) -> None:
     layers = _add_command(
         commands, "layers", handlers.run_layers, "list every layer of a model that can be extracted"
     )
-    _add_layers_arguments(layers)
+    add_layers_arguments(layers)
 
 
 def _add_preparation_commands(commands: Any) -> None:
@@ -130,21 +140,21 @@ def _add_preparation_commands(commands: Any) -> None:
         handlers.run_config,
         "print a config with all its defaults, or the JSON schema",
     )
-    _add_schema_arguments(config)
+    add_schema_arguments(config)
     doctor = _add_command(
         commands,
         "doctor",
         handlers.run_doctor,
         "check everything that a run needs, and say how to fix problems",
     )
-    _add_config_arguments(doctor)
+    add_config_arguments(doctor)
     plan = _add_command(
         commands,
         "plan",
         handlers.run_plan,
         "count the scans to process; estimate time, memory and size",
     )
-    _add_config_arguments(plan)
+    add_config_arguments(plan)
     plan.add_argument(
         "--why",
         metavar="ID",
@@ -153,11 +163,11 @@ def _add_preparation_commands(commands: Any) -> None:
     preview = _add_command(
         commands, "preview", handlers.run_preview, "draw one scan as the model would receive it"
     )
-    _add_config_arguments(preview)
+    add_config_arguments(preview)
     preview.add_argument("--scan", metavar="ID", help="scan to draw (default: the first usable scan)")
     preview.add_argument(
         "--out",
-        type=_parse_path,
+        type=parse_path,
         metavar="DIR",
         default="featray-preview",
         help="folder for the picture and the tensor (default: %(default)s)",
@@ -171,14 +181,14 @@ def _add_run_commands(commands: Any) -> None:
         handlers.run_extract,
         "extract missing features, or resume an interrupted run",
     )
-    _add_config_arguments(extract)
+    add_config_arguments(extract)
     refresh = _add_command(
         commands,
         "refresh",
         handlers.run_refresh,
         "update the output to match the collection, including removals",
     )
-    _add_config_arguments(refresh)
+    add_config_arguments(refresh)
     refresh.add_argument(
         "--drop-layers",
         action="store_true",
@@ -200,7 +210,7 @@ def _add_run_commands(commands: Any) -> None:
     cache = _add_command(
         commands, "cache", handlers.run_cache, "show what the input cache of a config holds, or clear it"
     )
-    _add_config_arguments(cache)
+    add_config_arguments(cache)
     cache.add_argument(
         "--clear", action="store_true", help="delete all model inputs in the cache (default: delete nothing)"
     )
@@ -210,18 +220,18 @@ def _add_run_commands(commands: Any) -> None:
         handlers.run_benchmark,
         "measure the throughput of each stage and of whole runs",
     )
-    _add_benchmark_options(benchmark)
+    add_benchmark_options(benchmark)
 
 
 def _add_output_commands(commands: Any) -> None:
     status = _add_command(
         commands, "status", handlers.run_status, "count the scans of an output by layer and by reason"
     )
-    _add_output_argument(status)
+    add_output_argument(status)
     failures = _add_command(
         commands, "failures", handlers.run_failures, "list the scans that are not ok, each with its reason"
     )
-    _add_output_argument(failures)
+    add_output_argument(failures)
     failures.add_argument(
         "--reason",
         choices=_REASONS,
@@ -234,7 +244,7 @@ def _add_output_commands(commands: Any) -> None:
         handlers.run_verify,
         "read all files of an output; report problems and remedies",
     )
-    _add_output_argument(verify)
+    add_output_argument(verify)
     verify.add_argument(
         "--repair",
         action="store_true",
@@ -248,57 +258,27 @@ def _add_output_commands(commands: Any) -> None:
         "them again "
         "(default: keep them)",
     )
+
+
+def _add_result_commands(commands: Any) -> None:
     export = _add_command(
         commands, "export", handlers.run_export, "copy one version of an output to a folder of Parquet files"
     )
-    _add_export_arguments(export)
+    add_export_arguments(export)
     report = _add_command(
         commands,
         "report",
         handlers.run_report,
         "say which layer to use: an HTML page and its numbers",
     )
-    _add_report_arguments(report)
+    add_report_arguments(report)
     vacuum = _add_command(
         commands,
         "vacuum",
         handlers.run_vacuum,
         "delete superseded and orphan files, and merge small files",
     )
-    _add_output_argument(vacuum)
-
-
-def _add_layers_arguments(layers: argparse.ArgumentParser) -> None:
-    layers.add_argument("model", metavar="MODEL_OR_CONFIG", help="model file, or config file (.yaml)")
-    layers.add_argument(
-        "--custom-objects",
-        action="append",
-        default=[],
-        metavar="FILE.py:CLASS",
-        help="class or function that the model file needs; may be repeated (default: none)",
-    )
-    layers.add_argument(
-        "--builder",
-        metavar="FILE.py:FUNCTION",
-        help="function that builds the model of a weights-only file (default: the file holds the model)",
-    )
-    layers.add_argument(
-        "--submodel",
-        metavar="NAME",
-        help="list only the layers of this part of the model, such as encoder (default: the whole model)",
-    )
-    layers.add_argument(
-        "--trust",
-        action="store_true",
-        help="allow code that is stored inside the model file to run (default: refuse it)",
-    )
-    layers.add_argument(
-        "--size",
-        metavar="Z,Y,X",
-        help="input size in voxels, if the model accepts any size; `any` leaves one axis open (default: the "
-        "model's own size)",
-    )
-    _add_set_option(layers)
+    add_output_argument(vacuum)
 
 
 def _add_command(
@@ -316,189 +296,6 @@ def _add_command(
         "--quiet", action="store_true", help="do not show progress (default: show it on stderr)"
     )
     return command
-
-
-def _add_config_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument("config", type=_parse_path, metavar="CONFIG", help="config file (YAML)")
-    _add_set_option(command)
-
-
-def _add_schema_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "config", nargs="?", type=_parse_path, metavar="CONFIG", help="config file (YAML) to check and print"
-    )
-    command.add_argument(
-        "--schema",
-        action="store_true",
-        help="print the JSON schema of all config keys, for editors (default: print CONFIG)",
-    )
-    _add_set_option(command)
-
-
-def _add_set_option(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="override a config key, for example model.batch_size=8; may be repeated (default: no override)",
-    )
-
-
-def _add_benchmark_options(command: argparse.ArgumentParser) -> None:
-    _add_config_arguments(command)
-    for name, default, text in (
-        ("--sample", 16, "distinct scans to take from the collection (default: %(default)s)"),
-        ("--phantoms", None, "make N phantoms and measure them instead of the config's collection"),
-        ("--rounds", 2, "number of times that every measurement is repeated (default: %(default)s)"),
-        ("--small", None, "scans of the smaller run (default: half of the sample)"),
-        ("--large", None, "scans of the larger run (default: those of the smaller run + 3 x the sample)"),
-    ):
-        command.add_argument(name, type=int, default=default, metavar="N", help=text)
-    command.add_argument(
-        "--engines", default="inline,ray", metavar="NAMES", help="engines to run (default: %(default)s)"
-    )
-    command.add_argument(
-        "--compare",
-        action="append",
-        default=[],
-        metavar="NAME=FILE.py",
-        help="script to run as well and to compare the features of; may be repeated (default: no script)",
-    )
-    for name, example, text in (
-        ("--workers", "1,2,4", "decode workers to try with engine inline (default: only the config's)"),
-        ("--actors", "1,2", "actors to try with engine ray (default: only the config's)"),
-        ("--collection-sizes", "50,500", "scans to run once each with every engine (default: none)"),
-    ):
-        command.add_argument(name, default="", metavar=example, help=f"numbers of {text}")
-    command.add_argument(
-        "--cache",
-        action="store_true",
-        help="also run every engine with an empty input cache, and then with a filled one",
-    )
-    command.add_argument(
-        "--keep",
-        type=_parse_path,
-        metavar="DIR",
-        help="folder that keeps the phantoms for the next benchmark (default: they are deleted)",
-    )
-    command.add_argument(
-        "--out",
-        type=_parse_path,
-        default="featray-benchmark",
-        metavar="DIR",
-        help="folder for benchmark.json and benchmark.svg (default: %(default)s)",
-    )
-
-
-def _add_output_argument(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "output",
-        type=_parse_path,
-        metavar="OUTPUT",
-        help="folder or URL of an output, or the config file (.yaml) that names it",
-    )
-
-
-def _add_export_arguments(command: argparse.ArgumentParser) -> None:
-    _add_output_argument(command)
-    command.add_argument(
-        "directory",
-        type=_parse_path,
-        metavar="DIR",
-        help="folder or URL to write to; it must be new, empty, or left by an interrupted export",
-    )
-    command.add_argument(
-        "--version", type=int, metavar="N", help="version of OUTPUT to export (default: the newest)"
-    )
-    command.add_argument(
-        "--layer",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="layer to export; may be repeated (default: all layers)",
-    )
-    command.add_argument(
-        "--vectors",
-        action="store_true",
-        help="write fixed-size vectors, for arrays of DuckDB, Lance, Hugging Face datasets and PyTorch "
-        "(default: copy the files as they are)",
-    )
-    command.add_argument(
-        "--columns",
-        default="",
-        metavar="NAMES",
-        help="with --vectors: columns of the table scans to add to each row, for example spacing,warnings "
-        "(default: none)",
-    )
-    command.add_argument(
-        "--float16",
-        action="store_true",
-        help="with --vectors: round the values to float16, and say what that has changed (default: float32)",
-    )
-    command.add_argument(
-        "--storage-options",
-        metavar="FILE",
-        help="fsspec options of DIR: a YAML or JSON file, or a text such as {anon: true} (default: the "
-        "options of OUTPUT if both are in the same kind of store)",
-    )
-
-
-def _add_report_arguments(command: argparse.ArgumentParser) -> None:
-    _add_output_argument(command)
-    command.add_argument(
-        "--labels",
-        type=_parse_path,
-        metavar="FILE",
-        help="table with columns scan_id, optionally patient, and one column per label (default: a report "
-        "without labels)",
-    )
-    command.add_argument(
-        "--out",
-        type=_parse_path,
-        metavar="DIR",
-        help="folder or URL for the page and its numbers (default: the folder `report` of OUTPUT)",
-    )
-    command.add_argument(
-        "--layer",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="layer to compare; may be repeated (default: all layers)",
-    )
-    command.add_argument(
-        "--version", type=int, metavar="N", help="version of OUTPUT to read (default: the newest)"
-    )
-    command.add_argument(
-        "--no-images",
-        action="store_true",
-        help="leave out the slices of the scans, which are patient data (default: show some)",
-    )
-    command.add_argument(
-        "--random-weights",
-        action="store_true",
-        help="also compare with the same model untrained; reads the model and scans (default: do not)",
-    )
-    command.add_argument(
-        "--stability",
-        action="store_true",
-        help="also measure how much noise, a shift and resampling change the features of some scans; reads "
-        "the model and scans (default: do not)",
-    )
-    command.add_argument(
-        "--storage-options",
-        metavar="FILE",
-        help="fsspec options of the output, the labels and DIR: a YAML or JSON file, or a text such as "
-        "{anon: true} (default: those of the config, if OUTPUT is one)",
-    )
-
-
-def _parse_path(text: str) -> str:
-    """Return a path with `~` and environment variables expanded, for paths that the shell did not expand."""
-    try:
-        return expand_path(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _read_version() -> str:

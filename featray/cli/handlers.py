@@ -132,12 +132,12 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_layers(args: argparse.Namespace) -> int:
     """Run `featray layers`."""
-    from featray.config import load
+    from featray.config import is_config_file, load
     from featray.model import list_layers
 
     size_zyx = _parse_size(args.size)
     options = {name: getattr(args, name) for name in ("custom_objects", "builder", "submodel", "trust")}
-    if not args.model.endswith((".yaml", ".yml")):
+    if not is_config_file(args.model):
         layers = list_layers(args.model, input_zyx=size_zyx, **options)
     elif size_zyx or any(options.values()):
         raise ConfigError(

@@ -50,9 +50,8 @@ class ExportFolder:
         Raises:
             ConfigError: The folder is a file, or inside the output.
         """
-        protocol = directory.partition("://")[0] if "://" in directory else ""
-        if options is None and protocol and source.uri.startswith(f"{protocol}://"):
-            options = source.options
+        if options is None:
+            options = source.find_options(directory)
         target = Store(directory, dict(options or {}))
         if target.is_local and os.path.lexists(target.root) and not os.path.isdir(target.root):
             raise ConfigError(f"{target.root} is a file; name a folder to export to")

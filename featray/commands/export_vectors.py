@@ -26,8 +26,9 @@ import pyarrow.compute as pc
 
 from featray.commands.export_folder import ExportFolder, describe_mixed_recipes, make_marker
 from featray.errors import ConfigError, UsageError
-from featray.output.dataset import FEATURES, Snapshot, count_values, make_partition_name
+from featray.output.dataset import Snapshot, count_values, make_partition_name
 from featray.output.features import Shapes
+from featray.output.ledger import list_layers
 from featray.output.query import (
     Output,
     ReadRequest,
@@ -198,7 +199,7 @@ def _inspect_layers(snapshot: Snapshot, layers: Sequence[str], columns: Sequence
         ConfigError: The output has no features.
         UsageError: There is no such layer or column, or the values of a layer differ in shape.
     """
-    names = list(layers) or sorted({str(file.partition_values["layer"]) for file in snapshot.files(FEATURES)})
+    names = list(layers) or list_layers(snapshot)
     if not names:
         raise ConfigError(f"{snapshot.store!r} has no features to export; `featray status` shows why")
     requests = [ReadRequest(name, columns=COLUMNS, scan_columns=columns) for name in names]

@@ -3,7 +3,15 @@
 Every package may import the sections. Nothing here opens storage, loads a model or knows a stage.
 """
 
-from featray.config.load import ConfigInput, get_name, load, load_model_section, load_partly, mask_secrets
+from featray.config.load import (
+    ConfigInput,
+    get_name,
+    is_config_file,
+    load,
+    load_model_section,
+    load_partly,
+    mask_secrets,
+)
 from featray.config.models import (
     ActorsConfig,
     CacheConfig,
@@ -36,6 +44,7 @@ __all__ = [
     "RunConfig",
     "SourceConfig",
     "get_name",
+    "is_config_file",
     "load",
     "load_model_section",
     "load_partly",

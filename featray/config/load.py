@@ -24,6 +24,11 @@ ConfigInput = str | os.PathLike[str] | dict[str, Any] | Config
 """Input of `load`: the path of a YAML file, its content as a dict, or a `Config`."""
 
 
+def is_config_file(uri: str) -> bool:
+    """Return whether the name of a file or URL is that of a config."""
+    return uri.endswith((".yaml", ".yml"))
+
+
 def load(config: ConfigInput, overrides: list[str] | None = None) -> Config:
     """Return the checked config. Relative paths in it are relative to the working directory.
 

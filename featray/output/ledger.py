@@ -164,11 +164,17 @@ def read_run(store: Store, run_id: str) -> dict[str, Any]:
     return run if isinstance(run, dict) else {}
 
 
-def read_newest_layers(store: Store) -> list[str]:
-    """Return the layers that the config of the newest run named; empty if no run recorded them."""
+def read_newest_runs(store: Store, limit: int) -> Iterator[dict[str, Any]]:
+    """Yield what at most `limit` runs recorded, the newest first; empty for a run without a run.json."""
     names = store.list_files(RUNS)
     run_ids = sorted({parts[1] for name in names if len(parts := name.split("/")) == 3}, reverse=True)
-    runs = (read_run(store, run_id) for run_id in run_ids[:MAX_RUNS_PER_RECIPE])
+    for run_id in run_ids[:limit]:
+        yield read_run(store, run_id)
+
+
+def read_newest_layers(store: Store) -> list[str]:
+    """Return the layers that the config of the newest run named; empty if no run recorded them."""
+    runs = read_newest_runs(store, MAX_RUNS_PER_RECIPE)
     return next((list(run["layers"]) for run in runs if run.get("layers")), [])
 
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
-from featray.config import load
+from featray.config import is_config_file, load
 from featray.errors import ConfigError, FeatrayError, StorageError, UsageError, find_similar_names
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot, can_contain_any
 from featray.output.features import KEYS
@@ -146,7 +146,7 @@ def open_output(output: Output, storage_options: Mapping[str, Any] | None = None
         return output
     uri = os.fspath(output)
     options = None if storage_options is None else dict(storage_options)
-    if uri.endswith((".yaml", ".yml")):
+    if is_config_file(uri):
         config = load(uri).output
         return Dataset.open(
             config if options is None else config.model_copy(update={"storage_options": options})

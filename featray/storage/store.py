@@ -64,6 +64,11 @@ class Store:
         """Whether the folder is in this machine's file system."""
         return isinstance(self.fs, LocalFileSystem)
 
+    def find_options(self, uri: str) -> dict[str, Any] | None:
+        """Return the options of this store for a URL of the same protocol; None for other URLs and paths."""
+        protocol, separator, _ = uri.partition("://")
+        return self.options if separator and self.uri.startswith(f"{protocol}://") else None
+
     def path(self, name: str) -> str:
         """Return the path of a file in the file system; for an empty name, the path of the folder."""
         return f"{self.root}/{name}" if name else self.root

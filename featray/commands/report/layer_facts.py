@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from featray.output.dataset import RUNS
-from featray.output.ledger import read_run
+from featray.output.ledger import read_newest_runs
 from featray.recipe import make_recipe_ids
 from featray.storage.store import Store
 
@@ -52,13 +51,10 @@ def read_layer_facts(store: Store) -> LayerFactsByRecipe:
     Raises:
         StorageError: The store does not answer.
     """
-    names = store.list_files(RUNS)
-    run_ids = sorted({parts[1] for name in names if len(parts := name.split("/")) == 3}, reverse=True)
     by_recipe: dict[str, LayerFacts] = {}
     by_name: dict[str, LayerFacts] = {}
     models: list[str] = []
-    for run_id in run_ids[:_MAX_RUNS]:
-        run = read_run(store, run_id)
+    for run in read_newest_runs(store, _MAX_RUNS):
         if not isinstance(run.get("recipe"), dict):
             continue
         model = str(run["recipe"]["model"]["sha256"])

@@ -30,7 +30,7 @@ from featray.commands.report.options import ReportOptions
 from featray.commands.report.page.data import make_document
 from featray.commands.report.page.files import PAGE_NAME, make_files
 from featray.commands.report.read_again import choose_wanted, read_again
-from featray.config import load
+from featray.config import is_config_file, load
 from featray.output.dataset import FEATURES, Dataset, Snapshot, count_values
 from featray.output.query import Output, open_output, read_one_version
 from featray.storage.store import Store
@@ -39,7 +39,6 @@ from featray.terminal.progress import StepProgress
 
 FOLDER = "report"
 """Default folder of the report, below the output."""
-CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -154,14 +153,7 @@ def _open_target(dataset: Dataset, directory: str | os.PathLike[str] | None) -> 
     if directory is None:
         return Store(f"{source.uri.rstrip('/')}/{FOLDER}", source.options)
     uri = os.fspath(directory)
-    return Store(uri, _find_options(dataset, uri))
-
-
-def _find_options(dataset: Dataset, uri: str) -> dict[str, Any] | None:
-    """Return the storage options of the output for a URL of the same protocol, and None for others."""
-    protocol = uri.partition("://")[0] if "://" in uri else ""
-    has_same_store = bool(protocol) and dataset.store.uri.startswith(f"{protocol}://")
-    return dataset.store.options if has_same_store else None
+    return Store(uri, source.find_options(uri))
 
 
 def _read_features(request: _Request, folder: Path, on_step: OnStep) -> FeatureSet:
@@ -184,7 +176,7 @@ def _read_features(request: _Request, folder: Path, on_step: OnStep) -> FeatureS
 def _read_labels(request: _Request, features: FeatureSet) -> LabelTable | None:
     if request.labels is None:
         return None
-    options = _find_options(request.dataset, os.fspath(request.labels))
+    options = request.dataset.store.find_options(os.fspath(request.labels))
     return read_labels(request.labels, features.scan_ids, options)
 
 
@@ -199,8 +191,9 @@ def _plan_probes(
 
 def _find_config(request: _Request, features: FeatureSet) -> FoundConfig:
     """Return the config with which scans can be read again: the user's, or the one of the newest run."""
-    if isinstance(request.output, str | os.PathLike) and os.fspath(request.output).endswith(CONFIG_SUFFIXES):
-        return FoundConfig(load(os.fspath(request.output)))
+    output = request.output
+    if not isinstance(output, Dataset) and is_config_file(uri := os.fspath(output)):
+        return FoundConfig(load(uri))
     recipes = count_values(features.scans["recipe"])
     return find_recorded_config(request.dataset, recipes.most_common(1)[0][0])
 

@@ -13,8 +13,8 @@ from typing import Any
 
 from featray.config import Config, load
 from featray.errors import ConfigError
-from featray.output.dataset import RUNS, Dataset
-from featray.output.ledger import read_run
+from featray.output.dataset import Dataset
+from featray.output.ledger import read_newest_runs
 from featray.recipe import make_inputs_id
 from featray.storage.expand import escape_path
 
@@ -92,10 +92,7 @@ def find_recorded_config(dataset: Dataset, recipe: str) -> FoundConfig:
 
 def _list_configs(dataset: Dataset, recipe: str) -> Iterator[dict[str, Any]]:
     """Yield the configs of the runs with this recipe, the newest first."""
-    names = dataset.store.list_files(RUNS)
-    run_ids = sorted({parts[1] for name in names if len(parts := name.split("/")) == 3}, reverse=True)
-    for run_id in run_ids[:_MAX_RUNS]:
-        run = read_run(dataset.store, run_id)
+    for run in read_newest_runs(dataset.store, _MAX_RUNS):
         if isinstance(run.get("config"), dict) and recipe in _list_recipe_ids(run):
             yield run["config"]
 

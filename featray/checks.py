@@ -1,7 +1,8 @@
 """Checks before a run: a config in, the listing out, or an error that lists every problem at once.
 
-Config, source, output, model and plan are checked. These functions write only the cache of DICOM headers for
-the next listing and, in stores other than local folders, a small file that is deleted at once.
+Config, source, output, model and plan are checked. These functions write only the caches for the next listing
+(DICOM headers, digests of files) and, in stores other than local folders, a small file that is deleted at
+once.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import pyarrow as pa
 
@@ -21,21 +23,32 @@ from featray.output.dataset import RUNS
 from featray.output.lease import raise_if_locked
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.stages.input_cache import InputCache
-from featray.stages.list import HeaderCache, Listing, list_scans
+from featray.stages.list import CachePlace, DigestCache, HeaderCache, Listing, list_scans
 from featray.stages.plan import Plan
+from featray.storage.ray_job import find_package_problem
 from featray.storage.store import Store
-from featray.storage.urls import mask_url
+from featray.storage.urls import hash_texts, mask_url
+from featray.storage.user_cache import get_user_cache
 
 log = logging.getLogger(__name__)
 
 HEADER_CACHE = f"{RUNS}/listing.parquet"
 """File with the DICOM headers that listing has read, so that it need not read unchanged files again."""
+DIGEST_CACHE = f"{RUNS}/digests.parquet"
+"""File with the digests of files that listing has compared, so that it need not read them again."""
 ALWAYS_REMOVABLE = 100
-"""Number of scans that a refresh may always remove, whatever `limits.max_removed_fraction` says."""
+"""Number of scans that a refresh may always remove, regardless of `limits.max_removed_fraction`."""
 
 
-def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Config, Listing]:
+def check(
+    config: ConfigInput, overrides: list[str] | None = None, *, show: bool = False
+) -> tuple[Config, Listing]:
     """Return the checked config and the listing of its source.
+
+    Args:
+        config: Path of a YAML file, a dict, or a `Config`.
+        overrides: `key.path=value` texts that override the config.
+        show: Whether to show progress on stderr while the source is listed.
 
     Raises:
         ConfigError: The config or the source has problems. Lists all, including those of the model. Problems
@@ -45,9 +58,10 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
     where = configuration.get_name(config)
     if checked is None:
         raise ConfigError(problems, where)
+    problems += _check_folders(checked)
     listing = Listing(())
     try:
-        listing = check_source(checked, load_header_cache(checked))
+        listing = check_source(checked, load_header_cache(checked), show=show)
     except UsageError as error:
         problems += error.problems
     if problems:  # there will be no run; the model is loaded only to report its problems too
@@ -57,12 +71,13 @@ def check(config: ConfigInput, overrides: list[str] | None = None) -> tuple[Conf
     return checked, listing
 
 
-def check_source(config: Config, header_cache: HeaderCache | None = None) -> Listing:
+def check_source(config: Config, header_cache: HeaderCache | None = None, *, show: bool = False) -> Listing:
     """Return the listing of the source, after checking it against the config.
 
     Args:
         config: Checked config.
         header_cache: Cache of an earlier listing, as for `list_scans`.
+        show: Whether to show progress on stderr while the source is listed.
 
     Raises:
         ConfigError: Lists every problem.
@@ -70,13 +85,20 @@ def check_source(config: Config, header_cache: HeaderCache | None = None) -> Lis
     problems = _check_tags(config)
     listing = Listing(())
     try:
-        listing = list_scans(config.source, config.policy, header_cache)
+        listing = list_source(config, header_cache, show=show)
         problems += _check_partitions(config, listing) + _check_centers(config, listing)
     except UsageError as error:
         problems += error.problems
     if problems:
         raise ConfigError(problems)
     return listing
+
+
+def _check_folders(config: Config) -> list[str]:
+    """Return a problem for the output and the cache each if it would be lost with a Ray job."""
+    folders = {"output.uri": config.output.uri, "cache.uri": config.cache.uri or ""}
+    found = {key: find_package_problem(uri) for key, uri in folders.items() if uri}
+    return [f"{key}: {folders[key]} {problem}" for key, problem in found.items() if problem]
 
 
 def check_stores(output: Store, config: Config) -> None:
@@ -106,8 +128,34 @@ def _explain_errors(store: Store, key: str) -> Iterator[None]:
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
 
 
+def list_source(config: Config, header_cache: HeaderCache | None, *, show: bool = False) -> Listing:
+    """Return the listing of the source; keep the digests of compared files for other commands of this user.
+
+    The arguments and errors are those of `list_scans`.
+    """
+    output = _open_places(config.output.uri, config.output.storage_options, DIGEST_CACHE)
+    user: list[CachePlace] = []
+    with contextlib.suppress(RuntimeError):  # no home folder
+        user = _open_places(str(get_user_cache("digests")), {}, f"{hash_texts([config.source.uri])}.parquet")
+    cache = DigestCache(*output, *user)
+    listing = list_scans(config.source, config.policy, header_cache, digest_cache=cache, show=show)
+    for place in user:
+        with contextlib.suppress(FeatrayError, OSError):  # a folder that cannot be written costs time only
+            cache.save(place)
+    return listing
+
+
+def _open_places(uri: str, options: dict[str, Any], name: str) -> list[CachePlace]:
+    """Return the file in a folder as a place for digests; nothing if the folder cannot be opened."""
+    try:
+        return [CachePlace(Store(uri, options), name)]
+    except Exception as error:  # of any kind of store; an output that cannot be used is reported later
+        log.debug("no place for digests (%s)", type(error).__name__)
+        return []
+
+
 def load_header_cache(config: Config) -> HeaderCache | None:
-    """Return the cache of the last run, empty if there is none; None if it cannot be read.
+    """Return the cache of the last run; empty if no cache exists, None if it cannot be read.
 
     An unreachable output is reported later.
     """
@@ -121,10 +169,11 @@ def load_header_cache(config: Config) -> HeaderCache | None:
         return None
 
 
-def save_header_cache(listing: Listing, store: Store) -> None:
-    """Save the headers that listing has read for the next run, if they have changed."""
+def save_listing_caches(listing: Listing, store: Store) -> None:
+    """Save the headers and digests that listing has read for the next run, if they have changed."""
     if listing.header_cache is not None and listing.header_cache.is_changed:
         store.write(HEADER_CACHE, listing.header_cache.to_bytes())
+    listing.digest_cache.save(CachePlace(store, DIGEST_CACHE))
 
 
 def refuse_mixed_recipes(plan: Plan, *, refresh: bool) -> None:

@@ -1,14 +1,18 @@
 """The errors that featray raises on purpose, and the codes with which a scan can end.
 
-FeatrayError                what `except featray.FeatrayError` catches
+FeatrayError                base class: `except featray.FeatrayError` catches all of these
 ├── UsageError              exit 2: wrong usage, config or model, found before work begins
 │   ├── ConfigError         the YAML, a --set value, the source or the output location
 │   └── ModelError          the model file, its custom code, or a layer of the model
 ├── OutputBusyError         exit 4: another run holds or has changed the output
+│   └── HeldOutputError     another run holds the output, so this one has not begun
+├── InterruptedWaitError    exit 130: stopped while waiting for an output that another run holds
 ├── StorageError            exit 1: a store does not answer, or the output was deleted during the run
 │   ├── DeletedOutputError  the output, or a part of it, was deleted during the run
 │   └── MissingFileError    a file that was just written is not in the output
-├── InputShapeError         a batch whose shape the truncated model cannot take
+├── DeviceError             exit 1: a GPU has failed, or memory for the model has become short
+├── InputShapeError         a batch with a shape that the truncated model cannot take
+├── InputMemoryError        one input for which the model needs more memory than there is
 └── ScanError               does not end the run: one bad scan, which becomes a row of `scans`
 """
 
@@ -19,7 +23,7 @@ from enum import IntEnum, StrEnum
 
 
 class ExitCode(IntEnum):
-    """Exit codes of the process, by which a scheduler decides what to do."""
+    """Exit codes of the process, on which a scheduler can act."""
 
     OK = 0
     UNEXPECTED = 1
@@ -71,7 +75,7 @@ class WarningCode(StrEnum):
 
 
 class FeatrayError(Exception):
-    """Base class of featray's own errors; the text says what to do next."""
+    """Base class of featray's own errors; the text names the remedy."""
 
     exit_code = ExitCode.UNEXPECTED
 
@@ -104,6 +108,28 @@ class OutputBusyError(FeatrayError):
     exit_code = ExitCode.BUSY
 
 
+class HeldOutputError(OutputBusyError):
+    """Another run holds the output, so this one has not begun and may try again later.
+
+    Attributes:
+        holder: Which run, on which host, since when, as a clause.
+    """
+
+    def __init__(self, holder: str, advice: str) -> None:
+        self.holder, self._advice = holder, advice
+        super().__init__(f"{holder}. {advice}")
+
+    def add_wait(self, wait_s: float) -> HeldOutputError:
+        """Return the error of a command that has waited in vain for the output to become free."""
+        return HeldOutputError(f"{self.holder}, and did not end within {wait_s:g} s", self._advice)
+
+
+class InterruptedWaitError(FeatrayError):
+    """The command was stopped while it waited for an output that another run holds."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
 class StorageError(FeatrayError):
     """A store does not answer after retries. Committed scans are kept, and the same command resumes."""
 
@@ -114,6 +140,17 @@ class DeletedOutputError(StorageError):
 
 class MissingFileError(StorageError, FileNotFoundError):
     """A file that a writer has written is not in the output when it is to be committed."""
+
+
+class DeviceError(FeatrayError):
+    """The device that runs the model has failed, or other processes have taken its memory.
+
+    No scan is to blame, and the process cannot use the device any more. Committed scans are kept.
+    """
+
+
+class InputMemoryError(FeatrayError):
+    """The model needs more memory for one input than there is, also in a call with no other input."""
 
 
 class InputShapeError(FeatrayError, ValueError):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import os
+import sys
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 _CGROUP_CPU_LIMITS = (
@@ -13,6 +16,17 @@ _CGROUP_CPU_LIMITS = (
     ("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
 )
 """Files with the quota and the period of a container in microseconds: control groups version 2, version 1."""
+
+
+class ModelPlace(StrEnum):
+    """Where the model that a process loads runs."""
+
+    ANY = "any"
+    """In this process, on the GPUs that it sees, or on the CPU if it sees none."""
+    CPU = "cpu"
+    """In this process, on the CPU; TensorFlow sees no GPU."""
+    ELSEWHERE = "elsewhere"
+    """On the GPUs of other processes; this process only checks the model, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,25 @@ class Workers:
     has_gpus: bool = False
 
 
+@dataclass(frozen=True)
+class Capacity:
+    """The nodes of a cluster on which a run may work, and its workers there.
+
+    Attributes:
+        nodes: Number of nodes.
+        cores: CPU cores that decode or run the model.
+        gpus: GPUs of the nodes on which the model may run.
+        actors: Processes that run the model.
+        workers: Workers of each kind.
+    """
+
+    nodes: int
+    cores: float
+    gpus: float
+    actors: int
+    workers: Workers
+
+
 def count_usable_cores() -> int:
     """Return the number of cores that this process may use; a container or batch system may limit it."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -73,3 +106,18 @@ def _read_cpu_limit() -> float:
             if int(quota) > 0:
                 return int(quota) / int(period)
     return math.inf
+
+
+def return_free_memory() -> None:
+    """Return memory that Arrow and the C library keep for later use to the kernel.
+
+    After work on large tables, a process holds up to twice the memory that it needs. Returning it takes some
+    milliseconds. Without glibc (macOS, Windows, musl), only Arrow's memory is returned.
+    """
+    import pyarrow as pa
+
+    pa.default_memory_pool().release_unused()
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -17,11 +17,13 @@ from typing import Any
 from featray import config as configuration
 from featray.config import Config
 from featray.engines.base import Decoding, Engine, Stages
-from featray.errors import ModelError
-from featray.hardware import DEFAULT_THREADS, ModelThreads
-from featray.model import Extractor
+from featray.engines.choice import choose_engine
+from featray.errors import HeldOutputError, ModelError
+from featray.hardware import DEFAULT_THREADS, ModelPlace, ModelThreads
+from featray.model import Extractor, ModelFacts, remembered, runtime
 from featray.output.dataset import Dataset, Snapshot, make_partition_name
 from featray.output.lease import Lease
+from featray.output.lease_wait import LeaseWait
 from featray.output.ledger import Ledger
 from featray.recipe import RecipeIds, make_recipe, make_recipe_ids
 from featray.schema import Receipt
@@ -32,11 +34,10 @@ from featray.stages.plan import Plan, make_plan
 from featray.stages.report import Run
 from featray.stages.write import write
 from featray.storage.names import MAX_NAME_BYTES
+from featray.storage.ray_job import find_submission_id, refuse_package
 
 log = logging.getLogger(__name__)
 
-INLINE_MAX_SCANS = 100
-"""Up to this number of scans, engine `auto` uses engine `inline`, unless a cluster address is set."""
 MIN_SCANS_PER_FILE = 8
 MAX_FILE_BYTES = 64 * 2**20
 
@@ -79,19 +80,21 @@ class RunOptions:
     Attributes:
         show: Whether to show progress on stderr.
         stop: Event that stops the run cleanly when it is set.
+        wait_s: Seconds to wait for an output that another run holds.
         started: Time at which the command began, in seconds since the epoch.
         instrument: Wraps each stage, for measurements.
     """
 
     show: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
+    wait_s: float = 0.0
     started: float = field(default_factory=time.time)
     instrument: Instrument = keep_stage
 
     @classmethod
-    def create(cls, *, show: bool, stop: threading.Event | None) -> RunOptions:
+    def create(cls, *, show: bool, stop: threading.Event | None, wait_s: float) -> RunOptions:
         """Return the options of a run that begins now."""
-        return cls(show=show, stop=stop or threading.Event())
+        return cls(show=show, stop=stop or threading.Event(), wait_s=wait_s)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ class Job:
             ModelError: The model cannot be loaded, or cannot be truncated as configured.
         """
         scope, options = scope or RunScope(), options or RunOptions()
-        extractor = load_extractor(config, engine.threads)
+        extractor = load_extractor(config, engine.threads, engine.place, remember=True)
         recipe = make_recipe(config, extractor.recipe_part())
         recipes = make_recipe_ids(recipe)
         run = Run(
@@ -130,6 +133,7 @@ class Job:
             command=scope.command,
             started=options.started,
             engine=engine.name,
+            engine_reason=choose_engine(config.run).reason,
             recipe_id=recipes.inputs,
             recipe=recipe,
             layers=tuple(layer.name for layer in extractor.layers),
@@ -139,6 +143,7 @@ class Job:
             model_sha256=extractor.files["model"],
             config=configuration.mask_secrets(config),
             max_failed_fraction=config.limits.max_failed_fraction,
+            submission_id=find_submission_id(),
         )
         return cls(config, extractor, run, recipes, engine.threads, scope, options)
 
@@ -168,7 +173,9 @@ class Job:
     def make_stages(self, dataset: Dataset, scans: int) -> Stages:
         """Return the stages after decoding for a run over `scans` scans."""
         config, run, instrument = self.config, self.run, self.options.instrument
-        load = functools.partial(load_same_extractor, config, self.threads, self.extractor.sha256)
+        load = functools.partial(
+            load_same_extractor, config, self.threads, self.extractor.sha256, self.extractor.facts
+        )
         write_run = functools.partial(
             write,
             dataset=dataset,
@@ -181,22 +188,21 @@ class Job:
             load_extractor=functools.partial(_load_instrumented, load, instrument),
             recipe=self.recipes.seed,
             write=instrument("write", write_run),
+            load_here=self.extractor.load,
             scans_per_file=_scans_per_file(scans, sum(layer.values for layer in self.extractor.layers)),
+            run_id=run.run_id,
+            model=config.model,
         )
 
 
-def make_engine(config: Config, scans: int, instrument: Instrument = keep_stage) -> Engine:
-    """Return the configured engine; `auto` means Ray for many scans, or if a cluster address is set."""
+def make_engine(config: Config, instrument: Instrument = keep_stage) -> Engine:
+    """Return the engine of a config; for `auto`, say which one was chosen and why."""
     from featray.engines.inline import InlineEngine
-    from featray.engines.ray.cluster import named_address
 
     decoding = make_decoding(config, instrument)
-    address = named_address(config.run)
-    name = config.run.engine
-    if name == "auto":
-        name = "inline" if scans <= INLINE_MAX_SCANS and not address else "ray"
-        reason = f"{scans} scans and {'a' if address else 'no'} cluster address"
-        log.info("engine %s, chosen because of %s; set run.engine to choose yourself", name, reason)
+    name, reason = choose_engine(config.run)
+    if config.run.engine == "auto":
+        log.info("engine %s, because %s; set run.engine to choose yourself", name, reason)
     if name == "inline":
         return InlineEngine(config.run.decode.workers, decoding)
     from featray.engines.ray.engine import RayEngine
@@ -215,15 +221,34 @@ def make_decoding(config: Config, instrument: Instrument = keep_stage, *, use_ca
     )
 
 
-def load_extractor(config: Config, threads: ModelThreads = DEFAULT_THREADS) -> Extractor:
+def load_extractor(
+    config: Config,
+    threads: ModelThreads = DEFAULT_THREADS,
+    place: ModelPlace = ModelPlace.ANY,
+    *,
+    remember: bool = False,
+) -> Extractor:
     """Load the model for the inputs that preprocessing makes.
+
+    Args:
+        config: Checked config.
+        threads: CPU threads of the model.
+        place: Where the model runs.
+        remember: Whether to use facts that an earlier run found out about the model, and to keep them for
+            later runs. The model is then loaded when it is first used.
 
     Raises:
         ModelError: As `Extractor`; or the config keeps each scan's own size, but the model needs a fixed one;
             or the name of a layer is too long for the name of its folder in the output.
     """
     input_zyx = config.input_zyx
-    extractor = Extractor(config.model, input_zyx=input_zyx, threads=threads)
+    # A model that runs elsewhere is checked in another way.
+    remembers = remember and place is not ModelPlace.ELSEWHERE
+    key = remembered.make_key(config.model, input_zyx, "extractor") if remembers else None
+    facts = ModelFacts.parse(remembered.read(key))
+    extractor = Extractor(config.model, input_zyx=input_zyx, threads=threads, place=place, facts=facts)
+    if facts is None and extractor.facts is not None:
+        remembered.save(key, extractor.facts.to_dict())
     is_volume = config.source.format != "npy"
     if is_volume and input_zyx and None in input_zyx and None not in extractor.input_shape:
         raise ModelError(
@@ -245,12 +270,27 @@ def _refuse_long_names(layers: Iterable[str]) -> None:
         raise ModelError(problems)
 
 
-def load_same_extractor(config: Config, threads: ModelThreads, sha256: str) -> Extractor:
-    """Load the model in another process.
+def load_same_extractor(
+    config: Config, threads: ModelThreads, sha256: str, facts: ModelFacts | None
+) -> Extractor:
+    """Load the model in an actor, on the GPUs that actors claim, or on the CPU.
+
+    With GPUs it is checked again, because its first runs there prepare later ones.
+
+    Args:
+        config: Checked config.
+        threads: CPU threads of the model.
+        sha256: Digest of the model that the recipe was made from.
+        facts: Facts that this process found out about the model.
 
     Raises:
         ModelError: The model is not the one that the recipe was made from.
     """
+    runtime.claim_gpus(config.run.actors.num_gpus)
+    if facts is not None and not config.run.actors.num_gpus:
+        extractor = Extractor(config.model, input_zyx=config.input_zyx, threads=threads, facts=facts)
+        extractor.load()
+        return extractor
     extractor = load_extractor(config, threads)
     if extractor.sha256 != sha256:
         raise ModelError("the model or its code changed while the run was starting; start the run again")
@@ -270,22 +310,38 @@ def new_run_id() -> str:
 
 
 @contextlib.contextmanager
-def lock_output(dataset: Dataset) -> Iterator[Committer]:
+def lock_output(dataset: Dataset, wait_s: float = 0.0) -> Iterator[Committer]:
     """Yield a committer of an existing output, and hold the lease of the output until the `with` block ends.
 
     For commands that change an output without a config, such as `featray vacuum`.
 
+    Args:
+        dataset: The output.
+        wait_s: Seconds to wait for an output that another run holds.
+
     Raises:
-        ConfigError: There is no featray output here.
-        OutputBusyError: A run holds the output.
+        ConfigError: The location holds no featray output, or its changes would be lost with a Ray job.
+        HeldOutputError: A run holds the output.
     """
+    refuse_package(dataset.store.uri, "OUTPUT")
     partition_by = dataset.open_snapshot().partition_by
     run_id = new_run_id()
-    with Lease(dataset.store, run_id) as lease:
+    with contextlib.ExitStack() as stack:
+        lease = _take_lease(stack, dataset, run_id, LeaseWait(wait_s))
         committer = Committer(dataset, partition_by, run_id=run_id, check_lease=lease.check)
         if lease.was_taken_over:
             committer.exclude_earlier_driver()
         yield committer
+
+
+def _take_lease(stack: contextlib.ExitStack, dataset: Dataset, run_id: str, waiting: LeaseWait) -> Lease:
+    """Take the lease of an output as soon as no other run holds it; `stack` releases it."""
+    lease = Lease(dataset.store, run_id)
+    while True:
+        try:
+            return stack.enter_context(lease)
+        except HeldOutputError as error:
+            waiting.wait(dataset.store, error)
 
 
 def _load_instrumented(load: Callable[[], Extractor], instrument: Instrument) -> Any:

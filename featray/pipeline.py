@@ -14,13 +14,16 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.checks import check, check_stores, refuse_mass_removal, refuse_mixed_recipes, save_header_cache
+from featray.checks import check, check_stores, refuse_mass_removal, refuse_mixed_recipes, save_listing_caches
 from featray.config import Config, ConfigInput
 from featray.engines.base import Engine
+from featray.engines.decoding.process_pool import end_early
 from featray.engines.source_outage import SourceOutageDetector
+from featray.errors import HeldOutputError
 from featray.job import Job, RunOptions, RunScope, make_engine
 from featray.output.dataset import Dataset, Snapshot
 from featray.output.lease import Lease
+from featray.output.lease_wait import LeaseWait
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
@@ -42,6 +45,7 @@ def extract(
     *,
     show: bool = False,
     stop: threading.Event | None = None,
+    wait: float = 0,
 ) -> Summary:
     """Extract the cells that are missing: new scans, and layers that stored scans lack.
 
@@ -53,6 +57,7 @@ def extract(
         show: Whether to show progress on stderr.
         stop: Set this event from another thread to stop cleanly: finished scans are committed, with engine
             `inline` also those that are being processed.
+        wait: Seconds to wait for an output that another run holds, before the run begins.
 
     Returns:
         The counts, times and exit code of the run.
@@ -60,10 +65,11 @@ def extract(
     Raises:
         UsageError: The config, the source, the model or the output cannot be used.
         OutputBusyError: Another run holds the output.
+        InterruptedWaitError: `stop` was set while the run waited for the output.
         StorageError: The store of the output does not answer; committed scans are kept.
     """
-    options = RunOptions.create(show=show, stop=stop)
-    return run(*check(config, overrides), RunScope(), options)
+    options = RunOptions.create(show=show, stop=stop, wait_s=wait)
+    return _run_when_free(config, overrides, RunScope(), options)
 
 
 def refresh(  # noqa: PLR0913  # public as featray.refresh
@@ -74,6 +80,7 @@ def refresh(  # noqa: PLR0913  # public as featray.refresh
     drop_layers: bool = False,
     show: bool = False,
     stop: threading.Event | None = None,
+    wait: float = 0,
 ) -> Summary:
     """Update the output to match the collection; if nothing has changed, commit nothing.
 
@@ -81,16 +88,37 @@ def refresh(  # noqa: PLR0913  # public as featray.refresh
     Scans that are no longer listed are removed.
 
     Args:
-        config: As for `extract`; the same holds for overrides, show, stop, the result and the errors.
+        config: As for `extract`; the same holds for overrides, show, stop, wait, the result and the errors.
         overrides: `key.path=value` texts.
         retry: Reason codes of failed scans to try again although neither content nor recipe has changed;
             scans that failed with `storage` are always tried again.
         drop_layers: Whether to remove stored layers that the config does not name.
         show: Whether to show progress.
         stop: Set this event to stop cleanly.
+        wait: Seconds to wait for the output.
     """
     scope = RunScope(refresh=True, retry=retry, drop_layers=drop_layers)
-    return run(*check(config, overrides), scope, RunOptions.create(show=show, stop=stop))
+    options = RunOptions.create(show=show, stop=stop, wait_s=wait)
+    return _run_when_free(config, overrides, scope, options)
+
+
+def _run_when_free(
+    config: ConfigInput, overrides: list[str] | None, scope: RunScope, options: RunOptions
+) -> Summary:
+    """Check the config and run; if another run holds the output, wait as long as the options allow.
+
+    After a wait, the source is listed again. With the earlier listing, a refresh would remove the scans that
+    the other run has added since.
+    """
+    waiting = LeaseWait(options.wait_s, options.stop)
+    checked, listing = check(config, overrides, show=options.show)
+    while True:
+        try:
+            return run(checked, listing, scope, options)
+        except HeldOutputError as error:
+            end_early()
+            waiting.wait(Dataset.open(checked.output).store, error)
+        checked, listing = check(checked, show=options.show)
 
 
 def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) -> Summary:
@@ -104,7 +132,7 @@ def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) 
     """
     dataset = Dataset.open(config.output)
     check_stores(dataset.store, config)
-    with make_engine(config, len(listing.scans), options.instrument) as engine:
+    with make_engine(config, options.instrument) as engine:
         if new_scans := _find_new_scans(listing, dataset):
             engine.prefetch_scans(new_scans)
         job = Job.prepare(config, engine, scope, options)
@@ -116,7 +144,7 @@ def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) 
             refuse_mixed_recipes(plan, refresh=scope.refresh)
             refuse_mass_removal(plan, config.limits, refresh=scope.refresh)
             committer.delete_orphans()
-            save_header_cache(listing, dataset.store)
+            save_listing_caches(listing, dataset.store)
             progress = Progress(len(plan.todo), show=options.show)
             lease.set_progress_source(progress.state)
             totals = _process(engine, plan, job, committer, progress)

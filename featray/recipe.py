@@ -26,10 +26,10 @@ class RecipeIds:
     """The ids that follow from the recipe of a run.
 
     Attributes:
-        inputs: Id of reading and preprocessing, which decide what the model sees.
+        inputs: Id of reading and preprocessing, which decide the input of the model.
         layers: Name of each layer → id of its recipe.
         seed: Id of reading, preprocessing and model without its layers, from which the seeds of random layers
-            are made. So the values of a random layer do not depend on the layers beside it.
+            are made. So the values of a random layer do not depend on the other layers.
     """
 
     inputs: str
@@ -57,7 +57,7 @@ def make_recipe(config: Config, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_preprocessing(preprocess: PreprocessConfig) -> dict[str, Any]:
-    """Return the keys of the section, and what featray 0.1.0 computed differently with these keys."""
+    """Return the keys of the section, and their effects that featray 0.1.0 computed differently."""
     # It placed the centers of a manifest as if `area` kept the corners.
     is_corrected = preprocess.fit == "crop_pad" and preprocess.interpolation == "area"
     corrections = {"corrections": ["area_centers"]} if is_corrected and preprocess.align_corners else {}

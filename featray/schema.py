@@ -62,8 +62,8 @@ class Scan:
     """One listed scan, before any voxel is read.
 
     A manifest row with a version is listed without a request to the store. If its name does not tell the
-    format (a DICOM folder, an archive), the scan is left open: the format is `auto`, there are no files, and
-    `open_path` says where to search for the files when the scan is read.
+    format (a DICOM folder, an archive), the scan is left open: the format is `auto`, `files` is empty, and
+    `open_path` is the place to search for the files when the scan is read.
 
     Attributes:
         scan_id: Id of the scan, unique in the collection.
@@ -83,10 +83,10 @@ class Scan:
         center_lps: Point (x, y, z) in mm to crop around; None for the center of the volume.
         columns: Values of further manifest columns, for the scans table.
         warnings: Warning codes from listing.
-        reason: Why the scan is not read; None for a scan that is to be read.
+        reason: Why the scan is not read; None for a scan to read.
         excluded: For a scan with a reason: true if a rule excludes it, false if it failed.
         message: For a scan with a reason: the reason in words.
-        due_layers: Layers to compute, whose cells replace older ones; other cells of the scan stay. Empty:
+        due_layers: Layers to compute; their cells replace older ones, other cells of the scan stay. Empty:
             all layers of the config, which replace everything that is stored of the scan.
     """
 
@@ -140,7 +140,10 @@ class ScanRecord:
 
     Geometry is that of the input: axes (z, y, x), spacing in mm, HU before windowing. Times are in seconds.
     `columns` holds the manifest's further columns and the configured DICOM tags, which follow as strings.
-    `due_layers` is that of the scan.
+    `due_layers` is that of the scan. `reduced_batch` is the number of inputs in a call of the model if memory
+    was too short for `model.batch_size`. `returned` says why an actor returned the scan to the engine without
+    a result, because its device had failed, and `returned_by` is the id of its process. These are not
+    columns.
 
     `layers` says which cells `features` holds for the scan, also for a scan that has failed: a scan that
     fails when a layer is added keeps its other cells. `failed_layers` says which cells were tried and failed.
@@ -178,6 +181,9 @@ class ScanRecord:
     infer_s: float = _column(pa.float32(), default=0.0)
     columns: dict[str, str] = field(default_factory=dict)
     due_layers: list[str] = field(default_factory=list)
+    reduced_batch: int | None = None
+    returned: str | None = None
+    returned_by: str = ""
 
     @classmethod
     def from_scan(cls, scan: Scan) -> ScanRecord:
@@ -234,7 +240,7 @@ class Decoded:
     """One scan that is ready for the model, or has failed.
 
     Attributes:
-        record: What is known of the scan so far.
+        record: Record of the scan so far.
         tensor: float32 (patches, z, y, x), or (patches, *shape) for an array's samples; no patches if the
             scan has failed.
         origins: int32 (patches, 3), voxel index (z, y, x) of each patch in the preprocessed volume.
@@ -287,7 +293,7 @@ class UnitsSeen:
 
 @dataclass(frozen=True)
 class Receipt:
-    """What a writer hands to the committer.
+    """The files and records that a writer hands to the committer.
 
     Attributes:
         files: Written files that are part of no table yet.

@@ -1,11 +1,12 @@
-"""Measure featray on one of four synthetic workloads, and compare it with hand-written scripts.
+"""Measure featray on one of five workloads, and compare it with hand-written scripts.
 
-python jobs/benchmark.py [--workload w1|w2|w3|w4] [--baselines] [--cache] [--keep DIR] [--out DIR]
+python jobs/benchmark.py [--workload w1|w1-real|w2|w3|w4] [--baselines] [--cache] [--keep DIR] [--out DIR]
 
-Workloads:
+Workloads, of phantoms and arrays that the program makes, except w1-real:
 w1: .nii.gz files of 512 x 512 x 40 to 275 voxels, stretched to (32, 256, 256), four layers of a 3-D VAE
 encoder.
-w2: the same scans as DICOM series.
+w1-real: w1 with the three largest NIfTI files of the folder of real CT that FEATRAY_TEST_CT names.
+w2: the same phantoms as DICOM series.
 w3: eight patches per scan, so that the model takes most of the time.
 w4: 20,000 tiny arrays and a tiny model, which shows the cost of the engine itself.
 To measure your own scans, run `featray benchmark CONFIG`.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -41,19 +43,28 @@ class Workload:
 
     Attributes:
         sections: Sections of the config except model and output.
-        phantoms: Number of phantoms to make; None if the workload uses tiny arrays.
+        phantoms: Number of phantoms to make; None if the workload uses other scans.
+        real: Number of scans to take from the folder of real CT; 0 if the workload uses none.
         small: Scans of the smaller run; None for the default.
         large: Scans of the larger run; None for the default.
     """
 
     sections: dict[str, Any]
     phantoms: int | None = 16
+    real: int = 0
     small: int | None = None
     large: int | None = None
 
 
 WORKLOADS = {
     "w1": Workload({"source": {"format": "nifti"}, "preprocess": {"size": list(INPUT_ZYX)}}),
+    "w1-real": Workload(
+        {"source": {"format": "nifti"}, "preprocess": {"size": list(INPUT_ZYX)}},
+        phantoms=None,
+        real=3,
+        small=96,
+        large=192,
+    ),
     "w2": Workload({"source": {"format": "dicom"}, "preprocess": {"size": list(INPUT_ZYX)}}),
     # The phantoms are resampled to 64 x 512 x 512 voxels, which gives 2 x 2 x 2 patches.
     "w3": Workload(
@@ -80,7 +91,11 @@ def _measure(args: argparse.Namespace, workload: Workload, folder: Path) -> int:
     from featray.benchmark.settings import BenchmarkSettings
     from featray.errors import FeatrayError
 
-    config = _make_config(workload, folder)
+    try:
+        config = _make_config(workload, folder)
+    except FileNotFoundError as error:
+        print(f"benchmark: {error}", file=sys.stderr)
+        return 2
     settings = BenchmarkSettings(
         sample=ARRAYS,
         phantoms=args.phantoms if args.phantoms and workload.phantoms else workload.phantoms,
@@ -103,13 +118,18 @@ def _measure(args: argparse.Namespace, workload: Workload, folder: Path) -> int:
     print(report.text())
     if args.json:
         print(json.dumps(report.to_json()))
-    return 0
+    return 1 if report.failed_scripts else 0
 
 
 def _make_config(workload: Workload, folder: Path) -> dict[str, Any]:
-    """Return the config of the workload; make its model, and its arrays if it uses some, in `folder`."""
-    if workload.phantoms is None:
+    """Return the config of the workload; make its model, and its arrays if it uses some, in `folder`.
+
+    Raises:
+        FileNotFoundError: The workload needs real CT, and there is none.
+    """
+    if workload.phantoms is None and not workload.real:
         return {**workload.sections, **_make_arrays(folder)}
+    uri = str(_link_real_scans(workload.real, folder)) if workload.real else "replaced by the phantoms"
     from featray.model import runtime
 
     runtime.configure()  # suppresses the messages of TensorFlow
@@ -121,8 +141,28 @@ def _make_config(workload: Workload, folder: Path) -> dict[str, Any]:
         "custom_objects": ["featray.synthetic.vae:Sampling"],
         "layers": LAYERS,
     }
-    source = {"uri": "replaced by the phantoms", **workload.sections["source"]}
+    source = {"uri": uri, **workload.sections["source"]}
     return {**workload.sections, "source": source, "model": model, "output": {"uri": "never written"}}
+
+
+def _link_real_scans(count: int, folder: Path) -> Path:
+    """Link the largest NIfTI files of the real CT into a folder of their own, and return it.
+
+    Raises:
+        FileNotFoundError: FEATRAY_TEST_CT names no folder with that many files.
+    """
+    root = Path(os.environ.get("FEATRAY_TEST_CT", "FEATRAY_TEST_CT is not set"))
+    files = sorted(root.rglob("*.nii.gz"), key=lambda path: -path.stat().st_size)
+    if len(files) < count:
+        raise FileNotFoundError(
+            f"w1-real needs {count} files *.nii.gz below the folder that the environment variable "
+            f"FEATRAY_TEST_CT names; found {len(files)} ({root})"
+        )
+    scans = folder / "real"
+    scans.mkdir()
+    for path in files[:count]:
+        (scans / path.name).symlink_to(path.resolve())
+    return scans
 
 
 def _make_arrays(folder: Path) -> dict[str, Any]:

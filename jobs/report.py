@@ -1,6 +1,6 @@
 """Write the report of an output, on the Ray cluster that runs this job.
 
-ray job submit --address http://HEAD:8265 --working-dir . -- \
+python jobs/submit.py --address http://HEAD:8265 --working-dir . -- \
     python jobs/report.py configs/s3_ct_vae.yaml --labels s3://bucket/labels.csv [--json]
 
 Takes the arguments of `featray report`. The report is computed by this one process, without Ray tasks: it
@@ -9,7 +9,7 @@ reads the features twice, and compares samples of them. The exit code is that of
 
 import sys
 
-from featray.cli.main import main
+from featray.cli.main import console
 
 if __name__ == "__main__":
-    sys.exit(main(["report", *sys.argv[1:]]))
+    console(["report", *sys.argv[1:]])

@@ -17,7 +17,7 @@ KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ["cronjob", "raycluster", "rayjob", "raycronjob"]
 MOUNTED_CONFIG = "/etc/featray/featray.yaml"
 """The place of deploy/kubernetes/base/featray.yaml in a pod."""
-DOCUMENTS = {"README.md", "constraints.txt"}
+DOCUMENTS = {"README.md", "reading.md", "constraints.txt"}
 
 Mapping = dict[str, Any]
 

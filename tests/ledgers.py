@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from featray.collection.listing import Listing
-from featray.output.ledger import LEDGER_COLUMNS, Ledger
+from featray.output.ledger import LEDGER_COLUMNS, EncodedRows, Ledger
 from featray.recipe import RecipeIds
 from featray.schema import SCAN_COLUMNS, Scan
 from featray.stages.plan import Plan, make_plan
@@ -67,7 +67,7 @@ def make_ledger(*rows: Row) -> Ledger:
     columns = {name: [getattr(row, name) for row in rows] for name in LEDGER_COLUMNS}
     columns |= {name: [list(getattr(row, source).items()) for row in rows] for name, source in maps.items()}
     schema = pa.schema([SCAN_COLUMNS.field(name) for name in columns])
-    return Ledger.from_rows(pa.table(columns, schema=schema), {})
+    return Ledger.from_rows(EncodedRows.encode(pa.table(columns, schema=schema)), {})
 
 
 def plan_scans(scans: Collection[Scan | str], *rows: Row, layers: Cells | None = None, **more: Any) -> Plan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
@@ -19,8 +20,10 @@ import yaml
 from test_imports import FLOORS
 
 import featray
+from featray.cli.main import main
 from featray.commands.demo import make_demo_config
 from featray.config import load
+from featray.errors import Reason
 from featray.output.dataset import Dataset
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.storage.store import Store
@@ -32,6 +35,7 @@ DOCUMENTS = [
     README,
     ARCHITECTURE,
     *(REPOSITORY / folder / "README.md" for folder in ("configs", "jobs", "deploy")),
+    REPOSITORY / "deploy" / "reading.md",
     *(REPOSITORY / ".github" / name for name in ("CONTRIBUTING.md", "CHANGELOG.md")),
 ]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -80,46 +84,35 @@ def first_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(REPOSITORY / "configs", folder / "configs")
     for config in (folder / "configs").glob("*.yaml"):  # a small model, because each command runs it
         config.write_text(config.read_text().replace("size: [32, 256, 256]", "size: [16, 64, 64]"))
-    make_featray_program(folder / "bin")
     keras.utils.clear_session()
     return folder
 
 
-def make_featray_program(folder: Path) -> None:
-    """Make a folder with a program `featray` that runs the code under test."""
-    folder.mkdir()
-    program = folder / "featray"
-    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m featray "$@"\n')
-    program.chmod(0o755)
-
-
-def run_line(line: str, folder: Path) -> None:
-    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(
-        line,
-        shell=True,
-        cwd=folder,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+def run_line(line: str) -> None:
+    """Run a command line of featray in this process, which has TensorFlow imported already."""
+    words = shlex.split(line)[1:]
+    redirected = words.pop() if words[-2:-1] == [">"] else None
+    with open(redirected or os.devnull, "w") as file, contextlib.redirect_stdout(file):
+        assert main([word for word in words if word != ">"]) == 0, line
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_commands_of_the_documents_run_as_written(first_run: Path) -> None:
+def test_the_commands_of_the_documents_run_as_written(
+    first_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(first_run)
     counts = {}
     for document in DOCUMENTS:
         blocks = read_blocks(document, "bash")
         lines = [line for block in blocks for line in block.splitlines() if line.startswith("featray ")]
         counts[name_document(document)] = len(lines)
         for line in lines:
-            run_line(line, first_run)
+            run_line(line)
     assert counts["README.md"] == 9
     assert counts["configs/README.md"] == 2
-    assert counts["deploy/README.md"] == 5
+    assert counts["deploy/README.md"] == 4
+    assert counts["deploy/reading.md"] == 1
     snippets = read_blocks(README, "python")
     assert len(snippets) == 2
     for snippet in snippets:
@@ -132,7 +125,7 @@ def test_the_commands_of_the_documents_run_as_written(first_run: Path) -> None:
 
 @pytest.fixture(scope="module")
 def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with vectors of three scans, where the recipes of deploy/README.md read them."""
+    """Return a folder with vectors of three scans, where the recipes of deploy/reading.md read them."""
     folder = tmp_path_factory.mktemp("vectors")
     dataset = Dataset(Store(str(folder / "out" / "features")))
     scans = [commits.make_decoded(f"phantom_{number}", number) for number in range(3)]
@@ -143,7 +136,7 @@ def vectors(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 RECIPES = re.findall(
     r"```python\n(.*?)```",
-    read_section(REPOSITORY / "deploy" / "README.md", "Use vectors in other libraries"),
+    read_section(REPOSITORY / "deploy" / "reading.md", "Use vectors in other libraries"),
     re.DOTALL,
 )
 
@@ -248,7 +241,8 @@ def test_every_option_of_a_job_in_a_document_exists(job: Path) -> None:
         options |= read_command_options()[job.stem]
     for document in DOCUMENTS:
         for words in find_commands(document, f"python jobs/{job.name}"):
-            assert {word for word in words if word.startswith("--")} <= options, document
+            own = words[: words.index("--")] if "--" in words else words  # a job's command follows `--`
+            assert {word for word in own if word.startswith("--")} <= options, document
 
 
 def test_the_table_of_keys_is_up_to_date() -> None:
@@ -263,6 +257,12 @@ def test_every_metric_in_the_documents_exists() -> None:
     assert {metric.removesuffix("_total") for metric in metrics} == set(
         re.findall(r'"(featray_\w+)"', source)
     )
+
+
+def test_every_reason_is_explained_once() -> None:
+    section = read_section(REPOSITORY / "deploy" / "README.md", "What each failure means")
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(Reason)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_document)

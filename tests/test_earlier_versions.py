@@ -26,7 +26,8 @@ from commits import LATER, assert_consistent, make_committer, run_until_killed
 import featray
 from featray.errors import ConfigError
 from featray.output.dataset import FEATURES, SCANS, Dataset
-from featray.output.delta_log import FileChange, TableLog
+from featray.output.delta_log import TableLog
+from featray.output.file_change import FileChange
 from featray.output.ledger import LEDGER_ROW_COLUMNS, Ledger, find_stored_cells
 from featray.output.rewrite import FileRewriter
 from featray.recipe import RecipeIds, make_recipe_ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def module_name(path: Path) -> str:
 MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
+@functools.cache
 def imported_names(path: Path) -> set[str]:
     """Return the modules that a file imports, also inside of functions, and the names imported from them."""
     names: set[str] = set()
@@ -53,6 +55,7 @@ def imported_names(path: Path) -> set[str]:
     return names
 
 
+@functools.cache
 def imported_modules(module: str) -> set[str]:
     """Return the modules of featray that a module imports; a package counts only for its own names."""
     modules: set[str] = set()
@@ -63,9 +66,6 @@ def imported_modules(module: str) -> set[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             modules |= {name if name in MODULES else node.module for name in names}
     return modules & MODULES.keys() - {module}
-
-
-IMPORTS = {module: imported_modules(module) for module in MODULES}
 
 
 def find_importers(package: str) -> set[str]:
@@ -97,8 +97,8 @@ def test_the_package_has_few_entries_and_each_stands_on_a_floor() -> None:
 def test_no_module_imports_a_part_of_the_same_or_a_higher_floor() -> None:
     upward = {
         f"{module} imports {imported}"
-        for module, others in IMPORTS.items()
-        for imported in others
+        for module in MODULES
+        for imported in imported_modules(module)
         if part_of(imported) not in (part_of(module), "__init__") and floor_of(imported) >= floor_of(module)
     }
     assert not upward
@@ -111,7 +111,7 @@ def find_cycle(module: str, path: tuple[str, ...], finished: set[str]) -> Iterat
         return
     if module in finished:
         return
-    for imported in sorted(IMPORTS[module]):
+    for imported in sorted(imported_modules(module)):
         yield from find_cycle(imported, (*path, module), finished)
     finished.add(module)
 
@@ -148,8 +148,8 @@ def test_the_delta_library_is_imported_in_one_file() -> None:
 def test_ct_code_imports_only_ct_code_and_errors() -> None:
     others = {
         f"{module} imports {imported}"
-        for module, names in IMPORTS.items()
-        for imported in names
+        for module in MODULES
+        for imported in imported_modules(module)
         if part_of(module) == "ct" and part_of(imported) not in ("ct", "errors")
     }
     assert not others
@@ -161,9 +161,11 @@ def test_stages_import_each_other_only_to_join_decoding_and_to_name_the_listing_
         "plan": {"list"},
         "report": {"list", "plan"},
     }
-    for module, imported in IMPORTS.items():
+    for module in MODULES:
         stage = module.removeprefix("featray.stages.").split(".")[0]
-        others = {name.split(".")[2] for name in imported if name.startswith("featray.stages.")} - {stage}
+        others = {
+            name.split(".")[2] for name in imported_modules(module) if name.startswith("featray.stages.")
+        } - {stage}
         if part_of(module) == "stages":
             assert others <= allowed.get(stage, set()), module
 

@@ -1,6 +1,6 @@
 """Runs that are killed: when the command is started again, each scan is stored exactly once.
 
-By default eight of the rounds in `kill.rounds` run; `pytest -m kill` runs all of them. `kill.harness` starts
+By default five of the rounds in `kill.rounds` run; `pytest -m kill` runs all of them. `kill.harness` starts
 and kills the runs.
 """
 

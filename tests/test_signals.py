@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from featray.output.dataset import Dataset
 from featray.storage.store import Store
 from featray.synthetic.phantom import make_collection
 
+PROGRAM = ("-m", "featray", "extract")
+REPOSITORY = Path(__file__).resolve().parent.parent
 SCAN_COUNT = 64
 """More than share a file and are in flight, so that a stop leaves some scans out."""
 
@@ -61,8 +64,10 @@ def config(job: dict[str, Any], tmp_path: Path) -> Path:
     return path
 
 
-def start_extract(config: Path, engine: str, *, is_new_session: bool = False) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "featray", "extract", str(config), "--set", f"run.engine={engine}"]
+def start_extract(
+    config: Path, engine: str, *, is_new_session: bool = False, program: Sequence[str] = PROGRAM
+) -> subprocess.Popen[str]:
+    command = [sys.executable, *program, str(config), "--set", f"run.engine={engine}"]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, text=True, start_new_session=is_new_session, **pipes)
 
@@ -122,13 +127,20 @@ def test_a_second_ctrl_c_stops_the_run_at_once_and_leaves_no_process(config: Pat
     assert not psutil.wait_procs(children, timeout=5)[1]
 
 
-def test_an_interrupted_worker_process_shows_the_user_no_traceback(config: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_stops_the_run_as_one_to_the_driver_does(
+    config: Path, number: signal.Signals
+) -> None:
     process = start_extract(config, "inline", is_new_session=True)
     wait_for_commit(config, process)
-    os.killpg(process.pid, signal.SIGINT)  # a terminal also sends it to the whole group
+    workers = psutil.Process(process.pid).children()
+    os.killpg(process.pid, number)  # as a terminal, `ray job stop` and Slurm do
+    assert workers
+    assert all(worker.is_running() for worker in workers), "the driver still needs them"
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
     assert "Traceback" not in err
+    assert "interrupted;" in err
 
 
 @pytest.mark.ray
@@ -151,11 +163,15 @@ def find_raylet(pid: int) -> list[psutil.Process]:
     return [child for child in find_descendants(pid) if child.name() in ("gcs_server", "raylet")]
 
 
-@pytest.mark.parametrize(("number", "seconds"), [(signal.SIGINT, 2.0), (signal.SIGTERM, 0.5)])
+@pytest.mark.parametrize(
+    ("number", "seconds", "program"),
+    [(signal.SIGINT, 2.0, PROGRAM), (signal.SIGTERM, 0.5, [str(REPOSITORY / "jobs" / "extract.py")])],
+    ids=["command", "job"],
+)
 def test_a_signal_during_imports_ends_the_command_as_interrupted(
-    config: Path, number: signal.Signals, seconds: float
+    config: Path, number: signal.Signals, seconds: float, program: Sequence[str]
 ) -> None:
-    process = start_extract(config, "inline")
+    process = start_extract(config, "inline", program=program)
     # The first worker process is started by the handler of the command, after the signals are handled.
     wait_until(lambda: bool(find_descendants(process.pid)), "the first worker process")
     time.sleep(seconds)

@@ -98,6 +98,8 @@ class RunMetrics:
         cpu_s: User and system CPU seconds of the whole process tree.
         cpu_by_role: CPU seconds by `driver`, `decoders`, `model`, `writers`; of other processes by name.
         first_opened_s: Seconds from the start until the first scan was opened; None if unknown.
+        first_commit_s: Seconds from the start until the first features were committed; None if unknown.
+        first_commit_cpu_s: CPU seconds of the process tree until then.
         stages: Usage by stage; empty if unknown.
         peak_bytes: Memory by `tree`, `driver`, `largest decoder`, `largest model`, as far as known.
         store_bytes: Peak memory of Ray's object store; None without an object store.
@@ -111,6 +113,8 @@ class RunMetrics:
     cpu_s: float
     cpu_by_role: dict[str, float] = field(default_factory=dict)
     first_opened_s: float | None = None
+    first_commit_s: float | None = None
+    first_commit_cpu_s: float | None = None
     stages: dict[str, StageUsage] = field(default_factory=dict)
     peak_bytes: dict[str, int] = field(default_factory=dict)
     store_bytes: int | None = None

@@ -54,6 +54,7 @@ class CommandUsage:
         spilled: Whether Ray started a process that moves objects to disk; None if the tree had no raylet.
         monitor_cpu_s: CPU seconds of the monitoring, which `cpu_s` does not include.
         background_cores: Mean number of cores that all other processes of the machine used.
+        samples: For each sample, the monotonic clock and the CPU seconds of the whole tree up to then.
     """
 
     pid: int
@@ -70,6 +71,14 @@ class CommandUsage:
     spilled: bool | None
     monitor_cpu_s: float
     background_cores: float
+    samples: tuple[tuple[float, float], ...] = ()
+
+    def get_cpu_s(self, since_start_s: float) -> float:
+        """Return the CPU seconds that the tree had used that long after the start, by the next sample."""
+        for clock, cpu_s in self.samples:
+            if clock >= self.started_s + since_start_s:
+                return cpu_s
+        return sum(self.cpu_s.values())
 
 
 def monitor_command(
@@ -116,6 +125,7 @@ def monitor_command(
         spilled=sampler.spilled if has_store else None,
         monitor_cpu_s=sampler.own_cpu_s,
         background_cores=background_cpu_s / wall_s,
+        samples=tuple(sampler.samples),
     )
 
 
@@ -135,6 +145,7 @@ class _TreeSampler:
     store_bytes: int = 0
     spilled: bool = False
     own_cpu_s: float = 0.0
+    samples: list[tuple[float, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._stop = threading.Event()
@@ -163,6 +174,7 @@ class _TreeSampler:
         root = psutil.Process(self.root)
         tree = [root, *root.children(recursive=True)]
         resident_bytes = _sum_running(self._sample_process, tree)
+        self.samples.append((time.monotonic(), sum(self.cpu_s.values())))
         if resident_bytes > MIN_GROWTH * self.resident_bytes:
             self.resident_bytes = resident_bytes
             self.peak_bytes = max(self.peak_bytes, _sum_running(self._sample_memory, tree))

@@ -17,6 +17,7 @@ from featray.benchmark.metrics import (
     VariantMetrics,
     split_core_seconds,
 )
+from featray.benchmark.start_up import StartUp
 
 _MEASURED_BY = {"read": "the store", "decode": "featray", "write": "featray"}
 _MB = 1e6
@@ -44,8 +45,8 @@ class BenchmarkReport:
 
     Attributes:
         machine: Cores, memory, system, and versions of packages.
-        scans: Numbers of scans: `distinct`, `found` in the collection, `small` and `large` run; and `made`,
-            whether the scans are phantoms.
+        scans: `source`, the URI of the collection; numbers of scans: `distinct`, `found` in the collection,
+            `small` and `large` run; and `made`, whether the scans are phantoms.
         listing_s: Seconds per scan of listing the collection, which no other figure includes.
         isolated: Figures of the stages in isolation.
         variants: Figures of whole runs of each engine and script.
@@ -55,7 +56,9 @@ class BenchmarkReport:
         collection_sizes: Single runs over collections of other sizes.
         cached: Figures of whole runs with an input cache that was empty or filled.
         cache_bytes: Size of the input cache per scan.
+        start_up: Cost of each engine and script before its first scan is done.
         differences: Differences of the features from featray's, by script.
+        failed_scripts: Error of each script that failed; a script that fails has no other figures.
         files: Paths of the written files.
     """
 
@@ -70,7 +73,9 @@ class BenchmarkReport:
     collection_sizes: tuple[RunMetrics, ...] = ()
     cached: tuple[VariantMetrics, ...] = ()
     cache_bytes: float = 0.0
+    start_up: tuple[StartUp, ...] = ()
     differences: dict[str, tuple[FeatureDifference, ...]] = field(default_factory=dict)
+    failed_scripts: dict[str, str] = field(default_factory=dict)
     files: tuple[str, ...] = ()
 
     @property
@@ -88,6 +93,8 @@ class BenchmarkReport:
         ]
         if any(variant.stages for variant in self.variants):
             parts.append(_format_table(self._make_stage_rows()))
+        if self.start_up:
+            parts.append(_format_table(_make_start_up_rows(self.start_up)))
         if self.cached:
             parts += [_format_table(self._make_cached_rows()), self._explain_cache()]
         if self.scaling:
@@ -96,6 +103,7 @@ class BenchmarkReport:
             parts.append(_format_table(_make_collection_rows(self.collection_sizes)))
         parts += [self._format_differences()] if self.differences else []
         parts.append("\n".join(self._explain_rates()))
+        parts += [f"{script} was not measured: {error}" for script, error in self.failed_scripts.items()]
         if self.files:
             parts.append("\n".join(self.files))
         return "\n\n".join(parts)
@@ -149,7 +157,9 @@ class BenchmarkReport:
         """Say how many scans of which size were measured, on how many cores and how often."""
         isolated = self.isolated
         made = self.scans["made"]
-        origin = "phantoms made by the benchmark" if made else f"a sample of {self.scans['found']} scans"
+        origin = (
+            "phantoms" if made else f"a sample of the {self.scans['found']} scans of {self.scans['source']}"
+        )
         sizes = f"{isolated.bytes_read / _MB:.1f} MB as stored, {isolated.bytes_raw / _MB:.1f} MB decoded"
         return (
             f"{self.scans['distinct']} distinct scans ({origin})\n"
@@ -274,6 +284,17 @@ def _make_isolated_rows(isolated: IsolatedStages) -> list[Sequence[str]]:
     wall = isolated.wall_s["model_all_cores"]
     speed = f"{isolated.bytes_input / _MB / wall.median:.0f}"
     return [*rows, ("model on all cores", _UNKNOWN, _format_spread(wall, 4), speed, "bare")]
+
+
+def _make_start_up_rows(variants: Sequence[StartUp]) -> list[Sequence[str]]:
+    rows: list[Sequence[str]] = [
+        ("start-up", "one scan: wall s", "CPU s", "peak GB", "first commit: wall s", "CPU s until then")
+    ]
+    for variant in variants:
+        single = [_format_spread(spread, 1) for spread in (variant.wall_s, variant.cpu_s)]
+        first = [_format_number(value, 1) for value in (variant.first_commit_s, variant.first_commit_cpu_s)]
+        rows.append((variant.name, *single, _format_gigabytes(variant.peak_bytes), *first))
+    return rows
 
 
 def _make_collection_rows(runs: Sequence[RunMetrics]) -> list[Sequence[str]]:

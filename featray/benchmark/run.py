@@ -22,10 +22,9 @@ from typing import Any
 import psutil
 
 from featray.benchmark import scripts
-from featray.benchmark.instrument import StageCalls, read_recordings
+from featray.benchmark.instrument import read_recordings
 from featray.benchmark.metrics import (
     RunMetrics,
-    StageUsage,
     VariantMetrics,
     combine_isolated_stages,
     combine_runs,
@@ -33,11 +32,17 @@ from featray.benchmark.metrics import (
 from featray.benchmark.plot import plot
 from featray.benchmark.process_monitor import CommandUsage, monitor_command
 from featray.benchmark.report import BenchmarkReport, FeatureDifference
+from featray.benchmark.run_metrics import add_first_commit, make_run_metrics
 from featray.benchmark.sample import Sample, sample_collection, sample_phantoms
 from featray.benchmark.settings import BenchmarkSettings
+from featray.benchmark.start_up import combine_start_up, find_first_commit
 from featray.config import Config, ConfigInput, load
 from featray.errors import ExitCode, FeatrayError
 from featray.hardware import DEFAULT_THREADS, ModelThreads, count_usable_cores
+from featray.model import runtime
+from featray.schema import Scan
+from featray.storage.ray_job import refuse_package
+from featray.storage.urls import mask_url
 
 DIRECTORY = "featray-benchmark"
 """Default folder of the JSON document and the plot, in the working directory."""
@@ -77,6 +82,10 @@ def benchmark(
         FeatrayError: A measured process ended with an error; the message includes its last lines of stderr.
     """
     checked, settings = load(config, overrides), settings or BenchmarkSettings()
+    refuse_package(directory, "--out")
+    if settings.keep is not None:
+        refuse_package(settings.keep, "--keep")
+    runtime.use_onednn()  # also for the scripts, whose model would be slower without it on some CPUs
     with tempfile.TemporaryDirectory(prefix="featray-benchmark-") as name:
         folder = Path(name)
         sample = _choose_scans(checked, settings, folder, show=show)
@@ -108,6 +117,7 @@ class _BenchmarkRunner:
         isolated: Figures of the stages in isolation, one document for each measurement.
         expected: Features that featray wrote, to compare scripts with.
         differences: Differences of the features from featray's, by script.
+        failed_scripts: Error of each script that failed.
         cache_bytes: Size of the input cache per scan; 0 if it is not measured.
     """
 
@@ -121,6 +131,7 @@ class _BenchmarkRunner:
     isolated: list[dict[str, Any]] = field(default_factory=list)
     expected: scripts.FeaturesByLayer = field(default_factory=dict)
     differences: dict[str, tuple[FeatureDifference, ...]] = field(default_factory=dict)
+    failed_scripts: dict[str, str] = field(default_factory=dict)
     cache_bytes: float = 0.0
 
     @classmethod
@@ -134,7 +145,7 @@ class _BenchmarkRunner:
 
     def measure_all(self) -> BenchmarkReport:
         """Run all measurements and return the report, without its files."""
-        model_rounds, runs = [], []
+        model_rounds, runs, single = [], [], []
         for number in range(self.settings.rounds):
             self._print(f"round {number + 1} of {self.settings.rounds}")
             # Both settings are measured, because it depends on the model which one is faster.
@@ -143,6 +154,9 @@ class _BenchmarkRunner:
                 for threads in (DEFAULT_THREADS, ModelThreads.for_whole_machine())
             ]
             runs += list(self._measure_round())
+            single += list(self._measure_start_up())
+        runs = [run for run in runs if run.variant not in self.failed_scripts]
+        single = [run for run in single if run.variant not in self.failed_scripts]
         variants = {
             name: combine_runs([run for run in runs if run.variant == name])
             for name in dict.fromkeys(run.variant for run in runs)
@@ -151,6 +165,7 @@ class _BenchmarkRunner:
         return BenchmarkReport(
             machine=_describe_host(),
             scans={
+                "source": mask_url(self.sample.config.source.uri),
                 "distinct": len(self.sample.scans),
                 "found": self.sample.found,
                 "made": self.sample.made,
@@ -162,27 +177,44 @@ class _BenchmarkRunner:
             variants=tuple(variant for name, variant in variants.items() if name not in cached),
             cached=tuple(variant for name, variant in variants.items() if name in cached),
             cache_bytes=self.cache_bytes,
+            start_up=tuple(
+                combine_start_up(
+                    [run for run in single if run.variant == name],
+                    [run for run in runs if run.variant == name],
+                )
+                for name in dict.fromkeys(run.variant for run in single)
+            ),
             cores=count_usable_cores(),
             rounds=self.settings.rounds,
             scaling=dict(self._measure_scaling()),
             collection_sizes=tuple(self._measure_collection_sizes()),
             differences=self.differences,
+            failed_scripts=self.failed_scripts,
         )
 
     def _measure_round(self) -> Iterator[RunMetrics]:
         """Yield the smaller and the larger run of every engine and script."""
         for engine in self.settings.engines:
             self._measure_stages()
-            yield self._run_engine(engine, self.small)
+            yield self._run_engine(engine, self.sample.take(self.small))
             if self.settings.compare and engine == self.settings.engines[0]:
                 self.expected = scripts.read_features(self.folder / "out", self._layers)
             self._measure_stages()
-            yield self._run_engine(engine, self.large)
+            yield self._run_engine(engine, self.sample.take(self.large))
             if self.settings.cache:
                 yield from self._run_with_cache(engine)
         for name, script in self.settings.compare.items():
-            yield self._run_script(name, script, self.small)
-            yield self._run_script(name, script, self.large)
+            yield from self._try_script(
+                name, script, self.sample.take(self.small), self.sample.take(self.large)
+            )
+
+    def _measure_start_up(self) -> Iterator[RunMetrics]:
+        """Yield a run of one scan, the smallest, of every engine and script."""
+        smallest = [min(self.sample.scans, key=lambda scan: scan.size)]
+        for engine in self.settings.engines:
+            yield self._run_engine(engine, smallest)
+        for name, script in self.settings.compare.items():
+            yield from self._try_script(name, script, smallest)
 
     def _run_with_cache(self, engine: str) -> Iterator[RunMetrics]:
         """Yield the smaller and the larger run of an engine with an empty cache, then with a filled one."""
@@ -191,7 +223,7 @@ class _BenchmarkRunner:
         for count in (self.small, self.large):
             shutil.rmtree(folder, ignore_errors=True)
             for name in _name_cached_runs(engine):
-                yield replace(self._run_engine(engine, count, sections), variant=name)
+                yield replace(self._run_engine(engine, self.sample.take(count), sections), variant=name)
             files = [path for path in folder.rglob("*") if path.is_file()]
             self.cache_bytes = sum(path.stat().st_size for path in files) / count
         shutil.rmtree(folder)
@@ -208,7 +240,7 @@ class _BenchmarkRunner:
         ]
         for name, engine, run_section in variants:
             runs = [
-                self._run_engine(engine, count, {"run": run_section})
+                self._run_engine(engine, self.sample.take(count), {"run": run_section})
                 for _ in range(self.settings.rounds)
                 for count in (self.small, self.large)
             ]
@@ -217,7 +249,7 @@ class _BenchmarkRunner:
     def _measure_collection_sizes(self) -> Iterator[RunMetrics]:
         for count in self.settings.collection_sizes:
             for engine in self.settings.engines:
-                yield self._run_engine(engine, count)
+                yield self._run_engine(engine, self.sample.take(count))
 
     def _measure_stages(self) -> None:
         """Measure the stages in isolation shortly before a run, when the machine is equally fast."""
@@ -247,10 +279,10 @@ class _BenchmarkRunner:
         return figures
 
     def _run_engine(
-        self, engine: str, count: int, sections: Mapping[str, Mapping[str, Any]] | None = None
+        self, engine: str, scans: Sequence[Scan], sections: Mapping[str, Mapping[str, Any]] | None = None
     ) -> RunMetrics:
-        """Run an engine over `count` scans, with changes to sections of the config."""
-        sections = sections or {}
+        """Run an engine over the scans, with changes to sections of the config."""
+        sections, count = sections or {}, len(scans)
         changes = f" {json.dumps(sections)}" if sections else ""
         self._print(f"engine {engine}, {count} scans{changes}")
         out, recordings = self.folder / "out", self.folder / "recordings"
@@ -261,7 +293,7 @@ class _BenchmarkRunner:
         config["run"] = {**config.get("run", self.config["run"]), "engine": engine}
         document = {
             "config": {**self.config, **config},
-            "scans": [scan.to_json() for scan in self.sample.take(count)],
+            "scans": [scan.to_json() for scan in scans],
             "recordings": str(recordings),
         }
         usage = monitor_command(_make_command("measured_run"), document, _make_environment({}))
@@ -271,19 +303,34 @@ class _BenchmarkRunner:
                 f"engine {engine} processed only {summary['done']} of {count} scans; "
                 "`featray extract` says why"
             )
-        return _make_run_metrics(engine, count, usage, read_recordings(recordings))
+        metrics = make_run_metrics(engine, count, usage, read_recordings(recordings))
+        return add_first_commit(metrics, usage, find_first_commit(out))
 
-    def _run_script(self, name: str, script: str | os.PathLike[str], count: int) -> RunMetrics:
-        self._print(f"{name}, {count} scans")
+    def _try_script(
+        self, name: str, script: str | os.PathLike[str], *samples: Sequence[Scan]
+    ) -> list[RunMetrics]:
+        """Run a script over each sample; if it fails, return nothing and do not run it again.
+
+        A failure is part of the report, so that the figures of the engines are kept.
+        """
+        if name in self.failed_scripts:
+            return []
+        try:
+            return [self._run_script(name, script, scans) for scans in samples]
+        except FeatrayError as error:
+            self.failed_scripts[name] = str(error)
+            return []
+
+    def _run_script(self, name: str, script: str | os.PathLike[str], scans: Sequence[Scan]) -> RunMetrics:
+        self._print(f"{name}, {len(scans)} scans")
         out = self.folder / f"{name}.parquet"
         out.unlink(missing_ok=True)
-        scans = self.sample.take(count)
         document = scripts.make_input(self.sample.config, scans, self._layers, out)
         usage = monitor_command([sys.executable, str(script)], document, _make_environment({}))
         _get_output(usage, name, (ExitCode.OK,))
-        if count == self.small:
+        if len(scans) == self.small:
             self.differences[name] = scripts.compare_features(out, scans, self.expected)
-        return _make_run_metrics(name, count, usage, {})
+        return make_run_metrics(name, len(scans), usage, {})
 
     def _print(self, message: str) -> None:
         _print_progress(message, show=self.show)
@@ -293,7 +340,7 @@ def _make_measured_config(config: Config, out: Path) -> dict[str, Any]:
     """Return the config with a temporary output and without the address of a cluster, JSON-ready."""
     values: dict[str, Any] = config.model_dump(mode="json", by_alias=True)
     values["output"] = {"uri": str(out), "partition_by": values["output"]["partition_by"]}
-    values["run"]["address"] = None
+    values["run"]["address"] = "local"  # also for a few scans
     return values
 
 
@@ -340,44 +387,6 @@ def _get_output(usage: CommandUsage, measurement: str, accepted: Sequence[int]) 
         return lines[-1] if lines else ""
     last_errors = usage.errors.strip().splitlines()[-8:]
     raise FeatrayError("\n".join([f"{measurement}: ended with exit code {usage.exit_code}:", *last_errors]))
-
-
-def _make_run_metrics(
-    variant: str, count: int, usage: CommandUsage, stages: Mapping[str, StageCalls]
-) -> RunMetrics:
-    roles = _assign_roles(usage, stages)
-    cpu_by_role: dict[str, float] = {}
-    for pid, seconds in usage.cpu_s.items():
-        role = roles.get(pid, usage.names[pid])
-        cpu_by_role[role] = cpu_by_role.get(role, 0.0) + seconds
-    peaks = {"tree": usage.peak_bytes, "driver": usage.peak_by_process.get(usage.pid, 0)}
-    for role, key in (("decoders", "largest decoder"), ("model", "largest model")):
-        role_peaks = [peak for pid, peak in usage.peak_by_process.items() if roles.get(pid) == role]
-        peaks |= {key: max(role_peaks)} if role_peaks else {}
-    return RunMetrics(
-        variant=variant,
-        scans=count,
-        wall_s=usage.wall_s,
-        cpu_s=sum(usage.cpu_s.values()),
-        cpu_by_role=cpu_by_role,
-        first_opened_s=stages["decode"].first_s - usage.started_s if "decode" in stages else None,
-        stages={
-            name: StageUsage(calls.wall_s, calls.cpu_s, calls.max_concurrent)
-            for name, calls in stages.items()
-        },
-        peak_bytes=peaks,
-        store_bytes=usage.store_bytes,
-        spilled=usage.spilled,
-        background_cores=usage.background_cores,
-    )
-
-
-def _assign_roles(usage: CommandUsage, stages: Mapping[str, StageCalls]) -> dict[int, str]:
-    """Return the role of each process that ran a stage; the driver stays the driver if it ran stages too."""
-    roles: dict[int, str] = {}
-    for stage, role in (("write", "writers"), ("decode", "decoders"), ("model", "model")):
-        roles |= dict.fromkeys(stages[stage].pids, role) if stage in stages else {}
-    return {**roles, usage.pid: "driver"}
 
 
 def _describe_host() -> dict[str, Any]:

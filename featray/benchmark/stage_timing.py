@@ -108,6 +108,7 @@ def measure_stages(config: Config, scans: Sequence[Scan], options: TimingOptions
             break
     if not decoded_scans:
         raise FeatrayError("none of the sampled scans can be decoded; `featray doctor` says why")
+    stages.load_here()
     _measure_model(times, job.extractor, _make_batches(decoded_scans, decoding.batch_scans), options.calls)
     if not options.model_only:
         _measure_write(times, stages, decoded_scans[: MODEL_BATCHES * decoding.batch_scans])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from featray.storage.expand import expand_path
 
@@ -68,6 +69,18 @@ def add_set_option(command: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="override a config key, for example model.batch_size=8; may be repeated (default: no override)",
+    )
+
+
+def add_wait_option(command: argparse.ArgumentParser) -> None:
+    """Add `--wait`."""
+    command.add_argument(
+        "--wait",
+        type=parse_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="wait that long for an output that another run holds, `inf` without an end (default: 0, which "
+        "ends at once with exit code 4)",
     )
 
 
@@ -229,3 +242,14 @@ def parse_path(text: str) -> str:
         return expand_path(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def parse_seconds(text: str) -> float:
+    """Return a number of seconds, at least 0; `inf` is allowed."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not seconds >= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds; give 600, for example")
+    return seconds

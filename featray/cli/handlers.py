@@ -6,7 +6,6 @@ A handler imports heavy libraries only when it runs, so that `featray --help` st
 from __future__ import annotations
 
 import argparse
-import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,7 @@ def run_extract(args: argparse.Namespace) -> int:
     from featray.pipeline import extract
 
     with stop_on_signal() as stop:
-        summary = extract(args.config, args.set, show=not args.quiet, stop=stop)
+        summary = extract(args.config, args.set, show=not args.quiet, stop=stop, wait=args.wait)
     print_answer(args, summary, summary.text())
     _print_ending(summary)
     return int(summary.exit_code)
@@ -56,6 +55,7 @@ def run_refresh(args: argparse.Namespace) -> int:
             drop_layers=args.drop_layers,
             show=not args.quiet,
             stop=stop,
+            wait=args.wait,
         )
     print_answer(args, summary, summary.text())
     _print_ending(summary)
@@ -84,7 +84,7 @@ def run_plan(args: argparse.Namespace) -> int:
         explanation = explain_scan(args.config, args.why, args.set)
         print_answer(args, {"scan_id": args.why, "why": explanation}, explanation)
         return ExitCode.OK
-    estimate = plan(args.config, args.set, explain=args.json)
+    estimate = plan(args.config, args.set, explain=args.scans, show=True)
     print_answer(args, estimate, estimate.text())
     return ExitCode.OK
 
@@ -222,7 +222,11 @@ def run_verify(args: argparse.Namespace) -> int:
     from featray.commands.verify import verify
 
     verification = verify(
-        _open_dataset(args), repair=args.repair, forget_damaged=args.forget_damaged, show=not args.quiet
+        _open_dataset(args),
+        repair=args.repair,
+        forget_damaged=args.forget_damaged,
+        show=not args.quiet,
+        wait=args.wait,
     )
     print_answer(args, verification, verification.text())
     return verification.exit_code
@@ -232,7 +236,7 @@ def run_vacuum(args: argparse.Namespace) -> int:
     """Run `featray vacuum`."""
     from featray.commands.vacuum import vacuum
 
-    result = vacuum(_open_dataset(args))
+    result = vacuum(_open_dataset(args), wait=args.wait)
     print_answer(args, result, result.text())
     return ExitCode.OK
 
@@ -322,8 +326,6 @@ def run_benchmark(args: argparse.Namespace) -> int:
     from featray.benchmark.run import benchmark
     from featray.benchmark.settings import BenchmarkSettings
 
-    # SIGTERM then acts like Ctrl-C, which also ends the measured processes.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     settings = BenchmarkSettings(
         sample=args.sample,
         phantoms=args.phantoms,
@@ -340,7 +342,7 @@ def run_benchmark(args: argparse.Namespace) -> int:
     )
     result = benchmark(args.config, args.set, settings=settings, directory=args.out, show=not args.quiet)
     print_answer(args, result.to_json(), result.text())
-    return ExitCode.OK
+    return ExitCode.UNEXPECTED if result.failed_scripts else ExitCode.OK
 
 
 def _parse_scripts(texts: Sequence[str]) -> dict[str, str]:

@@ -10,7 +10,6 @@ import argparse
 import atexit
 import gc
 import logging
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -24,13 +23,17 @@ from featray.cli.arguments import (
     add_output_argument,
     add_report_arguments,
     add_schema_arguments,
+    add_wait_option,
     parse_path,
 )
 from featray.errors import ExitCode, FeatrayError, Reason
-from featray.terminal.answer import RESUME_HINT, print_error
+from featray.terminal.answer import RESUME_HINT, interrupt_on_signal, print_error
+from featray.terminal.native_stderr import write_captured_lines
 from featray.terminal.streams import exit_at_once, flush_streams, make_streams_robust
 
 _REASONS = [str(reason) for reason in Reason]
+_RUNS = (handlers.run_demo, handlers.run_extract, handlers.run_refresh)
+"""Handlers of the commands that commit scans and resume."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,16 +54,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print_error(args, f"unexpected error ({type(error).__name__})", ExitCode.UNEXPECTED)
         return int(ExitCode.UNEXPECTED)
     except KeyboardInterrupt:
-        print_error(args, f"stopped at once; committed scans are kept; {RESUME_HINT}", ExitCode.INTERRUPTED)
+        print_error(args, _describe_stop(args), ExitCode.INTERRUPTED)
         return int(ExitCode.INTERRUPTED)
 
 
-def console() -> None:
-    """Run the `featray` command and exit with its exit code."""
+def _describe_stop(args: argparse.Namespace) -> str:
+    """Return the message for a command that a signal stopped at once.
+
+    The command is unknown if the signal came while the command line was parsed.
+    """
+    if getattr(args, "handler", None) in (*_RUNS, None):
+        return f"stopped at once; committed scans are kept; {RESUME_HINT}"
+    return "stopped before the end; run the same command again for its whole result"
+
+
+def console(argv: Sequence[str] | None = None) -> None:
+    """Run the `featray` command, or the command in `argv`, and exit with its exit code."""
     make_streams_robust()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # acts like Ctrl-C, also during imports
-    code = main()
+    interrupt_on_signal()
+    code = main(argv)
     if code == ExitCode.INTERRUPTED:
+        write_captured_lines()  # a thread may be starting Ray
         exit_at_once(code)
     flush_streams()
     sys.exit(code)
@@ -160,6 +174,11 @@ def _add_preparation_commands(commands: Any) -> None:
         metavar="ID",
         help="explain the state of one scan and print nothing else (default: plan all scans)",
     )
+    plan.add_argument(
+        "--scans",
+        action="store_true",
+        help="list every scan with its state and the reason for it (default: only count them)",
+    )
     preview = _add_command(
         commands, "preview", handlers.run_preview, "draw one scan as the model would receive it"
     )
@@ -182,6 +201,7 @@ def _add_run_commands(commands: Any) -> None:
         "extract missing features, or resume an interrupted run",
     )
     add_config_arguments(extract)
+    add_wait_option(extract)
     refresh = _add_command(
         commands,
         "refresh",
@@ -189,6 +209,7 @@ def _add_run_commands(commands: Any) -> None:
         "update the output to match the collection, including removals",
     )
     add_config_arguments(refresh)
+    add_wait_option(refresh)
     refresh.add_argument(
         "--drop-layers",
         action="store_true",
@@ -258,6 +279,7 @@ def _add_output_commands(commands: Any) -> None:
         "them again "
         "(default: keep them)",
     )
+    add_wait_option(verify)
 
 
 def _add_result_commands(commands: Any) -> None:
@@ -279,6 +301,7 @@ def _add_result_commands(commands: Any) -> None:
         "delete superseded and orphan files, and merge small files",
     )
     add_output_argument(vacuum)
+    add_wait_option(vacuum)
 
 
 def _add_command(

@@ -77,7 +77,7 @@ def list_data_files(kind: str, header: bytes) -> tuple[str, ...]:
 
 
 def _find_neighbor(header: File, kind: str, by_path: Mapping[str, File]) -> File | None:
-    """Return the only data file that has the name of the header; None if there is none or several."""
+    """Return the only data file that has the name of the header; None if no file or several files have it."""
     stem = header.path[: -len(HEADER_SUFFIXES[kind])]
     found = [by_path[stem + suffix] for suffix in _DATA_SUFFIXES if stem + suffix in by_path]
     return found[0] if len(found) == 1 else None

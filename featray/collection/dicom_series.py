@@ -25,7 +25,8 @@ from featray.collection.files import (
 )
 from featray.collection.header_cache import CacheEntry, HashedSeries, HeaderCache
 from featray.config import PolicyConfig
-from featray.ct.dicom.group import DicomScan, group_into_scans
+from featray.ct.dicom.dicom_scan import DicomScan
+from featray.ct.dicom.group import group_into_scans
 from featray.ct.dicom.header import SliceHeader
 from featray.errors import Reason
 from featray.storage.urls import hash_texts, mask_url

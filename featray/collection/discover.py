@@ -72,7 +72,7 @@ def list_path(fs: fsspec.AbstractFileSystem, path: str, options: ListingOptions)
 
 
 def _get_info(fs: fsspec.AbstractFileSystem, path: str) -> dict[str, Any]:
-    """Return what the file system knows about a path.
+    """Return the file system's information about a path.
 
     If an identity may read only the objects below a folder, S3 refuses to say whether an object has the name
     of the folder itself. Such a path is a folder if something is listed below it.
@@ -227,7 +227,7 @@ def _make_unpaired_scan(file: File, group: FileGroup, options: ListingOptions) -
 
 
 def _find_file(fs: fsspec.AbstractFileSystem, root: str, path: str) -> File | None:
-    """Return the file at a path of the store; None if there is none."""
+    """Return the file at a path of the store; None if no file exists there."""
     try:
         info = retry.run_with_retries(lambda: fs.info(path), retry.SOURCE_DEADLINE_S)
     except (FileNotFoundError, NotADirectoryError):

@@ -3,37 +3,32 @@
 In the order of ids, the second of two scans is a copy of the first if both ask for the same region and one of
 these conditions holds: they have the same files; they have the same SeriesInstanceUID and number of files,
 but lie in different folders; they have the same bytes. Bytes are compared by the store's checksum or, for
-local files of equal size, by reading them.
+local files, by `featray.collection.equal_files`.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import BinaryIO
 
+from featray.collection.equal_files import find_equal_scans
+from featray.collection.files import ListingOptions
 from featray.config import PolicyConfig
 from featray.errors import Reason
 from featray.schema import Scan
-from featray.storage.urls import open_url
-
-SAMPLE_BYTES = 2**14
-"""Bytes read at the start, in the middle and at the end of a file; a gzip file ends with its checksum."""
-_CHUNK_BYTES = 2**22
 
 
-def mark_duplicates(scans: Sequence[Scan], policy: PolicyConfig) -> list[Scan]:
+def mark_duplicates(scans: Sequence[Scan], options: ListingOptions) -> list[Scan]:
     """Return the scans sorted by id; copies get the warning `duplicate_id` or are excluded with that reason.
 
     Args:
         scans: Listed scans. A scan that has a reason is not compared and not changed.
-        policy: `policy.duplicates` decides between the warning and the exclusion.
+        options: `options.policy.duplicates` decides between the warning and the exclusion.
     """
     ordered = sorted(scans, key=lambda scan: scan.scan_id)
-    checksums = _find_checksums([scan for scan in ordered if scan.reason is None])
+    checksums = _find_checksums([scan for scan in ordered if scan.reason is None], options)
     first: dict[tuple[object, ...], Scan] = {}
     marked = []
     for scan in ordered:
@@ -42,7 +37,7 @@ def mark_duplicates(scans: Sequence[Scan], policy: PolicyConfig) -> list[Scan]:
         for key in keys:
             first.setdefault(key, scan)
         if original is not None and not _is_other_part(original, scan):
-            scan = _mark_copy(scan, original, policy)
+            scan = _mark_copy(scan, original, options.policy)
         marked.append(scan)
     return marked
 
@@ -98,12 +93,11 @@ def _mark_copy(scan: Scan, original: Scan, policy: PolicyConfig) -> Scan:
     return replace(scan, warnings=(*scan.warnings, Reason.DUPLICATE_ID.value))
 
 
-def _find_checksums(scans: Sequence[Scan]) -> dict[int, str]:
+def _find_checksums(scans: Sequence[Scan], options: ListingOptions) -> dict[int, str]:
     """Return `id(scan)` → checksum, for scans that can be compared; equal checksums mean equal bytes."""
     checksums = {id(scan): f"{scan.checksum} {scan.size}" for scan in scans if scan.checksum}
-    groups = [[scan for scan in scans if _can_read_locally(scan)]]
-    for compute_digest in (_get_size, _read_samples, _hash_whole):  # each reads more bytes of fewer scans
-        groups = [equal for group in groups for equal in _split_by_digest(group, compute_digest)]
+    local = [scan for scan in scans if _can_read_locally(scan)]
+    groups = find_equal_scans(local, options.digest_cache, show=options.show)
     return checksums | {id(scan): f"group {number}" for number, group in enumerate(groups) for scan in group}
 
 
@@ -115,44 +109,3 @@ def _can_read_locally(scan: Scan) -> bool:
     is_file = len(scan.files) == 1 and bool(scan.files_version) and not scan.archive and not scan.checksum
     is_local = "://" not in scan.uri or scan.uri.startswith(("file://", "local://"))
     return is_file and is_local and scan.size > 0 and scan.format != "npy"
-
-
-def _split_by_digest(scans: list[Scan], compute_digest: Callable[[Scan], object]) -> list[list[Scan]]:
-    """Return the groups of two or more scans with equal digests; a scan that cannot be opened is in none."""
-    groups: dict[object, list[Scan]] = defaultdict(list)
-    for scan in scans:
-        try:
-            groups[compute_digest(scan)].append(scan)
-        except OSError:  # the error is reported when the scan is read
-            continue
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def _open_file(scan: Scan) -> BinaryIO:
-    fs, _ = open_url(scan.uri)
-    stream: BinaryIO = fs.open(scan.files[0], "rb")
-    return stream
-
-
-def _get_size(scan: Scan) -> object:
-    return scan.size
-
-
-def _read_samples(scan: Scan) -> object:
-    with _open_file(scan) as stream:
-        return tuple(
-            _read_at(stream, offset) for offset in (0, scan.size // 2, max(0, scan.size - SAMPLE_BYTES))
-        )
-
-
-def _read_at(stream: BinaryIO, offset: int) -> bytes:
-    stream.seek(offset)
-    return stream.read(SAMPLE_BYTES)
-
-
-def _hash_whole(scan: Scan) -> object:
-    digest = hashlib.sha256()
-    with _open_file(scan) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.digest()

@@ -9,10 +9,11 @@ from __future__ import annotations
 import posixpath
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any
 
+from featray.collection.digest_cache import DigestCache
 from featray.collection.header_cache import HeaderCache
 from featray.config import PolicyConfig, SourceConfig
 from featray.ct.dicom.header import SliceHeader
@@ -75,7 +76,7 @@ class FileGroup:
         read_start: Reads at most the given number of bytes from the start of one of the files.
         threads: Number of headers that may be read at the same time.
         archive: Path of the archive; empty for a folder.
-        find_file: Returns the file at a path that is not among `files`; None if there is no such file, or if
+        find_file: Returns the file at a path that is not among `files`; None if no such file exists, or if
             `files` are complete.
     """
 
@@ -105,11 +106,15 @@ class ListingOptions:
         source: Configuration of the collection.
         policy: Decides which scans are excluded and which only get a warning.
         header_cache: Results for DICOM folders from an earlier listing; None to read every header.
+        digest_cache: Digests of local files from earlier listings.
+        show: Whether to show progress on stderr while files are compared.
     """
 
     source: SourceConfig
     policy: PolicyConfig
     header_cache: HeaderCache | None = None
+    digest_cache: DigestCache = field(default_factory=DigestCache)
+    show: bool = False
 
     @property
     def formats(self) -> set[str]:

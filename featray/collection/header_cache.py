@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from featray.ct.dicom.group import DicomScan
+from featray.ct.dicom.dicom_scan import DicomScan
 from featray.ct.dicom.parts import StackRange
 from featray.errors import Reason
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from featray.collection.digest_cache import DigestCache
 from featray.collection.header_cache import HeaderCache
 from featray.collection.manifest import make_point
 from featray.errors import find_similar_names
@@ -180,11 +181,13 @@ class Listing:
             accessed, so use `table` to look at all of them.
         ignored: File name suffix → number of files that belong to no scan.
         header_cache: Cache for the next listing of the same collection; None for a listing without a cache.
+        digest_cache: Digests of local files for the next listing.
     """
 
     scans: Sequence[Scan]
     ignored: dict[str, int] = field(default_factory=dict)
     header_cache: HeaderCache | None = field(default=None, compare=False, repr=False)
+    digest_cache: DigestCache = field(default_factory=DigestCache, compare=False, repr=False)
 
     @functools.cached_property
     def table(self) -> pa.Table:

@@ -1,8 +1,8 @@
 """Find the files below a local folder, or those that match a local glob pattern; follow symbolic links.
 
 The size and the version of a link are those of its target, as reading sees it: DVC, DataLad and git-annex
-store scans as links, and a changed target is a changed scan. What cannot be read (a link without a target, a
-folder without permission) is found too, with its problem, so that it is not left out in silence.
+store scans as links, and a changed target is a changed scan. Unreadable entries (a link without a target, a
+folder without permission) are found too, with their problem, so that none is left out in silence.
 
 Links to folders are followed, but no folder is listed twice below one root: a link is only counted if its
 target is a visible folder below a folder that is listed anyway, or contains such a folder. So links that form
@@ -40,7 +40,7 @@ class FoundFiles:
     Attributes:
         files: Files; a file that cannot be read has a `problem`.
         folders: Folders that cannot be listed, with their `problem`.
-        ignored: What else was found, by kind.
+        ignored: Number of other entries that were found, by kind.
     """
 
     files: list[File] = field(default_factory=list)
@@ -81,13 +81,13 @@ def find_matches(pattern: str, root: str) -> FoundFiles:
 
 
 class _Search:
-    """One search; collects what it finds in `found`."""
+    """One search; collects its results in `found`."""
 
     def __init__(self, root: str) -> None:
         self._root, self.found = root, FoundFiles()
 
     def get_sorted(self) -> FoundFiles:
-        """Return what was found, sorted by path."""
+        """Return the files and folders that were found, sorted by path."""
         self.found.files.sort(key=lambda file: file.path)
         self.found.folders.sort(key=lambda folder: folder.path)
         return self.found

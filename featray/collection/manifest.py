@@ -33,6 +33,7 @@ MANIFEST_SUFFIXES = (".csv", ".parquet")
 CENTER_COLUMNS = ("center_x", "center_y", "center_z")
 _TEXT = pa.large_string()
 _BLOCK = 8192
+_BLOCK_BYTES = 2**24
 _SEPARATORS = ",;\t"
 _EXCEL_SEPARATOR = re.compile(rb"sep=[,;\t]")
 _UTF_16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -211,12 +212,12 @@ def _is_csv(uri: str) -> bool:
 def _parse_csv(data: bytes, problems: dict[int, str]) -> tuple[list[str], list[pa.Array]]:
     """Return the names and the texts of the columns; add rows with too many values to `problems`.
 
-    The separator is the first of comma, semicolon and tab with which the first line has a column `uri`; if
-    there is none, a comma. A line `sep=;`, which Excel understands, may come first.
+    The separator is the first of comma, semicolon and tab with which the first line has a column `uri`,
+    otherwise a comma. A line `sep=;`, which Excel understands, may come first.
     """
-    first, _, rest = data.removeprefix(codecs.BOM_UTF8).partition(b"\n")
-    if _EXCEL_SEPARATOR.fullmatch(first.strip(b"\r")):
-        separators, data = first.decode()[4], rest
+    first = io.BytesIO(data.removeprefix(codecs.BOM_UTF8)).readline()
+    if _EXCEL_SEPARATOR.fullmatch(first.strip(b"\r\n")):
+        separators, data = first.decode()[4], data[data.index(b"\n") + 1 :]
     else:
         separators = _SEPARATORS
     headers = {mark: next(_read_csv_rows(data, mark), []) for mark in separators}
@@ -241,18 +242,25 @@ def _parse_plain_csv(data: bytes, names: list[str], separator: str = ",") -> lis
             pacsv.ReadOptions(column_names=numbers, skip_rows=1),
             pacsv.ParseOptions(delimiter=separator, newlines_in_values=True),
             pacsv.ConvertOptions(column_types=dict.fromkeys(numbers, _TEXT)),
+            memory_pool=pa.system_memory_pool(),  # which returns the memory as soon as it is free
         )
     except pa.ArrowInvalid:  # rows of different lengths, or not UTF-8: `_parse_any_csv` reports the problem
         return None
-    return [_combine(column) for column in table.columns]
+    columns = table.columns[::-1]
+    del table  # each column is freed when it is combined, because a million rows take 0.1 GB
+    return [_combine(columns.pop()) for _ in names]
 
 
 def _is_unambiguous(data: bytes, separator: str) -> bool:
     """Return whether lines end in LF or CRLF, and quotes only enclose whole values that contain no quotes."""
     if data.count(b"\r") != data.count(b"\r\n"):
         return False
+    if b'"' not in data:
+        return True
     text = np.frombuffer(data.removeprefix(codecs.BOM_UTF8), np.uint8)
-    quotes = np.flatnonzero(text == ord('"'))
+    blocks = range(0, len(text), _BLOCK_BYTES)
+    found = [start + np.flatnonzero(text[start : start + _BLOCK_BYTES] == ord('"')) for start in blocks]
+    quotes = np.concatenate([np.zeros(0, np.int64), *found])
     before, after = quotes[::2] - 1, quotes[1::2] + 1
     opens = np.isin(text[before[before >= 0]], list(f"{separator}\n".encode())).all()
     closes = np.isin(text[after[after < len(text)]], list(f"{separator}\r\n".encode())).all()
@@ -394,6 +402,8 @@ def _resolve_uris(uri: pa.Array, manifest_uri: str) -> pa.Array:
         expanded = [os.path.expanduser(text) for text in uri.filter(pa.array(starts_at_home)).to_pylist()]
         uri = pc.replace_with_mask(uri, pa.array(starts_at_home), pa.array(expanded, _TEXT))
     is_full = pc.or_(pc.match_substring(uri, "://"), pc.or_(pc.starts_with(uri, "/"), pc.equal(uri, "")))
+    if pc.all(is_full).as_py():
+        return uri
     folder = posixpath.join(posixpath.dirname(manifest_uri), "")
     return pc.if_else(
         is_full, uri, pc.binary_join_element_wise(pa.scalar(folder, _TEXT), uri, pa.scalar("", _TEXT))

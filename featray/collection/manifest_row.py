@@ -161,7 +161,7 @@ def _find_only_scan(fs: Any, path: str, options: ListingOptions) -> Scan:
         if not _is_limited_to_path(error):
             raise
         raise ScanError(Reason.STORAGE, _describe_unreadable("path", error, path)) from None
-    if len(scans) > 1:  # a file of another kind that cannot be read, such as a broken link, is no second scan
+    if len(scans) > 1:  # a file of another kind that cannot be read, such as a broken link, does not count
         scans = tuple(scan for scan in scans if scan.reason is not Reason.STORAGE) or scans
     if len(scans) != 1:
         message = f"the manifest's uri must name one scan; it holds {len(scans)}"

@@ -23,6 +23,7 @@ from featray.collection.files import FORMAT_SUFFIXES, MAX_THREADS, ListingOption
 from featray.collection.listing import TEXT, LazyScans, ScanColumns
 from featray.collection.manifest import Manifest, make_point
 from featray.collection.manifest_row import add_region, get_row_formats, hash_version, list_row
+from featray.hardware import return_free_memory
 from featray.schema import Scan
 from featray.storage.urls import mask_url, open_url
 
@@ -38,6 +39,7 @@ _Flags = NDArray[np.bool_]
 
 def list_manifest(manifest: Manifest, options: ListingOptions) -> LazyScans:
     """Return the scans that a manifest names: sorted by id, ids unique, copies marked as the policy says."""
+    return_free_memory()  # of the parsed file
     shown_uris = _mask_uris(manifest.uri)
     resolver = _PathResolver(options)
     is_complete = _is_plain(manifest.uri) & ~np.asarray(pc.equal(manifest.version, ""))
@@ -54,11 +56,14 @@ def list_manifest(manifest: Manifest, options: ListingOptions) -> LazyScans:
     others = np.flatnonzero(~is_single)
     other_ids = manifest.scan_id.take(pa.array(others))
     built = make_ids_unique(
-        mark_duplicates(scans, options.policy),
+        mark_duplicates(scans, options),
         frozenset(other_ids.to_pylist()) if shares_id.any() else frozenset(),
     )
     order = _sort_by_id(other_ids, [scan.scan_id for scan in built])
-    return LazyScans(columns.take(others), resolver, built, order)
+    if len(singles):
+        columns = columns.take(others)
+    return_free_memory()
+    return LazyScans(columns, resolver, built, order)
 
 
 def _make_columns(manifest: Manifest, shown_uris: pa.Array, options: ListingOptions) -> ScanColumns:
@@ -155,7 +160,8 @@ def _get_protocol(uri: str) -> str:
 
 def _find_repeated(texts: pa.Array) -> _Flags:
     """Return for each text whether it occurs more than once."""
-    numbers = np.asarray(texts.dictionary_encode().indices)
+    # The system's pool returns the copies of the texts as soon as they are free.
+    numbers = np.asarray(pc.dictionary_encode(texts, memory_pool=pa.system_memory_pool()).indices)
     repeated: _Flags = np.bincount(numbers)[numbers] > 1
     return repeated
 

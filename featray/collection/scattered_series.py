@@ -46,7 +46,7 @@ def mark_scattered_series(found: Sequence[FoundScan]) -> list[FoundScan]:
 
 
 def _mark_share(found_scan: FoundScan, members: Sequence[FoundScan]) -> FoundScan:
-    """Return a scan, marked if it is a share of what its series holds in other archives or folders."""
+    """Return a scan, marked if other archives or folders show that it is only a share of its series."""
     scan, stack = found_scan.scan, found_scan.stack
     if scan.reason is not None or stack is None:
         return found_scan

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from featray.collection.files import File, FoundScan, ListingOptions, can_be_dicom, make_scan
-from featray.ct.dicom.group import DICOM_SUFFIXES
+from featray.ct.dicom.unidentified import DICOM_SUFFIXES
 from featray.errors import Reason
 from featray.storage.links import is_link_to_stored_file
 
@@ -32,7 +32,7 @@ class UnreadableFiles:
         self._problems = {file: file.problem for file in files if file.problem and can_be_dicom(file.name)}
 
     def add(self, file: File, problem: str) -> None:
-        """Add a file whose header could not be read, with a sentence that says why."""
+        """Add a file with an unreadable header, and the reason as a sentence."""
         self._problems[file] = problem
 
     def get_others(self) -> list[File]:

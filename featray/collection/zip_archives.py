@@ -54,7 +54,9 @@ def find_in_archive(
                 threads=1,
                 archive=file.path,
             )
-            return find_scans(group, options)
+            found = find_scans(group, options)
+            archive.check_names()
+            return found
 
     if file.problem:
         return [FoundScan(make_scan((file,), file.name, "zip", options), (file,))]

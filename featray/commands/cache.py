@@ -1,4 +1,4 @@
-"""`featray cache`: show what the input cache of a config holds, or clear it.
+"""`featray cache`: show the size of a config's input cache, or clear it.
 
 A config in, counts out. The collection and the output are not opened.
 """
@@ -14,7 +14,7 @@ from featray.stages.input_cache import InputCache, is_entry
 
 @dataclass(frozen=True)
 class CacheResult:
-    """What an input cache holds, and what was deleted.
+    """The number and size of the entries of an input cache, and the number of deleted files.
 
     Attributes:
         uri: Location of the cache without credentials.
@@ -38,7 +38,7 @@ class CacheResult:
 
 
 def show_cache(config: Config, *, clear: bool = False) -> CacheResult:
-    """Return what the cache of a config holds; delete all its entries before if `clear` is true.
+    """Return the size of a config's cache; if `clear` is true, delete all its entries first.
 
     Other files in the folder are neither counted nor deleted.
 

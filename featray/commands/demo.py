@@ -42,6 +42,7 @@ from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
 from featray.stages.list import list_scans
 from featray.stages.report import Summary
+from featray.storage.ray_job import refuse_package
 from featray.synthetic.phantom import make_collection
 from featray.synthetic.varied_collection import make_varied_collection
 from featray.terminal.command_line import find_python, format_command
@@ -93,7 +94,7 @@ class DemoResult:
         pictures: Paths of the pictures; empty if the extraction was interrupted.
         table: First rows of the layer `z_mean`, as lines of text.
         report: Path of the page of the report; empty if the extraction was interrupted.
-        sentences: The verdict for each column of labels.csv, or why there is none.
+        sentences: The verdict for each column of labels.csv, or the reason why it has none.
     """
 
     directory: str
@@ -192,6 +193,7 @@ def make_demo_config(folder: Path, scans: int = SCANS) -> dict[str, Any]:
 
 def _choose_scans(folder: Path, scans: int | None) -> int:
     """Return the number of scans of the demo, after a check that the folder is new or holds such a demo."""
+    refuse_package(folder, "DIR")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; name a folder for the demo")
     if scans is not None and scans < MIN_SCANS:
@@ -245,7 +247,7 @@ def _train(config: Config, path: Path, *, show: bool) -> None:
     from featray.model import runtime
 
     # TensorFlow fixes its threads at its first operation, so set those that the extraction will want.
-    runtime.configure(make_engine(config, len(scans)).threads)
+    runtime.configure(make_engine(config).threads)
     from featray.synthetic.vae import build_vae, train_vae
 
     vae = build_vae(volumes.shape[1:], filters=(4, 8, 16), dense=32, latent=8, seed=SEED)
@@ -277,7 +279,7 @@ def _make_epoch_logger(epochs: int) -> Callable[[int, float], None]:
 
 
 def _add_views(result: DemoResult, config: Config, *, show: bool) -> DemoResult:
-    """Return the result with what shows the features: the first rows of a table, pictures and the report."""
+    """Return the result with views of the features: the first rows of a table, pictures and the report."""
     from featray.commands.report import report  # imports scikit-learn
 
     log.info("writing the report")

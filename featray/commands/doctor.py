@@ -252,7 +252,7 @@ class _Checks:
             yield "PASS", text
 
     def check_cache(self) -> Outcomes:
-        """Check access to the input cache, and say how large it will become and what it holds."""
+        """Check access to the input cache; report its expected size, and that it holds image data."""
         cache = InputCache.from_config(self._config)
         if cache is None:
             return
@@ -305,7 +305,7 @@ class _Checks:
 
     def check_engine(self) -> Outcomes:
         """Start the engine, or join the cluster."""
-        engine = make_engine(self._config, len(self._listing.scans))
+        engine = make_engine(self._config)
         with engine:
             engine.connect()
         yield "PASS", f"{engine.name}, for {len(self._listing.scans)} scans"

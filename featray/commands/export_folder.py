@@ -17,6 +17,7 @@ from typing import Any
 
 from featray.errors import ConfigError, StorageError
 from featray.output.query import format_recipes
+from featray.storage.ray_job import refuse_package
 from featray.storage.store import Store
 from featray.storage.urls import mask_url
 
@@ -48,10 +49,11 @@ class ExportFolder:
             options: fsspec options; None for those of the output if both URLs have the same protocol.
 
         Raises:
-            ConfigError: The folder is a file, or inside the output.
+            ConfigError: The folder is a file, inside the output, or would be lost with a Ray job.
         """
         if options is None:
             options = source.find_options(directory)
+        refuse_package(directory, "DIR")
         target = Store(directory, dict(options or {}))
         if target.is_local and os.path.lexists(target.root) and not os.path.isdir(target.root):
             raise ConfigError(f"{target.root} is a file; name a folder to export to")

@@ -63,7 +63,7 @@ class VectorLayer:
         dtype: `float32` or `float16`.
         files: Number of files.
         size_bytes: Size of these files.
-        rounding: What rounding to float16 has changed; None for float32.
+        rounding: Effect of rounding to float16; None for float32.
     """
 
     layer: str
@@ -150,7 +150,7 @@ def export_vectors(  # noqa: PLR0913  # public function with the options of the 
         layers: Names of the layers to export, with `/` or `.`; empty for all.
         columns: Columns of `scans` to add to each row. A column that `features` has too gets the prefix
             `scan_`, such as `scan_shape`.
-        float16: Whether to round the values to float16; the result says what that has changed.
+        float16: Whether to round the values to float16; the result describes the effect.
         storage_options: fsspec options of `output`; None for the options of the config, if `output` is one.
         directory_options: fsspec options of `directory`; None for the options of `output` if both URLs have
             the same protocol.
@@ -197,7 +197,7 @@ def _inspect_layers(snapshot: Snapshot, layers: Sequence[str], columns: Sequence
 
     Raises:
         ConfigError: The output has no features.
-        UsageError: There is no such layer or column, or the values of a layer differ in shape.
+        UsageError: A layer or column does not exist, or the values of a layer differ in shape.
     """
     names = list(layers) or list_layers(snapshot)
     if not names:
@@ -262,7 +262,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Written:
-    """A complete file: its size in bytes, and what rounding has changed in it."""
+    """A complete file: its size in bytes, and the effect of rounding on its values."""
 
     size: int
     rounding: Rounding

@@ -7,6 +7,8 @@ model; their features are discarded. Nothing is written.
 from __future__ import annotations
 
 import functools
+import logging
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -17,9 +19,10 @@ import psutil
 from featray.checks import check
 from featray.collection.listing import Listing, sample_by_size
 from featray.config import ConfigInput
-from featray.engines.base import Decoding, Stages
+from featray.engines.base import Decoding, Engine, Stages
 from featray.engines.prefetch import parallel_map
-from featray.hardware import ModelThreads, count_usable_cores
+from featray.errors import ConfigError
+from featray.hardware import Capacity, ModelPlace, ModelThreads, count_usable_cores
 from featray.job import Job, RunScope, make_decoding, make_engine
 from featray.model import OutputLayer
 from featray.model.runtime import list_gpu_names
@@ -28,6 +31,8 @@ from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.plan import STATES, Plan
 from featray.stages.report import describe_cleared_failures, describe_other_layers
+
+log = logging.getLogger(__name__)
 
 SAMPLE_SCANS = 6
 """Scans that are decoded for the estimate, from small to large."""
@@ -51,10 +56,15 @@ class Estimate:
         decode_s: Seconds to read, decode and preprocess a scan of average size.
         infer_s: Seconds of the model for the due layers of one scan, called as the engine calls it in one
             process.
-        scans_per_s: Scans per second on this machine alone, without start-up.
+        scans_per_s: Scans per second without start-up, on the present nodes of the cluster with cores as fast
+            as this machine's, or on this machine.
         seconds: Time for all scans to process.
         output_bytes: Size of the values to compute, before compression.
         memory_bytes: Memory of this process after the sample; each worker process needs about as much.
+        nodes: Nodes of the cluster that the estimate counts on; 0 for this machine alone.
+        cores: CPU cores of these nodes.
+        gpus: GPUs of these nodes.
+        actors: Processes that run the model on these nodes.
     """
 
     command: str = "extract"
@@ -65,6 +75,10 @@ class Estimate:
     seconds: float = 0.0
     output_bytes: int = 0
     memory_bytes: int = 0
+    nodes: int = 0
+    cores: float = 0.0
+    gpus: float = 0.0
+    actors: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,12 +105,12 @@ class PlanResult:
         layer_recipes: Layer of the config → its recipe id.
         cells: State → number of cells (scan x layer of the config); `new` are those of new scans, `missing`
             those that stored scans lack.
-        work: A sentence about what there is to compute and what stays; empty if there is nothing.
+        work: A sentence about the work to do and the up-to-date layers; empty without work.
         other_layers: Stored layer that the config does not name → number of scans that have it.
         cleared_failures: Number of failed scans that a run sets to ok without computing, because they have
             all layers of the config.
-        renamed_layers: Stored layer → its name in the config, for layers whose name alone has changed.
-        ignored: Number of files that are no scans by suffix.
+        renamed_layers: Stored layer → its name in the config, for layers that only have another name.
+        ignored: File name suffix → number of files that belong to no scan.
         estimate: Estimate of the next run.
         scans: scan_id, state and why of every scan; empty unless requested.
     """
@@ -139,7 +153,7 @@ class PlanResult:
             lines.append(describe_other_layers(self.other_layers))
         table_changes = self.removed or self.renamed_layers or self.cleared_failures
         if not (self.todo or self.refresh_todo or table_changes):
-            return "\n".join([*lines, "nothing to do"])
+            return "\n".join([*lines, "nothing to do", *self._describe_scans()])
         if self.work:
             lines.append(f"to compute: {self.work}")
         if self.renamed_layers:
@@ -148,7 +162,10 @@ class PlanResult:
         lines += [self._describe_extract(), self._describe_refresh()]
         run = f"{len(self.layers)} layers, engine {self.engine}"
         lines.append(f"{run}; `--why ID` explains the state of one scan")
-        return "\n".join([*lines, *self._describe_estimate()])
+        return "\n".join([*lines, *self._describe_estimate(), *self._describe_scans()])
+
+    def _describe_scans(self) -> list[str]:
+        return [f"{scan['scan_id']}: {scan['why']}" for scan in self.scans]
 
     def _describe_extract(self) -> str:
         if self.other_recipe:
@@ -172,28 +189,48 @@ class PlanResult:
         if not estimate.sampled:
             return []
         duration, size = _format_duration(estimate.seconds), _format_size(estimate.output_bytes)
+        cluster = (
+            f" on {estimate.nodes} nodes with {estimate.cores:g} cores, {estimate.gpus:g} GPUs and "
+            f"{estimate.actors} actors"
+            if estimate.nodes
+            else ""
+        )
         return [
-            f"estimate of {estimate.command} from {estimate.sampled} scans: "
+            f"estimate of {estimate.command} from {estimate.sampled} scans{cluster}: "
             f"{estimate.scans_per_s:.2f} scans/s, {duration}, "
             f"{size} of values, {estimate.memory_bytes / 1e9:.1f} GB of memory per process"
         ]
 
 
-def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bool = False) -> PlanResult:
+def plan(
+    config: ConfigInput,
+    overrides: list[str] | None = None,
+    *,
+    explain: bool = False,
+    show: bool = False,
+) -> PlanResult:
     """Count the scans that `extract` and `refresh` would process, and estimate the run. Write nothing.
 
     Args:
         config: Path of a YAML file, a dict, or a `Config`.
         overrides: `key.path=value` texts, which take precedence over the file.
-        explain: Whether to explain the state of every scan.
+        explain: Whether to explain the state of every scan; the result then has an entry for each.
+        show: Whether to show progress on stderr while the source is listed.
 
     Raises:
         UsageError: The config, the source or the model cannot be used; lists every problem.
     """
-    checked, listing = check(config, overrides)
+    checked, listing = check(config, overrides, show=show)
     dataset = Dataset.open(checked.output)
-    engine = make_engine(checked, len(listing.scans))
-    job = Job.prepare(checked, engine)
+    with make_engine(checked) as engine:
+        if engine.place is ModelPlace.ELSEWHERE and list_gpu_names():
+            engine.place = ModelPlace.ANY  # the estimate runs the model here, on a GPU as the actors will
+        return _make_result(Job.prepare(checked, engine), engine, dataset, listing, explain=explain)
+
+
+def _make_result(
+    job: Job, engine: Engine, dataset: Dataset, listing: Listing, *, explain: bool
+) -> PlanResult:
     stored = dataset.find_snapshot()
     extract_plan = job.make_plan(listing, stored, RunScope())
     return PlanResult(
@@ -214,7 +251,7 @@ def plan(config: ConfigInput, overrides: list[str] | None = None, *, explain: bo
         renamed_layers=dict(extract_plan.renames),
         cleared_failures=len(extract_plan.cleared_failures),
         ignored=listing.ignored,
-        estimate=_estimate_next_run(job, dataset, listing, extract_plan),
+        estimate=_estimate_next_run(job, engine, dataset, listing, extract_plan),
         scans=list(extract_plan.explain_all()) if explain else (),
     )
 
@@ -232,7 +269,7 @@ def explain_scan(config: ConfigInput, scan_id: str, overrides: list[str] | None 
     """
     checked, listing = check(config, overrides)
     dataset = Dataset.open(checked.output)
-    job = Job.prepare(checked, make_engine(checked, len(listing.scans)))
+    job = Job.prepare(checked, make_engine(checked))
     return job.make_plan(listing, dataset.find_snapshot(), RunScope()).explain_scan(scan_id)
 
 
@@ -247,11 +284,12 @@ def _format_size(size_bytes: int) -> str:
     return f"{size_bytes / 1e3:.1f} kB"
 
 
-def _estimate_next_run(job: Job, dataset: Dataset, listing: Listing, plan: Plan) -> Estimate:
+def _estimate_next_run(job: Job, engine: Engine, dataset: Dataset, listing: Listing, plan: Plan) -> Estimate:
     """Estimate `extract`, or `refresh` if `extract` refuses or has nothing to do.
 
     Args:
         job: The run.
+        engine: Its engine.
         dataset: The output.
         listing: Every scan of the collection.
         plan: The plan of `extract`.
@@ -259,11 +297,11 @@ def _estimate_next_run(job: Job, dataset: Dataset, listing: Listing, plan: Plan)
     if plan.refresh_todo and (plan.other_recipe or not plan.todo):
         refresh = RunScope(refresh=True)
         refresh_plan = job.make_plan(listing, dataset.find_snapshot(), refresh)
-        return replace(_estimate_run(job, dataset, refresh_plan), command=refresh.command)
-    return _estimate_run(job, dataset, plan)
+        return replace(_estimate_run(job, engine, dataset, refresh_plan), command=refresh.command)
+    return _estimate_run(job, engine, dataset, plan)
 
 
-def _estimate_run(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
+def _estimate_run(job: Job, engine: Engine, dataset: Dataset, plan: Plan) -> Estimate:
     """Decode a few scans of the plan, run the model on them, and extrapolate to all scans."""
     if not plan.todo:
         return Estimate()
@@ -275,10 +313,16 @@ def _estimate_run(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
     usable = [decoded for _, decoded in sample if decoded.record.status == "ok"]
     if not usable:
         return Estimate()
+    stages.load_here()
     extract(stages.extractor, usable, recipe=stages.recipe)  # the first call builds the model's function
     decode_s = _estimate_decode_s(sample, readable)
     infer_s = _measure_infer_s(stages, usable, decoding.batch_scans, job.threads.calls)
-    scans_per_s = _estimate_rate(decode_s, infer_s, job.threads)
+    capacity = _find_capacity(engine)
+    scans_per_s = (
+        _estimate_rate(decode_s, infer_s, job.threads)
+        if capacity is None
+        else _estimate_cluster_rate(decode_s, infer_s, job, capacity)
+    )
     patches = statistics.mean(decoded.record.patches for decoded in usable)
     values = _average_values(job.extractor.layers, readable)
     return Estimate(
@@ -289,7 +333,27 @@ def _estimate_run(job: Job, dataset: Dataset, plan: Plan) -> Estimate:
         seconds=count / scans_per_s,
         output_bytes=int(4 * values * patches * count),
         memory_bytes=psutil.Process().memory_info().rss,
+        nodes=capacity.nodes if capacity else 0,
+        cores=capacity.cores if capacity else 0.0,
+        gpus=capacity.gpus if capacity else 0.0,
+        actors=capacity.actors if capacity else 0,
     )
+
+
+def _find_capacity(engine: Engine) -> Capacity | None:
+    """Return the capacity of the engine's cluster; None, and a message, if it cannot be rated now.
+
+    An engine on this machine alone also gives None, without a message.
+    """
+    try:
+        capacity = engine.measure_capacity()
+    except ConfigError as error:
+        log.warning("%s; the estimate is for this machine", error)
+        return None
+    if capacity is not None and not capacity.cores:
+        log.warning("the cluster has no node for this run yet; the estimate is for this machine")
+        return None
+    return capacity
 
 
 def _average_values(layers: Sequence[OutputLayer], scans: Sequence[Scan]) -> float:
@@ -351,11 +415,27 @@ def _measure_infer_s(stages: Stages, decoded: Sequence[Decoded], batch_scans: in
 def _estimate_rate(decode_s: float, infer_s: float, threads: ModelThreads) -> float:
     """Return the scans per second of this machine.
 
-    Decoding a scan takes one core; a call of the model takes the cores of its threads. With a GPU the model
-    takes no core, and the slower of decoding and the model limits the rate.
+    With a GPU the model takes no core, and the slower of decoding and the model limits the rate.
     """
     cores = count_usable_cores()
     if list_gpu_names():
         return min(cores / decode_s, 1 / infer_s)
-    model_cores = cores if threads.each is None else min(cores, threads.each + threads.calls - 1)
-    return cores / (decode_s + model_cores * infer_s)
+    return cores / (decode_s + _count_model_cores(threads) * infer_s)
+
+
+def _estimate_cluster_rate(decode_s: float, infer_s: float, job: Job, capacity: Capacity) -> float:
+    """Return the scans per second of a cluster if its cores are as fast as those of this machine.
+
+    With GPUs, its model is at least as fast as on this machine.
+    """
+    run = job.config.run
+    if run.actors.num_gpus:
+        return min(capacity.workers.decode * run.decode.num_cpus / decode_s, capacity.actors / infer_s)
+    cores = min(capacity.cores, capacity.actors * run.actors.num_cpus or math.inf)
+    return cores / (decode_s + _count_model_cores(job.threads) * infer_s)
+
+
+def _count_model_cores(threads: ModelThreads) -> int:
+    """Return the cores of this machine that the calls of the model took; decoding a scan takes one core."""
+    cores = count_usable_cores()
+    return cores if threads.each is None else min(cores, threads.each + threads.calls - 1)

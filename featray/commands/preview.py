@@ -26,6 +26,7 @@ from featray.config import ConfigInput, PreprocessConfig
 from featray.errors import ConfigError, ExitCode, UsageError
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
+from featray.storage.ray_job import refuse_package
 
 DIRECTORY = "featray-preview"
 """Default folder for the two files, below the working directory."""
@@ -38,7 +39,7 @@ _MAX_STEM_LENGTH = 100
 
 @dataclass(frozen=True)
 class PreviewResult:
-    """Description of one model input and of its scan; `reason` says why there is no input.
+    """Description of one model input and of its scan; `reason` says why the input is missing.
 
     Attributes:
         scan_id: Id of the scan.
@@ -140,6 +141,7 @@ def preview(
         UsageError: The config or the source cannot be used, no scan has this id, or `directory` is not
             writable.
     """
+    refuse_package(directory, "--out")
     checked, listing = check(config, overrides)
     candidates = listing.scans if scan is None else [_find_scan(listing, scan)]
     used, decoded, skipped = _decode_first_usable(candidates, Decoder.from_config(checked))

@@ -13,8 +13,8 @@ import pyarrow.dataset as pads
 
 from featray.output.dataset import FEATURES, SCANS, Dataset, count_values
 from featray.output.layer_totals import LayerTotals, sum_by_layer
-from featray.output.lease import read_live_lease
-from featray.output.ledger import LEDGER_ROW_COLUMNS, find_stored_cells, read_newest_layers
+from featray.output.lease import describe_process, read_live_lease
+from featray.output.ledger import LEDGER_ROW_COLUMNS, find_stored_cells, read_newest_layers, read_newest_runs
 from featray.terminal.progress import format_scans
 
 
@@ -34,6 +34,8 @@ class StatusResult:
         running: The lease of the run that has locked the output, with its progress at the last heartbeat;
             None if no run has. The progress counts committed scans.
         unnamed_layers: Names of the layers that the config of the newest run did not name.
+        engine: Engine of the newest run; empty if it is not recorded.
+        engine_reason: Why that run had this engine, in words that follow "because".
     """
 
     ok: int
@@ -46,6 +48,8 @@ class StatusResult:
     commit: int
     running: dict[str, Any] | None = None
     unnamed_layers: tuple[str, ...] = ()
+    engine: str = ""
+    engine_reason: str = ""
 
     def text(self) -> str:
         """Return the result as text for the terminal."""
@@ -56,6 +60,9 @@ class StatusResult:
         if self.reasons:
             lines.append("reasons: " + ", ".join(f"{count} {name}" for name, count in self.reasons.items()))
         lines.append(f"version {self.version[FEATURES]}, commit {self.commit}")
+        if self.engine:
+            reason = f", because {self.engine_reason}" if self.engine_reason else ""
+            lines.append(f"newest run: engine {self.engine}{reason}")
         lines += [self._describe_layer(layer) for layer in self.layers]
         return "\n".join(lines)
 
@@ -83,6 +90,7 @@ def status(dataset: Dataset) -> StatusResult:
     rows = snapshot.read_scans(LEDGER_ROW_COLUMNS)
     counts, layers = count_values(rows["status"]), sum_by_layer(snapshot.files(FEATURES))
     named = read_newest_layers(dataset.store)
+    newest = next(read_newest_runs(dataset.store, 1), {})
     return StatusResult(
         ok=counts["ok"],
         failed=counts["failed"],
@@ -94,6 +102,8 @@ def status(dataset: Dataset) -> StatusResult:
         commit=snapshot.commit_number,
         running=lease,
         unnamed_layers=tuple(layer.layer for layer in layers if named and layer.layer not in named),
+        engine=newest.get("engine", ""),
+        engine_reason=newest.get("engine_reason", ""),
     )
 
 
@@ -116,7 +126,7 @@ def failures(dataset: Dataset, reason: str | None = None) -> list[dict[str, Any]
 
 
 def _describe_run(lease: dict[str, Any]) -> str:
-    run = f"running: {lease['run_id']} on host {lease['host']} (pid {lease['pid']}) since {lease['since']}"
+    run = f"running: {describe_process(lease)} since {lease['since']}"
     if not lease.get("progress"):
         return f"{run}, preparing"
     age_s = max(0.0, time.time() - lease["heartbeat"])

@@ -42,16 +42,20 @@ class VacuumResult:
         return "\n".join(lines)
 
 
-def vacuum(dataset: Dataset) -> VacuumResult:
+def vacuum(dataset: Dataset, *, wait: float = 0) -> VacuumResult:
     """Delete unneeded files and log entries, and merge small data files.
 
     Unneeded are files superseded for longer than `keep_versions_days`, and orphan files.
+
+    Args:
+        dataset: The output.
+        wait: Seconds to wait for an output that a run holds.
 
     Raises:
         ConfigError: The folder is not a featray output.
         OutputBusyError: A run has locked the output.
     """
-    with lock_output(dataset) as committer:
+    with lock_output(dataset, wait) as committer:
         merged = committer.compact(MIN_SMALL_FILES)
         return VacuumResult(
             deleted=len(committer.delete_orphans()),

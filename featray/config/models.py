@@ -206,7 +206,7 @@ class ModelConfig(_Section):
     jit_compile: bool = False
     """true compiles the model with XLA, for GPUs; many times slower on CPUs. Part of the recipe."""
     batch_size: int = Field(default=4, ge=1)
-    """Model inputs per call of the model."""
+    """Model inputs per call of the model; it is halved for the rest of a process if memory is too short."""
     allow_stochastic: bool = False
     """true accepts layers whose values differ from call to call."""
     storage_options: dict[str, Any] = Field(default_factory=dict, repr=False)
@@ -238,19 +238,43 @@ class OutputConfig(_Section):
         return self
 
 
+_STANDARD_RESOURCES = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "decode.memory"}
+"""Resources that have keys of their own."""
+_LABEL_VALUE = r"[a-zA-Z0-9](?:[a-zA-Z0-9_.-]{0,61}[a-zA-Z0-9])?"
+_LABEL_CONDITION = rf"^!?(?:{_LABEL_VALUE}|in\({_LABEL_VALUE}(?:, ?{_LABEL_VALUE})*\))$"
+
+
+def _refuse_standard_resources(resources: dict[str, float]) -> dict[str, float]:
+    for name in resources:
+        if name in _STANDARD_RESOURCES:
+            raise ValueError(f"{name} is not a custom resource; use {_STANDARD_RESOURCES[name]}")
+    return resources
+
+
+CustomResources = Annotated[
+    dict[str, Annotated[float, Field(gt=0)]], AfterValidator(_refuse_standard_resources)
+]
+LabelSelector = dict[str, Annotated[str, Field(pattern=_LABEL_CONDITION)]]
+
+
 class ActorsConfig(_Section):
     """The actors that run the model (engine ray)."""
 
     min: int = Field(default=1, ge=1)
     """Minimum number of actors."""
     max: int | None = Field(default=None, ge=1)
-    """Maximum number of actors; null = one per `num_cpus` CPUs; with GPUs, as many as leave CPUs to decode.
-    """
+    """Maximum number of actors; null = no limit on a cluster, whose pool grows with it; with a local Ray one
+    per `num_cpus` CPUs; with GPUs as many as leave CPUs to decode."""
     num_cpus: float = Field(default=1, ge=0)
     """CPUs that each actor claims: its TensorFlow threads and, without GPUs, its worker processes for
     decoding."""
     num_gpus: float = Field(default=0, ge=0)
-    """GPUs that each actor claims; with a fraction, actors share a GPU."""
+    """GPUs that each actor claims; with a fraction, actors share a GPU and its memory. 0 hides all GPUs."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of Ray that each actor claims, for example `{ct_node: 0.01}`, to select nodes."""
+    label_selector: LabelSelector = Field(default_factory=dict)
+    """Labels of the Ray nodes on which actors run, for example `{pool: gpu}`; conditions `!spot`, `in(a, b)`
+    and `!in(a, b)` as in Ray."""
 
     @model_validator(mode="after")
     def _check_order(self) -> ActorsConfig:
@@ -264,6 +288,10 @@ class DecodeConfig(_Section):
 
     num_cpus: float = Field(default=1, gt=0)
     """CPUs that each decode task claims (engine ray with GPUs; without GPUs, actors decode)."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of Ray that each decode task claims (engine ray with GPUs)."""
+    label_selector: LabelSelector = Field(default_factory=dict)
+    """Labels of the Ray nodes on which decode tasks run (engine ray with GPUs)."""
     memory: int | None = Field(default=None, gt=0)
     """Bytes of memory that decoding one scan may take; a scan that needs more is `too_large`. With engine
     ray, workers claim it. null = most of the machine's memory; large scans then claim memory by size."""
@@ -276,9 +304,13 @@ class RunConfig(_Section):
     """The engine and its resources."""
 
     engine: Literal["auto", "ray", "inline"] = "auto"
-    """auto = inline for up to 100 scans without a cluster address, otherwise ray."""
+    """auto = ray if a cluster is named, in a Ray job, for several GPUs that actors.num_gpus claims, or above
+    inline_max_cores; otherwise inline, for any number of scans."""
+    inline_max_cores: int = Field(default=32, ge=1)
+    """Largest number of cores on which auto takes inline; one process may not keep more of them busy."""
     address: str | None = None
-    """Address of the Ray cluster; null = the variable RAY_ADDRESS, or a local Ray."""
+    """Address of the Ray cluster; null = the variable RAY_ADDRESS, or a local Ray, which is started for more
+    than 24 scans (the process itself computes fewer); local = a local Ray also for fewer scans."""
     actors: ActorsConfig = ActorsConfig()
     """The actors that run the model."""
     decode: DecodeConfig = DecodeConfig()

@@ -8,8 +8,8 @@ request two steps, which take place before any other code uses the geometry:
 
 Both interpolate linearly between the true positions of the voxels and return float32. Values are clipped to
 the window before the interpolation; clipping them afterwards would give other values next to metal and
-padding. Outside of the source volume the result has the fill value: the lower bound of the window, or the
-smallest voxel if there is no window. Up to one voxel outside of the outermost source voxels, the result is
+padding. Outside of the source volume the result has the fill value: the lower bound of the window or, without
+a window, the smallest voxel. Up to one voxel outside of the outermost source voxels, the result is
 interpolated between them and the fill value. The grid is large enough for every source voxel. It can
 therefore be much larger than the source: compute its size first and compare it with the limit on voxels.
 """

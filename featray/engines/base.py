@@ -7,12 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from featray.hardware import ModelThreads, Workers
+from featray.hardware import Capacity, ModelPlace, ModelThreads, Workers
 
 if TYPE_CHECKING:  # worker processes import this module, and must start fast
     import pyarrow as pa
 
-    from featray.config import LimitsConfig
+    from featray.config import LimitsConfig, ModelConfig
     from featray.schema import Receipt, Scan
     from featray.stages.decode import Decoder
     from featray.stages.extract import LayerExtractor
@@ -35,16 +35,24 @@ class Decoding:
     memory: int | None = None
 
 
+def _do_nothing() -> None:
+    """Do nothing."""
+
+
 @dataclass(frozen=True)
 class Stages:
     """The stages after decoding, in order. All except `extractor` can be pickled.
 
     Attributes:
-        extractor: The model, loaded in this process.
+        extractor: The model; `load_here` loads it.
         load_extractor: Loads the model; called once in every other process that runs it.
         recipe: Recipe id from which the seeds of random layers are made (`RecipeIds.seed`).
         write: Arrow rows of extracted scans → Receipt.
         scans_per_file: Number of scans whose features share one file, and so are committed together.
+        run_id: Id of the run.
+        model: Config of the model, for engines whose workers may lack its files; None if they have
+            the model without files.
+        load_here: Loads the model in this process, unless that has been done.
     """
 
     extractor: LayerExtractor
@@ -52,6 +60,9 @@ class Stages:
     recipe: str
     write: Callable[[pa.Table], Receipt]
     scans_per_file: int
+    run_id: str
+    model: ModelConfig | None = None
+    load_here: Callable[[], None] = _do_nothing
 
 
 class Engine(Protocol):
@@ -60,10 +71,12 @@ class Engine(Protocol):
     Attributes:
         name: `inline` or `ray`.
         threads: CPU threads of the model in each process that runs it.
+        place: Where the model runs that this process loads.
     """
 
     name: str
     threads: ModelThreads
+    place: ModelPlace
 
     def __enter__(self) -> Engine: ...
 
@@ -75,6 +88,14 @@ class Engine(Protocol):
         Raises:
             ConfigError: The cluster cannot be reached, or can never provide the resources that `run` asks
                 for.
+        """
+        ...
+
+    def measure_capacity(self) -> Capacity | None:
+        """Return the present capacity of the engine's cluster; None if the engine uses this machine alone.
+
+        Raises:
+            ConfigError: As for `connect`.
         """
         ...
 

@@ -21,9 +21,10 @@ from featray.engines.decoding.memory_limit import decode_memory
 from featray.engines.decoding.process_pool import WorkerPool, end_early
 from featray.engines.decoding.scan_pool import ScanDecodePool
 from featray.engines.prefetch import EXTRA_RESULTS, parallel_map, prefetch
-from featray.hardware import DEFAULT_THREADS, ModelThreads, Workers, count_usable_cores
+from featray.hardware import DEFAULT_THREADS, ModelPlace, ModelThreads, Workers, count_usable_cores
 from featray.schema import Decoded, Receipt, Scan
 from featray.stages.extract import extract
+from featray.storage.ray_job import find_stop_limit_s
 
 BATCHES_AHEAD = 2
 """Batches of decoded scans besides those in the model: one is ready for it, and the next one is being made.
@@ -48,6 +49,7 @@ class InlineEngine:
         self._decode_workers = count_usable_cores() if workers is None else workers
         default_threads = ModelThreads.for_whole_machine() if self._decode_workers else DEFAULT_THREADS
         self.threads = threads or default_threads
+        self.place = ModelPlace.ANY
         self._decoding = decoding
         self._decoding_since: float | None = None
         self._processes: WorkerPool | None = None
@@ -79,21 +81,31 @@ class InlineEngine:
         """Return when the first scan was submitted."""
         return self._decoding_since
 
+    def measure_capacity(self) -> None:
+        """Return None: this engine uses this machine alone."""
+
     def prefetch_scans(self, scans: Sequence[Scan]) -> None:
         """Decode as many of the scans as there is room for, while this process loads the model."""
         if self._decode_workers:
             self._open_scan_pool(len(scans)).prefetch(scans)
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
-        """Yield a receipt for every full file of features, or every ten seconds."""
+        """Yield a receipt for every full file of features, or every ten seconds.
+
+        After a stop, scans in progress are finished; in a Ray job, only those that are done before Ray would
+        kill this process.
+        """
         tables = self._extract_tables(scans, stages, stop)
-        for table in prefetch(tables) if self._decode_workers else tables:
+        if self._decode_workers:
+            tables = prefetch(tables, stop=stop, grace_s=find_stop_limit_s())
+        for table in tables:
             yield stages.write(table)
 
     def _extract_tables(
         self, scans: Sequence[Scan], stages: Stages, stop: threading.Event
     ) -> Generator[pa.Table]:
         """Yield the features of one file of scans at a time."""
+        stages.load_here()
         tables: list[pa.Table] = []
         flushed = time.monotonic()
         with contextlib.closing(self.decode_batches(scans, stop)) as batches:
@@ -101,7 +113,8 @@ class InlineEngine:
             for table in parallel_map(run_model, batches, self.threads.calls):
                 tables.append(table)
                 is_full = sum(len(table) for table in tables) >= stages.scans_per_file
-                if is_full or time.monotonic() - flushed > FLUSH_S:
+                # A run that is stopped may be killed soon, so it keeps nothing back.
+                if is_full or stop.is_set() or time.monotonic() - flushed > FLUSH_S:
                     yield pa.concat_tables(tables)
                     tables, flushed = [], time.monotonic()
         if tables:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -27,7 +28,9 @@ class _End:
     error: BaseException | None = None
 
 
-def prefetch(items: Generator[T], count: int = 1, stop: threading.Event | None = None) -> Generator[T]:
+def prefetch(
+    items: Generator[T], count: int = 1, stop: threading.Event | None = None, grace_s: float = 0.0
+) -> Generator[T]:
     """Yield the items; a thread makes up to `count` of them ahead. An error in the thread is raised here.
 
     Closing the iterator early closes `items`, after waiting a few seconds at most for the item being made.
@@ -35,9 +38,11 @@ def prefetch(items: Generator[T], count: int = 1, stop: threading.Event | None =
     Args:
         items: Iterated and closed in the thread.
         count: Finished items that may wait to be used; 0 for any number.
-        stop: When it is set, yield the finished items and end at once, also while an item is being made. The
-            thread then ends by itself after that item.
+        stop: When it has been set for `grace_s` seconds, yield the finished items and end at once, also while
+            an item is being made. The thread then ends by itself after that item.
+        grace_s: Seconds after `stop` during which items are still waited for.
     """
+    limit = _StopLimit(stop, grace_s)
     ready: queue.Queue[T | _End] = queue.Queue(count)
     closed = threading.Event()
     thread = threading.Thread(
@@ -45,7 +50,7 @@ def prefetch(items: Generator[T], count: int = 1, stop: threading.Event | None =
     )
     thread.start()
     try:
-        while not isinstance(item := _wait_for_item(ready, stop), _End):
+        while not isinstance(item := _wait_for_item(ready, limit), _End):
             yield item
         if item.error is not None:
             raise item.error
@@ -54,8 +59,24 @@ def prefetch(items: Generator[T], count: int = 1, stop: threading.Event | None =
         closed.set()
         while not ready.empty():
             ready.get()  # makes room for the item that is being made
-        if stop is None or not stop.is_set():
+        if not limit.is_reached():
             thread.join(_JOIN_S)
+
+
+class _StopLimit:
+    """Tells whether an event has been set for some seconds, counted from the first look at the set event."""
+
+    def __init__(self, stop: threading.Event | None, grace_s: float) -> None:
+        self.stop, self._grace_s = stop, grace_s
+        self._since: float | None = None
+
+    def is_reached(self) -> bool:
+        """Return whether the time is over; never without an event."""
+        if self.stop is None or not self.stop.is_set():
+            return False
+        now = time.monotonic()
+        self._since = now if self._since is None else self._since
+        return now - self._since >= self._grace_s
 
 
 def parallel_map(work: Callable[[T], U], items: Iterable[T], threads: int) -> Generator[U]:
@@ -104,10 +125,10 @@ def _unfinished(futures: Iterable[Future[U]]) -> list[Future[U]]:
     return [future for future in futures if not future.done()]
 
 
-def _wait_for_item(ready: queue.Queue[T | _End], stop: threading.Event | None) -> T | _End:
-    if stop is None:
+def _wait_for_item(ready: queue.Queue[T | _End], limit: _StopLimit) -> T | _End:
+    if limit.stop is None:
         return ready.get()
-    while not (stop.is_set() and ready.empty()):
+    while not (limit.is_reached() and ready.empty()):
         try:
             return ready.get(timeout=_POLL_S)
         except queue.Empty:

@@ -4,15 +4,17 @@ In: a `ModelConfig` and float32 batches. Out: one float32 array per output. Know
 tables. Importing this package does not import TensorFlow.
 """
 
-from featray.model.extractor import Extractor, OutputLayer
+from featray.model.extractor import Extractor
 from featray.model.invariance import InvarianceReport, check_invariance
 from featray.model.list_layers import LayerInfo, LayerList, list_layers
+from featray.model.model_facts import ModelFacts, OutputLayer
 
 __all__ = [
     "Extractor",
     "InvarianceReport",
     "LayerInfo",
     "LayerList",
+    "ModelFacts",
     "OutputLayer",
     "check_invariance",
     "list_layers",

@@ -13,6 +13,8 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from featray.model import gpus
+
 _TENSOR_ARGUMENTS = {
     "conv2d": "input",
     "conv3d": "input",
@@ -31,12 +33,11 @@ _SIZE_ARGUMENTS = ("strides", "ksize", "dilations")
 def replace_ops_without_cpu_kernel() -> Iterator[None]:
     """While this thread traces, give these operations tensors with the channels on the last axis.
 
-    Nothing is replaced where TensorFlow has a GPU.
+    Nothing is replaced in a process whose TensorFlow uses a GPU.
     """
-    import tensorflow as tf
     from tensorflow.python.ops import gen_nn_ops
 
-    if tf.config.list_physical_devices("GPU"):
+    if gpus.list_visible():
         yield
         return
     originals = {name: getattr(gen_nn_ops, name) for name in _TENSOR_ARGUMENTS}

@@ -11,54 +11,26 @@ import contextlib
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from featray.config import ModelConfig
 from featray.errors import InputShapeError, ModelError
-from featray.hardware import DEFAULT_THREADS, ModelThreads
-from featray.model import inputs, prepare, runtime, seeding, variation
+from featray.hardware import DEFAULT_THREADS, ModelPlace, ModelThreads
+from featray.model import gpus, inputs, prepare, runtime, seeding, variation
+from featray.model.batch_runner import BatchRunner, concatenate
 from featray.model.inputs import Batch, Shape, TrialResults
-from featray.model.keras_versions import KERAS_PACKAGES
 from featray.model.loading import download
-from featray.model.pooling import Pool
-from featray.model.prepare import PreparedModel
+from featray.model.model_facts import ModelFacts, OutputLayer, OutputPlace
 from featray.model.select_layers import OutputSpec
 from featray.model.variation import Variation
 
 _RARE_NOISE_CALLS = 60
 """Number of calls to find rare noise. Noise in one call of ten is missed with a probability of 0.002."""
 
+_HALF_DTYPES = {"float16", "bfloat16"}
 _TEST_SEEDS = ("a", "b")
-
-
-@dataclass(frozen=True)
-class OutputLayer:
-    """One output of the truncated model.
-
-    Attributes:
-        name: Name of the output: `as` of the config, or the path in the config with `.` instead of `/`.
-        path: Path of the layer in the model, such as `encoder/conv_1`.
-        pool: Pooling over the spatial axes.
-        shape: Shape of the value for one input after pooling and before flattening, without the batch axis;
-            None along an axis whose size depends on the input.
-        values: Number of values per input. If it depends on the size of the input, the number is that for a
-            small input.
-        class_name: Class of the Keras layer.
-        grid: For pool `grid`: number of cells along each spatial axis.
-        position: Position of the layer in the order of computation. Outputs of one layer have the same.
-    """
-
-    name: str
-    path: str
-    pool: Pool
-    shape: tuple[int | None, ...]
-    values: int
-    class_name: str
-    grid: tuple[int, ...] = ()
-    position: int = 0
 
 
 class _Function(NamedTuple):
@@ -85,8 +57,10 @@ class Extractor:
         sha256: Digest of the model file, the builder and the custom code together.
         files: sha256 of each of these files, by its role.
         versions: Versions of keras and tensorflow.
-        is_stochastic: Whether any output samples, found by running the model. The values of an input then
-            depend on its seed; see `__call__`.
+        is_stochastic: Whether any output samples. The values of an input then depend on its seed; see
+            `__call__`.
+        facts: All that the checks found out; None if a model must be checked wherever it is loaded, because
+            its layers create variables when it is first called.
     """
 
     layers: tuple[OutputLayer, ...]
@@ -95,6 +69,7 @@ class Extractor:
     files: dict[str, str]
     versions: dict[str, str]
     is_stochastic: bool = False
+    facts: ModelFacts | None = None
 
     def __init__(
         self,
@@ -102,8 +77,12 @@ class Extractor:
         *,
         input_zyx: Shape | None = None,
         threads: ModelThreads = DEFAULT_THREADS,
+        place: ModelPlace = ModelPlace.ANY,
+        facts: ModelFacts | None = None,
     ) -> None:
         """Load the model, select its outputs, check both, trace the truncated model and run it once.
+
+        With facts nothing is checked: `load` or the first use loads the model, traces it and runs it once.
 
         Args:
             spec: The `model` section of a config. If it names a `submodel`, the input goes directly into this
@@ -114,6 +93,9 @@ class Extractor:
                 instead of a tuple takes the whole shape that the model declares.
             threads: CPU threads that TensorFlow may use. Several threads may call the extractor at the same
                 time.
+            place: Where the model runs. If that is elsewhere, a model in half precision is checked in
+                float32, because CPUs lack some operations for it; the recipe stays that of the model.
+            facts: Facts that an extractor with the same arguments found out about this model and its code.
 
         Raises:
             ModelError: Lists every problem: an input size that does not fit, unknown or unusable layers with
@@ -121,22 +103,77 @@ class Extractor:
                 and controlled by seeds), outputs that depend on the rest of the batch.
         """
         self._spec = prepare.parse_model_section(spec)
-        runtime.configure(threads)
+        self._input_zyx, self._threads, self._place = input_zyx, threads, place
+        self._functions: dict[frozenset[str], _Function] = {}
+        self._trace_lock, self._load_lock = threading.Lock(), threading.Lock()
+        self.facts, self._is_loaded = facts, facts is None
+        known = facts or self._load_and_check()
+        self.layers, self.input_shape = known.layers, known.input_shape
+        self.sha256, self.files, self.versions = known.sha256, known.files, known.versions
+        self._sampling, self.is_stochastic = known.sampling_layers, bool(known.sampling_layers)
+        self._known = known
+
+    def _load_and_check(self) -> ModelFacts:
+        """Load the model and check it; set `facts`, and return them also if they hold for this process only.
+
+        Raises:
+            ModelError: As `__init__`.
+        """
+        runtime.configure(self._threads, self._place)
         import keras
         import tensorflow as tf
 
         problems: list[str] = []
-        self._prepared = prepare.prepare_model(self._spec, input_zyx, problems).forget_graph()
-        outputs = prepare.select_outputs(self._spec, self._prepared, problems)
-        self._outputs, self._trace_lock = outputs, threading.Lock()
-        self._functions: dict[frozenset[str], _Function] = {}
-        self.layers = tuple(self._warm_up(outputs, problems)) if outputs else ()
+        prepared = prepare.prepare_model(self._spec, self._input_zyx, problems)
+        compute_dtypes = sorted({tap.layer.compute_dtype for tap in prepared.taps})
+        if self._place is ModelPlace.ELSEWHERE and _HALF_DTYPES & {*compute_dtypes}:
+            in_float32 = self._spec.model_copy(update={"compute": "float32"})
+            prepared = prepare.prepare_model(in_float32, self._input_zyx, [])
+        self._outputs = prepare.select_outputs(self._spec, prepared, problems)
+        is_plain = bool(self._outputs) and prepare.is_shown_plain(prepared, self._outputs)
+        has_variables = prepared.recording is not None and prepared.recording.were_layers_built
+        self._prepared = prepared.forget_graph()
+        self._runner = self._make_runner(self._place)
+        layers, sampling = self._warm_up(problems, is_plain=is_plain) if self._outputs else ((), frozenset())
         if problems:
             raise ModelError(problems, download.redact_uri(self._spec.uri))
-        self.input_shape = self._prepared.call.input_shape
-        self.sha256, self.files = self._prepared.loaded.sha256, self._prepared.loaded.files
-        self.versions = {"keras": keras.__version__, "tensorflow": tf.__version__}
-        self._compute_dtypes = sorted({tap.layer.compute_dtype for tap in self._prepared.taps})
+        found = ModelFacts(
+            layers=layers,
+            places=tuple(OutputPlace(output.tap.key, output.channels_first) for output in self._outputs),
+            input_shape=self._prepared.call.input_shape,
+            sha256=self._prepared.loaded.sha256,
+            files=self._prepared.loaded.files,
+            versions={"keras": keras.__version__, "tensorflow": tf.__version__},
+            sampling_layers=sampling,
+            compute_dtypes=tuple(compute_dtypes),
+            corrections=tuple(self._prepared.loaded.corrections),
+        )
+        self.facts = found if has_variables else None
+        return found
+
+    def load(self) -> None:
+        """Load, trace and run the model in this process, unless that has been done.
+
+        Raises:
+            ModelError: The model cannot be loaded or computed, or is not the one that the facts are about.
+        """
+        if self._is_loaded:
+            return
+        with self._load_lock:
+            if not self._is_loaded:
+                self._load_known()
+                self._is_loaded = True
+
+    def _load_known(self) -> None:
+        runtime.configure(self._threads, self._place)
+        self._prepared = prepare.prepare_known_model(self._spec, self._input_zyx, self._known)
+        if self._prepared.loaded.sha256 != self.sha256:
+            raise ModelError("the model or its code changed while the run was starting; start the run again")
+        self._outputs = prepare.make_known_outputs(self._known)
+        self._runner = self._make_runner(self._place)
+        self._all = self._trace(self._outputs)
+        # If this machine cannot compute the model, the run ends here; otherwise each scan would fail.
+        inputs.run_trials(self._run, self._prepared.call, only_once=True)
 
     def __call__(
         self, batch: Batch, seeds: Sequence[str] | None = None, layers: Sequence[str] = ()
@@ -157,8 +194,9 @@ class Extractor:
                 not the number of inputs.
             KeyError: No output has one of the names.
         """
+        self.load()
         function = self._get_function(layers)
-        checked = inputs.check_batch(batch, self._prepared.call.input_shape)
+        checked = inputs.check_batch(batch, self.input_shape)
         if seeds is not None and len(seeds) != len(checked):
             raise InputShapeError(f"expected one seed per row: {len(checked)}, got {len(seeds)}")
         if not len(checked):
@@ -172,6 +210,11 @@ class Extractor:
         return self._run_seeded(checked, seeds, function)
 
     @property
+    def reduced_batch(self) -> int | None:
+        """Inputs in a call of the model if memory was too short for `batch_size`; None if it was not."""
+        return self._runner.size if self._runner.is_reduced else None
+
+    @property
     def sampling_layers(self) -> frozenset[str]:
         """Names of the outputs that sample."""
         return self._sampling
@@ -179,10 +222,12 @@ class Extractor:
     @property
     def model(self) -> Any:
         """The Keras model that runs. Values that are assigned to its weights hold for later calls."""
+        self.load()
         return self._prepared.call.model
 
     def list_variables(self) -> list[Any]:
         """Return the TensorFlow variables that the outputs are computed from."""
+        self.load()
         return list(self._all.call.graph.variables)
 
     def recipe_part(self) -> dict[str, Any]:
@@ -201,12 +246,12 @@ class Extractor:
         ]
         # As float, so that 1 and 1.0 in a config give the same recipe.
         constants = {name: np.asarray(value, float).tolist() for name, value in self._spec.constants.items()}
-        corrections = list(self._prepared.loaded.corrections)
+        corrections = list(self._known.corrections)
         return {
             "sha256": self.sha256,
             "submodel": self._spec.submodel,
             "layers": sorted(outputs, key=lambda output: output["name"]),
-            "compute_dtype": self._compute_dtypes,
+            "compute_dtype": list(self._known.compute_dtypes),
             **({"constants": constants} if constants else {}),
             **({"jit_compile": True} if self._spec.jit_compile else {}),
             **({"keras2": corrections} if corrections else {}),
@@ -226,10 +271,21 @@ class Extractor:
     def _run(self, batch: Batch, function: _Function | None = None) -> dict[str, Batch]:
         """Run a checked batch in parts of the config's batch size, by default with all outputs."""
         function = function or self._all
-        size = self._spec.batch_size
-        parts = (batch[start : start + size] for start in range(0, len(batch), size))
-        with seeding.LOCK if function.state_variables else contextlib.nullcontext():
-            return _concatenate([function.call(inputs.make_tensor(part)) for part in parts])
+        is_random = bool(function.state_variables)
+        with seeding.LOCK if is_random else contextlib.nullcontext():
+            return self._runner.run(function.call, batch, is_random=is_random)
+
+    def _make_runner(self, place: ModelPlace) -> BatchRunner:
+        """Return the runner of this process.
+
+        Calls are padded on GPUs and with XLA, which prepare a size of a call for seconds. So the trial runs,
+        which come first, warm up the size that all later calls have. On CPUs, padding would cost the time of
+        the copies; and if inputs differ in size, calls do too.
+        """
+        is_uniform = None not in self._prepared.call.input_shape
+        is_slow_to_prepare = bool(gpus.list_visible()) or self._spec.jit_compile
+        is_padded = is_uniform and is_slow_to_prepare and place is not ModelPlace.ELSEWHERE
+        return BatchRunner(self._spec.batch_size, is_padded=is_padded, is_uniform=is_uniform)
 
     def _run_seeded(
         self, batch: Batch, seeds: Sequence[str], function: _Function | None = None
@@ -239,36 +295,48 @@ class Extractor:
         for row, seed in enumerate(seeds):
             with seeding.set_seed(function.state_variables, seed):
                 rows.append(self._run(batch[row : row + 1], function))
-        return _concatenate(rows)
+        return concatenate(rows)
 
     def _trace(self, outputs: Sequence[OutputSpec]) -> _Function:
         call = prepare.build_function(self._prepared, outputs, jit_compile=self._spec.jit_compile)
         names = frozenset(output.name for output in outputs)
         return _Function(call, names, seeding.find_state_variables(call))
 
-    def _warm_up(self, outputs: Sequence[OutputSpec], problems: list[str]) -> list[OutputLayer]:
+    def _warm_up(
+        self, problems: list[str], *, is_plain: bool
+    ) -> tuple[tuple[OutputLayer, ...], frozenset[str]]:
         """Trace the truncated model, run it on random inputs and check its outputs.
 
-        Append outputs that cannot be used to `problems`. Set `is_stochastic`.
+        Append outputs that cannot be used to `problems`. Return the outputs, and the names of those that
+        sample.
+
+        Args:
+            problems: Problems found so far.
+            is_plain: Whether the graph shows that all outputs depend on their own input only. Then one run
+                shows that this machine can compute them.
         """
+        outputs = self._outputs
         self._all = self._trace(outputs)
         try:
-            trials = inputs.run_trials(self._run, self._prepared.call)
+            trials = inputs.run_trials(self._run, self._prepared.call, only_once=is_plain)
         except ModelError as error:
             problems += error.problems
-            return []
-        variations = _classify_outputs(outputs, trials)
-        variations |= self._find_rare_sampling(variations, trials)
-        self._sampling = frozenset(
+            return (), frozenset()
+        variations = {output.name: Variation.NONE for output in outputs}
+        if not is_plain:
+            variations = variation.classify_outputs([output.name for output in outputs], trials)
+            variations |= self._find_rare_sampling(variations, trials)
+        sampling = frozenset(
             name for name, output_variation in variations.items() if output_variation is Variation.SAMPLES
         )
-        self.is_stochastic = bool(self._sampling)
         unusable = [line for output in outputs if (line := self._check_output(output, trials, variations))]
-        if not unusable:
+        if not unusable and sampling:
             unusable = self._check_seeds(outputs, variations, trials.batch)
-            unusable += self._check_second_trace(outputs, trials.batch)
+        if not unusable:
+            unusable = self._check_second_trace(outputs, trials.batch)
         problems += unusable
-        return [self._describe_output(output, trials.twin[output.name].shape[1:]) for output in outputs]
+        layers = [self._describe_output(output, trials.twin[output.name].shape[1:]) for output in outputs]
+        return tuple(layers), sampling
 
     def _describe_output(self, output: OutputSpec, trial_shape: tuple[int, ...]) -> OutputLayer:
         """Return the description of an output; `trial_shape` is its shape for one trial input."""
@@ -341,8 +409,6 @@ class Extractor:
         self, outputs: Sequence[OutputSpec], variations: Mapping[str, Variation], batch: Batch
     ) -> list[str]:
         """Return a problem if outputs sample random numbers that seeds do not control; otherwise nothing."""
-        if not self.is_stochastic:
-            return []
         forward = self._run_seeded(batch, _TEST_SEEDS)
         backward = self._run_seeded(batch[::-1], _TEST_SEEDS[::-1])
         uncontrolled_ops = seeding.list_uncontrolled_random_ops(self._all.call)
@@ -363,7 +429,7 @@ class Extractor:
 
     def _check_second_trace(self, outputs: Sequence[OutputSpec], batch: Batch) -> list[str]:
         """Return one problem per output that differs in a second trace; only custom code can cause this."""
-        if not _has_custom_code(self._prepared, outputs):
+        if not prepare.has_custom_code(self._prepared, outputs):
             return []
         before = self._run_seeded(batch, _TEST_SEEDS)
         self._all = self._trace(outputs)
@@ -377,31 +443,5 @@ class Extractor:
         ]
 
 
-def _concatenate(parts: Sequence[Mapping[str, Any]]) -> dict[str, Batch]:
-    return {name: np.concatenate([np.asarray(part[name]) for part in parts]) for name in parts[0]}
-
-
 def _differ(reference: Batch, other: Batch) -> bool:
     return variation.compute_difference(reference, other) > variation.TOLERANCE
-
-
-def _classify_outputs(
-    outputs: Sequence[OutputSpec], trials: TrialResults[dict[str, Batch]]
-) -> dict[str, Variation]:
-    """Return the variation of each output by its name, without outputs that return too few or many rows."""
-    names = [output.name for output in outputs if len(trials.twin[output.name]) == len(trials.batch)]
-    return {name: variation.classify_variation(*(results[name] for results in trials[:3])) for name in names}
-
-
-def _has_custom_code(prepared: PreparedModel, outputs: Sequence[OutputSpec]) -> bool:
-    """Return whether Python code that is not part of Keras runs before or in the last of `outputs`.
-
-    A layer that contains one of the outputs counts too, although its call ends after the output exists.
-    """
-    keys = [output.tap.key for output in outputs]
-    containing = [tap for tap in prepared.taps if any(key.startswith(f"{tap.key}/") for key in keys)]
-    taps = [*prepare.select_taps_up_to(prepared.taps, outputs), *containing]
-    classes = {type(layer) for layer in [prepared.call.model, *(tap.layer for tap in taps)]}
-    return any(
-        cls.__module__.split(".")[0] not in KERAS_PACKAGES or cls.__name__ == "Lambda" for cls in classes
-    )

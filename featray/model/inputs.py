@@ -16,7 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from featray.errors import InputShapeError, ModelError
+from featray.errors import DeviceError, InputShapeError, ModelError
 from featray.model import runtime, trace
 from featray.model.batch_buffers import is_aligned
 
@@ -180,7 +180,9 @@ def make_tensor(batch: Batch) -> Any:
     return tf.experimental.dlpack.from_dlpack(batch.__dlpack__())
 
 
-def run_trials(run: Callable[[Batch], Result], call: trace.ModelCall) -> TrialResults[Result]:
+def run_trials(
+    run: Callable[[Batch], Result], call: trace.ModelCall, *, only_once: bool = False
+) -> TrialResults[Result]:
     """Run a model on random inputs a and b, in three batches: [a, a], [a, a] again, and [a, b].
 
     Along an axis that accepts any size, the smallest trial size that the model can take is used. A model that
@@ -189,6 +191,7 @@ def run_trials(run: Callable[[Batch], Result], call: trace.ModelCall) -> TrialRe
     Args:
         run: Takes a batch; runs the model or a part of it.
         call: The model and the shape of its input.
+        only_once: Whether the model runs only once, on the batch [a, b], and all three results are this one.
 
     Raises:
         ModelError: The model fails on all trial sizes.
@@ -200,7 +203,12 @@ def run_trials(run: Callable[[Batch], Result], call: trace.ModelCall) -> TrialRe
         a, b = probe.draw(2, shape)
         try:
             twin, mixed = np.stack([a, a]), np.stack([a, b])
+            if only_once:
+                result = run(mixed)
+                return TrialResults(result, result, result, mixed)
             return TrialResults(run(twin), run(twin), run(mixed), mixed)
+        except DeviceError:  # any other input would fail too
+            raise
         except Exception as error:  # TensorFlow raises many types: out of memory, no kernel for a data type
             failure = failure or error
             log.debug("the trial with inputs of shape %s failed", shape, exc_info=error)
@@ -285,7 +293,7 @@ def _make_constant(tensor: Any, value: Any) -> Any:
 
 
 def _find_channel_axis(shape: Shape) -> int | None:
-    """Return the axis, counted with the batch axis, of a single channel; None if there is none.
+    """Return the axis, counted with the batch axis, of a single channel; None without one.
 
     A batch may leave out this axis.
     """

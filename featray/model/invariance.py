@@ -19,7 +19,7 @@ from featray.model.inputs import Batch, Shape
 from featray.model.loading import download
 from featray.model.prepare import PreparedModel
 from featray.model.select_layers import OutputSpec
-from featray.model.trace import Tap
+from featray.model.taps import Tap
 from featray.model.variation import Variation
 
 Values = Mapping[str, Any]

@@ -9,19 +9,19 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model import pooling, prepare, row_analysis, runtime, select_layers, variation
+from featray.model import pooling, prepare, remembered, row_analysis, runtime, select_layers, variation
 from featray.model.inputs import Shape
 from featray.model.keras_versions import KERAS_PACKAGES
 from featray.model.loading import download
 from featray.model.pooling import Pool
 from featray.model.prepare import PreparedModel
 from featray.model.select_layers import OutputSpec
-from featray.model.trace import Tap
+from featray.model.taps import Tap
 from featray.model.variation import TapEvaluation, Variation
 
 _SPREAD = r"sigma|std|(log_?)?var(iance)?|log_?(sigma|std|sd)"
@@ -98,6 +98,25 @@ class LayerList(list[LayerInfo]):
         super().__init__(layers)
         self.unlisted = tuple(unlisted)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the list ready for JSON."""
+        return {"layers": [asdict(info) for info in self], "unlisted": [asdict(one) for one in self.unlisted]}
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any] | None) -> LayerList | None:
+        """Return the list that `to_dict` made ready for JSON; None if it is not of this form."""
+        if values is None:
+            return None
+        names = ("shape", "flags", "pools")
+        try:
+            layers = [
+                LayerInfo(**{**info, **{name: tuple(info[name]) for name in names}})
+                for info in values["layers"]
+            ]
+            return cls(layers, [UnlistedLayer(**one) for one in values["unlisted"]])
+        except (KeyError, TypeError):
+            return None
+
 
 def list_layers(  # noqa: PLR0913  # public as featray.layers
     model: ModelConfig | Mapping[str, Any] | str | os.PathLike[str],
@@ -111,8 +130,9 @@ def list_layers(  # noqa: PLR0913  # public as featray.layers
     """Return every layer value that can be extracted, in order of computation.
 
     The graph of the model shows for most models which layers are stochastic or depend on the batch. Otherwise
-    the whole model runs three times, on two random inputs. Layers that a config asks for and that the model
-    does not have are ignored.
+    the whole model runs three times, on two random inputs. The list is kept, so that TensorFlow need not be
+    imported for the same model again (`remembered.py`). Layers that a config asks for and that the model does
+    not have are ignored.
 
     Args:
         model: The `model` section of a config, or the path of a model file.
@@ -136,6 +156,21 @@ def list_layers(  # noqa: PLR0913  # public as featray.layers
         }
         model = {"uri": os.fspath(model), "layers": ["*"], **keys}
     spec = prepare.parse_model_section(model)
+    key = remembered.make_key(spec, input_zyx, "layers of a config" if is_config else "layers")
+    known = LayerList.parse(remembered.read(key))
+    if known is not None:
+        return known
+    found = _find_layers(spec, input_zyx, is_config=is_config)
+    remembered.save(key, found.to_dict())
+    return found
+
+
+def _find_layers(spec: ModelConfig, input_zyx: Shape | None, *, is_config: bool) -> LayerList:
+    """Load the model and return its layers, with the outputs that a config makes of them.
+
+    Raises:
+        ModelError: As `list_layers`.
+    """
     runtime.configure()
     prepared = prepare.prepare_model(spec, input_zyx, [])
     taps = [tap for tap in prepared.taps if not tap.problem]

@@ -11,13 +11,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from featray.config import ModelConfig, load_model_section
-from featray.model import inputs, keras_versions, pooling, select_layers, trace
+from featray.model import inputs, keras_versions, pooling, row_analysis, select_layers, trace
 from featray.model.inputs import Shape
 from featray.model.loading import load
 from featray.model.loading.load import LoadedModel
 from featray.model.loading.model_file import ModelFormat
+from featray.model.model_facts import ModelFacts
 from featray.model.select_layers import OutputSpec
-from featray.model.trace import ModelCall, Recording, Tap
+from featray.model.taps import Tap
+from featray.model.trace import ModelCall, Recording
+from featray.model.variation import Variation
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,33 @@ def prepare_model(spec: ModelConfig, input_zyx: Shape | None, problems: list[str
     return PreparedModel(loaded, replace(call, probe=recording.probe), recording.taps, recording)
 
 
+def prepare_known_model(spec: ModelConfig, input_zyx: Shape | None, facts: ModelFacts) -> PreparedModel:
+    """Load a model whose checks found `facts`; list no taps.
+
+    Raises:
+        ModelError: The model cannot be loaded.
+    """
+    loaded = load.load_model(spec, inputs.list_possible_shapes(input_zyx))
+    model = load.get_submodel(loaded, spec.submodel)
+    return PreparedModel(
+        loaded, ModelCall(model, facts.input_shape, inputs.make_fill(model, spec.constants)), []
+    )
+
+
+def make_known_outputs(facts: ModelFacts) -> list[OutputSpec]:
+    """Return the outputs of a model whose checks found `facts`; their taps have a key and a path only."""
+    return [
+        OutputSpec(
+            layer.name,
+            Tap(place.key, layer.path, (), None, (), ""),
+            layer.pool,
+            layer.grid,
+            channels_first=place.channels_first,
+        )
+        for layer, place in zip(facts.layers, facts.places, strict=True)
+    ]
+
+
 def select_outputs(spec: ModelConfig, prepared: PreparedModel, problems: list[str]) -> list[OutputSpec]:
     """Return the outputs that `spec.layers` asks for; append those that cannot be extracted to `problems`."""
     before = len(problems)
@@ -103,9 +133,32 @@ def select_taps_up_to(taps: Sequence[Tap], outputs: Sequence[OutputSpec]) -> lis
     return list(taps[: last + 1])
 
 
+def is_shown_plain(prepared: PreparedModel, outputs: Sequence[OutputSpec]) -> bool:
+    """Return whether the graph shows that no output samples or depends on the rest of the batch."""
+    if prepared.recording is None or None in prepared.call.input_shape:
+        return False
+    taps = [output.tap for output in outputs]
+    shown = row_analysis.evaluate_taps_by_graph(prepared.call, prepared.recording, taps)
+    return shown is not None and all(found is Variation.NONE for found in shown.variations.values())
+
+
+def has_custom_code(prepared: PreparedModel, outputs: Sequence[OutputSpec]) -> bool:
+    """Return whether Python code that is not part of Keras runs before or in the last of `outputs`.
+
+    A layer that contains one of the outputs counts too, although its call ends after the output exists.
+    """
+    keys = [output.tap.key for output in outputs]
+    containing = [tap for tap in prepared.taps if any(key.startswith(f"{tap.key}/") for key in keys)]
+    taps = [*select_taps_up_to(prepared.taps, outputs), *containing]
+    classes = {type(layer) for layer in [prepared.call.model, *(tap.layer for tap in taps)]}
+    return any(
+        cls.__module__.split(".")[0] not in keras_versions.KERAS_PACKAGES or cls.__name__ == "Lambda"
+        for cls in classes
+    )
+
+
 def _pool(tensor: Any, output: OutputSpec) -> Any:
-    channels_first = select_layers.is_channels_first(output.tap)
-    return pooling.pool_tensor(tensor, output.pool, output.grid, channels_first=channels_first)
+    return pooling.pool_tensor(tensor, output.pool, output.grid, channels_first=output.channels_first)
 
 
 def _check_weights(model: Any, loaded: LoadedModel) -> list[str]:

@@ -15,12 +15,13 @@ from typing import Any
 
 from featray.errors import ModelError
 from featray.model import inputs, seeding, trace
-from featray.model.trace import ModelCall, Recording, Tap
+from featray.model.taps import Tap
+from featray.model.trace import ModelCall, Recording
 from featray.model.variation import TapEvaluation, Variation
 
 
 class _Origin(Enum):
-    """What the values of a tensor are computed from."""
+    """Data from which the values of a tensor are computed."""
 
     FIXED = auto()
     """Weights and constants only."""
@@ -53,7 +54,7 @@ _WRITING_OPS = ("Assign", "ResourceScatter", "ResourceApply", "StatefulUniform",
 def evaluate_taps_by_graph(
     call: ModelCall, recording: Recording, taps: Sequence[Tap]
 ) -> TapEvaluation | None:
-    """Return what `variation.evaluate_taps` returns, without running the model.
+    """Return the result of `variation.evaluate_taps` without running the model.
 
     The result is None if the graph does not show the shape and the variation of every tap.
 

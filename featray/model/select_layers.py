@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from featray.config import LayerConfig, ModelConfig
 from featray.errors import ModelError, find_similar_names
 from featray.model.pooling import Pool
-from featray.model.trace import Tap
+from featray.model.taps import Tap
 
 _MAX_LISTED_PATHS = 12
 
@@ -27,12 +27,14 @@ class OutputSpec:
         tap: The tap that gives its values.
         pool: Pooling over the spatial axes.
         grid: For pool `grid`: number of cells along each spatial axis.
+        channels_first: Whether axis 1 holds the channels, and not the last axis.
     """
 
     name: str
     tap: Tap
     pool: Pool
     grid: tuple[int, ...] = ()
+    channels_first: bool = False
 
 
 def match_layers(spec: ModelConfig, taps: list[Tap], problems: list[str]) -> list[OutputSpec]:
@@ -107,7 +109,13 @@ def _match_layer(layer: LayerConfig, path: str, taps: list[Tap]) -> list[OutputS
         raise ModelError(problems)
     names = [layer.as_ or (tap.path if is_glob else layer.layer).replace("/", ".") for tap in matches]
     return [
-        OutputSpec(name, tap, layer.pool or get_default_pool(tap), layer.grid or ())
+        OutputSpec(
+            name,
+            tap,
+            layer.pool or get_default_pool(tap),
+            layer.grid or (),
+            channels_first=is_channels_first(tap),
+        )
         for name, tap in zip(names, matches, strict=True)
     ]
 
@@ -156,7 +164,7 @@ def _is_glob(pattern: str) -> bool:
 
 
 def _suggest_paths(path: str, taps: list[Tap]) -> str:
-    """Return the end of the message for a path that is not in the model: what to write instead."""
+    """Return the end of the message for a path that is not in the model: paths to write instead."""
     known = list(dict.fromkeys(tap.path for tap in taps if not tap.problem))
     by_last_part = {known_path.rpartition("/")[2]: known_path for known_path in reversed(known)}
     last_parts = find_similar_names(path.rpartition("/")[2], by_last_part, limit=3, min_ratio=0.6)

@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from featray.model import inputs, trace
-from featray.model.trace import ModelCall, Tap
+from featray.model.inputs import Batch, TrialResults
+from featray.model.taps import Tap
+from featray.model.trace import ModelCall
 
 TOLERANCE = 1e-5
 """Largest relative difference between values that count as equal.
@@ -54,6 +56,12 @@ def classify_variation(twin: NDArray[Any], again: NDArray[Any], mixed: NDArray[A
     if compute_difference(first, twin[1]) > TOLERANCE or compute_difference(first, again[0]) > TOLERANCE:
         return Variation.SAMPLES
     return Variation.BATCH if compute_difference(first, mixed[0]) > TOLERANCE else Variation.NONE
+
+
+def classify_outputs(names: Sequence[str], trials: TrialResults[dict[str, Batch]]) -> dict[str, Variation]:
+    """Return the variation of each output by its name, without outputs that return too few or many rows."""
+    whole = [name for name in names if len(trials.twin[name]) == len(trials.batch)]
+    return {name: classify_variation(*(results[name] for results in trials[:3])) for name in whole}
 
 
 def compute_difference(reference: NDArray[Any], other: NDArray[Any]) -> float:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from featray.output.dataset import Snapshot
-from featray.output.ledger import Ledger
+from featray.output.ledger import EncodedRows, Ledger
 from featray.recipe import RecipeIds
 from featray.schema import SCAN_COLUMNS, DataFile
 
@@ -60,7 +60,7 @@ def carry_over_scans(_: DataFile, rows: pa.Table, translation: Mapping[str, Reci
             complete = complete.append_column(name, pa.nulls(len(rows), SCAN_COLUMNS.field(name).type))
     if not pc.any(pc.is_null(complete["layers"])).as_py():
         return rows
-    ledger = Ledger.from_rows(complete, translation)
+    ledger = Ledger.from_rows(EncodedRows.encode(complete), translation)
     changed = {
         "recipe": ledger.table["recipe"],
         "layers": ledger.cells.decode(),

@@ -71,7 +71,7 @@ class CellColumn:
         return pa.array(items, CELLS).take(pa.array(self.codes))
 
     def map(self, change: Callable[[CellMap | None], CellMap | None]) -> CellColumn:
-        """Return the column with each map replaced by what `change` returns for it."""
+        """Return the column with `change` applied to each map."""
         return CellColumn(self.codes, [change(cells) for cells in self.maps])
 
     def has_cells(self) -> NDArray[np.bool_]:

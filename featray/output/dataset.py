@@ -12,9 +12,10 @@ import bisect
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import quote
 
 import pyarrow as pa
@@ -22,7 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from featray.errors import ConfigError, FeatrayError
-from featray.output.delta_log import LOG, PendingCommit, TableLog
+from featray.output.delta_log import LOG, TableLog
+from featray.output.file_change import PendingCommit
 from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS, DataFile
 from featray.storage.store import Store
 
@@ -42,9 +44,15 @@ TABLES_APART = (
 
 _MAX_OPEN_ATTEMPTS = 20
 """Maximum number of attempts to open both tables at the same commit while a run commits."""
+_BATCH_ROWS = 2**14
+"""Rows of `scans` that `Snapshot.convert_scans` reads at a time from one file."""
+_THREADS = 4
+"""Files of `scans` that `Snapshot.convert_scans` reads at the same time."""
 _DATA_FILE_NAME = re.compile(
     r"(?:^|/)part-(?P<run_id>[^/]+)-[0-9a-f]{16}\.parquet(?P<temporary>\.[0-9a-f]{32}\.tmp)?$"
 )
+
+T = TypeVar("T")
 
 
 class Snapshot:
@@ -152,6 +160,35 @@ class Snapshot:
         """Return columns of all rows of `scans`; raises as `read`."""
         return self.read(SCANS, columns)
 
+    def convert_scans(self, columns: Sequence[str], convert: Callable[[pa.Table], T]) -> list[T]:
+        """Return the results of a function for all rows of `scans`, a few thousand rows at a time.
+
+        The rows never lie in memory together: the cells of a million scans take 0.4 GB.
+
+        Args:
+            columns: Names of the columns to read.
+            convert: Is called with a table of these columns.
+
+        Raises:
+            FileNotFoundError: As `read`; the same holds for StorageError.
+        """
+        schema, filesystem = self.schema(SCANS), self.make_filesystem()
+        selected = pa.schema([schema.field(name) for name in columns])
+
+        def convert_file(file: DataFile) -> list[T]:
+            path = self.store.path(f"{SCANS}/{file.path}")
+            with filesystem.open_input_file(path) as stream:
+                parquet = pq.ParquetFile(stream, pre_buffer=True)
+                names = [name for name in columns if name in parquet.schema_arrow.names]
+                batches = parquet.iter_batches(_BATCH_ROWS, columns=names)
+                return [convert(_fill_columns(batch, selected)) for batch in batches]
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            results = pool.map(
+                lambda file: self.store.run_operation(lambda: convert_file(file)), self.files(SCANS)
+            )
+            return [result for of_file in results for result in of_file]
+
     def make_filesystem(self) -> pafs.FileSystem:
         """Return the store as a pyarrow file system."""
         import pyarrow.fs as pafs
@@ -172,6 +209,16 @@ class Snapshot:
         return pads.ParquetFileFormat().make_fragment(
             self.store.path(f"{table}/{file.path}"), filesystem, partition_expression=partition
         )
+
+
+def _fill_columns(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
+    """Return rows with the columns of a schema; columns that earlier versions did not write are null."""
+    names = batch.schema.names
+    columns = [
+        batch[field.name].cast(field.type) if field.name in names else pa.nulls(len(batch), field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
 
 
 class Dataset:

@@ -108,7 +108,7 @@ class Shapes:
 
     Args:
         shapes: Arrow list<int32>, one shape per value.
-        default: Value of `common` if there are no values.
+        default: Value of `common` if `shapes` is empty.
 
     Attributes:
         common: Shape of all values; None if they differ in shape.

@@ -31,7 +31,8 @@ from typing import Any
 
 import psutil
 
-from featray.errors import DeletedOutputError, OutputBusyError, StorageError
+from featray.errors import DeletedOutputError, HeldOutputError, OutputBusyError, StorageError
+from featray.storage.ray_job import find_submission_id
 from featray.storage.store import Store
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ class Lease:
             may only be suspended.
 
     Raises:
-        OutputBusyError: Another active run holds the lease; the message names run, host and start.
+        HeldOutputError: Another active run holds the lease; the message names run, host and start.
     """
 
     def __init__(self, store: Store, run_id: str) -> None:
@@ -73,6 +74,7 @@ class Lease:
             "since": _format_now(),
         }
         self._own |= {"machine": _identify_machine(), "started": psutil.Process().create_time()}
+        self._own |= {"submission_id": find_submission_id()}
         self._progress: Callable[[], dict[str, Any]] = dict
         self._dead: set[str] = set()
         """Runs whose lease files this run has deleted."""
@@ -94,7 +96,7 @@ class Lease:
             _run_ids_of_this_process.discard(self._run_id)
             self._store.delete([self._name])
             time.sleep(random.uniform(0, _MAX_PAUSE_S))  # not security-sensitive
-        raise OutputBusyError(_describe_holder(others[0]))
+        raise _make_held_error(others[0])
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -173,8 +175,9 @@ def read_live_lease(store: Store) -> dict[str, Any] | None:
     So use the result for display only, not for decisions.
 
     Returns:
-        Keys run_id, host, pid, since; heartbeat, in seconds since the epoch; progress, as the source given to
-        `Lease.set_progress_source` returns it.
+        Keys run_id, host, pid, since; submission_id of the Ray job that the run is, None outside of jobs;
+        heartbeat, in seconds since the epoch; progress, as the source given to `Lease.set_progress_source`
+        returns it.
     """
     return next((holder for _, holder in _iter_holders(store) if _looks_alive(holder)), None)
 
@@ -183,11 +186,11 @@ def raise_if_locked(store: Store) -> None:
     """Raise an error if an active run holds the output's lease. Call it before slow work is started.
 
     Raises:
-        OutputBusyError: An active run holds the lease; the message names run, host and start.
+        HeldOutputError: An active run holds the lease; the message names run, host and start.
     """
     for name, holder in _iter_holders(store):
         if _is_alive(store, name, holder):
-            raise OutputBusyError(_describe_holder(holder))
+            raise _make_held_error(holder)
 
 
 def _iter_holders(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -263,17 +266,23 @@ def _identify_machine() -> str:
     return " ".join(parts)
 
 
-def _describe_holder(holder: dict[str, Any]) -> str:
-    holding = (
-        f"run {holder['run_id']} on host {holder['host']} (pid {holder['pid']}) holds this output "
-        f"since {holder['since']}. "
-    )
+def _make_held_error(holder: dict[str, Any]) -> HeldOutputError:
+    who, since = f"run {describe_process(holder)}", f"holds this output since {holder['since']}"
     if _is_suspended_here(holder):
-        return f"{holding}Its process is suspended: continue it, or end it."
-    return (
-        f"{holding}Wait until it ends. If it has died, the output becomes free within "
-        f"{STALE_S + WATCH_S:.0f} s."
+        advice = "Its process is suspended: continue it, or end it."
+        return HeldOutputError(f"{who}, which is suspended, {since}", advice)
+    return HeldOutputError(
+        f"{who} {since}",
+        f"Wait until it ends, or use --wait SECONDS. If it has died, the output becomes free within "
+        f"{STALE_S + WATCH_S:.0f} s.",
     )
+
+
+def describe_process(holder: dict[str, Any]) -> str:
+    """Return the id of the run that holds a lease, and where it runs: host, process, and Ray job."""
+    job = holder.get("submission_id")  # a lease of featray 0.1.0 does not have it
+    in_job = f", Ray job {job}" if job else ""
+    return f"{holder['run_id']} on host {holder['host']} (pid {holder['pid']}{in_job})"
 
 
 def _is_suspended_here(holder: dict[str, Any]) -> bool:

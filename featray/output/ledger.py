@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from featray.hardware import return_free_memory
 from featray.output.cells import CellColumn, CellMap
 from featray.output.dataset import FEATURES, RUNS, Snapshot
 from featray.recipe import RecipeIds, make_recipe_ids, recipe_id, select_recipe_layers
@@ -29,6 +30,36 @@ LEDGER_ROW_COLUMNS = (*LEDGER_COLUMNS, "layers", "failed_layers")
 """Columns of `scans` from which a ledger is made."""
 MAX_RUNS_PER_RECIPE = 20
 """Number of runs to try for one recipe; a run that was killed may have no run.json."""
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows of `scans` with the cells of each row as codes, which take a hundredth of the memory.
+
+    Attributes:
+        table: The columns `LEDGER_COLUMNS`.
+        cells: The column `layers`; None in a row of featray 0.1.0.
+        failed: The column `failed_layers`.
+    """
+
+    table: pa.Table
+    cells: CellColumn
+    failed: CellColumn
+
+    @classmethod
+    def encode(cls, rows: pa.Table) -> EncodedRows:
+        """Return rows with the columns `LEDGER_ROW_COLUMNS`."""
+        cells, failed = CellColumn.encode(rows["layers"]), CellColumn.encode(rows["failed_layers"])
+        return cls(rows.select(LEDGER_COLUMNS), cells, failed)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[EncodedRows]) -> EncodedRows:
+        """Return all rows of one or more parts."""
+        return cls(
+            pa.concat_tables([part.table for part in parts]),
+            CellColumn.concatenate([part.cells for part in parts]),
+            CellColumn.concatenate([part.failed for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,29 +80,29 @@ class Ledger:
 
     @classmethod
     def read(cls, snapshot: Snapshot | None, recipe: Mapping[str, Any]) -> Ledger:
-        """Return the ledger of a snapshot; empty if there is none.
+        """Return the ledger of a snapshot; empty without a snapshot.
 
         Args:
             snapshot: The output.
             recipe: Recipe of the present run, for rows of featray 0.1.0 whose runs have no run.json.
         """
-        rows = SCAN_COLUMNS.empty_table() if snapshot is None else snapshot.read_scans(LEDGER_ROW_COLUMNS)
-        translation = translate_recipes(snapshot, rows, recipe)
-        return cls.from_rows(rows, translation)
+        parts = [] if snapshot is None else snapshot.convert_scans(LEDGER_ROW_COLUMNS, EncodedRows.encode)
+        rows = EncodedRows.concatenate([EncodedRows.encode(SCAN_COLUMNS.empty_table()), *parts])
+        return_free_memory()  # of the maps of cells
+        return cls.from_rows(rows, translate_recipes(snapshot, rows, recipe))
 
     @classmethod
-    def from_rows(cls, rows: pa.Table, translation: Mapping[str, RecipeIds]) -> Ledger:
+    def from_rows(cls, rows: EncodedRows, translation: Mapping[str, RecipeIds]) -> Ledger:
         """Return the ledger of rows of `scans`.
 
         Args:
-            rows: Rows with the columns `LEDGER_ROW_COLUMNS`.
+            rows: The rows.
             translation: Recipe id of featray 0.1.0 → the ids that its layers have now.
         """
-        cells, failed = CellColumn.encode(rows["layers"]), CellColumn.encode(rows["failed_layers"])
-        table = rows.select(LEDGER_COLUMNS)
-        is_earlier = find_earlier_rows(cells)
+        table = rows.table
+        is_earlier = find_earlier_rows(rows.cells)
         if not is_earlier.any():
-            return cls(table, cells, failed)
+            return cls(table, rows.cells, rows.failed)
         recipes = table["recipe"].combine_chunks().dictionary_encode()
         unknown = RecipeIds("", {}, "")
         ids = {name: translation.get(name, unknown) for name in recipes.dictionary.to_pylist()}
@@ -81,8 +112,8 @@ class Ledger:
         has_status = {name: np.asarray(pc.equal(table["status"], name), bool) for name in ("ok", "failed")}
         return cls(
             table.set_column(table.column_names.index("recipe"), "recipe", now),
-            _fill_cells(cells, is_earlier & has_status["ok"], recipes.indices, layers),
-            _fill_cells(failed, is_earlier & has_status["failed"], recipes.indices, layers),
+            _fill_cells(rows.cells, is_earlier & has_status["ok"], recipes.indices, layers),
+            _fill_cells(rows.failed, is_earlier & has_status["failed"], recipes.indices, layers),
             translation,
         )
 
@@ -94,11 +125,12 @@ def find_stored_cells(snapshot: Snapshot, rows: pa.Table) -> CellColumn:
         snapshot: The output.
         rows: Rows of `scans` with the columns `LEDGER_ROW_COLUMNS`.
     """
-    translation = translate_recipes(snapshot, rows, {})
+    encoded = EncodedRows.encode(rows.select(LEDGER_ROW_COLUMNS))
+    translation = translate_recipes(snapshot, encoded, {})
     as_stored = {
         name: RecipeIds(name, dict.fromkeys(ids.layers, name), "") for name, ids in translation.items()
     }
-    return Ledger.from_rows(rows, as_stored).cells
+    return Ledger.from_rows(encoded, as_stored).cells
 
 
 def list_layers(snapshot: Snapshot) -> list[str]:
@@ -113,7 +145,7 @@ def find_earlier_rows(cells: CellColumn) -> NDArray[np.bool_]:
 
 
 def translate_recipes(
-    snapshot: Snapshot | None, rows: pa.Table, recipe: Mapping[str, Any]
+    snapshot: Snapshot | None, rows: EncodedRows, recipe: Mapping[str, Any]
 ) -> dict[str, RecipeIds]:
     """Return the ids that the layers of rows of featray 0.1.0 have now, by the recipe id in the rows.
 
@@ -122,15 +154,14 @@ def translate_recipes(
 
     Args:
         snapshot: The output.
-        rows: Rows of `scans` with the columns recipe, run_id, status and layers.
-        recipe: Recipe of the present run; empty if there is none.
+        rows: Rows of `scans`.
+        recipe: Recipe of the present run; empty without one.
     """
-    is_earlier = pc.is_null(rows["layers"])
-    if snapshot is None or not pc.any(is_earlier).as_py():
+    is_earlier = find_earlier_rows(rows.cells)
+    if snapshot is None or not is_earlier.any():
         return {}
-    earlier = (
-        rows.filter(is_earlier).select(["recipe", "run_id"]).group_by(["recipe", "run_id"]).aggregate([])
-    )
+    keys = ["recipe", "run_id"]
+    earlier = rows.table.select(keys).filter(pa.array(is_earlier)).group_by(keys).aggregate([])
     runs_by_recipe: dict[str, list[str]] = {}
     for row in earlier.to_pylist():
         runs_by_recipe.setdefault(row["recipe"], []).append(row["run_id"])
@@ -154,7 +185,7 @@ def _read_recipes(store: Store, run_ids: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def read_run(store: Store, run_id: str) -> dict[str, Any]:
-    """Return what a run recorded in its run.json; empty if it has none that can be read."""
+    """Return the content of a run's run.json; empty if it is missing or cannot be parsed."""
     if not run_id or "/" in run_id:  # not the id of a run; the path must not lead out of the folder
         return {}
     try:
@@ -165,7 +196,7 @@ def read_run(store: Store, run_id: str) -> dict[str, Any]:
 
 
 def read_newest_runs(store: Store, limit: int) -> Iterator[dict[str, Any]]:
-    """Yield what at most `limit` runs recorded, the newest first; empty for a run without a run.json."""
+    """Yield the run.json of at most `limit` runs, the newest first; empty for a run without one."""
     names = store.list_files(RUNS)
     run_ids = sorted({parts[1] for name in names if len(parts := name.split("/")) == 3}, reverse=True)
     for run_id in run_ids[:limit]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from featray.errors import FeatrayError
 from featray.output.dataset import FEATURES, Dataset, can_contain_any
-from featray.output.delta_log import FileChange
+from featray.output.file_change import FileChange
 from featray.schema import DataFile
 
 TARGET_FILE_BYTES = 64 * 2**20

@@ -1,7 +1,7 @@
 """The rows of `scans`: records in, changed files of the table out.
 
-The row of a scan says which cells `features` holds for it. So whoever commits asks here which cells of a scan
-stay and which are replaced. Nothing here changes a table: `stages/commit.py` commits the changed files.
+The row of a scan says which cells `features` holds for it. So a commit asks here which cells of a scan stay
+and which are replaced. Nothing here changes a table: `stages/commit.py` commits the changed files.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from featray.output.cells import CellColumn, CellMap
 from featray.output.dataset import SCANS, Dataset, Snapshot, can_contain_any
-from featray.output.delta_log import FileChange
+from featray.output.file_change import FileChange
 from featray.output.rewrite import FileRewriter
 from featray.schema import DataFile, ScanRecord
 
@@ -107,11 +107,11 @@ class ScanRows:
     @functools.cached_property
     def _stored(self) -> dict[str, CellMap]:
         """Id of each scan in `scans` → its cells in `features`. Scans with equal cells share one dict."""
-        rows = self._open_snapshot().read_scans(("scan_id", "layers"))
-        column = CellColumn.encode(rows["layers"])
-        maps = [self._intern(cells or {}) for cells in column.maps]
-        cells_of_rows = map(maps.__getitem__, column.codes.tolist())
-        return dict(zip(rows["scan_id"].to_pylist(), cells_of_rows, strict=True))
+        stored: dict[str, CellMap] = {}
+        for ids, column in self._open_snapshot().convert_scans(("scan_id", "layers"), _encode_cells):
+            maps = [self._intern(cells or {}) for cells in column.maps]
+            stored.update(zip(ids.to_pylist(), map(maps.__getitem__, column.codes.tolist()), strict=True))
+        return stored
 
     def _intern(self, cells: CellMap) -> CellMap:
         """Return the one dict that all scans with these cells share."""
@@ -125,7 +125,7 @@ class ScanRows:
         return {layer: recipe for layer, recipe in stored.items() if layer not in record.due_layers}
 
     def _make_rows(self, records: Sequence[ScanRecord]) -> list[dict[str, Any]]:
-        """Return rows of `scans`. A scan that has failed and keeps cells also keeps what describes them."""
+        """Return rows of `scans`. A failed scan that keeps cells also keeps the columns about them."""
         kept = {record.scan_id: self._find_kept(record) for record in records}
         rows = {record.scan_id: record.to_row() for record in records}
         keeping = [record.scan_id for record in records if record.status != "ok" and kept[record.scan_id]]
@@ -174,7 +174,11 @@ class ScanRows:
 
 
 def _clear_patches(rows: pa.Table) -> pa.Table:
-    """Return rows of `scans` without patches where there are no cells."""
+    """Return rows of `scans`, with 0 patches in rows without cells."""
     has_cells = CellColumn.encode(rows["layers"]).find_rows(bool)
     patches = pc.if_else(pa.array(has_cells), rows["patches"], pa.scalar(0, pa.int32()))
     return rows.set_column(rows.column_names.index("patches"), "patches", patches)
+
+
+def _encode_cells(rows: pa.Table) -> tuple[pa.ChunkedArray, CellColumn]:
+    return rows["scan_id"], CellColumn.encode(rows["layers"])

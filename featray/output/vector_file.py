@@ -61,7 +61,7 @@ class VectorFile:
         return prod(self.shape)
 
     def encode(self, scans: pa.Table | None) -> tuple[bytes, Rounding]:
-        """Return the bytes of the file, and what rounding to float16 has changed.
+        """Return the bytes of the file, and the effect of rounding to float16.
 
         Args:
             scans: Columns of `scans` to add, from `sort_scans`; None for none.
@@ -92,7 +92,7 @@ class VectorFile:
         return sink.getvalue().to_pybytes(), rounding
 
     def read_rounding(self, source: Any) -> Rounding | None:
-        """Return what rounding has changed in a file that was written before.
+        """Return the recorded effect of rounding in a file that was written before.
 
         Args:
             source: The open file.
@@ -127,7 +127,7 @@ class VectorFile:
             yield pa.Table.from_batches(batches)
 
     def _make_vectors(self, rows: pa.Table) -> tuple[pa.FixedSizeListArray, Rounding]:
-        """Return the vectors of some rows, and what rounding has changed."""
+        """Return the vectors of some rows, and the effect of rounding."""
         vectors = make_vectors(rows[FEATURE], self.width)
         return round_vectors(vectors, self.selection.layer) if self.float16 else (vectors, Rounding())
 

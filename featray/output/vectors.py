@@ -18,7 +18,7 @@ LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 
 @dataclass(frozen=True)
 class Rounding:
-    """What rounding to float16 has changed.
+    """Effect of rounding to float16.
 
     Attributes:
         values: Number of values.
@@ -68,7 +68,7 @@ def make_vectors(column: pa.ChunkedArray, width: int) -> pa.FixedSizeListArray:
 
 
 def round_vectors(vectors: pa.FixedSizeListArray, layer: str) -> tuple[pa.FixedSizeListArray, Rounding]:
-    """Return vectors as float16, and what rounding has changed.
+    """Return vectors as float16, and the effect of rounding.
 
     Args:
         vectors: Vectors of float32.

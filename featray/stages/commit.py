@@ -54,7 +54,8 @@ from featray.output.dataset import (
     parse_run_id,
     refuse_missing_table,
 )
-from featray.output.delta_log import LOG, FileChange, PendingCommit, TableLog
+from featray.output.delta_log import LOG, TableLog
+from featray.output.file_change import FileChange, PendingCommit
 from featray.output.orphans import find_orphans, list_output_files
 from featray.output.rewrite import TARGET_FILE_BYTES, FileRewriter, map_in_threads
 from featray.output.scan_rows import ScanRows
@@ -371,7 +372,7 @@ class Committer:
 
     @contextlib.contextmanager
     def _explain_deletion(self) -> Iterator[None]:
-        """Replace an error in the `with` block by one that says that somebody has deleted the output."""
+        """Replace an error in the `with` block by one that says that the output was deleted."""
         try:
             yield
         except Exception as error:  # a deleted file raises errors of many kinds

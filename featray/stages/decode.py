@@ -1,7 +1,7 @@
 """Decode: one listed scan in, its model input out. Joins locate, read and preprocess, and never raises.
 
-This stage runs in a worker process, or in the driver if there are none. If a scan fails, its record has the
-reason, and its tensor has no patches.
+This stage runs in a worker process, or in the driver without worker processes. If a scan fails, its record
+has the reason, and its tensor has no patches.
 """
 
 from __future__ import annotations

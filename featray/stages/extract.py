@@ -1,7 +1,8 @@
 """Extract: decoded scans in, one Arrow row per scan with the values of all layers out.
 
 This stage is given the extractor and holds no model itself. If the model cannot take a scan, or gives values
-that are not finite, the scan's record fails; the other scans of its batch keep their values.
+that are not finite, the scan's record fails; the other scans of its batch keep their values. If the device of
+the model fails, no scan does: a `DeviceError` ends the call.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from featray.errors import InputShapeError, Reason, ScanError
+from featray.errors import DeviceError, InputMemoryError, InputShapeError, Reason, ScanError
 from featray.model.batch_buffers import concatenate_rows, release_buffer
 from featray.schema import EXTRACTED, EXTRACTED_ROW, Decoded
 
@@ -39,10 +40,32 @@ def extract(extractor: LayerExtractor, decoded: Sequence[Decoded], *, recipe: st
 
     Returns:
         Rows of `schema.EXTRACTED`, in the order of `decoded`.
+
+    Raises:
+        DeviceError: The device of the model has failed, or its memory has become too short for any scan.
     """
     values: dict[str, LayerValues] = {}
     for group in _group_alike(scan for scan in decoded if scan.record.status == "ok"):
         values |= _infer(functools.partial(_call_model, extractor, recipe=recipe), group)
+    for scan in decoded:
+        scan.record.reduced_batch = getattr(extractor, "reduced_batch", None)
+    return _make_table(decoded, values)
+
+
+def return_scans(decoded: Sequence[Decoded], reason: str, process: str) -> pa.Table:
+    """Return one row per scan without features, marked as not processed, because the device has failed.
+
+    Args:
+        decoded: The scans.
+        reason: Problem of the device in words.
+        process: Id of this process.
+    """
+    for scan in decoded:
+        scan.record.returned, scan.record.returned_by = reason, process
+    return _make_table(decoded, {})
+
+
+def _make_table(decoded: Sequence[Decoded], values: Mapping[str, LayerValues]) -> pa.Table:
     tables = [_make_row(scan, values.get(scan.record.scan_id, {})) for scan in decoded]
     return pa.concat_tables(tables) if tables else EXTRACTED.empty_table()
 
@@ -62,11 +85,13 @@ def _infer(
     start = time.perf_counter()
     try:
         values = call_model(group)
+    except DeviceError:
+        raise
     except Exception as error:  # any error of the user's model must cost only the scan that causes it
         if len(group) > 1:
             return {key: value for scan in group for key, value in _infer(call_model, [scan]).items()}
-        is_shape_error = isinstance(error, InputShapeError)
-        message = str(error) if is_shape_error else f"the model raised {type(error).__name__}"
+        is_explained = isinstance(error, InputShapeError | InputMemoryError)
+        message = str(error) if is_explained else f"the model raised {type(error).__name__}"
         group[0].record.fail("extract", ScanError(Reason.MODEL, message))
         return {}
     seconds = (time.perf_counter() - start) / len(group)

@@ -13,6 +13,7 @@ from importlib.metadata import version
 
 import fsspec
 
+from featray.collection.digest_cache import CachePlace, DigestCache
 from featray.collection.discover import has_wildcard, list_glob, list_path
 from featray.collection.duplicates import make_ids_unique, mark_duplicates
 from featray.collection.files import ListingOptions
@@ -26,14 +27,19 @@ from featray.errors import ConfigError
 from featray.storage import retry
 from featray.storage.urls import hash_texts, mask_url, open_url
 
-__all__ = ["HeaderCache", "Listing", "list_scans"]
+__all__ = ["CachePlace", "DigestCache", "HeaderCache", "Listing", "list_scans"]
 
 _GROUPING_VERSION = 2
 """Version of how headers are read and grouped; increase it when the same files would give other series."""
 
 
 def list_scans(
-    source: SourceConfig, policy: PolicyConfig | None = None, header_cache: HeaderCache | None = None
+    source: SourceConfig,
+    policy: PolicyConfig | None = None,
+    header_cache: HeaderCache | None = None,
+    *,
+    digest_cache: DigestCache | None = None,
+    show: bool = False,
 ) -> Listing:
     """Return every scan of the collection at `source.uri`: a folder, a glob pattern, a file or a manifest.
 
@@ -42,11 +48,15 @@ def list_scans(
         policy: Decides which scans are excluded and which only get a warning; default: `PolicyConfig()`.
         header_cache: Cache of an earlier listing of the same collection. Headers of unchanged DICOM files
             are then not read again; the result is the same. Afterwards it holds the results of this listing.
+        digest_cache: Cache of earlier listings. Unchanged local files are then not read again to find
+            copies. Afterwards it holds the digests that this listing used.
+        show: Whether to show progress on stderr while files are compared.
 
     Raises:
         ConfigError: `source.uri` does not exist, cannot be listed, or holds no scan.
     """
-    options = ListingOptions(source, policy or PolicyConfig(), header_cache)
+    digest_cache = digest_cache or DigestCache()
+    options = ListingOptions(source, policy or PolicyConfig(), header_cache, digest_cache, show)
     if header_cache is not None:
         header_cache.start_listing(_make_stamp(options.policy))
     fs, root = open_url(source.uri, source.storage_options)
@@ -68,7 +78,7 @@ def list_scans(
         raise ConfigError(f"{problem}; check storage_options, credentials and endpoint") from None
     if not listing.scans:
         raise ConfigError(_describe_empty_listing(source, listing))
-    return replace(listing, header_cache=header_cache)
+    return replace(listing, header_cache=header_cache, digest_cache=digest_cache)
 
 
 def _make_stamp(policy: PolicyConfig) -> str:
@@ -96,7 +106,7 @@ def _list_by_kind(fs: fsspec.AbstractFileSystem, root: str, options: ListingOpti
         raise ConfigError("source.id_column: only a manifest (.csv, .parquet) has columns")
     is_glob = has_wildcard(root) and not (fs.isfile(root) or fs.isdir(root))
     listing = list_glob(fs, root, options) if is_glob else list_path(fs, root, options)
-    scans = make_ids_unique(mark_duplicates(listing.scans, options.policy))
+    scans = make_ids_unique(mark_duplicates(listing.scans, options))
     return replace(listing, scans=tuple(scans))
 
 

@@ -48,7 +48,7 @@ class ReadResult:
 
     Attributes:
         content: The volume, or the samples of an array.
-        mask: The mask whose bounding box is to be cut out; None if the scan has none.
+        mask: The mask that gives the bounding box to cut out; None if the scan has none.
         bytes_read: Bytes fetched.
         read_s: Seconds to fetch the files.
         decode_s: Seconds to decode them.

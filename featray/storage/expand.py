@@ -13,7 +13,7 @@ def expand_path(path: str) -> str:
     """Return a path or URL with its variables and its home folder expanded; `$$` becomes `$`.
 
     Raises:
-        ValueError: A variable is not set, or there is no such user. The text names the variable or user.
+        ValueError: A variable is not set, or the user does not exist. The text names the variable or user.
     """
     return expand_home(_VARIABLE.sub(_get_variable, path))
 
@@ -22,7 +22,7 @@ def expand_home(path: str) -> str:
     """Return a path with `~` or `~user` at its start replaced by the home folder.
 
     Raises:
-        ValueError: There is no such user.
+        ValueError: The user does not exist.
     """
     prefix = _LOCAL_PREFIX.match(path)
     if prefix is None:

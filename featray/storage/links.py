@@ -22,7 +22,7 @@ _ADVICE = {
 
 
 def describe_broken_link(path: str, error: OSError) -> str:
-    """Return what is wrong with a local link, as the end of a sentence that begins with its name.
+    """Return the problem of a local link, as the end of a sentence that begins with its name.
 
     Args:
         path: The link.
@@ -38,7 +38,7 @@ def describe_broken_link(path: str, error: OSError) -> str:
 
 
 def find_broken_link(path: str, error: BaseException) -> str:
-    """Return what is wrong with a path that could not be read if it is a local link; empty if it is none.
+    """Return the problem of a path that could not be read if it is a local link; empty otherwise.
 
     Args:
         path: Path in any file system.
@@ -55,7 +55,7 @@ def is_link_to_stored_file(path: str) -> bool:
 
 
 def describe_pointer(data: bytes) -> str:
-    """Return what to do about a pointer file of git-annex or Git LFS; empty for other content."""
+    """Return the problem of a pointer file of git-annex or Git LFS, and its remedy; otherwise empty."""
     if len(data) > _MAX_POINTER_BYTES:
         return ""
     if data.startswith(b"version https://git-lfs.github.com/spec/"):

@@ -21,6 +21,7 @@ from featray.errors import ConfigError, StorageError
 from featray.storage import options as storage_options
 from featray.storage import retry
 from featray.storage.names import find_name_problem
+from featray.storage.ray_job import refuse_package
 from featray.storage.urls import is_s3, mask_url, open_url
 
 _THREADS = 16
@@ -94,15 +95,24 @@ class Store:
         data: bytes = self.run_operation(lambda: self.fs.cat_file(self.path(name)))
         return data
 
-    def write(self, name: str, data: bytes) -> None:
+    def write(self, name: str, data: bytes, *, flush: bool = True) -> None:
         """Write a whole file in one step: readers see all of it or nothing, even if this process is killed.
+
+        Args:
+            name: Name of the file.
+            data: Content.
+            flush: Whether a local file is on the disk when this returns. Without it, the file may be damaged
+                after a loss of power, and writing does not wait for the disk.
 
         Raises:
             StorageError: The store does not answer or denies access, the bucket does not exist, or no space
                 is left.
         """
-        write_atomically = _write_local if self.is_local else self.fs.pipe_file
-        self._run_write(lambda: write_atomically(self.path(name), data))
+        path = self.path(name)
+        if self.is_local:
+            self._run_write(lambda: os.replace(_write_temporary(path, data, flush=flush), path))
+        else:
+            self._run_write(lambda: self.fs.pipe_file(path, data))
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a file only if no file of that name exists; return whether this call created it.
@@ -144,12 +154,14 @@ class Store:
 
         Raises:
             ConfigError: The name cannot be that of an output (`featray.storage.names`).
+            ConfigError: Files written here would be lost with a Ray job (`featray.storage.ray_job`).
             ConfigError: No file can be written: the local path is a file or is read-only, credentials are
                 wrong, the bucket does not exist, a permission is missing, or the server does not answer.
         """
         problem = find_name_problem(self.uri, self.root, is_local=self.is_local)
         if problem:
-            raise ConfigError(f"output.uri: the path {problem}")
+            raise ConfigError(f"{self._config_key}: the path {problem}")
+        refuse_package(self.uri, self._config_key)
         if self.is_local:
             self._check_local_writable()
             return
@@ -158,7 +170,7 @@ class Store:
         except Exception as error:  # each store's library has its own exception classes
             if not retry.is_store_error(error):
                 raise
-            problem = _explain_unwritable(error)
+            problem = _explain_unwritable(error, self._config_key)
             raise ConfigError(
                 f"{self._config_key}: {mask_url(self.uri)} {problem} ({retry.describe_error(error)})"
             ) from None
@@ -239,13 +251,13 @@ class Store:
         return storage_options.make_delta_options(self.uri, self.options, with_retries=with_retries)
 
     def _run_write(self, operation: Callable[[], T]) -> T:
-        """Run an operation that writes; a missing parent then means that the bucket does not exist."""
+        """Run an operation that writes; a missing parent means that no bucket or folder can be written to."""
         try:
             return self.run_operation(operation)
         except FileNotFoundError:
-            if self.is_local:
-                raise
             problem = "the bucket or container does not exist"
+            if self.is_local:
+                problem = "the folder cannot be created, or was deleted at this moment"
             raise StorageError(f"{self._config_key}: {mask_url(self.uri)}: {problem}. {_RESUME}") from None
 
     def _delete_one(self, name: str) -> None:
@@ -291,7 +303,7 @@ class Store:
         if not os.path.isdir(folder):
             raise ConfigError(f"{self._config_key}: {folder} is a file, not a folder")
         if not os.access(folder, os.W_OK | os.X_OK):
-            raise ConfigError(f"output.uri: no permission to write into {folder}")
+            raise ConfigError(f"{self._config_key}: no permission to write into {folder}")
 
     def _raise_translated(self, error: Exception) -> NoReturn:
         """Raise a store's error as FileNotFoundError or StorageError; other errors are raised unchanged."""
@@ -324,16 +336,12 @@ def _get_write_time(info: Mapping[str, Any]) -> float:
     return time.timestamp() if isinstance(time, datetime) else float(time)
 
 
-def _write_local(path: str, data: bytes) -> None:
-    os.replace(_write_temporary(path, data), path)
-
-
 def _create_local(path: str, data: bytes) -> bool:
     """Create a complete file in one step if none exists; return whether this call created it.
 
     fsspec would first check whether the file exists, and another process could create it after the check.
     """
-    temporary = _write_temporary(path, data)
+    temporary = _write_temporary(path, data, flush=True)
     try:
         os.link(temporary, path)
     except FileExistsError:
@@ -360,22 +368,25 @@ def _create_without_links(path: str, data: bytes) -> bool:
     return True
 
 
-def _write_temporary(path: str, data: bytes) -> str:
-    """Write a temporary file into the same folder, flush it to the disk, and return its path."""
+def _write_temporary(path: str, data: bytes, *, flush: bool) -> str:
+    """Write a temporary file into the same folder, flush it to the disk if asked to, and return its path."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     with open(temporary, "wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        if flush:
+            file.flush()
+            os.fsync(file.fileno())
     return temporary
 
 
-def _explain_unwritable(error: Exception) -> str:
+def _explain_unwritable(error: Exception, key: str) -> str:
+    """Return why nothing can be written, and the remedy; `key` is the config key or option of the store."""
+    options = "--storage-options" if key == "--out" else key.replace("uri", "storage_options")
     if retry.is_missing(error):
         return "does not exist: create the bucket or container, or correct the name"
     if retry.is_denied(error):
-        return "denies write access: check key, secret and permissions in output.storage_options"
+        return f"denies write access: check key, secret and permissions in {options}"
     if retry.is_transient(error):
-        return "does not answer: check the endpoint in output.storage_options, or wait until it is up"
-    return "cannot be reached: check output.uri and output.storage_options"
+        return f"does not answer: check the endpoint in {options}, or wait until it is up"
+    return f"cannot be reached: check {key} and {options}"

@@ -39,13 +39,18 @@ def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.Ab
 
 def file_version(info: dict[str, Any]) -> str:
     """Return the version of a file from its listing entry: an ETag, checksum or generation, else its time."""
-    version = file_checksum(info) or info.get("generation")
+    version = info.get("ETag") or info.get("etag") or info.get("md5Hash") or info.get("generation")
     return str(version or info.get("mtime") or info.get("LastModified") or info.get("last_modified") or "")
 
 
 def file_checksum(info: dict[str, Any]) -> str:
-    """Return the checksum of a file's bytes from its listing entry; empty if the store reports none."""
-    return str(info.get("ETag") or info.get("etag") or info.get("md5Hash") or "")
+    """Return the checksum of a file's bytes from its listing entry; empty if the store reports none.
+
+    Only S3's ETag is computed from the bytes. Web servers, whose entries have a URL, often compute it from
+    size and time, which two files can have in common. Google and Azure give each upload another one.
+    """
+    etag = "" if "url" in info else info.get("ETag")
+    return str(info.get("md5Hash") or etag or "")
 
 
 def fingerprint_files(files: Iterable[tuple[str, int, str]]) -> str:

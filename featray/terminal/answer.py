@@ -19,6 +19,8 @@ from featray.terminal.streams import write_line
 
 RESUME_HINT = "run the same command again to resume"
 _STDERR = 2
+_interrupted = threading.Event()
+"""Whether a signal came to this process after `interrupt_on_signal`."""
 _STOP_MESSAGE = b"\nfeatray: stopping after the scans in progress; press Ctrl-C again to stop at once\n"
 
 
@@ -55,9 +57,30 @@ def to_json_value(value: Any) -> Any:
     return str(value)
 
 
+def interrupt_on_signal() -> None:
+    """Let Ctrl-C and SIGTERM raise KeyboardInterrupt in this process, and remember that one came.
+
+    Other packages may catch the exception while they are imported; `stop_on_signal` then raises it again.
+    """
+    _interrupted.clear()
+
+    def handle(_number: int, _frame: FrameType | None) -> None:
+        _interrupted.set()
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
+
+
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """Yield an event that the first Ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt."""
+    """Yield an event that the first Ctrl-C or SIGTERM sets; a second one raises KeyboardInterrupt.
+
+    Raises:
+        KeyboardInterrupt: A signal came before, and the exception that it raised was lost.
+    """
+    if _interrupted.is_set():
+        raise KeyboardInterrupt
     stop = threading.Event()
 
     def handle(_number: int, _frame: FrameType | None) -> None:

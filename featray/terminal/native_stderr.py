@@ -49,23 +49,35 @@ def _start_capture(unwanted: re.Pattern[bytes]) -> None:
             os.dup2(_captured.fileno(), _STDERR)
 
 
+def write_captured_lines() -> None:
+    """End the capture of all filters: for a process that ends while threads of it are still filtering."""
+    with _lock:
+        _restore_stderr()
+
+
 def _end_capture() -> None:
-    global _active_filters, _captured  # the process has one stderr
+    global _active_filters  # the process has one stderr
     with _lock:
         _active_filters -= 1
-        if _active_filters:
-            return
-        _flush_stderr()
-        os.dup2(_original_stderr, _STDERR)
-        os.close(_original_stderr)
-        assert _captured is not None, "_start_capture has opened it"
-        with _captured:
-            _captured.seek(0)
-            lines = [line for line in _captured if not any(pattern.match(line) for pattern in _patterns)]
-        _patterns.clear()
-        _captured = None
-        with contextlib.suppress(OSError):  # nobody reads stderr any more
-            os.write(_STDERR, b"".join(lines))
+        if not _active_filters:
+            _restore_stderr()
+
+
+def _restore_stderr() -> None:
+    """Write the captured lines that are wanted to stderr, unless that has been done."""
+    global _captured  # the process has one stderr
+    if _captured is None:
+        return
+    _flush_stderr()
+    os.dup2(_original_stderr, _STDERR)
+    os.close(_original_stderr)
+    with _captured:
+        _captured.seek(0)
+        lines = [line for line in _captured if not any(pattern.match(line) for pattern in _patterns)]
+    _patterns.clear()
+    _captured = None
+    with contextlib.suppress(OSError):  # no process reads stderr any more
+        os.write(_STDERR, b"".join(lines))
 
 
 def _flush_stderr() -> None:

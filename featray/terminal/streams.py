@@ -49,14 +49,14 @@ def write_line(stream: TextIO, text: str) -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Make a stream discard what is written to it, also what it still holds."""
+    """Make a stream discard all text that is written to it, also its buffered text."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, stream.fileno())
     os.close(null)
 
 
 def flush_streams() -> None:
-    """Write out what stdout and stderr still hold, so that Python does not fail to do so when it ends."""
+    """Write the buffered text of stdout and stderr, so that Python does not fail to do so when it ends."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

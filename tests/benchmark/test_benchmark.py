@@ -32,6 +32,7 @@ from featray.benchmark.report import BenchmarkReport
 from featray.benchmark.run import _BenchmarkRunner, benchmark
 from featray.benchmark.sample import count_slices, sample_collection, sample_phantoms
 from featray.benchmark.settings import BenchmarkSettings
+from featray.benchmark.start_up import combine_start_up
 from featray.config import load
 from featray.errors import ConfigError, FeatrayError
 from featray.stages.decode import Decoder
@@ -319,11 +320,13 @@ def test_phantoms_are_not_made_for_arrays(tmp_path: Path, config_of: Any) -> Non
 
 
 @pytest.mark.slow
-def test_a_small_benchmark_measures_every_stage_one_engine_and_one_script(
+def test_a_small_benchmark_measures_every_stage_one_engine_and_the_scripts_that_work(
     config_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = tmp_path / "zeros.py"
     script.write_text(SCRIPT)
+    broken = tmp_path / "broken.py"
+    broken.write_text("raise ValueError('this script reads no such file')\n")
     config = config_of(
         source={"uri": config_of()["source"]["uri"], "format": "nifti"},
         run={"engine": "inline", "decode": {"workers": 1}},
@@ -332,7 +335,11 @@ def test_a_small_benchmark_measures_every_stage_one_engine_and_one_script(
     report = benchmark(
         config,
         settings=BenchmarkSettings(
-            rounds=1, small=2, large=12, engines=("inline",), compare={"zeros": script}
+            rounds=1,
+            small=2,
+            large=12,
+            engines=("inline",),
+            compare={"zeros": script, "broken": broken},
         ),
         directory=out,
         show=True,
@@ -346,6 +353,9 @@ def test_a_small_benchmark_measures_every_stage_one_engine_and_one_script(
         "engine inline, 12 scans",
         "zeros, 2 scans",
         "zeros, 12 scans",
+        "broken, 2 scans",
+        "engine inline, 1 scans",
+        "zeros, 1 scans",
     ]
     values = json.loads((out / "benchmark.json").read_text())
     assert set(values["alone"]["cpu_s"]) == {"read", "decompress", "resize", "decode", "model", "write"}
@@ -356,11 +366,19 @@ def test_a_small_benchmark_measures_every_stage_one_engine_and_one_script(
     assert inline["first_opened_s"] > 0
     assert {"tree", "driver", "largest decoder"} <= set(inline["peak_bytes"])
     assert values["ideal_rate"] > 0
+    single, script_single = values["start_up"]
+    assert (single["name"], script_single["name"]) == ("inline", "zeros")
+    assert single["first_commit_s"] > inline["first_opened_s"]
+    assert single["first_commit_cpu_s"] > 0
+    assert script_single["first_commit_s"] is None
+    assert values["scans"]["source"] == config["source"]["uri"]
     # The script writes zeros, so the relative difference is 1.
     assert [difference["relative"] for difference in values["differences"]["zeros"]] == [1.0] * 4
     ET.parse(out / "benchmark.svg")
     assert "stage in isolation" in report.text()
     assert len(values["verdicts"]) == 2
+    assert list(values["failed_scripts"]) == ["broken"], "what was measured of the others is kept"
+    assert "ValueError: this script reads no such file" in report.text()
 
 
 SCRIPT = """
@@ -389,7 +407,8 @@ def test_each_engine_runs_with_an_empty_cache_and_then_with_the_filled_one(
     seen: list[tuple[int, bool]] = []
 
     class Runner(_BenchmarkRunner):
-        def _run_engine(self, engine: str, count: int, sections: Any = None) -> RunMetrics:
+        def _run_engine(self, engine: str, scans: Any, sections: Any = None) -> RunMetrics:
+            count = len(scans)
             folder = Path(sections["cache"]["uri"])
             seen.append((count, folder.exists()))
             folder.mkdir(exist_ok=True)
@@ -408,7 +427,7 @@ def test_each_engine_runs_with_an_empty_cache_and_then_with_the_filled_one(
 def test_the_report_compares_runs_with_a_cache_with_the_model_alone() -> None:
     report = BenchmarkReport(
         machine={},
-        scans={"distinct": 1, "found": 1, "made": False, "small": 1, "large": 2},
+        scans={"source": "ct", "distinct": 1, "found": 1, "made": False, "small": 1, "large": 2},
         listing_s=0.0,
         isolated=make_isolated(model_wall_s=0.1),
         variants=(),
@@ -419,3 +438,32 @@ def test_the_report_compares_runs_with_a_cache_with_the_model_alone() -> None:
     )
     assert report.to_json()["cached"][0]["share_of_model_rate"] == pytest.approx(0.8)
     assert "the cache holds 6.00 MB per scan; its model inputs are 8.00 MB" in report.text()
+
+
+def test_the_start_up_is_that_of_runs_of_one_scan_and_of_first_commits() -> None:
+    single = [replace(make_run(1, wall, 2 * wall), peak_bytes={"tree": 10**9}) for wall in (7.0, 8.0, 9.0)]
+    many = [
+        replace(make_run(8, 20.0, 40.0), first_commit_s=5.0 + n, first_commit_cpu_s=9.0) for n in range(3)
+    ]
+    start_up = combine_start_up(single, many)
+    assert (start_up.wall_s, start_up.cpu_s) == (Spread(8.0, 7.0, 9.0), Spread(16.0, 14.0, 18.0))
+    assert (start_up.first_commit_s, start_up.first_commit_cpu_s) == (6.0, 9.0)
+    report = BenchmarkReport(
+        machine={},
+        scans={"source": "s3://bucket/ct", "distinct": 1, "found": 3, "made": False, "small": 1, "large": 2},
+        listing_s=0.0,
+        isolated=make_isolated(),
+        variants=(),
+        cores=CORES,
+        rounds=3,
+        start_up=(start_up,),
+    )
+    assert "1 distinct scans (a sample of the 3 scans of s3://bucket/ct)" in report.text()
+    (line,) = [line for line in report.text().splitlines() if line.startswith("ray ")]
+    assert " ".join(line.split()) == "ray 8.0 (7.0 to 9.0) 16.0 (14.0 to 18.0) 1.00 6.0 9.0"
+
+
+def test_the_cpu_seconds_until_a_time_are_those_of_the_next_sample() -> None:
+    usage = monitor_command([sys.executable, "-c", "import time; time.sleep(0.5)"], {})
+    usage = replace(usage, started_s=100.0, samples=((100.2, 0.1), (100.4, 0.3)), cpu_s={1: 0.5})
+    assert [usage.get_cpu_s(seconds) for seconds in (0.1, 0.3, 0.9)] == [0.1, 0.3, 0.5]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pty
@@ -16,8 +17,11 @@ from typing import Any
 import pytest
 import yaml
 
+from featray.cli import handlers
+from featray.cli import main as main_module
 from featray.cli.main import main, make_parser
 from featray.engines.decoding.process_pool import end_early
+from featray.errors import ExitCode
 
 ENTRY = [sys.executable, "-m", "featray"]
 
@@ -209,7 +213,9 @@ def test_a_wrong_command_line_ends_with_exit_code_2() -> None:
 
 
 @pytest.mark.slow
-def test_engine_auto_chooses_inline_for_few_scans_and_reports_it(config: Path) -> None:
+def test_engine_auto_chooses_inline_and_says_why(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = subprocess.run(
         [*ENTRY, "extract", str(config), "--set", "run.engine=auto"],
         capture_output=True,
@@ -217,7 +223,9 @@ def test_engine_auto_chooses_inline_for_few_scans_and_reports_it(config: Path) -
         check=True,
         env={name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"},
     )
-    assert "engine inline, chosen because of 12 scans and no cluster address" in done.stderr
+    assert "engine inline, because no cluster is named, and one process keeps" in done.stderr
+    assert main(["status", str(tmp_path / "out")]) == 0
+    assert "newest run: engine inline, because no cluster is named" in capsys.readouterr().out
     assert "WARNING" not in done.stderr
     assert "cuda" not in done.stderr.lower(), "TensorFlow's own messages are off by default"
 
@@ -285,7 +293,7 @@ def test_an_unexpected_error_ends_with_exit_code_1_and_json(
 ) -> None:
     import featray.checks
 
-    monkeypatch.setattr(featray.checks, "list_scans", lambda *_: 1 / 0)
+    monkeypatch.setattr(featray.checks, "list_scans", lambda *_, **__: 1 / 0)
     assert main(["extract", str(config), "--json"]) == 1
     assert parse_last_line(capsys.readouterr().out) == {
         "error": "unexpected error (ZeroDivisionError)",
@@ -318,3 +326,22 @@ def test_a_closed_pipe_on_stdout_is_not_an_error(vae_file: Path) -> None:
         assert process.stderr is not None
         stderr = process.stderr.read()
         assert (process.wait(), "Traceback" in stderr) == (0, False)
+
+
+@pytest.mark.parametrize(
+    ("handler", "message"),
+    [
+        ("run_status", "stopped before the end; run the same command again for its whole result"),
+        ("run_refresh", "stopped at once; committed scans are kept; run the same command again to resume"),
+    ],
+)
+def test_only_a_stopped_command_that_commits_scans_says_that_it_resumes(
+    handler: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(_args: argparse.Namespace) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(handlers, handler, stop)
+    monkeypatch.setattr(main_module, "_RUNS", (handlers.run_extract, handlers.run_refresh))
+    assert main([handler.removeprefix("run_"), "output"]) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().err == f"featray: {message}\n"

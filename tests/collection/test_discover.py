@@ -108,6 +108,17 @@ def test_an_unsafe_or_truncated_archive_is_one_failed_scan(tmp_path: Path) -> No
     }
 
 
+def test_an_archive_whose_directory_moves_a_slice_to_another_folder_is_one_failed_scan(
+    tmp_path: Path,
+) -> None:
+    path = write_zip(tmp_path / "case.zip", write_series(tmp_path.parent / "series"))
+    data = path.read_bytes()
+    first_entry = data.index(b"PK\x01\x02")
+    path.write_bytes(data[: first_entry + 46] + b"r" + data[first_entry + 47 :])  # series/ becomes reries/
+    (scan,) = list_by_id(make_config(tmp_path)).values()
+    assert (scan.scan_id, str(scan.reason)) == ("case.zip", "unreadable")
+
+
 def test_an_archive_without_scans_is_counted_as_ignored(tmp_path: Path) -> None:
     write_volume(tmp_path / "v.nii")
     (tmp_path / "letter.txt").write_text("hello")

@@ -17,20 +17,25 @@ import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from distribution import build
 
 from featray.cli.main import main
 from featray.commands import demo
 
 SCRIPT = """\
 #!{python}
+import sys
+sys.path.insert(0, {packages!r})
 from featray.commands import demo
+assert demo.__file__.startswith({packages!r}), "the demo must run as installed, without the checkout"
 demo.EPOCHS = 1
 from featray.cli.main import console
 console()
 """
 
 
-READING = Path(__file__).resolve().parents[2] / "deploy" / "README.md"
+REPOSITORY = Path(__file__).resolve().parents[2]
+READING = REPOSITORY / "deploy" / "reading.md"
 """Document with the examples for scikit-learn and PyTorch, which read the output of the demo."""
 TORCH_STUB = """\
 import sys
@@ -44,7 +49,7 @@ sys.modules |= {"torch": torch, "torch.utils": torch.utils, "torch.utils.data": 
 
 @dataclass(frozen=True)
 class DemoRun:
-    """A demo that was started as `bin/featray demo` in `folder`, with a training of one epoch."""
+    """A demo that ran from the wheel, as `bin/featray demo` in `folder`, with a training of one epoch."""
 
     folder: Path
     stdout: str
@@ -61,14 +66,23 @@ class DemoRun:
 
 @pytest.fixture(scope="module")
 def demo_run(tmp_path_factory: pytest.TempPathFactory) -> DemoRun:
-    """Return a finished demo."""
+    """Return a finished demo of a featray that is installed from its wheel."""
     folder = tmp_path_factory.mktemp("demo")
+    packages = tmp_path_factory.mktemp("installed")
+    install_wheel(packages)
     (folder / "bin").mkdir()
-    (folder / "bin" / "featray").write_text(SCRIPT.format(python=sys.executable))
+    (folder / "bin" / "featray").write_text(SCRIPT.format(python=sys.executable, packages=str(packages)))
     (folder / "bin" / "featray").chmod(0o755)
     done = DemoRun(folder, "", "").run_command("bin/featray demo")
     assert done.returncode == 0, done.stderr
     return DemoRun(folder, done.stdout, done.stderr)
+
+
+def install_wheel(folder: Path) -> None:
+    """Build the wheel of the checkout and install it into a folder, without the packages that it needs."""
+    wheel = build(REPOSITORY, "wheel", folder / "wheels")
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), str(wheel)]
+    subprocess.run([sys.executable, *install], check=True, capture_output=True)
 
 
 def read_picture(run: DemoRun, name: str) -> np.ndarray:

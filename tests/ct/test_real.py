@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from featray.ct import hu_statistics
-from featray.ct.dicom.group import DicomScan, group_into_scans
+from featray.ct.dicom.dicom_scan import DicomScan
+from featray.ct.dicom.group import group_into_scans
 from featray.ct.dicom.header import read_header
 from featray.ct.dicom.read import read_series
 from featray.ct.formats.nifti import read_nifti

@@ -102,6 +102,7 @@ def find_covered_voxels(volume: Volume) -> NDArray[np.bool_]:
     return np.asarray(resampled.voxels_zyx > 0.9999)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degrees", [20, -20, 0])
 @pytest.mark.parametrize("table", [EVEN, UNEVEN], ids=["even", "uneven"])
 def test_resampling_keeps_the_position_of_a_lesion_in_mm(degrees: float, table: list[float]) -> None:
@@ -139,6 +140,7 @@ def test_the_first_and_the_last_slice_lie_on_the_grid_and_are_not_cropped() -> N
         assert sums[0] == pytest.approx(sums[1], rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_reversed", [False, True])
 def test_a_tilted_scan_with_a_sheared_affine_gives_the_same_volume(is_reversed: bool) -> None:
     slices = make_tilted_scan(15, EVEN)

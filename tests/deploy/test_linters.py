@@ -13,6 +13,7 @@ import pytest
 from deploy_files import DEPLOY, REPOSITORY
 
 SLURM = sorted((DEPLOY / "slurm").iterdir())
+SCRIPTS = [*SLURM, *(path for name in ("run", "release") if (path := REPOSITORY / ".ci" / name).is_file())]
 
 
 def find_program(name: str) -> str:
@@ -49,7 +50,7 @@ def test_the_image_copies_only_what_it_needs() -> None:
     assert set(copied) == {"deploy/constraints.txt", "pyproject.toml", "README.md", "LICENSE", "featray"}
 
 
-@pytest.mark.parametrize("script", SLURM, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_shellcheck_has_no_complaints(script: Path) -> None:
     assert run_linter(find_program("shellcheck"), script) == ""
 

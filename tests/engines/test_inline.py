@@ -79,7 +79,7 @@ def stages(tmp_path: Path) -> Stages:
     write_run = functools.partial(
         write, dataset=dataset, partition_by=("layer",), recipes={"corner": "r"}, run_id="run"
     )
-    return Stages(take_corner, lambda: take_corner, "r", write_run, scans_per_file=5)
+    return Stages(take_corner, lambda: take_corner, "r", write_run, scans_per_file=5, run_id="run")
 
 
 def make_engine(decoder: Decoder, workers: int = 2, batch_scans: int = 3, **limits: Any) -> InlineEngine:

@@ -140,3 +140,19 @@ def test_a_stop_yields_finished_items_and_does_not_wait_for_the_next_one() -> No
     assert list(prefetched) == [1]
     assert time.monotonic() - start < 4, "the iterator waited for the item that was being made"
     never.set()
+
+
+def test_in_the_time_after_a_stop_items_are_still_waited_for() -> None:
+    stop, never = threading.Event(), threading.Event()
+
+    def items() -> Generator[int]:
+        yield 0
+        time.sleep(0.3)
+        yield 1
+        never.wait(60)
+
+    prefetched = prefetch(items(), stop=stop, grace_s=1.0)
+    assert next(prefetched) == 0
+    stop.set()
+    assert list(prefetched) == [1]
+    never.set()

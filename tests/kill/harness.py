@@ -44,6 +44,8 @@ KILL_WINDOW_S = 0.8
 _TESTS = Path(__file__).resolve().parent.parent
 _TOKEN = secrets.token_hex(32)
 """Ray listens on this machine's address, not only on 127.0.0.1; the token keeps others out."""
+_START_ATTEMPTS = 3
+"""Number of times that a cluster is started; on a busy machine, Ray gives up a start after half a minute."""
 _CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -86,11 +88,17 @@ class RayCluster:
     def __init__(self, extra_nodes: int = 0) -> None:
         self._folder = tempfile.mkdtemp(prefix="fr")  # short, because it contains sockets
         command = [sys.executable, "-c", _CLUSTER, self._folder, str(extra_nodes)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=make_environment()
-        )
-        assert self._process.stdout is not None
-        *raylets, self.address = self._process.stdout.readline().split()
+        for _ in range(_START_ATTEMPTS):
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=make_environment()
+            )
+            assert self._process.stdout is not None
+            if words := self._process.stdout.readline().split():
+                break
+            self._process.communicate()
+        else:
+            raise RuntimeError("Ray has not started; the machine may be too busy")
+        *raylets, self.address = words
         self.raylets = [int(pid) for pid in raylets]
 
     def find_processes(self) -> list[psutil.Process]:
@@ -163,14 +171,15 @@ def _make_command(config: Path, round_: Round, cluster: RayCluster | None) -> li
         point = "writer" if round_.victim == "writer" else round_.when
     group = "1" if round_.victim == "group" else "0"
     paced = [sys.executable, "-m", "kill.paced", point, str(round_.nth), str(config.parent / "marker"), group]
-    address = [] if cluster is None else ["--set", f"run.address={cluster.address}"]
+    address = "local" if cluster is None else cluster.address  # local: starts Ray also for a few scans
+    uses_ray = ["--set", f"run.address={address}"] if round_.engine == "ray" else []
     return [
         *paced,
         *SCENARIOS[round_.scenario],
         str(config),
         "--set",
         f"run.engine={round_.engine}",
-        *address,
+        *uses_ray,
     ]
 
 

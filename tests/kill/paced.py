@@ -36,7 +36,7 @@ from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
 from featray.storage.store import Store
 
-DECODE_S, WRITE_S, COMMIT_S = 0.15, 0.05, 0.15
+DECODE_S, WRITE_S, COMMIT_S = float(os.environ.get("FEATRAY_TEST_DECODE_S", "0.15")), 0.05, 0.15
 """Pauses before each scan is decoded, each file is written, and each commit."""
 SCANS_PER_FILE = 3
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from featray.errors import DeviceError
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.decode import Decoder
 
@@ -59,6 +60,22 @@ def sum_voxels(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]
 def load_sum_model() -> object:
     """Return `sum_voxels`, as each process does that runs the model."""
     return sum_voxels
+
+
+def load_faulty_model(folder: str, faults: int) -> object:
+    """Return a model whose device has failed for the first `faults` processes that load it.
+
+    Each process creates a file in the folder whose name tells the GPUs that it sees.
+    """
+    number = len(list(Path(folder).glob("gpus-*")))
+    (Path(folder) / f"gpus-{os.environ.get('CUDA_VISIBLE_DEVICES')}-{os.getpid()}").touch()
+
+    def call_or_fail(batch: np.ndarray, seeds: Sequence[str]) -> dict[str, np.ndarray]:
+        if number < faults:
+            raise DeviceError("the GPU failed (a test)")
+        return sum_voxels(batch, seeds)
+
+    return call_or_fail
 
 
 def load_waiting_model(folder: str) -> object:

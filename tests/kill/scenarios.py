@@ -227,7 +227,9 @@ def change_collection(folder: Path) -> None:
         renamed.rename(folder / f"new_{number}.nii.gz")
 
 
-def run_round(round_: Round, scenario: Scenario, cluster: RayCluster | None, folder: Path) -> RoundResult:
+def run_round(
+    round_: Round, scenario: Scenario, cluster: RayCluster | None, folder: Path, *, may_miss: bool = False
+) -> RoundResult:
     """Kill a run of the scenario as the round says, run it again, and assert that the output is right.
 
     Args:
@@ -235,6 +237,8 @@ def run_round(round_: Round, scenario: Scenario, cluster: RayCluster | None, fol
         scenario: The scenario that the round names.
         cluster: The cluster that the run joins, or None.
         folder: Empty folder for the config and the output.
+        may_miss: Whether the run may end before it reaches its point for the last time. On a machine that is
+            very busy it makes fewer commits, because more is ready for each.
     """
     if scenario.output_before is not None:
         shutil.copytree(scenario.output_before, folder / "out")
@@ -244,7 +248,8 @@ def run_round(round_: Round, scenario: Scenario, cluster: RayCluster | None, fol
         assert killed.returncode == 0, killed.stderr
         assert_same_output(config, scenario.expected)
     elif round_.victim != "raylet":
-        assert not killed.was_running or killed.returncode == -signal.SIGKILL, killed.stderr
+        ended_before = killed.returncode == 0 and (may_miss or not killed.was_running)
+        assert ended_before or killed.returncode == -signal.SIGKILL, killed.stderr
     if open_dataset(config).find_snapshot() is not None:
         read_values(open_dataset(config))  # between the two runs, a reader sees whole commits only
     summary = run_to_end(config, SCENARIOS[round_.scenario])
@@ -252,4 +257,5 @@ def run_round(round_: Round, scenario: Scenario, cluster: RayCluster | None, fol
     left = summary.done + summary.removed + len(summary.renamed_layers) + len(summary.dropped_layers)
     # A run that kills itself at a point is in the middle. At any time, it may have had no work left.
     in_the_middle = bool(left) or round_.when != "any time" or not round_.ends_the_run
-    return RoundResult(killed.was_running and in_the_middle, left)
+    was_killed = killed.returncode != 0 or not round_.ends_the_run
+    return RoundResult(killed.was_running and was_killed and in_the_middle, left)

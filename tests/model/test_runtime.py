@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 import subprocess
 import sys
 
@@ -50,6 +52,20 @@ def test_threads_that_cannot_be_set_any_more_are_logged(caplog: pytest.LogCaptur
     assert "TensorFlow already runs" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("machine", "before", "after"), [("x86_64", None, "1"), ("x86_64", "0", "0"), ("aarch64", None, None)]
+)
+def test_onednn_is_used_on_every_x86_cpu_unless_the_environment_forbids_it(
+    machine: str, before: str | None, after: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.delenv(runtime.ONEDNN_VARIABLE, raising=False)
+    if before:
+        monkeypatch.setenv(runtime.ONEDNN_VARIABLE, before)
+    runtime.use_onednn()
+    assert os.environ.get(runtime.ONEDNN_VARIABLE) == after
+
+
 @pytest.mark.slow
 def test_another_backend_is_refused_before_keras_is_imported() -> None:
     _run_python(
@@ -93,10 +109,13 @@ def test_the_cause_of_an_error_is_kept_without_configs_arguments_and_folders(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("level", "is_filtered"), [("2", True), ("3", True), ("0", False)])
+@pytest.mark.parametrize(("level", "is_filtered"), [("2", True), ("0", False)])
 def test_startup_messages_are_shown_only_if_the_user_asks_for_them(level: str, is_filtered: bool) -> None:
     process = _run_python(
         f"import os; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '{level}'\n"
+        f"os.environ.pop('{runtime.ONEDNN_VARIABLE}', None)\n"
         "from featray.model import runtime; runtime.configure()"
     )
     assert ("port.cc" in process.stderr or "cudart" in process.stderr) != is_filtered
+    if platform.machine() in ("x86_64", "AMD64") and not is_filtered:
+        assert "oneDNN custom operations are on" in process.stderr

@@ -11,7 +11,8 @@ import tensorflow as tf
 
 from featray.errors import ModelError
 from featray.model import select_layers, trace
-from featray.model.trace import ModelCall, Tap
+from featray.model.taps import Tap
+from featray.model.trace import ModelCall
 
 SHAPE = (4, 4, 4, 1)
 

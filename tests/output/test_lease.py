@@ -274,6 +274,20 @@ def test_a_run_whose_lease_was_taken_over_never_holds_it_again(store: Store) -> 
             store.write(f"{LEASE_FOLDER}/first.json", content)
 
 
+def test_the_submission_id_of_a_ray_job_is_in_the_lease_and_in_the_message(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "nightly-7"}}')
+    with Lease(store, "first"):
+        holder = read_live_lease(store)
+        assert holder is not None
+        assert holder["submission_id"] == "nightly-7"
+        with pytest.raises(
+            OutputBusyError, match=r"run first on host .* \(pid \d+, Ray job nightly-7\) holds"
+        ):
+            raise_if_locked(store)
+
+
 def test_the_message_about_a_suspended_holder_says_so(store: Store) -> None:
     code = (
         "import os, signal, sys\n"

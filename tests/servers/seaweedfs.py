@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -32,13 +33,20 @@ class SeaweedFS:
 
     Args:
         folder: Empty folder for the server's data, configuration and log.
+        address: IP address of the server.
+        wrap: Returns the command that starts the server, for example on another host, from its plain command.
 
     Raises:
         RuntimeError: `start`: the server accepted no write within START_S. The message ends with its log.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        address: str = "127.0.0.1",
+        wrap: Callable[[list[str]], list[str]] = lambda command: command,
+    ) -> None:
+        self._folder, self._address, self._wrap = folder, address, wrap
         self._ports = _find_free_ports()
         self._process: subprocess.Popen[bytes] | None = None
         (folder / "data").mkdir(parents=True)
@@ -54,14 +62,16 @@ class SeaweedFS:
         return {
             "key": key,
             "secret": secret,
-            "endpoint_url": f"http://127.0.0.1:{port or self.port}",
+            "endpoint_url": f"http://{self._address}:{port or self.port}",
             "client_kwargs": {"region_name": "us-east-1"},
         }
 
     def start(self) -> None:
         """Start the server and wait until it accepts writes."""
         with open(self._folder / "log.txt", "ab") as log:
-            self._process = subprocess.Popen(self._make_command(), cwd=self._folder, stdout=log, stderr=log)
+            self._process = subprocess.Popen(
+                self._wrap(self._make_command()), cwd=self._folder, stdout=log, stderr=log
+            )
         deadline = time.monotonic() + START_S
         while not self._accepts_writes():
             if time.monotonic() > deadline or self._process.poll() is not None:
@@ -82,7 +92,8 @@ class SeaweedFS:
         names = ("master", "volume", "filer", "s3", "admin")
         ports = [f"-{name}.port={port}" for name, port in zip(names, self._ports, strict=True)]
         off = ["-admin.ui=false", "-webdav=false", "-s3.port.iceberg=0", "-s3.port.lance=0"]
-        where = [f"-dir={self._folder / 'data'}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-s3.config=s3.json"]
+        where = [f"-dir={self._folder / 'data'}", "-s3.config=s3.json"]
+        where += [f"-ip={self._address}", f"-ip.bind={self._address}"]
         return [weed, "-logtostderr=true", "mini", *where, *ports, *off, "-master.telemetry=false"]
 
     def _accepts_writes(self) -> bool:

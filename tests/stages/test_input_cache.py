@@ -23,7 +23,7 @@ from featray.errors import ConfigError
 from featray.output.dataset import SCANS, Dataset
 from featray.schema import Decoded, Scan
 from featray.stages.decode import Decoder
-from featray.stages.input_cache import delete_oldest, is_entry
+from featray.stages.input_cache import InputCache, delete_oldest, is_entry
 from featray.stages.list import list_scans
 from featray.storage.store import Store
 from featray.synthetic.phantom import make_collection
@@ -119,6 +119,16 @@ def test_another_model_and_another_output_share_the_entries(
     decode_all(config)
     other = {"model": {"uri": "other.keras", "layers": ["y"]}, "output": {"uri": str(tmp_path / "b")}}
     assert not any(map(was_read, decode_all(make_config(scans, tmp_path, **other)).values()))
+
+
+def test_a_process_with_another_working_directory_uses_the_same_cache(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cache = InputCache.from_config(make_config(scans, tmp_path, cache={"uri": "cache"}))
+    sent = pickle.dumps(cache)
+    monkeypatch.chdir(scans)
+    assert pickle.loads(sent).store.root == str(tmp_path / "cache")
 
 
 def test_a_changed_scan_is_read_again(config: Config, scans: Path) -> None:

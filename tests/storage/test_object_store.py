@@ -312,15 +312,15 @@ def run_two_drivers(config: dict[str, Any]) -> list[str]:
         return list(pool.map(run_driver, range(2)))
 
 
-def test_thousands_of_objects_are_listed_and_deleted(
+def test_more_than_a_thousand_objects_are_listed_and_deleted(
     s3_folder: str, s3_options: dict[str, Any], s3_server: SeaweedFS
 ) -> None:
-    store, count = Store(s3_folder, s3_options), 2_100  # the server lists a thousand per page
+    store, count = Store(s3_folder, s3_options), 1_100  # the server lists a thousand per page
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda n: store.write(f"ct/{n:05}.nii.gz", b"%d" % n), range(count)))
     sizes = store.list_file_sizes("ct")
     assert len(sizes) == count
-    assert sizes["ct/02099.nii.gz"] == 4
+    assert sizes["ct/01099.nii.gz"] == 4
     scans = list_scans(SourceConfig(uri=f"{s3_folder}/ct", storage_options=s3_options)).scans
     assert [scan.scan_id for scan in scans] == [f"{n:05}.nii.gz" for n in range(count)]
     store.delete(store.list_files("ct"))

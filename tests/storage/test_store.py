@@ -207,6 +207,23 @@ def test_a_full_disk_is_named_in_the_message(tmp_path: Path, monkeypatch: pytest
         Store(str(tmp_path)).write("a", b"1")
 
 
+def test_a_folder_that_cannot_be_created_is_one_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # as in /proc, where also root cannot create a folder
+    monkeypatch.setattr(os, "makedirs", Failing(FileNotFoundError(errno.ENOENT, "No such file or directory")))
+    with pytest.raises(StorageError, match=rf"^--out: {tmp_path}/out: the folder cannot be created"):
+        Store(f"{tmp_path}/out", config_key="--out").write("report.html", b"1")
+
+
+def test_the_message_for_an_unwritable_store_names_the_key_that_gave_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"^cache.uri: no permission to write into /"):
+        Store("/featray-cache", config_key="cache.uri").check_writable()
+
+
 @pytest.mark.parametrize("where", ["{tmp_path}/out", "memory://{tmp_path}/out"])
 def test_files_are_written_read_listed_and_deleted(where: str, tmp_path: Path) -> None:
     store = Store(where.format(tmp_path=tmp_path))
@@ -384,3 +401,14 @@ def test_anonymous_access_to_google_storage_requests_no_token() -> None:
 def test_protocols_are_translated_to_those_that_deltalake_knows() -> None:
     assert storage_options.make_delta_uri("gcs://b/out/") == "gs://b/out"
     assert storage_options.make_delta_uri("s3://b/out") == "s3://b/out"
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_file_is_flushed_to_the_disk_unless_it_can_be_made_again(
+    flush: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    store = Store(str(tmp_path))
+    store.write("a/b", b"content", flush=flush)
+    assert (store.read("a/b"), len(flushed)) == (b"content", int(flush))

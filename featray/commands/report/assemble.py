@@ -35,10 +35,10 @@ class Parts:
     Attributes:
         features: The candidates. Their temporary files may be gone.
         table: The labels; None without labels.
-        free: What needs no labels.
-        labeled: What needs labels; None without labels.
+        free: The parts of the page that need no labels.
+        labeled: The parts of the page that need labels; None without labels.
         leaks: The leakage.
-        again: What was taken from scans that were read again.
+        again: Results from scans that were read again.
     """
 
     features: FeatureSet
@@ -50,7 +50,7 @@ class Parts:
 
 
 def choose_emphasis(labeled: LabeledParts | None) -> Emphasis:
-    """Return what the answers put into the foreground: recommended candidates, labels, extreme scans."""
+    """Return the items that the answers emphasize: recommended candidates, labels, extreme scans."""
     if labeled is None:
         return Emphasis()
     chosen = [score.candidate for result in labeled.labels for score in result.scores if score.is_chosen]
@@ -63,7 +63,7 @@ def assemble_page(dataset: Dataset, parts: Parts, options: ReportOptions) -> Pag
     Args:
         dataset: The output, which the title names.
         parts: Everything that was computed.
-        options: What the user asked for.
+        options: Options of the report.
     """
     features, free, labeled, leaks = parts.features, parts.free, parts.labeled, parts.leaks
     slices = _place_slices(parts) if options.images else {}
@@ -114,7 +114,7 @@ def _list_extremes(extremes: Extremes | None) -> tuple[Extreme, ...]:
 
 
 def _place_extremes(extremes: Extremes | None, free: LabelFreeParts) -> Extremes | None:
-    """Return extremes whose scans are positions among the shown scans."""
+    """Return extremes with their scans as positions among the shown scans."""
     if extremes is None:
         return None
     low, high = (

@@ -31,9 +31,9 @@ from featray.output.ledger import list_layers
 from featray.output.query import ReadRequest, Selection, select, sort_scan_ids
 
 MAX_UNITS = 65_536
-"""Values per scan above which a layer is no candidate. A probe needs several copies of a thousand scans."""
+"""Largest number of values per scan of a candidate. A probe needs several copies of a thousand scans."""
 MIN_COVERAGE = 0.5
-"""Share of the scans of the most complete layer below which a layer is no candidate."""
+"""Share of the scans of the most complete layer below which a layer is not a candidate."""
 _BLOCK_BYTES = 128 * 2**20
 """Memory for one block of all candidates as float32."""
 _BATCH_VALUES = 2**20
@@ -74,7 +74,7 @@ class View:
 class FeatureFile:
     """Features of one candidate, float32 (scans, units), in a temporary file.
 
-    Each access maps the file anew, so that the pages it touches do not stay in the memory of this process.
+    Each access maps the file again, so that the pages it touches do not stay in the memory of this process.
     """
 
     def __init__(self, path: Path, scans: int, units: int) -> None:
@@ -129,10 +129,10 @@ class FeatureSet:
         views: The candidates in network order.
         files: Their features; the rows are the scans.
         scans: Rows of the table `scans`, parallel to `scan_ids`.
-        left_out: Layers that are no candidates, each with the reason in words.
+        left_out: Layers that are not candidates, each with the reason in words.
         version: Version of the output.
         patches: Largest number of patches of a scan; the features of a scan are the mean over them.
-        cautions: Sentences about what the features leave out.
+        cautions: Sentences about scans that the features leave out.
     """
 
     scan_ids: tuple[str, ...]
@@ -154,11 +154,11 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class _Layer:
-    """What the files of a layer say about its rows, without the values.
+    """Facts about the rows of a layer from its files, without the values.
 
     Attributes:
         selection: The files of the layer.
-        facts: What the runs recorded about it.
+        facts: Facts that the runs recorded about it.
         recipe: The recipe of most rows.
         rows: Columns scan_id and `kept` of all rows, one table per file; `kept` says whether the row has the
             recipe.
@@ -259,7 +259,7 @@ def _choose_candidates(layers: Sequence[_Layer]) -> tuple[list[_Layer], list[tup
 
 
 def _find_obstacle(layer: _Layer, most_scans: int) -> str:
-    """Return why a layer is no candidate; empty if it is one."""
+    """Return why a layer is not a candidate; empty if it is one."""
     advice = "add the layer with pool avg or grid"
     if layer.shape is None:
         return f"its values have different shapes; {advice}"
@@ -289,7 +289,7 @@ def _read_common_scans(snapshot: Snapshot, layers: Sequence[_Layer]) -> tuple[pa
     """Return the sorted ids of the scans that are ok and that all layers have, and their rows of `scans`.
 
     Raises:
-        UsageError: There is no such scan.
+        UsageError: No such scan exists.
     """
     scans = snapshot.read_scans(snapshot.schema(SCANS).names)
     scans = scans.filter(pc.equal(scans["status"], "ok"))

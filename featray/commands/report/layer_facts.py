@@ -1,4 +1,4 @@
-"""Read what the runs of an output recorded about its layers: pooling, path and place in the model."""
+"""Read facts that the runs of an output recorded about its layers: pooling, path and place in the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MAX_RUNS = 100
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a run recorded about a layer.
+    """Facts that a run recorded about a layer.
 
     Attributes:
         view: `mean`, `max`, `mean and max` or `grid`; empty without pooling, and if it is not known.

@@ -1,4 +1,4 @@
-"""What the user asks of a report besides the output and the labels."""
+"""Options of a report, which the user gives besides the output and the labels."""
 
 from __future__ import annotations
 

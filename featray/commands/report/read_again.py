@@ -1,4 +1,4 @@
-"""Choose which scans of a report are read again, and pair what is taken from them with its scans and layers.
+"""Choose which scans of a report are read again, and match the results with its scans and layers.
 
 Baselines need the scans that some label probes. Slices are wanted for outliers and for some of the scans that
 the page shows. All of them are decoded in one pass.
@@ -36,14 +36,14 @@ Positions = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Again:
-    """What was taken from scans that were read again.
+    """Results from scans that were read again.
 
     Attributes:
         baselines: Features of baselines; None if nothing was read again.
         slices: Scan id → middle slice.
         stability: Stability of the layers, by perturbation.
         stability_scans: Number of scans whose stability was measured.
-        cautions: Sentences about what is missing.
+        cautions: Sentences about missing results.
     """
 
     baselines: BaselineFeatures | None = None
@@ -55,7 +55,7 @@ class Again:
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """Which scans are read again, as positions among the scans of the report, and for what.
+    """Scans to read again, as positions among the scans of the report, by purpose.
 
     Attributes:
         probed: Scans for baselines.
@@ -83,7 +83,7 @@ def choose_wanted(measures: Measures, plan: ProbePlan | None, options: ReportOpt
     Args:
         measures: The measures, with outliers and compared scans.
         plan: Which scans are probed; None without labels.
-        options: What the user asks for.
+        options: Options of the report.
     """
     none = np.zeros(0, np.int64)
     probed = none if plan is None else plan.union
@@ -112,7 +112,7 @@ def _choose_pictured(measures: Measures) -> Positions:
 def read_again(
     found: FoundConfig, features: FeatureSet, wanted: Wanted, folder: Path, on_step: OnStep
 ) -> Again:
-    """Read the wanted scans, and return what was taken from them.
+    """Read the wanted scans, and return the results.
 
     Args:
         found: The config with which they are read.

@@ -153,7 +153,7 @@ def _open_target(dataset: Dataset, directory: str | os.PathLike[str] | None) -> 
     if directory is None:
         return Store(f"{source.uri.rstrip('/')}/{FOLDER}", source.options)
     uri = os.fspath(directory)
-    return Store(uri, source.find_options(uri))
+    return Store(uri, source.find_options(uri), config_key="--out")
 
 
 def _read_features(request: _Request, folder: Path, on_step: OnStep) -> FeatureSet:

@@ -97,7 +97,7 @@ class LayerReconciliation:
     def find_uneven_shapes(self) -> list[Fault]:
         """Return one fault for each shape that differs from the most frequent shape of its recipe.
 
-        Scans whose input size is not fixed are left out.
+        Scans without a fixed input size are left out.
         """
         faults = []
         for code in sorted({code for code, _ in self._shapes}):

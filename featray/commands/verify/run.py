@@ -43,7 +43,7 @@ class Verification:
 
     Attributes:
         version: Version of `features` that was read; -1 if the tables are out of sync and nothing was read.
-        findings: The problems; empty if there are none.
+        findings: The problems; empty if none were found.
         notes: Facts that are worth knowing but are not problems.
         mended: Changes that `--repair` or `--forget-damaged` made before the output was read (again).
         scans: Number of rows of the scans table by status.
@@ -79,13 +79,14 @@ class Verification:
         return "\n".join(lines)
 
 
-def verify(
+def verify(  # noqa: PLR0913  # public as featray.verify
     output: Output,
     *,
     repair: bool = False,
     forget_damaged: bool = False,
     storage_options: Mapping[str, Any] | None = None,
     show: bool = False,
+    wait: float = 0,
 ) -> Verification:
     """Read an output completely and return its problems.
 
@@ -94,13 +95,14 @@ def verify(
     Args:
         output: Folder or URL of the output, or the config file (.yaml) that names it.
         repair: First finish an interrupted commit, and delete orphan files.
-        forget_damaged: Do what `repair` does, and remove all scans that have a problem from both tables, so
-            that the next run extracts them again. Then read everything a second time.
+        forget_damaged: Like `repair`; also remove all scans that have a problem from both tables, so that
+            the next run extracts them again. Then read everything a second time.
         storage_options: fsspec options; those of the config by default.
         show: Whether to show progress on stderr.
+        wait: Seconds to wait for an output that a run holds, before a change.
 
     Raises:
-        ConfigError: There is no featray output here.
+        ConfigError: The location holds no featray output.
         OutputBusyError: A change was requested while a run holds the output, or a run changes the output
             faster than it can be read.
         StorageError: The store does not answer.
@@ -112,7 +114,7 @@ def verify(
         findings.add(Fault(FindingKind.TABLES_OUT_OF_SYNC), "features and scans")
     else:
         if repair or forget_damaged:
-            repairs = _repair(dataset, forget_damaged=forget_damaged, show=show)
+            repairs = _repair(dataset, forget_damaged=forget_damaged, show=show, wait_s=wait)
         verification, findings = _read_output(dataset, show=show)
     return replace(
         verification,
@@ -134,10 +136,10 @@ def _are_tables_out_of_sync(dataset: Dataset) -> bool:
     return False
 
 
-def _repair(dataset: Dataset, *, forget_damaged: bool, show: bool) -> list[str]:
+def _repair(dataset: Dataset, *, forget_damaged: bool, show: bool, wait_s: float) -> list[str]:
     """Repair an output; return one sentence per change."""
     repairs = []
-    with lock_output(dataset) as committer:
+    with lock_output(dataset, wait_s) as committer:
         if committer.recovered:
             repairs.append("finished an interrupted commit")
         if forget_damaged:

@@ -1,4 +1,4 @@
-"""Read what the run.json files say about each recipe of the scans table."""
+"""Read the facts about each recipe of the scans table from the run.json files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from featray.storage.store import Store
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """What a run recorded about a recipe of the scans table.
+    """Facts that a run recorded about a recipe of the scans table.
 
     Attributes:
         layers: Names of the layers that have this recipe; empty unless a run of featray 0.1.0 recorded them.
@@ -44,7 +44,7 @@ def read_recipe_facts(store: Store, scans: ScansTable) -> dict[int, RecipeFacts]
 
 
 def _make_facts(run: Mapping[str, Any], recipe: str) -> RecipeFacts | None:
-    """Return what a run recorded about a recipe; None if it is about another recipe.
+    """Return the facts that a run recorded about a recipe; None if the run has another recipe.
 
     The recorded id of a run of featray 0.1.0 is in the rows of 0.1.0. In rows that the present version has
     changed, it is the id of reading and preprocessing.

@@ -189,7 +189,7 @@ def _check_tile_parts(encoded: bytes, position: int) -> int:
 
 
 def _find_last_end_marker(encoded: bytes) -> int:
-    """Return the offset of the end marker, before any padding; raise if there is none."""
+    """Return the offset of the end marker, before any padding; raise if it is missing."""
     end = len(encoded.rstrip(b"\0"))
     start = encoded.rfind(_EOC, max(0, end - 3), end)
     if start < 0:

@@ -76,7 +76,7 @@ class Elements:
         pixel_start: Offset of the first byte of the pixel data value.
         pixel_length: Length of the pixel data as the header claims it; None for undefined length, which
             means encapsulated (compressed) frames.
-        private_tag: Tag of the longest private element, 0 if there is none.
+        private_tag: Tag of the longest private element, 0 without one.
         private_length: Bytes of that element.
     """
 

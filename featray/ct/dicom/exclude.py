@@ -1,4 +1,4 @@
-"""Decide which files of a series are no slices to read: other modalities, other SOP classes, localizers.
+"""Decide which files of a series are not slices to read: other modalities, other SOP classes, localizers.
 
 A file that is left out although it lies on a place of the stack matters, because the volume may then lack a
 slice without a gap that shows it. `find_stray_slices` finds such files.

@@ -41,14 +41,13 @@ Reads no pixels and opens no files. The rules, in this order:
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from featray.ct.dicom.dicom_scan import DicomScan, add_damaged_files
 from featray.ct.dicom.exclude import (
     MAX_DISTANCE_IN_LINE_MM,
     Exclusion,
@@ -74,36 +73,11 @@ from featray.ct.dicom.split import (
     split_volumes,
 )
 from featray.ct.dicom.stack import project_on_normal
+from featray.ct.dicom.unidentified import assign_unidentified_files
 from featray.errors import Reason, WarningCode
 
 MAX_LOCALIZER_IMAGES, MIN_LOCALIZER_DEGREES = 3, 10.0
 """Localizers are at most this many images, at an angle of at least this to the other slices."""
-
-DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")
-_UNFINISHED_COPY = re.compile(r"\.(part|partial|tmp|filepart|crdownload|download)$")
-
-
-@dataclass(frozen=True)
-class DicomScan:
-    """One scan, or the files that were left out of a series together.
-
-    Attributes:
-        files: Names of the headers given, sorted. `read_series` needs these files if `reason` is None.
-        series_uid: SeriesInstanceUID, empty if the files have none.
-        reason: Why the scan must not be read, or None.
-        excluded: With a reason: true if the files were left out by a rule, false if the scan failed.
-        message: The reason in words, for users.
-        warnings: Codes of unusual properties that were accepted.
-        stack: Where the slices lie, or None if that is not known.
-    """
-
-    files: tuple[str, ...]
-    series_uid: str
-    reason: Reason | None = None
-    excluded: bool = False
-    message: str = ""
-    warnings: tuple[str, ...] = ()
-    stack: StackRange | None = field(default=None, compare=False)
 
 
 def group_into_scans(
@@ -129,7 +103,7 @@ def group_into_scans(
         elif not header.is_directory:
             groups[_make_series_key(header)].append(header)
     scans = [scan for group in grouper.join_single_slices(groups) for scan in grouper.make_scans(group)]
-    return sorted(_assign_unidentified_files(scans, unidentified), key=lambda scan: scan.files)
+    return sorted(assign_unidentified_files(scans, unidentified), key=lambda scan: scan.files)
 
 
 def _make_series_key(header: SliceHeader) -> tuple[str, ...]:
@@ -243,7 +217,7 @@ def _hash_texts(texts: Iterable[str]) -> str:
 
 
 def _add_stray_slice(scan: DicomScan, header: SliceHeader, exclusion: Exclusion) -> DicomScan:
-    """Return the scan with a file added that is no slice but lies on a place of its stack; it then fails."""
+    """Return the scan as failed, with a file added that is not a slice but lies on a place of its stack."""
     files = tuple(sorted({*scan.files, header.name}))
     if scan.reason:
         return replace(scan, files=files)
@@ -267,8 +241,8 @@ def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) ->
     """Return the entries for slices without copies: one or more for each orientation, matrix size and kind.
 
     Damaged files fail all of them. Slices without position or orientation are added to the largest stack,
-    so that reading refuses it. If they were an entry of their own, nobody would notice that the stack lacks
-    slices.
+    so that reading refuses it. If they were an entry of their own, the missing slices of the stack would
+    go unnoticed.
     """
     damaged = [header for header in slices if header.problem]
     placed = [header for header in slices if not header.problem and has_geometry(header)]
@@ -276,7 +250,7 @@ def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) ->
     stacks = sorted(join_multiframes(_group_by_grid(placed)), key=len, reverse=True) or [[]]
     main, others = stacks[0] + unplaced, stacks[1:]
     if not main:
-        return [_add_damaged_files(DicomScan((), damaged[0].series_uid), damaged)]
+        return [add_damaged_files(DicomScan((), damaged[0].series_uid), damaged)]
     in_line = [stack for stack in others if _is_in_line(stack, main) or _fills_gaps(stack, main)]
     main = main + [header for stack in in_line for header in stack]
     others = [stack for stack in others if stack not in in_line]
@@ -290,7 +264,7 @@ def _make_scans_by_grid(slices: list[SliceHeader], warnings: tuple[str, ...]) ->
         warnings = _join_codes(warnings, [Reason.DUPLICATE_SLICES.value])
     scans = [scan for stack in kept for scan in _make_volume_scans(stack, warnings)]
     scans += [_make_multiframe_copy_scan(stack) for stack in copies]
-    return [_add_damaged_files(scan, damaged) for scan in scans]
+    return [add_damaged_files(scan, damaged) for scan in scans]
 
 
 def _make_volume_scans(stack: list[SliceHeader], warnings: tuple[str, ...]) -> list[DicomScan]:
@@ -388,85 +362,6 @@ def _make_multiframe_copy_scan(stack: list[SliceHeader]) -> DicomScan:
     message = "a multi-frame copy of slices with the same SeriesInstanceUID; the slices are read instead"
     names, uid = _sort_names(stack), stack[0].series_uid
     return DicomScan(names, uid, Reason.DUPLICATE_SLICES, excluded=True, message=message)
-
-
-def _add_damaged_files(scan: DicomScan, damaged: list[SliceHeader]) -> DicomScan:
-    for header in damaged:
-        scan = _add_damaged_file(scan, header)
-    return scan
-
-
-def _add_damaged_file(scan: DicomScan, header: SliceHeader) -> DicomScan:
-    """Return the scan with a damaged file added; it then fails, unless it already has a reason."""
-    files = tuple(sorted({*scan.files, header.name}))
-    if scan.reason:
-        return replace(scan, files=files)
-    advice = "; copy the file again, or"
-    if header.has_pixels or header.problem is Reason.UNSUPPORTED:  # the file is complete
-        advice = ", or" if header.has_pixels else ";"
-    message = (
-        f"{header.file_name}: {header.message}{advice} remove the file if it does not belong to this scan"
-    )
-    return replace(scan, files=files, reason=header.problem, message=message)
-
-
-def _assign_unidentified_files(scans: list[DicomScan], unidentified: list[SliceHeader]) -> list[DicomScan]:
-    """Return the scans after adding the damaged files without SeriesInstanceUID to the scans that they fit.
-
-    A file that fits no scan becomes a failed entry of its own, or is dropped if it does not look like DICOM.
-    """
-    scan_of_file: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)
-    for index, scan in enumerate(scans):
-        for name in scan.files:
-            scan_of_file[_make_name_pattern(name)][name] = index
-    scans, separate = list(scans), []
-    for header in unidentified:
-        adjacent = _find_adjacent_scans(header.name, scan_of_file.get(_make_name_pattern(header.name), {}))
-        for index in adjacent:
-            scans[index] = _add_damaged_file(scans[index], header)
-        if not adjacent and _claims_to_be_dicom(header):
-            separate.append(_add_damaged_file(DicomScan((header.name,), ""), header))
-    return scans + separate
-
-
-def _make_name_pattern(name: str) -> tuple[str, str]:
-    """Return the folder, and the file name with each run of digits replaced by `#`.
-
-    Files that are numbered in the same way have the same pattern.
-    """
-    folder, _, file_name = name.rpartition("/")
-    return folder, re.sub(r"\d+", "#", _UNFINISHED_COPY.sub("", file_name))
-
-
-def _find_adjacent_scans(name: str, scan_of_file: dict[str, int]) -> set[int]:
-    """Return the indices of the scans that a damaged file may belong to.
-
-    If each scan occupies one block of the file numbers, these are the scans just before and after the file.
-    If not (hashes as names, or several series interleaved), these are all scans, because the file may be a
-    slice of any of them.
-
-    Args:
-        name: Name of the damaged file.
-        scan_of_file: Index of the scan by file name, for the files that are named in the same way.
-    """
-    ordered = sorted(scan_of_file, key=_make_natural_key)
-    indices = [scan_of_file[other] for other in ordered]
-    blocks = sum(a != b for a, b in pairwise(indices)) + bool(indices)
-    if blocks > len(set(indices)):
-        return set(indices)
-    place = sum(_make_natural_key(other) < _make_natural_key(name) for other in ordered)
-    return set(indices[max(0, place - 1) : place + 1])
-
-
-def _make_natural_key(name: str) -> list[tuple[int, str]]:
-    """Return a sort key that orders runs of digits by their numeric value."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _claims_to_be_dicom(header: SliceHeader) -> bool:
-    if header.file_name.startswith("."):
-        return False  # companion files that macOS and rsync create
-    return header.is_dicom or header.file_name.lower().endswith(DICOM_SUFFIXES)
 
 
 def _sort_names(headers: list[SliceHeader]) -> tuple[str, ...]:

@@ -117,7 +117,7 @@ class SliceHeader:
         has_pixels: Whether the header ends at pixel data.
         is_directory: Whether the file is a DICOMDIR, an index of other files.
         transfer_syntax: TransferSyntaxUID.
-        patient_hash: Hash of PatientID; empty if there is none.
+        patient_hash: Hash of PatientID; empty without PatientID.
         temporal_position: TemporalPositionIdentifier, or TemporalPositionIndex of an enhanced frame.
         stack_id: StackID of an enhanced frame: the stack of frames that it belongs to.
         frame_labels: Values of an enhanced frame that tell volumes in one file apart, such as its energy and
@@ -232,7 +232,7 @@ def parse_file(data: bytes, name: str, max_inflated: int = MAX_HEADER_BYTES) -> 
     """Return header and elements of a whole file in memory; `max_inflated` as in `parse_elements`.
 
     Raises:
-        ScanError: The problem of the header, or `truncated` if there is no pixel data.
+        ScanError: The problem of the header, or `truncated` without pixel data.
     """
     if not data:
         raise ScanError(Reason.EMPTY, f"{name.rpartition('/')[2]}: the file has no bytes")
@@ -375,7 +375,7 @@ def _parse_floats(elements: Elements, keyword: str, count: int) -> tuple[float, 
 
 
 def _describe_bad_numbers(raw: str, values: tuple[float, ...], count: int) -> str:
-    """Return what is wrong with the text of `count` numbers; `values` are the numbers, or empty."""
+    """Describe the fault in the text of `count` numbers; `values` are the numbers, or empty."""
     if values:
         return f"has {len(values)} value(s), expected {count} finite value(s)"
     if not re.fullmatch(r"[-+0-9.eE,\\ ]*,[-+0-9.eE,\\ ]*", raw):

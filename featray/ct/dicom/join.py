@@ -1,4 +1,4 @@
-"""Decide what the parts of one series are to each other: shares of one stack, copies, or separate scans.
+"""Decide how the parts of one series are related: shares of one stack, copies, or separate scans.
 
 Parts are the slices with one PatientID and StudyInstanceUID, or the slices in one folder. Faulty software
 writes other ids into some slices, and exports split a series over folders, so the label alone does not show

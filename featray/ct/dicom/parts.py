@@ -1,4 +1,4 @@
-"""Decide from positions alone what the parts of one series are to each other.
+"""Decide from positions alone how the parts of one series are related.
 
 All functions take distances along the slice normal in mm. The labels that made the parts are not known here.
 """

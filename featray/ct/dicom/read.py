@@ -50,7 +50,7 @@ _COMPUTED_IMAGE_TYPES = frozenset(
     {"ADDITION", "DIVISION", "MASKED", "MAXIMUM", "MEAN", "MINIMUM", "MULTIPLICATION", "PERFUSION"}
     | {"QUANTITY", "STD_DEVIATION", "SUBTRACTION"}
 )
-"""Values of FrameType whose frames are no slices of a plain CT volume (PS3.3 C.8.16.1)."""
+"""Values of FrameType for frames that are not slices of a plain CT volume (PS3.3 C.8.16.1)."""
 
 
 def read_series(

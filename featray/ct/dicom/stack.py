@@ -25,7 +25,7 @@ MAX_DRIFT_MM = 0.1
 """Sideways shift from one slice to the next above which the gantry counts as tilted."""
 
 SEPARATE_VOLUMES = "give each volume a folder and a SeriesInstanceUID of its own"
-"""What to do if one series holds several volumes."""
+"""Advice if one series holds several volumes."""
 
 MAX_TILT_SLOPE = 1.0
 """Sideways shift per mm along the normal from which a tilt is refused.

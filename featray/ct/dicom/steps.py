@@ -43,7 +43,7 @@ _ROUNDING_NOISE_MM = 1e-6
 def judge_steps(
     distances: NDArray[np.float64], numbers: Sequence[int | None], last_digit_mm: float
 ) -> Reason | None:
-    """Return what is wrong with the steps of a stack, or None if they are regular.
+    """Return the problem of the steps of a stack, or None if they are regular.
 
     Returns:
         `missing_slices`; `duplicate_slices` if two passes overlap; `irregular_spacing` if the steps are

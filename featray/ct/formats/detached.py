@@ -46,7 +46,7 @@ def parse_list(value: str, rest: bytes) -> tuple[str, ...] | None:
 def split_pattern(text: str) -> tuple[str, list[int]]:
     """Return a file name with a number such as `%03d` and the whole numbers after it.
 
-    The name is empty if the text is no such pattern; it is then a plain file name.
+    The name is empty if the text is not such a pattern; it is then a plain file name.
     """
     words = text.split()
     count = 0
@@ -70,8 +70,8 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     """Return the names of data files in their shortest form.
 
     Raises:
-        ScanError: `unreadable`, if there are none or too many, or if one is repeated or leads out of the
-            folder of the header; `unsupported`, if one is DICOM.
+        ScanError: `unreadable`, if no name or too many names are given, or if one is repeated or leads out of
+            the folder of the header; `unsupported`, if one is DICOM.
     """
     if any(_OUTSIDE.search(name) for name in names):
         raise ScanError(
@@ -102,7 +102,7 @@ def match_data_files(names: Sequence[str], files: DataFiles, suffix: str) -> lis
         suffix: Suffix of detached headers of this format.
 
     Raises:
-        ScanError: `unsupported`, if there are no files; `unreadable`, if they have other names; `empty`, if
+        ScanError: `unsupported`, if `files` is empty; `unreadable`, if they have other names; `empty`, if
             one has no bytes.
     """
     if not files:

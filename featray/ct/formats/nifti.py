@@ -23,7 +23,7 @@ claims is compared with the limit and with the number of bytes in the file. Conv
   plausible only in mm, the file is `unreadable`, because it is unknown which of the two is wrong.
 - A scl_slope of 0, NaN or infinity means that values are not scaled. scl_inter is then ignored as well, as in
   nibabel; SimpleITK would add it.
-- A volume whose voxels all have the same value is `not_a_volume`.
+- A volume with the same value in all voxels is `not_a_volume`.
 - Content after the last voxel is ignored as padding if it is smaller than one slice. Otherwise header and
   data contradict each other, and the file is `unreadable`.
 

@@ -36,6 +36,7 @@ _END, _END_64, _LOCATOR_64 = b"PK\x05\x06", b"PK\x06\x06", b"PK\x06\x07"
 _LONGEST_COMMENT = 2**16
 _LOCAL_HEADER = 30
 _ENCRYPTED = 0x1 | 0x20 | 0x40 | 0x2000  # flag bits: encryption, patch, strong encryption, hidden directory
+_UTF_8 = 0x800  # flag bit: the name is in UTF-8, otherwise zipfile takes it for code page 437
 _ARCHIVE_SUFFIXES = (".zip", ".7z", ".rar", ".tar", ".tgz", ".tar.gz")
 _NESTED = "an archive inside the archive; unpack the outer archive"
 
@@ -51,6 +52,41 @@ class Archive:
         self._file = file
         self._members = {info.filename: info for info in file.infolist() if _is_scan_file(info)}
         self.names = tuple(sorted(self._members))
+        self._local_names: dict[str, str] = {}
+
+    def check_names(self) -> None:
+        """Check that all members, also those that are not scan files, have the names of the directory.
+
+        A slice whose entry in the directory is damaged would otherwise seem to lie in another folder, or to
+        be hidden, and its series would lack it in silence. Call this after the heads of the members are read,
+        because it reads nothing again of those members.
+
+        Raises:
+            ScanError: `unreadable`, if a name differs.
+            OSError: The stream cannot be read.
+        """
+        for info in self._file.infolist():
+            if self._read_local_name(info) != info.orig_filename:
+                raise ScanError(
+                    Reason.UNREADABLE,
+                    "the directory of the zip archive is damaged: a member has another name; copy it again",
+                )
+
+    def _read_local_name(self, info: zipfile.ZipInfo) -> str:
+        """Return the name in the header before the data of a member; empty without a header."""
+        if info.filename not in self._local_names:
+            self._local_names[info.filename] = self._find_local_name(info)
+        return self._local_names[info.filename]
+
+    def _find_local_name(self, info: zipfile.ZipInfo) -> str:
+        stream = self._file.fp
+        assert stream is not None
+        stream.seek(info.header_offset)
+        header = stream.read(_LOCAL_HEADER)
+        if len(header) < _LOCAL_HEADER or not header.startswith(ZIP_MAGIC):
+            return ""
+        name = stream.read(int.from_bytes(header[26:28], "little"))
+        return name.decode("utf-8" if info.flag_bits & _UTF_8 else "cp437", "replace")
 
     def get_size(self, name: str) -> int:
         """Return the size in bytes of a member: `read` returns exactly this number of bytes, or raises."""
@@ -89,6 +125,7 @@ class Archive:
             ScanError: `truncated` or `unreadable`, if the member is cut or damaged; `unsupported`, if it is
                 itself a zip archive.
         """
+        self._read_local_name(self._members[name])
         return self._inflate(name, min(count, self._members[name].file_size))
 
     def _inflate(self, name: str, most: int) -> bytes:

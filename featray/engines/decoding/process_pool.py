@@ -40,7 +40,7 @@ class TaskResult:
     Attributes:
         task: As submitted.
         result: Return value of the work; None after a failure.
-        failure: `crash`, `timeout` or `suspended` if there is no result. After `suspended` nothing is known
+        failure: `crash`, `timeout` or `suspended`; empty with a result. After `suspended` nothing is known
             about the task: its process was suspended for too long, and was ended.
         exit_code: Exit code of the process after a failure; a negative number is a signal.
     """
@@ -136,7 +136,7 @@ class WorkerPool:
 
     def _send_task(self, process: WorkerProcess, task: Any) -> None:
         if not process.tasks:
-            process.has_resumed()  # forgets what was before the task
+            process.has_resumed()  # forgets a suspension before the task
             self._set_deadline(process, START_TIMEOUT_S if process.unconfirmed else self._limits.timeout_s)
         process.tasks.append(task)
         process.send(Message.TASK, pickle.dumps(task))

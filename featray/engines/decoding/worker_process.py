@@ -34,9 +34,12 @@ GRACE_S = 5.0
 driver that should kill it may be dead."""
 _RENEW_S = 1.0
 _BOOTSTRAP = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "import json, signal, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "signal.signal(signal.SIGINT, signal.SIG_IGN); signal.signal(signal.SIGTERM, signal.SIG_IGN); "
     "from featray.engines.decoding.worker_process import main; main(int(sys.argv[1]), sys.argv[3:])"
 )
+"""Program of the process. Ctrl-C, `ray job stop` and schedulers signal all processes of a run, and only its
+driver decides how to react. A worker process ends when its pipe is closed."""
 
 
 class Message(Enum):
@@ -121,6 +124,7 @@ def start_worker_process(modules: Sequence[str] = ()) -> WorkerProcess:
         [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), path, *modules],
         stdin=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},  # decoding needs no GPU
     )
     theirs.close()  # so that the pipe is closed when the worker dies
     return WorkerProcess(process, ours)
@@ -133,9 +137,6 @@ def main(file: int, modules: Sequence[str]) -> None:
         file: File descriptor of this process's end of the pipe.
         modules: Modules to import first.
     """
-    # Ctrl-C reaches the whole process group; only the driver decides how to react.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, also inside of C code
     prefer_oom_kill()
     connection: Connection[Any, bytes] = Connection(file)

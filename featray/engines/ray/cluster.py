@@ -11,18 +11,25 @@ from collections.abc import Mapping
 from typing import Any
 
 from featray.config import LimitsConfig, RunConfig
+from featray.engines.ray.sizing import GPU_CALLS, count_workers, matches_labels
 from featray.engines.ray.start_up import (
+    install_native_handlers,
     keep_sigterm_action,
     make_join_error,
     make_local_options,
     make_start_error,
+    shut_down,
 )
 from featray.errors import ConfigError
+from featray.hardware import Capacity
 from featray.terminal.native_stderr import filter_stderr
 
 log = logging.getLogger(__name__)
 
-_RAY_LOG_LINES = re.compile(rb".* logging\.cc:\d+: Set ray log level")
+_RAY_LOG_LINES = re.compile(
+    rb".* (?:logging\.cc:\d+: Set ray log level|gcs_client\.cc:\d+: Failed to get cluster ID)"
+)
+"""Lines that Ray writes at any log level: at its start, and each second while a cluster refuses a token."""
 _CONNECT_TIMEOUT_S = 10.0
 _ADDRESS = re.compile(r"(?:ray://)?(\[[^\s\]]+\]|[^\s:/\[\]]+):(\d{1,5})")
 _OTHER_CLIENT = re.compile(r"(?!https?:|ray:)\w+://")
@@ -61,41 +68,49 @@ def connect(run: RunConfig, limits: LimitsConfig) -> bool:
     _refuse_unreachable(_name_source(run), address)
     connects = not ray.is_initialized()
     if connects:
-        _init(_name_source(run), address)
+        _init(run, address)
     import ray.data  # takes seconds: here it runs while the model is loaded
 
     try:
         check_claims(run, ray.cluster_resources(), grows=bool(address))
+        _check_labels(run, grows=bool(address))
     except ConfigError:
         if connects:
-            ray.shutdown()
+            shut_down()
         raise
     return connects
 
 
-def _init(source: str, address: str | None) -> None:
-    """Call `ray.init`; an error of it becomes a message that says what to do."""
+def _init(run: RunConfig, address: str | None) -> None:
+    """Call `ray.init`; turn its errors into messages with a remedy."""
     import ray
+
+    # With GPUs, an actor and a decode task claim a core each.
+    local_options = {} if address else make_local_options(min_cpus=2 if run.actors.num_gpus else 1)
 
     # CRITICAL, because Ray logs its errors with tracebacks before it raises them.
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     try:
-        with filter_stderr(_RAY_LOG_LINES), keep_sigterm_action():
+        with filter_stderr(_RAY_LOG_LINES), keep_sigterm_action(install_native_handlers):
             # "local" never joins another Ray on this machine.
-            ray.init(address=address or "local", **options, **({} if address else make_local_options()))
+            ray.init(address=address or "local", **options, **local_options)
     except Exception as error:  # Ray raises errors of many types, also plain `Exception`
         log.debug("Ray did not start", exc_info=True)
-        ray.shutdown()  # ends the processes that have started
-        problem = make_join_error(source, address, error) if address else make_start_error(error)
+        shut_down()  # ends the processes that have started
+        problem = make_join_error(_name_source(run), address, error) if address else make_start_error(error)
         raise problem from None
     logging.getLogger("ray").setLevel(logging.ERROR)
 
 
 def is_to_start(run: RunConfig) -> bool:
     """Return whether `connect` would start a local Ray: no address is given, and no cluster is joined."""
-    ray = sys.modules.get("ray")
-    joined = ray is not None and ray.is_initialized()
-    return not (named_address(run) or joined)
+    return not (named_address(run) or is_connected())
+
+
+def is_connected() -> bool:
+    """Return whether this process is connected to Ray, without importing it."""
+    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)  # absent while Ray is imported
+    return is_initialized is not None and is_initialized()
 
 
 def named_address(run: RunConfig) -> str | None:
@@ -115,19 +130,54 @@ def cpus() -> float:
     return float(ray.cluster_resources().get("CPU", 1))
 
 
-def nodes() -> list[dict[str, float]]:
-    """Return the resources of each node that can decode."""
+def can_grow(run: RunConfig) -> bool:
+    """Return whether nodes may join the cluster during the run: it is not a Ray on this machine alone."""
+    return named_address(run) is not None
+
+
+def nodes(label_selector: Mapping[str, str] | None = None) -> list[dict[str, float]]:
+    """Return the resources of each node that can decode and whose labels meet a selector."""
     import ray
 
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [node for node in found if node.get("CPU") and node.get("memory")]
+    found = [node for node in ray.nodes() if node["Alive"]]
+    return [
+        node["Resources"]
+        for node in found
+        if node["Resources"].get("CPU")
+        and node["Resources"].get("memory")
+        and matches_labels(node["Labels"], label_selector or {})
+    ]
+
+
+def actor_nodes(run: RunConfig) -> list[dict[str, float]]:
+    """Return the resources of each node on which actors may run."""
+    return nodes(run.actors.label_selector)
+
+
+def decode_nodes(run: RunConfig) -> list[dict[str, float]]:
+    """Return the resources of each node that may decode: without GPUs, actors decode."""
+    return nodes(run.decode.label_selector) if run.actors.num_gpus else actor_nodes(run)
+
+
+def measure_capacity(run: RunConfig) -> Capacity:
+    """Return the nodes, cores and GPUs that a run may use at present, and its workers there."""
+    for_actors, for_decoding = actor_nodes(run), decode_nodes(run)
+    usable = for_decoding + [node for node in for_actors if node not in for_decoding]
+    workers = count_workers(run, for_actors, for_decoding)
+    return Capacity(
+        nodes=len(usable),
+        cores=workers.cores,
+        gpus=sum(node.get("GPU", 0) for node in for_actors),
+        actors=workers.model // (GPU_CALLS if run.actors.num_gpus else 1),
+        workers=workers,
+    )
 
 
 def _refuse_unreachable(source: str, address: str | None) -> None:
     """Try HOST:PORT before Ray does, because Ray itself tries for minutes.
 
     Raises:
-        ConfigError: It is no address of a Ray cluster, or nothing answers there.
+        ConfigError: `address` is not that of a Ray cluster, or nothing answers there.
     """
     if address is None or address == "auto" or _OTHER_CLIENT.match(address):
         return
@@ -188,12 +238,32 @@ def check_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool)
         "run.decode.num_cpus": (decode_cpus, "CPU"),
         "run.decode.memory": (run.decode.memory or 0, "memory"),
         "run.actors (min times num_cpus) plus run.decode": (actor_cpus + decode_cpus, "CPU"),
+        **{f"run.actors.resources.{kind}": (claim, kind) for kind, claim in run.actors.resources.items()},
+        **{f"run.decode.resources.{kind}": (claim, kind) for kind, claim in run.decode.resources.items()},
     }
     problems = [
         f"{key}: {claim:g} is claimed, Ray has {resources.get(kind, 0):g} {kind}"
         for key, (claim, kind) in claims.items()
         if claim > resources.get(kind, 0)
     ]
+    _refuse_or_wait(problems, grows=grows)
+
+
+def _check_labels(run: RunConfig, *, grows: bool) -> None:
+    """Refuse label selectors that no node of a local Ray meets."""
+    selectors = {"run.actors": run.actors.label_selector, "run.decode": run.decode.label_selector}
+    _refuse_or_wait(
+        [
+            f"{key}.label_selector: no node of Ray has such labels"
+            for key, selector in selectors.items()
+            if selector and not nodes(selector)
+        ],
+        grows=grows,
+    )
+
+
+def _refuse_or_wait(problems: list[str], *, grows: bool) -> None:
+    """Raise ConfigError for claims that are not met, or log them if the cluster may still grow."""
     if problems and not grows:
         raise ConfigError(problems)
     for problem in problems:

@@ -17,34 +17,45 @@ from typing import Any
 from featray.config import RunConfig
 from featray.engines.base import Decoding, Stages
 from featray.engines.ray import cluster
+from featray.engines.ray.actor_model import ModelLoading
 from featray.engines.ray.failures import hide_deprecations, raise_original_errors
 from featray.engines.ray.passes import Pass
-from featray.engines.ray.sizing import PoolSize, cpu_pool_size, gpu_pool_size, task_count
+from featray.engines.ray.sizing import (
+    CPUS_BEFORE_GROWTH,
+    GPU_CALLS,
+    PoolSize,
+    count_processes,
+    count_workers,
+    cpu_pool_size,
+    gpu_pool_size,
+    task_count,
+)
 from featray.engines.ray.workers import (
     DecodeAndExtractBatch,
     DecodeBatch,
     ExtractBatch,
-    ModelLoading,
     WorkerDecoding,
     WriteBatch,
 )
 from featray.hardware import Workers
 from featray.schema import Receipt, Scan
 
-GPU_CALLS = 2
-"""Batches that an actor with a GPU has at once: one is put together and sent while one is computed."""
-WRITE_CPUS = 0.001
+WRITE_CPUS = 0.0001
 """CPU claim of a writer; it runs rarely and briefly, and must never wait for decoding."""
+FREE_SHARE = 0.01
+"""Share of the configured CPUs that actors and decode tasks do not claim, so that all writers fit in.
+
+Ray Data reserves the claims of all writers; if these did not fit in, a pool could not grow by the last CPU.
+Half of this share was too little on nodes with one CPU each."""
+_MIN_GROWING_WRITERS = 8
+"""Maximum number of writers at least on a cluster that may grow. It must be small: Ray Data reserves CPUs for
+a pool without a maximum, which then keeps the pool of the model from growing."""
 _MAX_INIT_DEATHS = 3
 """Times in a row that an actor may fail or die while it loads the model; each takes Ray about 20 s."""
 
 
 class PassPipeline:
-    """The Ray Data pipeline of one pass over some scans; it runs when its receipts are read.
-
-    Attributes:
-        workers: Number of workers of each kind.
-    """
+    """The Ray Data pipeline of one pass over some scans; it runs when its receipts are read."""
 
     def __init__(
         self, run: RunConfig, decoding: Decoding, stages: Stages, current: Pass, memory: int | None
@@ -52,89 +63,127 @@ class PassPipeline:
         isolates = current.isolates_scans
         self._run, self._stages, self._pass, self._memory = run, stages, current, memory
         self._decoding = replace(decoding, batch_scans=1) if isolates else decoding
+        self._scans_per_file = 1 if isolates else stages.scans_per_file
         self._retries = decoding.limits.attempts - 1
-        self.workers: Workers | None = None
+        self._grows = cluster.can_grow(run)
+        self._workers: Workers | None = None
+
+    def workers(self) -> Workers | None:
+        """Return the number of workers of each kind; on a cluster that may grow, on its present nodes."""
+        if self._workers is not None and self._grows:
+            self._workers = self._count_workers()
+        return self._workers
 
     def receipts(self, scans: Sequence[Scan]) -> Generator[Receipt]:
         """Run the pass; yield receipts in order of completion."""
         _configure_ray_data(self._pass)
-        dataset = self._build(scans)
+        extracted = self._build(scans)
         with raise_original_errors():
-            for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                for text in batch["receipt"].to_pylist():
-                    yield Receipt.from_json(text)
+            is_one_machine = cluster.named_address(self._run) is None and len(cluster.nodes()) == 1
+            yield from self._write_here(extracted) if is_one_machine else self._write_there(extracted)
+
+    def _write_here(self, extracted: Any) -> Generator[Receipt]:
+        """Write the features in this process, because on one machine a writer only costs its imports."""
+        for table in extracted.iter_batches(
+            batch_size=self._scans_per_file, batch_format="pyarrow", prefetch_batches=0
+        ):
+            yield self._stages.write(table)
+
+    def _write_there(self, extracted: Any) -> Generator[Receipt]:
+        """Write the features on the nodes of the cluster, so that they need not pass through this process."""
+        import ray
+
+        with hide_deprecations():
+            written = extracted.map_batches(
+                WriteBatch,
+                fn_constructor_args=[self._stages.write],
+                batch_size=self._scans_per_file,
+                batch_format="pyarrow",
+                # Actors, because Ray ends idle processes of tasks, and a new process imports for seconds.
+                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=self._count_writers()),
+                num_cpus=WRITE_CPUS,
+                max_task_retries=self._retries,
+            )
+        for batch in written.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for text in batch["receipt"].to_pylist():
+                yield Receipt.from_json(text)
 
     def _build(self, scans: Sequence[Scan]) -> Any:
+        """Return the pipeline from listed scans to features."""
         import ray
 
         isolates = self._pass.isolates_scans
         with hide_deprecations():
-            tasks = task_count(scans, cluster.cpus(), self._decoding.batch_scans, isolates=isolates)
+            cpus = cluster.cpus() if cluster.actor_nodes(self._run) else CPUS_BEFORE_GROWTH
+            tasks = task_count(scans, cpus, self._decoding.batch_scans, isolates=isolates)
             listed = ray.data.from_items(
                 [{"scan": scan.to_json()} for scan in scans], override_num_blocks=tasks
             )
-            has_gpus = bool(self._run.actors.num_gpus)
-            extracted = (
-                self._decode_then_extract(listed)
-                if has_gpus
-                else self._decode_and_extract(listed, len(scans))
-            )
-            return extracted.map_batches(
-                WriteBatch,
-                fn_constructor_args=[self._stages.write],
-                batch_size=1 if isolates else self._stages.scans_per_file,
-                batch_format="pyarrow",
-                # Actors, because Ray ends idle processes of tasks, and a new process imports for seconds.
-                compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max(1, len(cluster.nodes()))),
-                num_cpus=WRITE_CPUS,
-                max_task_retries=self._retries,
-            )
+            if self._run.actors.num_gpus:
+                return self._decode_then_extract(listed)
+            return self._decode_and_extract(listed, len(scans))
 
     def _decode_and_extract(self, listed: Any, scans: int) -> Any:
         """Decode and extract in actors that share the CPUs."""
         actors, memory = self._run.actors, self._memory
-        processes = max(1, int(actors.num_cpus))
+        processes = count_processes(self._run)
         # Ray only schedules by the memory claim; the worker process enforces the limit of a scan.
-        size = cpu_pool_size(self._run, cluster.nodes(), listed.num_blocks(), processes * (memory or 0))
+        nodes, claim = cluster.actor_nodes(self._run), processes * (memory or 0)
+        size = cpu_pool_size(self._run, nodes, listed.num_blocks(), claim, grows=self._grows)
         processes = min(processes, math.ceil(scans / size.first))
         setup = WorkerDecoding(self._decoding, processes, scans_ahead=2 * self._decoding.batch_scans)
-        self.workers = Workers(size.first * processes, size.first, cluster.cpus())
+        self._workers = Workers(size.first * processes, size.first, cluster.cpus())
         return listed.map_batches(
             DecodeAndExtractBatch,
             fn_constructor_args=[self._model_loading(), setup],
             batch_size=None,
             compute=_make_pool(size, self._pass),
-            num_cpus=max(0.0, actors.num_cpus - WRITE_CPUS),  # actors fill the machine; writers must fit in
+            num_cpus=actors.num_cpus * (1 - FREE_SHARE),  # actors fill the machine; writers must fit in
             memory=None if memory is None else processes * memory,
+            resources=actors.resources or None,
+            label_selector=actors.label_selector or None,
             max_task_retries=self._task_retries(),
         )
 
     def _decode_then_extract(self, listed: Any) -> Any:
         """Decode in tasks, extract in actors that have GPUs."""
-        actors, batch_scans = self._run.actors, self._decoding.batch_scans
+        actors, decode, batch_scans = self._run.actors, self._run.decode, self._decoding.batch_scans
         setup = WorkerDecoding(replace(self._decoding, batch_scans=1), processes=1, scans_ahead=1)
-        size = gpu_pool_size(self._run, cluster.nodes())
-        tasks = (cluster.cpus() - size.most * actors.num_cpus) / self._run.decode.num_cpus
-        self.workers = Workers(max(1, int(tasks)), size.most * GPU_CALLS, cluster.cpus(), has_gpus=True)
+        size = gpu_pool_size(self._run, cluster.actor_nodes(self._run), grows=self._grows)
+        self._workers = self._count_workers()
         decoded = listed.map_batches(
             DecodeBatch(setup),
             batch_size=None,
-            num_cpus=max(WRITE_CPUS, self._run.decode.num_cpus - WRITE_CPUS),  # so that a writer fits in
+            num_cpus=decode.num_cpus * (1 - FREE_SHARE),  # so that a writer fits in
             memory=self._memory,
+            resources=decode.resources or None,
+            label_selector=decode.label_selector or None,
             max_retries=self._retries,
         )
         return decoded.map_batches(
             ExtractBatch,
             fn_constructor_args=[self._model_loading()],
+            fn_constructor_kwargs={"isolates_scans": self._pass.isolates_scans},
             batch_size=batch_scans,
             compute=_make_pool(size, self._pass, calls=1 if self._pass.isolates_scans else GPU_CALLS),
             num_cpus=actors.num_cpus,
             num_gpus=actors.num_gpus,
+            resources=actors.resources or None,
+            label_selector=actors.label_selector or None,
             max_task_retries=self._task_retries(),
         )
 
+    def _count_workers(self) -> Workers:
+        run = self._run
+        return count_workers(run, cluster.actor_nodes(run), cluster.decode_nodes(run), self._memory or 0)
+
+    def _count_writers(self) -> int:
+        """Return the maximum number of writers: one per node, more only if the cluster may grow."""
+        return max(_MIN_GROWING_WRITERS if self._grows else 1, len(cluster.nodes()))
+
     def _model_loading(self) -> ModelLoading:
-        return ModelLoading(self._stages.load_extractor, self._stages.recipe)
+        stages = self._stages
+        return ModelLoading(stages.load_extractor, stages.recipe, self._run.actors.num_gpus)
 
     def _task_retries(self) -> int:
         return max(self._retries, int(self._pass.isolates_scans))

@@ -5,6 +5,7 @@ worker processes (`featray.engines.decoding`), so a scan that crashes or hangs i
 its task and Ray does not notice. A whole Ray worker may still die: because memory runs out, with its node, or
 in the model. The strict pass stops at the first lost task. The tolerant pass processes the other scans and
 continues after lost tasks. Scans that have no result after both passes get a task each in a third pass.
+A run of a few scans starts no Ray; see `few_scans.py`.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from featray.config import RunConfig
 from featray.engines.base import Decoding, Stages
 from featray.engines.decoding.process_pool import end_early
 from featray.engines.decoding.work_clock import WorkClock
+from featray.engines.inline import InlineEngine
 from featray.engines.prefetch import prefetch
-from featray.engines.ray import cluster
-from featray.engines.ray.dataset import GPU_CALLS, PassPipeline
+from featray.engines.ray import cluster, few_scans
+from featray.engines.ray.dataset import PassPipeline
 from featray.engines.ray.failures import end_pass_on_crash
 from featray.engines.ray.head_start import HeadStart
-from featray.engines.ray.passes import MAX_SUSPECTS, Pass, Window, make_broken_cluster_error
-from featray.engines.ray.sizing import memory_claims
-from featray.hardware import ModelThreads, Workers
+from featray.engines.ray.model_files import send_model
+from featray.engines.ray.passes import MAX_SUSPECTS, FaultCounter, Pass, Window
+from featray.engines.ray.sizing import GPU_CALLS, memory_claims
+from featray.engines.ray.start_up import shut_down
+from featray.hardware import Capacity, ModelPlace, ModelThreads, Workers
 from featray.schema import Receipt, Scan
 
 _WINDOW_SCANS = 20_000
@@ -54,14 +58,18 @@ class RayEngine:
         self.threads = ModelThreads(
             each=max(1, int(run.actors.num_cpus)), calls=GPU_CALLS if run.actors.num_gpus else 1
         )
+        # This process needs no memory of a GPU: actors run the model, and it runs a few scans on the CPU.
+        self.place = ModelPlace.ELSEWHERE if run.actors.num_gpus else ModelPlace.CPU
         self._has_connected = False
         self._has_results = False
+        self._faults = FaultCounter()
         self._clock: WorkClock | None = None
         self._was_suspended = False
         self._pipeline: PassPipeline | None = None
         self._connecting: Future[None] | None = None
         self._decoding_since: float | None = None
         self._head_start = HeadStart(decoding, self.threads)
+        self._driver: InlineEngine | None = None  # if this process computes all scans
         # This thread lives as long as the cluster, because Ray's processes end with the thread that started
         # them.
         self._thread = ThreadPoolExecutor(1, "featray-connect")
@@ -73,6 +81,8 @@ class RayEngine:
     def __exit__(self, *error: object) -> None:
         """Leave the cluster; a local Ray that this engine started ends."""
         self._head_start.close()
+        if self._driver is not None:
+            self._driver.__exit__(*error)
         end_early()
         if self._clock is not None:
             self._clock.close()
@@ -86,8 +96,20 @@ class RayEngine:
         """Join or start the cluster, unless that has been done; raises as `cluster.connect` does."""
         self._connect() if self._connecting is None else self._connecting.result()
 
+    def measure_capacity(self) -> Capacity | None:
+        """Return the present capacity of the cluster; None for a local Ray, which is not started."""
+        if not cluster.can_grow(self._run):
+            return None
+        self.connect()
+        return cluster.measure_capacity(self._run)
+
     def prefetch_scans(self, scans: Sequence[Scan]) -> None:
         """Connect while this process loads the model; decode a few scans here if Ray must be started."""
+        if few_scans.is_without_ray(self._run, self._decoding, len(scans)):
+            self._driver = InlineEngine(self._run.decode.workers or None, self._decoding)
+            self.threads = self._driver.threads
+            self._driver.prefetch_scans(scans)
+            return
         if cluster.is_to_start(self._run) and not self._run.actors.num_gpus:
             self._head_start.prefetch_scans(scans)
         self._decoding_since = time.monotonic()
@@ -95,10 +117,14 @@ class RayEngine:
 
     def workers(self) -> Workers | None:
         """Return the number of workers of each kind in the last pass."""
-        return None if self._pipeline is None else self._pipeline.workers
+        if self._driver is not None:
+            return self._driver.workers()
+        return None if self._pipeline is None else self._pipeline.workers()
 
     def decoding_since(self) -> float | None:
         """Return when the start of the cluster or the first pass began."""
+        if self._driver is not None:
+            return self._driver.decoding_since()
         return self._decoding_since
 
     def receipts(self, scans: Sequence[Scan], stages: Stages, stop: threading.Event) -> Iterator[Receipt]:
@@ -107,14 +133,20 @@ class RayEngine:
         Raises:
             FeatrayError: Workers die with every scan, so that the cluster is at fault. No scan is given up.
         """
-        from featray.engines.ray.metrics import Metrics  # imports ray
-
+        if driver := self._choose_driver(len(scans)):
+            yield from driver.receipts(scans, stages, stop)
+            return
         self._decoding_since = self._decoding_since or time.monotonic()
         remaining = self._head_start.start(scans, stages, stop)
         if not self._connect_unless_stopped(stop):
             yield from self._head_start.take_receipts(_HEAD_START_S)
             return
-        self._metrics = Metrics(len(scans))
+        # Imported only now, because two threads that import Ray at the same time disturb each other.
+        from featray.engines.ray.metrics import Metrics
+
+        if cluster.can_grow(self._run) or not self._has_connected:
+            stages = send_model(stages)  # workers of a Ray that was there may have another working directory
+        self._metrics = Metrics(stages.run_id, len(scans))
         yield from self._take_head_start(_HEAD_START_S)
         for window, current in self._make_passes(remaining, stop):
             for receipt in self._run_pass(window, current, stages, stop):
@@ -123,6 +155,19 @@ class RayEngine:
             if current is Pass.ALONE and window.unsettled and not (stop.is_set() or self._was_suspended):
                 yield self._count(window.give_up(self._decoding))
         yield from self._take_head_start(0 if stop.is_set() else None)
+
+    def _choose_driver(self, scans: int) -> InlineEngine | None:
+        """Return the engine that processes all scans that are due in this process; None if Ray does."""
+        if self._driver is not None and scans > few_scans.MAX_SCANS:  # more are due than the new ones
+            self._driver.__exit__()
+            self._driver = None
+        elif (
+            self._driver is None
+            and self._connecting is None
+            and few_scans.is_without_ray(self._run, self._decoding, scans)
+        ):
+            self._driver = InlineEngine(self._run.decode.workers or None, self._decoding, self.threads)
+        return self._driver
 
     def _connect_unless_stopped(self, stop: threading.Event) -> bool:
         """Connect; return false as soon as `stop` is set. A stop may itself disturb Ray while it starts."""
@@ -143,13 +188,16 @@ class RayEngine:
         lost_s = clock.lost_s()
         with end_pass_on_crash() as crash_names:
             for receipt in prefetch(receipts, count=0, stop=stop):
-                self._has_results |= any(record.status == "ok" for record in receipt.records)
-                if window.settle(receipt):
-                    yield self._count(receipt)
+                workers = self.workers()
+                self._faults.check(receipt, workers.model if workers else 1)
+                settled = window.settle(receipt)
+                if settled is not None:
+                    self._has_results |= any(record.status == "ok" for record in settled.records)
+                    yield self._count(settled)
         # Ray Data, which ends a pass without progress, counts the time in which this process was suspended.
         self._was_suspended = "ExecutionTimeoutError" in crash_names and clock.lost_s() > lost_s
         if window.unsettled and not (stop.is_set() or self._was_suspended):
-            self._refuse_broken_cluster(len(window.unsettled), current, crash_names)
+            self._refuse_broken_cluster(window, current, crash_names)
 
     def _make_passes(self, scans: Sequence[Scan], stop: threading.Event) -> Iterator[tuple[Window, Pass]]:
         """Yield each window with the passes that it needs: the next pass only if scans are unsettled."""
@@ -174,27 +222,25 @@ class RayEngine:
         self._metrics.add(receipt, self.workers())
         return receipt
 
-    def _refuse_broken_cluster(self, unsettled: int, current: Pass, crash_names: list[str]) -> None:
+    def _refuse_broken_cluster(self, window: Window, current: Pass, crash_names: list[str]) -> None:
         """Raise if the passes so far show that the cluster, not a scan, is at fault."""
         if "ActorDiedError" in crash_names and not self._has_results:
             # Actors died while they loaded the model, which no scan can cause.
-            raise make_broken_cluster_error(unsettled)
+            raise window.make_cluster_error()
         gc.collect()  # frames of the error keep the pass's actors alive, and with them their CPUs
-        if current.tolerates_lost_tasks and not self._has_results and unsettled > MAX_SUSPECTS:
-            raise make_broken_cluster_error(unsettled)
+        if current.tolerates_lost_tasks and not self._has_results and len(window.unsettled) > MAX_SUSPECTS:
+            raise window.make_cluster_error()
 
     def _make_windows(self, scans: Sequence[Scan]) -> Iterator[Window]:
         """Yield the scans in windows, each with the memory that its workers claim."""
-        for memory, claimed in memory_claims(scans, self._run, cluster.nodes()):
+        for memory, claimed in memory_claims(scans, self._run, cluster.decode_nodes(self._run)):
             for first in range(0, len(claimed), _WINDOW_SCANS):
                 window = claimed[first : first + _WINDOW_SCANS]
                 yield Window({scan.scan_id: scan for scan in window}, memory)
 
     def _leave(self) -> None:
         if self._has_connected:
-            import ray
-
-            ray.shutdown()
+            shut_down()
 
     def _connect(self) -> None:
         end_early()  # the head start has taken the worker process by now, if it needs one

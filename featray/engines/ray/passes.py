@@ -6,11 +6,11 @@ are up to three passes over the scans that are not settled. Knows no Ray.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from featray.engines.base import Decoding
-from featray.errors import FeatrayError, Reason
+from featray.errors import DeviceError, FeatrayError, Reason
 from featray.schema import Receipt, Scan
 
 PROBE_ID = "\0probe"
@@ -18,6 +18,8 @@ PROBE_ID = "\0probe"
 """
 MAX_SUSPECTS = 20
 """If more scans than this are left and none came through, the cluster is broken, not the scans."""
+MAX_FAULTS = 5
+"""Processes in a row whose device may fail before the run stops; more in a pool of more actors."""
 
 
 class Pass(Enum):
@@ -49,40 +51,84 @@ class Window:
         unsettled: Scans without a record so far, by id.
         memory: Bytes of memory that each worker that decodes claims; None for no claim.
         probe_returned: Whether the probe came through.
+        faults: Id of each scan that an actor returned because its device had failed → the actor's report.
     """
 
     unsettled: dict[str, Scan]
     memory: int | None
     probe_returned: bool = False
+    faults: dict[str, str] = field(default_factory=dict)
 
     def scans_for(self, current: Pass) -> list[Scan]:
         """Return the scans of a pass: the unsettled ones, and the probe if scans are isolated."""
         scans = list(self.unsettled.values())
         return [*scans, _make_probe()] if current.isolates_scans else scans
 
-    def settle(self, receipt: Receipt) -> bool:
-        """Remove the scans of a receipt; return whether the receipt holds a scan of the collection."""
-        records = [record for record in receipt.records if record.scan_id != PROBE_ID]
-        self.probe_returned |= len(records) < len(receipt.records)
+    def settle(self, receipt: Receipt) -> Receipt | None:
+        """Remove the scans of a receipt that were processed.
+
+        Returns:
+            The receipt without the probe and the scans that actors have returned; None if it holds no others.
+        """
+        processed = [record for record in receipt.records if record.returned is None]
+        self.faults |= {
+            record.scan_id: record.returned for record in receipt.records if record.returned is not None
+        }
+        records = tuple(record for record in processed if record.scan_id != PROBE_ID)
+        self.probe_returned |= len(records) < len(processed)
         for record in records:
             del self.unsettled[record.scan_id]
-        return bool(records)
+        return replace(receipt, records=records) if records else None
+
+    def make_cluster_error(self) -> FeatrayError:
+        """Return the error of a cluster on which no scan of the window comes through."""
+        fault = next(iter(self.faults.values()), "")
+        return DeviceError(fault) if fault else make_broken_cluster_error(len(self.unsettled))
 
     def give_up(self, decoding: Decoding) -> Receipt:
         """Return the receipt of the unsettled scans, each of which killed its worker when it was alone.
 
         Raises:
+            DeviceError: The probe did not return either, and actors have reported faults of their devices.
             FeatrayError: The probe did not return either, so the cluster is broken.
         """
         if not self.probe_returned:
-            raise make_broken_cluster_error(len(self.unsettled))
+            raise self.make_cluster_error()
         attempts = decoding.limits.attempts
-        message = f"its worker died in each of {attempts} attempts in which the scan had a task of its own"
+        died = f"its worker died in each of {attempts} attempts in which the scan had a task of its own"
         failed = [
-            decoding.decoder.fail(scan, Reason.WORKER_CRASH, message, attempts)
+            decoding.decoder.fail(scan, Reason.WORKER_CRASH, self.faults.get(scan.scan_id, died), attempts)
             for scan in self.unsettled.values()
         ]
         return Receipt((), tuple(decoded.record for decoded in failed))
+
+
+class FaultCounter:
+    """Stops a run if the devices of many actors fail and no scan is processed in between.
+
+    A single broken GPU stops nothing, because actors on other GPUs process scans.
+    """
+
+    def __init__(self) -> None:
+        self._failed: set[str] = set()
+
+    def check(self, receipt: Receipt, calls: int) -> None:
+        """Count the processes that have returned scans of a receipt.
+
+        Args:
+            receipt: Receipt of scans that were processed or returned.
+            calls: Largest number of calls of the model at once.
+
+        Raises:
+            DeviceError: The devices of too many processes have failed in a row.
+        """
+        for record in receipt.records:
+            if record.returned is not None:
+                self._failed.add(record.returned_by)
+            elif record.status == "ok":
+                self._failed.clear()
+            if record.returned is not None and len(self._failed) >= max(MAX_FAULTS, calls):
+                raise DeviceError(f"{record.returned} ({len(self._failed)} processes in a row failed)")
 
 
 def make_broken_cluster_error(scans: int) -> FeatrayError:

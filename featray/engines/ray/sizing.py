@@ -6,12 +6,18 @@ A node is a mapping of its resources: `CPU`, `memory` in bytes, and `GPU` if it 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from featray.config import RunConfig
+from featray.hardware import Workers
 from featray.schema import Scan
 
+GPU_CALLS = 2
+"""Batches that an actor with a GPU has at once: one is put together and sent while one is computed."""
+CPUS_BEFORE_GROWTH = 32
+"""CPUs for which a cluster that has no nodes yet gets tasks enough."""
 _MAX_TASK_BYTES = 256 * 2**20
 _MAX_TASK_SCANS = 512
 """Limits of the scans in one task; scans share tasks because a task costs about 30 ms."""
@@ -81,37 +87,107 @@ def group_by_memory(
 
 
 class PoolSize(NamedTuple):
-    """Number of actors in a pool: minimum, at the start, maximum."""
+    """Number of actors in a pool: minimum, at the start, maximum (None: as many as the cluster gets)."""
 
     least: int
     first: int
-    most: int
+    most: int | None
 
 
-def cpu_pool_size(run: RunConfig, nodes: Sequence[Node], tasks: int, memory: int) -> PoolSize:
+def cpu_pool_size(
+    run: RunConfig, nodes: Sequence[Node], tasks: int, memory: int, *, grows: bool = False
+) -> PoolSize:
     """Return the size of the pool of actors without GPUs: as configured, or one actor per `num_cpus` CPUs.
 
-    The pool starts as large as CPUs, memory and tasks allow, because nothing else needs the CPUs.
+    The pool starts as large as CPUs, memory and tasks allow, because nothing else needs the CPUs. On a
+    cluster that may grow, the pool has no maximum unless one is configured.
     """
     actors = run.actors
-    fit = sum(
-        int(min(node["CPU"] / max(actors.num_cpus, 0.1), node["memory"] / max(memory, 1))) for node in nodes
+    fit = _count_fitting(
+        nodes, {"CPU": max(actors.num_cpus, 0.1), "memory": max(memory, 1), **actors.resources}
     )
-    most = max(actors.min, fit if actors.max is None else actors.max)
-    first = max(actors.min, min(fit, most, tasks))
-    return PoolSize(actors.min, first, most)
+    limit = max(actors.min, fit) if actors.max is None else actors.max
+    first = max(actors.min, min(fit, limit, tasks))
+    return PoolSize(actors.min, first, None if grows and actors.max is None else limit)
 
 
-def gpu_pool_size(run: RunConfig, nodes: Sequence[Node]) -> PoolSize:
+def gpu_pool_size(run: RunConfig, nodes: Sequence[Node], *, grows: bool = False) -> PoolSize:
     """Return the size of the pool of actors with GPUs.
 
-    It is as configured, or the number of actors that leaves one decode task's CPUs free on every node.
+    It is as configured, or the number of actors that leaves one decode task's CPUs free on every node. On a
+    cluster that may grow, the pool has no maximum if the GPUs of each present node are taken before its CPUs.
     """
-    actors, decode = run.actors, run.decode.num_cpus
-    fit = sum(
-        int(min(node.get("GPU", 0) / actors.num_gpus, (node["CPU"] - decode) / max(actors.num_cpus, 1e-3)))
-        for node in nodes
-        if node["CPU"] > decode
-    )
-    most = max(actors.min, fit if actors.max is None else actors.max)
+    actors = run.actors
+    if grows and actors.max is None and all(_leaves_decode_cpus(run, node) for node in nodes):
+        return PoolSize(actors.min, actors.min, None)
+    most = max(actors.min, count_gpu_actors(run, nodes) if actors.max is None else actors.max)
     return PoolSize(actors.min, actors.min, most)
+
+
+def count_workers(
+    run: RunConfig, actor_nodes: Sequence[Node], decode_nodes: Sequence[Node], memory: int = 0
+) -> Workers:
+    """Return the workers that the engine has as soon as its actors run on all of these nodes.
+
+    Args:
+        run: Claims of actors and decode tasks.
+        actor_nodes: Nodes on which actors may run.
+        decode_nodes: Nodes that may decode.
+        memory: Bytes that decoding one scan claims.
+    """
+    actors = run.actors
+    cores = sum(node["CPU"] for node in decode_nodes)
+    if actors.num_gpus:
+        count = min(max(actors.min, count_gpu_actors(run, actor_nodes)), actors.max or math.inf)
+        tasks = (cores - count * actors.num_cpus) / run.decode.num_cpus
+        return Workers(max(1, int(tasks)), int(count) * GPU_CALLS, cores, has_gpus=True)
+    processes = count_processes(run)
+    size = cpu_pool_size(run, actor_nodes, sys.maxsize, processes * memory)
+    return Workers(size.first * processes, size.first, cores)
+
+
+def count_processes(run: RunConfig) -> int:
+    """Return the number of worker processes that decode in each actor without GPUs."""
+    return max(1, int(run.actors.num_cpus))
+
+
+def count_gpu_actors(run: RunConfig, nodes: Sequence[Node]) -> int:
+    """Return the number of actors with GPUs that these nodes can run next to one decode task each."""
+    reduced = [
+        {**node, "CPU": node["CPU"] - run.decode.num_cpus, "GPU": _gpu_places(node, run.actors.num_gpus)}
+        for node in nodes
+    ]
+    return _count_fitting([node for node in reduced if node["CPU"] > 0], _claim_gpu_actor(run))
+
+
+def _gpu_places(node: Node, share: float) -> float:
+    """Return the number of actors for which a node has GPUs; a share below 1 lies on one GPU."""
+    return int(node.get("GPU", 0)) * int(1 / share + 1e-6) if share < 1 else node.get("GPU", 0) / share
+
+
+def _claim_gpu_actor(run: RunConfig) -> dict[str, float]:
+    """Return the claims of an actor on a node whose GPUs are counted as places for actors."""
+    actors = run.actors
+    return {"GPU": 1, "CPU": max(actors.num_cpus, 1e-3), **actors.resources}
+
+
+def _leaves_decode_cpus(run: RunConfig, node: Node) -> bool:
+    """Return whether actors that take all GPUs of a node leave the CPUs of a decode task."""
+    by_gpus = int(_gpu_places(node, run.actors.num_gpus))
+    return not by_gpus or node["CPU"] >= by_gpus * run.actors.num_cpus + run.decode.num_cpus
+
+
+def _count_fitting(nodes: Iterable[Node], claims: Mapping[str, float]) -> int:
+    """Return the number of workers with these claims that fit on the nodes."""
+    return sum(int(min(node.get(kind, 0) / claim for kind, claim in claims.items())) for node in nodes)
+
+
+def matches_labels(labels: Mapping[str, str], selector: Mapping[str, str]) -> bool:
+    """Return whether a node with these labels meets all conditions: `a`, `!a`, `in(a, b)` or `!in(a, b)`."""
+    for key, condition in selector.items():
+        text = condition.removeprefix("!")
+        values = text[3:-1].split(",") if text.startswith("in(") else [text]
+        is_among = labels.get(key) in [value.strip() for value in values]
+        if is_among == condition.startswith("!"):
+            return False
+    return True

@@ -24,8 +24,8 @@ from featray.engines.base import Decoding
 from featray.engines.decoding.memory_limit import decode_memory
 from featray.engines.decoding.process_pool import WorkerPool
 from featray.engines.decoding.scan_pool import ScanDecodePool
+from featray.engines.ray.actor_model import ActorModel, ModelLoading
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
-from featray.stages.extract import LayerExtractor, extract
 
 _NEVER = threading.Event()
 _POOL_START_S = 5.0
@@ -45,19 +45,6 @@ class WorkerDecoding:
     decoding: Decoding
     processes: int
     scans_ahead: int
-
-
-@dataclass(frozen=True)
-class ModelLoading:
-    """How an actor gets the model; travels to the actor.
-
-    Attributes:
-        load_extractor: Loads the model.
-        recipe: Recipe id from which the seeds of random layers are made (`RecipeIds.seed`).
-    """
-
-    load_extractor: Callable[[], LayerExtractor]
-    recipe: str
 
 
 class WorkerScanPool:
@@ -137,52 +124,63 @@ def _close_pools_on_error() -> Iterator[None]:
 
 
 class ExtractBatch:
-    """Rows of model inputs → rows of features; holds the model."""
+    """Rows of model inputs → rows of features; holds the model.
 
-    def __init__(self, model: ModelLoading) -> None:
-        self._recipe = model.recipe
-        self._extractor = model.load_extractor()
+    Args:
+        loading: How the actor gets the model.
+        isolates_scans: Whether each batch is a task of its own.
+    """
+
+    def __init__(self, loading: ModelLoading, *, isolates_scans: bool) -> None:
+        self._model, self._isolates_scans = ActorModel(loading), isolates_scans
+        self._model.load()
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """Return one row of features per row of model inputs."""
+        import ray
+
+        task = None if self._isolates_scans else ray.get_runtime_context().get_task_id()
+        self._model.begin_batch(task)
         decoded = [
             Decoded(ScanRecord.from_json(record), np.asarray(tensor).reshape(shape), np.asarray(origins))
             for record, tensor, shape, origins in zip(
                 batch["record"], batch["tensor"], batch["shape"], batch["origins"], strict=True
             )
         ]
-        return extract(self._extractor, decoded, recipe=self._recipe)
+        return self._model.extract(decoded, task)
 
 
 class DecodeAndExtractBatch:
     """Rows of listed scans → rows of features; holds the model, and a pool that decodes ahead of it."""
 
-    def __init__(self, model: ModelLoading, setup: WorkerDecoding) -> None:
-        self._recipe, self._setup = model.recipe, setup
+    def __init__(self, loading: ModelLoading, setup: WorkerDecoding) -> None:
+        self._setup, self._model = setup, ActorModel(loading)
         self._pool = WorkerScanPool(setup)
         # The model is loaded in a thread, so that the first scans are decoded while TensorFlow is imported.
-        self._extractor: Future[LayerExtractor] = ThreadPoolExecutor(1).submit(
-            self._load_after_pool, model.load_extractor
-        )
+        self._loaded: Future[None] = ThreadPoolExecutor(1).submit(self._load_after_pool)
 
-    def _load_after_pool(self, load_extractor: Callable[[], LayerExtractor]) -> LayerExtractor:
+    def _load_after_pool(self) -> None:
         """Load the model when the pool has started: both import for seconds, and the model can wait."""
         deadline = time.monotonic() + _POOL_START_S
         while not self._pool.has_started() and time.monotonic() < deadline:
             time.sleep(0.02)
-        return load_extractor()
+        self._model.load()
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """Return one row of features per listed scan."""
+        self._model.begin_batch(None)
         try:
             return pa.concat_tables(
-                extract(self._extractor.result(), decoded, recipe=self._recipe)
-                for decoded in self._pool.batches(_parse_scans(batch))
+                self._extract(decoded) for decoded in self._pool.batches(_parse_scans(batch))
             )
         except BaseException:  # the next call must not get the results of this call's running tasks
             self._pool.close()
             self._pool = WorkerScanPool(self._setup)
             raise
+
+    def _extract(self, decoded: Sequence[Decoded]) -> pa.Table:
+        self._loaded.result()
+        return self._model.extract(decoded)
 
 
 class WriteBatch:

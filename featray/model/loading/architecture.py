@@ -1,4 +1,4 @@
-"""Build a model from a description beside its weights: `model.json` or YAML, as Keras writes it.
+"""Build a model from a description next to its weights: `model.json` or YAML, as Keras writes it.
 
 In: `model.architecture`, and a local weights file. Out: a Keras model with these weights. No code in the
 description runs; YAML tags that make objects other than lists and texts are refused.
@@ -24,7 +24,7 @@ def read_architecture(spec: ModelConfig) -> tuple[ModelFile, str]:
     """Return the description in `spec.architecture` and the sha256 of its file.
 
     Raises:
-        ModelError: The file is missing, or is no description of a Keras model.
+        ModelError: The file is missing, or is not a description of a Keras model.
     """
     assert spec.architecture is not None
     file = download.get_local_file(spec.architecture, spec.storage_options)

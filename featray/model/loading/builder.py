@@ -12,7 +12,7 @@ from typing import Any
 
 from featray.config import ModelConfig
 from featray.errors import ModelError
-from featray.model import keras_versions, trace
+from featray.model import keras_versions, layer_calls
 from featray.model.loading import weights
 from featray.model.loading.custom_code import import_object
 from featray.model.loading.failure_messages import summarize_file_error
@@ -116,7 +116,7 @@ def _trace_call(model: Any, input_shape: tuple[int | None, ...]) -> None:
     spec = tf.TensorSpec((None, *input_shape), tf.float32)
 
     def call(inputs: Any) -> Any:
-        with trace.convert_python_branches(model):
+        with layer_calls.convert_python_branches(model):
             return model(inputs, training=False)
 
     tf.function(call, autograph=False).get_concrete_function(spec)

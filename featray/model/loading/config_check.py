@@ -1,7 +1,7 @@
 """Compare a loaded model with the description in its file, because Keras drops some values without an error.
 
 In: a model that Keras has loaded, and the description of its file. Out: every value of a layer that differs.
-Only values that can change what a layer computes are compared.
+Only values that can change the output of a layer are compared.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _IGNORED_KEYS = {
     "inbound_nodes", "input_layers", "output_layers", "shared_object_id", "batch_shape", "batch_input_shape",
     "build_input_shape", "sparse", "ragged", "optional", "autocast", "initializer",
 }  # fmt: skip
-"""Keys that do not change what a layer computes from its input, or that each version of Keras writes in its
-own form."""
+"""Keys that do not change how a layer computes its output, or that each version of Keras writes in its own
+form."""
 
 _IGNORED_SUFFIXES = ("_initializer", "_regularizer", "_constraint")
 """Ends of keys that matter only for training: the weights come from the file."""
@@ -28,8 +28,8 @@ _IGNORED_SUFFIXES = ("_initializer", "_regularizer", "_constraint")
 def find_config_differences(model: Any, config: dict[str, Any]) -> list[str]:
     """Return one text per value that differs between a loaded model and the description in its file.
 
-    A value that only one of the two has, or that is None in the file, is no difference: each version of Keras
-    has its own defaults. A model that does not describe itself is not compared.
+    A value that only one of the two has, or that is None in the file, is not a difference: each version of
+    Keras has its own defaults. A model that does not describe itself is not compared.
 
     Args:
         model: The loaded model.

@@ -30,7 +30,7 @@ constant to the sha256 of the new file when the values change, that is, when `Sa
 else or a function of the module builds another model.
 """
 
-_MOVED_MODULES = {"featray.vae": "featray.synthetic.vae"}
+MOVED_MODULES = {"featray.vae": "featray.synthetic.vae"}
 """Modules of featray that had another name in an earlier version, as {old name: present name}.
 
 Configs of users name `featray.vae:Sampling` in `model.custom_objects`. These configs must still load.
@@ -98,7 +98,7 @@ def _import_file(location: str, storage_options: Mapping[str, Any]) -> tuple[Mod
 
 def _import_module(name: str) -> tuple[ModuleType, str]:
     """Import an installed module; the sha256 is that of its file, or empty for a module without source."""
-    name = _MOVED_MODULES.get(name, name)
+    name = MOVED_MODULES.get(name, name)
     module = importlib.import_module(name)
     if name in _FIXED_SHA256:
         return module, _FIXED_SHA256[name]

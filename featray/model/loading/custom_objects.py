@@ -6,6 +6,7 @@ a description in which layers that may not run are replaced, or one problem for 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -58,7 +59,7 @@ def import_custom_objects(spec: ModelConfig) -> CustomCode:
     """
     code, problems = CustomCode(), list[str]()
     for entry in spec.custom_objects:
-        layer, reference = _split_layer(entry)
+        layer, reference = split_layer(entry)
         try:
             custom_object, sha256 = import_object(
                 reference, config_key="custom_objects", storage_options=spec.storage_options
@@ -106,7 +107,7 @@ def match_custom_objects(
     return content, known, [problem for problem in problems if problem]
 
 
-def _split_layer(entry: str) -> tuple[str, str]:
+def split_layer(entry: str) -> tuple[str, str]:
     """Return layer and reference of `LAYER=file.py:function`; the layer is empty for a plain reference.
 
     A `=` behind a `:` or a folder belongs to the reference.
@@ -142,7 +143,7 @@ def _list_registered_names(custom_object: Any) -> list[str]:
 
 
 def _describe_problem(entry: CustomEntry, known: Mapping[str, Any], *, trust: bool) -> str | None:
-    """Return why the object cannot be loaded and what to do, or None if it can be loaded."""
+    """Return why the object cannot be loaded, with the remedy, or None if it can be loaded."""
     if entry.is_lambda and trust:
         return None
     if entry.is_lambda:
@@ -156,7 +157,20 @@ def _describe_problem(entry: CustomEntry, known: Mapping[str, Any], *, trust: bo
     return (
         f"layer {entry.layer!r} needs {entry.class_name}, which is not part of Keras; add its code to "
         f"model.custom_objects, e.g. 'file.py:{entry.class_name}' or 'package.module:{entry.class_name}' "
-        "(model.trust does not replace it)"
+        f"(model.trust does not replace it){_describe_operation(entry)}"
+    )
+
+
+def _describe_operation(entry: CustomEntry) -> str:
+    """Return the remedy if the object is an operation of Keras in an .h5 file; otherwise ''."""
+    import keras
+
+    function = re.sub(r"(?<!^)(?=[A-Z])", "_", entry.class_name).lower()
+    if not hasattr(keras.ops, function):
+        return ""
+    return (
+        f". If the layer is the operation keras.ops.{function}, Keras itself cannot load this .h5 file: save "
+        "the model as .keras, or build it with model.builder, which then loads the weights of this file"
     )
 
 

@@ -1,4 +1,4 @@
-"""Write the messages for model files that Keras cannot load: the cause, and what to do."""
+"""Write the messages for model files that Keras cannot load: the cause, and the remedy."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def describe_load_failure(path: Path, content: ModelFile, reason: str) -> str:
 
 
 def _suggest_fix(content: ModelFile, installed_version: str) -> str:
-    """Return what to do; only ways that need nothing but the file, or code that the user may have."""
+    """Return the remedies; only those that need nothing except the file, or code that the user may have."""
     builder = "name code that builds the model in model.builder; its weights are then read from this file"
     if keras2.is_keras2_file(content):
         return (

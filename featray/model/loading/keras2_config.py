@@ -32,7 +32,7 @@ def convert_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def list_corrections(config: Any) -> list[str]:
-    """Return what featray 0.1.0 computed differently from Keras 2 in a model, for the recipe.
+    """Return the parts of a model that featray 0.1.0 computed differently from Keras 2, for the recipe.
 
     featray 0.1.0 loaded files of Keras 2 with Keras 3. Outputs of models without such a difference keep their
     recipe.

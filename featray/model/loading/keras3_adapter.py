@@ -14,7 +14,7 @@ import tf_keras
 
 
 def adapt_layer_class(layer_class: Any) -> Any:
-    """Return a class of Keras 2 layers that compute what layers of `layer_class` compute."""
+    """Return a class of Keras 2 layers with the same computation as layers of `layer_class`."""
     return type(layer_class.__name__, (_AdaptedLayer,), {"layer_class": layer_class})
 
 

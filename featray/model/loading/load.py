@@ -45,7 +45,7 @@ class LoadedModel:
         weights: The weights that the model had when it was loaded. Weights that the model creates later have
             random values.
         format: The format of the model file.
-        corrections: What featray 0.1.0 computed differently in this file of Keras 2.
+        corrections: Parts of this file of Keras 2 that featray 0.1.0 computed differently.
     """
 
     model: Any

@@ -1,7 +1,7 @@
 """Replace layers whose code is stored in a model file, or that are TensorFlow operations which may do harm.
 
-In: the description of a model, and what the config allows. Out: the description with replacements for these
-layers. A replacement fails only if a wanted layer needs it.
+In: the description of a model, and the trust and functions of the config. Out: the description with
+replacements for these layers. A replacement fails only if a wanted layer needs it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _HOW_TO_NAME = "name a function for the layer in model.custom_objects ('{layer}=
 
 @dataclass
 class StoredCode:
-    """What to do with layers that hold code, and what was done.
+    """Rules for replacing layers that hold code, and the layers replaced.
 
     Attributes:
         trust: Whether code from the file may run.
@@ -116,9 +116,9 @@ class StoredCode:
         return MISSING_CODE, {"reason": reason, "value_shape": _find_shape(config)}
 
     def _find_missing_function(self, config: dict[str, Any], name: str) -> str:
-        """Return the name of the function that a layer needs and nobody gives; empty if it needs none.
+        """Return the name of the function that a layer needs but lacks; empty if it lacks none.
 
-        A function of Keras's backend is given to the layer.
+        A missing function of Keras's backend is given to the layer.
         """
         function = config.get("function")
         if config.get("function_type") != "function" or not isinstance(function, str):

@@ -1,4 +1,4 @@
-"""Put the listing next to the ledger: the stored row of each listed scan, and what differs between them."""
+"""Compare the listing with the ledger: the stored row of each listed scan, and the differences of the two."""
 
 from __future__ import annotations
 
@@ -70,9 +70,11 @@ class Comparison:
 def compare(listing: Listing, ledger: Ledger) -> Comparison:
     """Return the listing next to the ledger."""
     ids = ledger.table["scan_id"].cast(pa.large_string()).combine_chunks()
-    rows = pc.index_in(listing.scan_ids, value_set=ids)
-    stored_content = ledger.table["content"].cast(pa.large_string()).take(rows)
-    has_same_content = pc.fill_null(pc.equal(listing.table["content"], stored_content), fill_value=False)
+    pool = pa.system_memory_pool()  # which returns the memory of each step as soon as it is free
+    rows = pc.index_in(listing.scan_ids, value_set=ids, memory_pool=pool)
+    stored = pc.cast(ledger.table["content"], pa.large_string(), memory_pool=pool)
+    stored = pc.take(stored, rows, memory_pool=pool)
+    has_same_content = pc.fill_null(pc.equal(listing.table["content"], stored), fill_value=False)
     ledger_rows = np.asarray(pc.fill_null(rows, -1), np.int64)
     return Comparison(
         ledger=ledger.table,
@@ -80,7 +82,7 @@ def compare(listing: Listing, ledger: Ledger) -> Comparison:
         ledger_rows=ledger_rows,
         has_same_content=_to_flags(has_same_content),
         has_features=_take_rows(ledger.cells.has_cells(), ledger_rows),
-        is_unlisted=~_to_flags(pc.is_in(ids, value_set=listing.scan_ids)),
+        is_unlisted=~_to_flags(pc.is_in(ids, value_set=listing.scan_ids, memory_pool=pool)),
     )
 
 

@@ -56,7 +56,7 @@ def count_layer_work(
 
 
 def describe_work(new: int, changed: int, layers: Mapping[str, LayerWork]) -> str:
-    """Return one sentence about what there is to compute and what stays; empty if no scan is known.
+    """Return one sentence about the work to do and the up-to-date layers; empty without work.
 
     Args:
         new: Number of new scans.

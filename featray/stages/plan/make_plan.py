@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from featray.collection.listing import Listing
 from featray.errors import Reason
+from featray.hardware import return_free_memory
 from featray.output.ledger import Ledger
 from featray.recipe import RecipeIds
 from featray.schema import Scan
@@ -53,7 +54,7 @@ _Numbers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Plan:
-    """The state of every scan, and what this run computes.
+    """The state of every scan, and the work of this run.
 
     Attributes:
         counts: State → number of scans, in the order of `STATES`.
@@ -67,7 +68,7 @@ class Plan:
         unreachable: Number of stored scans that the listing could not reach. Their rows are kept.
         layers: Layer of the config → the states of its cells, sorted by name.
         other_layers: Stored layer that the config does not name → number of scans that have it.
-        renames: Stored layer → its name in the config, for layers whose name alone has changed.
+        renames: Stored layer → its name in the config, for layers that only have another name.
         earlier_recipes: Recipe id of rows of featray 0.1.0 → the ids that their layers have now.
         can_keep_both: Whether the cells of another recipe differ only in the model, so that an output can
             hold both under different names.
@@ -93,7 +94,7 @@ class Plan:
         return bool(self.earlier_recipes or self.renames or self.cleared_failures)
 
     def describe_work(self) -> str:
-        """Return one sentence about what there is to compute and what stays."""
+        """Return one sentence about the work to do and the up-to-date layers; empty without work."""
         return describe_work(self.counts["new"], self.counts["changed"], self.layers)
 
     def count_cells(self) -> dict[str, int]:
@@ -150,6 +151,7 @@ def make_plan(
         failed=rename_cells(ledger.failed, renames),
     )
     comparison, cells = compare(listing, ledger), compare_cells(ledger, recipes)
+    return_free_memory()  # of the comparison
     states = _find_states(comparison, cells)
     retried_reasons = {*_TRANSIENT, *(str(code) for code in retry or ())}
     due = _select_due(comparison, cells, states, retried_reasons, refresh=refresh)

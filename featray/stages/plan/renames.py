@@ -1,4 +1,4 @@
-"""Find layers whose name alone has changed: stored cells and layers of the config in, a map of names out."""
+"""Find layers that only have another name: stored cells and layers of the config in, a map of names out."""
 
 from __future__ import annotations
 

@@ -82,6 +82,7 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
         verdict=describe_bottleneck(totals),
         bytes_read=totals.bytes_read,
         dead_units={layer: units.dead for layer, units in totals.units.items() if units.dead},
+        reduced_batch=totals.reduced_batch,
         interrupted=unfinished,
         exit_code=_choose_exit_code(unfinished=unfinished, is_complete=has_all_rows and has_few_failures),
         output=str(run.config["output"]["uri"]),

@@ -44,6 +44,7 @@ class Run:
         command: `extract` or `refresh`.
         started: Time at which the command began, in seconds since the epoch.
         engine: `inline` or `ray`.
+        engine_reason: Why this engine was chosen, in words that follow "because".
         recipe_id: Recipe id of reading and preprocessing.
         recipe: Everything that decides the values of the features.
         layers: Names of the layers in the output.
@@ -53,12 +54,14 @@ class Run:
         model_sha256: Digest of the model file.
         config: Config of the run, with masked secrets.
         max_failed_fraction: Share of failed scans above which the exit code is 3.
+        submission_id: Submission id of the Ray job that this run is; None outside of jobs.
     """
 
     run_id: str
     command: str
     started: float
     engine: str
+    engine_reason: str
     recipe_id: str
     recipe: dict[str, Any]
     layers: tuple[str, ...]
@@ -68,6 +71,7 @@ class Run:
     model_sha256: str
     config: dict[str, Any]
     max_failed_fraction: float
+    submission_id: str | None = None
 
 
 def write_start(run: Run, dataset: Dataset) -> None:

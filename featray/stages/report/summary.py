@@ -31,7 +31,7 @@ class Summary:
         removed: Number of scans that this run removed because they are no longer listed.
         states: Number of scans by state before the run: new, changed, stale, failed, incomplete, removed,
             up_to_date.
-        work: A sentence about what there was to compute and what stayed; empty if there was nothing.
+        work: A sentence about the work of the run and the up-to-date layers; empty without work.
         renamed_layers: Old name → new name of each layer that the run renamed.
         dropped_layers: Names of the layers that the run removed.
         other_layers: Stored layer that the config does not name → number of scans that have it.
@@ -42,6 +42,8 @@ class Summary:
         verdict: A sentence about the limit of the run's speed; empty if nothing was decoded.
         bytes_read: Bytes that this run read.
         dead_units: Layer → number of its units that were 0 for every scan of this run, if there are any.
+        reduced_batch: Smallest number of inputs in a call of the model if memory was too short for
+            `model.batch_size`; None if it was not.
         interrupted: Whether the run was stopped before all scans were processed.
         exit_code: Exit code of the command line.
         output: Place of the output, without credentials.
@@ -76,6 +78,7 @@ class Summary:
     dropped_layers: tuple[str, ...] = ()
     other_layers: dict[str, int] = field(default_factory=dict)
     cleared_failures: int = 0
+    reduced_batch: int | None = None
 
     def text(self) -> str:
         """Return the summary for a person, with the next command to try."""
@@ -101,6 +104,7 @@ class Summary:
             lines.append(f"time per scan: {self._describe_stage_times()}")
         if self.verdict:
             lines.append(self.verdict)
+        lines += _warn_of_short_memory(self.reduced_batch)
         lines += [_warn_of_dead_units(layer, count) for layer, count in self.dead_units.items()]
         if self.ignored:
             lines.append(f"ignored files: {_join_counts(self.ignored)}")
@@ -177,6 +181,16 @@ def _join_counts(counts: Mapping[str, int]) -> str:
 
 def _format_seconds(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.1f} ms"
+
+
+def _warn_of_short_memory(batch: int | None) -> list[str]:
+    """Return the warning about a reduced batch size; nothing if it was not reduced."""
+    if batch is None:
+        return []
+    return [
+        f"warning: memory was too short for model.batch_size, so the model ran with as few as {batch} inputs "
+        f"per call; set model.batch_size: {batch}, or give the model more memory"
+    ]
 
 
 def _warn_of_dead_units(layer: str, count: int) -> str:

@@ -64,6 +64,8 @@ class RunTotals:
             loaded, to the last commit.
         workers: Number of workers of each kind.
         units: Active units by layer.
+        reduced_batch: Smallest number of inputs in a call of the model if memory was too short for
+            `model.batch_size`; None if it was not.
         stage_seconds: Seconds of each stage, summed over scans.
     """
 
@@ -76,6 +78,7 @@ class RunTotals:
     seconds: float = 0.0
     workers: Workers | None = None
     units: dict[str, UnitTotals] = field(default_factory=dict)
+    reduced_batch: int | None = None
     stage_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGE_TIMES, 0.0))
 
     @property
@@ -88,6 +91,9 @@ class RunTotals:
         records = receipt.records
         self.scans += len(records)
         self.bytes_read += sum(record.bytes_read for record in records)
+        reduced = [record.reduced_batch for record in records if record.reduced_batch is not None]
+        if reduced:
+            self.reduced_batch = min([*reduced, *([self.reduced_batch] if self.reduced_batch else [])])
         for name in STAGE_TIMES:
             self.stage_seconds[name] += sum(getattr(record, name) for record in records)
         for seen in receipt.units:

@@ -24,7 +24,8 @@ from featray.commands.verify.read_scans import ScansFile, can_be_in_files, join_
 from featray.errors import ConfigError, OutputBusyError, Reason, ScanError, StorageError
 from featray.output.cells import CellColumn
 from featray.output.dataset import FEATURES, SCANS, Dataset
-from featray.output.delta_log import FileChange, TableLog
+from featray.output.delta_log import TableLog
+from featray.output.file_change import FileChange
 from featray.schema import DataFile, Decoded, Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.extract import extract

@@ -9,7 +9,8 @@ from itertools import permutations
 
 import pytest
 
-from featray.ct.dicom.group import DicomScan, group_into_scans
+from featray.ct.dicom.dicom_scan import DicomScan
+from featray.ct.dicom.group import group_into_scans
 from featray.ct.dicom.header import SliceHeader, make_unreadable_header, read_header
 from featray.errors import Reason, ScanError
 

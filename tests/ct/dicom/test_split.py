@@ -14,7 +14,8 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import EnhancedCTImageStorage
 
-from featray.ct.dicom.group import DicomScan, group_into_scans
+from featray.ct.dicom.dicom_scan import DicomScan
+from featray.ct.dicom.group import group_into_scans
 from featray.ct.dicom.header import read_header
 from featray.ct.dicom.read import read_series
 from featray.errors import Reason, ScanError

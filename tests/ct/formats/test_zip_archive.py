@@ -63,6 +63,25 @@ def test_the_version_of_a_member_changes_with_its_content() -> None:
     assert first.get_version("a") == open_bytes(make_archive({"a": b"one", "b": b""})).get_version("a")
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"c", b"a/1.dc/", b".", b"\xff"], ids=["other folder", "a folder", "hidden", "not ASCII"]
+)
+def test_an_archive_whose_directory_names_a_member_differently_is_rejected(damaged: bytes) -> None:
+    data = make_archive({"a/1.dcm": SCAN, "a/2.dcm": SCAN})
+    open_bytes(data).check_names()
+    with pytest.raises(ScanError, match="a member has another name") as caught:
+        open_bytes(edit_directory(data, 46, damaged)).check_names()
+    assert caught.value.reason == Reason.UNREADABLE
+
+
+def test_names_in_utf8_and_in_code_page_437_are_those_of_the_directory() -> None:
+    open_bytes(make_archive({"ümläut-日本/1.dcm": SCAN, "a/": b"", "a/2.dcm": SCAN})).check_names()
+    data = make_archive({"a/1.dcm": SCAN}).replace(b"a/1.dcm", b"\x81/1.dcm")
+    archive = open_bytes(data)
+    archive.check_names()
+    assert archive.names == ("ü/1.dcm",)
+
+
 def test_an_archive_that_lists_fewer_members_than_it_counts_is_rejected() -> None:
     data = make_archive({"a": b"1", "b": b"2"})
     last_entry = data.rindex(b"PK\x01\x02")

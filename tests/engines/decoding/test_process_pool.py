@@ -45,6 +45,8 @@ def work(task: tuple[str, int]) -> int:
         time.sleep(0.05)
     if kind == "short":
         time.sleep(1.0)
+    if kind == "gpus":
+        return int(os.environ["CUDA_VISIBLE_DEVICES"])
     return value
 
 
@@ -103,6 +105,12 @@ def test_every_task_has_one_result(pool: WorkerPool) -> None:
     for value in range(50):
         pool.submit(("plain", value))
     assert sorted(result.result for result in wait_for_all(pool, 50)) == list(range(50))
+
+
+@pytest.mark.slow
+def test_a_process_that_decodes_sees_no_gpu(pool: WorkerPool) -> None:
+    pool.submit(("gpus", 0))
+    assert [result.result for result in wait_for_all(pool, 1)] == [-1]
 
 
 @pytest.mark.slow

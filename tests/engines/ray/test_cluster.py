@@ -25,6 +25,19 @@ def test_claims_that_a_local_ray_can_never_meet_are_refused(actors: dict[str, An
         cluster.check_claims(run, {"CPU": 2.0, "GPU": 1.0}, grows=False)
 
 
+def test_labels_and_custom_resources_that_a_local_ray_lacks_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node = {"Alive": True, "Resources": {"CPU": 2.0, "memory": 1e9}, "Labels": {"pool": "cpu"}}
+    monkeypatch.setattr(ray, "nodes", lambda: [node])
+    run = RunConfig.model_validate({"actors": {"resources": {"ct": 1}, "label_selector": {"pool": "gpu"}}})
+    with pytest.raises(ConfigError, match=r"run\.actors\.resources\.ct: 1 is claimed, Ray has 0 ct"):
+        cluster.check_claims(run, {"CPU": 2.0}, grows=False)
+    with pytest.raises(ConfigError, match=r"run\.actors\.label_selector: no node of Ray has such labels"):
+        cluster._check_labels(run, grows=False)
+    cluster._check_labels(run, grows=True)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("local_ray")  # its resources are compared with the claims of the run
 @pytest.mark.parametrize(("setting", "is_sent"), [(None, False), ("1", True)])

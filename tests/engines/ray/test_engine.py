@@ -20,10 +20,11 @@ from featray.config import LimitsConfig, RunConfig, load
 from featray.engines.base import Decoding, Stages
 from featray.engines.decoding.work_clock import WorkClock
 from featray.engines.ray import engine as engine_module
+from featray.engines.ray import passes
 from featray.engines.ray.dataset import PassPipeline
 from featray.engines.ray.engine import RayEngine
 from featray.engines.ray.passes import Pass
-from featray.errors import FeatrayError, StorageError
+from featray.errors import DeviceError, FeatrayError, StorageError
 from featray.output.dataset import FEATURES, Dataset
 from featray.schema import Receipt, Scan, ScanRecord
 from featray.stages.decode import Decoder
@@ -44,15 +45,24 @@ def read_features(uri: str) -> dict[tuple[str, str, int], np.ndarray]:
 
 
 @pytest.mark.parametrize(
-    "preprocess", [{}, {"fit": "patches", "stride": [8, 16, 16]}], ids=["whole volumes", "patches"]
+    ("preprocess", "actors"),
+    [({}, 2), ({"fit": "patches", "stride": [8, 16, 16]}, 1)],
+    ids=["whole volumes", "patches"],
 )
 def test_engines_ray_and_inline_give_the_same_values(
-    config_of: Any, tmp_path: Path, preprocess: dict[str, Any]
+    config_of: Any,
+    vae_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    preprocess: dict[str, Any],
+    actors: int,
 ) -> None:
     inline = config_of(preprocess=preprocess, run={"decode": {"workers": 2}})
-    by_ray = config_of(preprocess=preprocess, output={"uri": str(tmp_path / "ray")}, model={"batch_size": 3})
+    monkeypatch.chdir(vae_file.parent)  # which is not the working directory of Ray's workers
+    model = {"batch_size": 3, "uri": vae_file.name}
+    by_ray = config_of(preprocess=preprocess, output={"uri": str(tmp_path / "ray")}, model=model)
     featray.extract(inline)
-    summary = featray.extract(by_ray, ["run.engine=ray"])
+    summary = featray.extract(by_ray, ["run.engine=ray", f"run.actors.max={actors}"])
     assert (summary.engine, summary.ok, summary.exit_code) == ("ray", 12, 0)
     expected, actual = read_features(inline["output"]["uri"]), read_features(by_ray["output"]["uri"])
     assert actual.keys() == expected.keys()
@@ -103,6 +113,44 @@ def test_a_pool_of_actors_grows_under_load_to_the_number_of_gpus(tmp_path: Path)
     assert len(list(tmp_path.glob("loaded-*"))) == 2
 
 
+@pytest.mark.slow
+def test_after_faults_of_a_device_actors_restart_and_every_scan_is_processed(tmp_path: Path) -> None:
+    actors = {"num_gpus": 1, "num_cpus": 0.5, "max": 1}
+    run = RunConfig.model_validate({"actors": actors, "decode": {"num_cpus": 0.5}})
+    names = [f"s{number}" for number in range(12)]
+    engine = RayEngine(run, make_decoding())
+    receipts = engine.receipts(
+        [make_scan(name) for name in names], make_faulty_stages(tmp_path, faults=1), threading.Event()
+    )
+    records = [record for receipt in receipts for record in receipt.records]
+    assert sorted(record.scan_id for record in records) == sorted(names)
+    assert {record.status for record in records} == {"ok"}
+    processes = [path.name.split("-", 1)[1].rsplit("-", 1)[0] for path in tmp_path.glob("gpus-*")]
+    assert len(processes) >= 2
+    assert {*processes} <= {"0", "1"}, "each process sees one GPU"
+
+
+@pytest.mark.slow
+def test_a_fault_of_all_devices_stops_the_run_and_fails_no_scan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passes, "MAX_FAULTS", 2)  # each further process would take seconds
+    actors = {"num_gpus": 1, "num_cpus": 0.5, "max": 1}
+    run = RunConfig.model_validate({"actors": actors, "decode": {"num_cpus": 0.5}})
+    receipts = RayEngine(run, make_decoding()).receipts(
+        [make_scan(f"s{number}") for number in range(50)],
+        make_faulty_stages(tmp_path, faults=1000),
+        threading.Event(),
+    )
+    with pytest.raises(DeviceError, match=r"the GPU failed \(a test\) \(2 processes in a row"):
+        next(receipts)  # stops before the first receipt
+
+
+def make_faulty_stages(folder: Path, faults: int) -> Stages:
+    load_faulty = functools.partial(poison.load_faulty_model, str(folder), faults)
+    return replace(make_stages(folder), load_extractor=load_faulty)
+
+
 def make_scan(name: str) -> Scan:
     return Scan(name, f"/{name}", "nifti", (f"/{name}",), "c")
 
@@ -117,11 +165,13 @@ def make_stages(folder: Path) -> Stages:
     write_run = functools.partial(
         write, dataset=dataset, partition_by=("layer",), recipes={"sum": "r"}, run_id="run"
     )
-    return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=4)
+    return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=4, run_id="run")
 
 
 def run_scans(stages: Stages, names: list[str], **limits: Any) -> dict[str, ScanRecord]:
-    engine = RayEngine(RunConfig(), make_decoding(**limits))
+    # With one actor, because each new process imports for seconds.
+    run = RunConfig.model_validate({"actors": {"max": 1}})
+    engine = RayEngine(run, make_decoding(**limits))
     receipts = list(engine.receipts([make_scan(name) for name in names], stages, threading.Event()))
     records = [record for receipt in receipts for record in receipt.records]
     assert sorted(record.scan_id for record in records) == sorted(names)
@@ -204,5 +254,5 @@ def test_windows_of_scans_are_processed_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_module, "_WINDOW_SCANS", 4)
-    names = [f"s{n}" for n in range(9)]
+    names = [f"s{n}" for n in range(5)]
     assert {record.status for record in run_scans(make_stages(tmp_path), names).values()} == {"ok"}

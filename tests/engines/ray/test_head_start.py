@@ -44,7 +44,7 @@ def stages(tmp_path: Path) -> Stages:
     write_run = functools.partial(
         write, dataset=dataset, partition_by=("layer",), recipes={"sum": "r"}, run_id="run"
     )
-    return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=3)
+    return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=3, run_id="run")
 
 
 def start_prefetch(scans: list[Scan] = SCANS, **preprocess: Any) -> HeadStart:
@@ -145,7 +145,7 @@ def test_a_run_with_a_head_start_stores_every_scan_once(
         return receipts
 
     monkeypatch.setattr(HeadStart, "take_receipts", take_and_note)
-    config = config_of()
+    config = config_of(run={"address": "local"})
     summary = featray.extract(config, ["run.engine=ray"])
     assert (summary.ok, summary.failed, summary.exit_code, len(in_driver)) == (12, 0, 0, 1)
     assert featray.verify(config["output"]["uri"]).exit_code == 0

@@ -39,7 +39,7 @@ def metrics(monkeypatch: pytest.MonkeyPatch) -> Metrics:
     monkeypatch.setattr(ray_metrics, "Counter", Metric)
     monkeypatch.setattr(ray_metrics, "Gauge", Metric)
     values.clear()
-    return Metrics(10)
+    return Metrics("r1", 10)
 
 
 def make_record(name: str, status: str = "ok", reason: str | None = None) -> ScanRecord:
@@ -50,20 +50,20 @@ def make_record(name: str, status: str = "ok", reason: str | None = None) -> Sca
     return record
 
 
-def test_scans_failures_seconds_and_bytes_are_counted(metrics: Metrics) -> None:
-    assert values == {("featray_waiting_scans",): 10}
+def test_scans_failures_seconds_and_bytes_are_counted_with_the_run_as_label(metrics: Metrics) -> None:
+    assert values == {("featray_waiting_scans", "r1"): 10}
     metrics.add(Receipt((), (make_record("a"), make_record("b"))), None)
     metrics.add(Receipt((), (make_record("c", "failed", "truncated"),)), Workers(decode=4, model=2, cores=4))
     assert values == {
-        ("featray_scans", "ok"): 2,
-        ("featray_scans", "failed"): 1,
-        ("featray_failures", "truncated"): 1,
-        ("featray_stage_seconds", "read"): 1.5,
-        ("featray_stage_seconds", "infer"): 6.0,
-        ("featray_read_bytes",): 300,
-        ("featray_waiting_scans",): 7,
-        ("featray_workers", "decode"): 4,
-        ("featray_workers", "model"): 2,
+        ("featray_scans", "r1", "ok"): 2,
+        ("featray_scans", "r1", "failed"): 1,
+        ("featray_failures", "r1", "truncated"): 1,
+        ("featray_stage_seconds", "r1", "read"): 1.5,
+        ("featray_stage_seconds", "r1", "infer"): 6.0,
+        ("featray_read_bytes", "r1"): 300,
+        ("featray_waiting_scans", "r1"): 7,
+        ("featray_workers", "r1", "decode"): 4,
+        ("featray_workers", "r1", "model"): 2,
     }
 
 

@@ -1,12 +1,16 @@
-"""Sizes of a Ray run: how many tasks the scans share, and how much memory decoding claims."""
+"""Sizes of a Ray run: tasks, memory of decoding, actors in a pool, and the nodes on which they run."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
+from featray.config import RunConfig
 from featray.engines.ray import sizing
+from featray.hardware import Workers
 from featray.schema import Scan
 
 
@@ -41,3 +45,78 @@ def test_large_scans_claim_memory_and_are_processed_apart() -> None:
         (16, ["huge"]),
         (20, ["too huge"]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("share", "actors"), [(1, 2), (0.5, 4), (0.4, 4), (0.1, 20), (2, 1)], ids=lambda value: f"{value:g}"
+)
+def test_as_many_actors_share_the_gpus_of_a_node_as_fit_on_single_gpus(share: float, actors: int) -> None:
+    run = RunConfig.model_validate({"actors": {"num_gpus": share, "num_cpus": 1}})
+    assert sizing.gpu_pool_size(run, [{"CPU": 33, "GPU": 2, "memory": 1e9}]).most == actors
+
+
+NODE = {"CPU": 4.0, "memory": 8.0 * 2**30}
+
+
+def make_run(decode: dict[str, Any] | None = None, **actors: Any) -> RunConfig:
+    return RunConfig.model_validate({"actors": actors, "decode": decode or {}})
+
+
+@pytest.mark.parametrize(
+    ("actors", "nodes", "expected"),
+    [
+        ({}, [], (1, 1, None)),
+        ({}, [NODE, NODE], (1, 8, None)),
+        ({"min": 3, "max": 5}, [], (3, 3, 5)),
+        ({"num_cpus": 2, "resources": {"ct": 1}}, [NODE, {**NODE, "ct": 1.0}], (1, 1, None)),
+    ],
+    ids=["no nodes yet", "present nodes are used at once", "configured", "custom resource"],
+)
+def test_the_pool_of_a_cluster_that_may_grow_has_no_maximum_of_its_own(
+    actors: dict[str, Any], nodes: list[dict[str, float]], expected: tuple[int, int, int | None]
+) -> None:
+    assert sizing.cpu_pool_size(make_run(**actors), nodes, tasks=100, memory=0, grows=True) == expected
+
+
+def test_the_pool_of_a_local_ray_fills_its_cpus() -> None:
+    assert sizing.cpu_pool_size(make_run(), [NODE], tasks=100, memory=0) == (1, 4, 4)
+    assert sizing.cpu_pool_size(make_run(), [NODE], tasks=2, memory=0) == (1, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "most"), [([], None), ([{**NODE, "GPU": 1.0}, NODE], None), ([{**NODE, "GPU": 4.0}], 3)]
+)
+def test_a_pool_with_gpus_grows_unless_its_actors_could_take_the_cpus_of_decoding(
+    nodes: list[dict[str, float]], most: int | None
+) -> None:
+    assert sizing.gpu_pool_size(make_run(num_gpus=1), nodes, grows=True) == (1, 1, most)
+
+
+def test_workers_are_counted_on_the_nodes_that_the_selectors_leave() -> None:
+    assert sizing.count_workers(make_run(num_cpus=2), [NODE, NODE], [NODE, NODE]) == Workers(8, 4, 8)
+    gpus = make_run(num_gpus=0.5, decode={"num_cpus": 2})
+    assert sizing.count_workers(gpus, [{**NODE, "GPU": 1.0}], [NODE, NODE]) == Workers(3, 4, 8, has_gpus=True)
+
+
+@pytest.mark.parametrize(
+    ("condition", "matches"),
+    [
+        ("gpu", True),
+        ("cpu", False),
+        ("!gpu", False),
+        ("!cpu", True),
+        ("in(cpu, gpu)", True),
+        ("!in(cpu,gpu)", False),
+        ("!in(a, b)", True),
+    ],
+)
+def test_label_selectors_mean_what_they_mean_in_ray(condition: str, matches: bool) -> None:
+    assert sizing.matches_labels({"pool": "gpu"}, {"pool": condition}) is matches
+    assert sizing.matches_labels({}, {"pool": condition}) is condition.startswith("!")
+
+
+def test_resources_with_keys_of_their_own_and_wrong_conditions_are_refused() -> None:
+    with pytest.raises(ValidationError, match="GPU is not a custom resource; use num_gpus"):
+        make_run(resources={"GPU": 1})
+    with pytest.raises(ValidationError, match="label_selector"):
+        make_run(label_selector={"pool": "in("})

@@ -150,12 +150,48 @@ def test_the_reaction_to_sigterm_is_kept_although_native_code_replaces_it() -> N
     code = (
         "import ctypes, os, signal\nfrom featray.engines.ray.start_up import keep_sigterm_action\n"
         "signal.signal(signal.SIGTERM, lambda *_: os._exit(7))\n"
-        "with keep_sigterm_action(): ctypes.CDLL(None).signal(signal.SIGTERM, None)\n"  # to the default
+        "with keep_sigterm_action(lambda: None):\n"
+        "    ctypes.CDLL(None).signal(signal.SIGTERM, None)\n"  # to the default
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "while True: pass"
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
     assert done.returncode == 7
+
+
+@pytest.mark.parametrize("change", ["install_native_handlers", "remove_native_handlers"])
+def test_ray_cannot_replace_the_reaction_to_sigterm_while_it_starts_or_ends(change: str) -> None:
+    code = (
+        "import os, signal\nfrom featray.engines.ray import start_up\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(7))\n"
+        "start_up.install_native_handlers()\n"
+        "signal.signal(signal.SIGTERM, lambda *_: os._exit(7))\n"
+        f"with start_up.keep_sigterm_action(start_up.{change}):\n"
+        f"    start_up.{change}()\n"  # as Ray does
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    while True: pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
+    assert done.returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_trace"),
+    [(["install_native_handlers"], True), (["install_native_handlers", "remove_native_handlers"], False)],
+)
+def test_native_code_of_ray_replaces_the_reaction_where_it_is_not_kept(
+    changes: list[str], has_trace: bool
+) -> None:
+    calls = "".join(f"start_up.{change}()\n" for change in changes)
+    code = (
+        "import os, signal\nfrom featray.engines.ray import start_up\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: os._exit(7))\n{calls}"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "while True: pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60, capture_output=True)
+    assert done.returncode < 0
+    assert (b"SIGTERM received" in done.stderr) == has_trace
 
 
 def test_sigterm_kills_where_the_reaction_is_not_kept() -> None:
@@ -167,3 +203,11 @@ def test_sigterm_kills_where_the_reaction_is_not_kept() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=False, timeout=60)
     assert done.returncode == -signal.SIGTERM
+
+
+@pytest.mark.parametrize(("cores", "min_cpus", "expected"), [(1, 1, 1), (1, 2, 2), (3, 2, 3)])
+def test_a_local_ray_has_the_cores_that_the_process_may_use(
+    cores: int, min_cpus: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_up, "count_usable_cores", lambda: cores)
+    assert start_up.make_local_options(min_cpus)["num_cpus"] == expected

@@ -53,10 +53,22 @@ def test_a_missing_class_is_reported_with_its_layer_and_the_key_to_set(spec: Spe
         Extractor(spec("z_mean", custom_objects=[]))
 
 
-def test_a_registered_class_is_not_used_unless_the_config_names_it(spec: Spec) -> None:
+@pytest.mark.filterwarnings("ignore:You are saving your model as an HDF5 file")
+def test_for_an_operation_in_an_h5_file_the_message_says_how_to_load_the_model(tmp_path: Path) -> None:
+    inputs = keras.Input((2, 2, 2, 1))
+    path = tmp_path / "operation.h5"
+    keras.Model(inputs, keras.ops.leaky_relu(inputs)).save(path)
+    with pytest.raises(ModelError, match=r"operation keras\.ops\.leaky_relu.* save the model as \.keras"):
+        Extractor({"uri": str(path), "layers": ["leaky_relu"]})
+
+
+def test_a_registered_class_is_not_used_unless_the_config_names_it(
+    spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import featray.synthetic.vae
 
-    assert keras.saving.get_registered_object("featray>Sampling") is featray.synthetic.vae.Sampling
+    registered = keras.saving.get_custom_objects()
+    monkeypatch.setitem(registered, "featray>Sampling", featray.synthetic.vae.Sampling)
     with pytest.raises(ModelError, match="needs Sampling"):
         Extractor(spec("z_mean", custom_objects=[], trust=True))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from ledgers import INPUTS, Row, get_due, get_states, make_scan, plan_scans
 
 from featray.schema import Scan
@@ -78,6 +79,7 @@ def count_with_other_recipe(rows: list[Row]) -> int:
     )
 
 
+@pytest.mark.slow
 def test_a_plan_equals_the_result_of_comparing_scan_by_scan() -> None:
     rng = random.Random(0)
     for number in range(120):

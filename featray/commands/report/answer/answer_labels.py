@@ -43,7 +43,7 @@ class LabeledParts:
         units: Heat maps of units and labels.
         extremes: Scans at both ends of the best unit. Their positions are those of the report's scans, not
             of the scans that the page shows.
-        changes: What would change the answers.
+        changes: Advice on steps that would change the answers.
         cautions: Rows and columns of the table of labels that are not used.
         methods: Descriptions of the methods.
         columns: Labels by which maps can be colored, with one value per scan of the report.
@@ -80,7 +80,7 @@ def answer_labels(
         features: The candidates.
         table: Labels of the scans of `features`.
         plan: Which scans are probed; see `plan_probes`.
-        again: What was read from the scans of the plan again; None for nothing.
+        again: Features for which scans of the plan were read again; None without them.
         on_step: Called with the current step in words and the share of the work that is done.
     """
     probing, testing = Span(on_step).divide(0.85, 1.0)
@@ -110,7 +110,7 @@ def answer_labels(
 def _check_coverage(
     plan: ProbePlan, again: BaselineFeatures | None
 ) -> tuple[BaselineFeatures | None, tuple[str, ...]]:
-    """Return what was read again if it holds enough scans of the plan, else None and a sentence."""
+    """Return `again` if it holds enough scans of the plan, else None and a sentence."""
     planned = plan.union
     if again is None or again.is_empty or not len(planned):
         return None, ()

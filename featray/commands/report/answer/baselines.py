@@ -28,8 +28,8 @@ class BaselineFeatures:
 
     Attributes:
         rows: Positions of these scans among the scans of the report, in ascending order.
-        histogram: HU histograms; the rows are `rows`. None if there are none.
-        voxels: Resized voxels; the rows are `rows`. None if there are none.
+        histogram: HU histograms, or None; the rows are `rows`.
+        voxels: Resized voxels, or None; the rows are `rows`.
         untrained: Name of a view and seed → features of the model with random weights; the rows are `rows`.
     """
 
@@ -64,7 +64,7 @@ def make_baselines(
 
     Args:
         features: The candidates of the report.
-        again: What was read from the scans again; None for nothing.
+        again: Features for which scans were read again; None without them.
         labels: The labels. A scanner fact of the same name is not part of the header.
     """
     header = _make_header(features.scans, labels)

@@ -1,4 +1,4 @@
-"""Say in sentences what would change the answers of a report, and what is said if there are no labels."""
+"""Write the advice on steps that would change the answers of a report, and the summary without labels."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _POSITION_VIEWS = ("grid", "map")
 def list_changes(
     answers: Sequence[Answer], collection: Collection, again: BaselineFeatures | None
 ) -> tuple[str, ...]:
-    """Return what would change the answers for labels, the advice for all of them first.
+    """Return the advice on steps that would change the answers for labels, the advice for all of them first.
 
     Args:
         answers: The answers.
         collection: The scans.
-        again: What was read from the scans again; None for nothing.
+        again: Features for which scans were read again; None without them.
     """
     changes = []
     if not collection.has_patients:
@@ -46,7 +46,7 @@ def list_changes(
 
 
 def list_general_changes(features: FeatureSet, table: LabelTable | None) -> tuple[str, ...]:
-    """Return what would change the report whatever the answers are: labels, further layers and views."""
+    """Return the advice that does not depend on the answers: labels, further layers and views."""
     changes = []
     if table is None:
         changes.append(
@@ -109,7 +109,7 @@ def _list_label_changes(answer: Answer, noun: str) -> Iterator[str]:
 
 
 def _explain_refusal(verdict: Verdict, noun: str) -> str:
-    """Return what would lift a refusal."""
+    """Return the requirement that would lift a refusal."""
     about = "" if verdict.needed is None else f"about {verdict.needed:,} {noun} with a value"
     if verdict.refusal is Refusal.FEW_PATIENTS:
         return about

@@ -1,4 +1,4 @@
-"""Turn the answer for a label into what the page shows of it: sentence, scores with words, and notes."""
+"""Turn the answer for a label into its part of the page: sentence, scores with words, and notes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _MAX_CLASSES_SHOWN = 8
 def make_label_result(
     answer: Answer, known: Label, planned: NDArray[np.intp], collection: Collection
 ) -> LabelResult:
-    """Return what the page shows of a label.
+    """Return the part of the page for a label.
 
     Args:
         answer: The answer.
@@ -121,13 +121,13 @@ def _describe(label: Label) -> str:
         return f"{low} to {high}, median {middle}"
     sizes = np.bincount(present.astype(np.intp), minlength=len(label.classes))
     pairs = list(zip(label.classes, sizes.tolist(), strict=True))
-    shown = ", ".join(f"{name} {size:,}" for name, size in pairs[:_MAX_CLASSES_SHOWN])
+    shown = ", ".join(f"{name}: {size:,}" for name, size in pairs[:_MAX_CLASSES_SHOWN])
     hidden = len(pairs) - _MAX_CLASSES_SHOWN
     return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
 def _describe_control(answer: Answer, evidence: Evidence) -> str:
-    """Return what the probes score for labels that are permuted among patients."""
+    """Describe the scores of the probes for labels that are permuted among patients."""
     best = evidence.choice.best
     control, name = answer.controls[best], evidence.candidates[best].name
     over = f", over all {len(answer.controls)} layers" if len(answer.controls) > 1 else ""

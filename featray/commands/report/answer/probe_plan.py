@@ -71,7 +71,7 @@ def group_scans(scans: pa.Table, table: LabelTable | None, seed: int = 0) -> Col
     """Return the patients of the scans: from the table of labels, else from a column of `scans`.
 
     The columns of `scans` are `patient`, from a manifest, and `PatientID`, from `privacy.dicom_tags`. Without
-    any, each scan counts as one patient, and so does a scan whose patient is missing.
+    any, each scan counts as one patient, and so does a scan without a patient.
     """
     if table is not None and table.has_patients:
         return Collection(table.patients, has_patients=True, seed=seed)

@@ -81,7 +81,7 @@ class LabelFreeParts:
 
 @dataclass(frozen=True)
 class Emphasis:
-    """What the answers for labels put into the foreground.
+    """The items that the answers for labels emphasize.
 
     Attributes:
         columns: Labels by which the maps can be colored, with one value per scan of the report.

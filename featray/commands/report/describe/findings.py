@@ -1,4 +1,4 @@
-"""Find what rules a candidate out, without labels. No measure here says that a candidate is good."""
+"""Find reasons that rule a candidate out, without labels. No measure here says that a candidate is good."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOST_UNITS = 0.5
 
 
 class Kind(StrEnum):
-    """What was found, from the most to the least severe."""
+    """Kind of a finding, from the most to the least severe."""
 
     NON_FINITE = "non_finite"
     """Values are NaN or infinite."""
@@ -50,7 +50,7 @@ class Finding:
 
     Attributes:
         candidate: Name of the candidate.
-        kind: What was found.
+        kind: Kind of the finding.
         reason: One sentence with the number, and a second one with advice if there is any.
         other: Name of the smaller candidate for `REDUNDANT`; otherwise empty.
     """

@@ -11,7 +11,7 @@ from featray.commands.report.feature_set import View
 
 
 class Role(StrEnum):
-    """What the name of a layer says about its values."""
+    """Role of a layer's values, from its name."""
 
     MEAN = "mean"
     """Means of latents, such as `z_mean` or `mu`."""
@@ -30,8 +30,8 @@ class LatentPair:
 
     Attributes:
         mean: Position of the view that holds the means.
-        log_variance: Position of the view that holds the log-variances; None if there is none.
-        spread: Position of the view that holds another form of the uncertainty; None if there is none.
+        log_variance: Position of the view that holds the log-variances; None without such a view.
+        spread: Position of the view that holds another form of the uncertainty; None without such a view.
     """
 
     mean: int
@@ -67,7 +67,7 @@ _UNPOOLED = ("vector", "map")
 
 
 def find_role(view: View) -> Role:
-    """Return what the name of the layer says about its values; the path in the model is used if known."""
+    """Return the role of the values, from the name of the layer; the path in the model is used if known."""
     if view.is_sampling:
         return Role.SAMPLE
     name = _parse_name(view)

@@ -29,7 +29,7 @@ def list_methods(measures: Measures) -> tuple[Method, ...]:
 
 
 def list_cautions(features: FeatureSet, measures: Measures, maps: Maps) -> Iterator[str]:
-    """Yield sentences about what limits the parts without labels."""
+    """Yield sentences about limits of the parts without labels."""
     scope = measures.scope
     if not measures.candidates:
         yield "No layer could be measured, because all scans have NaN or infinite values."

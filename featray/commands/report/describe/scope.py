@@ -44,7 +44,7 @@ class Scope:
 
 
 def find_scope(features: FeatureSet, span: Span) -> Scope:
-    """Read all features once, and return what can be measured."""
+    """Read all features once, and return the candidates and scans that can be measured."""
     masks = [
         np.stack([np.isfinite(block).all(axis=1) for block in blocks])
         for blocks in read_blocks(features, range(len(features.views)), span, "Looking for broken values")

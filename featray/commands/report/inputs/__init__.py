@@ -1,1 +1,1 @@
-"""What the report needs from the scans themselves or from the model: baselines, slices, random weights."""
+"""Inputs of the report from the scans themselves or from the model: baselines, slices, random weights."""

@@ -26,12 +26,12 @@ _MASKED = "***"
 
 @dataclass(frozen=True)
 class FoundConfig:
-    """A config, or the reason why there is none.
+    """A config, or the reason why it is missing.
 
     Attributes:
-        config: The config; None if there is none.
+        config: The config; None if it is missing.
         is_recorded: Whether the config is the one that a run recorded, and not the user's file.
-        problem: Why there is no config, as a sentence; empty if there is one.
+        problem: Why the config is missing, as a sentence; empty if it is there.
     """
 
     config: Config | None
@@ -40,7 +40,7 @@ class FoundConfig:
 
     @property
     def way_out(self) -> str:
-        """A sentence on what to do if the source or the model cannot be opened."""
+        """A sentence with the remedy if the source or the model cannot be opened."""
         if self.is_recorded or self.config is None:
             return WAY_OUT
         return "Check the sections source and model of the config; `featray doctor CONFIG` does this."
@@ -104,7 +104,7 @@ def _list_recipe_ids(run: dict[str, Any]) -> list[str]:
 
 
 def _point_to(config: dict[str, Any], dataset: Dataset) -> dict[str, Any]:
-    """Return a recorded config whose output is the given one, without a cache that has secret options."""
+    """Return a recorded config with the given output, without a cache that has secret options."""
     store, cache = dataset.store, config.get("cache") or {}
     output = {"uri": escape_path(store.uri), "storage_options": store.options}
     is_open = _MASKED not in (cache.get("storage_options") or {}).values()

@@ -36,12 +36,12 @@ Tensor = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class InputSummary:
-    """What the report keeps of a model input. For several patches, each is the mean over the patches.
+    """Summary of a model input for the report. For several patches, histogram and voxels are means over them.
 
     Attributes:
         histogram: Share of the voxels in each bin; None if no range of values is known.
         voxels: Means over boxes of equal size, flat; None if the samples have more than three axes.
-        image: Middle plane of the middle patch; None if it was not asked for, or if there are no planes.
+        image: Middle plane of the middle patch; None if it was not requested, or if the input has no planes.
     """
 
     histogram: Tensor | None = None

@@ -15,7 +15,7 @@ Recipes = Mapping[str, str]
 
 
 def load_trained_model(config: Config, recipes: Recipes) -> tuple[LayerModel | None, tuple[str, ...]]:
-    """Return the trained model with the layers to compute, and sentences about what is left out.
+    """Return the trained model with the layers to compute, and sentences about everything that is left out.
 
     The model is None if it cannot be loaded, or if it has none of the layers.
     """
@@ -30,7 +30,7 @@ def load_trained_model(config: Config, recipes: Recipes) -> tuple[LayerModel | N
 def load_random_models(
     config: Config, recipes: Recipes, seeds: Sequence[int]
 ) -> tuple[dict[int, LayerModel], tuple[str, ...]]:
-    """Return models with random weights by seed, and sentences about what is left out or not as expected."""
+    """Return models with random weights by seed, and sentences about anything left out or unexpected."""
     models, cautions = {}, list[str]()
     for seed in seeds:
         try:

@@ -1,8 +1,8 @@
-"""Decode scans of an output again, once, and take from each what the report needs.
+"""Decode scans of an output again, once, and take the inputs of the report from them.
 
 A table of scans and a config in; baselines, middle slices, features of random weights and stability out. The
-scans are decoded by worker processes on all cores. What cannot be read or computed is left out, and a
-sentence says so; only errors of the temporary folder are raised.
+scans are decoded by worker processes on all cores. Anything that cannot be read or computed is left out, and
+a sentence says so; only errors of the temporary folder are raised.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _NO_STABILITY = (
 
 @dataclass(frozen=True)
 class InputRequest:
-    """What the report needs from which scans.
+    """The inputs that the report needs, and the scans that give them.
 
     Attributes:
         scans: Scans to decode: columns scan_id, content and recipe of the table `scans`. Decoding costs as
@@ -68,7 +68,7 @@ class InputRequest:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """What was taken from the scans.
+    """The results from the scans.
 
     Attributes:
         scan_ids: Ids of the scans that were decoded, in the order of the request. Rows of all files below.
@@ -94,11 +94,11 @@ class ReportInputs:
 def read_inputs(
     found: FoundConfig, request: InputRequest, folder: Path, on_scan: Callable[[], None]
 ) -> ReportInputs:
-    """Return what the report needs from the scans.
+    """Return the inputs of the report from the scans.
 
     Args:
         found: The config of the user, or the one that `find_recorded_config` found.
-        request: The scans, and what is needed of them.
+        request: The scans, and the results that are needed from them.
         folder: Folder for the temporary files of the result.
         on_scan: Called once for each scan of the request, unless the source cannot be listed.
     """

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.checks import load_header_cache
+from featray.checks import list_source, load_header_cache
 from featray.config import Config
 from featray.recipe import make_inputs_id, make_recipe
 from featray.schema import Scan
-from featray.stages.list import list_scans
 
 REMOVED = "are no longer in the collection"
 CHANGED = "have changed since they were extracted (`featray refresh CONFIG` extracts them again)"
@@ -48,7 +47,7 @@ def select_scans(config: Config, wanted: pa.Table) -> SelectedScans:
     Raises:
         ConfigError: The source cannot be listed.
     """
-    listing = list_scans(config.source, config.policy, load_header_cache(config))
+    listing = list_source(config, load_header_cache(config))
     ids = wanted["scan_id"].cast(listing.scan_ids.type).combine_chunks()
     positions = pc.index_in(ids, value_set=listing.scan_ids.combine_chunks())
     contents = listing.table["content"].combine_chunks().take(positions)

@@ -91,7 +91,7 @@ class StabilityTest:
         return len(self._repeats)
 
     def measure(self) -> tuple[LayerStability, ...]:
-        """Return the stability of each layer under each perturbation; empty if there are no two scans."""
+        """Return the stability of each layer under each perturbation; empty for fewer than two scans."""
         scans = [self._repeats[scan_id] for scan_id in sorted(self._repeats)]
         if len(scans) < 2:
             return ()

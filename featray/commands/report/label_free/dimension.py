@@ -7,7 +7,7 @@ for dimension d. As in the paper, the largest tenth of the ratios is left out, a
 is fitted.
 
 With few scans the estimate is too low: normally distributed features of 10 dimensions give 8.5 from 100 scans
-and 9.4 from 1,000 scans; 50 dimensions give 27 and 31. So the result is to be shown as "at least". Its
+and 9.4 from 1,000 scans; 50 dimensions give 27 and 31. So show the result as "at least". Its
 standard deviation is about the dimension divided by the square root of the number of scans.
 """
 
@@ -32,7 +32,7 @@ _TIE = 1e-9
 
 
 class Obstacle(StrEnum):
-    """Reason why there is no estimate."""
+    """Reason for giving no estimate."""
 
     TOO_FEW_SCANS = "too_few_scans"
     """There are fewer than `MIN_SCANS` scans with different features."""
@@ -47,7 +47,7 @@ class IntrinsicDimension:
     Attributes:
         at_least: Estimated dimension, which the true one probably exceeds; at most `units`. None if there is
             an obstacle.
-        obstacle: Why there is no estimate; None if there is one.
+        obstacle: Reason for giving no estimate; None if an estimate is given.
         scans: Number of scans with different features that were used.
         duplicates: Number of scans that were left out because their features equal those of another scan.
         units: Number of units that were compared; units without variation are left out.

@@ -159,7 +159,7 @@ def measure_health(features: Block) -> Health:
     """Return all checks of features (scans, units) that are in memory.
 
     Raises:
-        ValueError: There is no scan, or values are not finite. `RowChecks` names the scans.
+        ValueError: `features` has no scan, or values that are not finite. `RowChecks` names the scans.
     """
     moments = compute_moments(features)
     checks = RowChecks()

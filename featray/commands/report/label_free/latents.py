@@ -97,7 +97,7 @@ class Latents:
 
     @property
     def total_kl(self) -> float | None:
-        """KL divergence of all latents in nats; an upper bound of what they hold about a scan."""
+        """KL divergence of all latents in nats; an upper bound of their information about a scan."""
         return None if self.kl is None else float(self.kl.sum())
 
 

@@ -126,6 +126,6 @@ def _find_finite(candidates: Sequence[Block]) -> NDArray[np.bool_]:
 
 
 def _move_rows(outliers: Outliers, used: Positions) -> Outliers:
-    """Return outliers whose positions count all scans instead of the used ones."""
+    """Return outliers with positions among all scans instead of the used ones."""
     rows = None if outliers.rows is None else used[outliers.rows]
     return Outliers(rows, outliers.scores, outliers.scans)

@@ -71,7 +71,7 @@ class Collection:
 
     @property
     def noun(self) -> str:
-        """Return what a patient is called: `patients`, or `scans` if each scan counts as one patient."""
+        """Return the noun for patients: `patients`, or `scans` if each scan counts as one patient."""
         return "patients" if self.has_patients else "scans"
 
 
@@ -135,7 +135,7 @@ def answer_label(
     Args:
         label: The label, one value per scan.
         candidates: At least one layer in one view, all for the same scans as the label.
-        baselines: What the chosen candidate must be better than; may be empty.
+        baselines: Baselines that the chosen candidate must be better than; may be empty.
         collection: The scans.
         on_step: Called with the name of each candidate and baseline before it is probed.
     """

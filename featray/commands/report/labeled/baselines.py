@@ -30,7 +30,7 @@ class HeaderMatrix:
 
 
 def make_header_matrix(columns: Mapping[str, Sequence[Any]]) -> HeaderMatrix:
-    """Return what is known of the scans without their voxels: spacing, slices, orientation and size.
+    """Return the properties of the scans that need no voxels: spacing, slices, orientation and size.
 
     Spacing, number of voxels and size in mm are logarithms, because their ratios matter. The orientation
     becomes one column per orientation. A missing value becomes the median, and a further column marks it.

@@ -59,13 +59,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Rule:
-    """What the choice depends on besides the scores.
+    """Criteria of the choice besides the scores.
 
     Attributes:
         sizes: Values per scan of each candidate.
         beaten: Whether the candidate of the row beats the candidate of the column.
-        gains: Whether the candidate is better than all baselines. A candidate that is not is chosen only if
-            there is no other one within the tolerance.
+        gains: Whether the candidate is better than all baselines. Others are chosen only if no such
+            candidate is within the tolerance.
     """
 
     sizes: NDArray[np.intp]

@@ -88,10 +88,11 @@ class LabelTable:
         patients: Number of the patient of each scan. Scans without a patient have a number of their own.
         has_patients: Whether the table has a column `patient`. Otherwise each scan counts as one patient.
         rows: Number of rows in the table.
-        unknown_rows: Rows whose scan_id is not in the output.
-        scans_without_row: Scans of the output that have no row.
-        rows_without_patient: Rows of known scans without a patient in a table that has the column. Their
-            labels are not used, because these scans cannot be kept together with others of the patient.
+        unknown_rows: Number of rows whose scan_id is not in the output.
+        scans_without_row: Number of scans of the output without a row.
+        rows_without_patient: Number of rows of known scans without a patient in a table that has the
+            column. Their labels are not used, because these scans cannot be kept together with others
+            of the patient.
     """
 
     labels: tuple[Label, ...]
@@ -140,7 +141,7 @@ def parse_labels(data: bytes, scan_ids: Sequence[str]) -> LabelTable:
 
 
 def decide_column(name: str, texts: Sequence[str], *, comma_decimals: bool = False) -> Label | LeftOut:
-    """Return the label that a column of texts holds, or the reason why it is none.
+    """Return the label that a column of texts holds, or the reason why the column is not a label.
 
     Args:
         name: Name of the column.
@@ -185,7 +186,7 @@ def parse_number(text: str, *, comma_decimals: bool = False) -> float | None:
 
 
 def _get_patients(table: LabelRows, places: list[int]) -> list[str | None]:
-    """Return the patient of each scan, by scan if there is no such column; None if it is not known."""
+    """Return the patient of each scan, or the scan's number without a patient column; None if not known."""
     if PATIENT not in table.header:
         return [str(number) for number in range(len(places))]
     texts = table.get_column(PATIENT)

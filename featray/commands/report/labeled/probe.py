@@ -60,7 +60,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Trial:
-    """What is the same for all candidates of a label. All arrays are for the same scans.
+    """The parts of a probe that all candidates of a label share. All arrays are for the same scans.
 
     Attributes:
         target: The label.
@@ -275,7 +275,7 @@ def compute_r2(truth: Floats, predicted: Floats) -> Floats:
 
 
 def mean_without_nan(values: Floats) -> float:
-    """Return the mean of the values that are not NaN; NaN if there are none."""
+    """Return the mean of the values that are not NaN; NaN without such values."""
     defined = values[~np.isnan(values)]
     return float(defined.mean()) if len(defined) else float("nan")
 

@@ -1,4 +1,4 @@
-"""Say in one sentence which candidate to take for a label, or why there is no verdict.
+"""Say in one sentence which candidate to take for a label, or why the verdict is refused.
 
 A verdict is refused if there are fewer than 50 patients, fewer than 15 patients in the smallest class, an
 interval wider than 0.3, a permutation p-value above 0.05, or no gain over the baselines.
@@ -32,7 +32,7 @@ _MAX_GROWTH = 20
 
 
 class Refusal(StrEnum):
-    """Why there is no verdict. The values are stable."""
+    """Reason for refusing a verdict. The values are stable."""
 
     FEW_PATIENTS = "few_patients"
     SMALL_CLASS = "small_class"
@@ -62,15 +62,15 @@ class Score:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a verdict is based on.
+    """Results on which a verdict is based.
 
     Attributes:
         label: Name of the label.
         metric: `AUC` or `R²`.
         patients: Number of patients whose scans were scored.
-        noun: What a patient is called: `patients`, or `scans` if each scan counts as one patient.
+        noun: Noun for patients: `patients`, or `scans` if each scan counts as one patient.
         candidates: Layers in their views.
-        baselines: What needs no trained model.
+        baselines: Baselines, which need no trained model.
         choice: Result of the choice among the candidates.
         permutation_p: p-value of the best candidate against permuted labels.
         chance: Mean and standard deviation of the best candidate's score for permuted labels.
@@ -96,11 +96,11 @@ class Verdict:
     Attributes:
         label: Name of the label.
         text: The sentence.
-        refusal: Why there is no verdict; None if there is one.
+        refusal: Reason for refusing a verdict; None if a verdict is given.
         needed: About how many patients are needed for a verdict; None if there is one, or if more patients
             are not expected to help.
         candidate: Name of the chosen candidate; None after a refusal for too few patients.
-        other: Name of a candidate that is as good within error, and smaller or larger; None if there is none.
+        other: Name of a candidate that is as good within error, and smaller or larger; None without one.
         size_ratio: Size of the larger of these two divided by the size of the smaller.
         baseline: Name of the best baseline; None without baselines.
         is_baseline_enough: Whether the best baseline is so good that no candidate could be better by
@@ -124,7 +124,7 @@ def check_size(label: Label, patients: NDArray[np.intp], noun: str = "patients")
     Args:
         label: The label; scans without a value do not count.
         patients: Number of the patient of each scan.
-        noun: What a patient is called, `patients` or `scans`.
+        noun: Noun for patients, `patients` or `scans`.
     """
     number = count_patients(patients, label.known)
     classes = count_class_patients(label, patients)

@@ -55,7 +55,7 @@ _Values = list[Any]
 
 
 def collect_geometry(scans: pa.Table) -> dict[str, _Values]:
-    """Return what every header says: fact → one value per scan, None if it is not known."""
+    """Return the facts in every header: fact → one value per scan, None if it is not known."""
     facts = {}
     for title, column, convert in _GEOMETRY:
         if column in scans.column_names:
@@ -65,11 +65,11 @@ def collect_geometry(scans: pa.Table) -> dict[str, _Values]:
 
 
 def collect_scanner_facts(scans: pa.Table, label_names: Collection[str] = ()) -> dict[str, _Values]:
-    """Return what manifest columns and `privacy.dicom_tags` say about scanner and reconstruction.
+    """Return the facts about scanner and reconstruction from manifest columns and `privacy.dicom_tags`.
 
     Args:
         scans: Rows of the table `scans`.
-        label_names: Names of the labels; a column of the same name is no fact.
+        label_names: Names of the labels; a column of the same name is not a fact.
     """
     labels = {_simplify(name) for name in label_names}
     facts: dict[str, _Values] = {}

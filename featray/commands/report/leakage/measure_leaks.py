@@ -30,7 +30,7 @@ MAX_SCANS = 1000
 STRONG = 0.8
 """Position between chance and perfect from which a leak is named as a warning."""
 MIN_SHARING_SCANS = 50
-"""Scans of different patients that are needed to compare what neighbors share."""
+"""Number of scans of different patients that a comparison of neighbors needs."""
 _SCANNER_TITLES = (
     "scanner",
     "manufacturer",
@@ -51,7 +51,7 @@ class LeakParts:
     Attributes:
         leaks: One per candidate and fact, in network order.
         vetoes: Warnings about strong leakage, at most one per candidate. They rule nothing out.
-        sharing: Heat maps of what neighbors share, the label or the scanner; for `PageModel.units`.
+        sharing: Heat maps of how often neighbors share the label or the scanner; for `PageModel.units`.
         cautions: Facts that could not be measured.
         methods: Description of the method.
         results: The results behind `leaks`.
@@ -67,7 +67,7 @@ class LeakParts:
 
 @dataclass(frozen=True, eq=False)
 class LeakScope:
-    """What leakage is measured on.
+    """Scans, labels and candidates for which leakage is measured.
 
     Attributes:
         collection: Patients of the scans of the report, and the seed.
@@ -87,7 +87,7 @@ def measure_leaks(features: FeatureSet, scope: LeakScope, on_step: OnStep) -> Le
 
     Args:
         features: The candidates.
-        scope: Patients, labels, and what can be measured.
+        scope: Patients, labels, and the scans and candidates to measure.
         on_step: Called with the current step in words and the share of the work that is done.
     """
     probing, sharing = Span(on_step).divide(0.8, 1.0)
@@ -121,7 +121,7 @@ def _choose_scans(features: FeatureSet, scope: LeakScope) -> NDArray[np.intp]:
 def _make_facts(
     features: FeatureSet, scope: LeakScope, scans: NDArray[np.intp]
 ) -> tuple[list[Label], list[LeftOut]]:
-    """Return the facts, with values only for the scans of the sample, and the columns that are none."""
+    """Return the facts, with values only for the scans of the sample, and the columns that are not facts."""
     names = [label.name for label in scope.labels]
     columns = collect_geometry(features.scans) | collect_scanner_facts(features.scans, names)
     is_sampled = np.isin(np.arange(len(features.scan_ids)), scans)

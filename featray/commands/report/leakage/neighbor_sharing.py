@@ -1,10 +1,10 @@
-"""Compare what neighbors share: the label or the scanner.
+"""Measure how often neighbors share the label or the scanner.
 
 Of the pairs of a scan and one of its neighbors that share either the label or the scanner and not both, the
 robustness index is the share that has the label in common (E. de Jong, E. Marcus and J. Teuwen, Current
 pathology foundation models are unrobust to medical center differences, arXiv 2501.18055; in this form J.
-Kömen et al., Towards robust foundation models for digital pathology, arXiv 2507.17845). The same share of all
-pairs of scans is what unrelated features have.
+Kömen et al., Towards robust foundation models for digital pathology, arXiv 2507.17845). Unrelated features
+have the index of all pairs of scans.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from featray.commands.report.label_free.neighbors import NEIGHBORS, find_neighbo
 
 @dataclass(frozen=True)
 class NeighborSharing:
-    """What the neighbors of scans share in one candidate.
+    """How often the neighbors of scans share the label and the scanner in one candidate.
 
     Attributes:
         label: Share of the neighbors that have the label in common with the scan.
@@ -36,7 +36,7 @@ class NeighborSharing:
 def measure_sharing(
     features: NDArray[Any], labels: NDArray[np.intp], scanners: NDArray[np.intp]
 ) -> NeighborSharing:
-    """Return what the nearest neighbors of each scan share.
+    """Return how often the nearest neighbors of each scan share its label and its scanner.
 
     Args:
         features: (scans, units), finite. Each patient should have one scan, because scans of one patient
@@ -51,7 +51,7 @@ def measure_sharing(
 
 
 def measure_chance(labels: NDArray[np.intp], scanners: NDArray[np.intp]) -> NeighborSharing:
-    """Return what all pairs of different scans share."""
+    """Return how often the two scans of a pair share the label and the scanner, over all pairs."""
     different = ~np.eye(len(labels), dtype=bool)
     same_label = (labels[:, None] == labels)[different]
     same_scanner = (scanners[:, None] == scanners)[different]

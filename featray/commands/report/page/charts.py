@@ -34,7 +34,7 @@ class DotRow:
     """A row of a dot chart.
 
     Attributes:
-        name: What the row is.
+        name: Name of the row.
         value: Position of the dot; None for no dot.
         low: Start of the interval; None for no interval.
         high: End of the interval.
@@ -60,7 +60,7 @@ class DotChart:
 
     Attributes:
         name: Accessible name.
-        described_by: Id of the element that says how to read the chart.
+        described_by: Id of the element that explains the chart.
         headers: Titles of the names and of the texts at the right.
         chance: Position of the line for chance.
         rows: The rows, from the top.
@@ -241,7 +241,7 @@ def draw_matrix(matrix: Matrix, name: str, described_by: str, shades: Floats | N
     Args:
         matrix: Names and numbers.
         name: Accessible name.
-        described_by: Id of the element that says how to read it.
+        described_by: Id of the element that explains the heat map.
         shades: Array (rows, columns) of the numbers that give the colors, if they are not the numbers shown.
     """
     shades = matrix.values if shades is None else shades
@@ -319,7 +319,7 @@ def draw_map(
         positions: Position of each scan; None for a scan that is not on the map.
         marks: Shape number and color class of each scan.
         name: Accessible name.
-        described_by: Id of the element that says how to read the map.
+        described_by: Id of the element that explains the map.
     """
     points = [
         element("use", href=f"#m{shape}", x=f"{place[0]:g}", y=f"{place[1]:g}", class_=color, data_s=number)

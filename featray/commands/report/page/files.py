@@ -33,7 +33,7 @@ def make_files(
 
     Args:
         model: Content.
-        measures: Measures that need no labels as numbers, one row per candidate; None if there are none.
+        measures: Measures that need no labels as numbers, one row per candidate; None without measures.
         include_images: Whether the page may hold slices; they are patient data.
     """
     files = {_DOCUMENT: encode_document(model)}

@@ -100,7 +100,7 @@ def _write_chart(chart: DotChart, title: Child, value: str, reading: str, number
     Args:
         chart: The chart; its figure gets the id before `-read` in `DotChart.described_by`.
         title: Heading.
-        value: What a dot and its interval are.
+        value: Meaning of a dot and its interval.
         reading: Sentences on how to read the chart.
         numbers: The numbers as a table.
     """

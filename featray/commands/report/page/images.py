@@ -63,7 +63,7 @@ def _encode(pixels: NDArray[np.uint8]) -> Slice:
 
 
 def draw_sprites(slices: Mapping[int, Slice]) -> Markup | None:
-    """Return the hidden element that holds each slice once; None if there are no slices."""
+    """Return the hidden element that holds each slice once; None without slices."""
     symbols = [_draw_symbol(scan, image) for scan, image in sorted(slices.items())]
     return element("svg", symbols, class_="sprites", aria_hidden="true") if symbols else None
 

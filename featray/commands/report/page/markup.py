@@ -69,7 +69,7 @@ def isolate(text: str, **attributes: Attribute) -> Markup:
 
 
 def mark_code(text: str) -> Markup:
-    """Return a sentence whose parts between backticks are code."""
+    """Return a sentence as markup, with the parts between backticks as code."""
     parts = text.split("`")
     if len(parts) % 2 == 0:
         return escape(text)

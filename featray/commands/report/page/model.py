@@ -103,7 +103,7 @@ class LabelResult:
         scans: Number of scans with this label.
         patients: Number of their patients; None if unknown.
         scores: Scores of candidates and baselines, in any order.
-        interval: What `Score.low` and `Score.high` are.
+        interval: Meaning of `Score.low` and `Score.high`.
         notes: Further sentences, e.g. about the permutation control.
     """
 
@@ -159,12 +159,12 @@ class Matrix:
         reading: Sentence on how to read it, with the number of scans that it is from.
         rows: Names of the rows.
         columns: Names of the columns.
-        values: Array (rows, columns); NaN where there is no value.
+        values: Array (rows, columns); NaN for a missing value.
         low: Value of the first color.
         high: Value of the last color.
         is_diverging: Whether the middle between `low` and `high` is neutral, as for correlations.
         decimals: Digits after the decimal point.
-        row_title: What the rows are, e.g. `unit`.
+        row_title: Noun for the rows, e.g. `unit`.
         marks: Array (rows, columns) of texts that follow the values, e.g. `*`; None for no marks.
     """
 
@@ -238,7 +238,7 @@ class NeighborLists:
 
     Attributes:
         candidate: Name of the candidate.
-        neighbors: Array (scans, k) of positions in `Scans.ids`, nearest first; -1 where there is none.
+        neighbors: Array (scans, k) of positions in `Scans.ids`, nearest first; -1 for a missing neighbor.
         distances: Array (scans, k).
         measure: Name of the distance.
     """
@@ -319,7 +319,7 @@ class Method:
 
     Attributes:
         title: Name of the method.
-        text: What was computed, on how many scans, with source.
+        text: The computation, the number of scans, and the source.
     """
 
     title: str
@@ -333,15 +333,15 @@ class PageModel:
     Attributes:
         title: Title of the page, e.g. the name of the output.
         facts: Short facts under the title, e.g. "248 scans", "5 layers", the model's hash, the date.
-        summary: Sentence that replaces the verdicts where there are no labels.
+        summary: Sentence that replaces the verdicts in a report without labels.
         labels: Verdicts and scores, in the order of the labels table.
         candidates: Candidates in network order, then the baselines.
         leaks: Leakage of all candidates.
         vetoes: Reasons against candidates.
         collection_scans: Number of scans that `Candidate.collection_bytes` is for.
-        changes: Sentences on what would change the verdict.
-        extremes: Scans at the ends of the best unit; None if there is no best unit.
-        health: Measures that need no labels; None if there are none.
+        changes: Advice on steps that would change the verdict, as sentences.
+        extremes: Scans at the ends of the best unit; None without a best unit.
+        health: Measures that need no labels; None without measures.
         stability: How much small changes of the scans change the features; None if it was not measured.
         scans: The scans that the page shows.
         maps: Maps of these scans.

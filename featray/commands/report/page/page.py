@@ -43,7 +43,7 @@ _SHAPES = (
 
 @dataclass(frozen=True)
 class Download:
-    """A file beside the page.
+    """A file next to the page.
 
     Attributes:
         name: Name of the file in the folder of the page.
@@ -60,11 +60,11 @@ def render_page(
     """Return the page as UTF-8.
 
     A page above `MAX_BYTES` is written again with smaller slices, then without slices, then with fewer maps,
-    then without the scans; it says what was left out.
+    then without the scans; the page names the missing parts.
 
     Args:
         model: Content.
-        downloads: Files beside the page to which it links.
+        downloads: Files next to the page to which it links.
         include_images: Whether the page may hold slices; they are patient data.
     """
     page = b""

@@ -18,7 +18,7 @@ MAX_NEIGHBORS = 6
 
 
 def color_scans(model: PageModel) -> tuple[ColumnColors, ...]:
-    """Return the colors of the scans by each column, or one color if there are no columns."""
+    """Return the colors of the scans by each column, or one color without columns."""
     colors = tuple(color_column(column) for column in model.scans.columns)
     return colors or (color_alike(len(model.scans.ids)),)
 

@@ -121,7 +121,7 @@ def test_scans_that_a_baseline_lacks_are_left_out_for_all(result: Result) -> Non
 def test_the_notes_say_sizes_and_the_permutation_control(result: Result) -> None:
     radius, contrast = result.parts.labels
     assert radius.notes[0].startswith("Values: 118 scans; 3.01 to 16.3, median ")
-    assert contrast.notes == ("Values: 30 scans; no 10, yes 20.",)
+    assert contrast.notes == ("Values: 30 scans; no: 10, yes: 20.",)
     control = radius.notes[-1]
     assert "with the label permuted among scans 99 times" in control
     assert "(p = 0.01, over all 3 layers)." in control

@@ -142,6 +142,7 @@ def test_a_test_part_with_one_class_has_no_score() -> None:
     assert 0 <= probe.score <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("scans", "columns"), [(40, 3), (75, 60), (60, 100)])
 def test_the_log_odds_are_those_of_an_exact_regression_with_the_penalty_of_least_inner_loss(
     scans: int, columns: int

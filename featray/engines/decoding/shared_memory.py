@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import mmap
 import os
 
@@ -32,12 +33,13 @@ class SharedBuffer:
 
     def tensor(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
         """Return the tensor in the buffer, not copied; valid until the buffer is written again."""
-        return np.ndarray(shape, np.float32, self._memory)
+        # `np.ndarray(shape, float32, memory)` does not hold the buffer of `memory`: `close` would free it.
+        return np.frombuffer(self._memory, np.float32, math.prod(shape)).reshape(shape)
 
     def close(self) -> None:
         """Free the memory; if a tensor still uses it, the memory is freed with the last such tensor."""
         os.close(self._file)
-        with contextlib.suppress(BufferError):  # a batch was in use when the run was stopped
+        with contextlib.suppress(BufferError):  # the model is computing a batch of a run that was stopped
             self._memory.close()
 
 

@@ -77,14 +77,14 @@ def compute_statistics(voxels_zyx: NDArray[Any]) -> HuStatistics:
     """
     ranges = [cv2.minMaxLoc(plane)[:2] for plane in voxels_zyx]  # finds both in one pass
     minimum, maximum = min(low for low, _ in ranges), max(high for _, high in ranges)
-    sample = sample_rows(voxels_zyx)
-    counts = _count_values(sample)
+    sample = sample_rows(voxels_zyx).reshape(-1)
+    rounded = _round_values(sample)
+    counts = _count_values(rounded)
     if voxels_zyx.dtype != np.int16:
-        ordered = np.sort(sample, axis=None)  # faster than np.partition at six ranks
-        percentiles = _compute_percentiles(ordered.size, lambda rank: float(ordered[rank]))
+        percentiles = _compute_percentiles(sample.size, _make_value_finder(sample, rounded, counts))
     else:
         needs_all = voxels_zyx.size <= EXACT_VOXELS and sample.size < voxels_zyx.size
-        all_counts = _count_values(np.ascontiguousarray(voxels_zyx)) if needs_all else counts
+        all_counts = _count_values(np.ascontiguousarray(voxels_zyx).reshape(-1)) if needs_all else counts
         cumulative = np.cumsum(all_counts)
         percentiles = _compute_percentiles(
             int(cumulative[-1]), lambda rank: float(np.searchsorted(cumulative, rank, side="right") + _FIRST)
@@ -266,12 +266,39 @@ _NOT_HU_CHECKS = (
 )
 
 
-def _count_values(rows: NDArray[Any]) -> NDArray[np.int64]:
-    """Return the number of values that round to each whole number from -32768 to 32767."""
-    if rows.dtype != np.int16:
-        rows = np.clip(np.rint(rows), _FIRST, _LAST).astype(np.int16)
+def _make_value_finder(
+    values: NDArray[Any], rounded: NDArray[np.int16], counts: NDArray[np.int64]
+) -> Callable[[int], float]:
+    """Return a function from a rank to the value at this rank, from 0.
+
+    Its results are those of sorting, in a fifth of the time: a rank is looked up among the values that round
+    to the same whole number.
+
+    Args:
+        values: Values (n,) that are not sorted.
+        rounded: The same values, as `_round_values` returns them.
+        counts: Their histogram.
+    """
+    cumulative = np.cumsum(counts)
+
+    def find_value(rank: int) -> float:
+        number = int(np.searchsorted(cumulative, rank, side="right"))
+        equal = values[rounded == number + _FIRST]
+        rank_among_equal = rank - int(cumulative[number] - counts[number])
+        return float(np.partition(equal, rank_among_equal)[rank_among_equal])
+
+    return find_value
+
+
+def _round_values(values: NDArray[Any]) -> NDArray[np.int16]:
+    """Return the values as int16: the nearest whole number from -32768 to 32767."""
+    return values if values.dtype == np.int16 else np.clip(np.rint(values), _FIRST, _LAST).astype(np.int16)
+
+
+def _count_values(rounded: NDArray[np.int16]) -> NDArray[np.int64]:
+    """Return the histogram of `rounded` (n,): how often each number from -32768 to 32767 occurs."""
     counts = np.zeros(_LAST - _FIRST + 1, np.int64)
-    for piece in _split(rows.reshape(-1)):
+    for piece in _split(rounded):
         # calcHist supports uint16 but not int16. As uint16, -32768 … -1 are 32768 … 65535; the roll below
         # moves their counts to the front.
         unsigned = piece.reshape(1, -1).view(np.uint16)  # one long row is faster than many

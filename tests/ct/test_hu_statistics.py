@@ -61,6 +61,21 @@ def test_percentiles_are_interpolated_as_in_numpy() -> None:
     )
 
 
+@pytest.mark.parametrize("scale", [1e-4, 0.5, 30, 1e5], ids=lambda scale: f"{scale:g}")
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_values_that_are_not_whole_numbers_or_not_int16_have_exact_percentiles(
+    dtype: type, scale: float
+) -> None:
+    random = np.random.default_rng(1)
+    voxels = random.normal(0, 1, (5, 30, 31)).astype(dtype) * dtype(scale)
+    voxels[:2] = np.rint(voxels[:2] * 2) / 2  # halves, and many equal values
+
+    statistics = hu_statistics.compute_statistics(voxels)
+
+    exact = np.percentile(voxels.astype(np.float64), [1, 50, 99])
+    assert [statistics.p01, statistics.p50, statistics.p99] == pytest.approx(exact.tolist(), rel=1e-12)
+
+
 def test_the_smallest_and_the_largest_int16_value_are_counted() -> None:
     voxels = np.array([-32768, -1, 0, 32767] * 4, np.int16).reshape(4, 2, 2)
 

@@ -151,7 +151,7 @@ class _BenchmarkRunner:
             # Both settings are measured, because it depends on the model which one is faster.
             model_rounds += [
                 self._measure_isolated(model_only=True, threads=threads)
-                for threads in (DEFAULT_THREADS, ModelThreads.for_whole_machine())
+                for threads in (DEFAULT_THREADS, ModelThreads.for_cores(count_usable_cores()))
             ]
             runs += list(self._measure_round())
             single += list(self._measure_start_up())

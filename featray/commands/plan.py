@@ -431,7 +431,7 @@ def _estimate_cluster_rate(decode_s: float, infer_s: float, job: Job, capacity: 
     run = job.config.run
     if run.actors.num_gpus:
         return min(capacity.workers.decode * run.decode.num_cpus / decode_s, capacity.actors / infer_s)
-    cores = min(capacity.cores, capacity.actors * run.actors.num_cpus or math.inf)
+    cores = min(capacity.cores, capacity.actors * run.actors.cpus or math.inf)
     return cores / (decode_s + _count_model_cores(job.threads) * infer_s)
 
 

@@ -265,9 +265,10 @@ class ActorsConfig(_Section):
     max: int | None = Field(default=None, ge=1)
     """Maximum number of actors; null = no limit on a cluster, whose pool grows with it; with a local Ray one
     per `num_cpus` CPUs; with GPUs as many as leave CPUs to decode."""
-    num_cpus: float = Field(default=1, ge=0)
+    num_cpus: float | None = Field(default=None, ge=0)
     """CPUs that each actor claims: its TensorFlow threads and, without GPUs, its worker processes for
-    decoding."""
+    decoding. null = 1; with a local Ray and without GPUs, all cores that one process keeps busy, because each
+    actor holds TensorFlow and the model."""
     num_gpus: float = Field(default=0, ge=0)
     """GPUs that each actor claims; with a fraction, actors share a GPU and its memory. 0 hides all GPUs."""
     resources: CustomResources = Field(default_factory=dict)
@@ -275,6 +276,11 @@ class ActorsConfig(_Section):
     label_selector: LabelSelector = Field(default_factory=dict)
     """Labels of the Ray nodes on which actors run, for example `{pool: gpu}`; conditions `!spot`, `in(a, b)`
     and `!in(a, b)` as in Ray."""
+
+    @property
+    def cpus(self) -> float:
+        """CPUs that each actor claims."""
+        return 1 if self.num_cpus is None else self.num_cpus
 
     @model_validator(mode="after")
     def _check_order(self) -> ActorsConfig:

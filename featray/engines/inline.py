@@ -46,8 +46,9 @@ class InlineEngine:
     name = "inline"
 
     def __init__(self, workers: int | None, decoding: Decoding, threads: ModelThreads | None = None) -> None:
-        self._decode_workers = count_usable_cores() if workers is None else workers
-        default_threads = ModelThreads.for_whole_machine() if self._decode_workers else DEFAULT_THREADS
+        cores = count_usable_cores()
+        self._decode_workers = cores if workers is None else workers
+        default_threads = ModelThreads.for_cores(cores) if self._decode_workers else DEFAULT_THREADS
         self.threads = threads or default_threads
         self.place = ModelPlace.ANY
         self._decoding = decoding

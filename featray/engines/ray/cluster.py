@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from featray.config import LimitsConfig, RunConfig
-from featray.engines.ray.sizing import GPU_CALLS, count_workers, matches_labels
+from featray.engines.ray.sizing import count_threads, count_workers, matches_labels
 from featray.engines.ray.start_up import (
     install_native_handlers,
     keep_sigterm_action,
@@ -168,7 +168,7 @@ def measure_capacity(run: RunConfig) -> Capacity:
         nodes=len(usable),
         cores=workers.cores,
         gpus=sum(node.get("GPU", 0) for node in for_actors),
-        actors=workers.model // (GPU_CALLS if run.actors.num_gpus else 1),
+        actors=workers.model // count_threads(run).calls,
         workers=workers,
     )
 
@@ -230,10 +230,10 @@ def check_claims(run: RunConfig, resources: Mapping[str, float], *, grows: bool)
     Raises:
         ConfigError: Lists every claim that is too large.
     """
-    actor_cpus = run.actors.min * run.actors.num_cpus
+    actor_cpus = run.actors.min * run.actors.cpus
     decode_cpus = run.decode.num_cpus if run.actors.num_gpus else 0
     claims = {
-        "run.actors.num_cpus": (run.actors.num_cpus, "CPU"),
+        "run.actors.num_cpus": (run.actors.cpus, "CPU"),
         "run.actors.num_gpus": (run.actors.num_gpus, "GPU"),
         "run.decode.num_cpus": (decode_cpus, "CPU"),
         "run.decode.memory": (run.decode.memory or 0, "memory"),

@@ -25,6 +25,7 @@ from featray.engines.ray.sizing import (
     GPU_CALLS,
     PoolSize,
     count_processes,
+    count_threads,
     count_workers,
     cpu_pool_size,
     gpu_pool_size,
@@ -125,21 +126,22 @@ class PassPipeline:
 
     def _decode_and_extract(self, listed: Any, scans: int) -> Any:
         """Decode and extract in actors that share the CPUs."""
-        actors, memory = self._run.actors, self._memory
-        processes = count_processes(self._run)
+        actors, nodes = self._run.actors, cluster.actor_nodes(self._run)
+        processes = count_processes(self._run, nodes, self._memory or 0)
         # Ray only schedules by the memory claim; the worker process enforces the limit of a scan.
-        nodes, claim = cluster.actor_nodes(self._run), processes * (memory or 0)
+        claim = processes * (self._memory or 0)
         size = cpu_pool_size(self._run, nodes, listed.num_blocks(), claim, grows=self._grows)
         processes = min(processes, math.ceil(scans / size.first))
-        setup = WorkerDecoding(self._decoding, processes, scans_ahead=2 * self._decoding.batch_scans)
-        self._workers = Workers(size.first * processes, size.first, cluster.cpus())
+        calls = count_threads(self._run).calls
+        setup = WorkerDecoding(self._decoding, processes, 2 * self._decoding.batch_scans, calls)
+        self._workers = Workers(size.first * processes, size.first * calls, cluster.cpus())
         return listed.map_batches(
             DecodeAndExtractBatch,
             fn_constructor_args=[self._model_loading(), setup],
             batch_size=None,
             compute=_make_pool(size, self._pass),
-            num_cpus=actors.num_cpus * (1 - FREE_SHARE),  # actors fill the machine; writers must fit in
-            memory=None if memory is None else processes * memory,
+            num_cpus=actors.cpus * (1 - FREE_SHARE),  # actors fill the machine; writers must fit in
+            memory=claim or None,
             resources=actors.resources or None,
             label_selector=actors.label_selector or None,
             max_task_retries=self._task_retries(),
@@ -166,7 +168,7 @@ class PassPipeline:
             fn_constructor_kwargs={"isolates_scans": self._pass.isolates_scans},
             batch_size=batch_scans,
             compute=_make_pool(size, self._pass, calls=1 if self._pass.isolates_scans else GPU_CALLS),
-            num_cpus=actors.num_cpus,
+            num_cpus=actors.cpus,
             num_gpus=actors.num_gpus,
             resources=actors.resources or None,
             label_selector=actors.label_selector or None,

@@ -28,9 +28,9 @@ from featray.engines.ray.failures import end_pass_on_crash
 from featray.engines.ray.head_start import HeadStart
 from featray.engines.ray.model_files import send_model
 from featray.engines.ray.passes import MAX_SUSPECTS, FaultCounter, Pass, Window
-from featray.engines.ray.sizing import GPU_CALLS, memory_claims
+from featray.engines.ray.sizing import count_threads, enlarge_actors, memory_claims
 from featray.engines.ray.start_up import shut_down
-from featray.hardware import Capacity, ModelPlace, ModelThreads, Workers
+from featray.hardware import Capacity, ModelPlace, Workers, count_usable_cores
 from featray.schema import Receipt, Scan
 
 _WINDOW_SCANS = 20_000
@@ -54,10 +54,9 @@ class RayEngine:
     name = "ray"
 
     def __init__(self, run: RunConfig, decoding: Decoding) -> None:
+        run = enlarge_actors(run, count_usable_cores()) if cluster.is_to_start(run) else run
         self._run, self._decoding = run, decoding
-        self.threads = ModelThreads(
-            each=max(1, int(run.actors.num_cpus)), calls=GPU_CALLS if run.actors.num_gpus else 1
-        )
+        self.threads = count_threads(run)
         # This process needs no memory of a GPU: actors run the model, and it runs a few scans on the CPU.
         self.place = ModelPlace.ELSEWHERE if run.actors.num_gpus else ModelPlace.CPU
         self._has_connected = False

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, wait
+from dataclasses import replace
 
 from featray.engines.base import Decoding, Stages
 from featray.engines.inline import InlineEngine
@@ -33,7 +34,8 @@ class HeadStart:
 
     def __init__(self, decoding: Decoding, threads: ModelThreads) -> None:
         self._decoding = decoding
-        self._engine = InlineEngine(1, decoding, threads)
+        # One scan at a time, because TensorFlow keeps the memory of the largest batch for the whole run.
+        self._engine = InlineEngine(1, replace(decoding, batch_scans=1), threads)
         self._prefetched: frozenset[str] = frozenset()
         self._receipts: Future[list[Receipt]] | None = None
 

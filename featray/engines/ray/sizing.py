@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from featray.config import RunConfig
-from featray.hardware import Workers
+from featray.hardware import ModelThreads, Workers
 from featray.schema import Scan
 
 GPU_CALLS = 2
@@ -61,8 +61,7 @@ def memory_claims(
         yield configured, scans
         return
     per_cpu = min(int(node["memory"] / node["CPU"]) for node in nodes)
-    largest = int(max(node["memory"] for node in nodes) / max(1, int(run.actors.num_cpus)))
-    yield from group_by_memory(scans, per_cpu, largest)
+    yield from group_by_memory(scans, per_cpu, largest=int(max(node["memory"] for node in nodes)))
 
 
 def group_by_memory(
@@ -103,9 +102,7 @@ def cpu_pool_size(
     cluster that may grow, the pool has no maximum unless one is configured.
     """
     actors = run.actors
-    fit = _count_fitting(
-        nodes, {"CPU": max(actors.num_cpus, 0.1), "memory": max(memory, 1), **actors.resources}
-    )
+    fit = _count_fitting(nodes, {"CPU": max(actors.cpus, 0.1), "memory": max(memory, 1), **actors.resources})
     limit = max(actors.min, fit) if actors.max is None else actors.max
     first = max(actors.min, min(fit, limit, tasks))
     return PoolSize(actors.min, first, None if grows and actors.max is None else limit)
@@ -139,16 +136,52 @@ def count_workers(
     cores = sum(node["CPU"] for node in decode_nodes)
     if actors.num_gpus:
         count = min(max(actors.min, count_gpu_actors(run, actor_nodes)), actors.max or math.inf)
-        tasks = (cores - count * actors.num_cpus) / run.decode.num_cpus
+        tasks = (cores - count * actors.cpus) / run.decode.num_cpus
         return Workers(max(1, int(tasks)), int(count) * GPU_CALLS, cores, has_gpus=True)
-    processes = count_processes(run)
+    processes = count_processes(run, actor_nodes, memory)
     size = cpu_pool_size(run, actor_nodes, sys.maxsize, processes * memory)
-    return Workers(size.first * processes, size.first, cores)
+    return Workers(size.first * processes, size.first * count_threads(run).calls, cores)
 
 
-def count_processes(run: RunConfig) -> int:
-    """Return the number of worker processes that decode in each actor without GPUs."""
-    return max(1, int(run.actors.num_cpus))
+def count_processes(run: RunConfig, nodes: Sequence[Node], memory: int) -> int:
+    """Return the number of worker processes that decode in each actor without GPUs.
+
+    It has one per CPU, or as many as there is memory for on some node.
+
+    Args:
+        run: Claims of actors.
+        nodes: Nodes on which actors may run.
+        memory: Bytes that decoding one scan claims; 0 for no claim.
+    """
+    by_cpus = max(1, int(run.actors.cpus))
+    if not memory or not nodes:
+        return by_cpus
+    by_memory = int(max(node["memory"] for node in nodes) / memory)
+    return max(1, min(by_cpus, by_memory))
+
+
+def count_threads(run: RunConfig) -> ModelThreads:
+    """Return how the model of one actor uses the CPUs that the actor claims."""
+    cpus = max(1, int(run.actors.cpus))
+    if run.actors.num_gpus:
+        return ModelThreads(each=cpus, calls=GPU_CALLS)
+    return ModelThreads.for_cores(cpus)
+
+
+def enlarge_actors(run: RunConfig, cores: int) -> RunConfig:
+    """Return the section for a local Ray: actors as large as possible, if the config leaves that open.
+
+    Each actor holds TensorFlow and the model, so fewer actors take less memory and start in less time.
+
+    Args:
+        run: Section of the config.
+        cores: Cores of this machine.
+    """
+    if run.actors.num_cpus is not None or run.actors.num_gpus:
+        return run
+    count = max(run.actors.min, math.ceil(cores / run.inline_max_cores))
+    actors = run.actors.model_copy(update={"num_cpus": max(1, cores // count)})
+    return run.model_copy(update={"actors": actors})
 
 
 def count_gpu_actors(run: RunConfig, nodes: Sequence[Node]) -> int:
@@ -168,13 +201,13 @@ def _gpu_places(node: Node, share: float) -> float:
 def _claim_gpu_actor(run: RunConfig) -> dict[str, float]:
     """Return the claims of an actor on a node whose GPUs are counted as places for actors."""
     actors = run.actors
-    return {"GPU": 1, "CPU": max(actors.num_cpus, 1e-3), **actors.resources}
+    return {"GPU": 1, "CPU": max(actors.cpus, 1e-3), **actors.resources}
 
 
 def _leaves_decode_cpus(run: RunConfig, node: Node) -> bool:
     """Return whether actors that take all GPUs of a node leave the CPUs of a decode task."""
     by_gpus = int(_gpu_places(node, run.actors.num_gpus))
-    return not by_gpus or node["CPU"] >= by_gpus * run.actors.num_cpus + run.decode.num_cpus
+    return not by_gpus or node["CPU"] >= by_gpus * run.actors.cpus + run.decode.num_cpus
 
 
 def _count_fitting(nodes: Iterable[Node], claims: Mapping[str, float]) -> int:

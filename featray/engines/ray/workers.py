@@ -24,6 +24,7 @@ from featray.engines.base import Decoding
 from featray.engines.decoding.memory_limit import decode_memory
 from featray.engines.decoding.process_pool import WorkerPool
 from featray.engines.decoding.scan_pool import ScanDecodePool
+from featray.engines.prefetch import EXTRA_RESULTS, parallel_map
 from featray.engines.ray.actor_model import ActorModel, ModelLoading
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 
@@ -40,11 +41,18 @@ class WorkerDecoding:
         decoding: How scans are decoded.
         processes: Number of worker processes in each Ray worker.
         scans_ahead: Number of scans that are decoded while the Ray worker is busy with earlier ones.
+        calls: Number of calls of the model at once.
     """
 
     decoding: Decoding
     processes: int
     scans_ahead: int
+    calls: int = 1
+
+    @property
+    def batches_in_use(self) -> int:
+        """Lists of decoded scans that the Ray worker uses at once."""
+        return 1 if self.calls == 1 else self.calls + EXTRA_RESULTS
 
 
 class WorkerScanPool:
@@ -57,12 +65,13 @@ class WorkerScanPool:
         self._processes = WorkerPool(
             setup.processes, decoding.limits.scan_timeout_s, decode_memory(decoding.memory)
         )
-        size = setup.processes + setup.scans_ahead
+        self._batches_in_use = setup.batches_in_use
+        size = setup.processes + setup.scans_ahead + (self._batches_in_use - 1) * decoding.batch_scans
         self._pool = ScanDecodePool(self._processes, decoding, size, cloudpickle.dumps)
 
     def batches(self, scans: Sequence[Scan]) -> Iterator[list[Decoded]]:
-        """Yield lists of decoded scans; a list is valid until the next one is asked for."""
-        return self._pool.batches(scans, _NEVER)
+        """Yield lists of decoded scans; a list is valid until `batches_in_use` later ones are asked for."""
+        return self._pool.batches(scans, _NEVER, self._batches_in_use)
 
     def has_started(self) -> bool:
         """Return whether the worker processes can decode, as of the last batch."""
@@ -170,9 +179,8 @@ class DecodeAndExtractBatch:
         """Return one row of features per listed scan."""
         self._model.begin_batch(None)
         try:
-            return pa.concat_tables(
-                self._extract(decoded) for decoded in self._pool.batches(_parse_scans(batch))
-            )
+            batches = self._pool.batches(_parse_scans(batch))
+            return pa.concat_tables(parallel_map(self._extract, batches, self._setup.calls))
         except BaseException:  # the next call must not get the results of this call's running tasks
             self._pool.close()
             self._pool = WorkerScanPool(self._setup)

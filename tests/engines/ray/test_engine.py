@@ -82,8 +82,13 @@ def test_with_gpus_decoding_and_the_model_run_in_different_processes(tmp_path: P
 
 @pytest.mark.parametrize(
     ("actors", "decode_cpus"),
-    [({}, 0.5), ({"num_gpus": 0.5, "num_cpus": 0.5}, 0.5), ({"num_gpus": 1}, 1)],
-    ids=["cpu", "gpu", "gpu, all CPUs claimed"],
+    [
+        ({}, 0.5),
+        ({"num_cpus": 2}, 0.5),
+        ({"num_gpus": 0.5, "num_cpus": 0.5}, 0.5),
+        ({"num_gpus": 1}, 1),
+    ],
+    ids=["cpu", "cpu, two calls at once", "gpu", "gpu, all CPUs claimed"],
 )
 def test_each_scan_keeps_its_own_tensor_between_processes(
     tmp_path: Path, actors: dict[str, Any], decode_cpus: float

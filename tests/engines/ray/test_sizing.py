@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from featray.config import RunConfig
 from featray.engines.ray import sizing
-from featray.hardware import Workers
+from featray.hardware import ModelThreads, Workers
 from featray.schema import Scan
 
 
@@ -93,9 +93,48 @@ def test_a_pool_with_gpus_grows_unless_its_actors_could_take_the_cpus_of_decodin
 
 
 def test_workers_are_counted_on_the_nodes_that_the_selectors_leave() -> None:
-    assert sizing.count_workers(make_run(num_cpus=2), [NODE, NODE], [NODE, NODE]) == Workers(8, 4, 8)
+    assert sizing.count_workers(make_run(num_cpus=2), [NODE, NODE], [NODE, NODE]) == Workers(8, 8, 8)
     gpus = make_run(num_gpus=0.5, decode={"num_cpus": 2})
     assert sizing.count_workers(gpus, [{**NODE, "GPU": 1.0}], [NODE, NODE]) == Workers(3, 4, 8, has_gpus=True)
+
+
+@pytest.mark.parametrize(
+    ("memory_gib", "processes"), [(0, 4), (2, 4), (3, 2), (8, 1), (100, 1)], ids=lambda value: f"{value}"
+)
+def test_an_actor_decodes_in_as_many_processes_as_there_is_memory_for(
+    memory_gib: int, processes: int
+) -> None:
+    run = make_run(num_cpus=4)
+    assert sizing.count_processes(run, [NODE], memory_gib * 2**30) == processes
+
+
+@pytest.mark.parametrize(
+    ("actors", "cores", "cpus"),
+    [
+        ({}, 1, 1),
+        ({}, 12, 12),
+        ({}, 48, 24),
+        ({"min": 2}, 12, 6),
+        ({"min": 20}, 12, 1),
+        ({"num_cpus": 1.5}, 12, 1.5),
+        ({"num_gpus": 1}, 12, 1),
+    ],
+    ids=["one core", "one actor", "more than one keeps busy", "two", "too many", "configured", "GPUs"],
+)
+def test_actors_of_a_local_ray_are_as_large_as_possible_unless_they_are_configured(
+    actors: dict[str, Any], cores: int, cpus: float
+) -> None:
+    assert sizing.enlarge_actors(make_run(**actors), cores).actors.cpus == cpus
+
+
+@pytest.mark.parametrize(
+    ("actors", "threads"),
+    [({}, ModelThreads(1, 1)), ({"num_cpus": 4}, ModelThreads(3, 2)), ({"num_gpus": 1}, ModelThreads(1, 2))],
+)
+def test_a_model_with_several_cpus_or_a_gpu_has_two_calls_at_once(
+    actors: dict[str, Any], threads: ModelThreads
+) -> None:
+    assert sizing.count_threads(make_run(**actors)) == threads
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ _CREATOR_KEY = "featray-created-by"
 """Metadata key of S3 objects that `Store.create` has written."""
 _TIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")
 """Names under which the file systems of fsspec give the time of a file: local, S3, Azure, Google, memory."""
-_RESUME = "Committed results are kept; run the same command again to resume."
+_OUTPUT_KEY = "output.uri"
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Store:
     """
 
     def __init__(
-        self, uri: str, options: dict[str, Any] | None = None, *, config_key: str = "output.uri"
+        self, uri: str, options: dict[str, Any] | None = None, *, config_key: str = _OUTPUT_KEY
     ) -> None:
         self.uri = uri
         self._config_key = config_key
@@ -64,6 +64,13 @@ class Store:
     def is_local(self) -> bool:
         """Whether the folder is in this machine's file system."""
         return isinstance(self.fs, LocalFileSystem)
+
+    @property
+    def _advice(self) -> str:
+        """What to do after an error, for the end of its message."""
+        if self._config_key == _OUTPUT_KEY:
+            return "Committed results are kept; run the same command again to resume."
+        return "Correct it and run the same command again."
 
     def find_options(self, uri: str) -> dict[str, Any] | None:
         """Return the options of this store for a URL of the same protocol; None for other URLs and paths."""
@@ -258,7 +265,9 @@ class Store:
             problem = "the bucket or container does not exist"
             if self.is_local:
                 problem = "the folder cannot be created, or was deleted at this moment"
-            raise StorageError(f"{self._config_key}: {mask_url(self.uri)}: {problem}. {_RESUME}") from None
+            raise StorageError(
+                f"{self._config_key}: {mask_url(self.uri)}: {problem}. {self._advice}"
+            ) from None
 
     def _delete_one(self, name: str) -> None:
         try:
@@ -325,7 +334,7 @@ class Store:
         else:
             raise error
         reason = f"{problem} ({retry.describe_error(error)})"
-        raise StorageError(f"{self._config_key}: {mask_url(self.uri)}: {reason}. {_RESUME}") from None
+        raise StorageError(f"{self._config_key}: {mask_url(self.uri)}: {reason}. {self._advice}") from None
 
 
 def _get_write_time(info: Mapping[str, Any]) -> float:

@@ -203,7 +203,7 @@ def test_a_bug_in_the_program_is_not_reported_as_a_storage_error(
 
 def test_a_full_disk_is_named_in_the_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", Failing(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(StorageError, match="no space is left; make room"):
+    with pytest.raises(StorageError, match=r"no space is left; make room.*Committed results are kept"):
         Store(str(tmp_path)).write("a", b"1")
 
 
@@ -212,7 +212,8 @@ def test_a_folder_that_cannot_be_created_is_one_clear_error(
 ) -> None:
     # as in /proc, where also root cannot create a folder
     monkeypatch.setattr(os, "makedirs", Failing(FileNotFoundError(errno.ENOENT, "No such file or directory")))
-    with pytest.raises(StorageError, match=rf"^--out: {tmp_path}/out: the folder cannot be created"):
+    problem = rf"^--out: {tmp_path}/out: the folder cannot be created.*\. Correct it and run the same command"
+    with pytest.raises(StorageError, match=problem):
         Store(f"{tmp_path}/out", config_key="--out").write("report.html", b"1")
 
 

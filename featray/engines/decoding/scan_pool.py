@@ -107,7 +107,6 @@ class ScanDecodePool:
         }
         self._free_places: list[str | None] = [*self._buffers] or [None] * size
         self._prefetched: set[str] = set()
-        self._in_use: deque[list[_SettledScan]] = deque()
         self._running = 0
         pool.set_work(dumps(_DecodeWork(decoding.decoder)))
 
@@ -132,16 +131,15 @@ class ScanDecodePool:
                 them gets its due layers from there, because another run may have committed layers meanwhile.
             stop: Once it is set, only scans that were submitted are still yielded.
             batches_in_use: Number of lists that the caller uses at once: a list stays valid until that many
-                later lists are asked for. The last lists stay valid until the next call of this method.
+                later lists are asked for. The last lists stay valid, and keep their places.
 
         Raises:
             FeatrayError: No worker process can start.
         """
-        while self._in_use:
-            self._release_batch(self._in_use.popleft())
         waiting, due_layers = self._take_prefetched(scans)
         size = self._decoding.batch_scans
         ready: list[_SettledScan] = []
+        in_use: deque[list[_SettledScan]] = deque()
         while waiting or self._running or ready:
             if stop.is_set():
                 waiting.clear()
@@ -152,9 +150,9 @@ class ScanDecodePool:
             while len(ready) >= size or (ready and not self._running and not waiting):
                 batch, ready = ready[:size], ready[size:]
                 yield [decoded for decoded, _ in batch]
-                self._in_use.append(batch)
-                if len(self._in_use) == batches_in_use:
-                    self._release_batch(self._in_use.popleft())
+                in_use.append(batch)
+                if len(in_use) == batches_in_use:
+                    self._release_batch(in_use.popleft())
 
     def _take_prefetched(self, scans: Sequence[Scan]) -> tuple[deque[Scan], _DueLayers]:
         """Return the scans that are not prefetched, and the due layers of each prefetched scan."""

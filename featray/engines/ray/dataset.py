@@ -132,14 +132,16 @@ class PassPipeline:
         claim = processes * (self._memory or 0)
         size = cpu_pool_size(self._run, nodes, listed.num_blocks(), claim, grows=self._grows)
         processes = min(processes, math.ceil(scans / size.first))
-        calls = count_threads(self._run).calls
-        setup = WorkerDecoding(self._decoding, processes, 2 * self._decoding.batch_scans, calls)
-        self._workers = Workers(size.first * processes, size.first * calls, cluster.cpus())
+        calls = 1 if self._pass.isolates_scans else min(count_threads(self._run).calls, processes)
+        # Several tasks at once: while one waits for its first scans, or for its last batch, the others go on.
+        per_call = processes // calls if claim else math.ceil(processes / calls)
+        setup = WorkerDecoding(self._decoding, per_call, scans_ahead=2 * self._decoding.batch_scans)
+        self._workers = Workers(size.first * per_call * calls, size.first * calls, cluster.cpus())
         return listed.map_batches(
             DecodeAndExtractBatch,
-            fn_constructor_args=[self._model_loading(), setup],
+            fn_constructor_args=[self._model_loading(), setup, calls],
             batch_size=None,
-            compute=_make_pool(size, self._pass),
+            compute=_make_pool(size, self._pass, calls),
             num_cpus=actors.cpus * (1 - FREE_SHARE),  # actors fill the machine; writers must fit in
             memory=claim or None,
             resources=actors.resources or None,

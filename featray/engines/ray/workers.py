@@ -9,6 +9,7 @@ processes.
 from __future__ import annotations
 
 import contextlib
+import queue
 import threading
 import time
 import uuid
@@ -24,7 +25,6 @@ from featray.engines.base import Decoding
 from featray.engines.decoding.memory_limit import decode_memory
 from featray.engines.decoding.process_pool import WorkerPool
 from featray.engines.decoding.scan_pool import ScanDecodePool
-from featray.engines.prefetch import EXTRA_RESULTS, parallel_map
 from featray.engines.ray.actor_model import ActorModel, ModelLoading
 from featray.schema import Decoded, Receipt, Scan, ScanRecord
 
@@ -41,18 +41,11 @@ class WorkerDecoding:
         decoding: How scans are decoded.
         processes: Number of worker processes in each Ray worker.
         scans_ahead: Number of scans that are decoded while the Ray worker is busy with earlier ones.
-        calls: Number of calls of the model at once.
     """
 
     decoding: Decoding
     processes: int
     scans_ahead: int
-    calls: int = 1
-
-    @property
-    def batches_in_use(self) -> int:
-        """Lists of decoded scans that the Ray worker uses at once."""
-        return 1 if self.calls == 1 else self.calls + EXTRA_RESULTS
 
 
 class WorkerScanPool:
@@ -65,13 +58,12 @@ class WorkerScanPool:
         self._processes = WorkerPool(
             setup.processes, decoding.limits.scan_timeout_s, decode_memory(decoding.memory)
         )
-        self._batches_in_use = setup.batches_in_use
-        size = setup.processes + setup.scans_ahead + (self._batches_in_use - 1) * decoding.batch_scans
+        size = setup.processes + setup.scans_ahead
         self._pool = ScanDecodePool(self._processes, decoding, size, cloudpickle.dumps)
 
     def batches(self, scans: Sequence[Scan]) -> Iterator[list[Decoded]]:
-        """Yield lists of decoded scans; a list is valid until `batches_in_use` later ones are asked for."""
-        return self._pool.batches(scans, _NEVER, self._batches_in_use)
+        """Yield lists of decoded scans; a list is valid until the next one is asked for."""
+        return self._pool.batches(scans, _NEVER)
 
     def has_started(self) -> bool:
         """Return whether the worker processes can decode, as of the last batch."""
@@ -160,31 +152,42 @@ class ExtractBatch:
 
 
 class DecodeAndExtractBatch:
-    """Rows of listed scans → rows of features; holds the model, and a pool that decodes ahead of it."""
+    """Rows of listed scans → rows of features; holds the model, and pools that decode ahead of it.
 
-    def __init__(self, loading: ModelLoading, setup: WorkerDecoding) -> None:
+    Args:
+        loading: How the actor gets the model.
+        setup: How each of the pools decodes.
+        calls: Number of calls of this object at once; each uses a pool of its own.
+    """
+
+    def __init__(self, loading: ModelLoading, setup: WorkerDecoding, calls: int) -> None:
         self._setup, self._model = setup, ActorModel(loading)
-        self._pool = WorkerScanPool(setup)
+        self._first_pool = WorkerScanPool(setup)
+        self._free_pools: queue.SimpleQueue[WorkerScanPool] = queue.SimpleQueue()
+        for pool in [self._first_pool, *(WorkerScanPool(setup) for _ in range(calls - 1))]:
+            self._free_pools.put(pool)
         # The model is loaded in a thread, so that the first scans are decoded while TensorFlow is imported.
         self._loaded: Future[None] = ThreadPoolExecutor(1).submit(self._load_after_pool)
 
     def _load_after_pool(self) -> None:
         """Load the model when the pool has started: both import for seconds, and the model can wait."""
         deadline = time.monotonic() + _POOL_START_S
-        while not self._pool.has_started() and time.monotonic() < deadline:
+        while not self._first_pool.has_started() and time.monotonic() < deadline:
             time.sleep(0.02)
         self._model.load()
 
     def __call__(self, batch: Mapping[str, Any]) -> pa.Table:
         """Return one row of features per listed scan."""
         self._model.begin_batch(None)
+        pool = self._free_pools.get()
         try:
-            batches = self._pool.batches(_parse_scans(batch))
-            return pa.concat_tables(parallel_map(self._extract, batches, self._setup.calls))
+            return pa.concat_tables(self._extract(decoded) for decoded in pool.batches(_parse_scans(batch)))
         except BaseException:  # the next call must not get the results of this call's running tasks
-            self._pool.close()
-            self._pool = WorkerScanPool(self._setup)
+            pool.close()
+            pool = WorkerScanPool(self._setup)
             raise
+        finally:
+            self._free_pools.put(pool)
 
     def _extract(self, decoded: Sequence[Decoded]) -> pa.Table:
         self._loaded.result()

@@ -25,6 +25,7 @@ from featray.engines.ray.sizing import (
     GPU_CALLS,
     PoolSize,
     count_processes,
+    count_task_cpus,
     count_threads,
     count_workers,
     cpu_pool_size,
@@ -113,10 +114,11 @@ class PassPipeline:
         """Return the pipeline from listed scans to features."""
         import ray
 
-        isolates = self._pass.isolates_scans
         with hide_deprecations():
             cpus = cluster.cpus() if cluster.actor_nodes(self._run) else CPUS_BEFORE_GROWTH
-            tasks = task_count(scans, cpus, self._decoding.batch_scans, isolates=isolates)
+            tasks = task_count(scans, cpus, self._decoding.batch_scans, count_task_cpus(self._run))
+            if self._pass.isolates_scans:
+                tasks = len(scans)
             listed = ray.data.from_items(
                 [{"scan": scan.to_json()} for scan in scans], override_num_blocks=tasks
             )
@@ -131,8 +133,8 @@ class PassPipeline:
         # Ray only schedules by the memory claim; the worker process enforces the limit of a scan.
         claim = processes * (self._memory or 0)
         size = cpu_pool_size(self._run, nodes, listed.num_blocks(), claim, grows=self._grows)
-        processes = min(processes, math.ceil(scans / size.first))
-        calls = 1 if self._pass.isolates_scans else min(count_threads(self._run).calls, processes)
+        processes = 1 if self._pass.isolates_scans else min(processes, math.ceil(scans / size.first))
+        calls = min(count_threads(self._run).calls, processes)
         # Several tasks at once: while one waits for its first scans, or for its last batch, the others go on.
         per_call = processes // calls if claim else math.ceil(processes / calls)
         setup = WorkerDecoding(self._decoding, per_call, scans_ahead=2 * self._decoding.batch_scans)

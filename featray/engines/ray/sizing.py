@@ -19,10 +19,12 @@ GPU_CALLS = 2
 CPUS_BEFORE_GROWTH = 32
 """CPUs for which a cluster that has no nodes yet gets tasks enough."""
 _MAX_TASK_BYTES = 256 * 2**20
+"""Limit of the scans in one task, for each CPU that works on it."""
 _MAX_TASK_SCANS = 512
-"""Limits of the scans in one task; scans share tasks because a task costs about 30 ms."""
+"""Limit of the scans in one task; scans share tasks because a task costs about 30 ms."""
 _MIN_TASKS_PER_CPU = 8
-"""Tasks per CPU at least, as long as each task fills a batch; with fewer, some CPUs are idle at the end."""
+"""Tasks at least for each CPU (or group of CPUs that works on one task), as long as each task fills a batch;
+with fewer, some CPUs are idle at the end."""
 _DECODE_BYTES_PER_FILE_BYTE = 5
 """Memory that decoding takes per byte of a file: the compressed bytes, the inflated ones, and the result."""
 _BASE_BYTES = 2**28
@@ -31,20 +33,18 @@ _BASE_BYTES = 2**28
 Node = Mapping[str, float]
 
 
-def task_count(scans: Sequence[Scan], cpus: float, batch: int, *, isolates: bool) -> int:
+def task_count(scans: Sequence[Scan], cpus: float, batch: int, cpus_per_task: float = 1) -> int:
     """Return the number of tasks for the scans; each task fills a batch of the model if possible.
 
     Args:
         scans: Scans to process.
         cpus: CPUs of the cluster.
         batch: Scans per call of the model.
-        isolates: Whether each scan gets a task of its own.
+        cpus_per_task: CPUs that work on one task.
     """
-    if isolates:
-        return len(scans)
-    by_size = math.ceil(sum(scan.size for scan in scans) / _MAX_TASK_BYTES)
+    by_size = math.ceil(sum(scan.size for scan in scans) / (_MAX_TASK_BYTES * cpus_per_task))
     by_count = math.ceil(len(scans) / _MAX_TASK_SCANS)
-    tasks = max(by_size, by_count, int(_MIN_TASKS_PER_CPU * cpus))
+    tasks = max(by_size, by_count, int(_MIN_TASKS_PER_CPU * cpus / cpus_per_task))
     return min(tasks, math.ceil(len(scans) / batch))
 
 
@@ -166,6 +166,11 @@ def count_threads(run: RunConfig) -> ModelThreads:
     if run.actors.num_gpus:
         return ModelThreads(each=cpus, calls=GPU_CALLS)
     return ModelThreads.for_cores(cpus)
+
+
+def count_task_cpus(run: RunConfig) -> float:
+    """Return the number of CPUs that work on one task: those of an actor, shared by its calls."""
+    return 1 if run.actors.num_gpus else max(1, run.actors.cpus / count_threads(run).calls)
 
 
 def enlarge_actors(run: RunConfig, cores: int) -> RunConfig:

@@ -32,7 +32,20 @@ def make_scan(name: str) -> Scan:
 )
 def test_small_or_many_scans_share_tasks(sizes: list[int], tasks: int) -> None:
     scans = [replace(make_scan(f"s{n}"), size=size) for n, size in enumerate(sizes)]
-    assert sizing.task_count(scans, cpus=2, batch=4, isolates=False) == tasks
+    assert sizing.task_count(scans, cpus=2, batch=4) == tasks
+
+
+def test_tasks_are_larger_where_several_cpus_work_on_each() -> None:
+    scans = [replace(make_scan(f"s{n}"), size=64 * 2**20) for n in range(512)]
+    assert sizing.task_count(scans, cpus=16, batch=4) == 128
+    assert sizing.task_count(scans, cpus=16, batch=4, cpus_per_task=8) == 16
+
+
+@pytest.mark.parametrize(
+    ("actors", "cpus"), [({}, 1), ({"num_cpus": 0.5}, 1), ({"num_cpus": 16}, 8), ({"num_gpus": 1}, 1)]
+)
+def test_the_cpus_of_an_actor_are_shared_by_its_calls(actors: dict[str, Any], cpus: float) -> None:
+    assert sizing.count_task_cpus(make_run(**actors)) == cpus
 
 
 def test_large_scans_claim_memory_and_are_processed_apart() -> None:

@@ -14,6 +14,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -208,10 +209,9 @@ def _kill_victim(
     wait_until(lambda: can_begin() or process.poll() is not None, "the run to process its first scans")
     time.sleep(rng.random() * KILL_WINDOW_S)
     if round_.victim in ("driver", "group"):
-        was_running = process.poll() is None
-        if was_running:
-            os.killpg(process.pid, 9) if round_.victim == "group" else process.kill()
-        return was_running
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL) if round_.victim == "group" else process.kill()
+        return process.wait(TIMEOUT_S) == -signal.SIGKILL  # it may have ended just before
     wait_until(has_victims_or_ended, f"a {round_.victim}")
     was_running = process.poll() is None
     if was_running:

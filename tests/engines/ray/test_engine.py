@@ -173,9 +173,9 @@ def make_stages(folder: Path) -> Stages:
     return Stages(poison.sum_voxels, poison.load_sum_model, "r", write_run, scans_per_file=4, run_id="run")
 
 
-def run_scans(stages: Stages, names: list[str], **limits: Any) -> dict[str, ScanRecord]:
+def run_scans(stages: Stages, names: list[str], num_cpus: int = 1, **limits: Any) -> dict[str, ScanRecord]:
     # With one actor, because each new process imports for seconds.
-    run = RunConfig.model_validate({"actors": {"max": 1}})
+    run = RunConfig.model_validate({"actors": {"max": 1, "num_cpus": num_cpus}})
     engine = RayEngine(run, make_decoding(**limits))
     receipts = list(engine.receipts([make_scan(name) for name in names], stages, threading.Event()))
     records = [record for receipt in receipts for record in receipt.records]
@@ -195,9 +195,12 @@ def test_scans_that_crash_or_hang_their_process_affect_no_other_scan_and_cause_n
     assert "a pass ended early" not in caplog.text
 
 
-def test_a_scan_that_kills_the_process_of_the_model_does_not_affect_other_scans(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_cpus", [1, 2], ids=["one task at once", "two tasks at once"])
+def test_a_scan_that_kills_the_process_of_the_model_does_not_affect_other_scans(
+    tmp_path: Path, num_cpus: int
+) -> None:
     names = [*(f"s{n}" for n in range(9)), "killer"]
-    records = run_scans(make_stages(tmp_path), names, attempts=2)
+    records = run_scans(make_stages(tmp_path), names, num_cpus, attempts=2)
     assert {name: (record.reason, record.attempts) for name, record in records.items() if record.reason} == {
         "killer": ("worker_crash", 2)
     }

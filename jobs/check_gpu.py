@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -193,6 +194,7 @@ class GpuChecks:
 def main() -> int:
     """Run the checks and return the exit code."""
     args = _parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, deletes the temporary files
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if args.run_out_of_memory:
         print(json.dumps(_run_out_of_memory(args.run_out_of_memory, simulates=args.cpu)))

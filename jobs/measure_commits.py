@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import tempfile
 import time
@@ -38,6 +39,7 @@ COLUMNS = ("commits", "scans", "commit_s", "open_s", "ledger_s", "log_files", "f
 def main() -> None:
     """Commit, refresh and compact; print the figures after each step."""
     args = _parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, deletes the temporary files
     with tempfile.TemporaryDirectory(prefix="featray-measure-", dir=args.directory) as folder:
         dataset = Dataset(Store(f"{folder}/out"))
         committer = Committer(dataset, ("layer",), run_id=new_run_id())

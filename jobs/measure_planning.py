@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,6 +41,7 @@ CASES = ("unchanged", "changed", "new layer")
 def main() -> None:
     """Make manifests and outputs, plan in fresh processes, and print the figures."""
     args = _parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, deletes the temporary files
     if args.plan:
         manifest, output, case = args.plan
         print(json.dumps(_plan_here(Path(manifest), Path(output), case)))

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,7 @@ HEADER_BYTES = 352
 def main() -> None:
     """Make one phantom in both formats, time every function, and print the figures."""
     args = _parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, deletes the temporary files
     if args.peak:
         print(_measure_peak_here(args.peak, args.directory))
         return

@@ -14,6 +14,7 @@ import argparse
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,7 @@ RUN_ID = "20260101T000000000-abcdef"
 def main() -> None:
     """Make the output, report it in a fresh process, and print the figures."""
     args = _parse_arguments()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C, deletes the temporary files
     if args.report:
         print(json.dumps(_report_here(*args.report)))
         return

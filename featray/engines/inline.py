@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -97,8 +98,9 @@ class InlineEngine:
         kill this process.
         """
         tables = self._extract_tables(scans, stages, stop)
-        if self._decode_workers:
-            tables = prefetch(tables, stop=stop, grace_s=find_stop_limit_s())
+        stop_limit_s = find_stop_limit_s()
+        if self._decode_workers or math.isfinite(stop_limit_s):  # no debugger follows a Ray job
+            tables = prefetch(tables, stop=stop, grace_s=stop_limit_s)
         for table in tables:
             yield stages.write(table)
 

@@ -12,13 +12,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil
 import pytest
 
 from featray.config import LimitsConfig, load
+from featray.engines import inline
 from featray.engines.base import Decoding, Stages
 from featray.engines.inline import InlineEngine
 from featray.hardware import count_usable_cores
@@ -233,6 +234,24 @@ def test_after_a_stop_no_further_scan_is_submitted(decoder: Decoder, stages: Sta
     stop.set()
     with make_engine(decoder) as engine:
         assert list(engine.receipts(make_scans("s1", "s2"), stages, stop)) == []
+
+
+def test_a_ray_job_that_decodes_in_its_own_process_gives_up_the_scan_in_progress(
+    stages: Stages, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, end = threading.Event(), threading.Event()
+
+    def decode(_: Scan) -> Decoded:
+        stop.set()  # as `ray job stop` does while the scan is being decoded
+        end.wait(60)
+        raise RuntimeError("the scan was not given up")
+
+    monkeypatch.setattr(inline, "find_stop_limit_s", lambda: 0.1)
+    with make_engine(cast(Decoder, decode), workers=0) as engine:
+        start = time.monotonic()
+        assert list(engine.receipts(make_scans("s1"), stages, stop)) == []
+        assert time.monotonic() - start < 30
+    end.set()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import sys
 import uuid
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+from job_modules import import_job
 from servers.seaweedfs import PUBLIC_BUCKET, SeaweedFS
 
 import featray
@@ -77,12 +77,7 @@ def write_index(path: Path, *series: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def job() -> Any:
     """Return the module jobs/idc_manifest.py."""
-    spec = importlib.util.spec_from_file_location("idc_manifest", REPOSITORY / "jobs" / "idc_manifest.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return import_job("idc_manifest")
 
 
 @pytest.fixture

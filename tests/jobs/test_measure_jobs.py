@@ -9,8 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
+from job_modules import JOBS
 
 
 @pytest.mark.slow

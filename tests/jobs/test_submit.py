@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import signal
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -12,8 +11,8 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from job_modules import import_job
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 SECRET = "abc-secret-123"
 
 
@@ -65,15 +64,6 @@ class FakeServer:
         return self.log
 
 
-def load_program() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("submit", REPOSITORY / "jobs" / "submit.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(autouse=True)
 def keep_sigterm() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
@@ -89,7 +79,7 @@ def server() -> FakeServer:
 @pytest.fixture
 def submit(server: FakeServer, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Return the program as a module, connected to the fake server."""
-    module = load_program()
+    module = import_job("submit")
     monkeypatch.setattr(module, "connect", lambda _: server)
     monkeypatch.setattr(module, "_POLL_S", 0.0)
     return module
@@ -254,7 +244,7 @@ class AuthenticationError(RuntimeError):
 def test_each_way_not_to_reach_a_cluster_is_one_message_with_advice(
     error: Exception, advice: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    module = load_program()
+    module = import_job("submit")
 
     def fail(_: str | None) -> None:
         raise error

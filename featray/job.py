@@ -21,6 +21,7 @@ from featray.engines.choice import choose_engine
 from featray.errors import HeldOutputError, ModelError
 from featray.hardware import DEFAULT_THREADS, ModelPlace, ModelThreads
 from featray.model import Extractor, ModelFacts, remembered, runtime
+from featray.model.model_facts import refuse_changed_model
 from featray.output.dataset import Dataset, Snapshot, make_partition_name
 from featray.output.lease import Lease
 from featray.output.lease_wait import LeaseWait
@@ -292,8 +293,7 @@ def load_same_extractor(
         extractor.load()
         return extractor
     extractor = load_extractor(config, threads)
-    if extractor.sha256 != sha256:
-        raise ModelError("the model or its code changed while the run was starting; start the run again")
+    refuse_changed_model(extractor.sha256, sha256)
     return extractor
 
 

@@ -22,7 +22,7 @@ from featray.model import gpus, inputs, prepare, runtime, seeding, variation
 from featray.model.batch_runner import BatchRunner, concatenate
 from featray.model.inputs import Batch, Shape, TrialResults
 from featray.model.loading import download
-from featray.model.model_facts import ModelFacts, OutputLayer, OutputPlace
+from featray.model.model_facts import ModelFacts, OutputLayer, OutputPlace, refuse_changed_model
 from featray.model.select_layers import OutputSpec
 from featray.model.variation import Variation
 
@@ -167,8 +167,7 @@ class Extractor:
     def _load_known(self) -> None:
         runtime.configure(self._threads, self._place)
         self._prepared = prepare.prepare_known_model(self._spec, self._input_zyx, self._known)
-        if self._prepared.loaded.sha256 != self.sha256:
-            raise ModelError("the model or its code changed while the run was starting; start the run again")
+        refuse_changed_model(self._prepared.loaded.sha256, self.sha256)
         self._outputs = prepare.make_known_outputs(self._known)
         self._runner = self._make_runner(self._place)
         self._all = self._trace(self._outputs)

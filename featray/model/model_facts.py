@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from featray.errors import ModelError
 from featray.model.inputs import Shape
 from featray.model.pooling import Pool
 
@@ -110,3 +111,9 @@ class ModelFacts:
             compute_dtypes=tuple(values["compute_dtypes"]),
             corrections=tuple(values["corrections"]),
         )
+
+
+def refuse_changed_model(sha256: str, expected: str) -> None:
+    """Raise ModelError if the digest of a loaded model is not the one that the recipe was made from."""
+    if sha256 != expected:
+        raise ModelError("the model or its code changed while the run was starting; start the run again")

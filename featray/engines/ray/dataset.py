@@ -26,9 +26,9 @@ from featray.engines.ray.sizing import (
     PoolSize,
     count_processes,
     count_task_cpus,
-    count_threads,
     count_workers,
     cpu_pool_size,
+    divide_processes,
     gpu_pool_size,
     task_count,
 )
@@ -134,9 +134,8 @@ class PassPipeline:
         claim = processes * (self._memory or 0)
         size = cpu_pool_size(self._run, nodes, listed.num_blocks(), claim, grows=self._grows)
         processes = 1 if self._pass.isolates_scans else min(processes, math.ceil(scans / size.first))
-        calls = min(count_threads(self._run).calls, processes)
         # Several tasks at once: while one waits for its first scans, or for its last batch, the others go on.
-        per_call = processes // calls if claim else math.ceil(processes / calls)
+        calls, per_call = divide_processes(self._run, processes, self._memory or 0)
         setup = WorkerDecoding(self._decoding, per_call, scans_ahead=2 * self._decoding.batch_scans)
         self._workers = Workers(size.first * per_call * calls, size.first * calls, cluster.cpus())
         return listed.map_batches(

@@ -140,7 +140,8 @@ def count_workers(
         return Workers(max(1, int(tasks)), int(count) * GPU_CALLS, cores, has_gpus=True)
     processes = count_processes(run, actor_nodes, memory)
     size = cpu_pool_size(run, actor_nodes, sys.maxsize, processes * memory)
-    return Workers(size.first * processes, size.first * count_threads(run).calls, cores)
+    calls, per_call = divide_processes(run, processes, memory)
+    return Workers(size.first * calls * per_call, size.first * calls, cores)
 
 
 def count_processes(run: RunConfig, nodes: Sequence[Node], memory: int) -> int:
@@ -158,6 +159,26 @@ def count_processes(run: RunConfig, nodes: Sequence[Node], memory: int) -> int:
         return by_cpus
     by_memory = int(max(node["memory"] for node in nodes) / memory)
     return max(1, min(by_cpus, by_memory))
+
+
+class ActorTasks(NamedTuple):
+    """Tasks that an actor works on at once, and the worker processes of each of them."""
+
+    calls: int
+    processes_per_call: int
+
+
+def divide_processes(run: RunConfig, processes: int, memory: int) -> ActorTasks:
+    """Return how the tasks of an actor share its worker processes.
+
+    Args:
+        run: Claims of actors.
+        processes: Worker processes of an actor. Without a claim of memory there may be one more, so that all
+            tasks have equally many.
+        memory: Bytes that each process claims; 0 for no claim.
+    """
+    calls = min(count_threads(run).calls, processes)
+    return ActorTasks(calls, processes // calls if memory else math.ceil(processes / calls))
 
 
 def count_threads(run: RunConfig) -> ModelThreads:

@@ -122,6 +122,15 @@ def test_an_actor_decodes_in_as_many_processes_as_there_is_memory_for(
 
 
 @pytest.mark.parametrize(
+    ("processes", "memory", "expected"), [(1, 0, (1, 1)), (3, 0, (2, 2)), (3, 2**30, (2, 1)), (4, 0, (2, 2))]
+)
+def test_the_tasks_of_an_actor_share_its_processes_without_claiming_more_memory(
+    processes: int, memory: int, expected: tuple[int, int]
+) -> None:
+    assert sizing.divide_processes(make_run(num_cpus=4), processes, memory) == expected
+
+
+@pytest.mark.parametrize(
     ("actors", "cores", "cpus"),
     [
         ({}, 1, 1),

@@ -30,6 +30,7 @@ from featray.recipe import RecipeIds, make_recipe, make_recipe_ids
 from featray.schema import Receipt
 from featray.stages.commit import Committer
 from featray.stages.decode import Decoder
+from featray.stages.input_cache import InputCache
 from featray.stages.list import Listing
 from featray.stages.plan import Plan, make_plan
 from featray.stages.report import Run
@@ -200,7 +201,7 @@ def make_engine(config: Config, instrument: Instrument = keep_stage) -> Engine:
     """Return the engine of a config; for `auto`, say which one was chosen and why."""
     from featray.engines.inline import InlineEngine
 
-    decoding = make_decoding(config, instrument)
+    decoding = make_decoding(config, instrument, InputCache.from_config(config))
     name, reason = choose_engine(config.run)
     if config.run.engine == "auto":
         log.info("engine %s, because %s; set run.engine to choose yourself", name, reason)
@@ -211,11 +212,13 @@ def make_engine(config: Config, instrument: Instrument = keep_stage) -> Engine:
     return RayEngine(config.run, decoding)
 
 
-def make_decoding(config: Config, instrument: Instrument = keep_stage, *, use_cache: bool = True) -> Decoding:
-    """Return how an engine decodes the scans of a config, by default with the input cache of the config."""
+def make_decoding(
+    config: Config, instrument: Instrument = keep_stage, cache: InputCache | None = None
+) -> Decoding:
+    """Return how an engine decodes the scans of a config, with this input cache or without one."""
     has_patches = config.preprocess.fit == "patches" or config.source.rows
     return Decoding(
-        decoder=instrument("decode", Decoder.from_config(config, use_cache=use_cache)),
+        decoder=instrument("decode", Decoder.from_config(config, cache)),
         batch_scans=1 if has_patches else config.model.batch_size,  # the patches of one scan fill batches
         limits=config.limits,
         memory=config.run.decode.memory,

@@ -142,8 +142,8 @@ class ScanRecord:
     `columns` holds the manifest's further columns and the configured DICOM tags, which follow as strings.
     `due_layers` is that of the scan. `reduced_batch` is the number of inputs in a call of the model if memory
     was too short for `model.batch_size`. `returned` says why an actor returned the scan to the engine without
-    a result, because its device had failed, and `returned_by` is the id of its process. These are not
-    columns.
+    a result, because its device had failed, and `returned_by` is the id of its process. `is_from_cache` says
+    whether the input cache had the model input. These are not columns.
 
     `layers` says which cells `features` holds for the scan, also for a scan that has failed: a scan that
     fails when a layer is added keeps its other cells. `failed_layers` says which cells were tried and failed.
@@ -184,6 +184,7 @@ class ScanRecord:
     reduced_batch: int | None = None
     returned: str | None = None
     returned_by: str = ""
+    is_from_cache: bool = False
 
     @classmethod
     def from_scan(cls, scan: Scan) -> ScanRecord:

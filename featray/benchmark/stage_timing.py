@@ -91,7 +91,7 @@ def measure_stages(config: Config, scans: Sequence[Scan], options: TimingOptions
     Raises:
         FeatrayError: No scan can be decoded, or as `Job.prepare`.
     """
-    decoding = make_decoding(config, use_cache=False)
+    decoding = make_decoding(config)
     job = Job.prepare(config, InlineEngine(0, decoding))
     stages = job.make_stages(Dataset.open(config.output), len(scans))
     times = _StageTimes(options.repeats)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from featray.config import Config
 from featray.errors import ConfigError
-from featray.stages.input_cache import InputCache, is_entry
+from featray.stages.input_cache import InputCache, is_cache_file, is_entry
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def show_cache(config: Config, *, clear: bool = False) -> CacheResult:
         raise ConfigError("cache.uri: this config has no input cache; set cache.uri to a folder or URL")
     deleted: list[str] = []
     if clear:
-        deleted = [name for name in cache.store.list_files() if is_entry(name)]
+        deleted = [name for name in cache.store.list_files() if is_cache_file(name)]
         cache.store.delete(deleted)
     sizes = [size for name, size in cache.store.list_file_sizes().items() if is_entry(name)]
     return CacheResult(cache.shown_uri, len(sizes), sum(sizes), int(cache.max_bytes), len(deleted))

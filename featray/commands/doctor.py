@@ -264,7 +264,7 @@ class _Checks:
             text = f"will hold up to {expected / 1e9:.3g} GB of model inputs before compression"
             if expected > limit:
                 problem = f"{text}, but cache.max_gb is {limit / 1e9:g}"
-                yield "WARN", f"{problem}; inputs beyond it are decoded again in the next run"
+                yield "WARN", f"{problem}; the next run decodes the rest of the scans again"
             else:
                 yield "PASS", text
         yield "PASS", "it holds image data of the scans; protect it as you protect the scans"

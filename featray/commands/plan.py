@@ -29,6 +29,7 @@ from featray.model.runtime import list_gpu_names
 from featray.output.dataset import Dataset
 from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
+from featray.stages.input_cache import InputCache
 from featray.stages.plan import STATES, Plan
 from featray.stages.report import describe_cleared_failures, describe_other_layers
 
@@ -53,7 +54,8 @@ class Estimate:
     Attributes:
         command: Command that is estimated: `refresh` if `extract` would refuse or has nothing to do.
         sampled: Number of scans in the sample; 0 if there was no scan to sample, and then no estimate.
-        decode_s: Seconds to read, decode and preprocess a scan of average size.
+        from_cache: Number of scans in the sample whose model input is in the input cache.
+        decode_s: Seconds to read, decode and preprocess a scan of average size, or to take it from the cache.
         infer_s: Seconds of the model for the due layers of one scan, called as the engine calls it in one
             process.
         scans_per_s: Scans per second without start-up, on the present nodes of the cluster with cores as fast
@@ -69,6 +71,7 @@ class Estimate:
 
     command: str = "extract"
     sampled: int = 0
+    from_cache: int = 0
     decode_s: float = 0.0
     infer_s: float = 0.0
     scans_per_s: float = 0.0
@@ -188,6 +191,7 @@ class PlanResult:
         estimate = self.estimate
         if not estimate.sampled:
             return []
+        cached = f" ({estimate.from_cache} of them in the input cache)" if estimate.from_cache else ""
         duration, size = _format_duration(estimate.seconds), _format_size(estimate.output_bytes)
         cluster = (
             f" on {estimate.nodes} nodes with {estimate.cores:g} cores, {estimate.gpus:g} GPUs and "
@@ -196,7 +200,7 @@ class PlanResult:
             else ""
         )
         return [
-            f"estimate of {estimate.command} from {estimate.sampled} scans{cluster}: "
+            f"estimate of {estimate.command} from {estimate.sampled} scans{cached}{cluster}: "
             f"{estimate.scans_per_s:.2f} scans/s, {duration}, "
             f"{size} of values, {estimate.memory_bytes / 1e9:.1f} GB of memory per process"
         ]
@@ -308,7 +312,8 @@ def _estimate_run(job: Job, engine: Engine, dataset: Dataset, plan: Plan) -> Est
     candidates = plan.todo[:: -(-len(plan.todo) // _MAX_CANDIDATES)]
     readable = [scan for scan in candidates if scan.reason is None]
     count = len(readable) * len(plan.todo) // len(candidates)
-    stages, decoding = job.make_stages(dataset, count), make_decoding(job.config, use_cache=False)
+    cache = InputCache.from_config(job.config, is_read_only=True)
+    stages, decoding = job.make_stages(dataset, count), make_decoding(job.config, cache=cache)
     sample = _decode_sample(decoding, sample_by_size(readable, SAMPLE_SCANS))
     usable = [decoded for _, decoded in sample if decoded.record.status == "ok"]
     if not usable:
@@ -327,6 +332,7 @@ def _estimate_run(job: Job, engine: Engine, dataset: Dataset, plan: Plan) -> Est
     values = _average_values(job.extractor.layers, readable)
     return Estimate(
         sampled=len(usable),
+        from_cache=sum(decoded.record.is_from_cache for decoded in usable),
         decode_s=decode_s,
         infer_s=infer_s,
         scans_per_s=scans_per_s,
@@ -386,7 +392,8 @@ def _decode_sample(decoding: Decoding, scans: Sequence[Scan]) -> list[tuple[Scan
 def _estimate_decode_s(sample: Sequence[tuple[Scan, Decoded]], scans: Sequence[Scan]) -> float:
     """Return the decode seconds of a scan of average size.
 
-    The seconds of the sample are scaled by file size, if the sizes of all scans are known.
+    The seconds of the sample are scaled by file size, if the sizes of all scans are known and no scan came
+    from the input cache, whose entries have similar sizes.
 
     Args:
         sample: Decoded scans of the sample, with their listing entries.
@@ -394,7 +401,7 @@ def _estimate_decode_s(sample: Sequence[tuple[Scan, Decoded]], scans: Sequence[S
     """
     usable = [(scan, decoded.record) for scan, decoded in sample if decoded.record.status == "ok"]
     mean = statistics.mean(record.read_s + record.decode_s + record.preprocess_s for _, record in usable)
-    if not all(scan.size for scan in scans):
+    if any(record.is_from_cache for _, record in usable) or not all(scan.size for scan in scans):
         return mean
     sizes, sample_sizes = [scan.size for scan in scans], [scan.size for scan, _ in usable]
     return mean * statistics.mean(sizes) / statistics.mean(sample_sizes)

@@ -50,11 +50,10 @@ class Decoder:
     cache: InputCache | None = None
 
     @classmethod
-    def from_config(cls, config: Config, *, use_cache: bool = False) -> Self:
-        """Return the decoder of a config; without its input cache unless `use_cache` is true."""
+    def from_config(cls, config: Config, cache: InputCache | None = None) -> Self:
+        """Return the decoder of a config, with this cache or without one."""
         tags = config.privacy.dicom_tags
         reader = Reader(config.source, config.policy, config.limits.max_voxels, tags)
-        cache = InputCache.from_config(config) if use_cache else None
         return cls(reader, config.policy, config.preprocess, config.limits, cache)
 
     def __repr__(self) -> str:

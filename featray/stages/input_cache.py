@@ -5,6 +5,10 @@ Parquet file, whose name is the hash of everything that decides the model input:
 content, the keys of reading and preprocessing, and the version of featray. Runs, models and outputs can
 therefore share a cache. Entries are written in one step and have checksums; a damaged entry is deleted and
 the scan is decoded again. An unreachable cache costs time, but never a scan.
+
+If the cache is full, the entries go first that were not used for the longest time. Entries that the present
+run has used or written stay, and the run stores no more of them. Otherwise a run over more scans than the
+cache holds would delete each entry before the next run comes to it, and no run would find any.
 """
 
 from __future__ import annotations
@@ -15,11 +19,14 @@ import io
 import json
 import logging
 import os
+import random
 import re
-from collections.abc import Mapping
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from typing import Any, NamedTuple
 
 import deflate
 import numpy as np
@@ -30,13 +37,14 @@ from featray.config import CacheConfig, Config
 from featray.errors import ConfigError, StorageError
 from featray.recipe import NUMERICS
 from featray.schema import Decoded, Scan, ScanRecord
-from featray.storage.store import Store
-from featray.storage.urls import mask_url
+from featray.storage.store import FileInfo, Store
+from featray.storage.urls import identify_store, mask_url
 
 log = logging.getLogger(__name__)
 
-_ENTRY = re.compile(r"[0-9a-f]{2}/[0-9a-f]{38}\.parquet(\.[0-9a-f]{32}\.tmp)?")
-"""Name of an entry, or of one that a killed process left unfinished."""
+_FILE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{38})(\.parquet|\.used|\.parquet\.[0-9a-f]{32}\.tmp)")
+"""Name of a file of the cache: an entry, the mark of its last use, or an entry that a killed process left
+unfinished."""
 KEPT_FRACTION = 0.95
 """Share of `max_gb` that remains filled after old entries were deleted."""
 CHECK_FRACTION = 0.01
@@ -59,15 +67,21 @@ class InputCache:
     Attributes:
         config: The section `cache` of the config.
         decoding: Everything except the scan that decides the model input, ready for JSON.
+        is_read_only: Whether entries are only read; nothing is then written, marked as used, or deleted.
+        started: Time at which the run began, in seconds since the epoch. Younger entries are not deleted to
+            make room for others.
     """
 
     config: CacheConfig
     decoding: Mapping[str, Any] = field(repr=False)
+    is_read_only: bool = False
+    started: float = field(default_factory=time.time)
     _stored_bytes: float = field(default=float("inf"), repr=False)
     _is_usable: bool = field(default=True, repr=False)
+    _is_full: bool = field(default=False, repr=False)
 
     @classmethod
-    def from_config(cls, config: Config) -> InputCache | None:
+    def from_config(cls, config: Config, *, is_read_only: bool = False) -> InputCache | None:
         """Return the cache of a config; None if it names none, or if the scans are arrays.
 
         An array is not cached, because its file holds the model input already.
@@ -79,14 +93,16 @@ class InputCache:
             "layout": _LAYOUT,
             "numerics": NUMERICS,
             "source": config.source.model_dump(include={"rows", "volume"}),
+            # Two stores may have scans of the same URI and, in a manifest, of the same version.
+            "store": identify_store(config.source.uri, config.source.storage_options),
             "policy": config.policy.model_dump(),
             "preprocess": config.preprocess.model_dump(mode="json"),
             "max_voxels": config.limits.max_voxels,
             "dicom_tags": sorted(config.privacy.dicom_tags),
         }
         # Workers of Ray have other working directories than the driver.
-        uri = config.cache.uri if "://" in config.cache.uri else os.path.abspath(config.cache.uri)
-        return cls(config.cache.model_copy(update={"uri": uri}), decoding)
+        uri = _make_absolute(config.cache.uri)
+        return cls(config.cache.model_copy(update={"uri": uri}), decoding, is_read_only)
 
     def load(self, scan: Scan) -> Decoded | None:
         """Return the model input of a scan if the cache has it, with a record as decoding makes it.
@@ -114,8 +130,10 @@ class InputCache:
         return _make_decoded(scan, facts, tensor)
 
     def save(self, scan: Scan, decoded: Decoded) -> None:
-        """Store the model input of a scan that was decoded, unless it is larger than the cache may be."""
-        if not self._is_usable or not scan.content or decoded.record.status != "ok":
+        """Store the model input of a scan that was decoded, if the cache has or can make room for it."""
+        if self.is_read_only or self._is_full or not self._is_usable:
+            return
+        if not scan.content or decoded.record.status != "ok":
             return
         data = _pack(scan, decoded)
         if len(data) > self.max_bytes:
@@ -124,9 +142,11 @@ class InputCache:
             # Not flushed: a loss of power may damage an entry, but then its checksum shows it.
             self.store.write(self._make_name(scan), data, flush=False)
             self._stored_bytes += len(data)
-            if self._stored_bytes >= CHECK_FRACTION * self.max_bytes:
-                self._stored_bytes = 0
-                delete_oldest(self.store, self.max_bytes)
+            limit = CHECK_FRACTION * self.max_bytes
+            if self._stored_bytes >= limit:
+                # Processes that began together must not all check at the same time, long after each other.
+                self._stored_bytes = limit * random.random()
+                self._is_full = not make_room(self.store, self.max_bytes, self.started)
         except (StorageError, ConfigError, OSError) as error:
             self._give_up(error)
 
@@ -152,18 +172,31 @@ class InputCache:
     def _make_name(self, scan: Scan) -> str:
         """Return the name of a scan's entry, in one of 256 folders so that no folder becomes large."""
         # The content is known before a scan is located, so that a scan with an entry need not be located.
-        facts = {**self.decoding, "uri": scan.uri, "content": scan.content}
+        # The paths of local files are absolute, also if the URI is not. A content of a manifest with versions
+        # says nothing about them.
+        places = (*map(_make_absolute, (scan.uri, scan.mask)), scan.open_path, *scan.files)
+        facts = {**self.decoding, "places": places, "content": scan.content}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape"))
         name = digest.hexdigest()
         return f"{name[:2]}/{name[2:40]}.parquet"
 
     def _mark_as_used(self, name: str) -> None:
+        """Note that an entry was used now: in the time of a local file, in other stores in an empty file."""
+        if self.is_read_only:
+            return
         try:
-            self.store.touch(name)
+            if self.store.is_local:
+                self.store.touch(name)
+            else:
+                self.store.write(f"{name.removesuffix('.parquet')}.used", b"")
         except OSError:  # another process may have deleted the entry meanwhile
             log.debug("an entry of the input cache cannot be marked as used", exc_info=True)
+        except StorageError as error:
+            self._give_up(error)
 
     def _delete(self, name: str) -> None:
+        if self.is_read_only:
+            return
         try:
             self.store.delete([name])
         except (StorageError, OSError) as error:
@@ -176,26 +209,81 @@ class InputCache:
 
 
 def is_entry(name: str) -> bool:
+    """Return whether a file in the folder of the cache holds a model input."""
+    return is_cache_file(name) and name.endswith(".parquet")
+
+
+def is_cache_file(name: str) -> bool:
     """Return whether a file in the folder of the cache belongs to it; other files are never deleted."""
-    return _ENTRY.fullmatch(name) is not None
+    return _FILE.fullmatch(name) is not None
 
 
-def delete_oldest(store: Store, max_bytes: float) -> None:
-    """Delete the entries that were not used for the longest time, if the cache is larger than `max_bytes`.
+def make_room(store: Store, max_bytes: float, started: float) -> bool:
+    """Delete entries if the cache is larger than `max_bytes`; return whether it has room for more.
 
-    In an object store the time of use is the time of writing, because objects have no other.
+    First go the entries that were last used before the present run, in the order of their last use, until
+    `KEPT_FRACTION` of `max_bytes` is left. If the entries of the present run alone are too large, the last
+    ones of these go.
+
+    Args:
+        store: Folder of the cache.
+        max_bytes: Largest size of the cache.
+        started: Time at which the present run began, in seconds since the epoch.
     """
-    entries = [(name, size) for name, size in store.list_files_by_age() if is_entry(name)]
-    total = sum(size for _, size in entries)
+    entries = _list_by_last_use(store)
+    total = sum(entry.size for entry in entries)
     if total <= max_bytes:
-        return
-    names = []
-    for name, size in entries:
-        if total <= KEPT_FRACTION * max_bytes:
-            break
-        names.append(name)
-        total -= size
+        return True
+    older = [entry for entry in entries if entry.last_use < started]
+    deleted = _take_until(older, total - KEPT_FRACTION * max_bytes)
+    total -= sum(entry.size for entry in deleted)
+    younger = entries[len(older) :]
+    surplus = _take_until(younger[::-1], total - max_bytes)
+    names = [name for entry in deleted for name in entry.names]
+    # Another process may be writing a young unfinished entry.
+    names += [name for entry in surplus for name in entry.names if not name.endswith(".tmp")]
     store.delete(names)
+    return not surplus
+
+
+class _Entry(NamedTuple):
+    """The files of one entry, their total size in bytes, and the time of its last use."""
+
+    names: tuple[str, ...]
+    size: int
+    last_use: float
+
+
+def _list_by_last_use(store: Store) -> list[_Entry]:
+    """Return all entries; the one that was not used for the longest time comes first."""
+    files: dict[str, list[FileInfo]] = defaultdict(list)
+    for file in store.list_file_infos():
+        if match := _FILE.fullmatch(file.name):
+            files[match.group(1)].append(file)
+    entries = [
+        _Entry(
+            tuple(file.name for file in of_entry),
+            sum(file.size for file in of_entry),
+            max(file.written for file in of_entry),
+        )
+        for of_entry in files.values()
+    ]
+    return sorted(entries, key=lambda entry: entry.last_use)
+
+
+def _take_until(entries: Sequence[_Entry], size: float) -> list[_Entry]:
+    """Return the first entries that together have at least this size in bytes; all if they have less."""
+    taken: list[_Entry] = []
+    for entry in entries:
+        if size <= 0:
+            break
+        taken.append(entry)
+        size -= entry.size
+    return taken
+
+
+def _make_absolute(uri: str) -> str:
+    return uri if "://" in uri or not uri else os.path.abspath(uri)
 
 
 def _pack(scan: Scan, decoded: Decoded) -> bytes:
@@ -259,4 +347,5 @@ def _make_decoded(scan: Scan, facts: Mapping[str, Any], tensor: np.ndarray) -> D
     record.warn(tuple(facts["warnings"]))
     record.columns |= facts["columns"]
     record.patches = len(tensor)
+    record.is_from_cache = True
     return Decoded(record, tensor, np.array(facts["origins"], np.int32).reshape(-1, 3))

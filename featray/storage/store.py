@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -34,6 +34,17 @@ _TIME_KEYS = ("mtime", "LastModified", "last_modified", "updated", "created")
 _OUTPUT_KEY = "output.uri"
 
 T = TypeVar("T")
+
+
+class FileInfo(NamedTuple):
+    """Name of a file in a `Store`, its size in bytes, and when it was touched or written last.
+
+    The time is in seconds since the epoch; 0 if the store does not say it.
+    """
+
+    name: str
+    size: int
+    written: float
 
 
 class Store:
@@ -203,18 +214,20 @@ class Store:
         files = {path: info["size"] for path, info in listing.items() if info["type"] != "directory"}
         return {path[len(self.root) + 1 :]: size for path, size in files.items()}
 
-    def list_files_by_age(self) -> list[tuple[str, int]]:
-        """Return name and size in bytes of all files; the file that was touched or written first comes first.
+    def list_file_infos(self) -> list[FileInfo]:
+        """Return name, size and time of all files. Empty if the folder does not exist.
 
-        Empty if the folder does not exist. Raises as `run_operation`.
+        Raises as `run_operation`.
         """
         try:
             listing = self.run_operation(lambda: self._fetch_listing(""))
         except FileNotFoundError:
             return []
-        files = [(path, info) for path, info in listing.items() if info["type"] != "directory"]
-        files.sort(key=lambda file: _get_write_time(file[1]))
-        return [(path[len(self.root) + 1 :], info["size"]) for path, info in files]
+        return [
+            FileInfo(path[len(self.root) + 1 :], info["size"], _get_write_time(info))
+            for path, info in listing.items()
+            if info["type"] != "directory"
+        ]
 
     def touch(self, name: str) -> None:
         """Set the time of a local file to now. Objects in other stores keep the time of their writing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import posixpath
 from collections.abc import Iterable
 from typing import Any
@@ -13,6 +14,9 @@ from fsspec.core import url_to_fs
 
 from featray.errors import ConfigError
 from featray.storage import options as storage_options
+
+_IDENTIFYING = ("AWS_ENDPOINT_URL", "azure_endpoint", "account_name", "endpoint_url")
+"""Options, under the names of deltalake or fsspec, that say which of several stores is meant."""
 
 
 def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -35,6 +39,21 @@ def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.Ab
     if is_s3(fs):
         fs.retries = 2  # s3fs would make 5 attempts; each one is already 3 attempts of botocore
     return fs, path.rstrip("/") or path
+
+
+def identify_store(uri: str, options: dict[str, Any]) -> dict[str, str]:
+    """Return what distinguishes the store of a URL from others with equal URLs: endpoint and account.
+
+    Contains no credentials. Empty for local paths, and for stores at their usual endpoint.
+
+    Args:
+        uri: URL or path in the store.
+        options: fsspec storage options.
+    """
+    known = {**storage_options.make_delta_options(uri, options), "endpoint_url": options.get("endpoint_url")}
+    if uri.startswith(("s3://", "s3a://")):
+        known.setdefault("AWS_ENDPOINT_URL", os.environ.get("AWS_ENDPOINT_URL"))
+    return {name: mask_url(str(known[name])) for name in _IDENTIFYING if known.get(name)}
 
 
 def file_version(info: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,16 @@ from featray.commands.cache import show_cache
 from featray.config import Config, load
 from featray.errors import ConfigError
 from featray.output.dataset import SCANS, Dataset
-from featray.schema import Decoded, Scan
+from featray.schema import STAGE_TIMES, Decoded, Scan
 from featray.stages.decode import Decoder
-from featray.stages.input_cache import InputCache, delete_oldest, is_entry
+from featray.stages.input_cache import InputCache, is_cache_file, make_room
 from featray.stages.list import list_scans
+from featray.stages.report import Summary
 from featray.storage.store import Store
 from featray.synthetic.phantom import make_collection
 
-TIMES = {"read_s", "decode_s", "preprocess_s", "infer_s", "bytes_read"}
+MAY_DIFFER = {*STAGE_TIMES, "bytes_read", "is_from_cache"}
+"""Fields of a record that say how its scan was read."""
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def make_config(scans: Path, tmp_path: Path, **sections: dict[str, Any]) -> Conf
 
 
 def decode_all(config: Config) -> dict[str, Decoded]:
-    decode = pickle.loads(pickle.dumps(Decoder.from_config(config, use_cache=True)))
+    decode = pickle.loads(pickle.dumps(Decoder.from_config(config, InputCache.from_config(config))))
     return {scan.scan_id: decode(scan) for scan in list_scans(config.source, config.policy).scans}
 
 
@@ -83,12 +86,12 @@ def test_a_second_run_reads_no_scan_and_has_the_same_inputs_and_records(config: 
         assert (again.tensor.dtype, again.tensor.flags.writeable) == (np.float32, True)
         assert again.origins.dtype == np.int32
         records = [dataclasses.asdict(item.record) for item in (decoded, again)]
-        facts = [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+        facts = [{name: record[name] for name in record.keys() - MAY_DIFFER} for record in records]
         assert facts[0] == facts[1]
 
 
 def test_columns_and_warnings_of_the_listing_are_those_of_the_present_listing(config: Config) -> None:
-    decode = Decoder.from_config(config, use_cache=True)
+    decode = Decoder.from_config(config, InputCache.from_config(config))
     scan = next(scan for scan in list_scans(config.source).scans if scan.format == "dicom")
     before = decode(dataclasses.replace(scan, columns={"site": "A"}, warnings=("oblique",)))
     after = decode(dataclasses.replace(scan, columns={"site": "B"}, warnings=()))
@@ -131,6 +134,42 @@ def test_a_process_with_another_working_directory_uses_the_same_cache(
     assert pickle.loads(sent).store.root == str(tmp_path / "cache")
 
 
+def list_manifest_scan(folder: Path, options: dict[str, Any]) -> tuple[Config, Scan]:
+    """Return the config of a manifest with a relative path and a version, and its only scan."""
+    manifest = folder / "scans.csv"
+    manifest.write_text("uri,version\na.nii.gz,1\n")
+    config = make_config(folder, folder, source={"uri": manifest.name, "storage_options": options})
+    return config, list_scans(config.source).scans[0]
+
+
+@pytest.mark.parametrize("difference", ["folder", "endpoint"])
+def test_scans_of_one_relative_uri_and_version_in_other_places_have_other_entries(
+    difference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = set()
+    for place in ("a", "b"):
+        folder = tmp_path / (place if difference == "folder" else "same")
+        folder.mkdir(exist_ok=True)
+        monkeypatch.chdir(folder)
+        config, scan = list_manifest_scan(folder, {})
+        if difference == "endpoint":
+            source = {"uri": "s3://bucket/ct", "storage_options": {"endpoint_url": f"http://{place}:9000"}}
+            config = make_config(folder, folder, source=source)
+        cache = InputCache.from_config(config)
+        assert cache is not None
+        names.add(cache._make_name(scan))
+    assert len(names) == 2
+
+
+def test_other_credentials_find_the_same_entries(tmp_path: Path) -> None:
+    options = [{"key": key, "secret": f"secret of {key}", "endpoint_url": "http://a:9000"} for key in "ab"]
+    sources = [{"uri": "s3://bucket/ct", "storage_options": each} for each in options]
+    caches = [InputCache.from_config(make_config(tmp_path, tmp_path, source=source)) for source in sources]
+    decoding = [cache.decoding for cache in caches if cache is not None]
+    assert decoding[0] == decoding[1]
+    assert "secret" not in json.dumps(decoding)
+
+
 def test_a_changed_scan_is_read_again(config: Config, scans: Path) -> None:
     decode_all(config)
     changed, other = sorted((scans / "nifti").iterdir())[:2]
@@ -161,7 +200,7 @@ def test_a_damaged_entry_is_noticed_and_replaced(
 @pytest.mark.slow
 def test_every_changed_bit_of_an_entry_is_noticed_or_has_no_effect(config: Config, tmp_path: Path) -> None:
     scan = list_scans(config.source).scans[0]
-    decode = Decoder.from_config(config, use_cache=True)
+    decode = Decoder.from_config(config, InputCache.from_config(config))
     expected = decode(scan)
     (entry,) = list_entries(tmp_path)
     data = entry.read_bytes()
@@ -207,8 +246,90 @@ def test_the_entries_that_were_not_used_for_the_longest_time_are_deleted(
     for age, entry in enumerate(entries):
         os.utime(entry, (1000 - age, 1000 - age))
     sizes = [entry.stat().st_size for entry in entries]
-    delete_oldest(Store(str(tmp_path / "cache")), sum(sizes) - 1)
+    assert make_room(Store(str(tmp_path / "cache")), sum(sizes) - 1, started=2000.0)
     assert list_entries(tmp_path) == entries[:-1]
+
+
+def test_an_entry_of_the_present_run_is_deleted_only_if_it_does_not_fit_in(
+    config: Config, tmp_path: Path
+) -> None:
+    decode_all(config)
+    entries = list_entries(tmp_path)
+    for age, entry in enumerate(entries):
+        os.utime(entry, (1000 - age, 1000 - age))
+    sizes = [entry.stat().st_size for entry in entries]
+    store = Store(str(tmp_path / "cache"))
+    assert make_room(store, sum(sizes), started=0.0)
+    assert not make_room(store, sum(sizes) - 1, started=0.0)
+    assert list_entries(tmp_path) == entries[1:]  # the entry that was used last is gone
+
+
+def test_entries_of_an_earlier_run_make_room_for_those_of_the_present_run(
+    config: Config, scans: Path, tmp_path: Path
+) -> None:
+    decode_all(config)
+    earlier = list_entries(tmp_path)
+    size = sum(entry.stat().st_size for entry in earlier)
+    sections = {
+        "preprocess": {"size": [8, 16, 16], "fit": "patches", "orientation": "RAS"},
+        "cache": {"uri": str(tmp_path / "cache"), "max_gb": 1.02 * size / 1e9},
+    }
+    later = make_config(scans, tmp_path, **sections)
+    decode_all(later)
+    assert not set(earlier) & set(list_entries(tmp_path))
+    assert not any(map(was_read, decode_all(later).values()))
+
+
+def test_a_collection_that_does_not_fit_in_finds_its_first_scans_again(
+    config: Config, scans: Path, tmp_path: Path
+) -> None:
+    decode_all(config)
+    size = sum(entry.stat().st_size for entry in list_entries(tmp_path))
+    shutil.rmtree(tmp_path / "cache")
+    small = make_config(scans, tmp_path, cache={"uri": str(tmp_path / "cache"), "max_gb": 0.6 * size / 1e9})
+    decode_all(small)
+    kept = list_entries(tmp_path)
+    for _ in range(2):
+        read = [was_read(decoded) for decoded in decode_all(small).values()]
+        assert read == sorted(read)
+        assert not read[0]
+        assert read[-1]
+        assert list_entries(tmp_path) == kept
+
+
+def test_a_read_only_cache_changes_nothing(config: Config, tmp_path: Path) -> None:
+    decode_all(config)
+    damaged, *others = list_entries(tmp_path)
+    damaged.write_bytes(b"damaged")
+    others[0].unlink()
+    for entry in list_entries(tmp_path):
+        os.utime(entry, (1000, 1000))
+    decode = Decoder.from_config(config, InputCache.from_config(config, is_read_only=True))
+    read = [was_read(decode(scan)) for scan in list_scans(config.source, config.policy).scans]
+    assert sum(read) == 2
+    assert list_entries(tmp_path) == [damaged, *others[1:]]
+    assert {entry.stat().st_mtime for entry in list_entries(tmp_path)} == {1000}
+    assert damaged.read_bytes() == b"damaged"
+
+
+def test_in_an_object_store_the_last_use_of_an_entry_counts(
+    config: Config, scans: Path, tmp_path: Path
+) -> None:
+    uri = f"memory://{tmp_path.name}"
+    in_memory = make_config(scans, tmp_path, cache={"uri": uri})
+    cache = InputCache.from_config(in_memory)
+    assert cache is not None
+    decode = Decoder.from_config(in_memory, cache)
+    listed = list_scans(in_memory.source, in_memory.policy).scans
+    decoded = {scan.scan_id: decode(scan) for scan in listed}
+    used = decode(listed[0])  # the entry that was written first
+    assert used.record.is_from_cache
+    np.testing.assert_array_equal(used.tensor, decoded[listed[0].scan_id].tensor)
+    size = show_cache(in_memory).bytes
+    assert make_room(cache.store, size - 1, started=time.time() + 1)
+    assert [decode(scan).record.is_from_cache for scan in listed] == [True, False, True, True]
+    cleared = show_cache(in_memory, clear=True)
+    assert (cleared.entries, cache.store.list_files()) == (0, [])
 
 
 def test_use_makes_an_entry_young(config: Config, tmp_path: Path) -> None:
@@ -236,7 +357,7 @@ def test_other_files_in_the_folder_are_never_deleted(config: Config, tmp_path: P
     other = tmp_path / "cache" / "00" / "mine.parquet"
     other.parent.mkdir(exist_ok=True)
     other.write_bytes(b"mine")
-    delete_oldest(Store(str(tmp_path / "cache")), 0)
+    make_room(Store(str(tmp_path / "cache")), 0, started=0.0)
     show_cache(config, clear=True)
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == [other]
 
@@ -244,7 +365,7 @@ def test_other_files_in_the_folder_are_never_deleted(config: Config, tmp_path: P
 def test_what_a_killed_process_left_is_deleted_with_the_entries(config: Config, tmp_path: Path) -> None:
     decode_all(config)
     name = f"{list_entries(tmp_path)[0].relative_to(tmp_path / 'cache')}.{'0' * 32}.tmp"
-    assert is_entry(name)
+    assert is_cache_file(name)
     (tmp_path / "cache" / name).write_bytes(b"half")
     show_cache(config, clear=True)
     assert not (tmp_path / "cache" / name).exists()
@@ -295,7 +416,7 @@ def test_without_a_cache_the_command_says_what_to_set(scans: Path, tmp_path: Pat
 
 def test_a_scan_without_a_known_content_is_not_kept(config: Config, tmp_path: Path) -> None:
     scan: Scan = dataclasses.replace(list_scans(config.source).scans[0], content="", files_version="")
-    Decoder.from_config(config, use_cache=True)(scan)
+    Decoder.from_config(config, InputCache.from_config(config))(scan)
     assert list_entries(tmp_path) == []
 
 
@@ -307,17 +428,31 @@ def test_a_run_over_a_warm_cache_gives_the_same_features(
     run = {"engine": "inline", "decode": {"workers": workers}}
     cache = {"uri": str(tmp_path / "cache")}
 
-    def extract(name: str, **sections: Any) -> Any:
+    def extract(name: str, **sections: Any) -> tuple[Summary, Any]:
         output = str(tmp_path / name)
-        featray.extract({**config_of(**sections), "output": {"uri": output}, "run": run})
-        return featray.read(output, "encoder.z_mean"), Dataset(Store(output)).read(SCANS)
+        summary = featray.extract({**config_of(**sections), "output": {"uri": output}, "run": run})
+        return summary, featray.read(output, "encoder.z_mean")
 
-    (cold, _), (warm, rows) = extract("a", cache=cache), extract("b", cache=cache)
-    plain, _ = extract("c")
-    assert set(rows["bytes_read"].to_pylist()) == {0}
+    (first, cold), (second, warm) = extract("a", cache=cache), extract("b", cache=cache)
+    _, plain = extract("c")
+    assert (first.from_cache, second.from_cache) == (0, second.done)
+    assert f"{second.done} of {second.done} model inputs came from the input cache" in second.text()
+    assert set(Dataset(Store(str(tmp_path / "b"))).read(SCANS)["bytes_read"].to_pylist()) == {0}
     for other in (cold, warm):
         assert list(other.scan_ids) == list(plain.scan_ids)
         np.testing.assert_array_equal(other.array, plain.array)
+
+
+@pytest.mark.slow
+def test_a_plan_counts_on_the_inputs_that_the_cache_has(config_of: Any, tmp_path: Path) -> None:
+    sections = config_of(cache={"uri": str(tmp_path / "cache")}, run={"engine": "inline"})
+    before = featray.plan(sections).estimate
+    assert (before.sampled > 0, before.from_cache) == (True, 0)
+    assert list_entries(tmp_path) == []
+    featray.extract(sections)
+    after = featray.plan({**sections, "output": {"uri": str(tmp_path / "other")}})
+    assert after.estimate.from_cache == after.estimate.sampled > 0
+    assert f"({after.estimate.sampled} of them in the input cache)" in after.text()
 
 
 def test_an_unwritable_cache_is_refused_before_the_run(config_of: Any, tmp_path: Path) -> None:

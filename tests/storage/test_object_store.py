@@ -22,10 +22,11 @@ from servers.seaweedfs import KEY, READ_ONLY_KEY, READ_ONLY_SECRET, SECRET, Seaw
 
 import featray
 from featray.cli.main import main
-from featray.config import SourceConfig
+from featray.config import SourceConfig, load
 from featray.errors import OutputBusyError
 from featray.output.dataset import FEATURES, Dataset
 from featray.output.lease import Lease
+from featray.stages.input_cache import InputCache, is_entry, make_room
 from featray.stages.list import list_scans
 from featray.storage.store import Store
 
@@ -106,6 +107,32 @@ def test_a_job_on_s3_gives_the_same_values_and_resumes(
     everything = b"".join(store.read(name) for name in store.list_files())
     assert SECRET.encode() not in everything
     assert KEY.encode() not in everything
+
+
+def test_an_input_cache_on_s3_is_filled_marked_and_limited(
+    config_of: Any, s3_folder: str, s3_options: dict[str, Any], expected: Features, tmp_path: Path
+) -> None:
+    cache = {"uri": f"{s3_folder}-cache", "storage_options": s3_options}
+
+    def extract(name: str, **more: Any) -> int:
+        output = {"uri": str(tmp_path / name)}
+        summary = featray.extract(config_of(output=output, cache={**cache, **more}))
+        assert_same(read_features(Store(output["uri"])), expected)
+        return summary.from_cache
+
+    store = Store(cache["uri"], s3_options)
+    assert extract("cold") == 0
+    entries = store.list_file_sizes()
+    assert len(entries) == 12
+    assert extract("warm") == 12
+    marks = store.list_file_sizes().keys() - entries.keys()
+    assert {f"{name.removesuffix('.used')}.parquet" for name in marks} == entries.keys()
+    cache_of_run = InputCache.from_config(load(config_of(cache=cache)))
+    assert cache_of_run is not None
+    assert make_room(cache_of_run.store, sum(entries.values()) - 1, started=time.time() + 1)
+    kept = {name for name in store.list_files() if is_entry(name)}
+    assert 0 < len(kept) < 12
+    assert extract("after") == len(kept)
 
 
 def test_source_and_output_have_separate_storage_options(

@@ -81,6 +81,7 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
         stage_seconds=totals.stage_seconds,
         verdict=describe_bottleneck(totals),
         bytes_read=totals.bytes_read,
+        from_cache=totals.from_cache,
         dead_units={layer: units.dead for layer, units in totals.units.items() if units.dead},
         reduced_batch=totals.reduced_batch,
         interrupted=unfinished,

@@ -41,6 +41,7 @@ class Summary:
         stage_seconds: Seconds of each stage, summed over the scans of this run.
         verdict: A sentence about the limit of the run's speed; empty if nothing was decoded.
         bytes_read: Bytes that this run read.
+        from_cache: Number of scans whose model input came from the input cache.
         dead_units: Layer → number of its units that were 0 for every scan of this run, if there are any.
         reduced_batch: Smallest number of inputs in a call of the model if memory was too short for
             `model.batch_size`; None if it was not.
@@ -78,6 +79,7 @@ class Summary:
     dropped_layers: tuple[str, ...] = ()
     other_layers: dict[str, int] = field(default_factory=dict)
     cleared_failures: int = 0
+    from_cache: int = 0
     reduced_batch: int | None = None
 
     def text(self) -> str:
@@ -100,8 +102,7 @@ class Summary:
         lines += self._describe_what_refresh_would_do()
         if self.reasons:
             lines.append(f"reasons: {_join_counts(self.reasons)}")
-        if self.done:
-            lines.append(f"time per scan: {self._describe_stage_times()}")
+        lines += self._describe_times()
         if self.verdict:
             lines.append(self.verdict)
         lines += _warn_of_short_memory(self.reduced_batch)
@@ -126,12 +127,17 @@ class Summary:
         text = f"found {self.found} = {self.ok} ok + {self.failed} failed + {self.excluded} excluded"
         return f"{text} + {self.missing} not yet processed" if self.missing else text
 
-    def _describe_stage_times(self) -> str:
+    def _describe_times(self) -> list[str]:
+        """Return the time of each stage per scan, and the number of inputs that no stage had to make."""
+        if not self.done:
+            return []
         total = sum(self.stage_seconds.values()) or 1.0
-        return ", ".join(
+        times = ", ".join(
             f"{_STAGE_NAMES[name]} {_format_seconds(seconds / self.done)} ({100 * seconds / total:.0f} %)"
             for name, seconds in self.stage_seconds.items()
         )
+        inputs = f"{self.from_cache} of {self.done} model inputs came from the input cache"
+        return [*([inputs] if self.from_cache else []), f"time per scan: {times}"]
 
     def _describe_next_step(self) -> list[str]:
         if self.interrupted:

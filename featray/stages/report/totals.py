@@ -60,6 +60,7 @@ class RunTotals:
             version changed.
         is_interrupted: Whether the run was asked to stop.
         bytes_read: Bytes of the scans' files.
+        from_cache: Number of scans whose model input came from the input cache.
         seconds: Wall time from the first scan that was given to a worker, which may be before the model was
             loaded, to the last commit.
         workers: Number of workers of each kind.
@@ -75,6 +76,7 @@ class RunTotals:
     has_changed_tables: bool = False
     is_interrupted: bool = False
     bytes_read: int = 0
+    from_cache: int = 0
     seconds: float = 0.0
     workers: Workers | None = None
     units: dict[str, UnitTotals] = field(default_factory=dict)
@@ -91,6 +93,7 @@ class RunTotals:
         records = receipt.records
         self.scans += len(records)
         self.bytes_read += sum(record.bytes_read for record in records)
+        self.from_cache += sum(record.is_from_cache for record in records)
         reduced = [record.reduced_batch for record in records if record.reduced_batch is not None]
         if reduced:
             self.reduced_batch = min([*reduced, *([self.reduced_batch] if self.reduced_batch else [])])

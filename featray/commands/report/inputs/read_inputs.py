@@ -31,6 +31,7 @@ from featray.engines.base import Decoding
 from featray.engines.inline import InlineEngine
 from featray.errors import FeatrayError
 from featray.hardware import DEFAULT_THREADS
+from featray.stages.input_cache import InputCache
 
 _NO_HISTOGRAM = (
     "The baseline of the histogram is left out, because arrays without preprocess.window have no known range "
@@ -125,7 +126,7 @@ def _open_engine(config: Config, selected: SelectedScans, request: InputRequest)
     """Return an engine that decodes and summarizes; its lists have one scan each."""
     all_ids = [scan.scan_id for scan in selected.scans]
     decoder = replace(
-        InputDecoder.from_config(config, use_cache=True),
+        InputDecoder.from_config(config, InputCache.from_config(config)),
         slice_ids=frozenset(request.slice_ids),
         tensor_ids=frozenset(all_ids if request.random_seeds else request.stability_ids),
     )

@@ -8,16 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from featray.errors import Reason
 from featray.output.cells import CellMap
 from featray.output.ledger import Ledger
 from featray.recipe import RecipeIds
 
 MISSING, STALE, FAILED, UP_TO_DATE = range(4)
 """States of one cell of a stored scan: it was never computed; it has another recipe; it was tried with this
-recipe and failed; it is there."""
+recipe and failed, or the scan has failed before it came to any model; it is there."""
+_BEFORE_MODEL = ("list", "read", "preprocess")
+"""Stages in which a scan fails in the same way for every layer and every model."""
 
 _Flags = NDArray[np.bool_]
 
@@ -57,14 +61,21 @@ def compare_cells(ledger: Ledger, recipes: RecipeIds) -> CellStates:
     """Return the states of all cells of a ledger."""
     has_same_inputs = pc.fill_null(pc.equal(ledger.table["recipe"], recipes.inputs), fill_value=False)
     has_other_inputs = ~np.asarray(has_same_inputs, bool)
-    columns = (ledger.cells.codes, ledger.failed.codes, has_other_inputs)
+    columns = (ledger.cells.codes, ledger.failed.codes, has_other_inputs, _find_undecodable(ledger))
     combined = np.stack([np.asarray(column, np.int64) for column in columns], axis=1)
-    number = combined[:, 0] * (len(ledger.failed.maps) + 1) * 2 + combined[:, 1] * 2 + combined[:, 2]
+    sizes = (len(ledger.cells.maps) + 1, len(ledger.failed.maps) + 1, 2, 2)
+    number = np.ravel_multi_index(tuple(combined.T), sizes)
     _, first, kinds = np.unique(number, return_index=True, return_inverse=True)
     stored, failed = [[cells or {} for cells in column.maps] for column in (ledger.cells, ledger.failed)]
     rows = [
-        _compare_kind(stored[cells_code], failed[failed_code], recipes, has_other_inputs=bool(other))
-        for cells_code, failed_code, other in combined[first].tolist()
+        _compare_kind(
+            stored[cells_code],
+            failed[failed_code],
+            recipes,
+            has_other_inputs=bool(other),
+            is_undecodable=bool(undecodable),
+        )
+        for cells_code, failed_code, other, undecodable in combined[first].tolist()
     ]
     return CellStates(
         tuple(recipes.layers),
@@ -74,8 +85,20 @@ def compare_cells(ledger: Ledger, recipes: RecipeIds) -> CellStates:
     )
 
 
+def _find_undecodable(ledger: Ledger) -> _Flags:
+    """Return for each row whether the scan failed before it came to any model.
+
+    A worker that crashes may have run the model.
+    """
+    table = ledger.table
+    is_before = pc.is_in(table["stage"], value_set=pa.array(_BEFORE_MODEL))
+    has_crashed = pc.fill_null(pc.equal(table["reason"], Reason.WORKER_CRASH.value), fill_value=False)
+    is_failed = pc.fill_null(pc.equal(table["status"], "failed"), fill_value=False)
+    return np.asarray(pc.and_(is_failed, pc.and_not(is_before, has_crashed)), bool)
+
+
 def _compare_kind(
-    cells: CellMap, failed: CellMap, recipes: RecipeIds, *, has_other_inputs: bool
+    cells: CellMap, failed: CellMap, recipes: RecipeIds, *, has_other_inputs: bool, is_undecodable: bool
 ) -> list[int]:
     """Return the state of each cell of a kind of scan."""
     states = []
@@ -85,5 +108,7 @@ def _compare_kind(
         elif layer in cells:
             states.append(UP_TO_DATE if cells[layer] == recipe else STALE)
         else:
-            states.append(FAILED if failed.get(layer) == recipe else MISSING)
+            # A scan with cells has been decoded before.
+            was_tried = failed.get(layer) == recipe or (is_undecodable and not cells)
+            states.append(FAILED if was_tried else MISSING)
     return states

@@ -6,7 +6,7 @@ one state:
 new         has no row in the scans table
 changed     has other content than its row, or the policy now excludes it and did not before, or vice versa
 stale       has cells that were made with another recipe, or failed with another recipe
-failed      failed before; content and recipe are unchanged
+failed      failed before; content and recipe are unchanged, or it failed before it came to any model
 incomplete  has a row with the same content, and lacks layers of the config
 removed     has a row, but is not listed any more
 up_to_date  has all cells of the config, or is excluded and unchanged, or cannot be reached now

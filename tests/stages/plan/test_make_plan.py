@@ -36,6 +36,12 @@ from featray.stages.plan import STATES
         (make_failed_row("a", {"z": "old"}, recipe="old"), "stale", True, True),
         (make_failed_row("a", {"other": "z0"}), "stale", True, True),
         (make_failed_row("a", {"z": "z1"}, reason=None), "failed", False, False),
+        (make_failed_row("a", {"other": "z0"}, reason="truncated", stage="read"), "failed", False, False),
+        (make_failed_row("a", {"z": "z0"}, reason="preprocess", stage="preprocess"), "failed", False, False),
+        (make_failed_row("a", {"z": "z0"}, reason="unreadable", stage="list"), "failed", False, False),
+        (make_failed_row("a", {"z": "z0"}, reason="storage", stage="read"), "failed", True, True),
+        (make_failed_row("a", {"z": "z0"}, reason="worker_crash", stage="read"), "stale", True, True),
+        (make_failed_row("a", {"z": "z0"}, recipe="old", stage="read"), "stale", True, True),
     ],
 )
 def test_a_scans_state_follows_from_content_recipe_and_status(
@@ -165,6 +171,18 @@ def test_a_failed_scan_is_tried_with_all_its_missing_layers_if_one_of_them_is_ne
     for refresh in (False, True):
         plan = plan_scans("a", row, layers=layers, refresh=refresh)
         assert (get_states(plan), get_due(plan)) == ({"a": "failed"}, {"a": ("y", "x")})
+
+
+def test_a_scan_that_cannot_be_decoded_is_not_tried_again_for_a_new_layer() -> None:
+    layers = {"z": "z1", "y": "y1"}
+    undecodable = make_failed_row("a", {"z": "z1"}, reason="truncated", stage="read")
+    plan = plan_scans("ab", undecodable, Row("b"), layers=layers)
+    assert (get_states(plan)["a"], get_due(plan)) == ("failed", {"b": ("y",)})
+    assert plan.describe_work() == "1 new layer for 1 scan; 1 layer is up to date and stays as it is"
+    retried = plan_scans("ab", undecodable, Row("b"), layers=layers, retry=["truncated"])
+    assert get_due(retried) == {"a": ("z", "y"), "b": ("y",)}
+    decoded_before = make_failed_row("a", {"y": "y1"}, {"z": "z1"}, reason="timeout", stage="read")
+    assert get_due(plan_scans("a", decoded_before, layers={**layers, "x": "x1"})) == {"a": ("y", "x")}
 
 
 def test_a_layer_that_failed_with_another_recipe_is_tried_again_and_the_other_layers_stay() -> None:

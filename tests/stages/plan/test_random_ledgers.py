@@ -28,9 +28,16 @@ def make_random_row(rng: random.Random, scan_id: str) -> Row:
         failed,
         status="ok" if is_ok else "failed",
         reason=reason,
+        stage=None if is_ok else rng.choice([None, "read", "extract"]),
         content=rng.choice("aab"),
         recipe=rng.choice([INPUTS, INPUTS, INPUTS, "old"]),
     )
+
+
+def was_tried(row: Row, layer: str) -> bool:
+    """Return whether a layer that the scan lacks was tried, or the scan cannot be decoded for any layer."""
+    is_undecodable = row.status == "failed" and row.stage == "read" and not row.layers
+    return is_undecodable or row.failed.get(layer) == LAYERS[layer]
 
 
 def expect_state(scan: Scan, row: Row | None) -> str:
@@ -46,8 +53,7 @@ def expect_state(scan: Scan, row: Row | None) -> str:
         return "up_to_date"
     if row.status == "ok":
         return "incomplete"
-    is_same_attempt = row.recipe == INPUTS and any(row.failed.get(n) == r for n, r in lacking.items())
-    return "failed" if is_same_attempt else "stale"
+    return "failed" if row.recipe == INPUTS and any(was_tried(row, name) for name in lacking) else "stale"
 
 
 def expect_due(state: str, row: Row | None, *, refresh: bool) -> tuple[str, ...] | None:
@@ -60,7 +66,7 @@ def expect_due(state: str, row: Row | None, *, refresh: bool) -> tuple[str, ...]
         return None
     lacking = [name for name in LAYERS if name not in row.layers]
     if state == "failed":
-        is_tried = all(row.failed.get(name) == LAYERS[name] for name in lacking)
+        is_tried = all(was_tried(row, name) for name in lacking)
         return tuple(lacking) if row.reason in RETRIED or not is_tried else None
     is_replaced = any(LAYERS.get(name, recipe) != recipe for name, recipe in row.layers.items())
     if row.recipe != INPUTS:

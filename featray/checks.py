@@ -25,6 +25,7 @@ from featray.schema import FEATURE_COLUMNS, SCAN_COLUMNS
 from featray.stages.input_cache import InputCache
 from featray.stages.list import CachePlace, DigestCache, HeaderCache, Listing, list_scans
 from featray.stages.plan import Plan
+from featray.stages.report import format_layer_counts
 from featray.storage.ray_job import find_package_problem
 from featray.storage.store import Store
 from featray.storage.urls import hash_texts, mask_url
@@ -190,6 +191,22 @@ def refuse_mixed_recipes(plan: Plan, *, refresh: bool) -> None:
     raise ConfigError(
         f"output.uri: {plan.other_recipe} scans of the output have features of another recipe than this "
         f"config's{layers}, and a layer must not mix recipes. `featray refresh` extracts them again. {names}"
+    )
+
+
+def refuse_layer_loss(plan: Plan, *, refresh: bool, drop_layers: bool) -> None:
+    """Raise if a refresh would remove layers that the config does not name, without being asked to.
+
+    It replaces scans that were read or preprocessed in another way, with all their cells.
+    """
+    if not plan.incompatible_layers or drop_layers or not refresh:
+        return
+    names = format_layer_counts(plan.incompatible_layers)
+    raise ConfigError(
+        f"model.layers: the output has layers that this config does not name: {names}. They were read or "
+        "preprocessed in another way, and one output cannot hold both, so a refresh would remove them. Name "
+        "them in model.layers to compute them again, add --drop-layers to remove them, or choose another "
+        "output.uri."
     )
 
 

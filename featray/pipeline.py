@@ -14,7 +14,14 @@ import numpy as np
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from featray.checks import check, check_stores, refuse_mass_removal, refuse_mixed_recipes, save_listing_caches
+from featray.checks import (
+    check,
+    check_stores,
+    refuse_layer_loss,
+    refuse_mass_removal,
+    refuse_mixed_recipes,
+    save_listing_caches,
+)
 from featray.config import Config, ConfigInput
 from featray.engines.base import Engine
 from featray.engines.decoding.process_pool import end_early
@@ -142,6 +149,7 @@ def run(config: Config, listing: Listing, scope: RunScope, options: RunOptions) 
                 committer.exclude_earlier_driver()
             plan = job.make_plan(listing, committer.snapshot())
             refuse_mixed_recipes(plan, refresh=scope.refresh)
+            refuse_layer_loss(plan, refresh=scope.refresh, drop_layers=scope.drop_layers)
             refuse_mass_removal(plan, config.limits, refresh=scope.refresh)
             committer.delete_orphans()
             save_listing_caches(listing, dataset.store)

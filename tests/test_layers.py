@@ -488,12 +488,36 @@ def test_the_same_names_with_other_weights_are_refused_by_extract_and_replaced_b
     assert len(values) == 3 * 4
 
 
+def test_a_refresh_with_another_window_removes_no_layer_that_the_config_does_not_name_unless_asked_to(
+    config: Config, calls: CallRecord
+) -> None:
+    featray.extract(with_layers(config, Z_MEAN, CONV_2))
+    files = read_layer_files(config, "z_mean", "conv_2")
+    other = {**config, "preprocess": {**config["preprocess"], "window": [-500, 500]}}
+    calls.clear()
+    with pytest.raises(ConfigError, match=r"a refresh would remove them\. .* add --drop-layers") as error:
+        featray.refresh(other)
+    assert "does not name: conv_2 (4 scans)" in str(error.value)
+    assert (read_layer_files(config, "z_mean", "conv_2"), calls.count_cells()) == (files, {})
+    plan = featray.plan(other)
+    assert (plan.incompatible_layers, plan.lost_layers) == ({"conv_2": 4}, {})
+    assert "refresh: refuses, because it would remove layers" in plan.text()
+    summary = featray.refresh(other, drop_layers=True)
+    assert (summary.done, summary.dropped_layers, summary.other_layers) == (4, ("conv_2",), {})
+    assert list_cells(config) == make_cells(SCAN_NAMES, "z_mean")
+    assert_equals_fresh_extraction(other)
+
+
 def test_a_changed_scan_loses_all_its_cells_and_other_configs_add_theirs_again(
     config: Config, collection: Path, phantoms: Path, calls: CallRecord
 ) -> None:
     featray.extract(with_layers(config, Z_MEAN, CONV_2))
     shutil.copy(phantoms / "nifti" / "phantom_009.nii.gz", collection / "b.nii.gz")
-    assert featray.refresh(config).done == 1
+    sentence = "changed scans lose layers that this config does not name: conv_2 (1 scan)"
+    assert sentence in featray.plan(config).text()
+    summary = featray.refresh(config)
+    assert (summary.done, summary.other_layers, summary.lost_layers) == (1, {"conv_2": 3}, {"conv_2": 1})
+    assert sentence in summary.text()
     cells = make_cells(SCAN_NAMES, "z_mean", "conv_2")
     assert list_cells(config) == cells - {("b.nii.gz", "conv_2")}
     calls.clear()
@@ -617,7 +641,7 @@ def test_changed_preprocessing_is_refused_by_extract_and_replaces_all_cells_in_r
     with pytest.raises(ConfigError, match=r"featray refresh.*choose another output\.uri"):
         featray.extract(renamed)
     assert read_layer_files(config, "z_mean", "conv_2") == files
-    assert featray.refresh(changed).done == 4
+    assert featray.refresh(changed, drop_layers=True).done == 4
     assert_equals_fresh_extraction(changed)
 
 

@@ -31,7 +31,12 @@ from featray.schema import Decoded, Scan
 from featray.stages.extract import extract
 from featray.stages.input_cache import InputCache
 from featray.stages.plan import STATES, Plan
-from featray.stages.report import describe_cleared_failures, describe_other_layers
+from featray.stages.report import (
+    describe_cleared_failures,
+    describe_lost_layers,
+    describe_other_layers,
+    format_layer_counts,
+)
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +115,10 @@ class PlanResult:
             those that stored scans lack.
         work: A sentence about the work to do and the up-to-date layers; empty without work.
         other_layers: Stored layer that the config does not name → number of scans that have it.
+        lost_layers: The same layers → number of scans whose cell a refresh removes, because their content
+            has changed.
+        incompatible_layers: The same layers → number of scans whose cell `refresh --drop-layers` removes,
+            because they were read or preprocessed in another way; without the option, `refresh` refuses.
         cleared_failures: Number of failed scans that a run sets to ok without computing, because they have
             all layers of the config.
         renamed_layers: Stored layer → its name in the config, for layers that only have another name.
@@ -138,6 +147,8 @@ class PlanResult:
     cells: dict[str, int] = field(default_factory=dict)
     work: str = ""
     other_layers: dict[str, int] = field(default_factory=dict)
+    lost_layers: dict[str, int] = field(default_factory=dict)
+    incompatible_layers: dict[str, int] = field(default_factory=dict)
     renamed_layers: dict[str, str] = field(default_factory=dict)
     cleared_failures: int = 0
     ignored: dict[str, int] = field(default_factory=dict)
@@ -185,7 +196,13 @@ class PlanResult:
         return f"extract: would process {self.todo} scans" if has_work else "extract: nothing to do"
 
     def _describe_refresh(self) -> str:
-        return f"refresh: would process {self.refresh_todo} scans and remove {self.removed}"
+        work = f"process {self.refresh_todo} scans and remove {self.removed}"
+        lost = f"; {describe_lost_layers(self.lost_layers)}" if self.lost_layers else ""
+        if not self.incompatible_layers:
+            return f"refresh: would {work}{lost}"
+        layers = format_layer_counts(self.incompatible_layers)
+        problem = f"it would remove layers that were read or preprocessed in another way: {layers}"
+        return f"refresh: refuses, because {problem}; with --drop-layers it would {work}{lost}"
 
     def _describe_estimate(self) -> list[str]:
         estimate = self.estimate
@@ -252,6 +269,8 @@ def _make_result(
         cells=extract_plan.count_cells(),
         work=extract_plan.describe_work(),
         other_layers=dict(extract_plan.other_layers),
+        lost_layers=dict(extract_plan.lost_layers),
+        incompatible_layers=dict(extract_plan.incompatible_layers),
         renamed_layers=dict(extract_plan.renames),
         cleared_failures=len(extract_plan.cleared_failures),
         ignored=listing.ignored,

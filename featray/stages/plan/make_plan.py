@@ -68,6 +68,10 @@ class Plan:
         unreachable: Number of stored scans that the listing could not reach. Their rows are kept.
         layers: Layer of the config → the states of its cells, sorted by name.
         other_layers: Stored layer that the config does not name → number of scans that have it.
+        lost_layers: The same layers → number of scans whose cell a refresh removes, because their content
+            has changed.
+        incompatible_layers: The same layers → number of scans whose cell a refresh would remove, because it
+            replaces the scans, which were read or preprocessed in another way.
         renames: Stored layer → its name in the config, for layers that only have another name.
         earlier_recipes: Recipe id of rows of featray 0.1.0 → the ids that their layers have now.
         can_keep_both: Whether the cells of another recipe differ only in the model, so that an output can
@@ -83,6 +87,8 @@ class Plan:
     unreachable: int = 0
     layers: Mapping[str, LayerWork] = field(default_factory=dict)
     other_layers: Mapping[str, int] = field(default_factory=dict)
+    lost_layers: Mapping[str, int] = field(default_factory=dict)
+    incompatible_layers: Mapping[str, int] = field(default_factory=dict)
     renames: Mapping[str, str] = field(default_factory=dict)
     earlier_recipes: Mapping[str, RecipeIds] = field(default_factory=dict)
     can_keep_both: bool = True
@@ -167,6 +173,13 @@ def make_plan(
             "%d stored scans cannot be reached now (storage); their rows and features are kept", unreachable
         )
     stored_layers = ledger.cells.count_recipes()
+    has_other_inputs = comparison.of_rows(cells.has_other_inputs[cells.kinds])
+
+    def count_replaced(replaced: _Flags) -> dict[str, int]:
+        """Return the layers that the config does not name, with the number of replaced scans that have it."""
+        stored = ledger.cells.take(comparison.ledger_rows[replaced])
+        return _count_other_layers(stored.count_recipes(), recipes)
+
     return Plan(
         counts=dict(zip(STATES, counts.tolist(), strict=True)),
         todo=_list_due_scans(listing, comparison, cells, states, due),
@@ -176,11 +189,9 @@ def make_plan(
         refresh_todo=int(np.count_nonzero(refresh_due)),
         unreachable=unreachable,
         layers=_count_layer_work(comparison, cells, states, stored_layers),
-        other_layers={
-            name: sum(by_recipe.values())
-            for name, by_recipe in stored_layers.items()
-            if name not in recipes.layers
-        },
+        other_layers=_count_other_layers(stored_layers, recipes),
+        lost_layers=count_replaced(refresh_due & (states == _CHANGED)),
+        incompatible_layers=count_replaced(refresh_due & (states == _STALE) & has_other_inputs),
         renames=renames,
         earlier_recipes=ledger.earlier_recipes,
         can_keep_both=not bool(((cells.states == STALE).any(axis=1) & cells.has_other_inputs).any()),
@@ -194,6 +205,12 @@ def make_plan(
             refresh=refresh,
         ),
     )
+
+
+def _count_other_layers(stored: Mapping[str, Mapping[str, int]], recipes: RecipeIds) -> dict[str, int]:
+    """Return the layers that the config does not name, with their number of scans."""
+    counts = {name: sum(by_recipe.values()) for name, by_recipe in stored.items()}
+    return {name: count for name, count in counts.items() if count and name not in recipes.layers}
 
 
 def _find_states(comparison: Comparison, cells: CellStates) -> _Numbers:

@@ -6,7 +6,13 @@ writes both files.
 
 from featray.stages.report.report import announce, report
 from featray.stages.report.run_folder import Run
-from featray.stages.report.summary import Summary, describe_cleared_failures, describe_other_layers
+from featray.stages.report.summary import (
+    Summary,
+    describe_cleared_failures,
+    describe_lost_layers,
+    describe_other_layers,
+    format_layer_counts,
+)
 from featray.stages.report.totals import RunTotals, describe_bottleneck
 
 __all__ = [
@@ -16,6 +22,8 @@ __all__ = [
     "announce",
     "describe_bottleneck",
     "describe_cleared_failures",
+    "describe_lost_layers",
     "describe_other_layers",
+    "format_layer_counts",
     "report",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -53,6 +54,8 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
     found = len(listing.scan_ids)
     missing = found - len(rows)
     unfinished = totals.is_interrupted and (missing > 0 or totals.scans < len(plan.todo))
+    lost_layers = plan.lost_layers if run.command == "refresh" and not unfinished else {}
+    other_layers = {} if totals.dropped_layers else Counter(plan.other_layers) - Counter(lost_layers)
     has_all_rows = missing == 0 and status.total() == found
     has_few_failures = status["failed"] <= run.max_failed_fraction * found
     return Summary(
@@ -65,7 +68,8 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
         work=plan.describe_work() if totals.has_changes else "",
         renamed_layers=dict(plan.renames),
         dropped_layers=tuple(plan.other_layers) if totals.dropped_layers else (),
-        other_layers={} if totals.dropped_layers else dict(plan.other_layers),
+        other_layers=dict(other_layers),
+        lost_layers={} if totals.dropped_layers else dict(lost_layers),
         found=found,
         ok=status["ok"],
         failed=status["failed"],

@@ -35,6 +35,8 @@ class Summary:
         renamed_layers: Old name → new name of each layer that the run renamed.
         dropped_layers: Names of the layers that the run removed.
         other_layers: Stored layer that the config does not name → number of scans that have it.
+        lost_layers: The same layers → number of scans that this run replaced without the layer, because their
+            content had changed.
         reasons: Number of failed and excluded scans of the whole collection by reason.
         ignored: Number of files that are not scans, by suffix.
         seconds: Wall time of the command.
@@ -78,6 +80,7 @@ class Summary:
     renamed_layers: dict[str, str] = field(default_factory=dict)
     dropped_layers: tuple[str, ...] = ()
     other_layers: dict[str, int] = field(default_factory=dict)
+    lost_layers: dict[str, int] = field(default_factory=dict)
     cleared_failures: int = 0
     from_cache: int = 0
     reduced_batch: int | None = None
@@ -99,6 +102,8 @@ class Summary:
         lines += [f"dropped layer {name}" for name in self.dropped_layers]
         if self.other_layers:
             lines.append(describe_other_layers(self.other_layers))
+        if self.lost_layers:
+            lines.append(describe_lost_layers(self.lost_layers))
         lines += self._describe_what_refresh_would_do()
         if self.reasons:
             lines.append(f"reasons: {_join_counts(self.reasons)}")
@@ -175,10 +180,27 @@ def describe_other_layers(layers: Mapping[str, int]) -> str:
     Args:
         layers: Layer → number of scans that have it.
     """
-    names = ", ".join(f"{name} ({count:,} scans)" for name, count in layers.items())
+    names = format_layer_counts(layers)
     return (
         f"this config does not name these layers, so they stay: {names}; `refresh --drop-layers` removes them"
     )
+
+
+def describe_lost_layers(layers: Mapping[str, int]) -> str:
+    """Return a sentence about layers that a refresh removes from changed scans, and does not compute again.
+
+    Args:
+        layers: Layer → number of changed scans that have it.
+    """
+    return (
+        f"changed scans lose layers that this config does not name: {format_layer_counts(layers)}; a run "
+        "with a config that names them adds them again"
+    )
+
+
+def format_layer_counts(layers: Mapping[str, int]) -> str:
+    """Return layers with their numbers of scans as a list for a sentence."""
+    return ", ".join(f"{name} ({count:,} scan{'' if count == 1 else 's'})" for name, count in layers.items())
 
 
 def _join_counts(counts: Mapping[str, int]) -> str:

@@ -265,6 +265,22 @@ def test_layers_that_the_config_does_not_name_are_counted_and_stay() -> None:
     assert (get_due(plan), plan.removed) == ({}, [])
 
 
+def test_layers_that_a_refresh_removes_although_the_config_does_not_name_them_are_counted() -> None:
+    rows = (
+        Row("changed", {"z": "z1", "y": "y1"}, content="old"),
+        Row("same", {"z": "z1", "y": "y1", "x": "x1"}),
+        Row("other inputs", {"z": "z0", "x": "x1"}, recipe="old"),
+        Row("changed too", {"x": "x1"}, content="old", recipe="old"),
+        make_failed_row("failed", {"z": "z0"}, {"x": "x1"}, recipe="old"),
+        Row("gone", {"x": "x1"}, recipe="old"),
+    )
+    for refresh in (False, True):
+        plan = plan_scans([row.scan_id for row in rows[:-1]], *rows, refresh=refresh)
+        assert plan.other_layers == {"x": 5, "y": 2}
+        assert plan.lost_layers == {"x": 1, "y": 1}
+        assert plan.incompatible_layers == {"x": 2}
+
+
 def test_two_models_in_one_output_leave_each_other_alone() -> None:
     stored = {"first.z": "z1", "first.y": "y1"}
     plan = plan_scans("a", Row("a", stored), layers={"second.z": "z2", "second.y": "y2"})

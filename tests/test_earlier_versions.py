@@ -166,7 +166,7 @@ def test_a_layer_is_added_without_extracting_the_layers_of_the_earlier_version(p
     recipes, run_id = layer_recipes(project), stored_run(project)["run_id"]
     before = read_plain(project / "out/features")
     summary = featray.extract("config.yaml", [MORE_LAYERS])
-    assert (summary.ok, summary.failed, summary.done) == (5, 1, 6), "the failed scan is tried again"
+    assert (summary.ok, summary.failed, summary.done) == (5, 1, 5), "the failed scan cannot be read"
     assert summary.layer_recipes.items() > recipes.items()
     after = read_plain(project / "out/features")
     is_new = pads.field("layer") == "encoder.z_log_var"
@@ -215,7 +215,7 @@ def test_the_config_explains_the_rows_if_the_run_that_wrote_them_was_killed_and_
     recipes = make_recipe_ids(stored_run(project)["recipe"])
     shutil.rmtree(project / "out/runs")
     summary = featray.extract("config.yaml", overrides)
-    assert summary.done == (6 if overrides else 0)
+    assert summary.done == (5 if overrides else 0)
     cells = read_cells(project / "out")
     assert len(cells) == 5
     assert all(of_scan == summary.layer_recipes for of_scan in cells.values())

@@ -275,9 +275,8 @@ def _add_output_commands(commands: Any) -> None:
     verify.add_argument(
         "--forget-damaged",
         action="store_true",
-        help="like --repair; also remove damaged scans from both tables, so that the next extract processes "
-        "them again "
-        "(default: keep them)",
+        help="like --repair; also remove damaged scans or cells (scan x layer) from both tables, so that "
+        "the next extract processes them again (default: keep them)",
     )
     add_wait_option(verify)
 

@@ -74,6 +74,13 @@ class CellColumn:
         """Return the column with `change` applied to each map."""
         return CellColumn(self.codes, [change(cells) for cells in self.maps])
 
+    def map_rows(
+        self, rows: NDArray[np.bool_], change: Callable[[CellMap | None], CellMap | None]
+    ) -> CellColumn:
+        """Return the column with `change` applied to the maps of some rows, selected by a mask."""
+        codes = np.where(rows, self.codes + len(self.maps), self.codes).astype(np.int32)
+        return CellColumn(codes, [*self.maps, *map(change, self.maps)])
+
     def has_cells(self) -> NDArray[np.bool_]:
         """Return for each row whether its map names any layer."""
         flags = np.array([bool(cells) for cells in self.maps], bool)

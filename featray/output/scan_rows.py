@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -85,6 +86,23 @@ class ScanRows:
             return rows if changed is rows else _clear_patches(changed)
 
         return self._files.change_rows(SCANS, self._open_snapshot().files(SCANS), change_rows)
+
+    def remove_cells(self, layer: str, scan_ids: Collection[str]) -> FileChange:
+        """Write the files again without a layer of some scans; a row that loses its last cell is removed."""
+        ids, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
+
+        def remove(_: DataFile, rows: pa.Table) -> pa.Table:
+            cells = CellColumn.encode(rows["layers"])
+            has_cell = cells.find_rows(lambda cell_map: layer in (cell_map or {}))
+            is_changed = has_cell & np.asarray(pc.is_in(rows["scan_id"], ids), bool)
+            if not is_changed.any():
+                return rows
+            kept = cells.map_rows(is_changed, lambda cell_map: _leave_out(cell_map or {}, layer))
+            changed = rows.set_column(rows.column_names.index("layers"), "layers", kept.decode())
+            return changed.filter(pa.array(kept.has_cells() | ~is_changed))
+
+        files = [file for file in self._open_snapshot().files(SCANS) if can_contain_any(file, sorted_ids)]
+        return self._files.change_rows(SCANS, files, remove)
 
     def clear_failures(self, scan_ids: Collection[str]) -> FileChange:
         """Write the files again in which scans are failed, with status ok for these scans."""
@@ -178,6 +196,10 @@ def _clear_patches(rows: pa.Table) -> pa.Table:
     has_cells = CellColumn.encode(rows["layers"]).find_rows(bool)
     patches = pc.if_else(pa.array(has_cells), rows["patches"], pa.scalar(0, pa.int32()))
     return rows.set_column(rows.column_names.index("patches"), "patches", patches)
+
+
+def _leave_out(cells: CellMap, layer: str) -> CellMap:
+    return {name: recipe for name, recipe in cells.items() if name != layer}
 
 
 def _encode_cells(rows: pa.Table) -> tuple[pa.ChunkedArray, CellColumn]:

@@ -250,6 +250,28 @@ class Committer:
         with self._explain_deletion():
             self._delete_scans(sorted(scan_ids), dict(broken or {}))
 
+    def delete_cells(self, layer: str, scan_ids: Collection[str]) -> None:
+        """Remove a layer of some scans; a scan without any other layer loses its row, so it is new again.
+
+        Args:
+            layer: Name of the layer.
+            scan_ids: Ids; ids that the output does not hold are ignored. Their rows must list their layers.
+        """
+        with self._explain_deletion():
+            sorted_ids = sorted(scan_ids)
+            for first in range(0, len(sorted_ids), _MAX_SCANS_PER_DELETION):
+                ids = sorted_ids[first : first + _MAX_SCANS_PER_DELETION]
+                files = [
+                    file for file in self._logs[FEATURES].files() if file.partition_values["layer"] == layer
+                ]
+                changes = {
+                    FEATURES: self._files.remove_rows(FEATURES, files, ids),
+                    SCANS: self._scan_rows.remove_cells(layer, ids),
+                }
+                if any(change.remove for change in changes.values()):
+                    self._write_commit(changes, first=SCANS)
+            self._scan_rows.forget()
+
     def _delete_scans(self, sorted_ids: Sequence[str], unreadable: dict[str, Collection[str]]) -> None:
         for first in range(0, max(1, len(sorted_ids)), _MAX_SCANS_PER_DELETION):
             ids = set(sorted_ids[first : first + _MAX_SCANS_PER_DELETION])

@@ -389,6 +389,21 @@ def test_a_scan_that_loses_its_last_layer_has_no_patches(dataset: Dataset) -> No
     assert_consistent(dataset)
 
 
+def test_deleted_cells_leave_the_other_cells_and_a_scan_without_any_is_new_again(dataset: Dataset) -> None:
+    committer = commit_three(dataset)
+    before = read_files(dataset)
+    committer.delete_cells("map", ["a", "x", "nobody"])
+    assert read_cells(dataset) == {"a": {"z_mean": "r0"}, "b": RECIPES, "c": RECIPES, "x": {}}
+    assert {name for name in before if "layer=z_mean" in name} <= read_files(dataset).keys()
+    assert_consistent(dataset)
+    committer.delete_cells("z_mean", ["a"])
+    assert read_cells(dataset) == {"b": RECIPES, "c": RECIPES, "x": {}}
+    assert_consistent(dataset)
+    committer.commit([write_receipt(dataset, make_decoded("a", 4))])
+    assert read_cells(dataset)["a"] == RECIPES
+    assert_consistent(dataset)
+
+
 # Kills
 
 CHANGES: dict[str, Callable[[Committer, Dataset], None]] = {
@@ -410,6 +425,7 @@ CHANGES: dict[str, Callable[[Committer, Dataset], None]] = {
     "renamed": lambda c, d: c.rename_layers({"map": "grid"}),
     "swapped": lambda c, d: c.rename_layers({"map": "z_mean", "z_mean": "map"}),
     "dropped": lambda c, d: c.drop_layers(["map"]),
+    "cells deleted": lambda c, d: c.delete_cells("map", ["a", "b"]),
     "cleared": lambda c, d: c.clear_failures(["b"]),
 }
 

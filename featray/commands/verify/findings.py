@@ -6,6 +6,7 @@ many rows and files have the problem.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -88,8 +89,8 @@ DESCRIPTIONS = {
 """One sentence per kind."""
 
 _DEFAULT_REMEDY = (
-    "`featray verify OUTPUT --forget-damaged` removes these scans from both tables; the next "
-    "`featray extract CONFIG` extracts them again"
+    "`featray verify OUTPUT --forget-damaged` removes these scans, or only their cells of this layer, from "
+    "both tables; the next `featray extract CONFIG` extracts them again"
 )
 _REMEDIES = {
     FindingKind.NO_ACCESS: (
@@ -178,15 +179,21 @@ class _FaultGroup:
 
 @dataclass(frozen=True)
 class Damage:
-    """The scans and files that `--forget-damaged` removes from an output.
+    """The scans, cells and files that `--forget-damaged` removes from an output.
 
     Attributes:
         scan_ids: Scans to remove from both tables; some may be in neither.
+        cells: Layer → scans that lose only this layer; some may be in neither table.
         broken: Table → paths of files to remove as a whole.
     """
 
     scan_ids: list[str]
+    cells: dict[str, list[str]]
     broken: dict[str, set[str]]
+
+    def __bool__(self) -> bool:
+        """Return whether there is anything to remove."""
+        return bool(self.scan_ids or self.cells or self.broken)
 
 
 class Findings:
@@ -218,12 +225,20 @@ class Findings:
         group.detail = group.detail or fault.detail
 
     def collect_damage(self) -> Damage:
-        """Return the scans and files that `--forget-damaged` removes."""
-        arrays = [
-            ids for (kind, _, _), group in self._groups.items() if kind not in _REMEDIES for ids in group.ids
-        ]
-        scan_ids = pc.unique(pa.chunked_array(arrays, pa.string())).to_pylist()
-        return Damage(scan_ids, {table: set(paths) for table, paths in self._broken.items() if paths})
+        """Return what `--forget-damaged` removes: of a scan, only the layers that have a problem."""
+        arrays: dict[str | None, list[pa.Array]] = defaultdict(list)
+        for (kind, _, layer), group in self._groups.items():
+            if kind not in _REMEDIES and group.ids:
+                arrays[layer] += group.ids
+        ids = {
+            layer: pc.unique(pa.chunked_array(parts, pa.string())).to_pylist()
+            for layer, parts in arrays.items()
+        }
+        return Damage(
+            scan_ids=ids.get(None, []),
+            cells={layer: of_layer for layer, of_layer in ids.items() if layer is not None},
+            broken={table: set(paths) for table, paths in self._broken.items() if paths},
+        )
 
     def list_findings(self) -> tuple[Finding, ...]:
         """Return all findings, sorted by kind (in the order of `FindingKind`), table and layer."""

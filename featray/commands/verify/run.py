@@ -22,6 +22,7 @@ from featray.commands.verify.reconcile import BrokenFiles, LayerReconciliation, 
 from featray.commands.verify.run_files import read_recipe_facts
 from featray.errors import ExitCode, FeatrayError, OutputBusyError, StorageError, UsageError
 from featray.job import lock_output
+from featray.output.carry_over import find_earlier_scans
 from featray.output.dataset import FEATURES, SCANS, Dataset, Snapshot
 from featray.output.ledger import list_layers
 from featray.output.query import Output, open_output
@@ -95,8 +96,9 @@ def verify(  # noqa: PLR0913  # public as featray.verify
     Args:
         output: Folder or URL of the output, or the config file (.yaml) that names it.
         repair: First finish an interrupted commit, and delete orphan files.
-        forget_damaged: Like `repair`; also remove all scans that have a problem from both tables, so that
-            the next run extracts them again. Then read everything a second time.
+        forget_damaged: Like `repair`; also remove all scans that have a problem from both tables, or only
+            those of their cells that have one, so that the next run extracts them again. Then read everything
+            a second time.
         storage_options: fsspec options; those of the config by default.
         show: Whether to show progress on stderr.
         wait: Seconds to wait for an output that a run holds, before a change.
@@ -152,20 +154,28 @@ def _repair(dataset: Dataset, *, forget_damaged: bool, show: bool, wait_s: float
 
 
 def _delete_damage(committer: Committer, findings: Findings) -> list[str]:
-    """Remove damaged scans and files from both tables; return one sentence per change."""
+    """Remove damaged scans, cells and files from both tables; return one sentence per change."""
     damage = findings.collect_damage()
-    if not damage.scan_ids and not damage.broken:
+    if not damage:
         return []
     if any(finding.kind is FindingKind.NO_ACCESS for finding in findings.list_findings()):
         return [
             "nothing was removed, because the store refuses to return some files and their contents must be "
             "known first"
         ]
+    # Broken files go first, because the other changes would have to read them.
     committer.delete_scans(damage.scan_ids, damage.broken)
-    scans, files = len(damage.scan_ids), sum(map(len, damage.broken.values()))
+    # Rows of featray 0.1.0 do not list their layers, so such a scan is removed as a whole.
+    earlier = set(find_earlier_scans(committer.snapshot()).to_pylist())
+    earlier &= {scan_id for ids in damage.cells.values() for scan_id in ids}
+    committer.delete_scans(earlier)
+    for layer, ids in damage.cells.items():
+        committer.delete_cells(layer, set(ids) - earlier)
+    scans, files = {*damage.scan_ids, *earlier}, sum(map(len, damage.broken.values()))
+    cells = sum(len(set(ids) - scans) for ids in damage.cells.values())
     return [
-        f"removed damaged data from both tables (scans: {scans}, files: {files}); the next "
-        "`featray extract CONFIG` extracts these scans again"
+        f"removed damaged data from both tables (scans: {len(scans)}, cells of other scans: {cells}, "
+        f"files: {files}); the next `featray extract CONFIG` extracts them again"
     ]
 
 

@@ -1,10 +1,10 @@
 """The input cache: model inputs that were decoded before, so that another layer or model costs no decoding.
 
 Decoding asks the cache before it reads a scan, and stores each volume that it has decoded. One entry is one
-Parquet file, whose name is the hash of everything that decides the model input: the scan's location and
-content, the keys of reading and preprocessing, and the version of featray. Runs, models and outputs can
-therefore share a cache. Entries are written in one step and have checksums; a damaged entry is deleted and
-the scan is decoded again. An unreachable cache costs time, but never a scan.
+file (`input_entry.py`), whose name is the hash of everything that decides the model input: the scan's
+location and content, the keys of reading and preprocessing, and the version of featray. Runs, models and
+outputs can therefore share a cache. Entries are written in one step and have checksums; a damaged entry is
+deleted and the scan is decoded again. An unreachable cache costs time, but never a scan.
 
 If the cache is full, the entries go first that were not used for the longest time. Entries that the present
 run has used or written stay, and the run stores no more of them. Otherwise a run over more scans than the
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import logging
 import os
@@ -28,21 +27,19 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
-import deflate
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from featray.config import CacheConfig, Config
 from featray.errors import ConfigError, StorageError
 from featray.recipe import NUMERICS
 from featray.schema import Decoded, Scan, ScanRecord
+from featray.stages.input_entry import pack, unpack
 from featray.storage.store import FileInfo, Store
 from featray.storage.urls import identify_store, mask_url
 
 log = logging.getLogger(__name__)
 
-_FILE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{38})(\.parquet|\.used|\.parquet\.[0-9a-f]{32}\.tmp)")
+_FILE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{38})(\.input|\.used|\.input\.[0-9a-f]{32}\.tmp)")
 """Name of a file of the cache: an entry, the mark of its last use, or an entry that a killed process left
 unfinished."""
 KEPT_FRACTION = 0.95
@@ -50,9 +47,6 @@ KEPT_FRACTION = 0.95
 CHECK_FRACTION = 0.01
 """Share of `max_gb`; a process that has stored this much compares the size of the cache again."""
 
-_LAYOUT = 2
-"""Number of the layout of entries; those of another layout are not found."""
-_FACTS, _DIGEST = b"featray.facts", b"featray.digest"
 _RECORDED = (
     *("format", "shape", "spacing", "orientation", "slope", "intercept"),
     *("hu_min", "hu_p01", "hu_p50", "hu_p99", "hu_max"),
@@ -90,7 +84,6 @@ class InputCache:
             return None
         decoding = {
             "featray": version("featray"),
-            "layout": _LAYOUT,
             "numerics": NUMERICS,
             "source": config.source.model_dump(include={"rows", "volume"}),
             # Two stores may have scans of the same URI and, in a manifest, of the same version.
@@ -120,10 +113,9 @@ class InputCache:
             self._give_up(error)
             return None
         try:
-            facts, tensor = _unpack(data)
-        except (ValueError, KeyError, OSError) as error:  # pyarrow's errors are ValueError or OSError
-            kind = type(error).__name__
-            log.warning("an entry of the input cache is damaged (%s); its scan is decoded again", kind)
+            facts, tensor = unpack(data)
+        except ValueError as error:
+            log.warning("an entry of the input cache is damaged (%s); its scan is decoded again", error)
             self._delete(name)
             return None
         self._mark_as_used(name)
@@ -135,7 +127,7 @@ class InputCache:
             return
         if not scan.content or decoded.record.status != "ok":
             return
-        data = _pack(scan, decoded)
+        data = pack(_describe(scan, decoded), decoded.tensor)
         if len(data) > self.max_bytes:
             return
         try:
@@ -178,7 +170,7 @@ class InputCache:
         facts = {**self.decoding, "places": places, "content": scan.content}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape"))
         name = digest.hexdigest()
-        return f"{name[:2]}/{name[2:40]}.parquet"
+        return f"{name[:2]}/{name[2:40]}.input"
 
     def _mark_as_used(self, name: str) -> None:
         """Note that an entry was used now: in the time of a local file, in other stores in an empty file."""
@@ -188,7 +180,7 @@ class InputCache:
             if self.store.is_local:
                 self.store.touch(name)
             else:
-                self.store.write(f"{name.removesuffix('.parquet')}.used", b"")
+                self.store.write(f"{name.removesuffix('.input')}.used", b"")
         except OSError:  # another process may have deleted the entry meanwhile
             log.debug("an entry of the input cache cannot be marked as used", exc_info=True)
         except StorageError as error:
@@ -210,7 +202,7 @@ class InputCache:
 
 def is_entry(name: str) -> bool:
     """Return whether a file in the folder of the cache holds a model input."""
-    return is_cache_file(name) and name.endswith(".parquet")
+    return is_cache_file(name) and name.endswith(".input")
 
 
 def is_cache_file(name: str) -> bool:
@@ -286,58 +278,15 @@ def _make_absolute(uri: str) -> str:
     return uri if "://" in uri or not uri else os.path.abspath(uri)
 
 
-def _pack(scan: Scan, decoded: Decoded) -> bytes:
-    """Return an entry: the tensor as one column, the rest as JSON in the metadata of the file."""
+def _describe(scan: Scan, decoded: Decoded) -> dict[str, Any]:
+    """Return what an entry holds besides the tensor, ready for JSON."""
     record = decoded.record
-    facts = {
+    return {
         "record": {name: getattr(record, name) for name in _RECORDED},
         "warnings": [code for code in record.warnings if code not in scan.warnings],
         "columns": {name: text for name, text in record.columns.items() if name not in scan.columns},
-        "shape": decoded.tensor.shape,
         "origins": decoded.origins.tolist(),
-        # libdeflate computes it twenty times as fast as hashlib a hash.
-        "crc32": deflate.crc32(decoded.tensor.data),
     }
-    text = json.dumps(facts).encode()
-    voxels = pa.array(decoded.tensor.reshape(-1))
-    # Without nulls, Parquet stores no level for each voxel, and writing takes half the time.
-    field = pa.field("voxel", pa.float32(), nullable=False)
-    schema = pa.schema([field], {_FACTS: text, _DIGEST: _hash(text).encode()})
-    table = pa.Table.from_arrays([voxels], schema=schema)
-    buffer = io.BytesIO()
-    # Bytes of equal significance lie next to each other, which lets lz4 compress floats.
-    pq.write_table(
-        table,
-        buffer,
-        compression="lz4",
-        use_dictionary=False,
-        use_byte_stream_split=True,
-        write_statistics=False,
-    )
-    return buffer.getvalue()
-
-
-def _unpack(data: bytes) -> tuple[dict[str, Any], np.ndarray]:
-    """Return the facts and the tensor of an entry.
-
-    Raises:
-        ValueError, KeyError, OSError: The entry is damaged.
-    """
-    table = pq.read_table(pa.BufferReader(data), use_threads=False)
-    metadata = table.schema.metadata or {}
-    text = metadata[_FACTS]
-    if _hash(text).encode() != metadata[_DIGEST]:
-        raise ValueError("the checksum of the facts differs")
-    facts = json.loads(text)
-    voxels = np.array(table["voxel"].combine_chunks(), np.float32)  # a copy that the caller may change
-    tensor = voxels.reshape(facts["shape"])
-    if deflate.crc32(tensor.data) != facts["crc32"]:
-        raise ValueError("the checksum of the voxels differs")
-    return facts, tensor
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def _make_decoded(scan: Scan, facts: Mapping[str, Any], tensor: np.ndarray) -> Decoded:

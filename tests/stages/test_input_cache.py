@@ -66,7 +66,7 @@ def decode_all(config: Config) -> dict[str, Decoded]:
 
 
 def list_entries(tmp_path: Path) -> list[Path]:
-    return sorted((tmp_path / "cache").rglob("*.parquet"))
+    return sorted((tmp_path / "cache").rglob("*.input"))
 
 
 def was_read(decoded: Decoded) -> bool:
@@ -354,7 +354,7 @@ def test_a_full_cache_stays_below_its_limit(config: Config, scans: Path, tmp_pat
 
 def test_other_files_in_the_folder_are_never_deleted(config: Config, tmp_path: Path) -> None:
     decode_all(config)
-    other = tmp_path / "cache" / "00" / "mine.parquet"
+    other = tmp_path / "cache" / "00" / "mine.input"
     other.parent.mkdir(exist_ok=True)
     other.write_bytes(b"mine")
     make_room(Store(str(tmp_path / "cache")), 0, started=0.0)

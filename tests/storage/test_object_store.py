@@ -126,7 +126,7 @@ def test_an_input_cache_on_s3_is_filled_marked_and_limited(
     assert len(entries) == 12
     assert extract("warm") == 12
     marks = store.list_file_sizes().keys() - entries.keys()
-    assert {f"{name.removesuffix('.used')}.parquet" for name in marks} == entries.keys()
+    assert {f"{name.removesuffix('.used')}.input" for name in marks} == entries.keys()
     cache_of_run = InputCache.from_config(load(config_of(cache=cache)))
     assert cache_of_run is not None
     assert make_room(cache_of_run.store, sum(entries.values()) - 1, started=time.time() + 1)

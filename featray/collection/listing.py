@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import NamedTuple, overload
 
@@ -92,6 +92,7 @@ class LazyScans(Sequence[Scan]):
         built: Further scans, which are built already.
         order: Order of all scans. Numbers below `len(columns)` are rows of `columns`; higher numbers
             continue through `built`.
+        due_layers: Due layers of each scan, in this order; None if no scan has any.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class LazyScans(Sequence[Scan]):
         get_path: Callable[[str], str],
         built: Sequence[Scan],
         order: NDArray[np.int64],
+        due_layers: Sequence[tuple[str, ...]] | None = None,
     ) -> None:
         self._columns, self._get_path, self._built, self._order = columns, get_path, built, order
+        self._due_layers = due_layers
 
     def __len__(self) -> int:
         return len(self._order)
@@ -113,15 +116,24 @@ class LazyScans(Sequence[Scan]):
     def __getitem__(self, index: int | slice) -> Scan | Sequence[Scan]:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        return next(self._build_scans(self._order[[index]]))
+        return next(iter(self.take(np.array([range(len(self))[index]]))))
 
     def __iter__(self) -> Iterator[Scan]:
         for start in range(0, len(self), _BLOCK):
-            yield from self._build_scans(self._order[start : start + _BLOCK])
+            yield from self._build_scans(start, start + _BLOCK)
 
-    def take(self, positions: NDArray[np.int64]) -> LazyScans:
-        """Return the scans at some positions, in this order."""
-        return LazyScans(self._columns, self._get_path, self._built, self._order[positions])
+    def take(
+        self, positions: NDArray[np.int64], due_layers: Sequence[tuple[str, ...]] | None = None
+    ) -> LazyScans:
+        """Return the scans at some positions, in this order.
+
+        Args:
+            positions: Positions among all scans.
+            due_layers: Due layers of each returned scan; None for those that the scans have.
+        """
+        if due_layers is None and self._due_layers is not None:
+            due_layers = [self._due_layers[position] for position in positions.tolist()]
+        return LazyScans(self._columns, self._get_path, self._built, self._order[positions], due_layers)
 
     @property
     def extra_columns(self) -> tuple[str, ...]:
@@ -150,13 +162,19 @@ class LazyScans(Sequence[Scan]):
         )
         return pa.concat_tables([from_columns, make_listing_table(self._built)]).take(pa.array(self._order))
 
-    def _build_scans(self, order: NDArray[np.int64]) -> Iterator[Scan]:
-        count = len(self._columns)
+    def _build_scans(self, start: int, stop: int) -> Iterator[Scan]:
+        """Yield the scans at the positions from `start` to before `stop`."""
+        count, order = len(self._columns), self._order[start:stop]
         rows = self._columns.take(order[order < count]).get_rows()
-        for number in order:
-            yield self._build_scan(next(rows)) if number < count else self._built[number - count]
+        due_layers = repeat(()) if self._due_layers is None else self._due_layers[start:stop]
+        for number, due in zip(order.tolist(), due_layers, strict=False):
+            if number < count:
+                yield self._build_scan(next(rows), due)
+            else:
+                built = self._built[number - count]
+                yield replace(built, due_layers=due) if due else built
 
-    def _build_scan(self, row: _Row) -> Scan:
+    def _build_scan(self, row: _Row, due_layers: tuple[str, ...]) -> Scan:
         is_open = row.format == "auto"
         path = self._get_path(row.uri)
         return Scan(
@@ -169,6 +187,7 @@ class LazyScans(Sequence[Scan]):
             mask=row.mask,
             center_lps=row.center_lps,
             columns=dict(zip(self._columns.extra.column_names, row.extra, strict=True)),
+            due_layers=due_layers,
         )
 
 
@@ -213,11 +232,16 @@ class Listing:
             return self.scans.has_centers
         return any(scan.center_lps for scan in self.scans)
 
-    def take(self, positions: NDArray[np.int64]) -> Sequence[Scan]:
-        """Return the scans at some positions, in this order."""
+    def take(
+        self, positions: NDArray[np.int64], due_layers: Sequence[tuple[str, ...]] | None = None
+    ) -> Sequence[Scan]:
+        """Return the scans at some positions, in this order, each with its due layers if these are given."""
         if isinstance(self.scans, LazyScans):
-            return self.scans.take(positions)
-        return tuple(self.scans[position] for position in positions.tolist())
+            return self.scans.take(positions, due_layers)
+        scans = tuple(self.scans[position] for position in positions.tolist())
+        if due_layers is None:
+            return scans
+        return tuple(replace(scan, due_layers=due) for scan, due in zip(scans, due_layers, strict=True))
 
     def find_similar_ids(self, scan_id: str) -> list[str]:
         """Return up to five ids of the collection that an error message can suggest for an unknown id.

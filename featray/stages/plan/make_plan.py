@@ -34,7 +34,6 @@ from featray.recipe import RecipeIds
 from featray.schema import Scan
 from featray.stages.plan.cell_states import FAILED, MISSING, STALE, CellStates, compare_cells
 from featray.stages.plan.comparison import Comparison, compare, find_removed
-from featray.stages.plan.due_scans import DueScans
 from featray.stages.plan.explain import Explainer
 from featray.stages.plan.layer_work import LayerWork, count_layer_work, describe_work
 from featray.stages.plan.renames import find_renames, rename_cells
@@ -277,9 +276,8 @@ def _list_due_scans(
     codes = np.where(is_replaced, 0, comparison.of_rows(codes_of_rows))
     positions = np.flatnonzero(due)
     order = np.argsort(codes[positions], kind="stable")
-    scans = listing.take(positions[order])
     due_layers = [layers[code] for code in codes[positions[order]].tolist()]
-    return DueScans(scans, due_layers) if any(due_layers) else scans
+    return listing.take(positions[order], due_layers if any(due_layers) else None)
 
 
 def _count_layer_work(

@@ -85,7 +85,7 @@ def test_an_unchanged_collection_leaves_nothing_to_do(
 ) -> None:
     text = run_plan(capsys, str(config))
     states = "0 new, 0 changed, 0 stale, 0 failed, 0 incomplete, 0 removed, 4 up to date"
-    assert text == f"found 4 scans: {states}\nnothing to do\n"
+    assert text == f"found 4 scans: {states}\ncells (scan x layer): 4 up to date\nnothing to do\n"
 
 
 def test_a_plan_says_what_extract_and_refresh_would_do(
@@ -124,7 +124,8 @@ def test_a_plan_says_which_layers_are_new_and_that_the_others_stay(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     layers = set_layers("z=z1", "y=y1", "x=x1")
-    assert run_plan(capsys, str(config), *layers).splitlines()[1:4] == [
+    assert run_plan(capsys, str(config), *layers).splitlines()[1:5] == [
+        "cells (scan x layer): 8 missing, 4 up to date",
         "to compute: 2 new layers for 4 scans; 1 layer is up to date and stays as it is",
         "extract: would process 4 scans",
         "refresh: would process 4 scans and remove 0",
@@ -158,7 +159,8 @@ def test_a_plan_names_stored_layers_that_are_not_in_the_config(
 def test_a_plan_renames_a_layer_whose_name_alone_has_changed(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_plan(capsys, str(config), *set_layers("zz=z1")).splitlines()[1:4] == [
+    assert run_plan(capsys, str(config), *set_layers("zz=z1")).splitlines()[1:5] == [
+        "cells (scan x layer): 4 up to date",
         "to rename, without computing: layer z to zz",
         "extract: would process 0 scans",
         "refresh: would process 0 scans and remove 0",

@@ -670,9 +670,10 @@ def test_values_of_a_sampling_layer_do_not_depend_on_the_layers_beside_it(
 
 
 @pytest.mark.ray
-def test_engine_ray_adds_layers_and_scans_in_one_run(
-    config: Config, collection: Path, phantoms: Path, local_ray: None
+def test_engine_ray_adds_layers_and_scans_in_one_run_and_takes_the_inputs_from_the_cache(
+    config: Config, collection: Path, phantoms: Path, local_ray: None, tmp_path: Path
 ) -> None:
+    config["cache"] = {"uri": str(tmp_path / "cache")}
     featray.extract(config)
     shutil.copy(phantoms / "nifti" / "phantom_008.nii.gz", collection / "new_1.nii.gz")
     partly = with_layers(config, Z_MEAN, CONV_1)
@@ -685,4 +686,5 @@ def test_engine_ray_adds_layers_and_scans_in_one_run(
     shutil.copy(phantoms / "nifti" / "phantom_010.nii.gz", collection / "new_3.nii.gz")
     summary = featray.extract(on_ray)
     assert (summary.engine, summary.done, summary.ok) == ("ray", 7, 7)
-    assert_equals_fresh_extraction(more)
+    assert summary.from_cache == 6, "only new_3 was not decoded before"
+    assert_equals_fresh_extraction({**more, "cache": {}})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -219,6 +220,46 @@ def test_a_torn_entry_is_noticed(size: int, config: Config, tmp_path: Path) -> N
     entry = list_entries(tmp_path)[0]
     entry.write_bytes(entry.read_bytes()[:size])
     assert sum(map(was_read, decode_all(config).values())) == 1
+
+
+@pytest.mark.slow
+def test_a_reader_sees_whole_entries_only_also_if_writers_are_killed(
+    config: Config, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    scan = list_scans(config.source, config.policy).scans[0]
+    decoded = Decoder.from_config(config)(scan)
+    tensor = np.tile(decoded.tensor[:1], (64, 1, 1, 1))  # large enough for a kill to come while it is written
+    decoded = dataclasses.replace(decoded, tensor=tensor, origins=np.zeros((64, 3), np.int32))
+    cache = InputCache.from_config(config)
+    assert cache is not None
+    cache.save(scan, decoded)
+    (entry,) = list_entries(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    for _ in range(2):
+        first_file = entry.stat().st_ino
+        writers = [context.Process(target=save_forever, args=(cache, scan, decoded)) for _ in range(2)]
+        for writer in writers:
+            writer.start()
+        deadline = time.monotonic() + 60
+        while entry.stat().st_ino == first_file:
+            assert time.monotonic() < deadline, "no writer writes"
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            found = cache.load(scan)
+            assert found is not None
+            np.testing.assert_array_equal(found.tensor, tensor)
+        assert all(writer.is_alive() for writer in writers)
+        for writer in writers:
+            writer.kill()
+            writer.join()
+        assert cache.load(scan) is not None
+    assert "damaged" not in caplog.text
+    assert list_entries(tmp_path) == [entry]
+
+
+def save_forever(cache: InputCache, scan: Scan, decoded: Decoded) -> None:
+    while True:
+        cache.save(scan, decoded)
 
 
 def test_failed_scans_are_not_kept(config: Config, scans: Path, tmp_path: Path) -> None:

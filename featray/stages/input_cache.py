@@ -71,7 +71,8 @@ class InputCache:
     is_read_only: bool = False
     started: float = field(default_factory=time.time)
     _stored_bytes: float = field(default=float("inf"), repr=False)
-    _is_usable: bool = field(default=True, repr=False)
+    _is_readable: bool = field(default=True, repr=False)
+    _is_writable: bool = field(default=True, repr=False)
     _is_full: bool = field(default=False, repr=False)
 
     @classmethod
@@ -102,7 +103,7 @@ class InputCache:
 
         The record has `bytes_read` 0, because the files of the scan are not read.
         """
-        if not self._is_usable or not scan.content:
+        if not self._is_readable or not scan.content:
             return None
         name = self._make_name(scan)
         try:
@@ -110,7 +111,9 @@ class InputCache:
         except FileNotFoundError:
             return None
         except (StorageError, ConfigError, OSError) as error:
-            self._give_up(error)
+            # Each further scan would wait for the store again.
+            self._is_readable = self._is_writable = False
+            log.warning("the input cache is not used any more: %s", error)
             return None
         try:
             facts, tensor = unpack(data)
@@ -123,7 +126,7 @@ class InputCache:
 
     def save(self, scan: Scan, decoded: Decoded) -> None:
         """Store the model input of a scan that was decoded, if the cache has or can make room for it."""
-        if self.is_read_only or self._is_full or not self._is_usable:
+        if self._is_full or not self._can_write:
             return
         if not scan.content or decoded.record.status != "ok":
             return
@@ -140,7 +143,7 @@ class InputCache:
                 self._stored_bytes = limit * random.random()
                 self._is_full = not make_room(self.store, self.max_bytes, self.started)
         except (StorageError, ConfigError, OSError) as error:
-            self._give_up(error)
+            self._stop_writing(error)
 
     @property
     def max_bytes(self) -> float:
@@ -174,7 +177,7 @@ class InputCache:
 
     def _mark_as_used(self, name: str) -> None:
         """Note that an entry was used now: in the time of a local file, in other stores in an empty file."""
-        if self.is_read_only:
+        if not self._can_write:
             return
         try:
             if self.store.is_local:
@@ -184,20 +187,24 @@ class InputCache:
         except OSError:  # another process may have deleted the entry meanwhile
             log.debug("an entry of the input cache cannot be marked as used", exc_info=True)
         except StorageError as error:
-            self._give_up(error)
+            self._stop_writing(error)
 
     def _delete(self, name: str) -> None:
-        if self.is_read_only:
+        if not self._can_write:
             return
         try:
             self.store.delete([name])
         except (StorageError, OSError) as error:
-            self._give_up(error)
+            self._stop_writing(error)
 
-    def _give_up(self, error: Exception) -> None:
-        """Use the cache no more in this process, because each further scan would wait for it again."""
-        self._is_usable = False
-        log.warning("the input cache is not used any more: %s", error)
+    @property
+    def _can_write(self) -> bool:
+        return self._is_writable and not self.is_read_only
+
+    def _stop_writing(self, error: Exception) -> None:
+        """Only read entries from now on in this process; each further write would fail or wait, too."""
+        self._is_writable = False
+        log.warning("the input cache stores no more inputs: %s", error)
 
 
 def is_entry(name: str) -> bool:

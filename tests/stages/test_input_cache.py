@@ -21,7 +21,7 @@ import featray
 from featray.cli.main import main
 from featray.commands.cache import show_cache
 from featray.config import Config, load
-from featray.errors import ConfigError
+from featray.errors import ConfigError, StorageError
 from featray.output.dataset import SCANS, Dataset
 from featray.schema import STAGE_TIMES, Decoded, Scan
 from featray.stages.decode import Decoder
@@ -427,6 +427,31 @@ def test_a_cache_that_fails_costs_no_scan_and_is_asked_once(
     assert {decoded.record.status for decoded in outcomes.values()} == {"ok"}
     assert len(calls) == 1
     assert "the input cache is not used any more" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_still_read(
+    config: Config,
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    decode_all(config)
+    list_entries(tmp_path)[0].unlink()
+    calls = []
+
+    def fail(self: Store, name: str, data: bytes, **options: bool) -> None:
+        calls.append(name)
+        raise StorageError("no space is left")
+
+    monkeypatch.setattr(Store, "write", fail)
+    decode = Decoder.from_config(config, InputCache.from_config(config))
+    listed = list_scans(config.source, config.policy).scans
+    with caplog.at_level(logging.WARNING):
+        read = [was_read(decode(scan)) for scan in (*listed, *listed)]
+    assert sum(read) == 2
+    assert len(calls) == 1
+    assert "the input cache stores no more inputs: no space is left" in caplog.text
 
 
 def test_the_command_shows_and_clears_the_cache(config: Config, tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def pack(facts: Mapping[str, Any], tensor: NDArray[np.float32]) -> bytes:
         "crc32": deflate.crc32(voxels.data),  # libdeflate's takes 0.3 ms for 8 MB
     }
     text = json.dumps(described).encode()
-    body = b"".join((text, *chunks))
-    return b"".join((_MAGIC, _HEAD.pack(_checksum(body, len(text)), len(text)), body))
+    head = _HEAD.pack(_compute_checksum(len(text), text, *chunks), len(text))
+    return b"".join((_MAGIC, head, text, *chunks))
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], NDArray[np.float32]]:
@@ -62,7 +62,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], NDArray[np.float32]]:
     checksum, length = _HEAD.unpack_from(data, len(_MAGIC))
     body = memoryview(data)[start:]
     # Before anything is decompressed, because Blosc may not survive arbitrary bytes.
-    if _checksum(body, length) != checksum:
+    if _compute_checksum(length, body) != checksum:
         raise ValueError("its checksum differs")
     described = json.loads(bytes(body[:length]))
     voxels = _decompress(body[length:], described["chunks"], described["shape"])
@@ -81,9 +81,17 @@ def _decompress(data: memoryview, sizes: list[int], shape: list[int]) -> NDArray
     return voxels
 
 
-def _checksum(body: bytes | memoryview, length: int) -> int:
-    """Return the checksum of the facts, the compressed voxels, and the length of the facts."""
-    return int(deflate.crc32(struct.pack("<I", length), deflate.crc32(body)))
+def _compute_checksum(length: int, *parts: bytes | memoryview) -> int:
+    """Return the CRC-32 of the length of the facts, the facts and the compressed voxels.
+
+    Args:
+        length: Length of the facts.
+        parts: Facts and voxels, which together make the rest of the entry.
+    """
+    checksum = deflate.crc32(struct.pack("<I", length))
+    for part in parts:
+        checksum = deflate.crc32(part, checksum)
+    return int(checksum)
 
 
 def _make_codec() -> Any:

@@ -589,6 +589,20 @@ def test_a_failure_is_cleared_without_computing_if_the_config_no_longer_names_th
     assert featray.extract(both).failed == 1, "the layer is tried again if the config names it again"
 
 
+def test_a_scan_that_failed_because_of_one_layer_gets_the_others_when_the_config_no_longer_names_it(
+    overflow: Config, calls: CallRecord
+) -> None:
+    assert featray.extract(with_layers(overflow, "mean", "hot")).failed == 1
+    assert read_scans(overflow)["bright.nii.gz"]["layers"] == {}
+    calls.clear()
+    why = explain_scan(overflow, "bright.nii.gz")
+    assert "tried again, because that run tried other layers" in why
+    summary = featray.extract(overflow)
+    assert (summary.done, summary.ok, summary.failed) == (1, 5, 0)
+    assert calls.count_cells() == {"mean": 1}
+    assert featray.extract(overflow).done == 0
+
+
 def test_a_failed_scan_gets_further_layers_that_do_not_fail(overflow: Config) -> None:
     featray.extract(overflow)
     featray.extract(with_layers(overflow, "mean", "hot"))

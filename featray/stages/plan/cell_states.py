@@ -18,8 +18,9 @@ from featray.output.ledger import Ledger
 from featray.recipe import RecipeIds
 
 MISSING, STALE, FAILED, UP_TO_DATE = range(4)
-"""States of one cell of a stored scan: it was never computed; it has another recipe; it was tried with this
-recipe and failed, or the scan has failed before it came to any model; it is there."""
+"""States of one cell of a stored scan: it was never computed, or only tried together with layers that the
+config does not name; it has another recipe; it was tried with this recipe and failed, or the scan has failed
+before it came to any model; it is there."""
 _BEFORE_MODEL = ("list", "read", "preprocess")
 """Stages in which a scan fails in the same way for every layer and every model."""
 
@@ -101,6 +102,9 @@ def _compare_kind(
     cells: CellMap, failed: CellMap, recipes: RecipeIds, *, has_other_inputs: bool, is_undecodable: bool
 ) -> list[int]:
     """Return the state of each cell of a kind of scan."""
+    is_undecodable = is_undecodable and not cells  # a scan with cells has been decoded before
+    if any(recipes.layers.get(layer) != recipe for layer, recipe in failed.items()):
+        failed = {}  # a layer that the config does not name may have been the one that failed
     states = []
     for layer, recipe in recipes.layers.items():
         if has_other_inputs:
@@ -108,7 +112,6 @@ def _compare_kind(
         elif layer in cells:
             states.append(UP_TO_DATE if cells[layer] == recipe else STALE)
         else:
-            # A scan with cells has been decoded before.
-            was_tried = failed.get(layer) == recipe or (is_undecodable and not cells)
-            states.append(FAILED if was_tried else MISSING)
+            is_failed = is_undecodable or failed.get(layer) == recipe
+            states.append(FAILED if is_failed else MISSING)
     return states

@@ -150,8 +150,8 @@ class Explainer:
             change = f"processed{run} with another recipe of {_name_layers(stale)} than this config's"
         else:
             missing = _name_layers(self._list_layers(facts, MISSING))
-            recipe = f"this config's recipe of {missing}"
-            return f"failed{run} ({row['reason']}); tried again, because no run has tried {recipe}"
+            attempt = f"that run tried other layers, or another recipe of {missing}"
+            return f"failed{run} ({row['reason']}); tried again, because {attempt}"
         return change + self._explain_kept_features(facts)
 
     def _explain_failed(self, facts: _Facts) -> str:

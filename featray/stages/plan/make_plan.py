@@ -5,7 +5,7 @@ one state:
 
 new         has no row in the scans table
 changed     has other content than its row, or the policy now excludes it and did not before, or vice versa
-stale       has cells that were made with another recipe, or failed with another recipe
+stale       has cells that were made with another recipe, or failed with another recipe or with other layers
 failed      failed before; content and recipe are unchanged, or it failed before it came to any model
 incomplete  has a row with the same content, and lacks layers of the config
 removed     has a row, but is not listed any more

@@ -35,8 +35,8 @@ EXPLAINED = [
     ),
     (
         make_failed_row("failed with others", {"y": "y0", "x": "x0"}, {"z": "z1"}),
-        "stale: failed by run run-7 (model); tried again, because no run has tried this config's recipe of "
-        "layers y, x",
+        "stale: failed by run run-7 (model); tried again, because that run tried other layers, or another "
+        "recipe of layers y, x",
     ),
     (Row("half", {"z": "z1", "y": "y1"}), "incomplete: content is unchanged; it lacks layer x"),
     (Row("one", {"y": "y1"}), "incomplete: content is unchanged; it lacks layers z, x"),

@@ -173,6 +173,15 @@ def test_a_failed_scan_is_tried_with_all_its_missing_layers_if_one_of_them_is_ne
         assert (get_states(plan), get_due(plan)) == ({"a": "failed"}, {"a": ("y", "x")})
 
 
+def test_a_scan_that_failed_together_with_a_layer_that_the_config_no_longer_names_is_tried_again() -> None:
+    row = make_failed_row("a", {"z": "z1", "y": "y1"}, reason="non_finite_features", stage="extract")
+    assert get_due(plan_scans("a", row)) == {"a": ("z",)}
+    assert get_due(plan_scans("a", row, layers={"z": "z1", "y": "y2"})) == {"a": ("z", "y")}
+    assert get_due(plan_scans("a", row, layers={"z": "z1", "y": "y1"})) == {}
+    alone = make_failed_row("a", {"z": "z1"}, reason="non_finite_features", stage="extract")
+    assert get_due(plan_scans("a", alone)) == {}, "it is tried once, not by every run"
+
+
 def test_a_scan_that_cannot_be_decoded_is_not_tried_again_for_a_new_layer() -> None:
     layers = {"z": "z1", "y": "y1"}
     undecodable = make_failed_row("a", {"z": "z1"}, reason="truncated", stage="read")

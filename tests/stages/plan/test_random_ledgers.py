@@ -37,7 +37,8 @@ def make_random_row(rng: random.Random, scan_id: str) -> Row:
 def was_tried(row: Row, layer: str) -> bool:
     """Return whether a layer that the scan lacks was tried, or the scan cannot be decoded for any layer."""
     is_undecodable = row.status == "failed" and row.stage == "read" and not row.layers
-    return is_undecodable or row.failed.get(layer) == LAYERS[layer]
+    is_attempt_of_config = row.failed.items() <= LAYERS.items()
+    return is_undecodable or (is_attempt_of_config and row.failed.get(layer) == LAYERS[layer])
 
 
 def expect_state(scan: Scan, row: Row | None) -> str:

@@ -1,30 +1,25 @@
-"""`featray plan`: counts, explanations and the plan_module. The tests replace the model."""
+"""`featray plan`: counts and explanations. The tests replace the model."""
 
 from __future__ import annotations
 
 import json
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-import numpy as np
 import pytest
 import yaml
 
 from featray.cli.main import main
 from featray.commands import plan as plan_module
-from featray.commands.plan import Estimate, PlanResult
-from featray.config import RunConfig, SourceConfig
-from featray.engines.base import Engine
-from featray.errors import ConfigError
-from featray.hardware import Capacity, ModelThreads, Workers
+from featray.commands.plan import PlanResult
+from featray.commands.run_estimate import Estimate
+from featray.config import SourceConfig
 from featray.job import Job
 from featray.output.dataset import Dataset
 from featray.recipe import RecipeIds
-from featray.schema import Decoded, Receipt, Scan, ScanRecord
+from featray.schema import Receipt, ScanRecord
 from featray.stages.commit import Committer
 from featray.stages.list import list_scans
 from featray.storage.store import Store
@@ -45,7 +40,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return job
 
     monkeypatch.setattr(plan_module.Job, "prepare", prepare)
-    monkeypatch.setattr(plan_module, "_estimate_run", lambda *_: Estimate(sampled=1))
+    monkeypatch.setattr(plan_module, "estimate_run", lambda *_: Estimate(sampled=1))
     write_manifest(tmp_path, dict.fromkeys(NAMES, "1"))
     records = [
         replace(ScanRecord.from_scan(scan), recipe="r", layers={"z": "z1"}, run_id="run-1")
@@ -185,113 +180,11 @@ def test_a_plan_says_that_extract_refuses_to_mix_recipes(
     assert "estimate of refresh from 1 scans: " in text, "extract would refuse, so its time is of no use"
 
 
-def test_the_average_number_of_values_is_that_of_the_due_layers() -> None:
-    layers = [SimpleNamespace(name="z", values=4), SimpleNamespace(name="y", values=10)]
-    scan = make_timed_scan(1, 0.0)[0]
-    due: list[tuple[str, ...]] = [(), ("y",), ("z",), ("z", "y")]
-    scans = [replace(scan, due_layers=names) for names in due]
-    assert plan_module._average_values(layers, scans) == (14 + 10 + 4 + 14) / 4  # type: ignore[arg-type]
-
-
 def test_before_the_first_run_every_scan_is_new(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = run_plan(capsys, str(config), "--set", f"output.uri={config.parent / 'nowhere'}")
     assert "4 new" in text
     assert "extract: would process 4 scans\nrefresh: would process 4 scans and remove 0\n" in text
     assert not (config.parent / "nowhere").exists()
-
-
-def make_timed_scan(size: int, seconds: float, status: str = "ok") -> tuple[Scan, Decoded]:
-    """Return a scan of this size in bytes whose decoding took this time."""
-    scan = Scan("s", "/s", "nifti", ("/s",), "c", size=size)
-    record = replace(ScanRecord.from_scan(scan), recipe="r", run_id="run")
-    record.decode_s, record.status = seconds, status  # type: ignore[assignment]  # a literal
-    return scan, Decoded(record, np.zeros((1, 1, 1, 1), np.float32), np.zeros((1, 3), np.int32))
-
-
-def test_decode_time_scales_with_size_if_all_sizes_are_known() -> None:
-    sample = [make_timed_scan(100, 1.0), make_timed_scan(300, 3.0), make_timed_scan(900, 50.0, "failed")]
-    collection = [make_timed_scan(size, 0.0)[0] for size in (100, 100, 700)]
-    assert plan_module._estimate_decode_s(sample, collection) == pytest.approx(3.0)
-    assert plan_module._estimate_decode_s(sample, [*collection, make_timed_scan(0, 0.0)[0]]) == pytest.approx(
-        2.0
-    )
-
-
-@pytest.mark.parametrize(
-    ("threads", "gpus", "rate"),
-    [
-        (ModelThreads(), [], 2 / (0.5 + 2 * 0.25)),  # model and decoding take turns on both cores
-        (ModelThreads(each=1, calls=2), [], 2 / (0.5 + 2 * 0.25)),
-        (ModelThreads(each=1), [], 2 / (0.5 + 0.25)),  # one actor per core, with one thread each
-        (ModelThreads(), ["a GPU"], 4.0),
-        (ModelThreads(calls=2), ["a GPU"], 4.0),
-    ],
-)
-def test_the_estimated_rate_follows_from_cores_and_threads(
-    monkeypatch: pytest.MonkeyPatch, threads: ModelThreads, gpus: list[str], rate: float
-) -> None:
-    monkeypatch.setattr(plan_module, "count_usable_cores", lambda: 2)
-    monkeypatch.setattr(plan_module, "list_gpu_names", lambda: gpus)
-    assert plan_module._estimate_rate(0.5, 0.25, threads) == pytest.approx(rate)
-
-
-def test_the_model_is_timed_with_as_many_calls_at_once_as_in_the_engine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    rows: list[int] = []
-    calls_at_once = threading.Barrier(2)
-
-    def wait(batch: Any, seeds: Any) -> dict[str, Any]:
-        rows.append(len(batch))
-        calls_at_once.wait(timeout=60)  # fails if the calls run one after the other
-        time.sleep(0.1)
-        return {"z": batch[:, 0, 0, :1]}
-
-    stages = SimpleNamespace(extractor=wait, recipe="r")
-    decoded = [make_timed_scan(1, 0.0)[1]] * 3
-    seconds = plan_module._measure_infer_s(stages, decoded, batch_scans=5, calls=2)  # type: ignore[arg-type]
-    assert rows == [5] * (2 * plan_module._MODEL_ROUNDS)
-    assert seconds >= 0.1 / 10, "the wall time of both calls belongs to their ten scans"
-
-
-def test_no_scan_is_sampled_after_the_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plan_module, "SAMPLE_SECONDS", 0.0)
-    scan, decoded = make_timed_scan(1, 0.1)
-    decoding = SimpleNamespace(decoder=lambda scan: decoded)
-    assert plan_module._decode_sample(decoding, [scan] * 3) == [(scan, decoded)]  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("run", "capacity", "rate"),
-    [
-        ({"actors": {"num_cpus": 2}}, Capacity(2, 16, 0, 8, Workers(16, 8, 16)), 16 / (0.5 + 2 * 0.25)),
-        ({"actors": {"max": 1}}, Capacity(2, 16, 0, 1, Workers(1, 1, 16)), 1 / (0.5 + 2 * 0.25)),
-        ({"actors": {"num_gpus": 1}}, Capacity(2, 16, 2, 2, Workers(14, 4, 16, has_gpus=True)), 2 / 0.25),
-        ({"actors": {"num_gpus": 1}}, Capacity(2, 4, 2, 2, Workers(2, 4, 4, has_gpus=True)), 2 / 0.5),
-    ],
-    ids=["all cores", "one actor", "the model on GPUs is slower", "decoding is slower"],
-)
-def test_the_estimated_rate_of_a_cluster_follows_from_its_nodes(
-    run: dict[str, Any], capacity: Capacity, rate: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(plan_module, "count_usable_cores", lambda: 2)
-    config = SimpleNamespace(run=RunConfig.model_validate(run))
-    job = cast(Job, SimpleNamespace(config=config, threads=ModelThreads(each=2)))
-    assert plan_module._estimate_cluster_rate(0.5, 0.25, job, capacity) == pytest.approx(rate)
-
-
-@pytest.mark.parametrize("nodes", [None, 0])
-def test_a_cluster_that_cannot_be_rated_yet_is_a_message_and_this_machine_is_rated(
-    nodes: int | None, caplog: pytest.LogCaptureFixture
-) -> None:
-    def measure() -> Capacity:
-        if nodes is None:
-            raise ConfigError("nothing answers")
-        return Capacity(nodes, 0, 0, 1, Workers(1, 1, 0))
-
-    engine = cast(Engine, SimpleNamespace(measure_capacity=measure))
-    assert plan_module._find_capacity(engine) is None
-    assert "the estimate is for this machine" in caplog.text
 
 
 def test_the_text_names_the_nodes_that_the_estimate_counts_on() -> None:

@@ -121,6 +121,8 @@ class InputCache:
             log.warning("an entry of the input cache is damaged (%s); its scan is decoded again", error)
             self._delete(name)
             return None
+        except MemoryError:  # decoding, which needs more, says so in its message
+            return None
         self._mark_as_used(name)
         return _make_decoded(scan, facts, tensor)
 
@@ -130,10 +132,10 @@ class InputCache:
             return
         if not scan.content or decoded.record.status != "ok":
             return
-        data = pack(_describe(scan, decoded), decoded.tensor)
-        if len(data) > self.max_bytes:
-            return
         try:
+            data = pack(_describe(scan, decoded), decoded.tensor)
+            if len(data) > self.max_bytes:
+                return
             # Not flushed: a loss of power may damage an entry, but then its checksum shows it.
             self.store.write(self._make_name(scan), data, flush=False)
             self._stored_bytes += len(data)
@@ -142,6 +144,8 @@ class InputCache:
                 # Processes that began together must not all check at the same time, long after each other.
                 self._stored_bytes = limit * random.random()
                 self._is_full = not make_room(self.store, self.max_bytes, self.started)
+        except (MemoryError, RuntimeError):  # Blosc raises RuntimeError without memory
+            log.warning("a model input is not stored in the input cache, because memory is too short")
         except (StorageError, ConfigError, OSError) as error:
             self._stop_writing(error)
 

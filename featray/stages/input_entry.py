@@ -55,6 +55,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], NDArray[np.float32]]:
 
     Raises:
         ValueError: The entry is damaged.
+        MemoryError: There is no memory for the tensor.
     """
     start = len(_MAGIC) + _HEAD.size
     if len(data) < start or not data.startswith(_MAGIC):
@@ -76,7 +77,10 @@ def _decompress(data: memoryview, sizes: list[int], shape: list[int]) -> NDArray
     codec, voxels = _make_codec(), np.empty(math.prod(shape), _VOXEL)
     for number, size in enumerate(sizes):
         first = number * _CHUNK_VOXELS
-        codec.decode(data[:size], voxels[first : first + _CHUNK_VOXELS])
+        try:
+            codec.decode(data[:size], voxels[first : first + _CHUNK_VOXELS])
+        except RuntimeError:  # another version of Blosc may have written it
+            raise ValueError("its voxels cannot be decompressed") from None
         data = data[size:]
     return voxels
 

@@ -24,8 +24,10 @@ from featray.config import Config, load
 from featray.errors import ConfigError, StorageError
 from featray.output.dataset import SCANS, Dataset
 from featray.schema import STAGE_TIMES, Decoded, Scan
+from featray.stages import input_cache
 from featray.stages.decode import Decoder
 from featray.stages.input_cache import InputCache, is_cache_file, make_room
+from featray.stages.input_entry import unpack
 from featray.stages.list import list_scans
 from featray.stages.report import Summary
 from featray.storage.store import Store
@@ -427,6 +429,23 @@ def test_a_cache_that_fails_costs_no_scan_and_is_asked_once(
     assert {decoded.record.status for decoded in outcomes.values()} == {"ok"}
     assert len(calls) == 1
     assert "the input cache is not used any more" in caplog.text
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("error during blosc compression")])
+def test_too_little_memory_for_an_entry_costs_no_scan(
+    error: Exception, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(input_cache, "pack", fail)
+        assert {decoded.record.status for decoded in decode_all(config).values()} == {"ok"}
+    assert list_entries(tmp_path) == []
+    decode_all(config)
+    monkeypatch.setattr(input_cache, "unpack", fail if isinstance(error, MemoryError) else unpack)
+    assert {decoded.record.status for decoded in decode_all(config).values()} == {"ok"}
+    assert len(list_entries(tmp_path)) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_still_read(

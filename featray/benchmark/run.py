@@ -36,7 +36,7 @@ from featray.benchmark.run_metrics import add_first_commit, make_run_metrics
 from featray.benchmark.sample import Sample, sample_collection, sample_phantoms
 from featray.benchmark.settings import BenchmarkSettings
 from featray.benchmark.start_up import combine_start_up, find_first_commit
-from featray.config import Config, ConfigInput, load
+from featray.config import CacheConfig, Config, ConfigInput, load
 from featray.errors import ExitCode, FeatrayError
 from featray.hardware import DEFAULT_THREADS, ModelThreads, count_usable_cores
 from featray.model import runtime
@@ -337,8 +337,10 @@ class _BenchmarkRunner:
 
 
 def _make_measured_config(config: Config, out: Path) -> dict[str, Any]:
-    """Return the config with a temporary output and without the address of a cluster, JSON-ready."""
+    """Return the config with a temporary output, without the address of a cluster and cache, JSON-ready."""
     values: dict[str, Any] = config.model_dump(mode="json", by_alias=True)
+    # With the user's cache, a run would measure no decoding, and leave entries of repeated scans in it.
+    values["cache"] = CacheConfig().model_dump(mode="json")
     values["output"] = {"uri": str(out), "partition_by": values["output"]["partition_by"]}
     values["run"]["address"] = "local"  # also for a few scans
     return values

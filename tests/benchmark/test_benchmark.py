@@ -33,7 +33,7 @@ from featray.benchmark.run import _BenchmarkRunner, benchmark
 from featray.benchmark.sample import count_slices, sample_collection, sample_phantoms
 from featray.benchmark.settings import BenchmarkSettings
 from featray.benchmark.start_up import combine_start_up
-from featray.config import load
+from featray.config import CacheConfig, load
 from featray.errors import ConfigError, FeatrayError
 from featray.stages.decode import Decoder
 from featray.stages.list import list_scans
@@ -399,6 +399,13 @@ def test_a_failed_measurement_is_named_with_its_error(config_of: Any, tmp_path: 
     config = config_of(model={"uri": str(tmp_path / "gone.keras")})
     with pytest.raises(FeatrayError, match=r"(?s)stages in isolation: ended with exit code 2:.*gone\.keras"):
         benchmark(config, settings=BenchmarkSettings(rounds=1, engines=("inline",)), directory=tmp_path)
+
+
+def test_runs_without_a_cache_do_not_use_that_of_the_config(tmp_path: Path, config_of: Any) -> None:
+    user_cache = {"uri": str(tmp_path / "of the user"), "max_gb": 3, "storage_options": {"key": "K"}}
+    sample = sample_collection(load(config_of(cache=user_cache)), 2)
+    runner = _BenchmarkRunner.create(sample, BenchmarkSettings(), tmp_path, show=False)
+    assert load(runner.config).cache == CacheConfig()
 
 
 def test_each_engine_runs_with_an_empty_cache_and_then_with_the_filled_one(

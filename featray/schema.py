@@ -79,7 +79,7 @@ class Scan:
         series: Hash of the SeriesInstanceUID; empty without a UID.
         archive: Path of the zip file that contains the files; empty for files in the store itself.
         open_path: Path in the store of a scan that is left open; empty for other scans.
-        mask: URI of a mask; the mask's bounding box is cut out. Empty for the whole volume.
+        mask: URI or absolute path of a mask; the mask's bounding box is cut out. Empty for the whole volume.
         center_lps: Point (x, y, z) in mm to crop around; None for the center of the volume.
         columns: Values of further manifest columns, for the scans table.
         warnings: Warning codes from listing.

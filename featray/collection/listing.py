@@ -22,6 +22,7 @@ from featray.collection.header_cache import HeaderCache
 from featray.collection.manifest import make_point
 from featray.errors import find_similar_names
 from featray.schema import Scan
+from featray.storage.urls import make_absolute
 
 TEXT = pa.large_string()
 """Type of columns that may hold more than 2 GB in total."""
@@ -184,7 +185,7 @@ class LazyScans(Sequence[Scan]):
             files=() if is_open else (path,),
             content=row.content,
             open_path=path if is_open else "",
-            mask=row.mask,
+            mask=make_absolute(row.mask),
             center_lps=row.center_lps,
             columns=dict(zip(self._columns.extra.column_names, row.extra, strict=True)),
             due_layers=due_layers,

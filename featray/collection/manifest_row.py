@@ -24,7 +24,7 @@ from featray.errors import ConfigError, Reason, ScanError
 from featray.schema import Scan
 from featray.storage import retry
 from featray.storage.links import find_broken_link
-from featray.storage.urls import file_version, hash_texts, mask_url, open_url
+from featray.storage.urls import file_version, hash_texts, make_absolute, mask_url, open_url
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def list_row(row: ManifestRow, options: ListingOptions) -> Scan:
         files=(),
         content=hash_version(row.version),
         columns=row.columns,
-        mask=row.mask,
+        mask=make_absolute(row.mask),
         center_lps=row.center_lps,
     )
     if row.problem:

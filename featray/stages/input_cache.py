@@ -17,7 +17,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import random
 import re
 import time
@@ -35,7 +34,7 @@ from featray.recipe import NUMERICS
 from featray.schema import Decoded, Scan, ScanRecord
 from featray.stages.input_entry import pack, unpack
 from featray.storage.store import FileInfo, Store
-from featray.storage.urls import identify_store, mask_url
+from featray.storage.urls import identify_store, make_absolute, mask_url
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +94,7 @@ class InputCache:
             "dicom_tags": sorted(config.privacy.dicom_tags),
         }
         # Workers of Ray have other working directories than the driver.
-        uri = _make_absolute(config.cache.uri)
+        uri = make_absolute(config.cache.uri)
         return cls(config.cache.model_copy(update={"uri": uri}), decoding, is_read_only)
 
     def load(self, scan: Scan) -> Decoded | None:
@@ -171,9 +170,9 @@ class InputCache:
     def _make_name(self, scan: Scan) -> str:
         """Return the name of a scan's entry, in one of 256 folders so that no folder becomes large."""
         # The content is known before a scan is located, so that a scan with an entry need not be located.
-        # The paths of local files are absolute, also if the URI is not. A content of a manifest with versions
-        # says nothing about them.
-        places = (*map(_make_absolute, (scan.uri, scan.mask)), scan.open_path, *scan.files)
+        # The version in a manifest says nothing about the place. Local paths are absolute, except in `uri`.
+        uri = scan.uri if "://" in scan.uri else ""
+        places = (uri, scan.archive, scan.open_path, scan.mask, *scan.files)
         facts = {**self.decoding, "places": places, "content": scan.content}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8", "surrogateescape"))
         name = digest.hexdigest()
@@ -283,10 +282,6 @@ def _take_until(entries: Sequence[_Entry], size: float) -> list[_Entry]:
         taken.append(entry)
         size -= entry.size
     return taken
-
-
-def _make_absolute(uri: str) -> str:
-    return uri if "://" in uri or not uri else os.path.abspath(uri)
 
 
 def _describe(scan: Scan, decoded: Decoded) -> dict[str, Any]:

@@ -41,6 +41,11 @@ def open_url(uri: str, options: dict[str, Any] | None = None) -> tuple[fsspec.Ab
     return fs, path.rstrip("/") or path
 
 
+def make_absolute(uri: str) -> str:
+    """Return the absolute form of a local path, for processes in other folders; URLs are unchanged."""
+    return uri if "://" in uri or not uri else os.path.abspath(uri)
+
+
 def identify_store(uri: str, options: dict[str, Any]) -> dict[str, str]:
     """Return what distinguishes the store of a URL from others with equal URLs: endpoint and account.
 

@@ -324,3 +324,31 @@ def test_a_file_whose_bytes_cannot_be_hashed_is_a_storage_failure(
     monkeypatch.setattr(digests, "hash_file", refuse)
     (scan,) = list_source(tmp_path, fingerprint="bytes").scans
     assert (scan.reason, "could not be read for its fingerprint" in scan.message) == ("storage", True)
+
+
+@pytest.mark.parametrize("version", ["1", ""])
+def test_a_process_in_another_folder_reads_scans_and_masks_with_relative_paths(
+    version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of a Ray cluster have other working directories than the driver."""
+    write_volume(tmp_path / "ct" / "x.nii")
+    write_volume(tmp_path / "ct" / "m.nii")
+    write_series(tmp_path / "ct" / "s")
+    write_manifest(
+        tmp_path / "ct" / "m.csv", "uri,version,mask", f"x.nii,{version},m.nii", f"s,{version},m.nii"
+    )
+    monkeypatch.chdir(tmp_path)
+    relative = Path("ct/m.csv")
+    contents = {scan.scan_id: scan.content for scan in list_source(relative).scans}
+    scans = [Scan.from_json(scan.to_json()) for scan in list_source(relative).scans]
+    decode = Decoder.from_config(make_config(relative))
+    expected = [decode(scan) for scan in scans]
+    monkeypatch.chdir("/")
+    for scan, before in zip(scans, expected, strict=True):
+        decoded = decode(scan)
+        assert (decoded.record.status, before.record.status) == ("ok", "ok"), decoded.record.message
+        assert decoded.tensor.tobytes() == before.tensor.tobytes()
+    # The content of a scan contains the path of its mask as the manifest names it, so it stays what it was.
+    if version:
+        base = manifest_row.hash_version(version)
+        assert set(contents.values()) == {manifest_row.add_region(base, "ct/m.nii", None)}

@@ -43,6 +43,9 @@ _FILE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{38})(\.input|\.used|\.input\.[0-9a-f]
 unfinished."""
 KEPT_FRACTION = 0.95
 """Share of `max_gb` that remains filled after old entries were deleted."""
+LOCAL_CLOCK_S, STORE_CLOCK_S = 0.02, 1.0
+"""Largest time by which the time of a file is earlier than its writing: the kernel's clock ticks every few
+milliseconds, and object stores give whole seconds."""
 CHECK_FRACTION = 0.01
 """Share of `max_gb`; a process that has stored this much compares the size of the cache again."""
 
@@ -142,7 +145,8 @@ class InputCache:
             if self._stored_bytes >= limit:
                 # Processes that began together must not all check at the same time, long after each other.
                 self._stored_bytes = limit * random.random()
-                self._is_full = not make_room(self.store, self.max_bytes, self.started)
+                clock_s = LOCAL_CLOCK_S if self.store.is_local else STORE_CLOCK_S
+                self._is_full = not make_room(self.store, self.max_bytes, self.started - clock_s)
         except (MemoryError, RuntimeError):  # Blosc raises RuntimeError without memory
             log.warning("a model input is not stored in the input cache, because memory is too short")
         except (StorageError, ConfigError, OSError) as error:

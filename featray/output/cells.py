@@ -6,7 +6,7 @@ different map once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,8 +83,7 @@ class CellColumn:
 
     def has_cells(self) -> NDArray[np.bool_]:
         """Return for each row whether its map names any layer."""
-        flags = np.array([bool(cells) for cells in self.maps], bool)
-        return flags[self.codes] if len(flags) else np.zeros(len(self.codes), bool)
+        return self.find_rows(bool)
 
     def count_recipes(self) -> dict[str, dict[str, int]]:
         """Return layer → recipe id → number of rows with this cell.
@@ -100,6 +99,11 @@ class CellColumn:
             layer: dict(sorted(counts[layer].items(), key=lambda item: (-item[1], item[0])))
             for layer in sorted(counts)
         }
+
+
+def leave_out_layers(cells: CellMap, layers: Collection[str]) -> CellMap:
+    """Return the cells of the other layers."""
+    return {layer: recipe for layer, recipe in cells.items() if layer not in layers}
 
 
 def _encode_chunk(

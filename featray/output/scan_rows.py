@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from featray.output.cells import CellColumn, CellMap
+from featray.output.cells import CellColumn, CellMap, leave_out_layers
 from featray.output.dataset import SCANS, Dataset, Snapshot, can_contain_any
 from featray.output.file_change import FileChange
 from featray.output.rewrite import FileRewriter
@@ -89,7 +89,7 @@ class ScanRows:
 
     def remove_cells(self, layer: str, scan_ids: Collection[str]) -> FileChange:
         """Write the files again without a layer of some scans; a row that loses its last cell is removed."""
-        ids, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
+        ids = pa.array(list(scan_ids), pa.string())
 
         def remove(_: DataFile, rows: pa.Table) -> pa.Table:
             cells = CellColumn.encode(rows["layers"])
@@ -97,16 +97,15 @@ class ScanRows:
             is_changed = has_cell & np.asarray(pc.is_in(rows["scan_id"], ids), bool)
             if not is_changed.any():
                 return rows
-            kept = cells.map_rows(is_changed, lambda cell_map: _leave_out(cell_map or {}, layer))
+            kept = cells.map_rows(is_changed, lambda cell_map: leave_out_layers(cell_map or {}, [layer]))
             changed = rows.set_column(rows.column_names.index("layers"), "layers", kept.decode())
             return changed.filter(pa.array(kept.has_cells() | ~is_changed))
 
-        files = [file for file in self._open_snapshot().files(SCANS) if can_contain_any(file, sorted_ids)]
-        return self._files.change_rows(SCANS, files, remove)
+        return self._files.change_rows(SCANS, self._find_files(scan_ids), remove)
 
     def clear_failures(self, scan_ids: Collection[str]) -> FileChange:
         """Write the files again in which scans are failed, with status ok for these scans."""
-        ids, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
+        ids = pa.array(list(scan_ids), pa.string())
 
         def clear(_: DataFile, rows: pa.Table) -> pa.Table:
             is_cleared = pc.is_in(rows["scan_id"], ids)
@@ -119,8 +118,7 @@ class ScanRows:
                 cleared = cleared.set_column(rows.schema.get_field_index(name), field, values)
             return pa.concat_tables([rows.filter(pc.invert(is_cleared)), cleared]).sort_by("scan_id")
 
-        files = [file for file in self._open_snapshot().files(SCANS) if can_contain_any(file, sorted_ids)]
-        return self._files.change_rows(SCANS, files, clear)
+        return self._files.change_rows(SCANS, self._find_files(scan_ids), clear)
 
     @functools.cached_property
     def _stored(self) -> dict[str, CellMap]:
@@ -139,8 +137,7 @@ class ScanRows:
         """Return the stored cells that stay when this record is committed."""
         if not record.due_layers:
             return {}
-        stored = self._stored.get(record.scan_id, {})
-        return {layer: recipe for layer, recipe in stored.items() if layer not in record.due_layers}
+        return leave_out_layers(self._stored.get(record.scan_id, {}), record.due_layers)
 
     def _make_rows(self, records: Sequence[ScanRecord]) -> list[dict[str, Any]]:
         """Return rows of `scans`. A failed scan that keeps cells also keeps the columns about them."""
@@ -157,11 +154,15 @@ class ScanRows:
 
     def _read_rows(self, scan_ids: Collection[str]) -> list[dict[str, Any]]:
         """Return the stored rows of some scans."""
-        ids, sorted_ids = pa.array(list(scan_ids), pa.string()), sorted(scan_ids)
-        files = [file for file in self._open_snapshot().files(SCANS) if can_contain_any(file, sorted_ids)]
-        tables = [self._files.read_file(SCANS, file) for file in files]
+        ids = pa.array(list(scan_ids), pa.string())
+        tables = [self._files.read_file(SCANS, file) for file in self._find_files(scan_ids)]
         rows = [table.filter(pc.is_in(table["scan_id"], ids)) for table in tables]
         return [row for part in rows for row in part.to_pylist(maps_as_pydicts="strict")]
+
+    def _find_files(self, scan_ids: Collection[str]) -> list[DataFile]:
+        """Return the files that can contain rows of some scans."""
+        sorted_ids = sorted(scan_ids)
+        return [file for file in self._open_snapshot().files(SCANS) if can_contain_any(file, sorted_ids)]
 
     def _replace_rows(self, rows: Sequence[Mapping[str, Any]], replaced: Collection[str]) -> FileChange:
         """Write new rows to one file, and return the change that adds it.
@@ -196,10 +197,6 @@ def _clear_patches(rows: pa.Table) -> pa.Table:
     has_cells = CellColumn.encode(rows["layers"]).find_rows(bool)
     patches = pc.if_else(pa.array(has_cells), rows["patches"], pa.scalar(0, pa.int32()))
     return rows.set_column(rows.column_names.index("patches"), "patches", patches)
-
-
-def _leave_out(cells: CellMap, layer: str) -> CellMap:
-    return {name: recipe for name, recipe in cells.items() if name != layer}
 
 
 def _encode_cells(rows: pa.Table) -> tuple[pa.ChunkedArray, CellColumn]:

@@ -42,7 +42,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 
 from featray.errors import ConfigError, DeletedOutputError, FeatrayError, MissingFileError, StorageError
 from featray.output.carry_over import carry_over_features, carry_over_scans, find_earlier_scans
-from featray.output.cells import CellMap
+from featray.output.cells import CellMap, leave_out_layers
 from featray.output.dataset import (
     FEATURES,
     SCANS,
@@ -175,7 +175,7 @@ class Committer:
         if not names:
             return
         with self._explain_deletion():
-            files = [file for file in self._logs[FEATURES].files() if file.partition_values["layer"] in names]
+            files = self._find_layer_files(names)
 
             def rename(cells: CellMap) -> CellMap:
                 return {names.get(layer, layer): recipe for layer, recipe in cells.items()}
@@ -192,12 +192,8 @@ class Committer:
         if not layers:
             return
         with self._explain_deletion():
-            files = self._logs[FEATURES].files()
-            removed = tuple(file for file in files if file.partition_values["layer"] in layers)
-
-            def drop(cells: CellMap) -> CellMap:
-                return {layer: recipe for layer, recipe in cells.items() if layer not in layers}
-
+            drop = functools.partial(leave_out_layers, layers=layers)
+            removed = tuple(self._find_layer_files(layers))
             changes = {FEATURES: FileChange((), removed), SCANS: self._scan_rows.change_cells(drop)}
             self._write_commit(changes, first=SCANS)
             self._scan_rows.forget()
@@ -261,11 +257,8 @@ class Committer:
             sorted_ids = sorted(scan_ids)
             for first in range(0, len(sorted_ids), _MAX_SCANS_PER_DELETION):
                 ids = sorted_ids[first : first + _MAX_SCANS_PER_DELETION]
-                files = [
-                    file for file in self._logs[FEATURES].files() if file.partition_values["layer"] == layer
-                ]
                 changes = {
-                    FEATURES: self._files.remove_rows(FEATURES, files, ids),
+                    FEATURES: self._files.remove_rows(FEATURES, self._find_layer_files([layer]), ids),
                     SCANS: self._scan_rows.remove_cells(layer, ids),
                 }
                 if any(change.remove for change in changes.values()):
@@ -337,6 +330,10 @@ class Committer:
     def trim(self) -> int:
         """Delete log entries that no retained version needs; return their number."""
         return sum(len(table_log.trim()) for table_log in self._logs.values())
+
+    def _find_layer_files(self, layers: Collection[str]) -> list[DataFile]:
+        """Return the files of `features` that hold some layers."""
+        return [file for file in self._logs[FEATURES].files() if file.partition_values["layer"] in layers]
 
     def _remove_cells(self, records: Sequence[ScanRecord]) -> FileChange:
         """Write the files of `features` without the cells that records replace."""

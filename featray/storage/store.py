@@ -206,28 +206,15 @@ class Store:
 
         Empty if the folder does not exist. Raises as `run_operation`.
         """
-        try:
-            listing = self.run_operation(lambda: self._fetch_listing(prefix))
-        except FileNotFoundError:
-            return {}
-        # An empty folder may be listed as an entry of itself for a while after its last file was deleted.
-        files = {path: info["size"] for path, info in listing.items() if info["type"] != "directory"}
-        return {path[len(self.root) + 1 :]: size for path, size in files.items()}
+        return {name: info["size"] for name, info in self._list_files(prefix).items()}
 
     def list_file_infos(self) -> list[FileInfo]:
         """Return name, size and time of all files. Empty if the folder does not exist.
 
         Raises as `run_operation`.
         """
-        try:
-            listing = self.run_operation(lambda: self._fetch_listing(""))
-        except FileNotFoundError:
-            return []
-        return [
-            FileInfo(path[len(self.root) + 1 :], info["size"], _get_write_time(info))
-            for path, info in listing.items()
-            if info["type"] != "directory"
-        ]
+        files = self._list_files("")
+        return [FileInfo(name, info["size"], _get_write_time(info)) for name, info in files.items()]
 
     def touch(self, name: str) -> None:
         """Set the time of a local file to now. Objects in other stores keep the time of their writing."""
@@ -293,6 +280,16 @@ class Store:
         self.fs.invalidate_cache(posixpath.dirname(path))
         info: dict[str, Any] = self.fs.info(path)
         return info
+
+    def _list_files(self, prefix: str) -> dict[str, dict[str, Any]]:
+        """Return name → fsspec's description of all files below a folder; empty if it does not exist."""
+        try:
+            listing = self.run_operation(lambda: self._fetch_listing(prefix))
+        except FileNotFoundError:
+            return {}
+        # An empty folder may be listed as an entry of itself for a while after its last file was deleted.
+        files = {path: info for path, info in listing.items() if info["type"] != "directory"}
+        return {path[len(self.root) + 1 :]: info for path, info in files.items()}
 
     def _fetch_listing(self, prefix: str) -> dict[str, dict[str, Any]]:
         self.fs.invalidate_cache()

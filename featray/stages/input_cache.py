@@ -63,18 +63,17 @@ class InputCache:
     Attributes:
         config: The section `cache` of the config.
         decoding: Everything except the scan that decides the model input, ready for JSON.
-        is_read_only: Whether entries are only read; nothing is then written, marked as used, or deleted.
+        is_writable: Whether entries are also written, marked as used and deleted; false once that failed.
         started: Time at which the run began, in seconds since the epoch. Younger entries are not deleted to
             make room for others.
     """
 
     config: CacheConfig
     decoding: Mapping[str, Any] = field(repr=False)
-    is_read_only: bool = False
+    is_writable: bool = True
     started: float = field(default_factory=time.time)
     _stored_bytes: float = field(default=float("inf"), repr=False)
     _is_readable: bool = field(default=True, repr=False)
-    _is_writable: bool = field(default=True, repr=False)
     _is_full: bool = field(default=False, repr=False)
 
     @classmethod
@@ -98,7 +97,7 @@ class InputCache:
         }
         # Workers of Ray have other working directories than the driver.
         uri = make_absolute(config.cache.uri)
-        return cls(config.cache.model_copy(update={"uri": uri}), decoding, is_read_only)
+        return cls(config.cache.model_copy(update={"uri": uri}), decoding, is_writable=not is_read_only)
 
     def load(self, scan: Scan) -> Decoded | None:
         """Return the model input of a scan if the cache has it, with a record as decoding makes it.
@@ -114,7 +113,7 @@ class InputCache:
             return None
         except (StorageError, ConfigError, OSError) as error:
             # Each further scan would wait for the store again.
-            self._is_readable = self._is_writable = False
+            self._is_readable = self.is_writable = False
             log.warning("the input cache is not used any more: %s", error)
             return None
         try:
@@ -130,7 +129,7 @@ class InputCache:
 
     def save(self, scan: Scan, decoded: Decoded) -> None:
         """Store the model input of a scan that was decoded, if the cache has or can make room for it."""
-        if self._is_full or not self._can_write:
+        if self._is_full or not self.is_writable:
             return
         if not scan.content or decoded.record.status != "ok":
             return
@@ -184,7 +183,7 @@ class InputCache:
 
     def _mark_as_used(self, name: str) -> None:
         """Note that an entry was used now: in the time of a local file, in other stores in an empty file."""
-        if not self._can_write:
+        if not self.is_writable:
             return
         try:
             if self.store.is_local:
@@ -197,20 +196,16 @@ class InputCache:
             self._stop_writing(error)
 
     def _delete(self, name: str) -> None:
-        if not self._can_write:
+        if not self.is_writable:
             return
         try:
             self.store.delete([name])
         except (StorageError, OSError) as error:
             self._stop_writing(error)
 
-    @property
-    def _can_write(self) -> bool:
-        return self._is_writable and not self.is_read_only
-
     def _stop_writing(self, error: Exception) -> None:
         """Only read entries from now on in this process; each further write would fail or wait, too."""
-        self._is_writable = False
+        self.is_writable = False
         log.warning("the input cache stores no more inputs: %s", error)
 
 

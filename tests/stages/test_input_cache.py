@@ -72,6 +72,25 @@ def list_entries(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache").rglob("*.input"))
 
 
+def sum_sizes(entries: list[Path]) -> int:
+    return sum(entry.stat().st_size for entry in entries)
+
+
+def fill_with_ages(config: Config, tmp_path: Path) -> list[Path]:
+    """Store all scans, and return their entries; the last entry was not used for the longest time."""
+    decode_all(config)
+    entries = list_entries(tmp_path)
+    for age, entry in enumerate(entries):
+        os.utime(entry, (1000 - age, 1000 - age))
+    return entries
+
+
+def open_cache(config: Config) -> InputCache:
+    cache = InputCache.from_config(config)
+    assert cache is not None
+    return cache
+
+
 def was_read(decoded: Decoded) -> bool:
     """Return whether the files of the scan were read."""
     return decoded.record.bytes_read > 0
@@ -158,8 +177,7 @@ def test_scans_of_one_relative_uri_and_version_in_other_places_have_other_entrie
         if difference == "endpoint":
             source = {"uri": "s3://bucket/ct", "storage_options": {"endpoint_url": f"http://{place}:9000"}}
             config = make_config(folder, folder, source=source)
-        cache = InputCache.from_config(config)
-        assert cache is not None
+        cache = open_cache(config)
         names.add(cache._make_name(scan))
     assert len(names) == 2
 
@@ -167,8 +185,7 @@ def test_scans_of_one_relative_uri_and_version_in_other_places_have_other_entrie
 def test_other_credentials_find_the_same_entries(tmp_path: Path) -> None:
     options = [{"key": key, "secret": f"secret of {key}", "endpoint_url": "http://a:9000"} for key in "ab"]
     sources = [{"uri": "s3://bucket/ct", "storage_options": each} for each in options]
-    caches = [InputCache.from_config(make_config(tmp_path, tmp_path, source=source)) for source in sources]
-    decoding = [cache.decoding for cache in caches if cache is not None]
+    decoding = [open_cache(make_config(tmp_path, tmp_path, source=source)).decoding for source in sources]
     assert decoding[0] == decoding[1]
     assert "secret" not in json.dumps(decoding)
 
@@ -232,8 +249,7 @@ def test_a_reader_sees_whole_entries_only_also_if_writers_are_killed(
     decoded = Decoder.from_config(config)(scan)
     tensor = np.tile(decoded.tensor[:1], (64, 1, 1, 1))  # large enough for a kill to come while it is written
     decoded = dataclasses.replace(decoded, tensor=tensor, origins=np.zeros((64, 3), np.int32))
-    cache = InputCache.from_config(config)
-    assert cache is not None
+    cache = open_cache(config)
     cache.save(scan, decoded)
     (entry,) = list_entries(tmp_path)
     context = multiprocessing.get_context("spawn")
@@ -284,26 +300,20 @@ def test_arrays_are_not_kept(tmp_path: Path) -> None:
 def test_the_entries_that_were_not_used_for_the_longest_time_are_deleted(
     config: Config, tmp_path: Path
 ) -> None:
-    decode_all(config)
-    entries = list_entries(tmp_path)
-    for age, entry in enumerate(entries):
-        os.utime(entry, (1000 - age, 1000 - age))
-    sizes = [entry.stat().st_size for entry in entries]
-    assert make_room(Store(str(tmp_path / "cache")), sum(sizes) - 1, started=2000.0)
+    entries = fill_with_ages(config, tmp_path)
+    size = sum_sizes(entries)
+    assert make_room(Store(str(tmp_path / "cache")), size - 1, started=2000.0)
     assert list_entries(tmp_path) == entries[:-1]
 
 
 def test_an_entry_of_the_present_run_is_deleted_only_if_it_does_not_fit_in(
     config: Config, tmp_path: Path
 ) -> None:
-    decode_all(config)
-    entries = list_entries(tmp_path)
-    for age, entry in enumerate(entries):
-        os.utime(entry, (1000 - age, 1000 - age))
-    sizes = [entry.stat().st_size for entry in entries]
+    entries = fill_with_ages(config, tmp_path)
+    size = sum_sizes(entries)
     store = Store(str(tmp_path / "cache"))
-    assert make_room(store, sum(sizes), started=0.0)
-    assert not make_room(store, sum(sizes) - 1, started=0.0)
+    assert make_room(store, size, started=0.0)
+    assert not make_room(store, size - 1, started=0.0)
     assert list_entries(tmp_path) == entries[1:]  # the entry that was used last is gone
 
 
@@ -314,7 +324,7 @@ def test_entries_of_an_earlier_run_make_room_for_those_of_the_present_run(
     earlier = list_entries(tmp_path)
     for entry in earlier:
         os.utime(entry, (1000, 1000))
-    size = sum(entry.stat().st_size for entry in earlier)
+    size = sum_sizes(earlier)
     sections = {
         "preprocess": {"size": [8, 16, 16], "fit": "patches", "orientation": "RAS"},
         "cache": {"uri": str(tmp_path / "cache"), "max_gb": 1.02 * size / 1e9},
@@ -329,7 +339,7 @@ def test_a_collection_that_does_not_fit_in_finds_its_first_scans_again(
     config: Config, scans: Path, tmp_path: Path
 ) -> None:
     decode_all(config)
-    size = sum(entry.stat().st_size for entry in list_entries(tmp_path))
+    size = sum_sizes(list_entries(tmp_path))
     shutil.rmtree(tmp_path / "cache")
     small = make_config(scans, tmp_path, cache={"uri": str(tmp_path / "cache"), "max_gb": 0.6 * size / 1e9})
     decode_all(small)
@@ -362,8 +372,7 @@ def test_in_an_object_store_the_last_use_of_an_entry_counts(
 ) -> None:
     uri = f"memory://{tmp_path.name}"
     in_memory = make_config(scans, tmp_path, cache={"uri": uri})
-    cache = InputCache.from_config(in_memory)
-    assert cache is not None
+    cache = open_cache(in_memory)
     decode = Decoder.from_config(in_memory, cache)
     listed = list_scans(in_memory.source, in_memory.policy).scans
     decoded = {scan.scan_id: decode(scan) for scan in listed}
@@ -388,12 +397,12 @@ def test_use_makes_an_entry_young(config: Config, tmp_path: Path) -> None:
 
 def test_a_full_cache_stays_below_its_limit(config: Config, scans: Path, tmp_path: Path) -> None:
     decode_all(config)
-    total = sum(entry.stat().st_size for entry in list_entries(tmp_path))
+    total = sum_sizes(list_entries(tmp_path))
     shutil.rmtree(tmp_path / "cache")
     limit = 0.6 * total
     cache = {"uri": str(tmp_path / "cache"), "max_gb": limit / 1e9}
     decode_all(make_config(scans, tmp_path, cache=cache))
-    kept = sum(entry.stat().st_size for entry in list_entries(tmp_path))
+    kept = sum_sizes(list_entries(tmp_path))
     assert 0 < kept <= limit
 
 
@@ -477,7 +486,7 @@ def test_a_cache_that_cannot_be_written_is_still_read(
 
 def test_the_command_shows_and_clears_the_cache(config: Config, tmp_path: Path) -> None:
     decode_all(config)
-    total = sum(entry.stat().st_size for entry in list_entries(tmp_path))
+    total = sum_sizes(list_entries(tmp_path))
     shown = show_cache(config)
     assert (shown.entries, shown.bytes, shown.deleted) == (4, total, 0)
     assert "4 model inputs" in shown.text()

@@ -117,7 +117,8 @@ class LazyScans(Sequence[Scan]):
     def __getitem__(self, index: int | slice) -> Scan | Sequence[Scan]:
         if isinstance(index, slice):
             return self.take(np.arange(len(self))[index])
-        return next(iter(self.take(np.array([range(len(self))[index]]))))
+        position = range(len(self))[index]
+        return next(self._build_scans(position, position + 1))
 
     def __iter__(self) -> Iterator[Scan]:
         for start in range(0, len(self), _BLOCK):

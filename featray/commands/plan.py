@@ -96,8 +96,8 @@ class PlanResult:
         """Return the result as text for the terminal."""
         states = ", ".join(f"{getattr(self, state)} {state.replace('_', ' ')}" for state in STATES)
         lines = [f"found {self.found} scans: {states}"]
-        if cells := _join_counts(self.cells):
-            lines.append(f"cells (scan x layer): {cells}")
+        if any(self.cells.values()):
+            lines.append(f"cells (scan x layer): {_format_states(self.cells)}")
         if self.unreachable:
             lines.append(f"{self.unreachable} stored scans cannot be reached now; their features are kept")
         if self.cleared_failures:
@@ -235,7 +235,7 @@ def explain_scan(config: ConfigInput, scan_id: str, overrides: list[str] | None 
     return job.make_plan(listing, dataset.find_snapshot(), RunScope()).explain_scan(scan_id)
 
 
-def _join_counts(cells: Mapping[str, int]) -> str:
+def _format_states(cells: Mapping[str, int]) -> str:
     """Return the states that any cell has, with their numbers of cells."""
     return ", ".join(f"{count:,} {state.replace('_', ' ')}" for state, count in cells.items() if count)
 

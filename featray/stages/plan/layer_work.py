@@ -63,8 +63,8 @@ def describe_work(new: int, changed: int, layers: Mapping[str, LayerWork]) -> st
         changed: Number of changed scans.
         layers: Layer of the config → its work.
     """
-    parts = [_count(new, "new scan")] if new else []
-    parts += [_count(changed, "changed scan")] if changed else []
+    parts = [format_count(new, "new scan")] if new else []
+    parts += [format_count(changed, "changed scan")] if changed else []
     parts += _describe_groups("new layer", (work.missing for work in layers.values() if work.is_new))
     parts += _describe_groups(
         "incomplete layer", (work.missing for work in layers.values() if not work.is_new)
@@ -74,7 +74,7 @@ def describe_work(new: int, changed: int, layers: Mapping[str, LayerWork]) -> st
     if whole and parts:
         is_one = len(whole) == 1
         stays = "is up to date and stays as it is" if is_one else "are up to date and stay as they are"
-        parts.append(f"{_count(len(whole), 'layer')} {stays}")
+        parts.append(f"{format_count(len(whole), 'layer')} {stays}")
     return "; ".join(parts)
 
 
@@ -82,10 +82,11 @@ def _describe_groups(noun: str, scans_of_layers: Iterable[int]) -> list[str]:
     """Return one part per number of scans, such as `2 new layers for 24,000 scans`; none for no scans."""
     groups = Counter(scans for scans in scans_of_layers if scans)
     return [
-        f"{_count(layers, noun)} for {_count(scans, 'scan')}"
+        f"{format_count(layers, noun)} for {format_count(scans, 'scan')}"
         for scans, layers in sorted(groups.items(), reverse=True)
     ]
 
 
-def _count(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
+    """Return a number with its noun, such as `1 scan` or `24,000 scans`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"

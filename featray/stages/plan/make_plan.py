@@ -150,11 +150,7 @@ def make_plan(
             `storage` are always tried again, because the store may answer now.
     """
     renames = find_renames(ledger.cells, recipes.layers)
-    ledger = replace(
-        ledger,
-        cells=rename_cells(ledger.cells, renames),
-        failed=rename_cells(ledger.failed, renames),
-    )
+    ledger = _rename_layers(ledger, renames)
     comparison, cells = compare(listing, ledger), compare_cells(ledger, recipes)
     return_free_memory()  # of the comparison
     states = _find_states(comparison, cells)
@@ -166,19 +162,9 @@ def make_plan(
     counts[_REMOVED] = len(removed)
     unlisted_but_kept = int(comparison.is_unlisted.sum()) - len(removed)
     counts[_UP_TO_DATE] += unlisted_but_kept
-    unreachable = int(comparison.is_unreachable.sum()) + unlisted_but_kept
-    if unreachable:
-        log.warning(
-            "%d stored scans cannot be reached now (storage); their rows and features are kept", unreachable
-        )
     stored_layers = ledger.cells.count_recipes()
-    has_other_inputs = comparison.of_rows(cells.has_other_inputs[cells.kinds])
-
-    def count_replaced(replaced: _Flags) -> dict[str, int]:
-        """Return the layers that the config does not name, with the number of replaced scans that have it."""
-        stored = ledger.cells.take(comparison.ledger_rows[replaced])
-        return _count_other_layers(stored.count_recipes(), recipes)
-
+    is_incompatible = refresh_due & (states == _STALE)
+    is_incompatible &= comparison.of_rows(cells.has_other_inputs[cells.kinds])
     return Plan(
         counts=dict(zip(STATES, counts.tolist(), strict=True)),
         todo=_list_due_scans(listing, comparison, cells, states, due),
@@ -186,11 +172,11 @@ def make_plan(
         cleared_failures=_find_cleared_failures(listing, comparison, states),
         other_recipe=int(np.count_nonzero(cells.has_any(STALE))),
         refresh_todo=int(np.count_nonzero(refresh_due)),
-        unreachable=unreachable,
+        unreachable=_count_unreachable(comparison, unlisted_but_kept),
         layers=_count_layer_work(comparison, cells, states, stored_layers),
-        other_layers=_count_other_layers(stored_layers, recipes),
-        lost_layers=count_replaced(refresh_due & (states == _CHANGED)),
-        incompatible_layers=count_replaced(refresh_due & (states == _STALE) & has_other_inputs),
+        other_layers=_leave_out_config(stored_layers, recipes),
+        lost_layers=_count_lost_layers(comparison, ledger, refresh_due & (states == _CHANGED), recipes),
+        incompatible_layers=_count_lost_layers(comparison, ledger, is_incompatible, recipes),
         renames=renames,
         earlier_recipes=ledger.earlier_recipes,
         can_keep_both=not bool(((cells.states == STALE).any(axis=1) & cells.has_other_inputs).any()),
@@ -206,7 +192,31 @@ def make_plan(
     )
 
 
-def _count_other_layers(stored: Mapping[str, Mapping[str, int]], recipes: RecipeIds) -> dict[str, int]:
+def _rename_layers(ledger: Ledger, renames: Mapping[str, str]) -> Ledger:
+    """Return the ledger with other names of layers."""
+    cells, failed = (rename_cells(column, renames) for column in (ledger.cells, ledger.failed))
+    return replace(ledger, cells=cells, failed=failed)
+
+
+def _count_unreachable(comparison: Comparison, unlisted_but_kept: int) -> int:
+    """Return the number of stored scans that the listing could not reach, and warn of them."""
+    count = int(comparison.is_unreachable.sum()) + unlisted_but_kept
+    if count:
+        log.warning(
+            "%d stored scans cannot be reached now (storage); their rows and features are kept", count
+        )
+    return count
+
+
+def _count_lost_layers(
+    comparison: Comparison, ledger: Ledger, is_replaced: _Flags, recipes: RecipeIds
+) -> dict[str, int]:
+    """Return the layers that some listed scans lose if they are replaced, with their number of scans."""
+    stored = ledger.cells.take(comparison.ledger_rows[is_replaced])
+    return _leave_out_config(stored.count_recipes(), recipes)
+
+
+def _leave_out_config(stored: Mapping[str, Mapping[str, int]], recipes: RecipeIds) -> dict[str, int]:
     """Return the layers that the config does not name, with their number of scans."""
     counts = {name: sum(by_recipe.values()) for name, by_recipe in stored.items()}
     return {name: count for name, count in counts.items() if count and name not in recipes.layers}

@@ -54,8 +54,9 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
     found = len(listing.scan_ids)
     missing = found - len(rows)
     unfinished = totals.is_interrupted and (missing > 0 or totals.scans < len(plan.todo))
-    lost_layers = plan.lost_layers if run.command == "refresh" and not unfinished else {}
-    other_layers = {} if totals.dropped_layers else Counter(plan.other_layers) - Counter(lost_layers)
+    has_dropped = totals.dropped_layers > 0
+    lost_layers = {} if run.command != "refresh" or unfinished or has_dropped else plan.lost_layers
+    other_layers = {} if has_dropped else Counter(plan.other_layers) - Counter(lost_layers)
     has_all_rows = missing == 0 and status.total() == found
     has_few_failures = status["failed"] <= run.max_failed_fraction * found
     return Summary(
@@ -67,9 +68,9 @@ def _summarize(run: Run, rows: pa.Table, listing: Listing, plan: Plan, totals: R
         layer_recipes=run.layer_recipes,
         work=plan.describe_work() if totals.has_changes else "",
         renamed_layers=dict(plan.renames),
-        dropped_layers=tuple(plan.other_layers) if totals.dropped_layers else (),
+        dropped_layers=tuple(plan.other_layers) if has_dropped else (),
         other_layers=dict(other_layers),
-        lost_layers={} if totals.dropped_layers else dict(lost_layers),
+        lost_layers=dict(lost_layers),
         found=found,
         ok=status["ok"],
         failed=status["failed"],

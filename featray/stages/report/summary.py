@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from featray.stages.plan.layer_work import format_count
 from featray.storage.expand import escape_path
 
 _STAGE_NAMES = {"read_s": "read", "decode_s": "decode", "preprocess_s": "preprocess", "infer_s": "model"}
@@ -200,7 +201,7 @@ def describe_lost_layers(layers: Mapping[str, int]) -> str:
 
 def format_layer_counts(layers: Mapping[str, int]) -> str:
     """Return layers with their numbers of scans as a list for a sentence."""
-    return ", ".join(f"{name} ({count:,} scan{'' if count == 1 else 's'})" for name, count in layers.items())
+    return ", ".join(f"{name} ({format_count(count, 'scan')})" for name, count in layers.items())
 
 
 def _join_counts(counts: Mapping[str, int]) -> str:

@@ -96,9 +96,14 @@ def test_decode_time_scales_with_size_if_all_sizes_are_known() -> None:
     sample = [make_timed_scan(100, 1.0), make_timed_scan(300, 3.0), make_timed_scan(900, 50.0, "failed")]
     collection = [make_timed_scan(size, 0.0)[0] for size in (100, 100, 700)]
     assert run_estimate._estimate_decode_s(sample, collection) == pytest.approx(3.0)
-    assert run_estimate._estimate_decode_s(
-        sample, [*collection, make_timed_scan(0, 0.0)[0]]
-    ) == pytest.approx(2.0)
+    of_unknown_size = [*collection, make_timed_scan(0, 0.0)[0]]
+    assert run_estimate._estimate_decode_s(sample, of_unknown_size) == pytest.approx(2.0)
+
+
+def test_decode_time_does_not_scale_with_size_if_inputs_come_from_the_cache() -> None:
+    sample = [make_timed_scan(100, 1.0), make_timed_scan(300, 3.0)]
+    sample[0][1].record.is_from_cache = True
+    assert run_estimate._estimate_decode_s(sample, [make_timed_scan(700, 0.0)[0]]) == pytest.approx(2.0)
 
 
 @pytest.mark.parametrize(
